@@ -1,0 +1,402 @@
+"""Every setting of every stage: typed, frozen, with its default in this file and nowhere else.
+
+A config is a YAML file in the schema of its stage plus `--set a.b=c` overrides. Unknown keys are
+refused and the closest real key is named. The resolved config is written to the run directory in
+the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stepwiser_jax.records import UserError
+
+PromptStyle = Literal["instruct", "bare"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- parts that several stages share ------------------------------------------------------------
+
+
+class Mesh(Config):
+    """Sizes of the device mesh's axes; their product is the number of devices used."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Model(Config):
+    """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
+    finished `sft` or `judge` stage, or `arithmetic`: the embedded task's tiny model, fresh."""
+
+    path: str
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Problems(Config):
+    """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `count`, `split`
+    and `seed` say which problems are generated)."""
+
+    source: str
+    split: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class Sampling(Config):
+    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(ge=1)
+
+
+class Engine(Config):
+    """Compiled shapes of the sampler: rows per device call (the smallest that holds the work is
+    used) and cache slots per row. `buckets` are the slot counts, the largest is the context."""
+
+    rows: tuple[int, ...] = (64,)
+    buckets: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Engine:
+        for name in ("rows", "buckets"):
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values)) or values[0] < 1:
+                raise ValueError(f"{name} must be positive and ascending, found {list(values)}")
+        return self
+
+
+class Optimizer(Config):
+    """AdamW. `warmup_steps` rise linearly, then `schedule` falls to `end_fraction` of the peak."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "constant"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    end_fraction: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    b1: float = 0.9
+    b2: float = 0.95
+
+
+class Training(Config):
+    """What every training stage has beside its data and its loss."""
+
+    optimizer: Optimizer
+    micro_batches: int = Field(1, ge=1)
+    remat: bool = False
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    max_skipped_in_a_row: int = Field(5, ge=1)
+
+
+# --- one class per stage ------------------------------------------------------------------------
+
+
+class SftData(Config):
+    """`source`: a JSONL file of SftExample records, or of the embedded task `arithmetic-policy` /
+    `arithmetic-judge` (then `count` and `seed` say which demonstrations are generated)."""
+
+    source: str
+    count: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class Sft(Config):
+    """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
+    its cold start."""
+
+    seed: int = 0
+    model: Model
+    mesh: Mesh = Mesh()
+    data: SftData
+    prompt_style: PromptStyle = "instruct"
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    max_length: int = Field(ge=2)
+    packing: bool = True
+    training: Training
+
+
+class Rollout(Config):
+    """Sample `group_size` chunked solutions of every problem (paper 4.1)."""
+
+    seed: int = 0
+    policy: Model
+    mesh: Mesh = Mesh()
+    problems: Problems
+    prompt_style: PromptStyle = "instruct"
+    chunking: Literal["tags", "blank_lines"] = "tags"
+    group_size: int = Field(16, ge=1)
+    sampling: Sampling
+    engine: Engine
+    problems_per_block: int = Field(64, ge=1)
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
+class Annotate(Config):
+    """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`).
+
+    `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong.
+    """
+
+    seed: int = 0
+    policy: Model
+    mesh: Mesh = Mesh()
+    rollouts: str
+    num_rollouts: int = Field(16, ge=1)
+    drop_uniform_problems: bool = True
+    max_trajectories_per_problem: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1)
+    sampling: Sampling
+    engine: Engine
+    trajectories_per_block: int = Field(32, ge=1)
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
+class Label(Config):
+    """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters)."""
+
+    seed: int = 0
+    annotations: str
+    rollouts: str
+    tokenizer: str
+    prompt_style: PromptStyle = "instruct"
+    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
+    alpha: float = Field(0.8, gt=0)
+    best_of: int = Field(4, ge=1)
+    gamma: float = Field(0.7, gt=0)
+    epsilon: float = Field(0.8, gt=0)
+    balance: bool = True
+    min_prompt_tokens: int = Field(1, ge=0)
+    max_prompt_tokens: int = Field(3096, ge=1)
+
+
+class Grpo(Config):
+    """Loss settings; the paper's where it states them (clip), verl's defaults elsewhere."""
+
+    clip_eps_low: float = Field(0.2, ge=0)
+    clip_eps_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+    kl_coef: float = Field(0.0, ge=0)
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    normalize: Literal["std", "none"] = "std"
+    drop_zero_variance: bool = True
+    max_refills: int = Field(0, ge=0)
+
+
+class Judge(Config):
+    """Train the judge by GRPO (paper 3.3).
+
+    One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
+    makes `updates_per_iteration` optimizer steps on them. A group is one row of `row_length`
+    tokens: its prompt once, then its completions. `max_refills`: how many more draws replace groups
+    whose judgments all earned the same reward.
+    """
+
+    seed: int = 0
+    model: Model
+    mesh: Mesh = Mesh()
+    examples: str
+    prompt_style: PromptStyle = "instruct"
+    iterations: int = Field(ge=1)
+    prompts_per_iteration: int = Field(ge=1)
+    group_size: int = Field(4, ge=2)
+    updates_per_iteration: int = Field(1, ge=1)
+    max_prompt_tokens: int = Field(3096, ge=1)
+    row_lengths: tuple[int, ...]
+    sampling: Sampling
+    engine: Engine
+    grpo: Grpo = Grpo()
+    training: Training
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Judge:
+        if self.prompts_per_iteration % self.updates_per_iteration:
+            raise ValueError(
+                f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
+                f"updates_per_iteration ({self.updates_per_iteration})"
+            )
+        rows = self.prompts_per_iteration // self.updates_per_iteration
+        if rows % self.training.micro_batches:
+            raise ValueError(
+                f"rows per update ({rows} = prompts_per_iteration / updates_per_iteration) must be "
+                f"a multiple of training.micro_batches ({self.training.micro_batches})"
+            )
+        if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
+            raise ValueError(
+                "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "
+                "sampling.top_p to 1 and sampling.temperature above 0"
+            )
+        longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
+        if not self.row_lengths or max(self.row_lengths) < longest:
+            raise ValueError(
+                f"the largest of row_lengths must hold a group: max_prompt_tokens "
+                f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) = {longest}, found "
+                f"{list(self.row_lengths)}"
+            )
+        return self
+
+
+class Evaluate(Config):
+    """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
+
+    `items`: a ProcessBench file or hub id, or a finished `rollout` run of the embedded task, whose
+    exact truth is then used. `votes` judgments per chunk are sampled for Maj@votes; 0: greedy only.
+    """
+
+    seed: int = 0
+    judge: Model
+    mesh: Mesh = Mesh()
+    items: str
+    limit: int | None = Field(None, ge=1)
+    prompt_style: PromptStyle = "instruct"
+    max_new_tokens: int = Field(ge=1)
+    votes: int = Field(0, ge=0)
+    vote_temperature: float = Field(1.0, gt=0)
+    unparsed_as: Literal["negative", "positive"] = "negative"
+    engine: Engine
+    items_per_block: int = Field(64, ge=1)
+
+
+class Search(Config):
+    """Chunk-reset search (paper 4.3) beside greedy decoding, plain sampling and majority vote.
+
+    `max_chunk_tokens` bounds one chunk, `sampling.max_new_tokens` the whole solution.
+    """
+
+    seed: int = 0
+    policy: Model
+    judge: Model
+    mesh: Mesh = Mesh()
+    problems: Problems
+    prompt_style: PromptStyle = "instruct"
+    judge_prompt_style: PromptStyle = "instruct"
+    max_attempts: int = Field(5, ge=1)
+    max_chunk_tokens: int = Field(ge=1)
+    majority: tuple[int, ...] = (2, 4, 8)
+    sampling: Sampling
+    judge_max_new_tokens: int = Field(ge=1)
+    policy_engine: Engine
+    judge_engine: Engine
+    problems_per_block: int = Field(128, ge=1)
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
+STAGE_CONFIGS: dict[str, type[Config]] = {
+    "sft": Sft,
+    "rollout": Rollout,
+    "annotate": Annotate,
+    "label": Label,
+    "judge": Judge,
+    "evaluate": Evaluate,
+    "search": Search,
+}
+
+C = TypeVar("C", bound=Config)
+
+
+# --- load and dump ------------------------------------------------------------------------------
+
+
+def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
+
+    Raises UserError for a missing or broken file, an unknown key (the closest real one is named), a
+    wrong type or an inconsistent combination; all problems in one message.
+    """
+    if stage not in STAGE_CONFIGS:
+        raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"expected a config file at {path}, found none")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set expects key=value such as sampling.temperature=0.7, found {override!r}")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
+    node[last] = yaml.safe_load(value)
+
+
+def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
+    """Build a config; raises UserError with every problem, each with its key and the fix."""
+    try:
+        return config_type.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(config_type, problem) for problem in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _explain(config_type: type[Config], problem: Any) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(config_type, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
+    if problem["type"] == "missing":
+        return f"{key!r} is required and not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
+
+
+def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
+    for part in location:
+        annotation = config_type.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, Config)
+        config_type = annotation
+    return sorted(config_type.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML in the same schema, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_digest(config: Config) -> str:
+    """First 16 hex digits of the sha256 of the resolved config."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every setting in which two dumped configs differ."""
+    differences = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            differences += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            differences.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return differences

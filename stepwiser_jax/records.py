@@ -1,0 +1,400 @@
+"""Records: what crosses from one stage to the next, and how it lies on disk.
+
+A record is a frozen dataclass of str, int, float, bool and tuples. A stage appends records to one
+JSONL part per process, and writes `manifest.json` last: no manifest means the run is not finished.
+
+    <run_dir>/records/<kind>/part-00000-of-00001.jsonl     append-only; a record is one line
+    <run_dir>/manifest.json                                counts and sha256 of every part
+
+Killed in the middle of a line, a run loses that line only; started again, it skips the ids that are
+present. When a stage finishes, each part is put in id order, so a restarted run leaves the same
+bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import json
+import os
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the CLI prints the message and exits with status 2."""
+
+
+class Verdict(enum.Enum):
+    """What a judge said about a chunk. UNPARSED is a counted value, never a silent default."""
+
+    POSITIVE = "Positive"
+    NEGATIVE = "Negative"
+    UNPARSED = "Unparsed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with its reference answer; the id looks like `gsm8k/train/000123`."""
+
+    problem_id: str
+    question: str
+    answer: str
+    source: str
+
+    @property
+    def record_id(self) -> str:
+        return self.problem_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One sampled solution. `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`:
+    the chunks are a partition of the completion. `logprobs` are of the distribution sampled from."""
+
+    trajectory_id: str
+    problem_id: str
+    policy_id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    chunk_ends: tuple[int, ...]
+    stop_reason: str
+    is_correct: bool
+
+    @property
+    def record_id(self) -> str:
+        return self.trajectory_id
+
+
+@dataclasses.dataclass(frozen=True)
+class SftExample:
+    """A prompt and the completion to imitate, both as text."""
+
+    example_id: str
+    problem_id: str
+    prompt: str
+    completion: str
+
+    @property
+    def record_id(self) -> str:
+        return self.example_id
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixValue:
+    """Raw Monte Carlo counts of one prefix (StepWiser 3.2): of `num_rollouts` continuations of the
+    first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem."""
+
+    trajectory_id: str
+    num_chunks: int
+    num_rollouts: int
+    num_correct: int
+    policy_id: str
+
+    @property
+    def record_id(self) -> str:
+        return f"{self.trajectory_id}/{self.num_chunks}"
+
+    @property
+    def value(self) -> float:
+        """Estimate of Q, the fraction of continuations that were right."""
+        return self.num_correct / self.num_rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkLabel:
+    """Derived, never sampled: q is the value with the chunk, v the value before it."""
+
+    trajectory_id: str
+    chunk_index: int
+    q: float
+    v: float
+    is_positive: bool
+    rule: str
+
+    @property
+    def record_id(self) -> str:
+        return f"{self.trajectory_id}/{self.chunk_index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeExample:
+    """One chunk to judge. Texts are exact; the prompt is rendered when it is loaded."""
+
+    example_id: str
+    problem_id: str
+    question: str
+    history: str
+    chunk: str
+    is_positive: bool
+
+    @property
+    def record_id(self) -> str:
+        return self.example_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """What a judge wrote about one chunk. `p_positive` is the share of votes that said Positive."""
+
+    example_id: str
+    judge_id: str
+    completion: str
+    verdict: Verdict
+    p_positive: float
+    reward: float
+
+    @property
+    def record_id(self) -> str:
+        return self.example_id
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessBenchItem:
+    """A solution in steps with its first wrong step, 0-based; `first_error` = -1: no error."""
+
+    item_id: str
+    subset: str
+    question: str
+    steps: tuple[str, ...]
+    first_error: int
+    final_answer_correct: bool
+
+    @property
+    def record_id(self) -> str:
+        return self.item_id
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """One problem solved by one method. `accepted_tokens` + `rejected_tokens` are the policy's;
+    `forced_chunks` counts chunks kept although every attempt at them was rejected."""
+
+    search_id: str
+    problem_id: str
+    method: str
+    answer: str
+    is_correct: bool
+    completion: str
+    accepted_tokens: int
+    rejected_tokens: int
+    judge_tokens: int
+    forced_chunks: int
+
+    @property
+    def record_id(self) -> str:
+        return self.search_id
+
+    @property
+    def policy_tokens(self) -> int:
+        return self.accepted_tokens + self.rejected_tokens
+
+
+Record = (
+    Problem
+    | Trajectory
+    | SftExample
+    | PrefixValue
+    | ChunkLabel
+    | JudgeExample
+    | Judgment
+    | ProcessBenchItem
+    | SearchResult
+)
+R = TypeVar("R", bound=Record)
+
+KIND: dict[type, str] = {
+    Problem: "problems",
+    Trajectory: "trajectories",
+    SftExample: "sft_examples",
+    PrefixValue: "prefix_values",
+    ChunkLabel: "chunk_labels",
+    JudgeExample: "judge_examples",
+    Judgment: "judgments",
+    ProcessBenchItem: "processbench_items",
+    SearchResult: "search_results",
+}
+"""Folder of each record type below `<run_dir>/records`."""
+
+
+# --- one record <-> one line --------------------------------------------------------------------
+
+
+def to_json(record: Record) -> str:
+    fields = dataclasses.asdict(record)
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value)
+
+
+@functools.cache
+def _field_types(record_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(record_type)
+
+
+def _decode(value: Any, to: Any) -> Any:
+    if typing.get_origin(to) is tuple:
+        item_type = typing.get_args(to)[0]
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, found {value!r}")
+        return tuple(_decode(item, item_type) for item in value)
+    if isinstance(to, type) and issubclass(to, enum.Enum):
+        return to(value)
+    if to is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not to:
+        raise TypeError(f"expected {to.__name__}, found {value!r}")
+    return value
+
+
+def from_json(line: str, record_type: type[R]) -> R:
+    """Parse one line. Raises UserError naming the missing, unknown or mistyped field."""
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"expected one JSON object a line, found {line[:80]!r} ({error})") from None
+    types_of = _field_types(record_type)
+    if not isinstance(fields, dict) or set(fields) != set(types_of):
+        found = sorted(fields) if isinstance(fields, dict) else fields
+        raise UserError(f"a {record_type.__name__} has the fields {sorted(types_of)}, found {found}")
+    decoded = {}
+    for name, value in fields.items():
+        try:
+            decoded[name] = _decode(value, types_of[name])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{record_type.__name__}.{name}: {error}") from None
+    return record_type(**decoded)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key in which `p#2` stands before `p#10`."""
+    return tuple(
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"(\d+)", record_id)
+        if part
+    )
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write one JSONL file, whole or not at all."""
+    atomic_write(Path(path), "".join(to_json(record) + "\n" for record in records))
+
+
+def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records.append(from_json(line, record_type))
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def read_records(path: str | Path, record_type: type[R]) -> list[R]:
+    """Records of one type, from a JSONL file or a finished run directory.
+
+    Raises UserError where the path is missing, the run is not finished, a part's bytes are not those
+    the manifest promises, or the run holds no records of the type.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_jsonl(path, record_type)
+    manifest = read_manifest(path)
+    kind = KIND[record_type]
+    if kind not in manifest["records"]:
+        held = sorted(manifest["records"]) or "no records"
+        raise UserError(f"{path} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}")
+    records: list[R] = []
+    for part in manifest["records"][kind]["parts"]:
+        file = path / part["path"]
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
+            raise UserError(f"{file} is missing or is not the file that {path}/manifest.json names")
+        records.extend(read_jsonl(file, record_type))
+    return records
+
+
+def read_manifest(run_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a finished run. Raises UserError where there is none."""
+    run_dir = Path(run_dir)
+    manifest = run_dir / "manifest.json"
+    if manifest.is_file():
+        return json.loads(manifest.read_text(encoding="utf-8"))
+    if (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir} is not finished (it has no manifest.json): resume it with the command that "
+            "started it, then run this one again"
+        )
+    raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
+
+
+class RecordWriter(typing.Generic[R]):
+    """Appends records of one type to this process's part, skipping ids that are there already."""
+
+    def __init__(self, run_dir: Path, record_type: type[R], part: int = 0, num_parts: int = 1):
+        self.run_dir, self.record_type = run_dir, record_type
+        name = f"part-{part:05d}-of-{num_parts:05d}.jsonl"
+        self.path = run_dir / "records" / KIND[record_type] / name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_half_written_line()
+        self.done = {record.record_id for record in self.read()}
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish()
+
+    def _drop_half_written_line(self) -> None:
+        self.path.touch()
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+
+    def read(self) -> list[R]:
+        """What has been written so far, in the order of writing."""
+        return read_jsonl(self.path, self.record_type)
+
+    def append(self, records: Sequence[R]) -> None:
+        """Write records whose id is new, and make sure they are on disk."""
+        new = [record for record in records if record.record_id not in self.done]
+        self._file.write("".join(to_json(record) + "\n" for record in new))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done.update(record.record_id for record in new)
+
+    def finish(self) -> dict[str, Any]:
+        """Close the part, put it in id order; returns its entry for the manifest."""
+        self._file.close()
+        records = sorted(self.read(), key=lambda record: natural_key(record.record_id))
+        write_records(self.path, records)
+        return {
+            "path": str(self.path.relative_to(self.run_dir)),
+            "count": len(records),
+            "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+        }
+
+
+def write_manifest(run_dir: Path, stage: str, config_digest: str, writers: Sequence[RecordWriter[Any]]) -> None:
+    """Finish every part and write the manifest: from here on the run is finished."""
+    records = {}
+    for writer in writers:
+        part = writer.finish()
+        kind = KIND[writer.record_type]
+        records[kind] = {"count": part["count"], "parts": [part]}
+    manifest = {"stage": stage, "config_digest": config_digest, "records": records}
+    atomic_write(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
