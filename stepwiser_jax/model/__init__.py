@@ -1,0 +1,1 @@
+"""The network: array code, and weights in and out. Knows logical axis names, not meshes."""

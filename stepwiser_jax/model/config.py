@@ -1,0 +1,191 @@
+"""What a decoder looks like, read from and written to a Hugging Face config.json.
+
+qwen2 (and 2.5), qwen3 and llama (llama 2 to 3.2, SmolLM2). What we do not implement is refused by
+name: a field that is silently ignored gives a model that is silently wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from stepwiser_jax.records import UserError
+
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
+# Fields of config.json that change the computation, and the values that mean "not used".
+_MUST_BE_UNUSED: dict[str, tuple[Any, ...]] = {
+    "use_sliding_window": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+    "num_experts_per_tok": (0, None),
+    "n_routed_experts": (0, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    "logits_scaling": (None,),
+    "residual_multiplier": (None,),
+    "embedding_multiplier": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def scale(self, frequency: float) -> float:
+        """One inverse frequency, in radians per position, stretched where its wave is long."""
+        wavelength = 2 * math.pi / frequency
+        low = self.original_max_position_embeddings / self.low_freq_factor
+        high = self.original_max_position_embeddings / self.high_freq_factor
+        if wavelength < high:
+            return frequency
+        if wavelength > low:
+            return frequency / self.factor
+        smooth = self.original_max_position_embeddings / wavelength - self.low_freq_factor
+        smooth /= self.high_freq_factor - self.low_freq_factor
+        return (1 - smooth) * frequency / self.factor + smooth * frequency
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a decoder; hashable, so that it can be static under jit."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:
+        """Raises UserError naming the field that is missing or asks for what is not implemented."""
+        model_type = fields.get("model_type")
+        if model_type not in ARCHITECTURES:
+            raise UserError(
+                f"config.json: expected model_type among {sorted(ARCHITECTURES)}, found "
+                f"{model_type!r}"
+            )
+        _refuse_unsupported(fields)
+        theta, scaling = _rope(fields)
+        heads = _require(fields, "num_attention_heads")
+        eos = fields.get("eos_token_id")
+        return cls(
+            model_type=model_type,
+            vocab_size=_require(fields, "vocab_size"),
+            hidden_size=_require(fields, "hidden_size"),
+            intermediate_size=_require(fields, "intermediate_size"),
+            num_layers=_require(fields, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.get("num_key_value_heads") or heads,
+            head_dim=fields.get("head_dim") or _require(fields, "hidden_size") // heads,
+            max_length=_require(fields, "max_position_embeddings"),
+            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=fields.get("tie_word_embeddings", False),
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+            initializer_range=fields.get("initializer_range", 0.02),
+            bos_token_id=fields.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            pad_token_id=fields.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 4 and 5 read alike."""
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            rope = {"rope_type": "llama3", **vars(self.rope_scaling)}
+        eos = self.eos_token_id
+        return {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_length,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": rope if self.rope_scaling is not None else None,
+            "rope_parameters": rope | {"rope_theta": self.rope_theta},
+            "tie_word_embeddings": self.tie_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+def _require(fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int):
+        raise UserError(f"config.json: expected an integer {name!r}, found {value!r}")
+    return value
+
+
+def _refuse_unsupported(fields: dict[str, Any]) -> None:
+    for name, unused in _MUST_BE_UNUSED.items():
+        if name in fields and fields[name] not in unused:
+            raise UserError(f"config.json: {name} = {fields[name]!r} is not supported")
+    activation = fields.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(f"config.json: hidden_act = {activation!r} is not supported, only 'silu'")
+    if fields.get("attention_bias"):
+        raise UserError("config.json: attention_bias = true is not supported")
+    other = sorted(set(fields.get("layer_types") or ()) - {"full_attention"})
+    if other:
+        raise UserError(f"config.json: layer_types {other} are not supported, only full_attention")
+
+
+def _rope(fields: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
+    """transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling."""
+    rope = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
+    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise UserError("config.json: rope_parameters.partial_rotary_factor is not supported")
+    if rope_type == "default":
+        return theta, None
+    if rope_type != "llama3":
+        raise UserError(
+            f"config.json: rope type {rope_type!r} is not supported, only 'default' and 'llama3'"
+        )
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if name not in rope]
+    if missing:
+        raise UserError(f"config.json: rope type 'llama3' needs {missing}")
+    return theta, Llama3RopeScaling(*(rope[name] for name in names))

@@ -1,0 +1,279 @@
+"""Hugging Face checkpoints in and out: safetensors, one file or sharded with an index.
+
+Strict both ways: a tensor that is unknown, missing, doubled or of another shape is refused by name.
+Streamed both ways: a tensor is read slice by slice into arrays that are created sharded, and written
+shard file by shard file; the model is never in memory twice. Our layout is theirs, (out, in), with
+the layers stacked.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import UserError
+
+ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+
+_OF_MODEL = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_OF_BLOCK = {
+    "attention_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+
+
+class Saveable(Protocol):
+    """What is asked of a tokenizer here."""
+
+    def save(self, path: str) -> None: ...
+
+
+def hf_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
+    """The tensors of a checkpoint that make one of our parameters: one, or one per layer."""
+    if path[0] == "blocks":
+        return [f"model.layers.{i}.{_OF_BLOCK[path[1]]}" for i in range(num_layers)]
+    return [f"{_OF_MODEL[path[0]]}.weight"]
+
+
+# --- import -------------------------------------------------------------------------------------
+
+
+def read_config(path_or_id: str) -> ModelConfig:
+    """Raises UserError for a missing or unsupported config.json."""
+    file = resolve(path_or_id) / "config.json"
+    if not file.is_file():
+        raise UserError(f"expected a config.json in {path_or_id}, found none")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    return ModelConfig.from_hf(fields)
+
+
+def resolve(path_or_id: str) -> Path:
+    """A local directory, or a hub id's snapshot."""
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"expected a directory or a hub id, found {path_or_id!r}: {error}"
+        ) from None
+
+
+def load_hf(
+    path_or_id: str,
+    *,
+    dtype: str = "float32",
+    compute_dtype: str = "float32",
+    sharding_for: ShardingFor | None = None,
+) -> Transformer:
+    """A checkpoint's model with parameters of `dtype`.
+
+    `sharding_for(axes, shape)` says where each parameter lives; None: on the default device.
+    Raises UserError naming the file or the tensor that is wrong.
+    """
+    directory = resolve(path_or_id)
+    config = read_config(str(directory))
+    abstract = nnx.eval_shape(
+        lambda: Transformer(
+            config,
+            rngs=nnx.Rngs(0),
+            param_dtype=jnp.dtype(dtype),
+            compute_dtype=jnp.dtype(compute_dtype),
+        )
+    )
+    tensors = CheckpointTensors(directory)
+    state = nnx.state(abstract)
+    parameters = nnx.to_flat_state(state)
+    names = {path: hf_names(path, config.num_layers) for path, _ in parameters}
+    tensors.check_names({name for group in names.values() for name in group}, config)
+    loaded = []
+    for path, variable in parameters:
+        shape, axes = variable.get_value().shape, variable.get_metadata("axes")
+        sharding = sharding_for(axes, shape) if sharding_for else None
+        loaded.append((path, variable.replace(tensors.read(names[path], shape, dtype, sharding))))
+    return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(loaded))
+
+
+class CheckpointTensors:
+    """The safetensors files of a directory as one table of tensors, read slice by slice."""
+
+    def __init__(self, directory: Path):
+        files = sorted(directory.glob("*.safetensors"))
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted(directory / name for name in set(listed))
+        if not files:
+            raise UserError(f"expected *.safetensors in {directory}, found none")
+        self.directory = directory
+        self._handles: dict[str, Any] = {}
+        for file in files:
+            handle = _open(file)
+            for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                if name in self._handles:
+                    raise UserError(f"{directory}: tensor {name} is in two files")
+                self._handles[name] = handle
+
+    def check_names(self, expected: set[str], config: ModelConfig) -> None:
+        """Raises UserError for missing or unknown tensors; a tied head must equal the embedding."""
+        found = set(self._handles)
+        if config.tie_embeddings and "lm_head.weight" in found:
+            head = self._handles["lm_head.weight"].get_tensor("lm_head.weight")
+            name = "model.embed_tokens.weight"
+            if name not in found or not np.array_equal(head, self._handles[name].get_tensor(name)):
+                raise UserError(
+                    f"{self.directory}: tie_word_embeddings is true, but lm_head.weight differs "
+                    "from model.embed_tokens.weight"
+                )
+            found.remove("lm_head.weight")
+        # transformers 4 used to store this buffer; it is computed from the config.
+        found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+        for problem, names in (("lacks", expected - found), ("has unknown", found - expected)):
+            if names:
+                shown = ", ".join(sorted(names)[:5])
+                raise UserError(
+                    f"{self.directory} {problem} {len(names)} tensors of a {config.model_type} "
+                    f"model: {shown}{', ...' if len(names) > 5 else ''}"
+                )
+
+    def read(
+        self,
+        names: list[str],
+        shape: tuple[int, ...],
+        dtype: str,
+        sharding: jax.sharding.Sharding | None,
+    ) -> jax.Array:
+        """One parameter: a tensor, or the stack of one per layer."""
+        stacked = len(names) > 1 or names[0].startswith("model.layers.")
+        slices = [self._handles[name].get_slice(name) for name in names]
+        for name, view in zip(names, slices, strict=True):
+            expected = list(shape[1:] if stacked else shape)
+            if view.get_shape() != expected:
+                raise UserError(
+                    f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json "
+                    f"asks for {expected}"
+                )
+
+        def read_slice(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return np.asarray(slices[0][index]).astype(np.dtype(dtype))
+            layers = range(len(slices))[index[0]]
+            parts = [np.asarray(slices[i][index[1:]]).astype(np.dtype(dtype)) for i in layers]
+            return np.stack(parts)
+
+        if sharding is None:
+            return jnp.asarray(read_slice((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, sharding, read_slice)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is missing, truncated or no safetensors file ({error}): fetch it again"
+        ) from None
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+def save_hf(
+    model: Transformer,
+    tokenizer: Saveable | None,
+    path: str,
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write safetensors (with an index where they are several), config.json and the tokenizer.
+
+    The directory appears whole or not at all; one that is there is replaced.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weight_map, total = _write_shards(model, temporary, max_shard_bytes)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (temporary / "model.safetensors.index.json").write_text(text)
+    dtype = str(model.embed[...].dtype)
+    config = model.config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(str(temporary))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
+    """(Hugging Face name, array) one layer's tensor at a time."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        names = hf_names(path, model.config.num_layers)
+        value = variable.get_value()
+        if path[0] != "blocks":
+            yield names[0], value
+        else:
+            yield from ((name, value[i]) for i, name in enumerate(names))
+
+
+def _write_shards(
+    model: Transformer, directory: Path, max_shard_bytes: int
+) -> tuple[dict[str, str], int]:
+    """Fill one file after the other; names carry the number of files, so files are renamed last."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(pending, str(directory / f"part-{len(shards)}"), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, value in named_tensors(model):
+        if pending and size + value.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = np.ascontiguousarray(jax.device_get(value))
+        size, total = size + value.nbytes, total + value.nbytes
+    flush()
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"part-{i}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    return weight_map, total

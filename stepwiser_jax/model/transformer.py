@@ -1,0 +1,247 @@
+"""The decoder: RMSNorm, rotary grouped-query attention, SwiGLU, blocks stacked over layers.
+
+Modules are `flax.nnx` objects used as immutable pytrees under plain `jax.jit` and `jax.grad`.
+Weights are stored as Hugging Face stores them, (out, in). Each parameter states its shape, its
+logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to a device mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepwiser_jax.model.attention import attention, segment_mask
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.kv_cache import KVCache, write
+
+
+def _parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float, dtype: Any
+) -> nnx.Param:
+    """A normal of standard deviation `scale`; 0 gives zeros, 1 gives ones (norms)."""
+    assert len(shape) == len(axes), (shape, axes)
+    if scale in (0.0, 1.0):
+        return nnx.Param(jnp.full(shape, scale, dtype), axes=axes)
+    value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalised in float32, as every implementation of these models does."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(variance + jnp.float32(eps))
+    return normed.astype(x.dtype) * weight.astype(x.dtype)[(None,) * (x.ndim - 1)]
+
+
+def linear(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32."""
+    weight = weight_OI.astype(x.dtype)
+    out = jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return out.astype(x.dtype)
+
+
+def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (B, T, 1, H/2), float32: bfloat16 cannot tell position 256 from 257."""
+    half = config.head_dim // 2
+    frequencies = [config.rope_theta ** (-i / half) for i in range(half)]
+    if config.rope_scaling is not None:
+        frequencies = [config.rope_scaling.scale(frequency) for frequency in frequencies]
+    angles_BTH = positions_BT.astype(jnp.float32)[:, :, None] * jnp.array(
+        frequencies, jnp.float32
+    ).reshape(1, 1, half)
+    return jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+
+
+def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (i, i + H/2) of every head."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+class Block(nnx.Module):
+    """One layer, or all layers stacked: every parameter has a leading axis of `layers`."""
+
+    def __init__(self, config: ModelConfig, layers: int, rngs: nnx.Rngs, dtype: Any):
+        D, F, L = config.hidden_size, config.intermediate_size, layers
+        NH, KH = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        std = config.initializer_range
+
+        def weight(*shape_and_axes: tuple[int, str], scale: float = std) -> nnx.Param:
+            shape = (L, *(size for size, _ in shape_and_axes))
+            axes = ("layers", *(axis for _, axis in shape_and_axes))
+            return _parameter(rngs, shape, axes, scale, dtype)
+
+        self.attention_norm = weight((D, "norm"), scale=1.0)
+        self.q = weight((NH, "heads"), (D, "embed"))
+        self.k = weight((KH, "kv_heads"), (D, "embed"))
+        self.v = weight((KH, "kv_heads"), (D, "embed"))
+        self.o = weight((D, "embed"), (NH, "heads"))
+        if config.qkv_bias:
+            self.q_bias = weight((NH, "heads"), scale=0.0)
+            self.k_bias = weight((KH, "kv_heads"), scale=0.0)
+            self.v_bias = weight((KH, "kv_heads"), scale=0.0)
+        if config.qk_norm:
+            self.q_norm = weight((config.head_dim, "norm"), scale=1.0)
+            self.k_norm = weight((config.head_dim, "norm"), scale=1.0)
+        self.mlp_norm = weight((D, "norm"), scale=1.0)
+        self.gate = weight((F, "mlp"), (D, "embed"))
+        self.up = weight((F, "mlp"), (D, "embed"))
+        self.down = weight((D, "embed"), (F, "mlp"))
+
+
+def qkv(
+    block: Block, config: ModelConfig, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries (B, T, N, H), rotated keys and values (B, K, T, H) of one unstacked block."""
+    B, T, _ = x_BTD.shape
+    x_BTD = rms_norm(x_BTD, block.attention_norm[...], config.rms_norm_eps)
+    q, k, v = (linear(x_BTD, weight[...]) for weight in (block.q, block.k, block.v))
+    if config.qkv_bias:
+        biases = (block.q_bias, block.k_bias, block.v_bias)
+        q, k, v = (
+            x + bias[...].astype(x.dtype)[None, None] for x, bias in zip((q, k, v), biases, strict=True)
+        )
+    q_BTNH = q.reshape(B, T, config.num_heads, config.head_dim)
+    k_BTKH = k.reshape(B, T, config.num_kv_heads, config.head_dim)
+    v_BTKH = v.reshape(B, T, config.num_kv_heads, config.head_dim)
+    if config.qk_norm:
+        q_BTNH = rms_norm(q_BTNH, block.q_norm[...], config.rms_norm_eps)
+        k_BTKH = rms_norm(k_BTKH, block.k_norm[...], config.rms_norm_eps)
+    k_BTKH = apply_rope(k_BTKH, cos, sin)
+    return apply_rope(q_BTNH, cos, sin), k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+
+
+def finish_block(
+    block: Block, config: ModelConfig, x_BTD: jax.Array, attended_BTNH: jax.Array
+) -> jax.Array:
+    """Output projection and MLP, each added to the residual stream."""
+    B, T, _ = x_BTD.shape
+    x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), block.o[...])
+    with jax.named_scope("mlp"):
+        y_BTD = rms_norm(x_BTD, block.mlp_norm[...], config.rms_norm_eps)
+        hidden = jax.nn.silu(linear(y_BTD, block.gate[...])) * linear(y_BTD, block.up[...])
+        return x_BTD + linear(hidden, block.down[...])
+
+
+class Transformer(nnx.Module):
+    """A causal language model. See `hidden` for the mask, `extend` for the cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        compute_dtype: Any = jnp.float32,
+    ):
+        V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.embed = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
+        self.blocks = Block(config, config.num_layers, rngs, param_dtype)
+        self.norm = _parameter(rngs, (D,), ("norm",), 1.0, param_dtype)
+        if not config.tie_embeddings:
+            self.head = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output matrix; tied at call time, never a second copy."""
+        return self.embed[...] if self.config.tie_embeddings else self.head[...]
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits (B, T, V), float32; those at t are of token t + 1."""
+        return self.logits(self.hidden(tokens_BT, positions_BT, segment_ids_BT))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        remat: bool = False,
+    ) -> jax.Array:
+        """The residual stream after the final norm (B, T, D).
+
+        Without `positions_BT` positions count from 0; without `segment_ids_BT` the mask is causal,
+        else see `attention.segment_mask`. `remat` recomputes each block in the backward pass.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        config = self.config
+        cos, sin = rope_angles(config, positions_BT)
+        mask_BTT = segment_mask(segment_ids_BT)
+
+        def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            with jax.named_scope("attention"):
+                q, k, v = qkv(block, config, x_BTD, cos, sin)
+                attended = attention(q, k, v, mask_BTT)
+            return finish_block(block, config, x_BTD, attended), None
+
+        x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, self.blocks)
+        return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> (..., V): accumulated and returned in float32."""
+        head_VD = self.head_VD.astype(hidden.dtype)
+        return jax.lax.dot_general(
+            hidden,
+            head_VD,
+            (((hidden.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    def unstacked(self) -> tuple[Block, ...]:
+        """The blocks one by one. Call it once before a decode loop: slices of the stacked weights
+        inside the loop would copy every weight at every step."""
+        layers = range(self.config.num_layers)
+        return tuple(jax.tree.map(lambda x, i=layer: x[i], self.blocks) for layer in layers)
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        num_tokens_B: jax.Array,
+        cache: KVCache,
+        blocks: tuple[Block, ...],
+    ) -> tuple[jax.Array, KVCache]:
+        """Append `num_tokens_B[b]` <= T right-padded tokens to each row; returns (hidden_BTD, cache).
+
+        Reads a prompt (empty cache) and decodes (T = 1) alike. A token's position is its slot. What
+        lies past a row's new length is masked, and overwritten by what comes next.
+        """
+        config, T = self.config, tokens_BT.shape[1]
+        start_B = cache.length_B
+        positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        cos, sin = rope_angles(config, positions_BT)
+        mask_BTS = jnp.arange(cache.slots)[None, None] <= positions_BT[:, :, None]
+        x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
+        keys, values = [], []
+        for layer, block in enumerate(blocks):
+            with jax.named_scope("attention"):
+                q, k, v = qkv(block, config, x_BTD, cos, sin)
+                keys.append(write(cache.keys[layer], k.astype(cache.keys[layer].dtype), start_B))
+                values.append(
+                    write(cache.values[layer], v.astype(cache.values[layer].dtype), start_B)
+                )
+                attended = attention(q, keys[-1], values[-1], mask_BTS)
+            x_BTD = finish_block(block, config, x_BTD, attended)
+        hidden_BTD = rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
+        cache = dataclasses.replace(
+            cache, keys=tuple(keys), values=tuple(values), length_B=start_B + num_tokens_B
+        )
+        return hidden_BTD, cache
