@@ -1,0 +1,1 @@
+"""Embedded tasks: problems with exactly known step truth, generated on the spot."""

@@ -1,0 +1,150 @@
+"""What a chunk is: a span of the sampled token ids that ends where the policy closed it.
+
+A closing tag is several tokens in real vocabularies, and its last token may hold the characters
+that follow it. So boundaries are found on token ids, by an automaton that reads each token's bytes:
+a chunk ends with the token that completes the tag. The sampler stops at tags with the same table.
+Nothing is re-tokenised and nothing is added to the vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepwiser_jax.records import UserError
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+CHUNK_OPEN = "<chunk>"
+CHUNK_CLOSE = "</chunk>"
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class TokenMatcher:
+    """Aho-Corasick over bytes, compiled to tokens: `table_SV[state, token]` is the next state. State
+    0 is the start; the last state accepts and absorbs: some pattern was completed in this token or
+    before it."""
+
+    table_SV: np.ndarray
+
+    @classmethod
+    def build(cls, token_bytes: Sequence[bytes], patterns: Sequence[str]) -> TokenMatcher:
+        """Raises ValueError for an empty pattern."""
+        step = _byte_automaton([pattern.encode() for pattern in patterns])
+        longest = max(map(len, token_bytes), default=0)
+        bytes_VL = np.zeros((len(token_bytes), longest), np.uint8)
+        length_V = np.array([len(token) for token in token_bytes])
+        for token, content in enumerate(token_bytes):
+            bytes_VL[token, : len(content)] = np.frombuffer(content, np.uint8)
+        table_SV = np.repeat(np.arange(len(step))[:, None], len(token_bytes), axis=1)
+        for position in range(longest):
+            inside_V = position < length_V
+            moved_SV = step[table_SV[:, inside_V], bytes_VL[inside_V, position][None]]
+            table_SV[:, inside_V] = moved_SV
+        return cls(table_SV.astype(np.int16))
+
+    @property
+    def accept(self) -> int:
+        return len(self.table_SV) - 1
+
+    def ends(self, ids: Sequence[int]) -> list[int]:
+        """Exclusive ends: after every token that completes a pattern, starting anew behind it."""
+        ends, state = [], 0
+        for position, token in enumerate(ids, 1):
+            state = int(self.table_SV[state, token])
+            if state == self.accept:
+                ends.append(position)
+                state = 0
+        return ends
+
+
+def _byte_automaton(patterns: Sequence[bytes]) -> np.ndarray:
+    """(states, 256) next states; the last state accepts and absorbs."""
+    if not patterns or not all(patterns):
+        raise ValueError(f"expected non-empty patterns, found {list(patterns)}")
+    children: list[dict[int, int]] = [{}]
+    final: set[int] = set()
+    for pattern in patterns:
+        node = 0
+        for byte in pattern:
+            if byte not in children[node]:
+                children.append({})
+                children[node][byte] = len(children) - 1
+            node = children[node][byte]
+        final.add(node)
+    step = np.zeros((len(children), 256), np.int64)
+    fail = [0] * len(children)
+    queue = deque([0])
+    while queue:
+        node = queue.popleft()
+        if fail[node] in final:
+            final.add(node)
+        step[node] = step[fail[node]] if node else 0
+        for byte, child in children[node].items():
+            fail[child] = int(step[fail[node], byte]) if node else 0
+            step[node, byte] = child
+            queue.append(child)
+    accept = len(children)
+    step = np.where(np.isin(step, list(final)), accept, step)
+    return np.vstack([step, np.full((1, 256), accept)])
+
+
+def chunk_ends(
+    completion_ids: Sequence[int], matcher: TokenMatcher, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Exclusive token ends of the chunks, a partition of the completion.
+
+    A span without text of its own (white space, tags, end tokens) is no chunk and joins the one
+    before it, or the one after it where it comes first. What follows the last closed chunk joins it
+    (the answer may stand right behind the tag, paper Table 11), unless it opens a chunk itself; with
+    blank lines as boundaries it is a chunk like any other.
+    """
+    total = len(completion_ids)
+    ends = [end for end in matcher.ends(completion_ids) if end < total]
+    tagged = CHUNK_CLOSE in tokenizer.decode(completion_ids)
+    chunks: list[int] = []
+    start = 0
+    for end in [*ends, total]:
+        text = _text(tokenizer, completion_ids[start:end])
+        is_tail = end == total and end not in matcher.ends(completion_ids)
+        joins = not strip_tags(text).strip() or (is_tail and tagged and CHUNK_OPEN not in text)
+        if joins and chunks:
+            chunks[-1] = end
+        elif not joins or end == total:
+            chunks.append(end)
+        start = end
+    return tuple(chunks)
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
+
+
+def chunk_texts(
+    tokenizer: Tokenizer, completion_ids: Sequence[int], ends: Sequence[int]
+) -> list[str]:
+    """The exact text of every chunk, without the end token."""
+    starts = [0, *ends[:-1]]
+    return [
+        _text(tokenizer, completion_ids[start:end]) for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def strip_tags(text: str) -> str:
+    """Text for a judge that knows no tags."""
+    return re.sub(r"</?chunk>", "", text)
+
+
+def check_tags(tokenizer: Tokenizer) -> None:
+    """Raises UserError where the tokenizer does not give the tags back."""
+    text = f"one {CHUNK_OPEN} two {CHUNK_CLOSE} three"
+    back = tokenizer.decode(tokenizer.encode(text))
+    if CHUNK_OPEN not in back or CHUNK_CLOSE not in back:
+        raise UserError(
+            f"the tokenizer cannot round-trip the chunk tags: {text!r} comes back as {back!r}. Use "
+            "a tokenizer that can spell them, or chunking: blank_lines"
+        )

@@ -1,0 +1,133 @@
+"""Data sets -> records: problems with reference answers, and ProcessBench items.
+
+A source is a hub id or a local jsonl, json or parquet file, read through `datasets`. Known by their
+columns: GSM8K (`question`, `answer` with ####), MATH (`problem`, `answer` or a `solution` with
+\\boxed{}), ProcessBench (`steps`, `label`), and our own records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stepwiser_jax.records import JudgeExample, Problem, ProcessBenchItem, UserError
+from stepwiser_jax.text.answers import extract_answer
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read_rows(source: str, split: str | None, limit: int | None) -> list[dict[str, Any]]:
+    """Raises UserError for a missing or unreadable source, an unknown split, and an empty set."""
+    import datasets
+
+    path = Path(source)
+    if not path.is_file() and (path.suffix in _FORMATS or source.startswith((".", "/"))):
+        raise UserError(f"expected a data file at {source}, found nothing")
+    try:
+        if path.is_file():
+            if path.suffix not in _FORMATS:
+                raise UserError(f"expected a {sorted(_FORMATS)} file, found {source}")
+            if path.stat().st_size == 0:
+                raise UserError(f"{source} is empty: expected at least one row")
+            table = datasets.load_dataset(
+                _FORMATS[path.suffix], data_files=str(path), split="train"
+            )
+        else:
+            table = datasets.load_dataset(source, split=split or "train")
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many types for one thing: it cannot read this
+        raise UserError(f"cannot read the data set {source}: {error}") from None
+    rows = list(table.select(range(min(limit or len(table), len(table)))))
+    if not rows:
+        raise UserError(f"{source} is empty: expected at least one row")
+    return rows
+
+
+def load_problems(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> list[Problem]:
+    """Problems with their reference answers; raises UserError for a row without one."""
+    stem = Path(source).parent.name if Path(source).is_file() else source.rsplit("/", 1)[-1]
+    part = Path(source).stem if Path(source).is_file() else (split or "train")
+    problems = []
+    for number, row in enumerate(read_rows(source, split, limit)):
+        where = f"{source}, row {number + 1}"
+        question = row.get("question") or row.get("problem")
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"{where}: expected a 'question' or 'problem', found {sorted(row)}")
+        problems.append(
+            Problem(
+                problem_id=row.get("problem_id") or f"{stem}/{part}/{number:06d}",
+                question=question.strip(),
+                answer=_reference(row, where),
+                source=row.get("source") or stem,
+            )
+        )
+    return problems
+
+
+def _reference(row: dict[str, Any], where: str) -> str:
+    """The final answer: as it is given, or out of a worked solution."""
+    for column in ("answer", "solution"):
+        text = row.get(column)
+        if text is None or not str(text).strip():
+            continue
+        extracted = extract_answer(str(text))
+        if extracted is not None:
+            return extracted
+        if column == "answer":
+            return str(text).strip()
+    raise UserError(
+        f"{where}: the problem has no answer: expected an 'answer', or a 'solution' with "
+        f"\\boxed{{}} or ####, found the columns {sorted(row)}"
+    )
+
+
+def load_processbench(source: str, *, limit: int | None = None) -> list[ProcessBenchItem]:
+    """ProcessBench's own files (label = index of the first wrong step, -1: none), or our records."""
+    items = []
+    for number, row in enumerate(read_rows(source, None, limit)):
+        item_id = row.get("item_id") or row.get("id")
+        steps, label = row.get("steps"), row.get("label", row.get("first_error"))
+        if not item_id or not isinstance(steps, list) or not steps or not isinstance(label, int):
+            raise UserError(
+                f"{source}, row {number + 1}: expected 'id', 'problem', 'steps', 'label' and "
+                f"'final_answer_correct', found {sorted(row)}"
+            )
+        if not -1 <= label < len(steps):
+            raise UserError(
+                f"{source}, row {number + 1}: expected a label from -1 to {len(steps) - 1} for "
+                f"{len(steps)} steps, found {label}"
+            )
+        items.append(
+            ProcessBenchItem(
+                item_id=item_id,
+                subset=row.get("subset") or item_id.rsplit("-", 1)[0],
+                question=row.get("question") or row["problem"],
+                steps=tuple(steps),
+                first_error=label,
+                final_answer_correct=bool(row["final_answer_correct"]),
+            )
+        )
+    return items
+
+
+def processbench_to_judge_examples(items: Sequence[ProcessBenchItem]) -> list[JudgeExample]:
+    """Human step labels as chunk labels: every step up to and including the first error."""
+    examples = []
+    for item in items:
+        last = len(item.steps) - 1 if item.first_error == -1 else item.first_error
+        for step in range(last + 1):
+            examples.append(
+                JudgeExample(
+                    example_id=f"{item.item_id}/{step}",
+                    problem_id=item.item_id,
+                    question=item.question,
+                    history="\n\n".join(item.steps[:step]),
+                    chunk=item.steps[step],
+                    is_positive=step != item.first_error,
+                )
+            )
+    return examples

@@ -1,0 +1,102 @@
+"""The prompts, and how a verdict is read from what the judge wrote.
+
+Two styles. `instruct`: a chat message with the paper's instructions (Tables 3 and 11). `bare`: the
+text alone, for models that were fine-tuned on nothing else, such as the embedded task's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from stepwiser_jax.records import UserError, Verdict
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+PromptStyle = Literal["instruct", "bare"]
+
+SOLVE_PROMPT = """\
+You are a careful mathematician. Solve the problem step by step, in exactly this format:
+1. Put every part of your reasoning inside <chunk> and </chunk>. A chunk is one complete step of \
+thought with one purpose: setting up an equation, one self-contained computation, one conclusion.
+2. When the reasoning is complete, give the final answer inside \\boxed{{}}.
+Follow the format strictly: no reasoning outside of the chunks.
+
+Problem: {question}"""
+
+JUDGE_PROMPT = """\
+You are a reasoning validator for mathematical problems. Think step by step and decide whether the \
+"New Reasoning Chunk" contains any explicit errors, given the problem and the historical reasoning \
+path.
+
+Always write your chain-of-thought analysis first, and only then give your judgment. It is \
+acceptable for a chunk to contain no numerical calculation.
+Judge Positive if the chunk is free of mistakes, and Negative if it contains one or more mistakes.
+
+Input:
+Mathematical Problem: {question}
+
+Historical Reasoning Path: {history}
+
+New Reasoning Chunk: {chunk}
+
+Output format:
+1. Analysis: [Always analyse step by step. First state briefly what the chunk sets out to do. Then \
+verify its logic, its method and any calculation against the problem and the historical reasoning \
+path. If something is wrong, explain the error and why it is one; if the chunk is right, say why the \
+step is valid and logical.]
+2. Final Judgment: [Give the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \
+\\boxed{{Negative}}.]"""
+
+
+def render_solve_prompt(question: str) -> list[dict[str, str]]:
+    """Paper Table 11: one user message."""
+    return [{"role": "user", "content": SOLVE_PROMPT.format(question=question)}]
+
+
+def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
+    """Paper Table 3: one user message; the tags are taken off."""
+    content = JUDGE_PROMPT.format(
+        question=question, history=strip_tags(history).strip(), chunk=strip_tags(chunk).strip()
+    )
+    return [{"role": "user", "content": content}]
+
+
+def encode_message(tokenizer: Tokenizer, text: str, style: str) -> list[int]:
+    """One user message: through the chat template, or as it stands behind the start token."""
+    if style == "instruct":
+        return tokenizer.render_chat([{"role": "user", "content": text}])
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise UserError("expected a prompt, found an empty text")
+    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+
+def encode_solve_prompt(tokenizer: Tokenizer, question: str, style: str) -> list[int]:
+    if style == "instruct":
+        return tokenizer.render_chat(render_solve_prompt(question))
+    return encode_message(tokenizer, question, style)
+
+
+def encode_judge_prompt(
+    tokenizer: Tokenizer, question: str, history: str, chunk: str, style: str
+) -> list[int]:
+    if style == "instruct":
+        return tokenizer.render_chat(render_judge_prompt(question, history, chunk))
+    return encode_message(tokenizer, bare_judge_prompt(question, history, chunk), style)
+
+
+def bare_judge_prompt(question: str, history: str, chunk: str) -> str:
+    return " ".join(part.strip() for part in (question, history, chunk, "<judge>") if part.strip())
+
+
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+
+
+def parse_verdict(text: str) -> Verdict:
+    """The last \\boxed{} decides; \\text{}, stars and spaces around the word do not matter."""
+    boxes = _BOXED.findall(text)
+    if not boxes:
+        return Verdict.UNPARSED
+    word = re.sub(r"\\text\w*|[\s{}*$.]", "", boxes[-1]).lower()
+    return {"positive": Verdict.POSITIVE, "negative": Verdict.NEGATIVE}.get(word, Verdict.UNPARSED)
