@@ -1,0 +1,270 @@
+"""Log-probabilities of tokens: the one place that knows that logits at t-1 predict token t.
+
+    hidden_BTD -> hidden of each token's predecessor -> x head_VD, some positions at a time -> log p
+
+Logits of all positions are never held at once where they are many, forward or backward: a scan
+over slices of the positions computes the logits of one slice, reduces them to three numbers per
+position, and the backward pass computes them again. Positions are sliced, and not the vocabulary,
+because a mesh splits the vocabulary (and the rows) but never the positions.
+
+Matmuls take their operands in the type of the hidden states and accumulate in float32; everything
+after them, and the gradient of the head, is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Stats = tuple[jax.Array, jax.Array]
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+SLICE_ELEMENTS = 1 << 22
+"""Logits that are computed at once without a thought of memory: 16 MiB in float32."""
+
+
+class LanguageModel(Protocol):
+    """What is asked of a model: hidden states after the final norm, and the output matrix."""
+
+    @property
+    def head_VD(self) -> jax.Array: ...
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        remat: bool = False,
+    ) -> jax.Array: ...
+
+
+def token_logprobs(
+    model: LanguageModel,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    previous_BT: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+    num_slices: int | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Log-probs (B, T), float32 and <= 0: entry t is of token t, given what stands before it.
+
+    The arguments are those of `token_logprobs_and_entropy`.
+    """
+    logprobs_BT, _ = token_logprobs_and_entropy(
+        model,
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
+        previous_BT=previous_BT,
+        temperature=temperature,
+        num_slices=num_slices,
+        remat=remat,
+    )
+    return logprobs_BT
+
+
+def token_logprobs_and_entropy(
+    model: LanguageModel,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    previous_BT: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+    num_slices: int | None = None,
+    remat: bool = False,
+) -> Stats:
+    """Log-probs (B, T) of the tokens and the entropies (B, T), in nats, of the distributions they
+    were predicted by; both float32 and differentiable in the model.
+
+    `previous_BT[b, t]` is the index of the position whose logits predict token t; None means t-1.
+    In a row that holds a GRPO group, the first token of every completion points to the last token
+    of the prompt. Entries are 0, both of them, for tokens that nothing predicts: t = 0, a
+    predecessor that is not earlier in the row, padding (segment 0), and a predecessor in another
+    segment, unless that is negative (a prefix shared by the whole row).
+
+    `temperature` > 0 divides the logits and is a constant for the gradient. `num_slices` scans over
+    that many slices of the positions; by default as many as memory asks for (`default_slices`).
+    `remat` is the model's.
+    """
+    hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
+    head_VD = model.head_VD
+    if num_slices is None:
+        num_slices = default_slices(*tokens_BT.shape, head_VD.shape[0])
+    with jax.named_scope("token_logprobs"):
+        logprobs_BT, entropy_BT = _score(
+            _hidden_of_predecessors(hidden_BTD, previous_BT),
+            head_VD,
+            tokens_BT,
+            jnp.asarray(temperature, jnp.float32),
+            num_slices,
+        )
+        is_predicted_BT = _is_predicted(tokens_BT, segment_ids_BT, previous_BT)
+    return jnp.where(is_predicted_BT, logprobs_BT, 0), jnp.where(is_predicted_BT, entropy_BT, 0)
+
+
+def default_slices(rows: int, length: int, vocab_size: int) -> int:
+    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 512
+    positions: `rows` may be spread over a mesh, and each device's matmul has to stay large."""
+    needed = math.ceil(rows * length * vocab_size / SLICE_ELEMENTS)
+    return max(1, min(needed, length, max(8, length // 512)))
+
+
+# --- the shift ----------------------------------------------------------------------------------
+
+
+def _hidden_of_predecessors(hidden_BTD: jax.Array, previous_BT: jax.Array | None) -> jax.Array:
+    if previous_BT is None:
+        return jnp.roll(hidden_BTD, 1, axis=1)
+    inside_BT = jnp.clip(previous_BT, 0, hidden_BTD.shape[1] - 1)
+    return jnp.take_along_axis(hidden_BTD, inside_BT[:, :, None], axis=1)
+
+
+def _is_predicted(
+    tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, previous_BT: jax.Array | None
+) -> jax.Array:
+    here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    before_BT = here_BT - 1 if previous_BT is None else previous_BT
+    is_predicted_BT = (before_BT >= 0) & (before_BT < here_BT)
+    if segment_ids_BT is None:
+        return is_predicted_BT
+    inside_BT = jnp.clip(before_BT, 0, tokens_BT.shape[1] - 1)
+    before_segment_BT = jnp.take_along_axis(segment_ids_BT, inside_BT, axis=1)
+    is_visible_BT = (before_segment_BT == segment_ids_BT) | (before_segment_BT < 0)
+    return is_predicted_BT & is_visible_BT & (segment_ids_BT != 0)
+
+
+# --- logits, a slice at a time ------------------------------------------------------------------
+
+
+def _split(array_BT: jax.Array, num_slices: int) -> jax.Array:
+    """(B, T, ...) -> (slices, B, C, ...), padded with zeros to slices of one length C."""
+    rows, length, *rest = array_BT.shape
+    slice_length = math.ceil(length / num_slices)
+    padding = [(0, 0), (0, num_slices * slice_length - length), *((0, 0) for _ in rest)]
+    padded = jnp.pad(array_BT, padding)
+    return jnp.moveaxis(padded.reshape(rows, num_slices, slice_length, *rest), 1, 0)
+
+
+def _merge(slices: jax.Array, length: int) -> jax.Array:
+    """(slices, B, C, ...) -> (B, T, ...), the inverse of `_split`."""
+    num_slices, rows, slice_length, *rest = slices.shape
+    joined = jnp.moveaxis(slices, 0, 1).reshape(rows, num_slices * slice_length, *rest)
+    return joined[:, :length]
+
+
+def _logits(features_BCD: jax.Array, head_VD: jax.Array, temperature: jax.Array) -> jax.Array:
+    dimensions = (((2,), (1,)), ((), ()))
+    logits_BCV = lax.dot_general(
+        features_BCD, head_VD, dimensions, preferred_element_type=jnp.float32
+    )
+    return logits_BCV / temperature
+
+
+def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
+    # Compared, not gathered: the vocabulary may be split over devices.
+    shape = (*targets_BC.shape, vocab_size)
+    return lax.broadcasted_iota(targets_BC.dtype, shape, 2) == targets_BC[:, :, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _score(
+    features_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: jax.Array,
+    num_slices: int,
+) -> Stats:
+    """Log-prob of each target and entropy under softmax(features @ head.T / temperature)."""
+    return _score_forward(features_BTD, head_VD, targets_BT, temperature, num_slices)[0]
+
+
+def _score_forward(
+    features_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: jax.Array,
+    num_slices: int,
+) -> tuple[Stats, Residuals]:
+    cast_head_VD = head_VD.astype(features_BTD.dtype)
+
+    def slice_stats(_: None, inputs: Stats) -> tuple[None, tuple[jax.Array, ...]]:
+        features_BCD, targets_BC = inputs
+        logits_BCV = _logits(features_BCD, cast_head_VD, temperature)
+        peak_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+        shifted_BCV = logits_BCV - peak_BC1
+        weights_BCV = jnp.exp(shifted_BCV)
+        total_BC = jnp.sum(weights_BCV, axis=-1)
+        mean_shifted_BC = jnp.sum(weights_BCV * shifted_BCV, axis=-1) / total_BC
+        is_target_BCV = _is_target(targets_BC, head_VD.shape[0])
+        target_BC = jnp.sum(jnp.where(is_target_BCV, shifted_BCV, 0), axis=-1)
+        log_total_BC = jnp.log(total_BC)
+        # Both bounds hold exactly but for rounding.
+        logprobs_BC = jnp.minimum(target_BC - log_total_BC, 0)
+        entropy_BC = jnp.maximum(log_total_BC - mean_shifted_BC, 0)
+        return None, (logprobs_BC, entropy_BC, peak_BC1[:, :, 0] + log_total_BC)
+
+    slices = (_split(features_BTD, num_slices), _split(targets_BT, num_slices))
+    _, stats = lax.scan(slice_stats, None, slices)
+    logprobs_BT, entropy_BT, normaliser_BT = (_merge(x, targets_BT.shape[1]) for x in stats)
+    residuals = (features_BTD, head_VD, targets_BT, temperature, entropy_BT, normaliser_BT)
+    return (logprobs_BT, entropy_BT), residuals
+
+
+def _score_backward(
+    num_slices: int, residuals: Residuals, cotangents: Stats
+) -> tuple[jax.Array, jax.Array, None, None]:
+    """With p = softmax(z), z the logits over the temperature:
+    d log p_target / dz = [target] - p,    d entropy / dz = -p (log p + entropy)."""
+    features_BTD, head_VD, targets_BT, temperature, entropy_BT, normaliser_BT = residuals
+    cast_head_VD = head_VD.astype(features_BTD.dtype)
+
+    def slice_gradients(
+        head_grad_VD: jax.Array, inputs: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        features_BCD, targets_BC, *rest = inputs
+        entropy_BC1, normaliser_BC1, logprob_grad_BC1, entropy_grad_BC1 = (
+            x[:, :, None] for x in rest
+        )
+        logprobs_BCV = _logits(features_BCD, cast_head_VD, temperature) - normaliser_BC1
+        probs_BCV = jnp.exp(logprobs_BCV)
+        from_logprob_BCV = _is_target(targets_BC, head_VD.shape[0]).astype(jnp.float32) - probs_BCV
+        from_entropy_BCV = -probs_BCV * (logprobs_BCV + entropy_BC1)
+        logits_grad_BCV = (
+            logprob_grad_BC1 * from_logprob_BCV + entropy_grad_BC1 * from_entropy_BCV
+        ) / temperature
+        logits_grad_BCV = logits_grad_BCV.astype(features_BTD.dtype)
+        features_grad_BCD = lax.dot_general(
+            logits_grad_BCV,
+            cast_head_VD,
+            (((2,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        added_VD = lax.dot_general(
+            logits_grad_BCV,
+            features_BCD,
+            (((0, 1), (0, 1)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return head_grad_VD + added_VD, features_grad_BCD.astype(features_BTD.dtype)
+
+    per_position = (features_BTD, targets_BT, entropy_BT, normaliser_BT, *cotangents)
+    head_grad_VD, features_grad = lax.scan(
+        slice_gradients,
+        jnp.zeros(head_VD.shape, jnp.float32),
+        tuple(_split(x, num_slices) for x in per_position),
+    )
+    features_grad_BTD = _merge(features_grad, targets_BT.shape[1])
+    return features_grad_BTD, head_grad_VD.astype(head_VD.dtype), None, None
+
+
+_score.defvjp(_score_forward, _score_backward)
