@@ -1,0 +1,181 @@
+"""Records -> token ids -> batches of a fixed shape, through Grain.
+
+The position of a loader is part of every checkpoint: `get_state` and `set_state` are Grain's. Masks
+and segments are data here, never derived from token ids: pad and end may be the same token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import grain
+import jax
+import numpy as np
+
+from stepwiser_jax.records import SftExample, UserError
+
+R = TypeVar("R")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Rows of one or more documents. `segment_ids_BT` is 0 on padding, 1, 2, ... per document;
+    `loss_mask_BT` marks the tokens that are learned."""
+
+    tokens_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    loss_mask_BT: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """One row per group: the prompt (segment -1), then its completions (segments 1..G), then padding
+    (segment 0). Every array is indexed by the token it describes; `previous_BT` is the index of the
+    position that predicts the token: the last of the prompt for each completion's first token."""
+
+    tokens_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    previous_BT: Any
+    completion_mask_BT: Any
+    sampler_logprobs_BT: Any
+    advantages_BT: Any
+    old_logprobs_BT: Any = None
+    ref_logprobs_BT: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One prompt and its completions, with what the sampler and the rewards say about them."""
+
+    prompt_ids: Sequence[int]
+    completions_G: Sequence[Sequence[int]]
+    logprobs_G: Sequence[Sequence[float]]
+    advantages_G: Sequence[float]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.completions_G))
+
+
+def sft_loader(
+    examples: Sequence[SftExample],
+    render: Callable[[SftExample], tuple[list[int], list[int]]],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    packing: bool,
+) -> grain.DatasetIterator[TokenBatch]:
+    """Endless shuffled batches (batch_size, max_length), another order in every epoch.
+
+    `render` gives (prompt ids, completion ids); the loss is on the completion. With `packing`
+    several documents share a row. Raises UserError where no example fits, or one has no completion.
+    """
+    documents = [_document(example, render) for example in examples]
+    fitting = [document for document in documents if len(document["tokens"]) <= max_length]
+    if not fitting:
+        longest = min(len(document["tokens"]) for document in documents)
+        raise UserError(
+            f"no example fits max_length {max_length}: the shortest of {len(documents)} has "
+            f"{longest} tokens"
+        )
+    source = grain.MapDataset.source(fitting).seed(seed).shuffle().repeat()
+    if packing:
+        lengths = {"tokens": max_length, "loss_mask": max_length}
+        rows = grain.experimental.FirstFitPackIterDataset(
+            source.to_iter_dataset(), length_struct=lengths, num_packing_bins=4 * batch_size
+        )
+        rows = rows.map(_packed_row)
+    else:
+        rows = source.map(lambda document: _padded_row(document, max_length)).to_iter_dataset()
+    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda row: TokenBatch(**row)))
+
+
+def _document(
+    example: SftExample, render: Callable[[SftExample], tuple[list[int], list[int]]]
+) -> dict[str, np.ndarray]:
+    prompt_ids, completion_ids = render(example)
+    if not completion_ids:
+        raise UserError(f"{example.example_id} has an empty completion: nothing to learn")
+    return {
+        "tokens": np.array([*prompt_ids, *completion_ids], np.int32),
+        "loss_mask": np.array([0] * len(prompt_ids) + [1] * len(completion_ids), np.int32),
+    }
+
+
+def _packed_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "tokens_BT": row["tokens"].astype(np.int32),
+        "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
+        "positions_BT": row["tokens_positions"].astype(np.int32),
+        "loss_mask_BT": row["loss_mask"].astype(bool),
+    }
+
+
+def _padded_row(document: dict[str, np.ndarray], max_length: int) -> dict[str, np.ndarray]:
+    length = len(document["tokens"])
+    padding = (0, max_length - length)
+    return {
+        "tokens_BT": np.pad(document["tokens"], padding),
+        "segment_ids_BT": np.pad(np.ones(length, np.int32), padding),
+        "positions_BT": np.pad(np.arange(length, dtype=np.int32), padding),
+        "loss_mask_BT": np.pad(document["loss_mask"].astype(bool), padding),
+    }
+
+
+def example_loader(
+    examples: Sequence[R], *, batch_size: int, seed: int
+) -> grain.DatasetIterator[list[R]]:
+    """Endless shuffled lists of `batch_size` records, another order in every epoch."""
+    source = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    return iter(source.batch(batch_size, batch_fn=list).to_iter_dataset())
+
+
+def rollout_batch(groups: Sequence[Group], *, num_rows: int, row_length: int) -> RolloutBatch:
+    """Groups as rows (num_rows, row_length); rows without a group are padding.
+
+    Raises ValueError where a group is longer than a row or there are more groups than rows.
+    """
+    if len(groups) > num_rows:
+        raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows")
+    shape = (num_rows, row_length)
+    batch = RolloutBatch(
+        tokens_BT=np.zeros(shape, np.int32),
+        segment_ids_BT=np.zeros(shape, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        previous_BT=np.zeros(shape, np.int32),
+        completion_mask_BT=np.zeros(shape, bool),
+        sampler_logprobs_BT=np.zeros(shape, np.float32),
+        advantages_BT=np.zeros(shape, np.float32),
+    )
+    for row, group in enumerate(groups):
+        if group.num_tokens > row_length:
+            raise ValueError(f"a group of {group.num_tokens} tokens exceeds a row of {row_length}")
+        _fill_row(batch, row, group)
+    return batch
+
+
+def _fill_row(batch: RolloutBatch, row: int, group: Group) -> None:
+    prompt_length = len(group.prompt_ids)
+    batch.tokens_BT[row, :prompt_length] = group.prompt_ids
+    batch.segment_ids_BT[row, :prompt_length] = -1
+    batch.positions_BT[row, :prompt_length] = np.arange(prompt_length)
+    batch.previous_BT[row, 1:prompt_length] = np.arange(prompt_length - 1)
+    start = prompt_length
+    for g, completion in enumerate(group.completions_G):
+        end = start + len(completion)
+        batch.tokens_BT[row, start:end] = completion
+        batch.segment_ids_BT[row, start:end] = g + 1
+        batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion))
+        batch.previous_BT[row, start:end] = np.arange(start - 1, end - 1)
+        batch.previous_BT[row, start] = prompt_length - 1
+        batch.completion_mask_BT[row, start:end] = True
+        batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
+        batch.advantages_BT[row, start:end] = group.advantages_G[g]
+        start = end

@@ -1,0 +1,127 @@
+"""Where a stage's model comes from, in numbered cases.
+
+1. `arithmetic`: the embedded task's tiny model with fresh weights and its word-level tokenizer.
+2. The run directory of a finished `sft` or `judge` stage: the model it exported to `<run>/model`.
+3. A Hugging Face directory.
+4. A Hugging Face hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.hf import load_hf, read_config
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import UserError, read_manifest
+from stepwiser_jax.runtime.mesh import ShardingFor, parameter_sharding
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Transformer
+    tokenizer: Tokenizer
+    model_id: str
+
+
+def load_model(
+    path: str,
+    *,
+    mesh: jax.sharding.Mesh,
+    param_dtype: str = "float32",
+    compute_dtype: str = "float32",
+    seed: int = 0,
+) -> Loaded:
+    """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits."""
+    if path == "arithmetic":
+        return _fresh_arithmetic(seed, param_dtype, compute_dtype)
+    directory = _resolve(path)
+    model = load_hf(
+        directory,
+        dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        sharding_for=sharding_of(read_config(directory), mesh),
+    )
+    return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def load_tokenizer_of(path: str) -> Tokenizer:
+    """The tokenizer of the model that `load_model(path)` would load."""
+    return _arithmetic_tokenizer() if path == "arithmetic" else load_tokenizer(_resolve(path))
+
+
+def check_model_exists(path: str) -> None:
+    """Raises the UserError of `load_model`, without reading any weights."""
+    if path != "arithmetic":
+        _resolve(path)
+
+
+def _resolve(path: str) -> str:
+    local = Path(path)
+    if (local / "config.yaml").is_file():
+        manifest = read_manifest(local)
+        if not (local / "model" / "config.json").is_file():
+            raise UserError(
+                f"expected a model in {path}, found a run of stage '{manifest['stage']}', which "
+                "makes none: name a run of sft or judge, or a Hugging Face directory"
+            )
+        return str(local / "model")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise UserError(
+            f"expected a Hugging Face checkpoint or a run directory at {path}, found neither a "
+            "config.json nor a config.yaml"
+        )
+    if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
+        raise UserError(
+            f"expected a Hugging Face directory, a run directory or a hub id (owner/name), found "
+            f"nothing at {path}"
+        )
+    return path
+
+
+def sharding_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> ShardingFor:
+    return parameter_sharding(
+        mesh,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+
+
+def _fresh_arithmetic(seed: int, param_dtype: str, compute_dtype: str) -> Loaded:
+    config = ModelConfig.from_hf(arithmetic.hf_config())
+    model = Transformer(
+        config,
+        rngs=nnx.Rngs(seed),
+        param_dtype=jnp.dtype(param_dtype),
+        compute_dtype=jnp.dtype(compute_dtype),
+    )
+    return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
+
+
+def _arithmetic_tokenizer() -> Tokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        arithmetic.write_tokenizer(directory)
+        return load_tokenizer(directory)
+
+
+def _fingerprint(directory: str) -> str:
+    """12 hex digits over the ends of every weight file: enough to tell two checkpoints apart."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 22))
+            stream.seek(max(0, size - (1 << 22)))
+            digest.update(stream.read())
+        digest.update(str(size).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,188 @@
+"""A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
+
+    <run_dir>/config.yaml     the resolved config; with another config the directory is refused
+    <run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
+    <run_dir>/records/        what the stage hands on
+    <run_dir>/summary.json    the numbers a person would quote
+    <run_dir>/manifest.json   written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
+from stepwiser_jax.records import RecordWriter, UserError, atomic_write, write_manifest
+
+R = TypeVar("R")
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: everything is saved, the same command goes on from here."""
+
+
+class RunDirectory:
+    """Nothing is written before the first of `writer`, `metrics` or `finish`: a stage reads and
+    checks its input first, so that a mistake leaves no directory behind."""
+
+    def __init__(self, path: str | Path, stage: str, config: Config):
+        """Raises UserError where `path` holds another stage's run or one of another config."""
+        self.path, self.stage, self.config = Path(path), stage, config
+        self._writers: list[RecordWriter[Any]] = []
+        self._refuse_other_run()
+
+    def _refuse_other_run(self) -> None:
+        if self.path.is_file():
+            raise UserError(f"expected a run directory at {self.path}, found a file")
+        if not (self.path / "config.yaml").is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(
+                    f"{self.path} is not empty and is no run directory (it has no config.yaml): "
+                    "name an empty or a new directory"
+                )
+            return
+        found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        differences = differing_keys(found, self.config.model_dump(mode="json"))
+        if differences:
+            raise UserError(
+                f"{self.path} is a run of another config, which differs in {'; '.join(differences)}: "
+                "name a new run directory, or repeat the old config to resume"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    def create(self) -> Path:
+        if not (self.path / "config.yaml").is_file():
+            atomic_write(self.path / "config.yaml", dump_config(self.config))
+        return self.path
+
+    def writer(self, record_type: type[R]) -> RecordWriter[R]:
+        writer = RecordWriter(self.create(), record_type)
+        self._writers.append(writer)
+        return writer
+
+    def metrics(self) -> Metrics:
+        return Metrics(self.create())
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, put the parts in id order, and write the manifest last."""
+        self.create()
+        atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events side by side."""
+
+    def __init__(self, run_dir: Path):
+        from tensorboardX import SummaryWriter
+
+        self._path = run_dir / "metrics.jsonl"
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30)
+
+    def resume_at(self, step: int) -> None:
+        """Forget what a killed run logged after the checkpoint it resumes from."""
+        if not self._path.exists():
+            return
+        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        atomic_write(self._path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+class StopRequest:
+    """First Ctrl-C or SIGTERM: finish the unit of work, save, leave. Second Ctrl-C: leave now."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping: saving first (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+
+    def check(self) -> None:
+        """Call between units of work, when everything so far is saved."""
+        if self.requested:
+            raise Interrupted
+
+
+stop = StopRequest()
+
+
+def install_signal_handlers() -> None:
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A bar with time left; yields `advance(n=1, **fields)`. Silent when not on a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(description, total=total, completed=done, note="")
+
+        def advance(n: int = 1, **fields: float) -> None:
+            note = " ".join(f"{name} {value:.3g}" for name, value in fields.items())
+            bar.update(task, advance=n, note=note)
+
+        yield advance
+
+
+def blocks(items: Sequence[R], size: int) -> list[Sequence[R]]:
+    """Fixed blocks of the work: a block's shapes depend on its members' ids alone, so a block that
+    is done again after a kill gives the same bytes."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def worker_count() -> int:
+    return max(1, min(8, (os.cpu_count() or 2) - 1))

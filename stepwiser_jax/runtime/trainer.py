@@ -1,0 +1,164 @@
+"""The train step: a pure function (state, batch) -> (state, metrics), one dispatch per update.
+
+Gradients, loss and metrics of micro-batches are sums over a denominator taken from the whole batch,
+so they add up exactly, however the batch is cut. An update whose gradients are not finite is skipped
+and counted: parameters, moments and the schedule's step stay as they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stepwiser_jax.runtime.mesh import replicated
+
+Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+"""(model, micro-batch, denominator of the whole batch) -> (loss, metrics)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes. `skipped` counts non-finite updates."""
+
+    model: Any
+    opt_state: Any
+    step: jax.Array
+    skipped: jax.Array
+
+
+def make_schedule(
+    *, learning_rate: float, schedule: str, warmup_steps: int, total_steps: int, end_fraction: float
+) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then constant or a cosine to `end_fraction` of it."""
+    if schedule == "constant":
+        after = optax.constant_schedule(learning_rate)
+    else:
+        after = optax.cosine_decay_schedule(
+            learning_rate, max(1, total_steps - warmup_steps), alpha=end_fraction
+        )
+    warmup = optax.linear_schedule(learning_rate / max(1, warmup_steps), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, weight_decay: float, clip_norm: float, b1: float, b2: float
+) -> optax.GradientTransformation:
+    """AdamW behind clipping by global norm; no weight decay on norms and biases."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """True for matrices. The blocks' parameters have a leading axis of layers besides."""
+
+    def is_matrix(path: Any, leaf: jax.Array) -> bool:
+        return leaf.ndim - ("blocks" in jax.tree_util.keystr(path)) == 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def create_train_state(
+    model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Moments are created with the sharding of their parameters, never whole on one device."""
+    whole = replicated(mesh)
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, model),
+        jax.tree.map(lambda leaf: leaf.sharding, model),
+        transform_non_params=lambda _: whole,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(model)
+    step, skipped = jax.device_put((jnp.int32(0), jnp.int32(0)), whole)
+    return TrainState(model, opt_state, step, skipped)
+
+
+def make_train_step(
+    loss_fn: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    micro_batches: int,
+    denominator_fn: Callable[[Any], Any],
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted optimizer step that consumes its state.
+
+    The batch is cut into `micro_batches` along its rows (strided, so that rows stay on their
+    devices). Metrics add up over micro-batches, those named `*_max` are maximised. The step adds
+    `loss`, `grad_norm`, `learning_rate` and `skipped` (1 where the update was).
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        skipped = 1 - finite.astype(jnp.int32)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "skipped": skipped,
+        }
+        state = TrainState(
+            model=keep(model, state.model),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1,
+            skipped=state.skipped + skipped,
+        )
+        return state, metrics
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: Loss,
+    model: Any,
+    batch: Any,
+    micro_batches: int,
+    denominator_fn: Callable[[Any], Any],
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients and metrics of the whole batch, one micro-batch at a time."""
+    denominator = denominator_fn(batch)
+
+    def of_micro_batch(micro_batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = value_and_grad(model, micro_batch, denominator)
+        return grads, metrics | {"loss": loss}
+
+    if micro_batches == 1:
+        return of_micro_batch(batch)
+    stacked = jax.tree.map(
+        lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    first, rest = jax.tree.map(lambda x: x[0], stacked), jax.tree.map(lambda x: x[1:], stacked)
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        grads, metrics = of_micro_batch(micro_batch)
+        total_grads, total_metrics = total
+        return (jax.tree.map(jnp.add, total_grads, grads), _merge(total_metrics, metrics)), None
+
+    total, _ = jax.lax.scan(add, of_micro_batch(first), rest)
+    return total
+
+
+def _merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        name: jnp.maximum(a[name], b[name]) if name.endswith("_max") else a[name] + b[name]
+        for name in a
+    }

@@ -1,0 +1,133 @@
+"""What `sft` and `judge` share around their loops: start or resume, log, checkpoint, stop, export.
+
+    <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights
+    <run_dir>/checkpoints/    train state, loader position and counters, together (Orbax)
+    <run_dir>/model/          the finished model as a Hugging Face directory
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+
+from stepwiser_jax.config import Training
+from stepwiser_jax.model.hf import save_hf
+from stepwiser_jax.records import UserError, atomic_write
+from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.run import RunDirectory, stop
+from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
+
+
+class Loader(Protocol):
+    """A Grain iterator: its state is saved with every checkpoint."""
+
+    def __next__(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingRun:
+    """The state of a training stage and everything that happens to it between two steps."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        loaded: Loaded,
+        mesh: jax.sharding.Mesh,
+        settings: Training,
+        *,
+        total_updates: int,
+        loader: Loader,
+    ):
+        self.settings, self.loader, self._loaded = settings, loader, loaded
+        optimizer = settings.optimizer
+        self.schedule = make_schedule(
+            learning_rate=optimizer.learning_rate,
+            schedule=optimizer.schedule,
+            warmup_steps=optimizer.warmup_steps,
+            end_fraction=optimizer.end_fraction,
+            total_steps=total_updates,
+        )
+        self.optimizer = make_optimizer(
+            self.schedule,
+            weight_decay=optimizer.weight_decay,
+            clip_norm=optimizer.clip_norm,
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+        )
+        self.state = create_train_state(loaded.model, self.optimizer, mesh)
+        self._directory = directory
+        self._write_template()
+        self._checkpointer = Checkpointer(
+            directory.path / "checkpoints", keep=settings.keep_checkpoints
+        )
+        self.step = 0
+        self._restore()
+        self._metrics = directory.metrics()
+        self._metrics.resume_at(self.step)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._last: dict[str, float] = {}
+        self._skipped_in_a_row = 0
+
+    def _write_template(self) -> None:
+        template = self._directory.create() / "template"
+        config = self._loaded.model.config.to_hf()
+        atomic_write(template / "config.json", json.dumps(config, indent=2) + "\n")
+        self._loaded.tokenizer.save(str(template))
+
+    def _restore(self) -> None:
+        latest = self._checkpointer.latest_step()
+        if latest is not None:
+            self.state, host_state = self._checkpointer.restore(self.state)
+            self.loader.set_state(host_state["loader"])
+            self.step = latest
+
+    def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Log the step before this one (its values are on the host by now), then save when due."""
+        self.flush()
+        self._pending = (step, metrics)
+        self.step = step
+        if step % self.settings.checkpoint_every == 0 or stop.requested:
+            self.save()
+        stop.check()
+
+    def save(self) -> None:
+        self.flush()
+        self._checkpointer.save(self.step, self.state, {"loader": self.loader.get_state()})
+        if stop.requested:
+            self._checkpointer.wait()
+
+    def flush(self) -> None:
+        """Fetch and log the metrics of the last dispatched step."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._metrics.write(step, self._last)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._last["skipped"] else 0
+        if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+            raise UserError(
+                f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
+                f"{step}); the parameters are those before them. Lower the learning rate, or raise "
+                "training.max_skipped_in_a_row"
+            )
+
+    def last(self, name: str) -> float:
+        """The newest logged value of a metric; nan before the first."""
+        return self._last.get(name, float("nan"))
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Save the last state, export the model, and finish the run."""
+        self.flush()
+        if self._checkpointer.latest_step() != self.step:
+            self.save()
+        self._checkpointer.close()
+        self._metrics.close()
+        save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
+        return self._directory.finish(summary)
