@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The pipeline, stage by stage, as a person types it: tiny model, embedded task, about a minute on a
+# laptop CPU. Nothing is learned here that is worth a number; it shows that every stage runs, stops,
+# resumes and hands over.
+#
+#   launch/cpu_smoke.sh [RUN_DIR]        exit status 0: all is well
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stepwiser=${STEPWISER:-stepwiser}
+runs=${1:-$(mktemp -d)}
+stage() { # stage NAME RUN [--set k=v ...]: configs/smoke_RUN.yaml into $runs/RUN
+  local name=$1 run=$2
+  shift 2
+  echo "== $run"
+  "$stepwiser" "$name" --config "configs/smoke_$run.yaml" --run-dir "$runs/$run" "$@" >"$runs/$run.log"
+}
+mkdir -p "$runs"
+
+# 1. A policy learns to solve problems in chunks.
+stage sft policy
+
+# 2. It samples solutions of new problems, 4 of each.
+stage rollout rollouts --set policy.path="$runs/policy"
+
+# 3. Monte Carlo rollouts before and after every chunk say whether the chunk helped.
+stage annotate values --set policy.path="$runs/policy" --set rollouts="$runs/rollouts"
+
+# 4. Values become labels, labels become balanced judge examples.
+stage label labels --set annotations="$runs/values" --set rollouts="$runs/rollouts" \
+  --set tokenizer="$runs/policy"
+
+# 5. The judge learns the form of a judgment, then GRPO teaches it to reason.
+stage sft cold_start --set model.path="$runs/policy"
+stage judge judge --set model.path="$runs/cold_start" --set examples="$runs/labels"
+
+# 6. It finds first errors in held-out solutions ...
+stage rollout heldout --set policy.path="$runs/policy"
+stage evaluate evaluate --set judge.path="$runs/judge" --set items="$runs/heldout"
+
+# 7. ... and steers generation.
+stage search search --set policy.path="$runs/policy" --set judge.path="$runs/judge"
+
+# 8. A checkpoint becomes a Hugging Face directory.
+"$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
+
+# Every stage left a manifest and a summary; a finished stage started again does nothing.
+for run in policy rollouts values labels cold_start judge heldout evaluate search; do
+  test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
+done
+test -s "$runs/judge_hf/model.safetensors"
+before=$(cksum "$runs/values/manifest.json")
+stage annotate values --set policy.path="$runs/policy" --set rollouts="$runs/rollouts"
+test "$before" = "$(cksum "$runs/values/manifest.json")"
+
+# A mistake is one message and exit status 2, and leaves nothing behind.
+status=0
+"$stepwiser" label --config configs/smoke_labels.yaml --run-dir "$runs/typo" --set ruel=abs_q \
+  2>"$runs/typo.log" || status=$?
+test "$status" = 2 && test ! -e "$runs/typo" && grep -q "did you mean 'rule'" "$runs/typo.log"
+echo "all is well: $runs"

@@ -1,0 +1,135 @@
+"""The command line: `stepwiser quickstart`, `stepwiser <stage>`, `stepwiser convert`.
+
+A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
+save and exit with 130; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from stepwiser_jax.records import UserError
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+STAGES = {
+    "sft": (
+        "Fine-tune a policy on chunked solutions, or a judge on judgments (its cold start).",
+        "Reads demonstrations and a model. Writes checkpoints/, metrics.jsonl, model/.",
+    ),
+    "rollout": (
+        "Sample chunked solutions of every problem and check their answers.",
+        "Reads problems and a policy. Writes problems and trajectories.",
+    ),
+    "annotate": (
+        "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",
+        "Reads a rollout run and a policy. Writes prefix values.",
+    ),
+    "label": (
+        "Turn prefix values into chunk labels and balanced judge examples.",
+        "Reads an annotate run and its rollout run. Writes chunk labels and judge examples.",
+    ),
+    "judge": (
+        "Train a judge by GRPO to reason about a chunk before its verdict.",
+        "Reads judge examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
+    ),
+    "evaluate": (
+        "ProcessBench: find first errors with a judge.",
+        "Reads items (a ProcessBench file or hub id, or a rollout run) and a judge. "
+        "Writes judgments.",
+    ),
+    "search": (
+        "Chunk-reset search beside greedy decoding, plain sampling and majority vote.",
+        "Reads problems, a policy and a judge. Writes search results.",
+    ),
+}
+
+
+def _add_stage(name: str, does: str, files: str) -> None:
+    @app.command(name, help=f"{does}\n\n{files}")
+    def stage(
+        config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
+        run_dir: Annotated[Path, typer.Option(help="Directory of the run; resumes if it exists.")],
+        set_: Annotated[
+            list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
+        ] = [],  # noqa: B006 - typer copies it
+        dry_run: Annotated[
+            bool, typer.Option(help="Check config and input, print the config, write nothing.")
+        ] = False,
+    ) -> None:
+        from stepwiser_jax.config import dump_config, load_config
+
+        settings = load_config(name, config, tuple(set_))
+        if dry_run:
+            from stepwiser_jax.commands.dry_run import check_inputs
+
+            check_inputs(name, settings, run_dir)
+            typer.echo(dump_config(settings), nl=False)
+            return
+        module = importlib.import_module(f"stepwiser_jax.stages.{name}")
+        summary = module.run(settings, run_dir)
+        typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
+
+
+for _name, (_does, _files) in STAGES.items():
+    _add_stage(_name, _does, _files)
+
+
+@app.command()
+def quickstart(
+    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(help="Of data, sampling and initial weights.")] = 0,
+) -> None:
+    """The whole method on the embedded arithmetic task with a tiny model, on this machine.
+
+    Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
+    """
+    from stepwiser_jax.commands.quickstart import run_quickstart
+
+    run_quickstart(run_dir, seed)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Option(help="A run directory of sft or judge, or one of its checkpoints/N.")
+    ],
+    output: Annotated[Path, typer.Option(help="A new directory.")],
+) -> None:
+    """Export a checkpoint as a Hugging Face directory that transformers and vLLM load.
+
+    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
+    """
+    from stepwiser_jax.commands.convert import convert_checkpoint
+
+    convert_checkpoint(checkpoint, output)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of the console script; returns the exit status."""
+    from stepwiser_jax.runtime.run import Interrupted, install_signal_handlers
+
+    install_signal_handlers()
+    try:
+        app(arguments, standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is no stage: the quickstart, the dry run, the export."""

@@ -1,0 +1,35 @@
+"""`--dry-run`: everything that can be checked without sampling or training, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepwiser_jax.config import Config, Model, Problems
+from stepwiser_jax.records import UserError, read_manifest
+from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.run import RunDirectory
+
+
+def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
+    """Raises the UserError that the run itself would raise for its directory, its devices, a model
+    that is not there, an unfinished input run, or problems that cannot be read."""
+    RunDirectory(run_dir, stage, config)
+    for name, value in config:
+        if isinstance(value, Model):
+            check_model_exists(value.path)
+            load_tokenizer_of(value.path)
+        elif isinstance(value, Problems):
+            read_problems(value)
+        elif name == "mesh":
+            make_mesh(**value.model_dump())
+        elif name in ("rollouts", "annotations"):
+            read_manifest(value)
+        elif name in ("examples", "items") and not Path(value).is_file():
+            if Path(value).is_dir():
+                read_manifest(value)
+            elif name == "examples":
+                raise UserError(f"expected a file or a finished run at {value}, found nothing")
+        elif name == "tokenizer":
+            load_tokenizer_of(value)

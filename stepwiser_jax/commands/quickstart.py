@@ -1,0 +1,377 @@
+"""The whole method on the embedded arithmetic task, with a tiny model, on a laptop.
+
+    policy (sft) -> rollout -> annotate -> label -> judge cold start (sft) -> judge (GRPO)
+    held-out rollouts -> evaluate both judges -> search
+
+Every stage is the one that a real run uses, with its own run directory; the settings below are the
+whole recipe. Run again after a stop, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stepwiser_jax.algo.labels import LABEL_RULES, label_chunks
+from stepwiser_jax.algo.statistics import balanced_accuracy
+from stepwiser_jax.config import STAGE_CONFIGS, validate
+from stepwiser_jax.records import (
+    Judgment,
+    PrefixValue,
+    Problem,
+    ProcessBenchItem,
+    Trajectory,
+    Verdict,
+    atomic_write,
+    natural_key,
+    read_records,
+)
+from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunks import chunk_texts
+
+RULE_PARAMETERS: dict[str, dict[str, float]] = {
+    "abs_q": {},
+    "rel_effective": {"alpha": 0.8, "n": 4},
+    "rel_ratio": {"gamma": 0.7},
+    "relative_progress": {"epsilon": 0.8},
+}
+"""The paper's 7B choices (4.1), and GenPRM's."""
+
+
+def recipe(
+    run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """(directory, stage, settings) of every stage in order. `problems` are evaluated on `split`."""
+
+    def at(name: str) -> str:
+        return str(run_dir / name)
+
+    def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
+        return {
+            "learning_rate": peak,
+            "warmup_steps": warmup,
+            "schedule": "cosine",
+            "end_fraction": end_fraction,
+            "b2": 0.98,
+        }
+
+    policy_engine = {"rows": [32, 256], "buckets": [160]}
+    judge_engine = {"rows": [32, 256], "buckets": [192]}
+    solve = {"temperature": 1.0, "max_new_tokens": 112}
+    sft = {
+        "seed": seed,
+        "prompt_style": "bare",
+        "batch_size": 8,
+        "max_length": 160,
+        "packing": False,
+    }
+    return [
+        (
+            "policy",
+            "sft",
+            sft
+            | {
+                "model": {"path": "arithmetic"},
+                "data": {"source": "arithmetic-policy", "count": 10400, "seed": seed},
+                "steps": 1300,
+                "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
+            },
+        ),
+        (
+            "rollouts",
+            "rollout",
+            {
+                "seed": seed,
+                "policy": {"path": at("policy")},
+                "problems": {"source": "arithmetic", "split": "rollout", "limit": 256, "seed": seed},
+                "prompt_style": "bare",
+                "group_size": 4,
+                "sampling": solve,
+                "engine": policy_engine,
+            },
+        ),
+        (
+            "values",
+            "annotate",
+            {
+                "seed": seed,
+                "policy": {"path": at("policy")},
+                "rollouts": at("rollouts"),
+                "num_rollouts": 16,
+                "max_trajectories_per_problem": 3,
+                "limit": 480,
+                "sampling": solve,
+                "engine": {"rows": [32, 256], "buckets": [256]},
+            },
+        ),
+        (
+            "labels",
+            "label",
+            {
+                "seed": seed,
+                "annotations": at("values"),
+                "rollouts": at("rollouts"),
+                "tokenizer": at("policy"),
+                "prompt_style": "bare",
+                "rule": "rel_effective",
+                "alpha": 0.8,
+                "max_prompt_tokens": 160,
+            },
+        ),
+        (
+            "cold_start",
+            "sft",
+            sft
+            | {
+                "model": {"path": at("policy")},
+                "data": {"source": "arithmetic-judge", "count": 7200, "seed": seed},
+                "steps": 900,
+                "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
+            },
+        ),
+        (
+            "judge",
+            "judge",
+            {
+                "seed": seed,
+                "model": {"path": at("cold_start")},
+                "examples": at("labels"),
+                "prompt_style": "bare",
+                "iterations": 110,
+                "prompts_per_iteration": 32,
+                "group_size": 8,
+                "max_prompt_tokens": 160,
+                "row_lengths": [320, 416],
+                "sampling": {"temperature": 1.0, "max_new_tokens": 32},
+                "engine": judge_engine,
+                "training": {"optimizer": optimizer(1.5e-4, 8, 0.2), "checkpoint_every": 20},
+            },
+        ),
+        (
+            "heldout",
+            "rollout",
+            {
+                "seed": seed,
+                "policy": {"path": at("policy")},
+                "problems": {
+                    "source": "arithmetic",
+                    "split": split,
+                    "limit": problems,
+                    "seed": seed,
+                },
+                "prompt_style": "bare",
+                "group_size": 1,
+                "sampling": solve,
+                "engine": policy_engine,
+                "problems_per_block": 256,
+            },
+        ),
+        *(
+            (
+                f"evaluate_{name}",
+                "evaluate",
+                {
+                    "seed": seed,
+                    "judge": {"path": at(name)},
+                    "items": at("heldout"),
+                    "prompt_style": "bare",
+                    "max_new_tokens": 32,
+                    "engine": judge_engine,
+                    "items_per_block": 256,
+                },
+            )
+            for name in ("cold_start", "judge")
+        ),
+        (
+            "search",
+            "search",
+            {
+                "seed": seed,
+                "policy": {"path": at("policy")},
+                "judge": {"path": at("judge")},
+                "problems": {
+                    "source": "arithmetic",
+                    "split": split,
+                    "limit": problems,
+                    "seed": seed,
+                },
+                "prompt_style": "bare",
+                "judge_prompt_style": "bare",
+                "majority": [2, 4, 8],
+                "sampling": solve,
+                "max_chunk_tokens": 24,
+                "judge_max_new_tokens": 32,
+                "policy_engine": policy_engine,
+                "judge_engine": judge_engine,
+                "problems_per_block": 256,
+            },
+        ),
+    ]
+
+
+def run_quickstart(
+    run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
+) -> dict[str, Any]:
+    """Run every stage that is not finished, print the table and a few judgments, write summary."""
+    console = Console()
+    summaries: dict[str, dict[str, Any]] = {}
+    for name, stage, tree in recipe(run_dir, seed, problems=problems, split=split):
+        config = validate(STAGE_CONFIGS[stage], tree, f"quickstart {name}")
+        console.print(f"[bold]{name}[/bold] ({stage})")
+        module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
+        summaries[name] = timed(run_dir / name, module.run, config)
+    summary = summarize(run_dir, summaries)
+    atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    console.print(results_table(summary))
+    print_judgments(console, run_dir)
+    console.print(f"\nAll numbers: {run_dir / 'summary.json'}")
+    return summary
+
+
+def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
+    """Run a stage; its wall seconds, restarts added up, are kept beside it in seconds.json."""
+    file = directory / "seconds.json"
+    if (directory / "manifest.json").is_file():
+        return run(config, directory) | {"seconds": json.loads(file.read_text())}
+    before = json.loads(file.read_text()) if file.is_file() else 0.0
+    start = time.perf_counter()
+    try:
+        summary = run(config, directory)
+    finally:
+        seconds = before + time.perf_counter() - start
+        if directory.is_dir():
+            atomic_write(file, json.dumps(seconds))
+    return summary | {"seconds": seconds}
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of the table; accuracies and F1 are fractions between 0 and 1."""
+    search = summaries["search"]
+    methods = {name: search[name] for name in ("plain", "greedy", "majority", "chunk_reset")}
+
+    def judge_scores(name: str) -> dict[str, Any]:
+        scores = summaries[name]["greedy"]["subsets"][arithmetic.SUBSET]
+        return {
+            "f1": scores["official"]["f1"],
+            "f1_interval": scores["official_f1_interval"],
+            "acc_error": scores["official"]["acc_error"],
+            "acc_correct": scores["official"]["acc_correct"],
+            "unparsed_rate": scores["unparsed_rate"],
+        }
+
+    return {
+        "policy": {
+            "accuracy_sampled": search["plain"]["accuracy"],
+            "accuracy_greedy": search["greedy"]["accuracy"],
+        },
+        "labels": label_quality(run_dir),
+        "judge": {
+            "cold_start": judge_scores("evaluate_cold_start"),
+            "grpo": judge_scores("evaluate_judge"),
+        },
+        "search": methods,
+        "problems": search["problems"],
+        "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
+    }
+
+
+def label_quality(run_dir: Path) -> dict[str, Any]:
+    """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
+    first error, where the prefix before the chunk has a value above 0."""
+    problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
+    trajectories = {
+        t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)
+    }
+    values: dict[str, list[float]] = {}
+    for value in read_records(run_dir / "values", PrefixValue):
+        values.setdefault(value.trajectory_id, []).append(value.value)
+    tokenizer = load_tokenizer_of(str(run_dir / "policy"))
+    truths: list[bool] = []
+    labels: dict[str, list[bool]] = {rule: [] for rule in LABEL_RULES}
+    for trajectory_id, q in values.items():
+        trajectory = trajectories[trajectory_id]
+        texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
+        question = problems[trajectory.problem_id].question
+        truth = arithmetic.chunk_truth(question, texts)
+        end = truth.index(False) + 1 if False in truth else len(truth)
+        scope = [j for j in range(end) if q[j] > 0]
+        truths += [truth[j] for j in scope]
+        for rule, parameters in RULE_PARAMETERS.items():
+            given = label_chunks(q, rule, **parameters)
+            labels[rule] += [bool(given[j]) for j in scope]
+    return {
+        rule: balanced_accuracy(given, truths) | {"chunks": len(truths)}
+        for rule, given in labels.items()
+    }
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="StepWiser on compound mod-10 arithmetic", title_justify="left")
+    for column in ("what", "value", "tokens per problem: policy + judge"):
+        table.add_column(column)
+
+    def percent(value: float, interval: list[float] | None = None) -> str:
+        text = f"{100 * value:.1f}%"
+        return text if interval is None else f"{text}  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    policy, judge, search = summary["policy"], summary["judge"], summary["search"]
+    table.add_row("policy accuracy, sampled", percent(policy["accuracy_sampled"]))
+    table.add_row("policy accuracy, greedy", percent(policy["accuracy_greedy"]), end_section=True)
+    for rule, quality in summary["labels"].items():
+        row = f"labels by {rule}: balanced accuracy"
+        table.add_row(row, percent(quality["balanced_accuracy"]))
+    table.add_section()
+    for name, title in (("cold_start", "judge F1, cold start"), ("grpo", "judge F1, after GRPO")):
+        scores = judge[name]
+        table.add_row(title, percent(scores["f1"], scores["f1_interval"]))
+    table.add_section()
+    rows = [("greedy decoding", search["greedy"]), ("plain sampling", search["plain"])]
+    rows += [(f"majority of {k}", row) for k, row in search["majority"].items()]
+    rows += [("chunk-reset search", search["chunk_reset"])]
+    for title, row in rows:
+        cost = f"{row['policy_tokens']:.0f} + {row['judge_tokens']:.0f}"
+        table.add_row(title, percent(row["accuracy"], row["accuracy_interval"]), cost)
+    return table
+
+
+def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
+    """A few chains of thought of the trained judge on first errors and on right chunks."""
+    judgments = {j.example_id: j for j in read_records(run_dir / "evaluate_judge", Judgment)}
+    items = held_out_items(run_dir)
+    console.print("\n[bold]The judge at work[/bold] (held-out solutions)")
+    wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
+    right = [(item, 0) for item in items if item.first_error != 0]
+    for item, step in wrong[: count // 2] + right[: count - count // 2]:
+        judgment = judgments[f"{item.item_id}/{step}"]
+        truth = Verdict.NEGATIVE if step == item.first_error else Verdict.POSITIVE
+        console.print(f"\n  question  {item.question}", markup=False, highlight=False)
+        if step:
+            console.print(f"  history   {' '.join(item.steps[:step])}", markup=False)
+        console.print(f"  chunk     {item.steps[step]}", markup=False, highlight=False)
+        console.print(f"  judge     {judgment.completion}", markup=False, highlight=False)
+        console.print(f"  truth     {truth.value}", markup=False, highlight=False)
+
+
+def held_out_items(run_dir: Path) -> list[ProcessBenchItem]:
+    """The items that `evaluate` judged, in id order."""
+    problems = {p.problem_id: p for p in read_records(run_dir / "heldout", Problem)}
+    tokenizer = load_tokenizer_of(str(run_dir / "policy"))
+    return [
+        arithmetic.processbench_item(
+            problems[t.problem_id],
+            t.trajectory_id,
+            chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
+            t.is_correct,
+        )
+        for t in read_records(run_dir / "heldout", Trajectory)
+    ]

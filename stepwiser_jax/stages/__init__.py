@@ -1,0 +1,1 @@
+"""One file per pipeline step, each `run(config, run_dir) -> summary`. Stages meet on disk only."""

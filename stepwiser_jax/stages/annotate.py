@@ -1,0 +1,216 @@
+"""Monte Carlo values of every prefix of every trajectory (StepWiser 3.2, 4.1).
+
+    Trajectory with J chunks -> prefixes 0..J -> M continuations each -> count of right answers
+
+Prefix 0 is the bare problem; its continuations are shared by all trajectories of the problem.
+Prefix J is the whole trajectory: nothing is left to sample, its value is the outcome itself.
+A trajectory goes through the network once; its prefixes are forks of that one cache.
+
+Leaves out, and counts, problems whose trajectories are all right or all wrong (4.1).
+Reads `rollouts` and `policy`. Writes prefix values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepwiser_jax.config import Annotate
+from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
+from stepwiser_jax.runtime.loading import load_model
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+
+IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
+"""(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
+
+
+def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
+    """Annotate block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "annotate", config)
+    if directory.finished:
+        return directory.summary()
+    problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
+    trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
+    mesh = make_mesh(**config.mesh.model_dump())
+    loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    tokenizer = loaded.tokenizer
+    sampler = Sampler(loaded.model, tokenizer, **config.engine.model_dump())
+    params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
+    for trajectory in trajectories:
+        ids = [*trajectory.prompt_ids, *trajectory.completion_ids]
+        sampler.check_length(ids, params.max_new_tokens, trajectory.trajectory_id)
+
+    writer = directory.writer(PrefixValue)
+    work = blocks(trajectories, config.trajectories_per_block)
+    start = time.perf_counter()
+    with (
+        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
+        progress("annotate", len(work)) as advance,
+    ):
+
+        def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
+            answers = [extract_answer(tokenizer.decode(ids)) for _, ids in rows]
+            references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
+            return verifier.verify(list(zip(answers, references, strict=True)))
+
+        for block in work:
+            if not writer.done.issuperset(prefix_ids(block)):
+                values = estimate_prefix_values(
+                    sampler,
+                    block,
+                    is_correct,
+                    num_rollouts=config.num_rollouts,
+                    params=params,
+                    key=jax.random.key(config.seed),
+                    policy_id=loaded.model_id,
+                )
+                writer.append(values)
+            advance(1)
+            stop.check()
+    seconds = time.perf_counter() - start
+    values = writer.read()
+    summary = {
+        "trajectories": len(trajectories),
+        "dropped": dropped,
+        "prefixes": len(values),
+        "num_rollouts": config.num_rollouts,
+        "mean_value": sum(value.value for value in values) / len(values),
+        "sampled_tokens": sampler.sampled_tokens,
+        "seconds_per_trajectory": seconds / len(trajectories),
+        "verifier_timeouts": verifier.timeouts,
+        "compiled": sampler.compiled_shapes,
+    }
+    return directory.finish(summary)
+
+
+def select_trajectories(
+    config: Annotate, trajectories: Sequence[Trajectory]
+) -> tuple[list[Trajectory], dict[str, int]]:
+    """Paper 4.1: keep problems that the policy solves sometimes, not always. Returns the kept
+    trajectories and the number of problems that were dropped for each reason."""
+    of_problem: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        of_problem[trajectory.problem_id].append(trajectory)
+    kept, dropped = [], {"all_correct": 0, "all_wrong": 0}
+    for group in of_problem.values():
+        right = sum(trajectory.is_correct for trajectory in group)
+        if config.drop_uniform_problems and right in (0, len(group)):
+            dropped["all_correct" if right else "all_wrong"] += 1
+        else:
+            kept += group[: config.max_trajectories_per_problem]
+    if not kept:
+        raise UserError(
+            f"no trajectory of {config.rollouts} is left to annotate: {dropped['all_correct']} "
+            f"problems were all right, {dropped['all_wrong']} all wrong. Use other problems, a "
+            "larger group_size in rollout, or set drop_uniform_problems to false"
+        )
+    return kept[: config.limit], dropped
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `num_chunks` chunks of a trajectory, a fork point into its cache."""
+
+    trajectory: Trajectory
+    source: int
+    num_chunks: int
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return self.trajectory.chunk_ends[self.num_chunks - 1] if self.num_chunks else 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.trajectory.prompt_ids) + self.num_completion_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        return len(self.trajectory.completion_ids) - self.num_completion_tokens
+
+    @property
+    def sampling_id(self) -> str:
+        """Names the noise: the bare problem is one prefix, whichever trajectory it is met in."""
+        of = self.trajectory.trajectory_id if self.num_chunks else self.trajectory.problem_id
+        return f"annotate/{of}/{self.num_chunks}"
+
+
+def prefixes_to_sample(trajectories: Sequence[Trajectory]) -> list[Prefix]:
+    """Every distinct prefix that can be continued, longest remainder first, so that rows that run
+    together end together. Prefix J is whole and is not among them."""
+    distinct = {}
+    for source, trajectory in enumerate(trajectories):
+        for num_chunks in range(len(trajectory.chunk_ends)):
+            prefix = Prefix(trajectory, source, num_chunks)
+            distinct.setdefault(prefix.sampling_id, prefix)
+    return sorted(distinct.values(), key=lambda prefix: -prefix.remaining_tokens)
+
+
+def prefix_ids(trajectories: Sequence[Trajectory]) -> set[str]:
+    """Record ids of all prefix values of these trajectories."""
+    return {f"{t.trajectory_id}/{j}" for t in trajectories for j in range(len(t.chunk_ends) + 1)}
+
+
+def estimate_prefix_values(
+    sampler: Sampler,
+    trajectories: Sequence[Trajectory],
+    is_correct: IsCorrect,
+    *,
+    num_rollouts: int,
+    params: SamplingParams,
+    key: jax.Array,
+    policy_id: str = "",
+) -> list[PrefixValue]:
+    """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
+
+    Trajectories go through the network once; each prefix is forked `num_rollouts` times from that
+    cache. At most as many trajectories as the sampler has rows.
+    """
+    prefixes = prefixes_to_sample(trajectories)
+    state = sampler.prefill([[*t.prompt_ids, *t.completion_ids] for t in trajectories])
+    rows = [(prefix, m) for prefix in prefixes for m in range(num_rollouts)]
+    num_correct: Counter[str] = Counter()
+    for batch in blocks(rows, sampler.max_rows):
+        forked = sampler.fork(
+            state,
+            np.array([prefix.source for prefix, _ in batch]),
+            np.array([prefix.num_tokens for prefix, _ in batch]),
+        )
+        row_ids = [f"{prefix.sampling_id}/r{m}" for prefix, m in batch]
+        output, _ = sampler.decode(forked, params, key=key, row_ids=row_ids)
+        completions = [
+            (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *output.ids(b)])
+            for b, (p, _) in enumerate(batch)
+        ]
+        for (prefix, _), right in zip(batch, is_correct(completions), strict=True):
+            num_correct[prefix.sampling_id] += right
+    return [
+        prefix_value(Prefix(trajectory, source, num_chunks), num_correct, num_rollouts, policy_id)
+        for source, trajectory in enumerate(trajectories)
+        for num_chunks in range(len(trajectory.chunk_ends) + 1)
+    ]
+
+
+def prefix_value(
+    prefix: Prefix, num_correct: Counter[str], num_rollouts: int, policy_id: str
+) -> PrefixValue:
+    """The record of one prefix; the whole trajectory's value is its outcome, Q_J = r*."""
+    trajectory, whole = prefix.trajectory, len(prefix.trajectory.chunk_ends)
+    outcome = num_rollouts * trajectory.is_correct
+    sampled = num_correct[prefix.sampling_id]
+    return PrefixValue(
+        trajectory_id=trajectory.trajectory_id,
+        num_chunks=prefix.num_chunks,
+        num_rollouts=num_rollouts,
+        num_correct=outcome if prefix.num_chunks == whole else sampled,
+        policy_id=policy_id,
+    )

@@ -1,0 +1,257 @@
+"""ProcessBench: find the first wrong step of a solution with the judge (StepWiser 4.2).
+
+    item -> one judge prompt per step -> verdicts -> first Negative is the predicted error, else -1
+
+Both ways to split the items are scored: the official one (has the item an error?) and the one by
+final answer, which the paper's numbers follow. Every step is judged, not only those up to the first
+rejection, so that the steps of all items run together and per-step rates can be reported.
+
+Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
+`<item>/<step>/vote<k>` the sampled ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepwiser_jax.algo.processbench import (
+    first_predicted_error,
+    majority_verdict,
+    processbench_f1,
+    processbench_f1_by_final_answer,
+)
+from stepwiser_jax.algo.rewards import judge_reward
+from stepwiser_jax.algo.statistics import bootstrap_interval
+from stepwiser_jax.config import Evaluate
+from stepwiser_jax.records import Judgment, Problem, ProcessBenchItem, Trajectory, Verdict, read_records
+from stepwiser_jax.runtime.loading import Loaded, load_model, load_tokenizer_of
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunks import chunk_texts
+from stepwiser_jax.text.datasets import load_processbench
+from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+
+
+def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
+    """Judge block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "evaluate", config)
+    if directory.finished:
+        return directory.summary()
+    mesh = make_mesh(**config.mesh.model_dump())
+    loaded = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    items = load_items(config, loaded.tokenizer)
+    judge = ItemJudge(config, loaded)
+    judge.check_lengths(items)
+
+    writer = directory.writer(Judgment)
+    work = blocks(items, config.items_per_block)
+    start = time.perf_counter()
+    with progress("evaluate", len(work)) as advance:
+        for block in work:
+            if not writer.done.issuperset(judge.judgment_ids(block)):
+                writer.append(judge(block))
+            advance(1)
+            stop.check()
+    seconds = time.perf_counter() - start
+    judgments = {judgment.example_id: judgment for judgment in writer.read()}
+    summary = summarize(config, items, judgments)
+    summary |= {"seconds_per_item": seconds / len(items), "compiled": judge.sampler.compiled_shapes}
+    return directory.finish(summary)
+
+
+def load_items(config: Evaluate, tokenizer: Any) -> list[ProcessBenchItem]:
+    """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
+    if not (Path(config.items) / "config.yaml").is_file():
+        return load_processbench(config.items, limit=config.limit)
+    problems = {p.problem_id: p for p in read_records(config.items, Problem)}
+    trajectories = read_records(config.items, Trajectory)[: config.limit]
+    return [
+        arithmetic.processbench_item(
+            problems[t.problem_id],
+            t.trajectory_id,
+            chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
+            t.is_correct,
+        )
+        for t in trajectories
+    ]
+
+
+class ItemJudge:
+    """Items of one block -> judgments of all their steps, greedy and sampled."""
+
+    def __init__(self, config: Evaluate, loaded: Loaded):
+        self.config, self.loaded = config, loaded
+        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+        self.key = jax.random.key(config.seed)
+
+    def params(self, temperature: float) -> SamplingParams:
+        return SamplingParams(
+            temperature=temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_ids=self.loaded.tokenizer.eos_ids,
+        )
+
+    def prompt_ids(self, item: ProcessBenchItem, step: int) -> list[int]:
+        separator = " " if self.config.prompt_style == "bare" else "\n\n"
+        history = separator.join(item.steps[:step])
+        return encode_judge_prompt(
+            self.loaded.tokenizer,
+            item.question,
+            history,
+            item.steps[step],
+            self.config.prompt_style,
+        )
+
+    def check_lengths(self, items: Sequence[ProcessBenchItem]) -> None:
+        for item in items:
+            last = len(item.steps) - 1
+            prompt = self.prompt_ids(item, last)
+            self.sampler.check_length(
+                prompt, self.config.max_new_tokens, f"{item.item_id}, step {last}"
+            )
+
+    def judgment_ids(self, block: Sequence[ProcessBenchItem]) -> list[str]:
+        ids = [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
+        return ids + [f"{i}/vote{k}" for i in ids for k in range(self.config.votes)]
+
+    def __call__(self, block: Sequence[ProcessBenchItem]) -> list[Judgment]:
+        steps = [(item, step) for item in block for step in range(len(item.steps))]
+        prompts = [self.prompt_ids(item, step) for item, step in steps]
+        greedy = self.sample(steps, prompts, self.params(0.0), [""])
+        if not self.config.votes:
+            return greedy
+        suffixes = [f"/vote{k}" for k in range(self.config.votes)]
+        return greedy + self.sample(
+            steps, prompts, self.params(self.config.vote_temperature), suffixes
+        )
+
+    def sample(
+        self,
+        steps: Sequence[tuple[ProcessBenchItem, int]],
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        suffixes: Sequence[str],
+    ) -> list[Judgment]:
+        ids_B = [f"{item.item_id}/{step}{suffix}" for item, step in steps for suffix in suffixes]
+        output = self.sampler.generate(
+            prompts,
+            params,
+            key=self.key,
+            row_ids=[f"evaluate/{judgment_id}" for judgment_id in ids_B],
+            group_size=len(suffixes),
+        )
+        judgments = []
+        for b, judgment_id in enumerate(ids_B):
+            item, step = steps[b // len(suffixes)]
+            text = self.loaded.tokenizer.decode(output.ids(b))
+            verdict = parse_verdict(text)
+            is_positive = item.first_error == -1 or step < item.first_error
+            judgments.append(
+                Judgment(
+                    example_id=judgment_id,
+                    judge_id=self.loaded.model_id,
+                    completion=text,
+                    verdict=verdict,
+                    p_positive=float(verdict is Verdict.POSITIVE),
+                    reward=judge_reward(verdict, is_positive),
+                )
+            )
+        return judgments
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def summarize(
+    config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+) -> dict[str, Any]:
+    """Scores of the greedy judge and, with votes, of the majority; fractions between 0 and 1."""
+
+    def greedy(item: ProcessBenchItem, step: int) -> Verdict:
+        return judgments[f"{item.item_id}/{step}"].verdict
+
+    def majority(item: ProcessBenchItem, step: int) -> Verdict:
+        votes = range(config.votes)
+        return majority_verdict(
+            [judgments[f"{item.item_id}/{step}/vote{k}"].verdict for k in votes]
+        )
+
+    voters = {"greedy": greedy} | ({f"majority_{config.votes}": majority} if config.votes else {})
+    summary: dict[str, Any] = {"items": len(items), "unparsed_as": config.unparsed_as}
+    for name, verdict_of in voters.items():
+        verdicts = [[verdict_of(item, s) for s in range(len(item.steps))] for item in items]
+        summary[name] = score_by_subset(config, items, verdicts)
+    return summary
+
+
+def score_by_subset(
+    config: Evaluate, items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
+) -> dict[str, Any]:
+    """Scores per subset, and their plain average as ProcessBench reports it."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, item in enumerate(items):
+        rows_of[item.subset].append(row)
+    scores = {
+        subset: score_items(config, [items[r] for r in rows], [verdicts[r] for r in rows])
+        for subset, rows in rows_of.items()
+    }
+    average = {
+        split: {
+            name: float(np.mean([score[split][name] for score in scores.values()]))
+            for name in ("f1", "acc_error", "acc_correct")
+        }
+        for split in ("official", "by_final_answer")
+    }
+    return {"subsets": scores, "average": average}
+
+
+def score_items(
+    config: Evaluate, items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
+) -> dict[str, Any]:
+    predictions = [first_predicted_error(v, unparsed_as=config.unparsed_as) for v in verdicts]
+    labels = [item.first_error for item in items]
+    final_correct = [item.final_answer_correct for item in items]
+    flat = [verdict for row in verdicts for verdict in row]
+    low, high = bootstrap_interval(
+        list(zip(predictions, labels, strict=True)),
+        lambda pairs: processbench_f1(*zip(*pairs, strict=True))["f1"] / 100,
+        seed=config.seed,
+    )
+    return {
+        "items": len(items),
+        "official": fractions(processbench_f1(predictions, labels)),
+        "official_f1_interval": [low, high],
+        "by_final_answer": fractions(
+            processbench_f1_by_final_answer(predictions, labels, final_correct)
+        ),
+        "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
+        "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
+        "steps_right": step_accuracy(items, verdicts),
+    }
+
+
+def fractions(percentages: dict[str, float]) -> dict[str, float]:
+    return {name: value / 100 for name, value in percentages.items()}
+
+
+def step_accuracy(
+    items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
+) -> dict[str, float]:
+    """Share of right verdicts on steps before the first error, and on the first error itself."""
+    right: dict[str, list[bool]] = {"before_error": [], "first_error": []}
+    for item, row in zip(items, verdicts, strict=True):
+        for step, verdict in enumerate(row):
+            if item.first_error == -1 or step < item.first_error:
+                right["before_error"].append(verdict is Verdict.POSITIVE)
+            elif step == item.first_error:
+                right["first_error"].append(verdict is Verdict.NEGATIVE)
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in right.items()}

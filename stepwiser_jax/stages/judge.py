@@ -1,0 +1,308 @@
+"""Train the judge by GRPO to reason about a chunk before it gives its verdict (StepWiser 3.3, 4.1).
+
+One iteration, top to bottom in `run`:
+
+    draw P examples -> render prompts -> sample G judgments each -> parse verdicts -> reward 1 if the
+    verdict is the label, else 0 -> group advantages -> one row per group -> optimizer updates
+
+Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch sizes only):
+
+1. No KL term and no entropy bonus; advantages are divided by the group's standard deviation; the
+   loss is averaged over tokens (verl's defaults). All of them are settings.
+2. An unparsable judgment earns 0, like a wrong one.
+3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
+   `max_refills` further draws take their places.
+4. A group is one row: its prompt goes through the network once, all its completions attend to it.
+
+Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepwiser_jax.algo.grpo import group_advantages, grpo_loss, loss_denominator
+from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
+from stepwiser_jax.algo.rewards import judge_reward
+from stepwiser_jax.config import Judge
+from stepwiser_jax.records import JudgeExample, UserError, Verdict, read_records
+from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
+from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.run import RunDirectory, progress
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.trainer import make_train_step
+from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+
+
+def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
+    """GRPO for `iterations` iterations, resuming from the last checkpoint."""
+    directory = RunDirectory(run_dir, "judge", config)
+    if directory.finished:
+        return directory.summary()
+    mesh = make_mesh(**config.mesh.model_dump())
+    loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    examples, too_long = load_examples(config, loaded)
+    training = TrainingRun(
+        directory,
+        loaded,
+        mesh,
+        config.training,
+        total_updates=config.iterations * config.updates_per_iteration,
+        loader=example_loader(
+            examples, batch_size=config.prompts_per_iteration, seed=config.seed
+        ),
+    )
+    collect = GroupCollector(config, loaded)
+    reference = load_model(**config.model.model_dump(), mesh=mesh).model if config.grpo.kl_coef else None
+    train_step = make_train_step(
+        functools.partial(judge_loss, config=config),
+        training.optimizer,
+        training.schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=functools.partial(judge_denominators, config=config),
+    )
+    start, began = training.step, time.perf_counter()
+    with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
+        for iteration in range(start, config.iterations):
+            groups, rollout_metrics = collect(iteration, training)
+            for batch in prepare_batches(groups, config, mesh, training.state.model, reference):
+                training.state, metrics = train_step(training.state, batch)
+            training.finish_step(iteration + 1, metrics | rollout_metrics)
+            advance(1, reward=rollout_metrics["reward"])
+    training.flush()
+    done = max(1, config.iterations - start)
+    summary = {
+        "examples": len(examples),
+        "dropped_too_long": too_long,
+        "iterations": config.iterations,
+        "seconds_per_iteration": (time.perf_counter() - began) / done,
+        "last": training.last_metrics,
+        "compiled": collect.sampler.compiled_shapes,
+    }
+    return training.finish(summary)
+
+
+def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:
+    """Examples whose prompt fits `max_prompt_tokens`, and the number of those that do not."""
+    examples = read_records(config.examples, JudgeExample)
+    fitting = [
+        example
+        for example in examples
+        if len(prompt_ids(example, config, loaded)) <= config.max_prompt_tokens
+    ]
+    if not fitting:
+        raise UserError(
+            f"no judge example of {config.examples} is left: {len(examples)} were read, all have "
+            f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+        )
+    return fitting, len(examples) - len(fitting)
+
+
+def prompt_ids(example: JudgeExample, config: Judge, loaded: Loaded) -> list[int]:
+    return encode_judge_prompt(
+        loaded.tokenizer, example.question, example.history, example.chunk, config.prompt_style
+    )
+
+
+# --- rollouts ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One prompt with its group of judgments and what they earned."""
+
+    prompt_ids: list[int]
+    completions_G: list[list[int]]
+    logprobs_G: list[list[float]]
+    verdicts_G: list[Verdict]
+    rewards_G: list[float]
+
+    @property
+    def teaches(self) -> bool:
+        return len(set(self.rewards_G)) > 1
+
+
+class GroupCollector:
+    """Samples and rewards the groups of one iteration with the judge as it is now."""
+
+    def __init__(self, config: Judge, loaded: Loaded):
+        self.config, self.loaded = config, loaded
+        self.key = jax.random.key(config.seed)
+        self.params = SamplingParams(
+            **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
+        )
+        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+
+    def __call__(
+        self, iteration: int, training: TrainingRun
+    ) -> tuple[list[Judged], dict[str, float]]:
+        """Groups that teach, at most P of them, and the metrics of everything sampled."""
+        sampler = self.sampler.with_model(training.state.model)
+        sampled: list[Judged] = []
+        kept: list[Judged] = []
+        wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
+        for draw in range(1 + self.config.grpo.max_refills):
+            judged = self.judge(sampler, next(training.loader), f"judge/it{iteration}/draw{draw}")
+            sampled += judged
+            kept += [group for group in judged if group.teaches or not drops]
+            if len(kept) >= wanted:
+                break
+        return kept[:wanted], rollout_metrics(sampled, len(kept))
+
+    def judge(
+        self, sampler: Sampler, examples: Sequence[JudgeExample], name: str
+    ) -> list[Judged]:
+        size = self.config.group_size
+        prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
+        row_ids = [
+            f"{name}/{p}/{example.example_id}/{g}"
+            for p, example in enumerate(examples)
+            for g in range(size)
+        ]
+        output = sampler.generate(
+            prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
+        )
+        groups = []
+        for p, example in enumerate(examples):
+            rows = range(p * size, (p + 1) * size)
+            texts = [self.loaded.tokenizer.decode(output.ids(b)) for b in rows]
+            verdicts = [parse_verdict(text) for text in texts]
+            groups.append(
+                Judged(
+                    prompts_P[p],
+                    [output.ids(b) for b in rows],
+                    [output.logprobs(b) for b in rows],
+                    verdicts,
+                    [judge_reward(verdict, example.is_positive) for verdict in verdicts],
+                )
+            )
+        return groups
+
+
+def rollout_metrics(sampled: Sequence[Judged], kept: int) -> dict[str, float]:
+    """Shares are fractions of all judgments sampled, kept groups or not."""
+    verdicts = [verdict for group in sampled for verdict in group.verdicts_G]
+    lengths = [len(ids) for group in sampled for ids in group.completions_G]
+    return {
+        "reward": float(np.mean([group.rewards_G for group in sampled])),
+        "groups_sampled": len(sampled),
+        "groups_kept_share": kept / len(sampled),
+        "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
+        "unparsed_rate": verdicts.count(Verdict.UNPARSED) / len(verdicts),
+        "response_tokens": float(np.mean(lengths)),
+        "response_tokens_max": float(np.max(lengths)),
+    }
+
+
+# --- groups -> batches -> loss ------------------------------------------------------------------
+
+
+def assemble(groups: Sequence[Judged], config: Judge) -> RolloutBatch:
+    """One row per group, rows of a fixed number (missing ones are padding) and of the smallest
+    allowed length that holds the longest group."""
+    rewards_PG = np.array([group.rewards_G for group in groups], np.float32)
+    rewards_PG = rewards_PG.reshape(len(groups), config.group_size)
+    advantages_PG = np.asarray(group_advantages(rewards_PG, normalize=config.grpo.normalize))
+    rows = [
+        Group(group.prompt_ids, group.completions_G, group.logprobs_G, advantages_G.tolist())
+        for group, advantages_G in zip(groups, advantages_PG, strict=True)
+    ]
+    longest = max((row.num_tokens for row in rows), default=1)
+    return rollout_batch(
+        rows,
+        num_rows=config.prompts_per_iteration // config.updates_per_iteration,
+        row_length=next(length for length in config.row_lengths if length >= longest),
+    )
+
+
+def prepare_batches(
+    groups: Sequence[Judged], config: Judge, mesh: jax.sharding.Mesh, model: Any, reference: Any
+) -> list[RolloutBatch]:
+    """The batches of one iteration, with the log-probs the loss needs from other parameters than
+    those being updated: the reference's where there is a KL term, and the judge's own from before
+    the first update where there are several (with one they are the current ones)."""
+    updates = config.updates_per_iteration
+    batches = []
+    for update in range(updates):
+        batch = shard_batch(assemble(groups[update::updates], config), mesh)
+        if updates > 1:
+            batch = batch.replace(old_logprobs_BT=score(model, batch, config.sampling.temperature))
+        if reference is not None:
+            ref_BT = score(reference, batch, config.sampling.temperature)
+            batch = batch.replace(ref_logprobs_BT=ref_BT)
+        batches.append(batch)
+    return batches
+
+
+@jax.jit
+def score(model: Any, batch: RolloutBatch, temperature: float) -> jax.Array:
+    """Log-probs (B, T) of a batch's tokens under `model`."""
+    return token_logprobs(
+        model,
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        previous_BT=batch.previous_BT,
+        temperature=temperature,
+    )
+
+
+def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.Array]:
+    """What sums over the whole batch are divided by, the same for every micro-batch of it."""
+    mask_BT = batch.completion_mask_BT
+    loss = loss_denominator(
+        mask_BT,
+        batch.segment_ids_BT,
+        aggregation=config.grpo.aggregation,
+        max_completion_tokens=config.sampling.max_new_tokens,
+    )
+    return {"loss": loss, "tokens": jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1.0)}
+
+
+def judge_loss(
+    model: Any, batch: RolloutBatch, denominators: dict[str, jax.Array], *, config: Judge
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The clipped GRPO loss of a (micro-)batch, with entropy and the sampler's log-prob gap."""
+    logprobs_BT, entropy_BT = token_logprobs_and_entropy(
+        model,
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        previous_BT=batch.previous_BT,
+        temperature=config.sampling.temperature,
+        remat=config.training.remat,
+    )
+    old_BT = batch.old_logprobs_BT
+    mask_BT, grpo = batch.completion_mask_BT, config.grpo
+    loss, metrics = grpo_loss(
+        logprobs_BT,
+        jax.lax.stop_gradient(logprobs_BT) if old_BT is None else old_BT,
+        batch.advantages_BT,
+        mask_BT,
+        clip_eps_low=grpo.clip_eps_low,
+        clip_eps_high=grpo.clip_eps_high,
+        dual_clip=grpo.dual_clip,
+        kl_coef=grpo.kl_coef,
+        ref_logprobs_BT=batch.ref_logprobs_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        aggregation=grpo.aggregation,
+        denominator=denominators["loss"],
+    )
+    gap_BT = jnp.where(mask_BT, jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), 0)
+    metrics |= {
+        "entropy": jnp.sum(jnp.where(mask_BT, entropy_BT, 0)) / denominators["tokens"],
+        "logprob_gap": jnp.sum(gap_BT) / denominators["tokens"],
+        "logprob_gap_max": jnp.max(gap_BT),
+    }
+    return loss, metrics

@@ -1,0 +1,166 @@
+"""Prefix values -> chunk labels -> judge examples (StepWiser eqs 1-3 and 4.1). CPU, seconds.
+
+    values [Q_0 .. Q_J] -> rule -> positive / negative / None (teaches nothing: dropped)
+                        -> length filter -> as many negatives as positives
+
+Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
+Writes chunk labels (all of them) and judge examples (filtered and balanced).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwiser_jax.algo.labels import label_chunks
+from stepwiser_jax.config import Label
+from stepwiser_jax.records import (
+    ChunkLabel,
+    JudgeExample,
+    PrefixValue,
+    Problem,
+    Trajectory,
+    UserError,
+    read_records,
+)
+from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.text.chunks import chunk_texts
+from stepwiser_jax.text.prompts import encode_judge_prompt
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+
+def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
+    directory = RunDirectory(run_dir, "label", config)
+    if directory.finished:
+        return directory.summary()
+    problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
+    trajectories = {t.trajectory_id: t for t in read_records(config.rollouts, Trajectory)}
+    labels, no_label = label_trajectories(config, read_records(config.annotations, PrefixValue))
+    unknown = {label.trajectory_id for label in labels} - set(trajectories)
+    if unknown:
+        raise UserError(
+            f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
+            f"{config.rollouts}: name the rollout run that was annotated"
+        )
+    tokenizer = load_tokenizer_of(config.tokenizer)
+    examples = judge_examples(labels, trajectories, problems, tokenizer)
+    fitting, dropped = filter_length(config, examples, tokenizer)
+    chosen = balance(fitting, config.seed) if config.balance else fitting
+    if not chosen:
+        raise UserError(
+            f"no judge example is left of {len(labels)} labelled chunks ({dropped} dropped for "
+            f"their length; {sum(e.is_positive for e in fitting)} positive among the "
+            f"{len(fitting)} that fit): annotate more trajectories, or set balance to false"
+        )
+    directory.writer(ChunkLabel).append(labels)
+    directory.writer(JudgeExample).append(chosen)
+    summary = {
+        "rule": config.rule,
+        "labels": len(labels),
+        "teach_nothing": no_label,
+        "positive_share": sum(label.is_positive for label in labels) / len(labels),
+        "dropped": dropped,
+        "judge_examples": len(chosen),
+        "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
+    }
+    return directory.finish(summary)
+
+
+def rule_parameters(config: Label) -> dict[str, float]:
+    """The settings that the configured rule takes."""
+    return {
+        "abs_q": {},
+        "rel_effective": {"alpha": config.alpha, "n": config.best_of},
+        "rel_ratio": {"gamma": config.gamma},
+        "relative_progress": {"epsilon": config.epsilon},
+    }[config.rule]
+
+
+def label_trajectories(
+    config: Label, values: Sequence[PrefixValue]
+) -> tuple[list[ChunkLabel], int]:
+    """Labels of all chunks that teach something, and the number of those that do not."""
+    of_trajectory: dict[str, dict[int, float]] = defaultdict(dict)
+    for value in values:
+        of_trajectory[value.trajectory_id][value.num_chunks] = value.value
+    labels, no_label = [], 0
+    for trajectory_id, by_chunks in of_trajectory.items():
+        if sorted(by_chunks) != list(range(len(by_chunks))):
+            raise UserError(
+                f"{config.annotations}: expected values of the prefixes 0..J of {trajectory_id}, "
+                f"found {sorted(by_chunks)}"
+            )
+        q = [by_chunks[j] for j in range(len(by_chunks))]
+        for j, positive in enumerate(label_chunks(q, config.rule, **rule_parameters(config))):
+            if positive is None:
+                no_label += 1
+            else:
+                labels.append(
+                    ChunkLabel(trajectory_id, j, q[j + 1], q[j], positive, config.rule)
+                )
+    return labels, no_label
+
+
+def judge_examples(
+    labels: Sequence[ChunkLabel],
+    trajectories: dict[str, Trajectory],
+    problems: dict[str, Problem],
+    tokenizer: Tokenizer,
+) -> list[JudgeExample]:
+    """One example per label: the chunk, and the chunks before it as history."""
+    examples = []
+    for label in labels:
+        trajectory = trajectories[label.trajectory_id]
+        problem = problems[trajectory.problem_id]
+        start = trajectory.chunk_ends[label.chunk_index - 1] if label.chunk_index else 0
+        end = trajectory.chunk_ends[label.chunk_index]
+        text = chunk_texts(tokenizer, trajectory.completion_ids, (start, end))
+        history, chunk = text if start else ("", tokenizer.decode(trajectory.completion_ids[:end]))
+        examples.append(
+            JudgeExample(
+                example_id=f"{label.trajectory_id}/{label.chunk_index}",
+                problem_id=problem.problem_id,
+                question=problem.question,
+                history=history,
+                chunk=chunk,
+                is_positive=label.is_positive,
+            )
+        )
+    return examples
+
+
+def filter_length(
+    config: Label, examples: Sequence[JudgeExample], tokenizer: Tokenizer
+) -> tuple[list[JudgeExample], dict[str, int]]:
+    """Paper 4.1: judge prompts that are overly short or excessively long are left out."""
+    kept, dropped = [], Counter(too_short=0, too_long=0)
+    for example in examples:
+        prompt = encode_judge_prompt(
+            tokenizer, example.question, example.history, example.chunk, config.prompt_style
+        )
+        if len(prompt) < config.min_prompt_tokens:
+            dropped["too_short"] += 1
+        elif len(prompt) > config.max_prompt_tokens:
+            dropped["too_long"] += 1
+        else:
+            kept.append(example)
+    return kept, dict(dropped)
+
+
+def balance(examples: Sequence[JudgeExample], seed: int) -> list[JudgeExample]:
+    """Down-sample the larger class over the whole set (paper 4.1), in the order given."""
+    of_class = {
+        positive: [i for i, example in enumerate(examples) if example.is_positive is positive]
+        for positive in (True, False)
+    }
+    size = min(map(len, of_class.values()))
+    rng = np.random.default_rng(seed)
+    chosen = np.concatenate(
+        [rng.choice(np.array(rows, int), size, replace=False) for rows in of_class.values()]
+    )
+    return [examples[i] for i in sorted(chosen)]

@@ -1,0 +1,155 @@
+"""Sample chunked solutions of every problem and check their final answers (StepWiser 3.1, 4.1).
+
+    Problem -> prompt ids -> group_size completions -> chunk ends on token ids -> is_correct
+
+Leaves out, and counts, problems that occur twice and problems whose reference answer cannot be
+verified (4.1). Reads `problems` and `policy`. Writes problems and trajectories.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stepwiser_jax.config import Rollout
+from stepwiser_jax.records import Problem, Trajectory, UserError
+from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
+from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
+from stepwiser_jax.text.prompts import encode_solve_prompt
+
+CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": ("\n\n",)}
+
+
+def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
+    """Sample block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "rollout", config)
+    if directory.finished:
+        return directory.summary()
+    problems, dropped = filter_problems(read_problems(config.problems))
+    mesh = make_mesh(**config.mesh.model_dump())
+    loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    if config.chunking == "tags":
+        check_tags(loaded.tokenizer)
+    sample = BlockSampler(config, loaded)
+    sample.check_lengths(problems)
+
+    problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
+    problem_writer.append(problems)
+    work = blocks(problems, config.problems_per_block)
+    start = time.perf_counter()
+    with (
+        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
+        progress("rollout", len(work)) as advance,
+    ):
+        for block in work:
+            if not writer.done.issuperset(sample.trajectory_ids(block)):
+                writer.append(sample(block, verifier))
+            advance(1)
+            stop.check()
+        timeouts = verifier.timeouts
+    seconds = time.perf_counter() - start
+    summary = summarize(writer.read()) | {"problems": len(problems), "dropped": dropped}
+    summary |= {"verifier_timeouts": timeouts, "compiled": sample.sampler.compiled_shapes}
+    summary |= {"seconds_per_trajectory": seconds / summary["trajectories"]}
+    return directory.finish(summary)
+
+
+def filter_problems(problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, int]]:
+    """Paper 4.1: drop duplicate questions and unverifiable answers. Returns the rest and counts."""
+    kept: dict[str, Problem] = {}
+    dropped = {"duplicate": 0, "unverifiable": 0}
+    for problem in problems:
+        question = " ".join(problem.question.split())
+        if question in kept:
+            dropped["duplicate"] += 1
+        elif not is_verifiable(problem.answer):
+            dropped["unverifiable"] += 1
+        else:
+            kept[question] = problem
+    if not kept:
+        raise UserError(
+            f"no problem is left of {len(problems)}: {dropped['duplicate']} were duplicates and "
+            f"{dropped['unverifiable']} had a reference answer that cannot be verified"
+        )
+    return list(kept.values()), dropped
+
+
+class BlockSampler:
+    """Problems of one block -> their trajectories, in one compiled shape per length bucket."""
+
+    def __init__(self, config: Rollout, loaded: Loaded):
+        self.config, self.loaded = config, loaded
+        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+        self.matcher = TokenMatcher.build(
+            loaded.tokenizer.token_bytes(), CHUNK_END_PATTERNS[config.chunking]
+        )
+        self.params = SamplingParams(
+            **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
+        )
+        self.key = jax.random.key(config.seed)
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        return encode_solve_prompt(
+            self.loaded.tokenizer, problem.question, self.config.prompt_style
+        )
+
+    def check_lengths(self, problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            self.sampler.check_length(
+                self.prompt_ids(problem), self.params.max_new_tokens, problem.problem_id
+            )
+
+    def trajectory_ids(self, block: Sequence[Problem]) -> list[str]:
+        group = range(self.config.group_size)
+        return [f"{problem.problem_id}#{g}" for problem in block for g in group]
+
+    def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
+        ids_B = self.trajectory_ids(block)
+        prompts_P = [self.prompt_ids(problem) for problem in block]
+        output = self.sampler.generate(
+            prompts_P,
+            self.params,
+            key=self.key,
+            row_ids=[f"rollout/{trajectory_id}" for trajectory_id in ids_B],
+            group_size=self.config.group_size,
+        )
+        group_size, decode = self.config.group_size, self.loaded.tokenizer.decode
+        completions_B = [output.ids(b) for b in range(len(ids_B))]
+        answers_B = [extract_answer(decode(completion)) for completion in completions_B]
+        references_B = [block[b // group_size].answer for b in range(len(ids_B))]
+        correct_B = verifier.verify(list(zip(answers_B, references_B, strict=True)))
+        return [
+            Trajectory(
+                trajectory_id=ids_B[b],
+                problem_id=block[b // group_size].problem_id,
+                policy_id=self.loaded.model_id,
+                prompt_ids=tuple(prompts_P[b // group_size]),
+                completion_ids=tuple(completions_B[b]),
+                logprobs=tuple(output.logprobs(b)),
+                chunk_ends=chunk_ends(completions_B[b], self.matcher, self.loaded.tokenizer),
+                stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
+                is_correct=correct_B[b],
+            )
+            for b in range(len(ids_B))
+        ]
+
+
+def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts, and shares as fractions between 0 and 1."""
+    count = len(trajectories)
+    return {
+        "trajectories": count,
+        "accuracy": sum(t.is_correct for t in trajectories) / count,
+        "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
+        "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
+        "stopped_by_length": sum(t.stop_reason == "length" for t in trajectories) / count,
+    }

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning (StepWiser 3.1): a policy learns to cut its thought into chunks, or a judge
+learns the form of a judgment before GRPO.
+
+    SftExample -> prompt ids + completion ids -> packed TokenBatch -> masked cross-entropy -> AdamW
+
+Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face directory).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.config import Sft, SftData
+from stepwiser_jax.records import SftExample, UserError, read_records
+from stepwiser_jax.runtime.data import TokenBatch, sft_loader
+from stepwiser_jax.runtime.loading import load_model
+from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.run import RunDirectory, progress
+from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runtime.trainer import make_train_step
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.prompts import encode_message
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+
+def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
+    """Train for `steps` optimizer steps, resuming from the last checkpoint."""
+    directory = RunDirectory(run_dir, "sft", config)
+    if directory.finished:
+        return directory.summary()
+    examples = load_examples(config.data)
+    mesh = make_mesh(**config.mesh.model_dump())
+    loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loader = sft_loader(
+        examples,
+        functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        packing=config.packing,
+    )
+    training = TrainingRun(
+        directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
+    )
+    train_step = make_train_step(
+        functools.partial(sft_loss, remat=config.training.remat),
+        training.optimizer,
+        training.schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=lambda batch: supervised_tokens(batch.loss_mask_BT),
+    )
+    start, seconds = training.step, time.perf_counter()
+    with jax.set_mesh(mesh), progress("sft", config.steps, start) as advance:
+        for step in range(start, config.steps):
+            batch = shard_batch(next(training.loader), mesh)
+            training.state, metrics = train_step(training.state, batch)
+            training.finish_step(step + 1, metrics)
+            advance(1, loss=training.last("loss"))
+    training.flush()
+    summary = {
+        "examples": len(examples),
+        "steps": config.steps,
+        "loss": training.last("loss"),
+        "seconds_per_step": (time.perf_counter() - seconds) / max(1, config.steps - start),
+    }
+    return training.finish(summary)
+
+
+def sft_loss(
+    model: Any, batch: TokenBatch, denominator: jax.Array, *, remat: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy over the completions' tokens, divided by `denominator`."""
+    return cross_entropy_loss(
+        model,
+        batch.tokens_BT,
+        batch.loss_mask_BT,
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        denominator=denominator,
+        remat=remat,
+    )
+
+
+def load_examples(data: SftData) -> list[SftExample]:
+    """Demonstrations from a file or of the embedded task. Raises UserError for an empty set."""
+    if not data.source.startswith("arithmetic-"):
+        examples = read_records(data.source, SftExample)
+        if not examples:
+            raise UserError(f"expected SftExample records in {data.source}, found none")
+        return examples[: data.count]
+    if data.count is None:
+        raise UserError(f"data.count must say how many examples of {data.source} to generate")
+    makers: dict[str, Callable[..., list[SftExample]]] = {
+        "arithmetic-policy": arithmetic.policy_demonstrations,
+        "arithmetic-judge": arithmetic.judge_demonstrations,
+    }
+    if data.source not in makers:
+        raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
+    problems = arithmetic.generate_problems(data.count, data.seed, "train")
+    return makers[data.source](problems, data.seed)
+
+
+def render(example: SftExample, tokenizer: Tokenizer, style: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, completion ids with the end token): the loss is on the completion."""
+    prompt_ids = encode_message(tokenizer, example.prompt, style)
+    return prompt_ids, [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]
