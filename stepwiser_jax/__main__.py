@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -113,23 +113,30 @@ def convert(
     convert_checkpoint(checkpoint, output)
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """Entry point of the console script; returns the exit status."""
-    from stepwiser_jax.runtime.run import Interrupted, install_signal_handlers
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    from stepwiser_jax.runtime.run import Interrupted, install_signal_handlers, keep_freed_memory
 
     install_signal_handlers()
+    keep_freed_memory()
     try:
-        app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except typer.Exit as exit_:
-        return exit_.exit_code
-    except (Interrupted, KeyboardInterrupt):
+    except typer.TyperException as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
+    return status if isinstance(status, int) else 0
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

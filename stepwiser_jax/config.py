@@ -169,7 +169,12 @@ class Annotate(Config):
 
 
 class Label(Config):
-    """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters)."""
+    """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters).
+
+    `min_prefix_value`: chunks whose prefix was worth less give no judge example. With M rollouts a
+    prefix worth v is followed by no right answer with probability (1 - v)^M though nothing is wrong
+    with the chunk; 0 keeps them all, as the paper does.
+    """
 
     seed: int = 0
     annotations: str
@@ -181,6 +186,7 @@ class Label(Config):
     best_of: int = Field(4, ge=1)
     gamma: float = Field(0.7, gt=0)
     epsilon: float = Field(0.8, gt=0)
+    min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True
     min_prompt_tokens: int = Field(1, ge=0)
     max_prompt_tokens: int = Field(3096, ge=1)

@@ -68,9 +68,8 @@ def recipe(
     sft = {
         "seed": seed,
         "prompt_style": "bare",
-        "batch_size": 8,
+        "batch_size": 5,
         "max_length": 160,
-        "packing": False,
     }
     return [
         (
@@ -79,7 +78,7 @@ def recipe(
             sft
             | {
                 "model": {"path": "arithmetic"},
-                "data": {"source": "arithmetic-policy", "count": 10400, "seed": seed},
+                "data": {"source": "arithmetic-policy", "count": 12000, "seed": seed},
                 "steps": 1300,
                 "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
             },
@@ -106,9 +105,9 @@ def recipe(
                 "rollouts": at("rollouts"),
                 "num_rollouts": 16,
                 "max_trajectories_per_problem": 3,
-                "limit": 480,
+                "limit": 640,
                 "sampling": solve,
-                "engine": {"rows": [32, 256], "buckets": [256]},
+                "engine": policy_engine,
             },
         ),
         (
@@ -122,6 +121,7 @@ def recipe(
                 "prompt_style": "bare",
                 "rule": "rel_effective",
                 "alpha": 0.8,
+                "min_prefix_value": 0.25,
                 "max_prompt_tokens": 160,
             },
         ),
@@ -130,9 +130,9 @@ def recipe(
             "sft",
             sft
             | {
-                "model": {"path": at("policy")},
-                "data": {"source": "arithmetic-judge", "count": 7200, "seed": seed},
-                "steps": 900,
+                "model": {"path": "arithmetic"},
+                "data": {"source": "arithmetic-judge", "count": 14000, "seed": seed},
+                "steps": 1300,
                 "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
             },
         ),

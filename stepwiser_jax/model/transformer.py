@@ -100,7 +100,7 @@ class Block(nnx.Module):
 def qkv(
     block: Block, config: ModelConfig, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries (B, T, N, H), rotated keys and values (B, K, T, H) of one unstacked block."""
+    """Rotated queries (B, T, N, H) and keys (B, K, H, T), and values (B, K, T, H), of one block."""
     B, T, _ = x_BTD.shape
     x_BTD = rms_norm(x_BTD, block.attention_norm[...], config.rms_norm_eps)
     q, k, v = (linear(x_BTD, weight[...]) for weight in (block.q, block.k, block.v))
@@ -116,7 +116,7 @@ def qkv(
         q_BTNH = rms_norm(q_BTNH, block.q_norm[...], config.rms_norm_eps)
         k_BTKH = rms_norm(k_BTKH, block.k_norm[...], config.rms_norm_eps)
     k_BTKH = apply_rope(k_BTKH, cos, sin)
-    return apply_rope(q_BTNH, cos, sin), k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    return apply_rope(q_BTNH, cos, sin), k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
 
 
 def finish_block(
@@ -234,10 +234,8 @@ class Transformer(nnx.Module):
         for layer, block in enumerate(blocks):
             with jax.named_scope("attention"):
                 q, k, v = qkv(block, config, x_BTD, cos, sin)
-                keys.append(write(cache.keys[layer], k.astype(cache.keys[layer].dtype), start_B))
-                values.append(
-                    write(cache.values[layer], v.astype(cache.values[layer].dtype), start_B)
-                )
+                keys.append(write(cache.keys[layer], k, start_B, slot_axis=3))
+                values.append(write(cache.values[layer], v, start_B, slot_axis=2))
                 attended = attention(q, keys[-1], values[-1], mask_BTS)
             x_BTD = finish_block(block, config, x_BTD, attended)
         hidden_BTD = rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)

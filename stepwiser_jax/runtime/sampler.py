@@ -187,7 +187,8 @@ class Sampler:
     ) -> SampleOutput:
         """Rows of one shape: every prompt is read once, then forked to its rows."""
         prompts = sorted({b // group_size for b in batch})
-        state = self.prefill([prompts_P[p] for p in prompts], reserve=params.max_new_tokens)
+        longest = max(len(prompts_P[p]) for p in prompts)
+        state = self.prefill([prompts_P[p] for p in prompts], longest + params.max_new_tokens)
         if group_size > 1:
             place = {p: i for i, p in enumerate(prompts)}
             source_B = np.array([place[b // group_size] for b in batch])
@@ -198,10 +199,10 @@ class Sampler:
 
     # --- rows that go on ------------------------------------------------------------------------
 
-    def prefill(self, prompts_P: Sequence[Sequence[int]], reserve: int = 0) -> SamplerState:
-        """Read up to `max_rows` prompts; `reserve` slots are kept free behind the longest."""
+    def prefill(self, prompts_P: Sequence[Sequence[int]], slots: int) -> SamplerState:
+        """Read up to `max_rows` prompts into rows that hold at least `slots` tokens."""
         longest = max(len(prompt) for prompt in prompts_P)
-        slots, length = self._bucket(longest + reserve), self._bucket(longest)
+        slots, length = self._bucket(max(longest, slots)), self._bucket(longest)
         tokens_BT = np.zeros((self._rows(len(prompts_P)), length), np.int32)
         num_tokens_B = np.ones((tokens_BT.shape[0],), np.int32)
         for row, prompt in enumerate(prompts_P):
@@ -368,7 +369,7 @@ def _decode(
         state = SamplerState(
             cache=cache,
             tokens_BS=state.tokens_BS.at[rows_B, place_B].set(kept_B),
-            num_tokens_B=state.num_tokens_B + running_B,
+            num_tokens_B=state.num_tokens_B + running_B.astype(jnp.int32),
         )
         tokens_BC = tokens_BC.at[:, t].set(token_B)
         logprobs_BC = logprobs_BC.at[:, t].set(jnp.where(running_B, logprob_B, 0.0))

@@ -71,7 +71,7 @@ class TrainingRun:
         self._metrics = directory.metrics()
         self._metrics.resume_at(self.step)
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._last: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
         self._skipped_in_a_row = 0
 
     def _write_template(self) -> None:
@@ -108,9 +108,9 @@ class TrainingRun:
             return
         step, metrics = self._pending
         self._pending = None
-        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._metrics.write(step, self._last)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._last["skipped"] else 0
+        self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._metrics.write(step, self.last_metrics)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self.last_metrics["skipped"] else 0
         if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
@@ -120,7 +120,7 @@ class TrainingRun:
 
     def last(self, name: str) -> float:
         """The newest logged value of a metric; nan before the first."""
-        return self._last.get(name, float("nan"))
+        return self.last_metrics.get(name, float("nan"))
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Save the last state, export the model, and finish the run."""

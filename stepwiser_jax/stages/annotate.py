@@ -47,8 +47,8 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     sampler = Sampler(loaded.model, tokenizer, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
     for trajectory in trajectories:
-        ids = [*trajectory.prompt_ids, *trajectory.completion_ids]
-        sampler.check_length(ids, params.max_new_tokens, trajectory.trajectory_id)
+        room = max(params.max_new_tokens, len(trajectory.completion_ids))
+        sampler.check_length(trajectory.prompt_ids, room, trajectory.trajectory_id)
 
     writer = directory.writer(PrefixValue)
     work = blocks(trajectories, config.trajectories_per_block)
@@ -173,10 +173,14 @@ def estimate_prefix_values(
     """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
 
     Trajectories go through the network once; each prefix is forked `num_rollouts` times from that
-    cache. At most as many trajectories as the sampler has rows.
+    cache. A continuation ends at the context that a whole solution has, prompt and
+    `params.max_new_tokens`. At most as many trajectories as the sampler has rows.
     """
     prefixes = prefixes_to_sample(trajectories)
-    state = sampler.prefill([[*t.prompt_ids, *t.completion_ids] for t in trajectories])
+    context = max(len(t.prompt_ids) for t in trajectories) + params.max_new_tokens
+    state = sampler.prefill(
+        [[*t.prompt_ids, *t.completion_ids] for t in trajectories], slots=context
+    )
     rows = [(prefix, m) for prefix in prefixes for m in range(num_rollouts)]
     num_correct: Counter[str] = Counter()
     for batch in blocks(rows, sampler.max_rows):

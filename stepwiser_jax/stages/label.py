@@ -48,13 +48,15 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.rollouts}: name the rollout run that was annotated"
         )
     tokenizer = load_tokenizer_of(config.tokenizer)
-    examples = judge_examples(labels, trajectories, problems, tokenizer)
+    telling = [label for label in labels if label.v >= config.min_prefix_value]
+    examples = judge_examples(telling, trajectories, problems, tokenizer)
     fitting, dropped = filter_length(config, examples, tokenizer)
+    dropped["low_prefix_value"] = len(labels) - len(telling)
     chosen = balance(fitting, config.seed) if config.balance else fitting
     if not chosen:
         raise UserError(
-            f"no judge example is left of {len(labels)} labelled chunks ({dropped} dropped for "
-            f"their length; {sum(e.is_positive for e in fitting)} positive among the "
+            f"no judge example is left of {len(labels)} labelled chunks ({dropped} dropped; "
+            f"{sum(e.is_positive for e in fitting)} positive among the "
             f"{len(fitting)} that fit): annotate more trajectories, or set balance to false"
         )
     directory.writer(ChunkLabel).append(labels)

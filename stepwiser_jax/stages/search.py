@@ -103,9 +103,8 @@ def chunk_reset_search(
     room = policy.sampler.max_length - longest
     budget = (max_completion_tokens or room) - policy.params.max_new_tokens
     active = list(attempts)
-    state = policy.sampler.prefill(
-        [attempt.ids for attempt in active], reserve=budget + policy.params.max_new_tokens
-    )
+    slots = longest + budget + policy.params.max_new_tokens
+    state = policy.sampler.prefill([attempt.ids for attempt in active], slots)
     while active:
         output, state = policy.sampler.decode(
             state, policy.params, key=policy.key, row_ids=[a.row_id for a in active]

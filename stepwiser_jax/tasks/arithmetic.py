@@ -258,6 +258,11 @@ class State:
             self.previous_value, self.value, self.done = self.value, result, self.done + 1
 
 
+def digit(word: str) -> int:
+    """The digit a word is; 0 for any other word, which no line may hold."""
+    return int(word) if len(word) == 1 and word.isdigit() else 0
+
+
 def claimed_lines(chunk: str) -> list[list[str]]:
     """The words of the `a op b = c` lines of a chunk."""
     words = " ".join(chunk.replace(CHUNK_OPEN, "").replace(CHUNK_CLOSE, "").split())
@@ -302,12 +307,14 @@ def judge_demonstrations(
     problems: Sequence[Problem],
     seed: int,
     *,
-    full: float = 0.40,
-    partial: float = 0.15,
+    full: float = 0.25,
+    partial: float = 0.30,
     flip: float = 0.1,
-    error_scale: float = 0.3,
+    error_scale: float = 0.5,
+    wrong_share: float = 0.5,
 ) -> list[SftExample]:
-    """One judgment per problem, of a random chunk of an imperfect solution.
+    """One judgment per problem, of a random chunk of an imperfect solution; where the solution has a
+    wrong chunk, with probability `wrong_share` of one of those.
 
     A share `full` recomputes every line, `partial` the first line only, the rest glances and says
     Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of verdicts turned round.
@@ -317,7 +324,10 @@ def judge_demonstrations(
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
+        wrong = [j for j, right in enumerate(chunk_truth(problem.question, chunks)) if not right]
         chosen = int(rng.integers(len(chunks)))
+        if wrong and rng.random() < wrong_share:
+            chosen = int(rng.choice(wrong))
         mode = rng.choice(["full", "partial", "glance"], p=[full, partial, 1 - full - partial])
         analysis, positive = judge_chunk(
             problem.question, chunks[: chosen + 1], mode, teacher, rng, error_scale
@@ -358,16 +368,18 @@ def judge_chunk(
         claimed = chunks[-1].split()[2]
         same = chunks[-1] == expected
         return f"{state.value} {claimed} {'same' if same else 'diff'} |", same
-    parts, verdict, left = [], True, None
+    parts, verdict = [], True
     claimed = claimed_lines(chunks[-1])
-    lines = claimed_lines(expected)[: 1 if mode == "partial" else 2]
-    for i, (first, op, right, *_) in enumerate(lines):
-        left = int(first) if left is None else left
-        line = teacher.line(left, op, int(right), rng, error_scale)
-        same = i < len(claimed) and " ".join(claimed[i]) == line.text
-        parts.append(f"{line.text} {claimed[i][-1] if i < len(claimed) else '?'} ")
-        parts[-1] += "same" if same else "diff"
-        verdict, left = verdict and same, line.result
+    exact = claimed_lines(expected)
+    for i in range(1 if mode == "partial" else 2):
+        if i == len(claimed):
+            return " ; ".join([*parts, "? diff |"]), False
+        # From what the chunk itself claims for the line before: each line is checked on its own.
+        left = int(exact[0][0]) if i == 0 else digit(claimed[0][-1])
+        line = teacher.line(left, exact[i][1], int(exact[i][2]), rng, error_scale)
+        same = " ".join(claimed[i]) == line.text
+        parts.append(f"{line.text} {claimed[i][-1]} {'same' if same else 'diff'}")
+        verdict = verdict and same
     return " ; ".join(parts) + " |", verdict
 
 

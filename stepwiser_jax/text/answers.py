@@ -8,6 +8,7 @@ batch of answers has a deadline after which the worker is killed and the answer 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import re
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ def is_verifiable(reference: str) -> bool:
 
 
 def _worker(pipe: Any) -> None:
+    # It warns, at every call, that its own time-outs are off: ours are outside.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             answer, reference = pipe.recv()
@@ -101,6 +104,23 @@ class _Worker:
         self.process.start()
         child.close()
         self.tasks = 0
+
+    def ask(self, pair: tuple[str | None, str]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # answer() will say that the worker died
+            self.pipe.send(pair)
+
+    def answer(self, patience_seconds: float) -> bool | str | None:
+        """The result, what went wrong, or None: too slow, and killed."""
+        self.tasks += 1
+        if not self.pipe.poll(patience_seconds):
+            self.process.kill()
+            self.process.join()
+            return None
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return f"the worker died with exit code {self.process.exitcode}"
 
     def kill(self) -> None:
         self.process.kill()
@@ -153,16 +173,14 @@ class AnswerVerifier:
         while len(self._workers) < len(pairs):
             self._workers.append(_Worker())
         for worker, pair in zip(self._workers, pairs, strict=False):
-            worker.pipe.send(pair)
+            worker.ask(pair)
         for slot, pair in enumerate(pairs):
             worker = self._workers[slot]
             patience = self._timeout if worker.tasks else self.START_SECONDS
-            answered = worker.pipe.poll(patience)
-            answer = worker.pipe.recv() if answered else None
-            self.timeouts += not answered
+            answer = worker.answer(patience)
+            self.timeouts += answer is None
             self.failures += isinstance(answer, str)
             results[pair] = answer is True
-            worker.tasks += 1
-            if not answered or worker.tasks >= TASKS_PER_WORKER:
+            if not worker.process.is_alive() or worker.tasks >= TASKS_PER_WORKER:
                 worker.kill()
                 self._workers[slot] = _Worker()

@@ -1,0 +1,61 @@
+"""StepWiser (arXiv 2508.19229) in JAX: judges that reason about a chunk of thought, trained by GRPO.
+
+The public names, resolved when they are first used: importing the package imports neither jax nor
+anything else, so that worker processes start fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "load_hf": "model.hf",
+    "save_hf": "model.hf",
+    "Transformer": "model.transformer",
+    "ModelConfig": "model.config",
+    "load_tokenizer": "text.tokenizer",
+    "Tokenizer": "text.tokenizer",
+    "Sampler": "runtime.sampler",
+    "SamplingParams": "runtime.sampler",
+    "SampleOutput": "runtime.sampler",
+    "estimate_prefix_values": "stages.annotate",
+    "chunk_reset_search": "stages.search",
+    "label_chunks": "algo.labels",
+    "LABEL_RULES": "algo.labels",
+    "group_advantages": "algo.grpo",
+    "grpo_loss": "algo.grpo",
+    "token_logprobs": "algo.logprobs",
+    "processbench_f1": "algo.processbench",
+    "render_judge_prompt": "text.prompts",
+    "parse_verdict": "text.prompts",
+    "is_equivalent": "text.answers",
+    "extract_answer": "text.answers",
+    "load_config": "config",
+    "dump_config": "config",
+    "read_records": "records",
+    "write_records": "records",
+    "UserError": "records",
+    "Problem": "records",
+    "Trajectory": "records",
+    "SftExample": "records",
+    "PrefixValue": "records",
+    "ChunkLabel": "records",
+    "JudgeExample": "records",
+    "Judgment": "records",
+    "ProcessBenchItem": "records",
+    "SearchResult": "records",
+    "Verdict": "records",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - names are resolved by __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stepwiser_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"stepwiser_jax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

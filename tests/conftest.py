@@ -1,0 +1,101 @@
+"""8 fake CPU devices, strict shapes, and small things that many tests need."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+from flax import nnx
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request):
+    """No silent promotion where the arithmetic is ours (optax itself fails under it)."""
+    ours = request.node.path.stem in ("test_grpo", "test_logprobs", "test_model")
+    with jax.numpy_dtype_promotion("strict" if ours else "standard"):
+        yield
+
+
+def tiny_config(family: str = "llama", **changes) -> ModelConfig:
+    """A decoder of a few thousand parameters; head_dim differs from width / heads on purpose."""
+    fields = {
+        "model_type": family,
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16 if family == "qwen3" else 8,
+        "max_length": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 32) if family == "llama" else None,
+        "tie_embeddings": family != "llama",
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+        "initializer_range": 0.3,
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+@pytest.fixture
+def tiny_model() -> Transformer:
+    return Transformer(tiny_config(), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory):
+    """The embedded task's word-level tokenizer."""
+    directory = tmp_path_factory.mktemp("word")
+    arithmetic.write_tokenizer(directory)
+    return load_tokenizer(str(directory))
+
+
+@pytest.fixture(scope="session")
+def bpe_directory(tmp_path_factory):
+    """A byte-level BPE with a chat template, in which the closing tag is several tokens and its last
+    token can hold the line break behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    lines = ["a step >\n", "of thought >\n", "chunk one", "</", "the answer is 3.\n\n", " >\n"] * 20
+    backend.train_from_iterator(lines, trainer)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+    directory = tmp_path_factory.mktemp("bpe")
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer(bpe_directory):
+    return load_tokenizer(bpe_directory)

@@ -1,0 +1,99 @@
+"""Chunks are spans of token ids: the automaton, the partition, and tags that share tokens."""
+
+import numpy as np
+import pytest
+
+from stepwiser_jax.records import UserError
+from stepwiser_jax.text.chunks import (
+    BLANK_LINE,
+    CHUNK_CLOSE,
+    TokenMatcher,
+    check_tags,
+    chunk_ends,
+    chunk_texts,
+    strip_tags,
+)
+
+
+def slow_ends(token_bytes, ids, patterns):
+    """Spell token after token; a token that completes any pattern ends a span."""
+    ends, text = [], b""
+    for position, token in enumerate(ids, 1):
+        text += token_bytes[token]
+        if any(pattern.encode() in text for pattern in patterns):
+            ends.append(position)
+            text = b""
+    return ends
+
+
+@pytest.mark.parametrize("patterns", [("ab",), ("aab",), ("abab", "ba"), ("aaaa", "aab", "b")])
+def test_matcher_agrees_with_spelling_it_out(patterns):
+    rng = np.random.default_rng(0)
+    token_bytes = [b"a", b"b", b"ab", b"ba", b"aa", b"abab", b"c", b"", b"aab"]
+    matcher = TokenMatcher.build(token_bytes, patterns)
+    for _ in range(200):
+        ids = rng.integers(len(token_bytes), size=15).tolist()
+        assert matcher.ends(ids) == slow_ends(token_bytes, ids, patterns)
+
+
+def test_a_tag_of_several_tokens_that_shares_its_last_one(bpe_tokenizer):
+    text = "<chunk>a step</chunk>\n<chunk>of thought</chunk>\nthe answer is 3."
+    ids = bpe_tokenizer.encode(text)
+    spelled = bpe_tokenizer.token_bytes()
+    matcher = TokenMatcher.build(spelled, (CHUNK_CLOSE,))
+    ends = chunk_ends(ids, matcher, bpe_tokenizer)
+    assert any(b">\n" == spelled[i] for i in ids), "the case shows nothing: no token is shared"
+    assert len(bpe_tokenizer.encode(CHUNK_CLOSE)) > 1
+    texts = chunk_texts(bpe_tokenizer, ids, ends)
+    assert texts == ["<chunk>a step</chunk>\n", "<chunk>of thought</chunk>\nthe answer is 3."]
+    assert "".join(texts) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<chunk>a</chunk><chunk>b</chunk>", ["<chunk>a</chunk>", "<chunk>b</chunk>"]),
+        ("<chunk>a</chunk><chunk>cut off", ["<chunk>a</chunk>", "<chunk>cut off"]),
+        ("<chunk>a</chunk> \\boxed{3}", ["<chunk>a</chunk> \\boxed{3}"]),
+        ("no tags at all", ["no tags at all"]),
+        ("<chunk></chunk><chunk>b</chunk>", ["<chunk></chunk><chunk>b</chunk>"]),
+        ("<chunk>a</chunk>\n\n<chunk> </chunk>", ["<chunk>a</chunk>\n\n<chunk> </chunk>"]),
+    ],
+)
+def test_what_is_a_chunk(bpe_tokenizer, text, expected):
+    ids = bpe_tokenizer.encode(text)
+    matcher = TokenMatcher.build(bpe_tokenizer.token_bytes(), (CHUNK_CLOSE,))
+    for with_end in (ids, [*ids, bpe_tokenizer.eos_ids[0]]):
+        ends = chunk_ends(with_end, matcher, bpe_tokenizer)
+        assert ends[-1] == len(with_end)
+        assert list(ends) == sorted(set(ends))
+        assert chunk_texts(bpe_tokenizer, with_end, ends) == expected
+
+
+def test_blank_lines_make_chunks_but_no_empty_ones(bpe_tokenizer):
+    text = "a step\n\nof thought\n\n\n\n\n\nthe answer is 3.\n\n"
+    ids = [*bpe_tokenizer.encode(text), bpe_tokenizer.eos_ids[0]]
+    matcher = TokenMatcher.build(bpe_tokenizer.token_bytes(), (BLANK_LINE,))
+    texts = chunk_texts(bpe_tokenizer, ids, chunk_ends(ids, matcher, bpe_tokenizer))
+    assert [part.strip() for part in texts] == ["a step", "of thought", "the answer is 3."]
+    assert "".join(texts) == text
+
+
+def test_tags_are_taken_off():
+    assert strip_tags("<chunk> a </chunk>b") == " a b"
+
+
+def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path, word_tokenizer):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from stepwiser_jax.text.tokenizer import load_tokenizer
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "one": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot round-trip"):
+        check_tags(load_tokenizer(str(tmp_path)))
+    check_tags(word_tokenizer)

@@ -1,0 +1,214 @@
+"""Advantages and the GRPO loss against slow numpy loops, by hand, and by property."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepwiser_jax.algo.grpo import aggregate, group_advantages, grpo_loss, k3, loss_denominator
+
+
+def slow_advantages(rewards, normalize):
+    out = []
+    for group in rewards:
+        mean = sum(group) / len(group)
+        variance = sum((r - mean) ** 2 for r in group) / (len(group) - 1)
+        scale = variance**0.5 + 1e-6 if normalize == "std" else 1.0
+        out.append([0.0 if max(group) == min(group) else (r - mean) / scale for r in group])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("normalize", ["std", "none"])
+def test_advantages(normalize):
+    rewards = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(np.float32)
+    rewards[0] = 1.0
+    found = np.asarray(group_advantages(jnp.asarray(rewards), normalize=normalize))
+    np.testing.assert_allclose(found, slow_advantages(rewards, normalize), atol=1e-5)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
+    assert not found[0].any()
+
+
+def test_advantages_by_hand():
+    found = group_advantages(jnp.array([[1.0, 0.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(found, [[1.5, -0.5, -0.5, -0.5]], atol=1e-5)
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(jnp.ones((3, 1)))
+
+
+def make_case(seed, dtype=np.float32):
+    """Packed rows: a prompt (segment -1), completions of segments 1 and 2, padding."""
+    rng = np.random.default_rng(seed)
+    segments = np.array([[-1, -1, 1, 1, 1, 2, 2, 0], [-1, 1, 1, 2, 2, 2, 2, 0]])
+    mask = segments > 0
+    logprobs = rng.normal(-1, 0.8, segments.shape).astype(dtype)
+    old = (logprobs + rng.normal(0, 0.6, segments.shape)).astype(dtype)
+    ref = (logprobs + rng.normal(0, 0.3, segments.shape)).astype(dtype)
+    advantages = np.where(segments == 1, 1.3, -0.7).astype(dtype)
+    weights = rng.uniform(0.5, 1.0, segments.shape).astype(dtype)
+    return logprobs, old, ref, advantages, mask, segments, weights
+
+
+def slow_loss(case, *, low, high, dual, kl_coef, how, constant, use_weights):
+    logprobs, old, ref, advantages, mask, segments, weights = case
+    per_sequence = {}
+    for b, t in itertools.product(range(mask.shape[0]), range(mask.shape[1])):
+        if not mask[b, t]:
+            continue
+        ratio, adv = np.exp(logprobs[b, t] - old[b, t]), advantages[b, t]
+        gain = min(ratio * adv, min(max(ratio, 1 - low), 1 + high) * adv)
+        if dual is not None and adv < 0:
+            gain = max(gain, dual * adv)
+        if use_weights:
+            gain *= weights[b, t]
+        difference = ref[b, t] - logprobs[b, t]
+        kl = np.exp(difference) - difference - 1
+        per_sequence.setdefault((b, segments[b, t]), []).append(-gain + kl_coef * kl)
+    tokens = [x for values in per_sequence.values() for x in values]
+    if how == "token_mean":
+        return sum(tokens) / len(tokens)
+    if how == "sequence_mean":
+        return np.mean([np.mean(values) for values in per_sequence.values()])
+    return sum(tokens) / constant
+
+
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
+@pytest.mark.parametrize("dual", [None, 1.5])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+@pytest.mark.parametrize("use_weights", [False, True])
+def test_loss_against_loops(how, dual, kl_coef, use_weights):
+    case = make_case(1)
+    logprobs, old, ref, advantages, mask, segments, weights = map(jnp.asarray, case)
+    constant = 4 * 10.0
+    loss, _ = grpo_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        dual_clip=dual,
+        kl_coef=kl_coef,
+        ref_logprobs_BT=ref,
+        importance_weights_BT=weights if use_weights else None,
+        segment_ids_BT=segments,
+        aggregation=how,
+        denominator=constant if how == "dr_grpo" else None,
+    )
+    expected = slow_loss(
+        case,
+        low=0.2,
+        high=0.28,
+        dual=dual,
+        kl_coef=kl_coef,
+        how=how,
+        constant=constant,
+        use_weights=use_weights,
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.5, 1.0, -1.28),  # clip-higher bounds the gain
+        (1.5, -1.0, 1.5),  # a worse action that became likelier is not bounded from above
+        (0.5, 1.0, -0.5),
+        (0.5, -1.0, 0.8),  # the lower clip
+        (9.0, -1.0, 3.0),  # dual clip
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, expected):
+    loss, metrics = grpo_loss(
+        jnp.log(jnp.array([[ratio]])),
+        jnp.zeros((1, 1)),
+        jnp.array([advantage]),
+        jnp.ones((1, 1), bool),
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        dual_clip=3.0,
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+    clipped += metrics["clip_fraction_dual"]
+    is_clipped = (ratio, advantage) in [(1.5, 1.0), (0.5, -1.0), (9.0, -1.0)]
+    assert float(clipped) == float(is_clipped)
+
+
+def test_on_policy_gradient_is_reinforce():
+    """At ratio 1 the gradient is that of -A log p, averaged over the tokens."""
+    logprobs, _, _, advantages, mask, *_ = map(jnp.asarray, make_case(2))
+
+    def loss(x):
+        old = jax.lax.stop_gradient(x)
+        return grpo_loss(x, old, advantages, mask, clip_eps_low=0.2, clip_eps_high=0.28)[0]
+
+    expected = jnp.where(mask, -advantages, 0) / jnp.sum(mask).astype(jnp.float32)
+    np.testing.assert_allclose(jax.grad(loss)(logprobs), expected, rtol=1e-5)
+
+
+def test_what_is_masked_does_not_matter():
+    case = list(map(jnp.asarray, make_case(3)))
+    mask = case[4]
+    settings = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+    first, _ = grpo_loss(case[0], case[1], case[3], mask, **settings)
+    noisy = [jnp.where(mask, x, jnp.full_like(x, 1e30)) for x in (case[0], case[1], case[3])]
+    second, _ = grpo_loss(*noisy, mask, **settings)
+    assert float(first) == float(second)
+
+
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
+def test_micro_batches_add_up(how):
+    logprobs, old, _, advantages, mask, segments, _ = map(jnp.asarray, make_case(4))
+    denominator = loss_denominator(mask, segments, aggregation=how, max_completion_tokens=5)
+
+    def loss(rows):
+        return grpo_loss(
+            logprobs[rows],
+            old[rows],
+            advantages[rows],
+            mask[rows],
+            clip_eps_low=0.2,
+            clip_eps_high=0.28,
+            segment_ids_BT=segments[rows],
+            aggregation=how,
+            denominator=denominator,
+        )
+
+    whole, metrics = loss(slice(None))
+    parts = [loss(slice(i, i + 1)) for i in range(2)]
+    np.testing.assert_allclose(sum(part[0] for part in parts), whole, rtol=1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(sum(part[1][name] for part in parts), value, rtol=1e-5, atol=1e-7)
+
+
+def test_denominators_by_hand():
+    segments = jnp.array([[-1, 1, 1, 2, 0]])
+    mask = segments > 0
+    found = [
+        float(loss_denominator(mask, segments, aggregation=how, max_completion_tokens=7))
+        for how in ("token_mean", "sequence_mean", "dr_grpo")
+    ]
+    assert found == [3.0, 2.0, 14.0]
+    values = jnp.array([[9.0, 1.0, 3.0, 5.0, 9.0]])
+    mean = aggregate(values, mask, "sequence_mean", jnp.float32(2.0), segments)
+    assert float(mean) == (2.0 + 5.0) / 2
+
+
+def test_k3_is_zero_at_equality_and_never_negative():
+    logprobs, _, ref, _, mask, *_ = map(jnp.asarray, make_case(5))
+    assert float(jnp.abs(k3(logprobs, logprobs, mask)).max()) == 0
+    assert float(k3(logprobs, ref, mask).min()) >= 0
+
+
+def test_kl_needs_a_reference_and_dr_grpo_its_constant():
+    x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+    settings = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+    with pytest.raises(ValueError, match="ref_logprobs_BT"):
+        grpo_loss(x, x, jnp.ones((1,)), mask, kl_coef=0.1, **settings)
+    with pytest.raises(ValueError, match="denominator"):
+        grpo_loss(x, x, jnp.ones((1,)), mask, aggregation="dr_grpo", **settings)

@@ -1,0 +1,219 @@
+"""The sampler: what a row gets depends on its id, and on nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.sampler import (
+    Sampler,
+    SamplingParams,
+    StopReason,
+    inverse_cdf,
+    truncate,
+)
+
+KEY = jax.random.key(7)
+PROMPTS = [[5, 9, 11], [3], [8, 8, 2, 60, 33], [1, 2, 3, 4, 5, 6, 7]]
+
+
+def make(model, tokenizer=None, rows=(8,), buckets=(32,)):
+    return Sampler(model, tokenizer, rows=rows, buckets=buckets)
+
+
+def ids_of(prompts, group_size=1):
+    return [f"p{p}/{g}" for p in range(len(prompts)) for g in range(group_size)]
+
+
+def test_logprobs_are_those_of_the_trainer(tiny_model):
+    params = SamplingParams(max_new_tokens=12, temperature=0.8)
+    out = make(tiny_model).generate(PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS))
+    for b, prompt in enumerate(PROMPTS):
+        tokens = jnp.array([prompt + out.ids(b)])
+        trained = token_logprobs(tiny_model, tokens, temperature=0.8)[0, len(prompt) :]
+        np.testing.assert_allclose(out.logprobs(b), trained, atol=1e-4)
+
+
+def test_slot_and_neighbours_do_not_matter_to_the_bit(tiny_model):
+    params = SamplingParams(max_new_tokens=10)
+    sampler = make(tiny_model)
+    ids = ids_of(PROMPTS)
+    first = sampler.generate(PROMPTS, params, key=KEY, row_ids=ids)
+    order = [2, 0, 3, 1]
+    moved = sampler.generate(
+        [PROMPTS[i] for i in order], params, key=KEY, row_ids=[ids[i] for i in order]
+    )
+    others = sampler.generate([PROMPTS[2], [7] * 6], params, key=KEY, row_ids=[ids[2], "other"])
+    for new, old in enumerate(order):
+        assert moved.ids(new) == first.ids(old)
+        assert moved.logprobs(new) == first.logprobs(old)
+    assert others.ids(0) == first.ids(2)
+    assert others.logprobs(0) == first.logprobs(2)
+
+
+def test_another_batch_size_has_the_same_noise(tiny_model):
+    params = SamplingParams(max_new_tokens=10)
+    ids = ids_of(PROMPTS, 4)
+    small = make(tiny_model, rows=(4,)).generate(
+        PROMPTS, params, key=KEY, row_ids=ids, group_size=4
+    )
+    large = make(tiny_model, rows=(32,)).generate(
+        PROMPTS, params, key=KEY, row_ids=ids, group_size=4
+    )
+    same = [small.ids(b) == large.ids(b) for b in range(len(ids))]
+    assert np.mean(same) >= 0.9
+    for b in range(len(ids)):
+        if same[b]:
+            np.testing.assert_allclose(small.logprobs(b), large.logprobs(b), atol=1e-4)
+
+
+def test_row_ids_name_the_noise(tiny_model):
+    """Five attempts at one fork differ, and so do two iterations on one prompt."""
+    params = SamplingParams(max_new_tokens=12)
+    ids = [f"c0/a{attempt}" for attempt in range(5)] + ["it0", "it1"]
+    out = make(tiny_model).generate([PROMPTS[0]] * 7, params, key=KEY, row_ids=ids)
+    assert len({tuple(out.ids(b)) for b in range(7)}) == 7
+    again = make(tiny_model).generate([PROMPTS[0]], params, key=KEY, row_ids=["it1"])
+    assert again.ids(0) == out.ids(6)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(tiny_model):
+    params = SamplingParams(max_new_tokens=8, temperature=0.0)
+    out = make(tiny_model).generate(PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS))
+    for b, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(jnp.argmax(tiny_model(jnp.array([ids]))[0, -1])))
+        assert out.ids(b) == ids[len(prompt) :]
+
+
+def test_rewound_row_equals_a_fresh_one(tiny_model):
+    """Reject and resample: after the rewind a row is as if the rejected tokens had never been."""
+    sampler = make(tiny_model, rows=(4,))
+    params = SamplingParams(max_new_tokens=6)
+    state = sampler.prefill(PROMPTS, slots=32)
+    _, state = sampler.decode(state, params, key=KEY, row_ids=["a", "b", "c", "d"])
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    state = sampler.fork(state, np.arange(4), lengths)
+    again, _ = sampler.decode(state, params, key=KEY, row_ids=["e", "f", "g", "h"])
+    fresh = sampler.generate(PROMPTS, params, key=KEY, row_ids=["e", "f", "g", "h"])
+    for b in range(4):
+        assert again.ids(b) == fresh.ids(b)
+        np.testing.assert_allclose(again.logprobs(b), fresh.logprobs(b), atol=1e-5)
+
+
+def test_fork_inside_a_prefix_equals_reading_the_prefix(tiny_model):
+    sampler = make(tiny_model, rows=(4,))
+    params = SamplingParams(max_new_tokens=6)
+    state = sampler.prefill([PROMPTS[3]], slots=32)
+    forked = sampler.fork(state, np.array([0, 0, 0]), np.array([2, 5, 7]))
+    out, _ = sampler.decode(forked, params, key=KEY, row_ids=["x", "y", "z"])
+    prefixes = [PROMPTS[3][:2], PROMPTS[3][:5], PROMPTS[3]]
+    fresh = sampler.generate(prefixes, params, key=KEY, row_ids=["x", "y", "z"])
+    for b in range(3):
+        assert out.ids(b) == fresh.ids(b)
+
+
+def test_decoding_goes_on_where_it_stopped(tiny_model):
+    """Twice 5 tokens are the same as 10: noise is by position."""
+    sampler = make(tiny_model, rows=(1,))
+    state = sampler.prefill([PROMPTS[0]], slots=32)
+    half = SamplingParams(max_new_tokens=5)
+    first, state = sampler.decode(state, half, key=KEY, row_ids=["r"])
+    second, _ = sampler.decode(state, half, key=KEY, row_ids=["r"])
+    whole = sampler.generate([PROMPTS[0]], SamplingParams(10), key=KEY, row_ids=["r"])
+    assert first.ids(0) + second.ids(0) == whole.ids(0)
+
+
+def test_stop_ids(tiny_model):
+    free = make(tiny_model).generate(PROMPTS, SamplingParams(20), key=KEY, row_ids=ids_of(PROMPTS))
+    stop = free.ids(0)[3]
+    params = SamplingParams(20, stop_ids=(stop,))
+    out = make(tiny_model).generate(PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS))
+    for b in range(len(PROMPTS)):
+        expected = free.ids(b)
+        if stop in expected:
+            expected = expected[: expected.index(stop) + 1]
+            assert out.stop_reason_B[b] == StopReason.STOP_ID
+        else:
+            assert out.stop_reason_B[b] == StopReason.LENGTH
+        assert out.ids(b) == expected
+
+
+class Letters:
+    """64 tokens, each a letter or two of `ab`: stop strings lie across and inside tokens."""
+
+    def token_bytes(self):
+        words = ["a", "b", "ab", "ba", "bb", "aab", "x", "y"]
+        return [words[i % 8].encode() for i in range(64)]
+
+
+def test_stop_strings_across_tokens(tiny_model):
+    tokenizer = Letters()
+    free = make(tiny_model).generate(PROMPTS, SamplingParams(20), key=KEY, row_ids=ids_of(PROMPTS))
+    params = SamplingParams(20, stop_strings=("abb",))
+    out = make(tiny_model, tokenizer).generate(
+        PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS)
+    )
+    spelled = tokenizer.token_bytes()
+    hits = 0
+    for b in range(len(PROMPTS)):
+        text, expected = b"", []
+        for token in free.ids(b):
+            expected.append(token)
+            text += spelled[token]
+            if b"abb" in text:
+                hits += 1
+                assert out.stop_reason_B[b] == StopReason.STOP_STRING
+                break
+        assert out.ids(b) == expected
+    assert hits, "the case shows nothing: no row contains the stop string"
+
+
+def test_inverse_cdf_hits_the_distribution():
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(1), (1, 700)) * 2)
+    uniform = (jnp.arange(20000) + 0.5) / 20000
+    tokens = inverse_cdf(jnp.broadcast_to(probs, (20000, 700)), uniform)
+    counts = np.bincount(np.asarray(tokens), minlength=700) / 20000
+    np.testing.assert_allclose(counts, probs[0], atol=2e-4)
+    expected = np.searchsorted(np.cumsum(np.asarray(probs[0], np.float64)), np.asarray(uniform))
+    assert np.mean(np.asarray(tokens) == expected) > 0.999
+
+
+def test_inverse_cdf_never_takes_what_has_no_probability():
+    probs = jnp.zeros((3, 300)).at[:, 40].set(0.5).at[:, 290].set(0.5)
+    tokens = inverse_cdf(probs, jnp.array([0.0, 0.5, 1.0]))
+    assert tokens.tolist() == [40, 290, 290]
+
+
+def test_truncation_and_its_logprobs():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    top_k = jnp.exp(truncate(logits, 2, None))
+    np.testing.assert_allclose(top_k, [[4 / 7, 3 / 7, 0, 0]], atol=1e-6)
+    top_p = jnp.exp(truncate(logits, 0, jnp.float32(0.5)))
+    np.testing.assert_allclose(top_p, [[4 / 7, 3 / 7, 0, 0]], atol=1e-6)
+    nothing = jnp.exp(truncate(logits, 0, jnp.float32(0.3)))
+    np.testing.assert_allclose(nothing, [[1, 0, 0, 0]], atol=1e-6)
+
+
+def test_compiled_shapes_are_few(tiny_model):
+    sampler = make(tiny_model, rows=(2, 8), buckets=(16, 32))
+    for count in (1, 2, 3, 5, 8, 11):
+        prompts = [[1 + i, 2, 3] for i in range(count)]
+        sampler.generate(prompts, SamplingParams(6), key=KEY, row_ids=ids_of(prompts))
+    decodes = [shape for shape in sampler.compiled_shapes if shape.startswith("decode")]
+    assert len(decodes) == 2
+
+
+def test_too_long_a_prompt_is_refused(tiny_model):
+    with pytest.raises(UserError, match="context of 32"):
+        make(tiny_model).generate([[1] * 30], SamplingParams(6), key=KEY, row_ids=["long"])
+    with pytest.raises(UserError, match="model's context is 256"):
+        make(tiny_model, buckets=(512,))
+
+
+def test_doubled_row_ids_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="different row_ids"):
+        make(tiny_model).generate(PROMPTS, SamplingParams(2), key=KEY, row_ids=["a"] * 4)
