@@ -1,0 +1,152 @@
+"""The embedded task: exact truth, a systematically wrong teacher, and judgments that can be right."""
+
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from stepwiser_jax.records import UserError
+from stepwiser_jax.tasks import arithmetic as task
+
+PROBLEMS = task.generate_problems(300, 0, "train")
+
+
+class Infallible(task.Teacher):
+    def __init__(self):
+        self.misbelief = {}
+
+    def chunk(self, value, operation, rng):
+        return list(task.exact_lines(value, operation))
+
+
+def perfect(question):
+    return task.demonstrate(question, Infallible(), np.random.default_rng(0))
+
+
+def test_answers_by_another_route():
+    for problem in PROBLEMS:
+        expression = ""
+        for factor, sign, addend in re.findall(r"\* (\d) ([+-]) (\d)", problem.question):
+            expression = f"(({expression or problem.question.split()[1]}) * {factor} {sign} {addend})"
+        assert eval(expression) % 10 == int(problem.answer)
+
+
+def test_splits_share_no_question_and_ids_are_stable():
+    questions = {
+        split: {p.question for p in task.generate_problems(200, 1, split)} for split in task.SPLITS
+    }
+    splits = list(questions)
+    for i, a in enumerate(splits):
+        for b in splits[i + 1 :]:
+            assert not questions[a] & questions[b]
+    assert task.generate_problems(50, 3, "dev") == task.generate_problems(80, 3, "dev")[:50]
+
+
+def test_perfect_solutions_are_true_throughout():
+    for problem in PROBLEMS:
+        chunks = perfect(problem.question)
+        assert all(task.chunk_truth(problem.question, chunks))
+        assert task.first_error(problem.question, chunks) == -1
+
+
+def test_one_changed_digit_is_found_where_it_is():
+    rng = np.random.default_rng(0)
+    for problem in PROBLEMS:
+        chunks = perfect(problem.question)
+        j = int(rng.integers(len(chunks)))
+        digits = [m.start() for m in re.finditer(r"\d", chunks[j])]
+        place = int(rng.choice(digits))
+        changed = (int(chunks[j][place]) + int(rng.integers(1, 10))) % 10
+        wrong = [*chunks]
+        wrong[j] = chunks[j][:place] + str(changed) + chunks[j][place + 1 :]
+        assert task.first_error(problem.question, wrong) == j
+
+
+def test_truth_is_local_and_knows_repairs():
+    question = "start 4 ; * 7 + 5 ; * 3 - 2 ?"
+    wrong = "<chunk> 4 * 7 = 9 ; 9 + 5 = 4 </chunk>"
+    goes_on = "<chunk> 4 * 3 = 2 ; 2 - 2 = 0 </chunk>"
+    answer = "<chunk> \\boxed{ 0 } </chunk>"
+    assert task.chunk_truth(question, [wrong, goes_on, answer]) == [False, True, True]
+    repair = "<chunk> fix ; 4 * 7 = 8 ; 8 + 5 = 3 </chunk>"
+    right = "<chunk> 3 * 3 = 9 ; 9 - 2 = 7 </chunk>"
+    end = "<chunk> \\boxed{ 7 } </chunk>"
+    assert task.chunk_truth(question, [wrong, repair, right, end]) == [False, True, True, True]
+    assert task.first_error(question, [wrong, repair, right, end]) == 0
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    ["", "<chunk> </chunk>", "nonsense", "<chunk> \\boxed{ 4 } </chunk>", "<chunk> fix </chunk>"],
+)
+def test_malformed_or_early_chunks_are_wrong(chunk):
+    question = "start 4 ; * 7 + 5 ; * 3 - 2 ?"
+    assert task.chunk_truth(question, [chunk]) == [False]
+    after = [chunk, "<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk>"]
+    assert task.chunk_truth(question, after) == [False, True]
+
+
+def test_the_teacher_is_wrong_in_the_same_way_each_time():
+    teacher, rng = task.Teacher(0), np.random.default_rng(1)
+    facts = [(x, "*", d) for x in range(10) for d in task.FACTORS]
+    errors = defaultdict(Counter)
+    for fact in facts * 60:
+        line = teacher.line(*fact, rng)
+        if line.result != task.compute(*fact):
+            errors[fact][line.result] += 1
+    assert 4 <= len(errors) <= 16
+    for found in errors.values():
+        assert len(found) == 1
+        assert 0.15 < sum(found.values()) / 60 < 0.85
+
+
+def test_demonstrations_are_imperfect_but_mostly_right():
+    chunks = [
+        re.findall(r"<chunk> .*? </chunk>", example.completion)
+        for example in task.policy_demonstrations(PROBLEMS, 0)
+    ]
+    truth = [
+        right
+        for problem, solution in zip(PROBLEMS, chunks, strict=True)
+        for right in task.chunk_truth(problem.question, solution)
+    ]
+    assert 0.05 < 1 - np.mean(truth) < 0.25
+
+
+def test_an_exact_full_judgment_is_the_truth():
+    teacher, rng = task.Teacher(0), np.random.default_rng(0)
+    seen = Counter()
+    for problem in PROBLEMS:
+        chunks = task.demonstrate(problem.question, teacher, rng)
+        for j, right in enumerate(task.chunk_truth(problem.question, chunks)):
+            analysis, verdict = task.judge_chunk(
+                problem.question, chunks[: j + 1], "full", teacher, rng, 0.0
+            )
+            assert verdict == right
+            assert ("diff" in analysis) != right
+            seen[right] += 1
+    assert seen[False] > 30
+
+
+def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
+    from stepwiser_jax.records import Verdict
+    from stepwiser_jax.text.prompts import parse_verdict
+
+    examples = task.judge_demonstrations(PROBLEMS, 0) + task.policy_demonstrations(PROBLEMS, 0)
+    for example in examples:
+        text = f"{example.prompt} {example.completion}"
+        ids = word_tokenizer.encode(text)
+        assert word_tokenizer.decode(ids) == text
+        assert word_tokenizer.encode("<unk>")[0] not in ids
+        assert len(ids) <= 158
+    verdicts = Counter(parse_verdict(e.completion) for e in examples[: len(PROBLEMS)])
+    assert verdicts[Verdict.UNPARSED] == 0
+    assert min(verdicts[Verdict.POSITIVE], verdicts[Verdict.NEGATIVE]) > 40
+
+
+def test_bad_questions_and_splits_are_refused():
+    with pytest.raises(UserError, match="found 'what is 3'"):
+        task.parse_question("what is 3")
+    with pytest.raises(UserError, match="expected a split"):
+        task.generate_problems(1, 0, "validation")

@@ -1,0 +1,109 @@
+"""Configs: typed, and every mistake is named with its fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config
+from stepwiser_jax.records import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STAGE_OF = {
+    "policy": "sft",
+    "cold_start": "sft",
+    "rollouts": "rollout",
+    "heldout": "rollout",
+    "values": "annotate",
+    "labels": "label",
+    "judge": "judge",
+    "evaluate": "evaluate",
+    "search": "search",
+}
+
+
+def stage_of(file: Path) -> str:
+    return STAGE_OF[file.stem.split("_", 1)[1]]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_path):
+    config = load_config(stage_of(file), file)
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(stage_of(file), dumped) == config
+    command, hardware, expected = file.read_text().splitlines()[:3]
+    assert command.startswith(f"# stepwiser {stage_of(file)} --config configs/{file.name}")
+    assert hardware.startswith("# ")
+    assert expected.startswith("# ")
+
+
+def judge_tree(**changes):
+    tree = yaml.safe_load((CONFIGS / "smoke_judge.yaml").read_text())
+    return {**tree, **changes}
+
+
+def load(tmp_path, tree, *overrides, stage="judge"):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return load_config(stage, file, overrides)
+
+
+def test_overrides_are_typed(tmp_path):
+    config = load(
+        tmp_path, judge_tree(), "training.optimizer.learning_rate=3e-5", "grpo.dual_clip=null"
+    )
+    assert config.training.optimizer.learning_rate == 3e-5
+    assert config.grpo.dual_clip is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({"iteratoins": 3}, (), "did you mean 'iterations'"),
+        ({}, ("grpo.clip_esp_low=0.1",), "did you mean 'clip_eps_low'"),
+        ({}, ("iterations=many",), "iterations.*found 'many'"),
+        ({}, ("iterations",), "key=value"),
+        ({}, ("iterations.x=1",), "is a value"),
+        ({"prompts_per_iteration": 7}, (), "multiple of updates_per_iteration"),
+        ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
+        ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
+        ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
+        ({}, ("engine.rows=[64, 32]",), "ascending"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, judge_tree(**changes), *overrides)
+
+
+def test_all_problems_come_in_one_message(tmp_path):
+    tree = judge_tree(iteratoins=3)
+    del tree["model"]
+    with pytest.raises(UserError) as error:
+        load(tmp_path, tree)
+    assert "iteratoins" in str(error.value)
+    assert "'model' is required" in str(error.value)
+
+
+def test_missing_broken_and_unknown(tmp_path):
+    with pytest.raises(UserError, match="found none"):
+        load_config("judge", tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config("judge", tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="expected a mapping"):
+        load_config("judge", tmp_path / "list.yaml")
+    with pytest.raises(UserError, match="expected a stage"):
+        load_config("jugde", tmp_path / "list.yaml")
+
+
+def test_every_stage_has_a_command_and_a_module():
+    import importlib
+
+    from stepwiser_jax.__main__ import STAGES
+
+    assert set(STAGES) == set(STAGE_CONFIGS)
+    for name in STAGES:
+        assert callable(importlib.import_module(f"stepwiser_jax.stages.{name}").run)

@@ -1,0 +1,163 @@
+"""Records on disk: nothing is lost, nothing is half-written, unfinished input is refused."""
+
+import json
+
+import pytest
+
+from stepwiser_jax.config import Label
+from stepwiser_jax.records import (
+    ChunkLabel,
+    Judgment,
+    Problem,
+    RecordWriter,
+    Trajectory,
+    UserError,
+    Verdict,
+    from_json,
+    natural_key,
+    read_records,
+    to_json,
+    write_manifest,
+    write_records,
+)
+from stepwiser_jax.runtime.run import Metrics, RunDirectory
+
+PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
+
+
+def test_every_kind_of_field_survives():
+    records = [
+        Trajectory("p#0", "p", "m", (1, 2), (3,), (-0.1234567,), (1,), "stop_id", True),
+        Judgment("p#0/1", "m", "\\boxed{Positive}\n", Verdict.POSITIVE, 1.0, 0.0),
+    ]
+    for record in records:
+        assert from_json(to_json(record), type(record)) == record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "Problem.answer"),
+        ({"extra": 1}, "has the fields"),
+        ({"question": 3}, "Problem.question"),
+    ],
+)
+def test_bad_fields_are_named(change, message):
+    fields = json.loads(to_json(PROBLEMS[0])) | change
+    with pytest.raises(UserError, match=message):
+        from_json(json.dumps(fields), Problem)
+
+
+def test_bad_lines_are_named(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(to_json(PROBLEMS[0]) + "\nnot json\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_records(file, Problem)
+
+
+def test_natural_order():
+    ids = ["p#10/1", "p#2/11", "p#2/2", "a/000123#0", "a/000123#0/vote1"]
+    assert sorted(ids, key=natural_key) == [
+        "a/000123#0",
+        "a/000123#0/vote1",
+        "p#2/2",
+        "p#2/11",
+        "p#10/1",
+    ]
+
+
+def test_half_written_line_is_dropped_and_known_ids_are_skipped(tmp_path):
+    writer = RecordWriter(tmp_path, Problem)
+    writer.append(PROBLEMS[:2])
+    with open(writer.path, "a") as file:
+        file.write(to_json(PROBLEMS[2])[:-7])
+    writer = RecordWriter(tmp_path, Problem)
+    assert writer.done == {"p#0", "p#2"}
+    writer.append(PROBLEMS)
+    assert [record.record_id for record in writer.read()] == ["p#0", "p#2", "p#10", "p#1"]
+
+
+def test_interrupted_and_undisturbed_runs_leave_the_same_bytes(tmp_path):
+    for name, batches in (("a", [PROBLEMS]), ("b", [PROBLEMS[2:], PROBLEMS[:2]])):
+        writer = RecordWriter(tmp_path / name, Problem)
+        for batch in batches:
+            writer.append(batch)
+        write_manifest(tmp_path / name, "rollout", "digest", [writer])
+    files = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
+    assert [p.name for p in files[0]] == [p.name for p in files[1]]
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+    assert [p.problem_id for p in read_records(tmp_path / "a", Problem)] == [
+        "p#0",
+        "p#1",
+        "p#2",
+        "p#10",
+    ]
+
+
+def test_unfinished_missing_wrong_and_damaged_runs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="found nothing"):
+        read_records(tmp_path / "nowhere", Problem)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="not finished"):
+        read_records(tmp_path / "run", Problem)
+    writer = RecordWriter(tmp_path / "run", Problem)
+    writer.append(PROBLEMS)
+    write_manifest(tmp_path / "run", "rollout", "digest", [writer])
+    with pytest.raises(UserError, match="not chunk_labels"):
+        read_records(tmp_path / "run", ChunkLabel)
+    with open(writer.path, "a") as file:
+        file.write(to_json(Problem("x", "q", "a", "s")) + "\n")
+    with pytest.raises(UserError, match=r"manifest\.json names"):
+        read_records(tmp_path / "run", Problem)
+
+
+def label_config(**changes):
+    fields = {"annotations": "a", "rollouts": "r", "tokenizer": "t", **changes}
+    return Label(**fields)
+
+
+def test_run_directory_of_another_config_names_the_difference(tmp_path):
+    path = tmp_path / "run"
+    RunDirectory(path, "label", label_config()).create()
+    RunDirectory(path, "label", label_config())
+    with pytest.raises(UserError, match=r"alpha: 0\.8 -> 0\.4"):
+        RunDirectory(path, "label", label_config(alpha=0.4))
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="no run directory"):
+        RunDirectory(tmp_path, "label", label_config())
+
+
+def test_run_directory_writes_nothing_before_it_must(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "label", label_config())
+    assert not directory.path.exists()
+    directory.finish({"x": 1})
+    assert directory.finished
+    assert directory.summary() == {"x": 1}
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": step / 2})
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    metrics = Metrics(tmp_path)
+    metrics.resume_at(2)
+    metrics.write(3, {"loss": 9.0})
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 9.0},
+    ]
+
+
+def test_write_records_round_trip(tmp_path):
+    write_records(tmp_path / "x" / "problems.jsonl", PROBLEMS)
+    assert read_records(tmp_path / "x" / "problems.jsonl", Problem) == PROBLEMS
