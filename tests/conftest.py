@@ -13,10 +13,10 @@ from flax import nnx
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import load_tokenizer
+from tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -25,29 +25,6 @@ def _strict_dtypes(request):
     ours = request.node.path.stem in ("test_grpo", "test_logprobs", "test_model")
     with jax.numpy_dtype_promotion("strict" if ours else "standard"):
         yield
-
-
-def tiny_config(family: str = "llama", **changes) -> ModelConfig:
-    """A decoder of a few thousand parameters; head_dim differs from width / heads on purpose."""
-    fields = {
-        "model_type": family,
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16 if family == "qwen3" else 8,
-        "max_length": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 32) if family == "llama" else None,
-        "tie_embeddings": family != "llama",
-        "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
-        "initializer_range": 0.3,
-    }
-    return ModelConfig(**{**fields, **changes})
 
 
 @pytest.fixture

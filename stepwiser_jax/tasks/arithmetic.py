@@ -307,10 +307,10 @@ def judge_demonstrations(
     problems: Sequence[Problem],
     seed: int,
     *,
-    full: float = 0.25,
+    full: float = 0.30,
     partial: float = 0.30,
     flip: float = 0.1,
-    error_scale: float = 0.5,
+    error_scale: float = 0.4,
     wrong_share: float = 0.5,
 ) -> list[SftExample]:
     """One judgment per problem, of a random chunk of an imperfect solution; where the solution has a

@@ -1,0 +1,50 @@
+"""The smoke configs, run through the command line in this process."""
+
+from pathlib import Path
+
+import pytest
+
+from stepwiser_jax.__main__ import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+INPUTS = {
+    "policy": (),
+    "rollouts": ("policy.path=policy",),
+    "values": ("policy.path=policy", "rollouts=rollouts"),
+    "labels": ("annotations=values", "rollouts=rollouts", "tokenizer=policy"),
+    "cold_start": ("model.path=policy",),
+    "judge": ("model.path=cold_start", "examples=labels"),
+    "heldout": ("policy.path=policy",),
+    "evaluate": ("judge.path=judge", "items=heldout"),
+    "search": ("policy.path=policy", "judge.path=judge"),
+}
+STAGE_OF = {
+    "policy": "sft",
+    "rollouts": "rollout",
+    "values": "annotate",
+    "labels": "label",
+    "cold_start": "sft",
+    "judge": "judge",
+    "heldout": "rollout",
+    "evaluate": "evaluate",
+    "search": "search",
+}
+
+
+def command(name, runs, *, out=None, extra=()):
+    """The arguments that run `name` with its inputs from `runs`."""
+    sets = [setting.partition("=") for setting in INPUTS[name]]
+    settings = [f"{key}={runs / value}" for key, _, value in sets] + list(extra)
+    arguments = [STAGE_OF[name], "--config", str(CONFIGS / f"smoke_{name}.yaml")]
+    arguments += ["--run-dir", str(out or runs / name)]
+    return arguments + [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Every stage, run once."""
+    directory = tmp_path_factory.mktemp("runs")
+    small = {"policy": ("steps=20",), "cold_start": ("steps=20",)}
+    for name in INPUTS:
+        assert main(command(name, directory, extra=small.get(name, ()))) == 0, name
+    return directory

@@ -1,0 +1,231 @@
+"""All stages through the command line, and what happens when they are cut short or misused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.model.hf import load_hf
+from stepwiser_jax.records import (
+    JudgeExample,
+    Judgment,
+    PrefixValue,
+    Problem,
+    RecordWriter,
+    SearchResult,
+    Trajectory,
+    read_records,
+)
+from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.training_run import TrainingRun
+
+from .conftest import CONFIGS, INPUTS, command
+
+
+def record_bytes(run):
+    files = sorted((run / "records").rglob("*.jsonl"))
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+def test_every_stage_finishes_and_hands_over(runs):
+    for name in INPUTS:
+        assert json.loads((runs / name / "manifest.json").read_text())
+        assert json.loads((runs / name / "summary.json").read_text())
+    problems = read_records(runs / "rollouts", Problem)
+    trajectories = read_records(runs / "rollouts", Trajectory)
+    assert len(trajectories) == 4 * len(problems) == 32
+    for t in trajectories:
+        assert t.chunk_ends[-1] == len(t.completion_ids) == len(t.logprobs)
+        assert max(t.logprobs) <= 0
+    values = read_records(runs / "values", PrefixValue)
+    assert len(values) == sum(len(t.chunk_ends) + 1 for t in trajectories)
+    by_id = {v.record_id: v for v in values}
+    for t in trajectories:
+        outcome = by_id[f"{t.trajectory_id}/{len(t.chunk_ends)}"]
+        assert outcome.value == float(t.is_correct)
+        bare = {by_id[f"{u.trajectory_id}/0"].num_correct for u in trajectories if u.problem_id == t.problem_id}
+        assert len(bare) == 1, "the bare problem is one prefix, whoever continues it"
+    assert read_records(runs / "labels", JudgeExample)
+    judgments = read_records(runs / "evaluate", Judgment)
+    greedy = [j for j in judgments if "vote" not in j.example_id]
+    assert len(judgments) == 3 * len(greedy)
+    results = read_records(runs / "search", SearchResult)
+    assert {r.method for r in results} == {"greedy", "chunk_reset", *(f"sample{k}" for k in range(4))}
+    assert any(r.judge_tokens for r in results if r.method == "chunk_reset")
+
+
+def test_summaries_have_fractions_and_the_documented_shape(runs):
+    scores = json.loads((runs / "evaluate" / "summary.json").read_text())
+    for voter in ("greedy", "majority_2"):
+        subset = scores[voter]["subsets"]["arithmetic"]
+        for split in ("official", "by_final_answer"):
+            assert set(subset[split]) == {"f1", "acc_error", "acc_correct"}
+            assert all(0 <= value <= 1 for value in subset[split].values())
+            assert subset[split] == scores[voter]["average"][split]
+        assert 0 <= subset["unparsed_rate"] <= 1
+    search = json.loads((runs / "search" / "summary.json").read_text())
+    for row in (search["plain"], search["greedy"], search["chunk_reset"], *search["majority"].values()):
+        assert 0 <= row["accuracy"] <= 1
+        assert row["policy_tokens"] > 0
+    assert search["majority"]["4"]["policy_tokens"] == pytest.approx(4 * search["plain"]["policy_tokens"])
+
+
+def test_judge_metrics_are_all_there(runs):
+    lines = [json.loads(x) for x in (runs / "judge" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for name in (
+        "reward loss policy_loss kl entropy clip_fraction_low clip_fraction_high grad_norm skipped "
+        "verdict_positive_share unparsed_rate response_tokens groups_kept_share logprob_gap "
+        "logprob_gap_max learning_rate"
+    ).split():
+        assert name in lines[0], name
+    assert lines[0]["logprob_gap_max"] < 1e-4
+    assert list((runs / "judge" / "tensorboard").iterdir())
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it and go on."""
+
+
+@pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "search"])
+def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, monkeypatch):
+    append = RecordWriter.append
+    half = {"rollouts": 5, "values": 7, "evaluate": 9, "search": 11}[name]
+
+    def dying(self, records):
+        if self.record_type is Problem:
+            return append(self, records)
+        append(self, records[:half])
+        with open(self.path, "a") as file:
+            file.write('{"half": "a li')
+        raise Killed
+
+    arguments = command(name, runs, out=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "append", dying)
+        with pytest.raises(Killed):
+            main(arguments)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert main(arguments) == 0
+    assert record_bytes(tmp_path / "run") == record_bytes(runs / name)
+
+
+@pytest.mark.parametrize("name", ["cold_start", "judge"])
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
+    extra = {"cold_start": ("steps=20", "training.checkpoint_every=8"), "judge": ()}[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(name, runs, out=whole, extra=extra)) == 0
+    finish_step = TrainingRun.finish_step
+    dies_at = {"cold_start": 11, "judge": 3}[name]
+
+    def dying(self, step, metrics):
+        if step == dies_at:
+            self._checkpointer.wait()
+            raise Killed
+        finish_step(self, step, metrics)
+
+    arguments = command(name, runs, out=cut, extra=extra)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "finish_step", dying)
+        with pytest.raises(Killed):
+            main(arguments)
+    assert Checkpointer(cut / "checkpoints").latest_step() is not None
+    assert main(arguments) == 0
+    steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (load_hf(str(run / "model")) for run in (cut, whole))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_is_not_done_again(runs, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
+    assert main(command("values", runs)) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
+
+
+def test_convert_gives_the_exported_model(runs, tmp_path):
+    assert main(["convert", "--checkpoint", str(runs / "judge"), "--output", str(tmp_path / "hf")]) == 0
+    ours, theirs = load_hf(str(tmp_path / "hf")), load_hf(str(runs / "judge" / "model"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+# --- a user's mistakes --------------------------------------------------------------------------
+
+
+def fails(capsys, arguments, message, run=None):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert run is None or not run.exists(), "a mistake must leave nothing behind"
+
+
+def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def mistake(name, message, *extra):
+        fails(capsys, command(name, runs, out=out, extra=extra), message, out)
+
+    mistake("rollouts", "did you mean 'group_size'", "gruop_size=2")
+    mistake("rollouts", "found nothing at", f"policy.path={tmp_path / 'nowhere'}")
+    mistake("values", "found nothing at", f"rollouts={tmp_path / 'nowhere'}")
+    mistake("rollouts", "exceeds the context of 160", "sampling.max_new_tokens=150")
+    mistake("rollouts", "needs 64 devices", "mesh.data=64")
+    mistake("rollouts", "no chat template", "prompt_style=instruct")
+
+    problems = tmp_path / "problems.jsonl"
+    for text, message in (
+        ("", "is empty"),
+        ('{"question": "1+1?"}\n', "row 1: the problem has no answer"),
+        ('{"text": "1+1?", "answer": "2"}\n', "expected a 'question' or 'problem'"),
+    ):
+        problems.write_text(text)
+        mistake("rollouts", message, f"problems.source={problems}")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(runs / "policy" / "model", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    mistake("rollouts", "truncated", f"policy.path={broken}")
+
+    fails(capsys, ["rollout", "--config", str(CONFIGS / "smoke_rollouts.yaml")], "run-dir")
+    fails(capsys, ["rolout"], "No such command")
+
+
+def test_unfinished_input_is_refused(runs, tmp_path, capsys):
+    unfinished = tmp_path / "rollouts"
+    shutil.copytree(runs / "rollouts", unfinished)
+    (unfinished / "manifest.json").unlink()
+    arguments = command("values", runs, out=tmp_path / "run", extra=(f"rollouts={unfinished}",))
+    fails(capsys, arguments, "resume it", tmp_path / "run")
+
+
+def test_a_run_directory_of_another_config_is_refused(runs, capsys):
+    before = (runs / "labels" / "manifest.json").read_bytes()
+    fails(capsys, command("labels", runs, extra=("alpha=0.4",)), "alpha: 0.8 -> 0.4")
+    assert (runs / "labels" / "manifest.json").read_bytes() == before
+
+
+def test_a_tokenizer_without_tags_is_refused(runs, tmp_path, capsys):
+    broken = tmp_path / "policy"
+    shutil.copytree(runs / "policy" / "model", broken)
+    file = broken / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<chunk>"', '"<chonk>"'))
+    out = tmp_path / "run"
+    arguments = command("rollouts", runs, out=out, extra=(f"policy.path={broken}",))
+    fails(capsys, arguments, "cannot round-trip the chunk tags", out)
+
+
+def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*command("values", runs, out=out), "--dry-run"]) == 0
+    assert "num_rollouts: 4" in capsys.readouterr().out
+    arguments = command("values", runs, out=out, extra=(f"rollouts={tmp_path}",))
+    fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)

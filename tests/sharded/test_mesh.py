@@ -1,0 +1,169 @@
+"""Eight fake devices: the same numbers on every mesh, and mistakes named at the start."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+from flax import nnx
+
+from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
+from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.model.hf import load_hf, save_hf
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.runtime.loading import sharding_of
+from stepwiser_jax.runtime.mesh import make_mesh, parameter_sharding, shard_batch
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
+
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def checkpoint(request, tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp(request.param) / "model")
+    model = Transformer(tiny_config(request.param), rngs=nnx.Rngs(0))
+    save_hf(model, None, directory)
+    return directory, model.config
+
+
+def load(checkpoint, mesh):
+    directory, config = checkpoint
+    return load_hf(directory, sharding_for=sharding_of(config, mesh))
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    groups = [
+        Group(
+            rng.integers(0, 64, 4 + row % 3).tolist(),
+            [rng.integers(0, 64, 3 + g).tolist() for g in range(2)],
+            [[-1.0] * (3 + g) for g in range(2)],
+            [1.0, -1.0],
+        )
+        for row in range(8)
+    ]
+    return rollout_batch(groups, num_rows=8, row_length=16)
+
+
+def loss(model, batch, denominator):
+    logprobs = token_logprobs(
+        model,
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        previous_BT=batch.previous_BT,
+    )
+    value, metrics = grpo_loss(
+        logprobs,
+        batch.sampler_logprobs_BT,
+        batch.advantages_BT,
+        batch.completion_mask_BT,
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        denominator=denominator,
+    )
+    return value, metrics | {"logprobs": jnp.sum(logprobs)}
+
+
+def denominator(batch):
+    return loss_denominator(
+        batch.completion_mask_BT,
+        batch.segment_ids_BT,
+        aggregation="token_mean",
+        max_completion_tokens=1,
+    )
+
+
+def gradients(checkpoint, sizes, micro_batches=1):
+    mesh = make_mesh(*sizes)
+    model = load(checkpoint, mesh)
+    compute = jax.jit(functools.partial(accumulate, loss, micro_batches=micro_batches, denominator_fn=denominator))
+    with jax.set_mesh(mesh):
+        grads, metrics = compute(model, shard_batch(batch(), mesh))
+    return model, jax.device_get(grads), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_loss_and_gradients_are_equal_on_every_mesh(checkpoint, sizes):
+    one, expected, expected_metrics = gradients(checkpoint, (1, 1, 1))
+    many, found, metrics = gradients(checkpoint, sizes)
+    assert len(one.embed[...].sharding.device_set) == 1
+    assert len(many.embed[...].sharding.device_set) == 8, "the model is not spread at all"
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_on_a_mesh(checkpoint):
+    _, expected, _ = gradients(checkpoint, (2, 2, 2))
+    _, found, _ = gradients(checkpoint, (2, 2, 2), micro_batches=2)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_no_device_holds_more_than_its_share(checkpoint):
+    mesh = make_mesh(1, 4, 2)
+    model = load(checkpoint, mesh)
+    optimizer = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
+    state = create_train_state(model, optimizer, mesh)
+    for tree in (state.model, state.opt_state):
+        split = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim >= 2 and leaf.shape[-1] > 16]
+        assert split
+        for leaf in split:
+            if leaf.ndim == 3 or leaf.shape[0] == 64:
+                assert leaf.addressable_shards[0].data.size <= leaf.size // 4, leaf.shape
+
+
+def test_checkpoint_moves_between_meshes(checkpoint, tmp_path):
+    optimizer = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
+    small, large = make_mesh(), make_mesh(2, 2, 2)
+    state = create_train_state(load(checkpoint, large), optimizer, large)
+    saver = Checkpointer(tmp_path)
+    saver.save(1, state, {})
+    saver.close()
+    template = create_train_state(load(checkpoint, small), optimizer, small)
+    restored, _ = Checkpointer(tmp_path).restore(template)
+    assert len(restored.model.embed[...].sharding.device_set) == 1
+    for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(restored.model), strict=True):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
+def test_sampling_on_a_mesh(checkpoint, sizes):
+    prompts, ids = [[3, 4, 5], [9], [7, 7, 8, 1]], ["a", "b", "c"]
+    params = SamplingParams(8)
+
+    def sample(mesh):
+        sampler = Sampler(load(checkpoint, mesh), rows=(8,), buckets=(16,), mesh=mesh)
+        return sampler.generate(prompts, params, key=jax.random.key(0), row_ids=ids)
+
+    one, many = sample(make_mesh()), sample(make_mesh(*sizes))
+    for b in range(3):
+        assert one.ids(b) == many.ids(b)
+        np.testing.assert_allclose(one.logprobs(b), many.logprobs(b), atol=1e-4)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="needs 16 devices, found 8"):
+        make_mesh(4, 2, 2)
+    sharding = parameter_sharding(make_mesh(1, 4, 2), num_heads=4, num_kv_heads=2, head_dim=8)
+    with pytest.raises(UserError, match=r"vocab = 63 is not a multiple of mesh\.tensor = 2"):
+        sharding(("vocab", "embed"), (63, 32))
+    with pytest.raises(UserError, match="6 rows cannot be split"):
+        shard_batch({"x": np.zeros((6, 2))}, make_mesh(4, 1, 2))
+
+
+def test_heads_are_split_whole_or_not_at_all():
+    mesh = make_mesh(1, 1, 8)
+    whole = parameter_sharding(mesh, num_heads=8, num_kv_heads=2, head_dim=16)
+    assert whole(("layers", "heads", "embed"), (2, 128, 32)).spec[1] == "tensor"
+    assert whole(("layers", "kv_heads", "embed"), (2, 32, 32)).spec[1] is None
+    odd = parameter_sharding(mesh, num_heads=12, num_kv_heads=4, head_dim=16)
+    assert odd(("layers", "heads", "embed"), (2, 192, 32)).spec[1] is None

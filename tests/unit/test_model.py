@@ -1,0 +1,121 @@
+"""The decoder: padding, segments, the cache and the shared prefix change nothing that they must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+from flax import nnx
+
+from stepwiser_jax.model.kv_cache import KVCache
+from stepwiser_jax.model.transformer import Transformer
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return Transformer(tiny_config(request.param), rngs=nnx.Rngs(3))
+
+
+def tokens(*shape, seed=0):
+    return jax.random.randint(jax.random.key(seed), shape, 0, 64)
+
+
+def test_no_token_sees_a_later_one(model):
+    """Gradients of an output with respect to the inputs behind it are exactly zero."""
+    inputs = tokens(1, 6)
+
+    def output_at(t, shift):
+        embedded = model.embed[...][inputs] + shift
+        table = jnp.concatenate([embedded[0], model.embed[...]])
+        moved = nnx.merge(*nnx.split(model))
+        moved.embed = model.embed.replace(table)
+        return jnp.sum(moved.hidden(jnp.arange(6, dtype=jnp.int32)[None])[0, t])
+
+    for t in range(6):
+        grads = jax.grad(lambda shift, t=t: output_at(t, shift))(jnp.zeros((1, 6, 32)))
+        per_position = jnp.abs(grads).sum((0, 2))
+        assert float(per_position[t + 1 :].sum()) == 0
+        assert (per_position[: t + 1] > 0).all()
+
+
+def test_padding_and_packing_change_nothing(model):
+    a, b = tokens(1, 5, seed=1), tokens(1, 4, seed=2)
+    row = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], axis=1)
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    packed = model(row, positions, segments)
+    np.testing.assert_allclose(packed[:, :5], model(a), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 5:9], model(b), atol=2e-5)
+    assert bool(jnp.isfinite(packed).all())
+
+
+def test_shared_prefix_equals_separate_rows(model):
+    prompt, first, second = tokens(1, 4, seed=1), tokens(1, 3, seed=2), tokens(1, 2, seed=3)
+    row = jnp.concatenate([prompt, first, second], axis=1)
+    segments = jnp.array([[-1] * 4 + [1] * 3 + [2] * 2])
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 4, 5]])
+    shared = model(row, positions, segments)
+    np.testing.assert_allclose(
+        shared[:, 4:7], model(jnp.concatenate([prompt, first], 1))[:, 4:], atol=2e-5
+    )
+    np.testing.assert_allclose(
+        shared[:, 7:], model(jnp.concatenate([prompt, second], 1))[:, 4:], atol=2e-5
+    )
+
+
+def test_extending_a_cache_equals_the_whole_forward(model):
+    """Rows of different lengths: read together, then extended by one and by several tokens."""
+    rows = [tokens(1, n, seed=n)[0] for n in (3, 7, 5)]
+    lengths = jnp.array([3, 7, 5])
+    padded = jnp.stack([jnp.pad(row, (0, 8 - len(row)), constant_values=63) for row in rows])
+    cache = KVCache.create(model.config, 3, 16, jnp.dtype("float32"))
+    blocks = model.unstacked()
+    _, cache = model.extend(padded, lengths, cache, blocks)
+    for step in (1, 3):
+        new = tokens(3, step, seed=10 + step)
+        hidden, cache = model.extend(new, jnp.full((3,), step), cache, blocks)
+        rows = [jnp.concatenate([row, new[b]]) for b, row in enumerate(rows)]
+        for b, row in enumerate(rows):
+            expected = model(row[None])[0, -step:]
+            np.testing.assert_allclose(model.logits(hidden[b]), expected, atol=2e-5)
+
+
+def test_a_rewound_row_equals_a_fresh_one(model):
+    prompt = tokens(1, 6)
+    blocks = model.unstacked()
+    cache = KVCache.create(model.config, 1, 12, jnp.dtype("float32"))
+    _, cache = model.extend(prompt, jnp.array([6]), cache, blocks)
+    cache = cache.rewind(jnp.array([2]))
+    new = tokens(1, 3, seed=5)
+    hidden, _ = model.extend(new, jnp.array([3]), cache, blocks)
+    expected = model(jnp.concatenate([prompt[:, :2], new], 1))[:, 2:]
+    np.testing.assert_allclose(model.logits(hidden), expected, atol=2e-5)
+
+
+def test_rematerialisation_is_another_program_with_the_same_gradients(model):
+    inputs = tokens(2, 6)
+
+    def loss(m, remat):
+        return jnp.sum(jnp.square(m.hidden(inputs, remat=remat)))
+
+    programs = [str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(model, r)) for r in (0, 1)]
+    assert "checkpoint" in programs[1] or "remat" in programs[1]
+    assert programs[0] != programs[1]
+    plain, remat = (jax.grad(loss)(model, flag) for flag in (False, True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_compute_returns_float32_logits():
+    model = Transformer(tiny_config("qwen3"), rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16)
+    reference = Transformer(tiny_config("qwen3"), rngs=nnx.Rngs(0))
+    logits, exact = model(tokens(1, 5)), reference(tokens(1, 5))
+    assert logits.dtype == jnp.float32
+    assert 0 < float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+def test_every_parameter_states_its_axes(model):
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        assert len(variable.get_metadata("axes")) == variable.get_value().ndim, path

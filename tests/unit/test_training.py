@@ -1,0 +1,246 @@
+"""Loaders, batches, the train step and checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+from flax import nnx
+
+from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import SftExample, UserError
+from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.data import Group, TokenBatch, example_loader, rollout_batch, sft_loader
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.trainer import (
+    accumulate,
+    create_train_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]
+
+
+def render(example):
+    number = int(example.example_id[1:]) + 2
+    return [number] * len(example.prompt), [number] * len(example.completion)
+
+
+def loader(packing, seed=0):
+    return sft_loader(EXAMPLES, render, batch_size=2, max_length=16, seed=seed, packing=packing)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loader_goes_on_where_its_state_says(packing):
+    undisturbed = loader(packing)
+    batches = [next(undisturbed) for _ in range(9)]
+    stopped = loader(packing)
+    for _ in range(4):
+        next(stopped)
+    resumed = loader(packing)
+    resumed.set_state(stopped.get_state())
+    for expected in batches[4:]:
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(next(resumed)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    other = next(loader(packing, seed=1))
+    assert not np.array_equal(batches[0].tokens_BT, other.tokens_BT)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_document_is_whole_and_learned_where_it_should(packing):
+    seen = []
+    batches = loader(packing)
+    for _ in range(12):
+        batch = next(batches)
+        for row in range(2):
+            segments = batch.segment_ids_BT[row]
+            for segment in set(segments.tolist()) - {0}:
+                inside = segments == segment
+                (number,) = set(batch.tokens_BT[row][inside].tolist())
+                prompt, completion = render(EXAMPLES[number - 2])
+                expected = [False] * len(prompt) + [True] * len(completion)
+                assert batch.loss_mask_BT[row][inside].tolist() == expected
+                assert batch.positions_BT[row][inside].tolist() == list(range(len(expected)))
+                seen.append(number)
+            assert not batch.loss_mask_BT[row][segments == 0].any()
+    if not packing:
+        assert sorted(seen[:23]) == list(range(2, 25))
+    assert len(seen) > (24 if packing else 23)
+
+
+def test_examples_that_cannot_be_learned_are_refused():
+    with pytest.raises(UserError, match="no example fits max_length 1"):
+        sft_loader(EXAMPLES, render, batch_size=1, max_length=1, seed=0, packing=False)
+    with pytest.raises(UserError, match="e0 has an empty completion"):
+        sft_loader(EXAMPLES, lambda e: ([1], []), batch_size=1, max_length=9, seed=0, packing=False)
+
+
+def test_example_loader_shows_everything_once_per_epoch_in_new_orders():
+    batches = example_loader(EXAMPLES, batch_size=23, seed=0)
+    first, second = next(batches), next(batches)
+    assert sorted(e.example_id for e in first) == sorted(e.example_id for e in EXAMPLES)
+    assert sorted(e.example_id for e in second) == sorted(e.example_id for e in EXAMPLES)
+    assert first != second
+
+
+def test_rollout_batch_by_hand():
+    group = Group([7, 8], [[1, 2], [3]], [[-0.1, -0.2], [-0.3]], [0.5, -0.5])
+    batch = rollout_batch([group], num_rows=1, row_length=6)
+    assert batch.tokens_BT.tolist() == [[7, 8, 1, 2, 3, 0]]
+    assert batch.segment_ids_BT.tolist() == [[-1, -1, 1, 1, 2, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 0]]
+    assert batch.previous_BT.tolist() == [[0, 0, 1, 2, 1, 0]]
+    assert batch.completion_mask_BT.tolist() == [[False, False, True, True, True, False]]
+    np.testing.assert_allclose(batch.sampler_logprobs_BT, [[0, 0, -0.1, -0.2, -0.3, 0]])
+    np.testing.assert_allclose(batch.advantages_BT, [[0, 0, 0.5, 0.5, -0.5, 0]])
+    with pytest.raises(ValueError, match="exceeds a row"):
+        rollout_batch([group], num_rows=1, row_length=4)
+    with pytest.raises(ValueError, match="do not fit 1 rows"):
+        rollout_batch([group, group], num_rows=1, row_length=6)
+
+
+# --- the train step -----------------------------------------------------------------------------
+
+SCHEDULE = make_schedule(
+    learning_rate=1e-2, schedule="cosine", warmup_steps=2, total_steps=8, end_fraction=0.1
+)
+
+
+def optimizer(weight_decay=0.1):
+    return make_optimizer(SCHEDULE, weight_decay=weight_decay, clip_norm=1.0, b1=0.9, b2=0.95)
+
+
+def sft_loss(model, batch, denominator):
+    return cross_entropy_loss(
+        model,
+        batch.tokens_BT,
+        batch.loss_mask_BT,
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        denominator=denominator,
+    )
+
+
+def denominator_of(batch):
+    return supervised_tokens(batch.loss_mask_BT)
+
+
+def new_state():
+    model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
+    return create_train_state(model, optimizer(), make_mesh())
+
+
+def make_step(micro_batches=1, loss=sft_loss):
+    return make_train_step(
+        loss, optimizer(), SCHEDULE, micro_batches=micro_batches, denominator_fn=denominator_of
+    )
+
+
+def batches(count):
+    source = sft_loader(EXAMPLES, render, batch_size=4, max_length=16, seed=0, packing=False)
+    return [jax.tree.map(jnp.asarray, next(source)) for _ in range(count)]
+
+
+def test_schedule_by_hand():
+    rates = [float(SCHEDULE(step)) for step in (0, 1, 2, 5, 8, 20)]
+    np.testing.assert_allclose(rates, [5e-3, 7.5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+
+
+def test_training_lowers_the_loss():
+    state, step = new_state(), make_step()
+    (batch,) = batches(1)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_give_the_whole_batchs_gradient(micro_batches):
+    model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
+    (batch,) = batches(1)
+    lengths = batch.loss_mask_BT.sum(axis=1)
+    assert len(set(lengths.tolist())) > 1, "equal rows would not show a mean of means"
+    whole, metrics = accumulate(sft_loss, model, batch, 1, denominator_of)
+    parts, part_metrics = accumulate(sft_loss, model, batch, micro_batches, denominator_of)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
+
+
+def test_metrics_named_max_are_maximised():
+    def loss(model, batch, denominator):
+        value, metrics = sft_loss(model, batch, denominator)
+        return value, metrics | {"token_max": jnp.max(batch.tokens_BT).astype(jnp.float32)}
+
+    (batch,) = batches(1)
+    _, metrics = accumulate(loss, new_state().model, batch, 4, denominator_of)
+    assert float(metrics["token_max"]) == float(batch.tokens_BT.max())
+
+
+def test_a_non_finite_update_is_skipped_and_counted():
+    def poisoned(model, batch, denominator):
+        loss, metrics = sft_loss(model, batch, denominator)
+        return jnp.where(batch.tokens_BT[0, 0] == 1, jnp.nan, 1.0) * loss, metrics
+
+    step, state = make_step(loss=poisoned), new_state()
+    good = batches(1)[0]
+    bad = TokenBatch(
+        good.tokens_BT.at[0, 0].set(1),
+        good.segment_ids_BT,
+        good.positions_BT,
+        good.loss_mask_BT,
+    )
+    state, _ = step(state, good)
+    before = jax.device_get((state.model, state.opt_state))
+    state, metrics = step(state, bad)
+    assert float(metrics["skipped"]) == 1
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    after = jax.device_get((state.model, state.opt_state))
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+    _, metrics = step(state, good)
+    assert float(metrics["learning_rate"]) == pytest.approx(float(SCHEDULE(1)))
+
+
+def test_norms_and_biases_do_not_decay():
+    model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
+    transform = optimizer(weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = transform.update(zeros, transform.init(model), model)
+    for path, variable in nnx.to_flat_state(nnx.state(updates)):
+        moved = bool(jnp.any(variable.get_value() != 0))
+        assert moved == (path[-1] in {"embed", "q", "k", "v", "o", "gate", "up", "down"}), path
+
+
+def test_checkpoint_resumes_to_the_bit(tmp_path):
+    step, data = make_step(), batches(6)
+    undisturbed = new_state()
+    for batch in data:
+        undisturbed, _ = step(undisturbed, batch)
+
+    state = new_state()
+    for batch in data[:3]:
+        state, _ = step(state, batch)
+    saver = Checkpointer(tmp_path, keep=1)
+    saver.save(3, state, {"loader": {"next_index": 3}})
+    saver.close()
+    del state
+
+    saver = Checkpointer(tmp_path)
+    assert saver.latest_step() == 3
+    resumed, host = saver.restore(new_state())
+    assert host == {"loader": {"next_index": 3}}
+    for batch in data[3:]:
+        resumed, _ = step(resumed, batch)
+    for a, b in zip(jax.tree.leaves(undisturbed), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    template = nnx.eval_shape(lambda: Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0)))
+    model = saver.restore_model(template, 3)
+    assert model.config == tiny_config("qwen2")
+    with pytest.raises(UserError, match=r"checkpoint 7 .*\[3\]"):
+        saver.restore_model(template, 7)
