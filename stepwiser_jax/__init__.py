@@ -1,4 +1,5 @@
-"""StepWiser (arXiv 2508.19229) in JAX: judges that reason about a chunk of thought, trained by GRPO.
+"""StepWiser (arXiv 2508.19229) in JAX: judges that reason about a chunk of thought, trained by
+GRPO.
 
 The public names, resolved when they are first used: importing the package imports neither jax nor
 anything else, so that worker processes start fast.
@@ -48,7 +49,7 @@ _HOME = {
     "Verdict": "records",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - names are resolved by __getattr__
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,7 @@ class Model(Config):
 
 
 class Problems(Config):
-    """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `count`, `split`
+    """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
     and `seed` say which problems are generated)."""
 
     source: str
@@ -167,6 +167,16 @@ class Annotate(Config):
     trajectories_per_block: int = Field(32, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
+    @model_validator(mode="after")
+    def _block_fits(self) -> Annotate:
+        if self.trajectories_per_block > max(self.engine.rows):
+            raise ValueError(
+                f"a block of trajectories is read at once: trajectories_per_block "
+                f"({self.trajectories_per_block}) must not exceed the largest of engine.rows "
+                f"({max(self.engine.rows)})"
+            )
+        return self
+
 
 class Label(Config):
     """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters).
@@ -227,7 +237,7 @@ class Judge(Config):
     row_lengths: tuple[int, ...]
     sampling: Sampling
     engine: Engine
-    grpo: Grpo = Grpo()
+    grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     training: Training
 
     @model_validator(mode="after")
@@ -300,8 +310,18 @@ class Search(Config):
     judge_max_new_tokens: int = Field(ge=1)
     policy_engine: Engine
     judge_engine: Engine
-    problems_per_block: int = Field(128, ge=1)
+    problems_per_block: int = Field(32, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _block_fits(self) -> Search:
+        if self.problems_per_block > max(self.policy_engine.rows):
+            raise ValueError(
+                f"the problems of a block are searched at once: problems_per_block "
+                f"({self.problems_per_block}) must not exceed the largest of policy_engine.rows "
+                f"({max(self.policy_engine.rows)})"
+            )
+        return self
 
 
 STAGE_CONFIGS: dict[str, type[Config]] = {
@@ -345,7 +365,9 @@ def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set expects key=value such as sampling.temperature=0.7, found {override!r}")
+        raise UserError(
+            f"--set expects key=value such as sampling.temperature=0.7, found {override!r}"
+        )
     *parents, last = key.split(".")
     node = tree
     for parent in parents:

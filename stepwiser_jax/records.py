@@ -55,7 +55,8 @@ class Problem:
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """One sampled solution. `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`:
-    the chunks are a partition of the completion. `logprobs` are of the distribution sampled from."""
+    the chunks are a partition of the completion. `logprobs` are of the distribution sampled
+    from."""
 
     trajectory_id: str
     problem_id: str
@@ -260,7 +261,9 @@ def from_json(line: str, record_type: type[R]) -> R:
     types_of = _field_types(record_type)
     if not isinstance(fields, dict) or set(fields) != set(types_of):
         found = sorted(fields) if isinstance(fields, dict) else fields
-        raise UserError(f"a {record_type.__name__} has the fields {sorted(types_of)}, found {found}")
+        raise UserError(
+            f"a {record_type.__name__} has the fields {sorted(types_of)}, found {found}"
+        )
     decoded = {}
     for name, value in fields.items():
         try:
@@ -312,8 +315,8 @@ def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
 def read_records(path: str | Path, record_type: type[R]) -> list[R]:
     """Records of one type, from a JSONL file or a finished run directory.
 
-    Raises UserError where the path is missing, the run is not finished, a part's bytes are not those
-    the manifest promises, or the run holds no records of the type.
+    Raises UserError where the path is missing, the run is not finished, a part's bytes are not
+    those the manifest promises, or the run holds no records of the type.
     """
     path = Path(path)
     if path.is_file():
@@ -322,7 +325,9 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
     kind = KIND[record_type]
     if kind not in manifest["records"]:
         held = sorted(manifest["records"]) or "no records"
-        raise UserError(f"{path} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}")
+        raise UserError(
+            f"{path} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
+        )
     records: list[R] = []
     for part in manifest["records"][kind]["parts"]:
         file = path / part["path"]
@@ -389,7 +394,9 @@ class RecordWriter(typing.Generic[R]):
         }
 
 
-def write_manifest(run_dir: Path, stage: str, config_digest: str, writers: Sequence[RecordWriter[Any]]) -> None:
+def write_manifest(
+    run_dir: Path, stage: str, config_digest: str, writers: Sequence[RecordWriter[Any]]
+) -> None:
     """Finish every part and write the manifest: from here on the run is finished."""
     records = {}
     for writer in writers:

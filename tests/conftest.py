@@ -42,8 +42,8 @@ def word_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bpe_directory(tmp_path_factory):
-    """A byte-level BPE with a chat template, in which the closing tag is several tokens and its last
-    token can hold the line break behind it."""
+    """A byte-level BPE with a chat template, in which the closing tag is several tokens and its
+    last token can hold the line break behind it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

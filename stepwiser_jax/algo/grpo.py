@@ -1,9 +1,9 @@
 """Group-relative policy optimisation: advantages, and the clipped loss with its variants.
 
-    A_g = (r_g - mean_g r) / (std_g r + 1e-6)                               one number per completion
+    A_g = (r_g - mean_g r) / (std_g r + 1e-6)                          one number per completion
     rho_t = exp(logprob_t - old_logprob_t)
-    L_t = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)           clip-higher: eps_high > eps_low
-    L_t = min(L_t, -c A) where A < 0                                        dual clip
+    L_t = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)      clip-higher: high > low
+    L_t = min(L_t, -c A) where A < 0                                   dual clip
     loss = aggregate(L_t + kl_coef * k3_t)
 
 Sources: GRPO (arXiv 2402.03300), clip-higher and the token mean (DAPO, 2503.14476), the constant
@@ -25,7 +25,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def group_advantages(
-    rewards_PG: jax.Array, *, normalize: Literal["std", "none"] = "std"
+    rewards_PG: jax.typing.ArrayLike, *, normalize: Literal["std", "none"] = "std"
 ) -> jax.Array:
     """(P, G) rewards -> (P, G) advantages; sample standard deviation + 1e-6, as verl.
 
@@ -97,7 +97,7 @@ def grpo_loss(
     importance_weights_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     aggregation: Aggregation = "token_mean",
-    denominator: jax.Array | float | None = None,
+    denominator: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss and its metrics; `advantages` is (B,) or (B, T).
 

@@ -1,7 +1,7 @@
 """Prefix values -> chunk labels (StepWiser eqs 1-3; GenPRM's relative progress).
 
-`values` = [Q_0 .. Q_J] of a trajectory with J chunks: Q_0 of the bare problem, Q_j with j chunks, Q_J
-the outcome. Chunk j (from 0) is judged by v = Q_j before it and q = Q_{j+1} with it.
+`values` = [Q_0 .. Q_J] of a trajectory with J chunks: Q_0 of the bare problem, Q_j with j chunks,
+Q_J the outcome. Chunk j (from 0) is judged by v = Q_j before it and q = Q_{j+1} with it.
 
 Decided where the paper is silent or ambiguous:
 
@@ -17,6 +17,7 @@ Decided where the paper is silent or ambiguous:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 
@@ -26,7 +27,8 @@ def abs_q(q: float, v: float) -> bool:
 
 
 def rel_effective(q: float, v: float, *, alpha: float, n: float = 4) -> bool:
-    """StepWiser eq 2: q + alpha * (Q^mu_i - Q^mu_{i-1}) > 0, mu = best of n: Q^mu = 1 - (1 - Q)^n."""
+    """StepWiser eq 2: q + alpha * (Q^mu_i - Q^mu_{i-1}) > 0 with mu = best of n, whose value is
+    Q^mu = 1 - (1 - Q)^n."""
     return q > 0 and q + alpha * ((1 - v) ** n - (1 - q) ** n) > 0
 
 
@@ -58,7 +60,4 @@ def label_chunks(values: Sequence[float], rule: str, **params: float) -> list[bo
     if len(values) < 2 or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"expected at least two values in [0, 1], found {list(values)}")
     positive = LABEL_RULES[rule]
-    return [
-        None if v == 0 else positive(q, v, **params)
-        for v, q in zip(values[:-1], values[1:], strict=True)
-    ]
+    return [None if v == 0 else positive(q, v, **params) for v, q in itertools.pairwise(values)]

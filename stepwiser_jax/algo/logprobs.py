@@ -99,7 +99,8 @@ def token_logprobs_and_entropy(
     hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
     head_VD = model.head_VD
     if num_slices is None:
-        num_slices = default_slices(*tokens_BT.shape, head_VD.shape[0])
+        rows, length = tokens_BT.shape
+        num_slices = default_slices(rows, length, head_VD.shape[0])
     with jax.named_scope("token_logprobs"):
         logprobs_BT, entropy_BT = _score(
             _hidden_of_predecessors(hidden_BTD, previous_BT),

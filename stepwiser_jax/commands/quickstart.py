@@ -25,14 +25,13 @@ from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
     Problem,
-    ProcessBenchItem,
     Trajectory,
     Verdict,
     atomic_write,
-    natural_key,
     read_records,
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.stages.evaluate import load_items
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -89,7 +88,12 @@ def recipe(
             {
                 "seed": seed,
                 "policy": {"path": at("policy")},
-                "problems": {"source": "arithmetic", "split": "rollout", "limit": 256, "seed": seed},
+                "problems": {
+                    "source": "arithmetic",
+                    "split": "rollout",
+                    "limit": 256,
+                    "seed": seed,
+                },
                 "prompt_style": "bare",
                 "group_size": 4,
                 "sampling": solve,
@@ -290,9 +294,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
     first error, where the prefix before the chunk has a value above 0."""
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
-    trajectories = {
-        t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)
-    }
+    trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
     values: dict[str, list[float]] = {}
     for value in read_records(run_dir / "values", PrefixValue):
         values.setdefault(value.trajectory_id, []).append(value.value)
@@ -323,7 +325,11 @@ def results_table(summary: dict[str, Any]) -> Table:
 
     def percent(value: float, interval: list[float] | None = None) -> str:
         text = f"{100 * value:.1f}%"
-        return text if interval is None else f"{text}  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+        return (
+            text
+            if interval is None
+            else f"{text}  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+        )
 
     policy, judge, search = summary["policy"], summary["judge"], summary["search"]
     table.add_row("policy accuracy, sampled", percent(policy["accuracy_sampled"]))
@@ -348,7 +354,7 @@ def results_table(summary: dict[str, Any]) -> Table:
 def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
     """A few chains of thought of the trained judge on first errors and on right chunks."""
     judgments = {j.example_id: j for j in read_records(run_dir / "evaluate_judge", Judgment)}
-    items = held_out_items(run_dir)
+    items = load_items(str(run_dir / "heldout"), load_tokenizer_of(str(run_dir / "policy")))
     console.print("\n[bold]The judge at work[/bold] (held-out solutions)")
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
@@ -361,18 +367,3 @@ def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
         console.print(f"  chunk     {item.steps[step]}", markup=False, highlight=False)
         console.print(f"  judge     {judgment.completion}", markup=False, highlight=False)
         console.print(f"  truth     {truth.value}", markup=False, highlight=False)
-
-
-def held_out_items(run_dir: Path) -> list[ProcessBenchItem]:
-    """The items that `evaluate` judged, in id order."""
-    problems = {p.problem_id: p for p in read_records(run_dir / "heldout", Problem)}
-    tokenizer = load_tokenizer_of(str(run_dir / "policy"))
-    return [
-        arithmetic.processbench_item(
-            problems[t.problem_id],
-            t.trajectory_id,
-            chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
-            t.is_correct,
-        )
-        for t in read_records(run_dir / "heldout", Trajectory)
-    ]

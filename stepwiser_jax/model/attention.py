@@ -9,8 +9,8 @@ import jax.numpy as jnp
 def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     """Which key each query of a row sees, (B, T, T) bool.
 
-    A key is seen if it is not later in the row, is no padding (segment 0), and is of the query's own
-    segment or of a shared prefix (a negative segment). A GRPO group is one row: its prompt is
+    A key is seen if it is not later in the row, is no padding (segment 0), and is of the query's
+    own segment or of a shared prefix (a negative segment). A GRPO group is one row: its prompt is
     segment -1, its completions are segments 1..G, so that the prompt is computed once.
     """
     T = segment_ids_BT.shape[1]
@@ -23,8 +23,9 @@ def attention(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """Grouped-query attention, (B, T, N, H). Keys come with slots last: so both products run along
-    the layout that XLA's CPU backend multiplies ten times faster for single queries. Softmax in float32; a query that sees nothing gets the
-    mean of the values, which its own mask keeps out of every result."""
+    the layout that XLA's CPU backend multiplies ten times faster for single queries. Softmax in
+    float32; a query that sees nothing gets the mean of the values, which its own mask keeps out of
+    every result."""
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints in and out: safetensors, one file or sharded with an index.
 
 Strict both ways: a tensor that is unknown, missing, doubled or of another shape is refused by name.
-Streamed both ways: a tensor is read slice by slice into arrays that are created sharded, and written
-shard file by shard file; the model is never in memory twice. Our layout is theirs, (out, in), with
-the layers stacked.
+Streamed both ways: a tensor is read slice by slice into arrays that are created sharded, and
+written shard file by shard file; the model is never in memory twice. Our layout is theirs,
+(out, in), with the layers stacked.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class CheckpointTensors:
                     f"asks for {expected}"
                 )
 
-        def read_slice(index: tuple[slice, ...]) -> np.ndarray:
+        def read_slice(index: Any) -> np.ndarray:
             if not stacked:
                 return np.asarray(slices[0][index]).astype(np.dtype(dtype))
             layers = range(len(slices))[index[0]]

@@ -107,7 +107,8 @@ def qkv(
     if config.qkv_bias:
         biases = (block.q_bias, block.k_bias, block.v_bias)
         q, k, v = (
-            x + bias[...].astype(x.dtype)[None, None] for x, bias in zip((q, k, v), biases, strict=True)
+            x + bias[...].astype(x.dtype)[None, None]
+            for x, bias in zip((q, k, v), biases, strict=True)
         )
     q_BTNH = q.reshape(B, T, config.num_heads, config.head_dim)
     k_BTKH = k.reshape(B, T, config.num_kv_heads, config.head_dim)
@@ -219,7 +220,8 @@ class Transformer(nnx.Module):
         cache: KVCache,
         blocks: tuple[Block, ...],
     ) -> tuple[jax.Array, KVCache]:
-        """Append `num_tokens_B[b]` <= T right-padded tokens to each row; returns (hidden_BTD, cache).
+        """Append `num_tokens_B[b]` <= T right-padded tokens to each row; returns (hidden_BTD,
+        cache).
 
         Reads a prompt (empty cache) and decodes (T = 1) alike. A token's position is its slot. What
         lies past a row's new length is masked, and overwritten by what comes next.

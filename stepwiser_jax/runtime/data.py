@@ -34,9 +34,10 @@ class TokenBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """One row per group: the prompt (segment -1), then its completions (segments 1..G), then padding
-    (segment 0). Every array is indexed by the token it describes; `previous_BT` is the index of the
-    position that predicts the token: the last of the prompt for each completion's first token."""
+    """One row per group: the prompt (segment -1), then its completions (segments 1..G), then
+    padding (segment 0). Every array is indexed by the token it describes; `previous_BT` is the
+    index of the position that predicts the token: the last of the prompt for each completion's
+    first token."""
 
     tokens_BT: Any
     segment_ids_BT: Any

@@ -43,7 +43,7 @@ def load_model(
 ) -> Loaded:
     """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits."""
     if path == "arithmetic":
-        return _fresh_arithmetic(seed, param_dtype, compute_dtype)
+        return _fresh_arithmetic(seed, param_dtype, compute_dtype, mesh)
     directory = _resolve(path)
     model = load_hf(
         directory,
@@ -97,7 +97,9 @@ def sharding_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> ShardingFor:
     )
 
 
-def _fresh_arithmetic(seed: int, param_dtype: str, compute_dtype: str) -> Loaded:
+def _fresh_arithmetic(
+    seed: int, param_dtype: str, compute_dtype: str, mesh: jax.sharding.Mesh
+) -> Loaded:
     config = ModelConfig.from_hf(arithmetic.hf_config())
     model = Transformer(
         config,
@@ -105,7 +107,18 @@ def _fresh_arithmetic(seed: int, param_dtype: str, compute_dtype: str) -> Loaded
         param_dtype=jnp.dtype(param_dtype),
         compute_dtype=jnp.dtype(compute_dtype),
     )
+    model = place(model, sharding_of(config, mesh))
     return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
+
+
+def place(model: Transformer, sharding_for: ShardingFor) -> Transformer:
+    """The model with every parameter where `sharding_for(axes, shape)` says."""
+    placed = []
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_value()
+        sharding = sharding_for(variable.get_metadata("axes"), value.shape)
+        placed.append((path, variable.replace(jax.device_put(value, sharding))))
+    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(placed))
 
 
 def _arithmetic_tokenizer() -> Tokenizer:

@@ -31,7 +31,7 @@ ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of the first data x fsdp x tensor devices. Raises UserError where there are fewer."""
     import numpy as np

@@ -1,10 +1,10 @@
 """A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
 
-    <run_dir>/config.yaml     the resolved config; with another config the directory is refused
-    <run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
-    <run_dir>/records/        what the stage hands on
-    <run_dir>/summary.json    the numbers a person would quote
-    <run_dir>/manifest.json   written last: the run is finished
+<run_dir>/config.yaml     the resolved config; with another config the directory is refused
+<run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
+<run_dir>/records/        what the stage hands on
+<run_dir>/summary.json    the numbers a person would quote
+<run_dir>/manifest.json   written last: the run is finished
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from rich.progress import (
 )
 
 from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
-from stepwiser_jax.records import RecordWriter, UserError, atomic_write, write_manifest
+from stepwiser_jax.records import Record, RecordWriter, UserError, atomic_write, write_manifest
 
-R = TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R", bound=Record)
 
 
 class Interrupted(Exception):
@@ -63,8 +64,9 @@ class RunDirectory:
         differences = differing_keys(found, self.config.model_dump(mode="json"))
         if differences:
             raise UserError(
-                f"{self.path} is a run of another config, which differs in {'; '.join(differences)}: "
-                "name a new run directory, or repeat the old config to resume"
+                f"{self.path} is a run of another config, which differs in "
+                f"{'; '.join(differences)}: name a new run directory, or repeat the old config "
+                "to resume"
             )
 
     @property
@@ -171,7 +173,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
         yield advance
 
 
-def blocks(items: Sequence[R], size: int) -> list[Sequence[R]]:
+def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Fixed blocks of the work: a block's shapes depend on its members' ids alone, so a block that
     is done again after a kill gives the same bytes."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -5,9 +5,9 @@ token and samples the next, so reading a prompt needs no logits, and a fork at, 
 first n tokens is the same thing: cache length n - 1. Rollouts, Monte Carlo annotation, GRPO groups
 and chunk-reset search are this one mechanism.
 
-Noise: a row draws one uniform per position, from fold_in(fold_in(key, crc32(row_id)), position), and
-takes the token where the cumulative distribution passes it. A row's result therefore depends on its
-id, not on its slot or on the rows beside it.
+Noise: a row draws one uniform per position, from fold_in(fold_in(key, crc32(row_id)), position),
+and takes the token where the cumulative distribution passes it. A row's result therefore depends on
+its id, not on its slot or on the rows beside it.
 
 Log-probs are of the distribution sampled from, after temperature, top-k and top-p.
 """
@@ -132,9 +132,9 @@ class Sampler:
         """Raises UserError where a prompt with its completion does not fit the context."""
         if len(ids) + max_new_tokens > self.max_length:
             raise UserError(
-                f"{name}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} exceeds the "
-                f"context of {self.max_length} (the largest of engine.buckets): raise it, lower "
-                "max_new_tokens, or leave the item out"
+                f"{name}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} exceeds "
+                f"the context of {self.max_length} (the largest of engine.buckets): raise it, "
+                "lower max_new_tokens, or leave the item out"
             )
 
     # --- whole completions ----------------------------------------------------------------------
@@ -412,9 +412,7 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: jax.Array | None) -> jax.A
         return logprobs_BV
     descending_BV = -jnp.sort(-logprobs_BV, axis=-1)
     before_BV = jnp.cumsum(jnp.exp(descending_BV), axis=-1) - jnp.exp(descending_BV)
-    least_B1 = jnp.min(
-        jnp.where(before_BV < top_p, descending_BV, jnp.inf), axis=-1, keepdims=True
-    )
+    least_B1 = jnp.min(jnp.where(before_BV < top_p, descending_BV, jnp.inf), axis=-1, keepdims=True)
     return jax.nn.log_softmax(jnp.where(logprobs_BV >= least_B1, logprobs_BV, -jnp.inf), axis=-1)
 
 

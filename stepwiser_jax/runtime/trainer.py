@@ -1,8 +1,8 @@
 """The train step: a pure function (state, batch) -> (state, metrics), one dispatch per update.
 
 Gradients, loss and metrics of micro-batches are sums over a denominator taken from the whole batch,
-so they add up exactly, however the batch is cut. An update whose gradients are not finite is skipped
-and counted: parameters, moments and the schedule's step stay as they were.
+so they add up exactly, however the batch is cut. An update whose gradients are not finite is
+skipped and counted: parameters, moments and the schedule's step stay as they were.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def make_schedule(
         after = optax.cosine_decay_schedule(
             learning_rate, max(1, total_steps - warmup_steps), alpha=end_fraction
         )
-    warmup = optax.linear_schedule(learning_rate / max(1, warmup_steps), learning_rate, warmup_steps)
+    warmup = optax.linear_schedule(
+        learning_rate / max(1, warmup_steps), learning_rate, warmup_steps
+    )
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 

@@ -1,8 +1,8 @@
 """What `sft` and `judge` share around their loops: start or resume, log, checkpoint, stop, export.
 
-    <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights
-    <run_dir>/checkpoints/    train state, loader position and counters, together (Orbax)
-    <run_dir>/model/          the finished model as a Hugging Face directory
+<run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights
+<run_dir>/checkpoints/    train state, loader position and counters, together (Orbax)
+<run_dir>/model/          the finished model as a Hugging Face directory
 """
 
 from __future__ import annotations

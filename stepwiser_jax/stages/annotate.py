@@ -44,7 +44,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh.model_dump())
     loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     tokenizer = loaded.tokenizer
-    sampler = Sampler(loaded.model, tokenizer, **config.engine.model_dump())
+    sampler = Sampler(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
     for trajectory in trajectories:
         room = max(params.max_new_tokens, len(trajectory.completion_ids))
@@ -192,7 +192,10 @@ def estimate_prefix_values(
         row_ids = [f"{prefix.sampling_id}/r{m}" for prefix, m in batch]
         output, _ = sampler.decode(forked, params, key=key, row_ids=row_ids)
         completions = [
-            (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *output.ids(b)])
+            (
+                p.trajectory,
+                [*p.trajectory.completion_ids[: p.num_completion_tokens], *output.ids(b)],
+            )
             for b, (p, _) in enumerate(batch)
         ]
         for (prefix, _), right in zip(batch, is_correct(completions), strict=True):

@@ -30,8 +30,15 @@ from stepwiser_jax.algo.processbench import (
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Evaluate
-from stepwiser_jax.records import Judgment, Problem, ProcessBenchItem, Trajectory, Verdict, read_records
-from stepwiser_jax.runtime.loading import Loaded, load_model, load_tokenizer_of
+from stepwiser_jax.records import (
+    Judgment,
+    Problem,
+    ProcessBenchItem,
+    Trajectory,
+    Verdict,
+    read_records,
+)
+from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
@@ -39,6 +46,7 @@ from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.datasets import load_processbench
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
@@ -48,8 +56,8 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
     loaded = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
-    items = load_items(config, loaded.tokenizer)
-    judge = ItemJudge(config, loaded)
+    items = load_items(config.items, loaded.tokenizer, config.limit)
+    judge = ItemJudge(config, loaded, mesh)
     judge.check_lengths(items)
 
     writer = directory.writer(Judgment)
@@ -68,12 +76,14 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     return directory.finish(summary)
 
 
-def load_items(config: Evaluate, tokenizer: Any) -> list[ProcessBenchItem]:
+def load_items(
+    source: str, tokenizer: Tokenizer, limit: int | None = None
+) -> list[ProcessBenchItem]:
     """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
-    if not (Path(config.items) / "config.yaml").is_file():
-        return load_processbench(config.items, limit=config.limit)
-    problems = {p.problem_id: p for p in read_records(config.items, Problem)}
-    trajectories = read_records(config.items, Trajectory)[: config.limit]
+    if not (Path(source) / "config.yaml").is_file():
+        return load_processbench(source, limit=limit)
+    problems = {p.problem_id: p for p in read_records(source, Problem)}
+    trajectories = read_records(source, Trajectory)[:limit]
     return [
         arithmetic.processbench_item(
             problems[t.problem_id],
@@ -88,9 +98,11 @@ def load_items(config: Evaluate, tokenizer: Any) -> list[ProcessBenchItem]:
 class ItemJudge:
     """Items of one block -> judgments of all their steps, greedy and sampled."""
 
-    def __init__(self, config: Evaluate, loaded: Loaded):
+    def __init__(self, config: Evaluate, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded = config, loaded
-        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+        self.sampler = Sampler(
+            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
+        )
         self.key = jax.random.key(config.seed)
 
     def params(self, temperature: float) -> SamplingParams:

@@ -2,8 +2,8 @@
 
 One iteration, top to bottom in `run`:
 
-    draw P examples -> render prompts -> sample G judgments each -> parse verdicts -> reward 1 if the
-    verdict is the label, else 0 -> group advantages -> one row per group -> optimizer updates
+    draw P examples -> render prompts -> sample G judgments each -> parse verdicts -> reward 1 if
+    the verdict is the label, else 0 -> group advantages -> one row per group -> optimizer updates
 
 Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch sizes only):
 
@@ -59,12 +59,12 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         mesh,
         config.training,
         total_updates=config.iterations * config.updates_per_iteration,
-        loader=example_loader(
-            examples, batch_size=config.prompts_per_iteration, seed=config.seed
-        ),
+        loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
-    collect = GroupCollector(config, loaded)
-    reference = load_model(**config.model.model_dump(), mesh=mesh).model if config.grpo.kl_coef else None
+    collect = GroupCollector(config, loaded, mesh)
+    reference = (
+        load_model(**config.model.model_dump(), mesh=mesh).model if config.grpo.kl_coef else None
+    )
     train_step = make_train_step(
         functools.partial(judge_loss, config=config),
         training.optimizer,
@@ -136,13 +136,15 @@ class Judged:
 class GroupCollector:
     """Samples and rewards the groups of one iteration with the judge as it is now."""
 
-    def __init__(self, config: Judge, loaded: Loaded):
+    def __init__(self, config: Judge, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded = config, loaded
         self.key = jax.random.key(config.seed)
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
-        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+        self.sampler = Sampler(
+            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
+        )
 
     def __call__(
         self, iteration: int, training: TrainingRun
@@ -160,9 +162,7 @@ class GroupCollector:
                 break
         return kept[:wanted], rollout_metrics(sampled, len(kept))
 
-    def judge(
-        self, sampler: Sampler, examples: Sequence[JudgeExample], name: str
-    ) -> list[Judged]:
+    def judge(self, sampler: Sampler, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
         size = self.config.group_size
         prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
         row_ids = [

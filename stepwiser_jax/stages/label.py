@@ -102,9 +102,7 @@ def label_trajectories(
             if positive is None:
                 no_label += 1
             else:
-                labels.append(
-                    ChunkLabel(trajectory_id, j, q[j + 1], q[j], positive, config.rule)
-                )
+                labels.append(ChunkLabel(trajectory_id, j, q[j + 1], q[j], positive, config.rule))
     return labels, no_label
 
 
@@ -121,8 +119,7 @@ def judge_examples(
         problem = problems[trajectory.problem_id]
         start = trajectory.chunk_ends[label.chunk_index - 1] if label.chunk_index else 0
         end = trajectory.chunk_ends[label.chunk_index]
-        text = chunk_texts(tokenizer, trajectory.completion_ids, (start, end))
-        history, chunk = text if start else ("", tokenizer.decode(trajectory.completion_ids[:end]))
+        history, chunk = chunk_texts(tokenizer, trajectory.completion_ids, (start, end))
         examples.append(
             JudgeExample(
                 example_id=f"{label.trajectory_id}/{label.chunk_index}",

@@ -39,7 +39,7 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
     loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     if config.chunking == "tags":
         check_tags(loaded.tokenizer)
-    sample = BlockSampler(config, loaded)
+    sample = BlockSampler(config, loaded, mesh)
     sample.check_lengths(problems)
 
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
@@ -86,9 +86,11 @@ def filter_problems(problems: Sequence[Problem]) -> tuple[list[Problem], dict[st
 class BlockSampler:
     """Problems of one block -> their trajectories, in one compiled shape per length bucket."""
 
-    def __init__(self, config: Rollout, loaded: Loaded):
+    def __init__(self, config: Rollout, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded = config, loaded
-        self.sampler = Sampler(loaded.model, loaded.tokenizer, **config.engine.model_dump())
+        self.sampler = Sampler(
+            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
+        )
         self.matcher = TokenMatcher.build(
             loaded.tokenizer.token_bytes(), CHUNK_END_PATTERNS[config.chunking]
         )

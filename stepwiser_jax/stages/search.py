@@ -10,9 +10,9 @@ Where the paper is silent:
    to spend more tokens.
 3. Token cost counts what is generated: accepted and rejected policy tokens, and judge tokens.
 
-Baselines on the same problems: greedy decoding; plain sampling, averaged over as many samples as the
-largest majority vote needs; majority vote over the first k of those samples (the answer given most
-often, the earliest of equals).
+Baselines on the same problems: greedy decoding; plain sampling, averaged over as many samples as
+the largest majority vote needs; majority vote over the first k of those samples (the answer given
+most often, the earliest of equals; a sample without an answer has no vote).
 
 Reads `problems`, `policy` and `judge`. Writes search results.
 """
@@ -208,8 +208,9 @@ def load_solvers(config: Search) -> tuple[Solver, Solver]:
     policy = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     check_tags(policy.tokenizer)
     judge = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
     chunk_params = SamplingParams(
-        **(config.sampling.model_dump() | {"max_new_tokens": config.max_chunk_tokens}),
+        **chunk_sampling.model_dump(),
         stop_ids=policy.tokenizer.eos_ids,
         stop_strings=(CHUNK_CLOSE,),
     )
@@ -221,14 +222,14 @@ def load_solvers(config: Search) -> tuple[Solver, Solver]:
     return (
         Solver(
             policy,
-            Sampler(policy.model, policy.tokenizer, **config.policy_engine.model_dump()),
+            Sampler(policy.model, policy.tokenizer, mesh=mesh, **config.policy_engine.model_dump()),
             config.prompt_style,
             chunk_params,
             key,
         ),
         Solver(
             judge,
-            Sampler(judge.model, judge.tokenizer, **config.judge_engine.model_dump()),
+            Sampler(judge.model, judge.tokenizer, mesh=mesh, **config.judge_engine.model_dump()),
             config.judge_prompt_style,
             judge_params,
             key,
@@ -299,8 +300,8 @@ def whole_solutions(
         encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
         for problem in block
     ]
-    sampling = config.sampling.model_dump() | {"temperature": temperature}
-    params = SamplingParams(**sampling, stop_ids=policy.loaded.tokenizer.eos_ids)
+    sampling = config.sampling.model_copy(update={"temperature": temperature})
+    params = SamplingParams(**sampling.model_dump(), stop_ids=policy.loaded.tokenizer.eos_ids)
     output = policy.sampler.generate(
         prompts,
         params,
@@ -358,7 +359,8 @@ def majority_row(config: Search, results: Sequence[Sequence[SearchResult]]) -> d
     """The most frequent answer of a problem's samples (the earliest of equals) is its answer."""
     right, tokens = [], []
     for samples in results:
-        voted = Counter(sample.answer for sample in samples).most_common(1)[0][0]
+        votes = Counter(sample.answer for sample in samples if sample.answer)
+        voted = votes.most_common(1)[0][0] if votes else ""
         right.append(float(next(s.is_correct for s in samples if s.answer == voted)))
         tokens.append(sum(sample.policy_tokens for sample in samples))
     return {

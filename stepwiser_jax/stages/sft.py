@@ -1,5 +1,5 @@
-"""Supervised fine-tuning (StepWiser 3.1): a policy learns to cut its thought into chunks, or a judge
-learns the form of a judgment before GRPO.
+"""Supervised fine-tuning (StepWiser 3.1): a policy learns to cut its thought into chunks, or a
+judge learns the form of a judgment before GRPO.
 
     SftExample -> prompt ids + completion ids -> packed TokenBatch -> masked cross-entropy -> AdamW
 
@@ -23,8 +23,8 @@ from stepwiser_jax.runtime.data import TokenBatch, sft_loader
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, progress
-from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.runtime.trainer import make_train_step
+from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import encode_message
 from stepwiser_jax.text.tokenizer import Tokenizer

@@ -2,24 +2,25 @@
 
     question    start 4 ; * 7 + 5 ; * 3 - 2 ; * 2 + 9 ?
     solution    <chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> ... <chunk> \\boxed{ 5 } </chunk>
-    repair      <chunk> fix ; 4 * 7 = 8 ; 8 + 5 = 3 </chunk>         does the operation before it again
+    repair      <chunk> fix ; 4 * 7 = 8 ; 8 + 5 = 3 </chunk>      does the operation before it again
     judgment    4 * 7 = 8 8 same ; 8 + 5 = 3 3 same | \\boxed{ Positive }
 
 Every number is one digit and one token; all arithmetic is modulo 10. A chunk is one compound
-operation of two lines. The judge recomputes a line, repeats the value that the chunk claims, and says
-whether they are the same.
+operation of two lines. The judge recomputes a line, repeats the value that the chunk claims, and
+says whether they are the same.
 
 What the demonstrations teach, and what they do not:
 
 1. The policy's teacher is wrong *systematically*: a seventh of the 250 facts (x * d, m + a, m - a)
    are hard; each has a fixed wrong value that the teacher writes with a fixed probability. Random
    slips alone would be averaged away, and greedy decoding would solve everything.
-2. After a wrong chunk the teacher sometimes repairs it, so that a prefix with an error keeps a value
-   above 0, as real solutions do.
-3. The judge's demonstrations carry the *skill* to recompute, noisily: they know the hard facts better
-   than the policy's teacher, not fully; only a part of them recompute everything, a part stop after
-   the first line, and most glance at the chunk and guess; and a tenth of all verdicts are flipped. That
-   recomputing pays, and which facts are wrong, is left to GRPO on Monte Carlo labels.
+2. After a wrong chunk the teacher sometimes repairs it, so that a prefix with an error keeps a
+   value above 0, as real solutions do.
+3. The judge's demonstrations carry the *skill* to recompute, noisily: they know the hard facts
+   better than the policy's teacher, not fully; only a part of them recompute everything, a part
+   stop after the first line, and the rest glance at the chunk and guess; and a tenth of all
+   verdicts are flipped. That recomputing pays, and which facts are wrong, is left to GRPO on Monte
+   Carlo labels.
 
 Truth is local: a chunk is judged by the value that the chunk before it claims.
 """
@@ -42,12 +43,17 @@ SUBSET = "arithmetic"
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
 """No 5: it maps every error to 0 or 5 and so washes most of them out."""
 
-SPLITS = {"train": range(0, 10), "rollout": range(10, 14), "dev": range(14, 17), "test": range(17, 20)}
+SPLITS = {
+    "train": range(0, 10),
+    "rollout": range(10, 14),
+    "dev": range(14, 17),
+    "test": range(17, 20),
+}
 """Buckets of a question's hash, so that no question is in two splits."""
 
 VOCABULARY = (
-    "<pad> <unk> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 start ; * + - = ? <chunk> </chunk> fix <judge> same "
-    "diff | looks fine \\boxed{ } Positive Negative"
+    "<pad> <unk> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 start ; * + - = ? <chunk> </chunk> fix <judge> "
+    "same diff | looks fine \\boxed{ } Positive Negative"
 ).split()
 
 
@@ -125,7 +131,9 @@ def generate_problems(count: int, seed: int, split: str) -> list[Problem]:
     questions: dict[str, None] = {}
     while len(questions) < count:
         operations = [
-            Operation(int(rng.choice(FACTORS)), str(rng.choice(["+", "-"])), int(rng.integers(1, 10)))
+            Operation(
+                int(rng.choice(FACTORS)), str(rng.choice(["+", "-"])), int(rng.integers(1, 10))
+            )
             for _ in range(rng.integers(3, 6))
         ]
         parts = [f"start {rng.integers(10)}", *(operation.text for operation in operations)]
@@ -313,8 +321,8 @@ def judge_demonstrations(
     error_scale: float = 0.4,
     wrong_share: float = 0.5,
 ) -> list[SftExample]:
-    """One judgment per problem, of a random chunk of an imperfect solution; where the solution has a
-    wrong chunk, with probability `wrong_share` of one of those.
+    """One judgment per problem, of a random chunk of an imperfect solution; where the solution has
+    a wrong chunk, with probability `wrong_share` of one of those.
 
     A share `full` recomputes every line, `partial` the first line only, the rest glances and says
     Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of verdicts turned round.

@@ -62,7 +62,7 @@ def _verify_math(answer: str, reference: str) -> bool:
     from math_verify import parse, verify
 
     def expression(text: str) -> Any:
-        return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+        return parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     gold = expression(reference)
     return bool(gold) and bool(verify(gold, expression(answer), timeout_seconds=None))

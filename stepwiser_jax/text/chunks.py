@@ -25,9 +25,9 @@ BLANK_LINE = "\n\n"
 
 @dataclass(frozen=True)
 class TokenMatcher:
-    """Aho-Corasick over bytes, compiled to tokens: `table_SV[state, token]` is the next state. State
-    0 is the start; the last state accepts and absorbs: some pattern was completed in this token or
-    before it."""
+    """Aho-Corasick over bytes, compiled to tokens: `table_SV[state, token]` is the next state.
+    State 0 is the start; the last state accepts and absorbs: some pattern was completed in this
+    token or before it."""
 
     table_SV: np.ndarray
 
@@ -100,8 +100,8 @@ def chunk_ends(
 
     A span without text of its own (white space, tags, end tokens) is no chunk and joins the one
     before it, or the one after it where it comes first. What follows the last closed chunk joins it
-    (the answer may stand right behind the tag, paper Table 11), unless it opens a chunk itself; with
-    blank lines as boundaries it is a chunk like any other.
+    (the answer may stand right behind the tag, paper Table 11), unless it opens a chunk itself;
+    with blank lines as boundaries it is a chunk like any other.
     """
     total = len(completion_ids)
     ends = [end for end in matcher.ends(completion_ids) if end < total]

@@ -39,7 +39,7 @@ def read_rows(source: str, split: str | None, limit: int | None) -> list[dict[st
         raise
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
         raise UserError(f"cannot read the data set {source}: {error}") from None
-    rows = list(table.select(range(min(limit or len(table), len(table)))))
+    rows: list[Any] = list(table.select(range(min(limit or len(table), len(table)))))
     if not rows:
         raise UserError(f"{source} is empty: expected at least one row")
     return rows
@@ -86,7 +86,8 @@ def _reference(row: dict[str, Any], where: str) -> str:
 
 
 def load_processbench(source: str, *, limit: int | None = None) -> list[ProcessBenchItem]:
-    """ProcessBench's own files (label = index of the first wrong step, -1: none), or our records."""
+    """ProcessBench's own files (label = index of the first wrong step, -1: none), or our
+    records."""
     items = []
     for number, row in enumerate(read_rows(source, None, limit)):
         item_id = row.get("item_id") or row.get("id")

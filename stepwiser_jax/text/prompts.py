@@ -43,8 +43,8 @@ New Reasoning Chunk: {chunk}
 Output format:
 1. Analysis: [Always analyse step by step. First state briefly what the chunk sets out to do. Then \
 verify its logic, its method and any calculation against the problem and the historical reasoning \
-path. If something is wrong, explain the error and why it is one; if the chunk is right, say why the \
-step is valid and logical.]
+path. If something is wrong, explain the error and why it is one; if the chunk is right, say why \
+the step is valid and logical.]
 2. Final Judgment: [Give the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \
 \\boxed{{Negative}}.]"""
 

@@ -29,8 +29,8 @@ class Tokenizer(Protocol):
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]: ...
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for; joined over ids they are the decoded text, up to one leading
-        space in vocabularies whose words carry their own space."""
+        """The bytes each id stands for; joined over ids they are the decoded text, up to one
+        leading space in vocabularies whose words carry their own space."""
         ...
 
     def save(self, path: str) -> None: ...
@@ -153,7 +153,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str):
         try:
-            import tensorflow_text
+            import tensorflow_text  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 f"{path} is a SentencePiece model: install the extra 'tf-text', or use a "

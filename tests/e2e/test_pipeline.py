@@ -46,14 +46,22 @@ def test_every_stage_finishes_and_hands_over(runs):
     for t in trajectories:
         outcome = by_id[f"{t.trajectory_id}/{len(t.chunk_ends)}"]
         assert outcome.value == float(t.is_correct)
-        bare = {by_id[f"{u.trajectory_id}/0"].num_correct for u in trajectories if u.problem_id == t.problem_id}
+        bare = {
+            by_id[f"{u.trajectory_id}/0"].num_correct
+            for u in trajectories
+            if u.problem_id == t.problem_id
+        }
         assert len(bare) == 1, "the bare problem is one prefix, whoever continues it"
     assert read_records(runs / "labels", JudgeExample)
     judgments = read_records(runs / "evaluate", Judgment)
     greedy = [j for j in judgments if "vote" not in j.example_id]
     assert len(judgments) == 3 * len(greedy)
     results = read_records(runs / "search", SearchResult)
-    assert {r.method for r in results} == {"greedy", "chunk_reset", *(f"sample{k}" for k in range(4))}
+    assert {r.method for r in results} == {
+        "greedy",
+        "chunk_reset",
+        *(f"sample{k}" for k in range(4)),
+    }
     assert any(r.judge_tokens for r in results if r.method == "chunk_reset")
 
 
@@ -67,10 +75,17 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
             assert subset[split] == scores[voter]["average"][split]
         assert 0 <= subset["unparsed_rate"] <= 1
     search = json.loads((runs / "search" / "summary.json").read_text())
-    for row in (search["plain"], search["greedy"], search["chunk_reset"], *search["majority"].values()):
+    for row in (
+        search["plain"],
+        search["greedy"],
+        search["chunk_reset"],
+        *search["majority"].values(),
+    ):
         assert 0 <= row["accuracy"] <= 1
         assert row["policy_tokens"] > 0
-    assert search["majority"]["4"]["policy_tokens"] == pytest.approx(4 * search["plain"]["policy_tokens"])
+    assert search["majority"]["4"]["policy_tokens"] == pytest.approx(
+        4 * search["plain"]["policy_tokens"]
+    )
 
 
 def test_judge_metrics_are_all_there(runs):
@@ -149,7 +164,10 @@ def test_a_finished_run_is_not_done_again(runs, monkeypatch):
 
 
 def test_convert_gives_the_exported_model(runs, tmp_path):
-    assert main(["convert", "--checkpoint", str(runs / "judge"), "--output", str(tmp_path / "hf")]) == 0
+    assert (
+        main(["convert", "--checkpoint", str(runs / "judge"), "--output", str(tmp_path / "hf")])
+        == 0
+    )
     ours, theirs = load_hf(str(tmp_path / "hf")), load_hf(str(runs / "judge" / "model"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)

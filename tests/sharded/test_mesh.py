@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
 from flax import nnx
 
 from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
@@ -20,6 +19,7 @@ from stepwiser_jax.runtime.loading import sharding_of
 from stepwiser_jax.runtime.mesh import make_mesh, parameter_sharding, shard_batch
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
+from tiny import tiny_config
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
 
@@ -83,7 +83,9 @@ def denominator(batch):
 def gradients(checkpoint, sizes, micro_batches=1):
     mesh = make_mesh(*sizes)
     model = load(checkpoint, mesh)
-    compute = jax.jit(functools.partial(accumulate, loss, micro_batches=micro_batches, denominator_fn=denominator))
+    compute = jax.jit(
+        functools.partial(accumulate, loss, micro_batches=micro_batches, denominator_fn=denominator)
+    )
     with jax.set_mesh(mesh):
         grads, metrics = compute(model, shard_batch(batch(), mesh))
     return model, jax.device_get(grads), jax.device_get(metrics)

@@ -1,4 +1,5 @@
-"""The embedded task: exact truth, a systematically wrong teacher, and judgments that can be right."""
+"""The embedded task: exact truth, a systematically wrong teacher, and judgments that can be
+right."""
 
 import re
 from collections import Counter, defaultdict
@@ -28,7 +29,9 @@ def test_answers_by_another_route():
     for problem in PROBLEMS:
         expression = ""
         for factor, sign, addend in re.findall(r"\* (\d) ([+-]) (\d)", problem.question):
-            expression = f"(({expression or problem.question.split()[1]}) * {factor} {sign} {addend})"
+            expression = (
+                f"(({expression or problem.question.split()[1]}) * {factor} {sign} {addend})"
+            )
         assert eval(expression) % 10 == int(problem.answer)
 
 

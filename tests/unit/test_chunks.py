@@ -42,7 +42,7 @@ def test_a_tag_of_several_tokens_that_shares_its_last_one(bpe_tokenizer):
     spelled = bpe_tokenizer.token_bytes()
     matcher = TokenMatcher.build(spelled, (CHUNK_CLOSE,))
     ends = chunk_ends(ids, matcher, bpe_tokenizer)
-    assert any(b">\n" == spelled[i] for i in ids), "the case shows nothing: no token is shared"
+    assert any(spelled[i] == b">\n" for i in ids), "the case shows nothing: no token is shared"
     assert len(bpe_tokenizer.encode(CHUNK_CLOSE)) > 1
     texts = chunk_texts(bpe_tokenizer, ids, ends)
     assert texts == ["<chunk>a step</chunk>\n", "<chunk>of thought</chunk>\nthe answer is 3."]

@@ -183,7 +183,9 @@ def test_micro_batches_add_up(how):
     parts = [loss(slice(i, i + 1)) for i in range(2)]
     np.testing.assert_allclose(sum(part[0] for part in parts), whole, rtol=1e-6)
     for name, value in metrics.items():
-        np.testing.assert_allclose(sum(part[1][name] for part in parts), value, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            sum(part[1][name] for part in parts), value, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_denominators_by_hand():

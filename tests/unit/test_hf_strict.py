@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -13,6 +12,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from tiny import tiny_config
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The label rules against an independent slow implementation, hand-computed cases, and properties."""
+"""The label rules against an independent slow implementation, hand-computed cases, and
+properties."""
 
 from fractions import Fraction
 
@@ -40,8 +41,8 @@ def test_every_pair_of_counts_agrees_with_exact_fractions(rule):
             assert found == [slow(rule, before, after, PARAMS[rule])], (before, after)
 
 
-# Least number of right rollouts of 16 that is positive, by the number before: the table of thresholds
-# that follows from the paper's equations.
+# Least number of right rollouts of 16 that is positive, by the number before: the table of
+# thresholds that follows from the paper's equations.
 @pytest.mark.parametrize(
     ("rule", "params", "least"),
     [

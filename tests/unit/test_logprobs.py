@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
 from flax import nnx
 
 from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runtime.data import Group, rollout_batch
+from tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,10 @@ def test_entropy_by_definition(model):
 
 
 def test_group_row_equals_separate_rows(model):
-    prompt, completions = tokens(5).tolist(), [tokens(3, seed=1).tolist(), tokens(4, seed=2).tolist()]
+    prompt, completions = (
+        tokens(5).tolist(),
+        [tokens(3, seed=1).tolist(), tokens(4, seed=2).tolist()],
+    )
     group = Group(prompt, completions, [[-1.0] * 3, [-2.0] * 4], [1.0, -1.0])
     batch = rollout_batch([group], num_rows=2, row_length=16)
     found = token_logprobs(
@@ -80,7 +83,9 @@ def test_gradients_are_those_of_the_plain_formula(model, num_slices):
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         return jnp.sum(weights * taken) + jnp.sum(weights * entropy)
 
-    for a, b in zip(jax.tree.leaves(jax.grad(ours)(model)), jax.tree.leaves(jax.grad(plain)(model)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(jax.grad(ours)(model)), jax.tree.leaves(jax.grad(plain)(model)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 

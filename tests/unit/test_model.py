@@ -1,14 +1,15 @@
-"""The decoder: padding, segments, the cache and the shared prefix change nothing that they must not."""
+"""The decoder: padding, segments, the cache and the shared prefix change nothing that they must
+not."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
 from flax import nnx
 
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
+from tiny import tiny_config
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 

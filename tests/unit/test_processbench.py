@@ -78,7 +78,14 @@ def test_majority_verdict_for_every_small_vote():
 
 @pytest.mark.parametrize(
     ("verdict", "is_positive", "reward"),
-    [(P, True, 1.0), (P, False, 0.0), (N, False, 1.0), (N, True, 0.0), (U, True, 0.0), (U, False, 0.0)],
+    [
+        (P, True, 1.0),
+        (P, False, 0.0),
+        (N, False, 1.0),
+        (N, True, 0.0),
+        (U, True, 0.0),
+        (U, False, 0.0),
+    ],
 )
 def test_reward(verdict, is_positive, reward):
     assert judge_reward(verdict, is_positive) == reward

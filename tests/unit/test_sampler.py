@@ -154,9 +154,7 @@ def test_stop_strings_across_tokens(tiny_model):
     tokenizer = Letters()
     free = make(tiny_model).generate(PROMPTS, SamplingParams(20), key=KEY, row_ids=ids_of(PROMPTS))
     params = SamplingParams(20, stop_strings=("abb",))
-    out = make(tiny_model, tokenizer).generate(
-        PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS)
-    )
+    out = make(tiny_model, tokenizer).generate(PROMPTS, params, key=KEY, row_ids=ids_of(PROMPTS))
     spelled = tokenizer.token_bytes()
     hits = 0
     for b in range(len(PROMPTS)):

@@ -63,7 +63,9 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_instruct_prompts_go_through_the_chat_template(bpe_tokenizer):
-    ids = encode_judge_prompt(bpe_tokenizer, "What is 1+1?", "", "<chunk>It is 3.</chunk>", "instruct")
+    ids = encode_judge_prompt(
+        bpe_tokenizer, "What is 1+1?", "", "<chunk>It is 3.</chunk>", "instruct"
+    )
     text = bpe_tokenizer.decode(ids)
     assert text.startswith("<|im_start|>user\n")
     assert text.endswith("<|im_start|>assistant\n")

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
 from flax import nnx
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
@@ -20,6 +19,7 @@ from stepwiser_jax.runtime.trainer import (
     make_schedule,
     make_train_step,
 )
+from tiny import tiny_config
 
 EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]
 
