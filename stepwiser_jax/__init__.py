@@ -49,7 +49,7 @@ _HOME = {
     "Verdict": "records",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:

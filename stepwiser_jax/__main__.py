@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except typer.TyperException as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.format_message()}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -102,7 +102,7 @@ def token_logprobs_and_entropy(
         rows, length = tokens_BT.shape
         num_slices = default_slices(rows, length, head_VD.shape[0])
     with jax.named_scope("token_logprobs"):
-        logprobs_BT, entropy_BT = _score(
+        logprobs_BT, entropy_BT = _score(  # pyright: ignore
             _hidden_of_predecessors(hidden_BTD, previous_BT),
             head_VD,
             tokens_BT,

@@ -91,7 +91,7 @@ class RunDirectory:
         self.create()
         atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
-        return summary
+        return self.summary()
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))

@@ -103,7 +103,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)

@@ -19,6 +19,7 @@ Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -76,8 +77,11 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
         for iteration in range(start, config.iterations):
             groups, rollout_metrics = collect(iteration, training)
+            updates = []
             for batch in prepare_batches(groups, config, mesh, training.state.model, reference):
                 training.state, metrics = train_step(training.state, batch)
+                updates.append(metrics)
+            metrics = jax.tree.map(lambda *values: sum(values) / len(values), *updates)
             training.finish_step(iteration + 1, metrics | rollout_metrics)
             advance(1, reward=rollout_metrics["reward"])
     training.flush()
@@ -237,10 +241,11 @@ def prepare_batches(
     for update in range(updates):
         batch = shard_batch(assemble(groups[update::updates], config), mesh)
         if updates > 1:
-            batch = batch.replace(old_logprobs_BT=score(model, batch, config.sampling.temperature))
+            old_BT = score(model, batch, config.sampling.temperature)
+            batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         if reference is not None:
             ref_BT = score(reference, batch, config.sampling.temperature)
-            batch = batch.replace(ref_logprobs_BT=ref_BT)
+            batch = dataclasses.replace(batch, ref_logprobs_BT=ref_BT)
         batches.append(batch)
     return batches
 
@@ -284,10 +289,12 @@ def judge_loss(
         remat=config.training.remat,
     )
     old_BT = batch.old_logprobs_BT
+    if old_BT is None:
+        old_BT = jax.lax.stop_gradient(logprobs_BT)
     mask_BT, grpo = batch.completion_mask_BT, config.grpo
     loss, metrics = grpo_loss(
         logprobs_BT,
-        jax.lax.stop_gradient(logprobs_BT) if old_BT is None else old_BT,
+        old_BT,
         batch.advantages_BT,
         mask_BT,
         clip_eps_low=grpo.clip_eps_low,
@@ -299,7 +306,7 @@ def judge_loss(
         aggregation=grpo.aggregation,
         denominator=denominators["loss"],
     )
-    gap_BT = jnp.where(mask_BT, jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), 0)
+    gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - batch.sampler_logprobs_BT), 0)
     metrics |= {
         "entropy": jnp.sum(jnp.where(mask_BT, entropy_BT, 0)) / denominators["tokens"],
         "logprob_gap": jnp.sum(gap_BT) / denominators["tokens"],
