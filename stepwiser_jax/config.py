@@ -47,10 +47,12 @@ class Model(Config):
 
 class Problems(Config):
     """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
-    and `seed` say which problems are generated)."""
+    and `seed` say which problems are generated). `subset` is a hub data set's configuration, such
+    as `main`."""
 
     source: str
     split: str | None = None
+    subset: str | None = None
     limit: int | None = Field(None, ge=1)
     seed: int = 0
 
@@ -218,6 +220,9 @@ class Grpo(Config):
 class Judge(Config):
     """Train the judge by GRPO (paper 3.3).
 
+    `examples`: a finished `label` run, a JSONL file of JudgeExample records, or a ProcessBench
+    file, whose human labels are then used.
+
     One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
     makes `updates_per_iteration` optimizer steps on them. A group is one row of `row_length`
     tokens: its prompt once, then its completions. `max_refills`: how many more draws replace groups
@@ -272,14 +277,16 @@ class Judge(Config):
 class Evaluate(Config):
     """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
 
-    `items`: a ProcessBench file or hub id, or a finished `rollout` run of the embedded task, whose
-    exact truth is then used. `votes` judgments per chunk are sampled for Maj@votes; 0: greedy only.
+    `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`), or a
+    finished `rollout` run of the embedded task, whose exact truth is then used. `votes` judgments
+    per chunk are sampled for Maj@votes; 0: greedy only.
     """
 
     seed: int = 0
     judge: Model
     mesh: Mesh = Mesh()
     items: str
+    split: str | None = None
     limit: int | None = Field(None, ge=1)
     prompt_style: PromptStyle = "instruct"
     max_new_tokens: int = Field(ge=1)

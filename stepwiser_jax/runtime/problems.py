@@ -11,7 +11,9 @@ from stepwiser_jax.text.datasets import load_problems
 def read_problems(problems: Problems) -> list[Problem]:
     """Raises UserError for an empty set, or a problem without an answer."""
     if problems.source != "arithmetic":
-        return load_problems(problems.source, split=problems.split, limit=problems.limit)
+        return load_problems(
+            problems.source, split=problems.split, subset=problems.subset, limit=problems.limit
+        )
     if problems.limit is None or problems.split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "

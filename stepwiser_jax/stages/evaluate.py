@@ -56,7 +56,7 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
     loaded = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
-    items = load_items(config.items, loaded.tokenizer, config.limit)
+    items = load_items(config.items, loaded.tokenizer, split=config.split, limit=config.limit)
     judge = ItemJudge(config, loaded, mesh)
     judge.check_lengths(items)
 
@@ -77,11 +77,11 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
 
 
 def load_items(
-    source: str, tokenizer: Tokenizer, limit: int | None = None
+    source: str, tokenizer: Tokenizer, *, split: str | None = None, limit: int | None = None
 ) -> list[ProcessBenchItem]:
     """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
     if not (Path(source) / "config.yaml").is_file():
-        return load_processbench(source, limit=limit)
+        return load_processbench(source, split=split, limit=limit)
     problems = {p.problem_id: p for p in read_records(source, Problem)}
     trajectories = read_records(source, Trajectory)[:limit]
     return [

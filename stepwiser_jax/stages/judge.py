@@ -35,7 +35,7 @@ from stepwiser_jax.algo.grpo import group_advantages, grpo_loss, loss_denominato
 from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
-from stepwiser_jax.records import JudgeExample, UserError, Verdict, read_records
+from stepwiser_jax.records import JudgeExample, UserError, Verdict
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
@@ -43,6 +43,7 @@ from stepwiser_jax.runtime.run import RunDirectory, progress
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
 from stepwiser_jax.runtime.trainer import make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
 
 
@@ -99,7 +100,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
 
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:
     """Examples whose prompt fits `max_prompt_tokens`, and the number of those that do not."""
-    examples = read_records(config.examples, JudgeExample)
+    examples = load_judge_examples(config.examples)
     fitting = [
         example
         for example in examples

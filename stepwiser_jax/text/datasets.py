@@ -11,14 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.records import JudgeExample, Problem, ProcessBenchItem, UserError
+from stepwiser_jax.records import (
+    JudgeExample,
+    Problem,
+    ProcessBenchItem,
+    UserError,
+    read_records,
+)
 from stepwiser_jax.text.answers import extract_answer
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def read_rows(source: str, split: str | None, limit: int | None) -> list[dict[str, Any]]:
-    """Raises UserError for a missing or unreadable source, an unknown split, and an empty set."""
+def read_rows(
+    source: str, *, split: str | None = None, subset: str | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a local file, or of `split` ('train' by default) and `subset` of a hub data set.
+
+    Raises UserError for a missing or unreadable source, an unknown split, and an empty set.
+    """
     import datasets
 
     path = Path(source)
@@ -34,7 +45,7 @@ def read_rows(source: str, split: str | None, limit: int | None) -> list[dict[st
                 _FORMATS[path.suffix], data_files=str(path), split="train"
             )
         else:
-            table = datasets.load_dataset(source, split=split or "train")
+            table = datasets.load_dataset(source, subset, split=split or "train")
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
@@ -46,13 +57,13 @@ def read_rows(source: str, split: str | None, limit: int | None) -> list[dict[st
 
 
 def load_problems(
-    source: str, *, split: str | None = None, limit: int | None = None
+    source: str, *, split: str | None = None, subset: str | None = None, limit: int | None = None
 ) -> list[Problem]:
     """Problems with their reference answers; raises UserError for a row without one."""
     stem = Path(source).parent.name if Path(source).is_file() else source.rsplit("/", 1)[-1]
     part = Path(source).stem if Path(source).is_file() else (split or "train")
     problems = []
-    for number, row in enumerate(read_rows(source, split, limit)):
+    for number, row in enumerate(read_rows(source, split=split, subset=subset, limit=limit)):
         where = f"{source}, row {number + 1}"
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str) or not question.strip():
@@ -85,11 +96,13 @@ def _reference(row: dict[str, Any], where: str) -> str:
     )
 
 
-def load_processbench(source: str, *, limit: int | None = None) -> list[ProcessBenchItem]:
+def load_processbench(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> list[ProcessBenchItem]:
     """ProcessBench's own files (label = index of the first wrong step, -1: none), or our
     records."""
     items = []
-    for number, row in enumerate(read_rows(source, None, limit)):
+    for number, row in enumerate(read_rows(source, split=split, limit=limit)):
         item_id = row.get("item_id") or row.get("id")
         steps, label = row.get("steps"), row.get("label", row.get("first_error"))
         if not item_id or not isinstance(steps, list) or not steps or not isinstance(label, int):
@@ -113,6 +126,15 @@ def load_processbench(source: str, *, limit: int | None = None) -> list[ProcessB
             )
         )
     return items
+
+
+def load_judge_examples(source: str) -> list[JudgeExample]:
+    """JudgeExample records of a JSONL file or a finished `label` run; from any other file,
+    ProcessBench items, whose human step labels become chunk labels."""
+    path = Path(source)
+    if path.is_file() and path.suffix != ".jsonl":
+        return processbench_to_judge_examples(load_processbench(source))
+    return read_records(source, JudgeExample)
 
 
 def processbench_to_judge_examples(items: Sequence[ProcessBenchItem]) -> list[JudgeExample]:

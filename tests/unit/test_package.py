@@ -1,0 +1,46 @@
+"""The package as users and worker processes see it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stepwiser_jax
+
+ROOT = Path(stepwiser_jax.__file__).parent
+
+
+@pytest.mark.parametrize("name", stepwiser_jax.__all__)
+def test_every_public_name_resolves_and_is_documented(name):
+    value = getattr(stepwiser_jax, name)
+    assert name in dir(stepwiser_jax)
+    assert value.__doc__
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'Samplerr'"):
+        stepwiser_jax.Samplerr  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", ".records", ".text.answers", ".text.chunks", ".tasks.arithmetic", ".algo.labels"],
+)
+def test_workers_start_without_jax(module):
+    code = (
+        f"import sys, stepwiser_jax{module}; "
+        "print([m for m in ('jax', 'flax', 'torch', 'tensorflow', 'transformers') "
+        "if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_only_the_mesh_file_names_mesh_axes():
+    for file in ROOT.rglob("*.py"):
+        text = file.read_text()
+        named = [axis for axis in ('"fsdp"', '"tensor"', "'fsdp'", "'tensor'") if axis in text]
+        assert not named or file.name == "mesh.py", (file, named)
