@@ -1,4 +1,4 @@
-"""Readers: the columns of the data sets in use, and what is wrong with a file that cannot be read."""
+"""Readers: the columns of the data sets in use, and what is wrong with an unreadable file."""
 
 import json
 
