@@ -19,6 +19,11 @@ from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
 
+def pytest_addoption(parser):
+    parser.addoption("--model", help="a pretrained checkpoint, for tests/numerics/test_real_model")
+    parser.addoption("--problems", help="a file of real problems, for the same test")
+
+
 @pytest.fixture(autouse=True)
 def _strict_dtypes(request):
     """No silent promotion where the arithmetic is ours (optax itself fails under it)."""
