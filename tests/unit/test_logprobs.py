@@ -23,10 +23,13 @@ def tokens(*shape, seed=0):
 
 
 def slow(model, row, temperature=1.0):
-    """One token at a time from a fresh forward of what stands before it."""
+    """One token at a time from a fresh forward of what stands before it (and padding)."""
     out = [0.0]
+    forward = jax.jit(type(model).__call__)
     for t in range(1, len(row)):
-        logits = np.asarray(model(jnp.asarray([row[:t]]))[0, -1], np.float64) / temperature
+        before = np.zeros((1, len(row)), np.int32)
+        before[0, :t] = row[:t]
+        logits = np.asarray(forward(model, before)[0, t - 1], np.float64) / temperature
         out.append(logits[row[t]] - np.log(np.sum(np.exp(logits))))
     return np.array(out)
 

@@ -1,0 +1,55 @@
+"""The quickstart end to end on a recipe cut to seconds: the documented numbers are there, and a
+second run finds everything done."""
+
+import json
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.commands import quickstart
+
+CUT = {
+    "policy": {"steps": 30},
+    "rollouts": {"group_size": 2},
+    "values": {"num_rollouts": 2, "limit": 12, "drop_uniform_problems": False},
+    "labels": {"balance": False, "min_prefix_value": 0.0},
+    "cold_start": {"steps": 20},
+    "judge": {"iterations": 2},
+}
+
+
+def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypatch, capsys):
+    whole = quickstart.recipe
+
+    def cut(run_dir, seed, *, problems, split):
+        stages = whole(run_dir, seed, problems=12, split=split)
+        for _, _, tree in stages:
+            if tree.get("problems", {}).get("split") == "rollout":
+                tree["problems"] = tree["problems"] | {"limit": 12}
+            if tree.get("data"):
+                tree["data"] = tree["data"] | {"count": 200}
+        return [(name, stage, tree | CUT.get(name, {})) for name, stage, tree in stages]
+
+    monkeypatch.setattr(quickstart, "recipe", cut)
+    arguments = ["quickstart", "--run-dir", str(tmp_path / "q"), "--seed", "3"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("chunk-reset search", "judge F1, after GRPO", "The judge at work", "truth"):
+        assert words in printed
+
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert 0 <= summary["policy"]["accuracy_sampled"] <= 1
+    assert 0 <= summary["policy"]["accuracy_greedy"] <= 1
+    assert set(summary["labels"]) == {"abs_q", "rel_effective", "rel_ratio", "relative_progress"}
+    for quality in summary["labels"].values():
+        assert 0 <= quality["balanced_accuracy"] <= 1
+    for judge in ("cold_start", "grpo"):
+        assert 0 <= summary["judge"][judge]["f1"] <= 1
+    search = summary["search"]
+    for row in (search["plain"], search["greedy"], search["chunk_reset"], search["majority"]["8"]):
+        assert {"accuracy", "policy_tokens", "judge_tokens"} <= set(row)
+    assert set(summary["seconds"]) == {name for name, _, _ in whole(tmp_path, 0)}
+
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "q").rglob("records/*/*.jsonl")}
+    assert files
+    assert main(arguments) == 0
+    assert files == {f: f.stat().st_mtime_ns for f in files}
+    assert json.loads((tmp_path / "q" / "summary.json").read_text()) == summary
