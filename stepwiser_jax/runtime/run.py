@@ -89,6 +89,7 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, put the parts in id order, and write the manifest last."""
         self.create()
+        summary = summary | {"peak_host_memory_bytes": peak_memory_bytes()}
         atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
         return self.summary()

@@ -18,7 +18,7 @@ What the demonstrations teach, and what they do not:
    value above 0, as real solutions do.
 3. The judge's demonstrations carry the *skill* to recompute, noisily: they know the hard facts
    better than the policy's teacher, not fully; only a part of them recompute everything, a part
-   stop after the first line, and the rest glance at the chunk and guess; and a tenth of all
+   look at the last line only, and the rest glance at the chunk and guess; and a tenth of all
    verdicts are flipped. That recomputing pays, and which facts are wrong, is left to GRPO on Monte
    Carlo labels.
 
@@ -315,8 +315,8 @@ def judge_demonstrations(
     problems: Sequence[Problem],
     seed: int,
     *,
-    full: float = 0.30,
-    partial: float = 0.30,
+    full: float = 0.40,
+    partial: float = 0.45,
     flip: float = 0.1,
     error_scale: float = 0.4,
     wrong_share: float = 0.5,
@@ -324,7 +324,7 @@ def judge_demonstrations(
     """One judgment per problem, of a random chunk of an imperfect solution; where the solution has
     a wrong chunk, with probability `wrong_share` of one of those.
 
-    A share `full` recomputes every line, `partial` the first line only, the rest glances and says
+    A share `full` recomputes every line, `partial` the last line only, the rest glances and says
     Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of verdicts turned round.
     `error_scale`: how much of the policy teacher's misbelief the judge's teacher shares.
     """
@@ -379,8 +379,8 @@ def judge_chunk(
     parts, verdict = [], True
     claimed = claimed_lines(chunks[-1])
     exact = claimed_lines(expected)
-    for i in range(1 if mode == "partial" else 2):
-        if i == len(claimed):
+    for i in [1] if mode == "partial" else [0, 1]:
+        if i >= len(claimed):
             return " ; ".join([*parts, "? diff |"]), False
         # From what the chunk itself claims for the line before: each line is checked on its own.
         left = int(exact[0][0]) if i == 0 else digit(claimed[0][-1])
