@@ -320,7 +320,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
 
 def results_table(summary: dict[str, Any]) -> Table:
     table = Table(title="StepWiser on compound mod-10 arithmetic", title_justify="left")
-    for column in ("what", "value", "tokens per problem: policy + judge"):
+    for column in ("what", "value", "tokens: policy + judge"):
         table.add_column(column)
 
     def percent(value: float, interval: list[float] | None = None) -> str:
@@ -335,8 +335,8 @@ def results_table(summary: dict[str, Any]) -> Table:
     table.add_row("policy accuracy, sampled", percent(policy["accuracy_sampled"]))
     table.add_row("policy accuracy, greedy", percent(policy["accuracy_greedy"]), end_section=True)
     for rule, quality in summary["labels"].items():
-        row = f"labels by {rule}: balanced accuracy"
-        table.add_row(row, percent(quality["balanced_accuracy"]))
+        accuracy = f"{percent(quality['balanced_accuracy'])} balanced accuracy"
+        table.add_row(f"labels, {rule}", accuracy)
     table.add_section()
     for name, title in (("cold_start", "judge F1, cold start"), ("grpo", "judge F1, after GRPO")):
         scores = judge[name]

@@ -29,6 +29,7 @@ from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+from stepwiser_jax.text.tokenizer import completion_text
 
 IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
@@ -59,7 +60,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     ):
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
-            answers = [extract_answer(tokenizer.decode(ids)) for _, ids in rows]
+            answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
             references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
             return verifier.verify(list(zip(answers, references, strict=True)))
 

@@ -46,7 +46,7 @@ from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.datasets import load_processbench
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 
 def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class ItemJudge:
         judgments = []
         for b, judgment_id in enumerate(ids_B):
             item, step = steps[b // len(suffixes)]
-            text = self.loaded.tokenizer.decode(output.ids(b))
+            text = completion_text(self.loaded.tokenizer, output.ids(b))
             verdict = parse_verdict(text)
             is_positive = item.first_error == -1 or step < item.first_error
             judgments.append(

@@ -45,6 +45,7 @@ from stepwiser_jax.runtime.trainer import make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class GroupCollector:
         groups = []
         for p, example in enumerate(examples):
             rows = range(p * size, (p + 1) * size)
-            texts = [self.loaded.tokenizer.decode(output.ids(b)) for b in rows]
+            texts = [completion_text(self.loaded.tokenizer, output.ids(b)) for b in rows]
             verdicts = [parse_verdict(text) for text in texts]
             groups.append(
                 Judged(

@@ -25,6 +25,7 @@ from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
 from stepwiser_jax.text.prompts import encode_solve_prompt
+from stepwiser_jax.text.tokenizer import completion_text
 
 CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": ("\n\n",)}
 
@@ -124,9 +125,9 @@ class BlockSampler:
             row_ids=[f"rollout/{trajectory_id}" for trajectory_id in ids_B],
             group_size=self.config.group_size,
         )
-        group_size, decode = self.config.group_size, self.loaded.tokenizer.decode
+        group_size, tokenizer = self.config.group_size, self.loaded.tokenizer
         completions_B = [output.ids(b) for b in range(len(ids_B))]
-        answers_B = [extract_answer(decode(completion)) for completion in completions_B]
+        answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
         references_B = [block[b // group_size].answer for b in range(len(ids_B))]
         correct_B = verifier.verify(list(zip(answers_B, references_B, strict=True)))
         return [
@@ -137,7 +138,7 @@ class BlockSampler:
                 prompt_ids=tuple(prompts_P[b // group_size]),
                 completion_ids=tuple(completions_B[b]),
                 logprobs=tuple(output.logprobs(b)),
-                chunk_ends=chunk_ends(completions_B[b], self.matcher, self.loaded.tokenizer),
+                chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
                 stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
                 is_correct=correct_B[b],
             )

@@ -40,6 +40,7 @@ from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
 from stepwiser_jax.text.prompts import encode_judge_prompt, encode_solve_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import completion_text
 
 
 @dataclass
@@ -127,8 +128,8 @@ def judge_chunks(
     policy: Solver, judge: Solver, active: Sequence[Attempt], chunks: Sequence[list[int]]
 ) -> list[bool]:
     """One greedy judgment of every new chunk. An end token with no text needs none."""
-    decode, eos_ids = policy.loaded.tokenizer.decode, policy.loaded.tokenizer.eos_ids
-    texts = [decode([i for i in chunk if i not in eos_ids]) for chunk in chunks]
+    tokenizer = policy.loaded.tokenizer
+    texts = [completion_text(tokenizer, chunk) for chunk in chunks]
     rows = [b for b, text in enumerate(texts) if strip_tags(text).strip()]
     accepted = [True] * len(active)
     if not rows:
@@ -137,7 +138,7 @@ def judge_chunks(
         encode_judge_prompt(
             judge.loaded.tokenizer,
             active[b].problem.question,
-            decode(active[b].completion_ids),
+            completion_text(tokenizer, active[b].completion_ids),
             texts[b],
             judge.prompt_style,
         )
@@ -149,7 +150,7 @@ def judge_chunks(
     for row, b in enumerate(rows):
         ids = output.ids(row)
         active[b].judge_tokens += len(ids)
-        verdict = parse_verdict(judge.loaded.tokenizer.decode(ids))
+        verdict = parse_verdict(completion_text(judge.loaded.tokenizer, ids))
         accepted[b] = verdict is not Verdict.NEGATIVE
     return accepted
 
@@ -266,8 +267,9 @@ def search_block(
     solutions += whole_solutions(
         config, policy, block, config.sampling.temperature, sample_names(config)
     )
-    decode = policy.loaded.tokenizer.decode
-    texts = [decode(attempt.completion_ids) for attempt, _ in solutions]
+    texts = [
+        completion_text(policy.loaded.tokenizer, attempt.completion_ids) for attempt, _ in solutions
+    ]
     answers = [extract_answer(text) for text in texts]
     references = [attempt.problem.answer for attempt, _ in solutions]
     correct = verifier.verify(list(zip(answers, references, strict=True)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepwiser_jax.records import UserError
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 CHUNK_OPEN = "<chunk>"
 CHUNK_CLOSE = "</chunk>"
@@ -109,7 +109,7 @@ def chunk_ends(
     chunks: list[int] = []
     start = 0
     for end in [*ends, total]:
-        text = _text(tokenizer, completion_ids[start:end])
+        text = completion_text(tokenizer, completion_ids[start:end])
         is_tail = end == total and end not in matcher.ends(completion_ids)
         joins = not strip_tags(text).strip() or (is_tail and tagged and CHUNK_OPEN not in text)
         if joins and chunks:
@@ -120,17 +120,14 @@ def chunk_ends(
     return tuple(chunks)
 
 
-def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
-
-
 def chunk_texts(
     tokenizer: Tokenizer, completion_ids: Sequence[int], ends: Sequence[int]
 ) -> list[str]:
     """The exact text of every chunk, without the end token."""
     starts = [0, *ends[:-1]]
     return [
-        _text(tokenizer, completion_ids[start:end]) for start, end in zip(starts, ends, strict=True)
+        completion_text(tokenizer, completion_ids[start:end])
+        for start, end in zip(starts, ends, strict=True)
     ]
 
 

@@ -44,6 +44,11 @@ def load_tokenizer(path_or_id: str) -> Tokenizer:
     return HuggingFaceTokenizer(path_or_id)
 
 
+def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """What a completion says: its text without the end token."""
+    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
+
+
 class HuggingFaceTokenizer:
     """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
 

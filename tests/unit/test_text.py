@@ -13,7 +13,7 @@ from stepwiser_jax.text.prompts import (
     parse_verdict,
     render_judge_prompt,
 )
-from stepwiser_jax.text.tokenizer import load_tokenizer
+from stepwiser_jax.text.tokenizer import completion_text, load_tokenizer
 
 TEXTS = ["a step of thought", "naïve → 3²\n\n</chunk>\n", "  two  spaces ", "<chunk>x</chunk>"]
 
@@ -198,3 +198,9 @@ def test_workers_import_no_jax():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
     assert answers.TASKS_PER_WORKER > 0
+
+
+def test_an_answer_does_not_hold_the_end_token(bpe_tokenizer):
+    ids = [*bpe_tokenizer.encode("so\n#### 18"), bpe_tokenizer.eos_ids[0]]
+    assert extract_answer(completion_text(bpe_tokenizer, ids)) == "18"
+    assert extract_answer(bpe_tokenizer.decode(ids)) != "18"
