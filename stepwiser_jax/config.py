@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from stepwiser_jax.records import UserError
-
-PromptStyle = Literal["instruct", "bare"]
+from stepwiser_jax.text.prompts import PromptStyle
 
 
 class Config(BaseModel):
@@ -109,6 +108,24 @@ class Training(Config):
 # --- one class per stage ------------------------------------------------------------------------
 
 
+class ComputeStage(Config):
+    """What every stage has that runs a model."""
+
+    seed: int = 0
+    mesh: Mesh = Mesh()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_mesh(self) -> ComputeStage:
+        shards = self.mesh.data * self.mesh.fsdp
+        for name, value in self:
+            if isinstance(value, Engine) and any(rows % shards for rows in value.rows):
+                raise ValueError(
+                    f"{name}.rows {list(value.rows)} must be multiples of mesh.data x mesh.fsdp "
+                    f"= {shards}"
+                )
+        return self
+
+
 class SftData(Config):
     """`source`: a JSONL file of SftExample records, or of the embedded task `arithmetic-policy` /
     `arithmetic-judge` (then `count` and `seed` say which demonstrations are generated)."""
@@ -118,13 +135,11 @@ class SftData(Config):
     seed: int = 0
 
 
-class Sft(Config):
+class Sft(ComputeStage):
     """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
     its cold start."""
 
-    seed: int = 0
     model: Model
-    mesh: Mesh = Mesh()
     data: SftData
     prompt_style: PromptStyle = "instruct"
     steps: int = Field(ge=1)
@@ -134,12 +149,10 @@ class Sft(Config):
     training: Training
 
 
-class Rollout(Config):
+class Rollout(ComputeStage):
     """Sample `group_size` chunked solutions of every problem (paper 4.1)."""
 
-    seed: int = 0
     policy: Model
-    mesh: Mesh = Mesh()
     problems: Problems
     prompt_style: PromptStyle = "instruct"
     chunking: Literal["tags", "blank_lines"] = "tags"
@@ -150,15 +163,13 @@ class Rollout(Config):
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
-class Annotate(Config):
+class Annotate(ComputeStage):
     """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`).
 
     `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong.
     """
 
-    seed: int = 0
     policy: Model
-    mesh: Mesh = Mesh()
     rollouts: str
     num_rollouts: int = Field(16, ge=1)
     drop_uniform_problems: bool = True
@@ -217,7 +228,7 @@ class Grpo(Config):
     max_refills: int = Field(0, ge=0)
 
 
-class Judge(Config):
+class Judge(ComputeStage):
     """Train the judge by GRPO (paper 3.3).
 
     `examples`: a finished `label` run, a JSONL file of JudgeExample records, or a ProcessBench
@@ -229,9 +240,7 @@ class Judge(Config):
     whose judgments all earned the same reward.
     """
 
-    seed: int = 0
     model: Model
-    mesh: Mesh = Mesh()
     examples: str
     prompt_style: PromptStyle = "instruct"
     iterations: int = Field(ge=1)
@@ -263,6 +272,13 @@ class Judge(Config):
                 "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "
                 "sampling.top_p to 1 and sampling.temperature above 0"
             )
+        context = self.max_prompt_tokens + self.sampling.max_new_tokens
+        if context > max(self.engine.buckets):
+            raise ValueError(
+                f"the largest of engine.buckets must hold max_prompt_tokens "
+                f"({self.max_prompt_tokens}) + sampling.max_new_tokens "
+                f"({self.sampling.max_new_tokens}) = {context}, found {list(self.engine.buckets)}"
+            )
         longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
         if not self.row_lengths or max(self.row_lengths) < longest:
             raise ValueError(
@@ -274,7 +290,7 @@ class Judge(Config):
         return self
 
 
-class Evaluate(Config):
+class Evaluate(ComputeStage):
     """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
 
     `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`), or a
@@ -282,9 +298,7 @@ class Evaluate(Config):
     per chunk are sampled for Maj@votes; 0: greedy only.
     """
 
-    seed: int = 0
     judge: Model
-    mesh: Mesh = Mesh()
     items: str
     split: str | None = None
     limit: int | None = Field(None, ge=1)
@@ -297,22 +311,20 @@ class Evaluate(Config):
     items_per_block: int = Field(64, ge=1)
 
 
-class Search(Config):
+class Search(ComputeStage):
     """Chunk-reset search (paper 4.3) beside greedy decoding, plain sampling and majority vote.
 
     `max_chunk_tokens` bounds one chunk, `sampling.max_new_tokens` the whole solution.
     """
 
-    seed: int = 0
     policy: Model
     judge: Model
-    mesh: Mesh = Mesh()
     problems: Problems
     prompt_style: PromptStyle = "instruct"
     judge_prompt_style: PromptStyle = "instruct"
     max_attempts: int = Field(5, ge=1)
     max_chunk_tokens: int = Field(ge=1)
-    majority: tuple[int, ...] = (2, 4, 8)
+    majority: tuple[PositiveInt, ...] = (2, 4, 8)
     sampling: Sampling
     judge_max_new_tokens: int = Field(ge=1)
     policy_engine: Engine
@@ -321,7 +333,12 @@ class Search(Config):
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
-    def _block_fits(self) -> Search:
+    def _consistent(self) -> Search:
+        if self.max_chunk_tokens > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
+            )
         if self.problems_per_block > max(self.policy_engine.rows):
             raise ValueError(
                 f"the problems of a block are searched at once: problems_per_block "
@@ -381,7 +398,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
 
 
 def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:

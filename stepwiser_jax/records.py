@@ -142,7 +142,8 @@ class JudgeExample:
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What a judge wrote about one chunk. `p_positive` is the share of votes that said Positive."""
+    """What a judge wrote about one chunk. `p_positive` is 1 or 0 for a written verdict, Positive or
+    not; a judge that gives probabilities says more."""
 
     example_id: str
     judge_id: str

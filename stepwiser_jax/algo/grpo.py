@@ -94,7 +94,6 @@ def grpo_loss(
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
     ref_logprobs_BT: jax.Array | None = None,
-    importance_weights_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     aggregation: Aggregation = "token_mean",
     denominator: jax.Array | None = None,
@@ -127,8 +126,6 @@ def grpo_loss(
         loss_BT = jnp.where(
             advantages_BT < 0, jnp.minimum(loss_BT, -dual_clip * advantages_BT), loss_BT
         )
-    if importance_weights_BT is not None:
-        loss_BT = loss_BT * importance_weights_BT
 
     def mean(values_BT: jax.Array) -> jax.Array:
         values_BT = values_BT.astype(jnp.float32)

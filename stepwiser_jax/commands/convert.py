@@ -19,15 +19,18 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
 
     Raises UserError where there is no checkpoint, or `output` exists.
     """
-    step = int(checkpoint.name) if checkpoint.parent.name == "checkpoints" else None
-    run_dir = checkpoint.parent.parent if step is not None else checkpoint
-    if not (run_dir / "template" / "config.json").is_file():
+    names_step = checkpoint.parent.name == "checkpoints"
+    run_dir = checkpoint.parent.parent if names_step else checkpoint
+    if (names_step and not checkpoint.name.isdigit()) or not (
+        run_dir / "template" / "config.json"
+    ).is_file():
         raise UserError(
             f"expected the run directory of an sft or judge stage, or one of its checkpoints/N, "
             f"found {checkpoint}"
         )
     if output.exists():
         raise UserError(f"{output} exists: name a new directory")
+    step = int(checkpoint.name) if names_step else None
     config = read_config(str(run_dir / "template"))
     template = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)

@@ -13,14 +13,14 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from stepwiser_jax.algo.labels import LABEL_RULES, label_chunks
+from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import STAGE_CONFIGS, validate
+from stepwiser_jax.config import STAGE_CONFIGS, Label, validate
 from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
@@ -32,16 +32,9 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.stages.evaluate import load_items
+from stepwiser_jax.stages.label import rule_parameters
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
-
-RULE_PARAMETERS: dict[str, dict[str, float]] = {
-    "abs_q": {},
-    "rel_effective": {"alpha": 0.8, "n": 4},
-    "rel_ratio": {"gamma": 0.7},
-    "relative_progress": {"epsilon": 0.8},
-}
-"""The paper's 7B choices (4.1), and GenPRM's."""
 
 
 def recipe(
@@ -292,7 +285,13 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
 
 def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
-    first error, where the prefix before the chunk has a value above 0."""
+    first error, where the prefix before the chunk has a value above 0. Parameters are the defaults:
+    the paper's for 7B (4.1), and GenPRM's."""
+    unused = {"annotations": "", "rollouts": "", "tokenizer": ""}
+    parameters = {
+        rule: rule_parameters(Label.model_validate(unused | {"rule": rule}))
+        for rule in get_args(Label.model_fields["rule"].annotation)
+    }
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
     values: dict[str, list[float]] = {}
@@ -300,7 +299,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
         values.setdefault(value.trajectory_id, []).append(value.value)
     tokenizer = load_tokenizer_of(str(run_dir / "policy"))
     truths: list[bool] = []
-    labels: dict[str, list[bool]] = {rule: [] for rule in LABEL_RULES}
+    labels: dict[str, list[bool]] = {rule: [] for rule in parameters}
     for trajectory_id, q in values.items():
         trajectory = trajectories[trajectory_id]
         texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
@@ -309,8 +308,8 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
         end = truth.index(False) + 1 if False in truth else len(truth)
         scope = [j for j in range(end) if q[j] > 0]
         truths += [truth[j] for j in scope]
-        for rule, parameters in RULE_PARAMETERS.items():
-            given = label_chunks(q, rule, **parameters)
+        for rule in parameters:
+            given = label_chunks(q, rule, **parameters[rule])
             labels[rule] += [bool(given[j]) for j in scope]
     return {
         rule: balanced_accuracy(given, truths) | {"chunks": len(truths)}

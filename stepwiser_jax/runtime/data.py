@@ -64,29 +64,39 @@ class Group:
         return len(self.prompt_ids) + sum(map(len, self.completions_G))
 
 
-def sft_loader(
+def sft_documents(
     examples: Sequence[SftExample],
     render: Callable[[SftExample], tuple[list[int], list[int]]],
+    *,
+    max_length: int,
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Token ids and loss masks of the examples that fit, and the number of those that do not.
+
+    `render` gives (prompt ids, completion ids); the loss is on the completion. Raises UserError
+    where no example fits, or one has no completion.
+    """
+    documents = [_document(example, render) for example in examples]
+    fitting = [document for document in documents if len(document["tokens"]) <= max_length]
+    if not fitting:
+        shortest = min(len(document["tokens"]) for document in documents)
+        raise UserError(
+            f"no example fits max_length {max_length}: the shortest of {len(documents)} has "
+            f"{shortest} tokens"
+        )
+    return fitting, len(documents) - len(fitting)
+
+
+def sft_loader(
+    documents: Sequence[dict[str, np.ndarray]],
     *,
     batch_size: int,
     max_length: int,
     seed: int,
     packing: bool,
 ) -> grain.DatasetIterator[TokenBatch]:
-    """Endless shuffled batches (batch_size, max_length), another order in every epoch.
-
-    `render` gives (prompt ids, completion ids); the loss is on the completion. With `packing`
-    several documents share a row. Raises UserError where no example fits, or one has no completion.
-    """
-    documents = [_document(example, render) for example in examples]
-    fitting = [document for document in documents if len(document["tokens"]) <= max_length]
-    if not fitting:
-        longest = min(len(document["tokens"]) for document in documents)
-        raise UserError(
-            f"no example fits max_length {max_length}: the shortest of {len(documents)} has "
-            f"{longest} tokens"
-        )
-    source = grain.MapDataset.source(fitting).seed(seed).shuffle().repeat()
+    """Endless shuffled batches (batch_size, max_length), another order in every epoch. With
+    `packing` several documents share a row."""
+    source = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     if packing:
         lengths = {"tokens": max_length, "loss_mask": max_length}
         rows = grain.experimental.FirstFitPackIterDataset(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.hf import load_hf, read_config
+from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, parameter_sharding
@@ -44,7 +44,7 @@ def load_model(
     """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits."""
     if path == "arithmetic":
         return _fresh_arithmetic(seed, param_dtype, compute_dtype, mesh)
-    directory = _resolve(path)
+    directory = str(resolve(_resolve(path)))
     model = load_hf(
         directory,
         dtype=param_dtype,
@@ -56,7 +56,9 @@ def load_model(
 
 def load_tokenizer_of(path: str) -> Tokenizer:
     """The tokenizer of the model that `load_model(path)` would load."""
-    return _arithmetic_tokenizer() if path == "arithmetic" else load_tokenizer(_resolve(path))
+    if path == "arithmetic":
+        return _arithmetic_tokenizer()
+    return load_tokenizer(str(resolve(_resolve(path))))
 
 
 def check_model_exists(path: str) -> None:

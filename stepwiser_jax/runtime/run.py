@@ -107,13 +107,16 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30)
 
-    def resume_at(self, step: int) -> None:
-        """Forget what a killed run logged after the checkpoint it resumes from."""
+    def resume_at(self, step: int) -> dict[str, float]:
+        """Forget what a killed run logged after the checkpoint it resumes from; returns the last
+        values before it."""
         if not self._path.exists():
-            return
+            return {}
         lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         atomic_write(self._path, "".join(line + "\n" for line in kept))
+        last = json.loads(kept[-1]) if kept else {}
+        return {name: value for name, value in last.items() if name != "step"}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         values = {name: float(value) for name, value in values.items()}
@@ -178,6 +181,11 @@ def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Fixed blocks of the work: a block's shapes depend on its members' ids alone, so a block that
     is done again after a kill gives the same bytes."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def per_item(seconds: float, items: int) -> float | None:
+    """Seconds per item that this process did; None where a restarted run found all of them done."""
+    return seconds / items if items else None
 
 
 def keep_freed_memory() -> None:

@@ -229,12 +229,17 @@ class Sampler:
         *,
         key: jax.Array,
         row_ids: Sequence[str],
+        limits_B: Sequence[int] | None = None,
     ) -> tuple[SampleOutput, SamplerState]:
         """Sample on from every row that has a row id; `state` is consumed, and the new state stands
-        behind the sampled tokens."""
+        behind the sampled tokens. A row ends at `limits_B[b]` tokens in all, by default at its
+        slots."""
         ids_B = np.zeros((state.rows,), np.uint32)
         ids_B[: len(row_ids)] = [zlib.crc32(row_id.encode()) for row_id in row_ids]
         active_B = np.arange(state.rows) < len(row_ids)
+        limit_B = np.full((state.rows,), state.cache.slots, np.int32)
+        if limits_B is not None:
+            limit_B[: len(limits_B)] = np.minimum(limits_B, state.cache.slots)
         greedy, top_p = params.temperature == 0, params.top_p < 1
         name = "greedy" if greedy else f"top_k={params.top_k} top_p={top_p}"
         self._count(
@@ -244,7 +249,7 @@ class Sampler:
             self.model,
             state,
             key,
-            *self._place((ids_B, active_B)),
+            *self._place((ids_B, active_B, limit_B)),
             jnp.float32(params.temperature),
             jnp.float32(params.top_p),
             jnp.array(params.stop_ids, jnp.int32),
@@ -328,6 +333,7 @@ def _decode(
     key: jax.Array,
     row_hash_B: jax.Array,
     active_B: jax.Array,
+    limit_B: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
     stop_ids: jax.Array,
@@ -339,7 +345,7 @@ def _decode(
     truncate_p: bool,
 ) -> tuple[SamplerState, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
     """One while_loop: a step per new token, until every row has stopped."""
-    B, slots = state.tokens_BS.shape
+    B = state.rows
     blocks = model.unstacked()
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_hash_B)
     rows_B = jnp.arange(B)
@@ -380,7 +386,7 @@ def _decode(
             hit_string_B = (match_B == stop_table_SV.shape[0] - 1) & running_B
         reason_B = jnp.where(hit_string_B, int(StopReason.STOP_STRING), reason_B)
         reason_B = jnp.where(hit_id_B, int(StopReason.STOP_ID), reason_B)
-        running_B = running_B & ~hit_id_B & ~hit_string_B & (state.num_tokens_B < slots)
+        running_B = running_B & ~hit_id_B & ~hit_string_B & (state.num_tokens_B < limit_B)
         return t + 1, state, running_B, match_B, reason_B, tokens_BC, logprobs_BC
 
     def go_on(carry: Any) -> jax.Array:
@@ -391,7 +397,7 @@ def _decode(
     carry = (
         jnp.int32(0),
         state,
-        active_B & (state.num_tokens_B < slots),
+        active_B & (state.num_tokens_B < limit_B),
         jnp.zeros((B,), jnp.int32),
         jnp.full((B,), int(StopReason.LENGTH), jnp.int32),
         jnp.zeros((B, max_new_tokens), jnp.int32),
@@ -405,7 +411,7 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: jax.Array | None) -> jax.A
     """Log-probs (B, V) after keeping the `top_k` likeliest tokens and then the smallest set whose
     probabilities sum to `top_p`; -inf outside."""
     if top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     if top_p is None:
@@ -442,4 +448,6 @@ def _pass(mass_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array
     last_B = N - 1 - jnp.argmax(mass_BN[:, ::-1] > 0, axis=-1)
     index_B = jnp.minimum(index_B, last_B)
     before_B = jnp.take_along_axis(cumulative_BN - mass_BN, index_B[:, None], axis=-1)[:, 0]
-    return index_B, target_B - before_B
+    # Rounding can put the entry's start behind the target, and a target below 0 would pass entries
+    # without mass.
+    return index_B, jnp.maximum(target_B - before_B, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -145,9 +145,7 @@ def accumulate(
 
     if micro_batches == 1:
         return of_micro_batch(batch)
-    stacked = jax.tree.map(
-        lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    stacked = split_rows(batch, micro_batches)
     first, rest = jax.tree.map(lambda x: x[0], stacked), jax.tree.map(lambda x: x[1:], stacked)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
@@ -157,6 +155,27 @@ def accumulate(
 
     total, _ = jax.lax.scan(add, of_micro_batch(first), rest)
     return total
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """(B, ...) -> (parts, B / parts, ...), strided, so that rows stay on their devices."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_rows(parts: jax.Array) -> jax.Array:
+    """The inverse of `split_rows` for one array."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+
+def mean_metrics(updates: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Of several updates: their means, and the largest of those named `*_max`."""
+    return {
+        name: functools.reduce(jnp.maximum, values)
+        if name.endswith("_max")
+        else sum(values[1:], values[0]) / len(values)
+        for name in (updates[0] if updates else {})
+        for values in [[metrics[name] for metrics in updates]]
+    }
 
 
 def _merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -69,9 +69,8 @@ class TrainingRun:
         self.step = 0
         self._restore()
         self._metrics = directory.metrics()
-        self._metrics.resume_at(self.step)
+        self.last_metrics = self._metrics.resume_at(self.step)
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self.last_metrics: dict[str, float] = {}
         self._skipped_in_a_row = 0
 
     def _write_template(self) -> None:
@@ -110,7 +109,8 @@ class TrainingRun:
         self._pending = None
         self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._metrics.write(step, self.last_metrics)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self.last_metrics["skipped"] else 0
+        skipped = self.last_metrics.get("skipped", 0)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "

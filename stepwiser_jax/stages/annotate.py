@@ -26,7 +26,7 @@ from stepwiser_jax.config import Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.tokenizer import completion_text
@@ -52,6 +52,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         sampler.check_length(trajectory.prompt_ids, room, trajectory.trajectory_id)
 
     writer = directory.writer(PrefixValue)
+    done_before = len(writer.done)
     work = blocks(trajectories, config.trajectories_per_block)
     start = time.perf_counter()
     with (
@@ -86,9 +87,10 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         "prefixes": len(values),
         "num_rollouts": config.num_rollouts,
         "mean_value": sum(value.value for value in values) / len(values),
-        "sampled_tokens": sampler.sampled_tokens,
-        "seconds_per_trajectory": seconds / len(trajectories),
+        "tokens_per_second": sampler.sampled_tokens / seconds,
+        "seconds_per_prefix": per_item(seconds, len(writer.done) - done_before),
         "verifier_timeouts": verifier.timeouts,
+        "verifier_failures": verifier.failures,
         "compiled": sampler.compiled_shapes,
     }
     return directory.finish(summary)
@@ -174,7 +176,7 @@ def estimate_prefix_values(
     """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
 
     Trajectories go through the network once; each prefix is forked `num_rollouts` times from that
-    cache. A continuation ends at the context that a whole solution has, prompt and
+    cache. Prefix and continuation together may be as long as a whole solution,
     `params.max_new_tokens`. At most as many trajectories as the sampler has rows.
     """
     prefixes = prefixes_to_sample(trajectories)
@@ -191,7 +193,8 @@ def estimate_prefix_values(
             np.array([prefix.num_tokens for prefix, _ in batch]),
         )
         row_ids = [f"{prefix.sampling_id}/r{m}" for prefix, m in batch]
-        output, _ = sampler.decode(forked, params, key=key, row_ids=row_ids)
+        limits = [len(p.trajectory.prompt_ids) + params.max_new_tokens for p, _ in batch]
+        output, _ = sampler.decode(forked, params, key=key, row_ids=row_ids, limits_B=limits)
         completions = [
             (
                 p.trajectory,

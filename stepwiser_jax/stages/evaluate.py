@@ -40,7 +40,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
@@ -61,6 +61,7 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     judge.check_lengths(items)
 
     writer = directory.writer(Judgment)
+    done_before = len(writer.done)
     work = blocks(items, config.items_per_block)
     start = time.perf_counter()
     with progress("evaluate", len(work)) as advance:
@@ -72,7 +73,10 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     judgments = {judgment.example_id: judgment for judgment in writer.read()}
     summary = summarize(config, items, judgments)
-    summary |= {"seconds_per_item": seconds / len(items), "compiled": judge.sampler.compiled_shapes}
+    summary |= {
+        "seconds_per_judgment": per_item(seconds, len(writer.done) - done_before),
+        "compiled": judge.sampler.compiled_shapes,
+    }
     return directory.finish(summary)
 
 

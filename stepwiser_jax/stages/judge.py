@@ -7,8 +7,8 @@ One iteration, top to bottom in `run`:
 
 Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch sizes only):
 
-1. No KL term and no entropy bonus; advantages are divided by the group's standard deviation; the
-   loss is averaged over tokens (verl's defaults). All of them are settings.
+1. By default no KL term; advantages are divided by the group's standard deviation; the loss is
+   averaged over tokens (verl's defaults). All of them are settings. There is no entropy bonus.
 2. An unparsable judgment earns 0, like a wrong one.
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
    `max_refills` further draws take their places.
@@ -39,9 +39,9 @@ from stepwiser_jax.records import JudgeExample, UserError, Verdict
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.run import RunDirectory, progress
+from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
-from stepwiser_jax.runtime.trainer import make_train_step
+from stepwiser_jax.runtime.trainer import join_rows, make_train_step, mean_metrics, split_rows
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
@@ -65,9 +65,9 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
     collect = GroupCollector(config, loaded, mesh)
-    reference = (
-        load_model(**config.model.model_dump(), mesh=mesh).model if config.grpo.kl_coef else None
-    )
+    reference = None
+    if config.grpo.kl_coef:
+        reference = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed).model
     train_step = make_train_step(
         functools.partial(judge_loss, config=config),
         training.optimizer,
@@ -83,16 +83,14 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
             for batch in prepare_batches(groups, config, mesh, training.state.model, reference):
                 training.state, metrics = train_step(training.state, batch)
                 updates.append(metrics)
-            metrics = jax.tree.map(lambda *values: sum(values) / len(values), *updates)
-            training.finish_step(iteration + 1, metrics | rollout_metrics)
+            training.finish_step(iteration + 1, mean_metrics(updates) | rollout_metrics)
             advance(1, reward=rollout_metrics["reward"])
     training.flush()
-    done = max(1, config.iterations - start)
     summary = {
         "examples": len(examples),
         "dropped_too_long": too_long,
         "iterations": config.iterations,
-        "seconds_per_iteration": (time.perf_counter() - began) / done,
+        "seconds_per_iteration": per_item(time.perf_counter() - began, config.iterations - start),
         "last": training.last_metrics,
         "compiled": collect.sampler.compiled_shapes,
     }
@@ -237,32 +235,39 @@ def prepare_batches(
 ) -> list[RolloutBatch]:
     """The batches of one iteration, with the log-probs the loss needs from other parameters than
     those being updated: the reference's where there is a KL term, and the judge's own from before
-    the first update where there are several (with one they are the current ones)."""
-    updates = config.updates_per_iteration
+    the first update where there are several (with one they are the current ones).
+
+    Fewer batches where too few groups teach: an update without any would be momentum alone."""
+    updates, temperature = config.updates_per_iteration, config.sampling.temperature
+    micro_batches = config.training.micro_batches
     batches = []
-    for update in range(updates):
+    for update in range(min(updates, len(groups))):
         batch = shard_batch(assemble(groups[update::updates], config), mesh)
         if updates > 1:
-            old_BT = score(model, batch, config.sampling.temperature)
+            old_BT = score(model, batch, temperature, micro_batches=micro_batches)
             batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         if reference is not None:
-            ref_BT = score(reference, batch, config.sampling.temperature)
+            ref_BT = score(reference, batch, temperature, micro_batches=micro_batches)
             batch = dataclasses.replace(batch, ref_logprobs_BT=ref_BT)
         batches.append(batch)
     return batches
 
 
-@jax.jit
-def score(model: Any, batch: RolloutBatch, temperature: float) -> jax.Array:
-    """Log-probs (B, T) of a batch's tokens under `model`."""
-    return token_logprobs(
-        model,
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segment_ids_BT,
-        previous_BT=batch.previous_BT,
-        temperature=temperature,
-    )
+@functools.partial(jax.jit, static_argnames=("micro_batches",))
+def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches: int) -> jax.Array:
+    """Log-probs (B, T) of a batch's tokens under `model`, one micro-batch at a time."""
+
+    def of_micro_batch(rows: RolloutBatch) -> jax.Array:
+        return token_logprobs(
+            model,
+            rows.tokens_BT,
+            rows.positions_BT,
+            rows.segment_ids_BT,
+            previous_BT=rows.previous_BT,
+            temperature=temperature,
+        )
+
+    return join_rows(jax.lax.map(of_micro_batch, split_rows(batch, micro_batches)))
 
 
 def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.Array]:

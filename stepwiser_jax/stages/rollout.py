@@ -20,14 +20,14 @@ from stepwiser_jax.records import Problem, Trajectory, UserError
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
+from stepwiser_jax.text.chunks import BLANK_LINE, CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import completion_text
 
-CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": ("\n\n",)}
+CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}
 
 
 def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
     sample.check_lengths(problems)
 
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
+    done_before = len(writer.done)
     problem_writer.append(problems)
     work = blocks(problems, config.problems_per_block)
     start = time.perf_counter()
@@ -56,11 +57,14 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
                 writer.append(sample(block, verifier))
             advance(1)
             stop.check()
-        timeouts = verifier.timeouts
     seconds = time.perf_counter() - start
     summary = summarize(writer.read()) | {"problems": len(problems), "dropped": dropped}
-    summary |= {"verifier_timeouts": timeouts, "compiled": sample.sampler.compiled_shapes}
-    summary |= {"seconds_per_trajectory": seconds / summary["trajectories"]}
+    summary |= {
+        "seconds_per_trajectory": per_item(seconds, len(writer.done) - done_before),
+        "verifier_timeouts": verifier.timeouts,
+        "verifier_failures": verifier.failures,
+        "compiled": sample.sampler.compiled_shapes,
+    }
     return directory.finish(summary)
 
 

@@ -35,11 +35,16 @@ from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
-from stepwiser_jax.text.prompts import encode_judge_prompt, encode_solve_prompt, parse_verdict
+from stepwiser_jax.text.prompts import (
+    PromptStyle,
+    encode_judge_prompt,
+    encode_solve_prompt,
+    parse_verdict,
+)
 from stepwiser_jax.text.tokenizer import completion_text
 
 
@@ -49,7 +54,7 @@ class Solver:
 
     loaded: Loaded
     sampler: Sampler
-    prompt_style: str
+    prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
 
@@ -178,11 +183,10 @@ def run(config: Search, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     problems = read_problems(config.problems)
     policy, judge = load_solvers(config)
-    for problem in problems:
-        ids = encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
-        policy.sampler.check_length(ids, config.sampling.max_new_tokens, problem.problem_id)
+    check_lengths(config, policy, judge, problems)
 
     writer = directory.writer(SearchResult)
+    done_before = len(writer.done)
     work = blocks(problems, config.problems_per_block)
     start = time.perf_counter()
     with (
@@ -197,10 +201,33 @@ def run(config: Search, run_dir: str | Path) -> dict[str, Any]:
     summary = summarize(config, writer.read())
     summary |= {
         "problems": len(problems),
-        "seconds_per_problem": (time.perf_counter() - start) / len(problems),
-        "compiled": policy.sampler.compiled_shapes | judge.sampler.compiled_shapes,
+        "seconds_per_solution": per_item(
+            time.perf_counter() - start, len(writer.done) - done_before
+        ),
+        "verifier_timeouts": verifier.timeouts,
+        "verifier_failures": verifier.failures,
+        "compiled": {
+            "policy": policy.sampler.compiled_shapes,
+            "judge": judge.sampler.compiled_shapes,
+        },
     }
     return directory.finish(summary)
+
+
+def check_lengths(
+    config: Search, policy: Solver, judge: Solver, problems: Sequence[Problem]
+) -> None:
+    """Raises UserError where a solution does not fit the policy's context, or a judgment of its
+    last chunk, whose prompt holds all of it, not the judge's."""
+    room = config.sampling.max_new_tokens
+    for problem in problems:
+        ids = encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
+        policy.sampler.check_length(ids, room, problem.problem_id)
+        empty = encode_judge_prompt(
+            judge.loaded.tokenizer, problem.question, "", "", judge.prompt_style
+        )
+        name = f"the judge of {problem.problem_id}, with a solution of {room} tokens"
+        judge.sampler.check_length(empty, room + judge.params.max_new_tokens, name)
 
 
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
@@ -338,8 +365,7 @@ def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]
             for k in config.majority
         },
     }
-    mean = {"accepted_tokens", "rejected_tokens", "forced_chunks"}
-    for name in sorted(mean):
+    for name in ("accepted_tokens", "rejected_tokens", "forced_chunks"):
         value = float(np.mean([getattr(result, name) for result in reset]))
         summary["chunk_reset"][name] = value
     return summary

@@ -19,14 +19,14 @@ import jax
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.records import SftExample, UserError, read_records
-from stepwiser_jax.runtime.data import TokenBatch, sft_loader
+from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.run import RunDirectory, progress
+from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.trainer import make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.prompts import encode_message
+from stepwiser_jax.text.prompts import PromptStyle, encode_message
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
@@ -38,9 +38,13 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     examples = load_examples(config.data)
     mesh = make_mesh(**config.mesh.model_dump())
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
-    loader = sft_loader(
+    documents, too_long = sft_documents(
         examples,
         functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),
+        max_length=config.max_length,
+    )
+    loader = sft_loader(
+        documents,
         batch_size=config.batch_size,
         max_length=config.max_length,
         seed=config.seed,
@@ -65,10 +69,11 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
             advance(1, loss=training.last("loss"))
     training.flush()
     summary = {
-        "examples": len(examples),
+        "examples": len(documents),
+        "dropped_too_long": too_long,
         "steps": config.steps,
         "loss": training.last("loss"),
-        "seconds_per_step": (time.perf_counter() - seconds) / max(1, config.steps - start),
+        "seconds_per_step": per_item(time.perf_counter() - seconds, config.steps - start),
     }
     return training.finish(summary)
 
@@ -107,7 +112,9 @@ def load_examples(data: SftData) -> list[SftExample]:
     return makers[data.source](problems, data.seed)
 
 
-def render(example: SftExample, tokenizer: Tokenizer, style: str) -> tuple[list[int], list[int]]:
+def render(
+    example: SftExample, tokenizer: Tokenizer, style: PromptStyle
+) -> tuple[list[int], list[int]]:
     """(prompt ids, completion ids with the end token): the loss is on the completion."""
     prompt_ids = encode_message(tokenizer, example.prompt, style)
     return prompt_ids, [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import multiprocessing
 import re
+import signal
 from collections.abc import Sequence
 from fractions import Fraction
 from types import TracebackType
@@ -85,6 +86,8 @@ def is_verifiable(reference: str) -> bool:
 
 
 def _worker(pipe: Any) -> None:
+    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It warns, at every call, that its own time-outs are off: ours are outside.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -106,21 +109,19 @@ class _Worker:
         self.tasks = 0
 
     def ask(self, pair: tuple[str | None, str]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # answer() will say that the worker died
+        with contextlib.suppress(BrokenPipeError):  # answer() will find that the worker died
             self.pipe.send(pair)
 
-    def answer(self, patience_seconds: float) -> bool | str | None:
-        """The result, what went wrong, or None: too slow, and killed."""
+    def answer(self, timeout_seconds: float) -> bool | str | None:
+        """The result, what math-verify raised, or None: too slow, and killed. Raises EOFError or
+        ConnectionResetError where the worker died."""
+        patience = timeout_seconds if self.tasks else AnswerVerifier.START_SECONDS
         self.tasks += 1
-        if not self.pipe.poll(patience_seconds):
+        if not self.pipe.poll(patience):
             self.process.kill()
             self.process.join()
             return None
-        try:
-            return self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            return f"the worker died with exit code {self.process.exitcode}"
+        return self.pipe.recv()
 
     def kill(self) -> None:
         self.process.kill()
@@ -132,7 +133,7 @@ class AnswerVerifier:
     """Checks answers, the hard ones in up to `workers` processes that start when first needed.
 
     `timeouts` counts answers that took longer than `timeout_seconds`, `failures` those on which
-    math-verify raised; both count as wrong.
+    math-verify raised or two workers died; both count as wrong.
     """
 
     START_SECONDS = 60.0
@@ -175,12 +176,26 @@ class AnswerVerifier:
         for worker, pair in zip(self._workers, pairs, strict=False):
             worker.ask(pair)
         for slot, pair in enumerate(pairs):
-            worker = self._workers[slot]
-            patience = self._timeout if worker.tasks else self.START_SECONDS
-            answer = worker.answer(patience)
+            try:
+                answer = self._workers[slot].answer(self._timeout)
+            except (EOFError, ConnectionResetError):
+                answer = self._ask_again(slot, pair)
             self.timeouts += answer is None
             self.failures += isinstance(answer, str)
             results[pair] = answer is True
+            worker = self._workers[slot]
             if not worker.process.is_alive() or worker.tasks >= TASKS_PER_WORKER:
-                worker.kill()
-                self._workers[slot] = _Worker()
+                self._replace(slot)
+
+    def _ask_again(self, slot: int, pair: tuple[str | None, str]) -> bool | str | None:
+        """A worker that died was killed from outside, or by this answer: one more is asked."""
+        self._replace(slot)
+        self._workers[slot].ask(pair)
+        try:
+            return self._workers[slot].answer(self._timeout)
+        except (EOFError, ConnectionResetError):
+            return "two workers died of it"
+
+    def _replace(self, slot: int) -> None:
+        self._workers[slot].kill()
+        self._workers[slot] = _Worker()

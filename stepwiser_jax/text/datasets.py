@@ -70,13 +70,23 @@ def load_problems(
             raise UserError(f"{where}: expected a 'question' or 'problem', found {sorted(row)}")
         problems.append(
             Problem(
-                problem_id=row.get("problem_id") or f"{stem}/{part}/{number:06d}",
+                problem_id=str(row.get("problem_id") or f"{stem}/{part}/{number:06d}"),
                 question=question.strip(),
                 answer=_reference(row, where),
                 source=row.get("source") or stem,
             )
         )
+    _refuse_doubles(source, [problem.problem_id for problem in problems])
     return problems
+
+
+def _refuse_doubles(source: str, ids: Sequence[str]) -> None:
+    """Ids name records and noise: two of the same would be taken for one."""
+    seen: set[str] = set()
+    for number, record_id in enumerate(ids, 1):
+        if record_id in seen:
+            raise UserError(f"{source}, row {number}: the id {record_id!r} is there twice")
+        seen.add(record_id)
 
 
 def _reference(row: dict[str, Any], where: str) -> str:
@@ -104,8 +114,14 @@ def load_processbench(
     items = []
     for number, row in enumerate(read_rows(source, split=split, limit=limit)):
         item_id = row.get("item_id") or row.get("id")
+        question = row.get("question") or row.get("problem")
         steps, label = row.get("steps"), row.get("label", row.get("first_error"))
-        if not item_id or not isinstance(steps, list) or not steps or not isinstance(label, int):
+        final = row.get("final_answer_correct")
+        if (
+            not (isinstance(item_id, str) and isinstance(question, str))
+            or not (isinstance(steps, list) and steps)
+            or not (isinstance(label, int) and isinstance(final, bool))
+        ):
             raise UserError(
                 f"{source}, row {number + 1}: expected 'id', 'problem', 'steps', 'label' and "
                 f"'final_answer_correct', found {sorted(row)}"
@@ -119,12 +135,13 @@ def load_processbench(
             ProcessBenchItem(
                 item_id=item_id,
                 subset=row.get("subset") or item_id.rsplit("-", 1)[0],
-                question=row.get("question") or row["problem"],
+                question=question,
                 steps=tuple(steps),
                 first_error=label,
-                final_answer_correct=bool(row["final_answer_correct"]),
+                final_answer_correct=final,
             )
         )
+    _refuse_doubles(source, [item.item_id for item in items])
     return items
 
 

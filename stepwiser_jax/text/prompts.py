@@ -62,7 +62,7 @@ def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[st
     return [{"role": "user", "content": content}]
 
 
-def encode_message(tokenizer: Tokenizer, text: str, style: str) -> list[int]:
+def encode_message(tokenizer: Tokenizer, text: str, style: PromptStyle) -> list[int]:
     """One user message: through the chat template, or as it stands behind the start token."""
     if style == "instruct":
         return tokenizer.render_chat([{"role": "user", "content": text}])
@@ -72,14 +72,14 @@ def encode_message(tokenizer: Tokenizer, text: str, style: str) -> list[int]:
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
-def encode_solve_prompt(tokenizer: Tokenizer, question: str, style: str) -> list[int]:
+def encode_solve_prompt(tokenizer: Tokenizer, question: str, style: PromptStyle) -> list[int]:
     if style == "instruct":
         return tokenizer.render_chat(render_solve_prompt(question))
     return encode_message(tokenizer, question, style)
 
 
 def encode_judge_prompt(
-    tokenizer: Tokenizer, question: str, history: str, chunk: str, style: str
+    tokenizer: Tokenizer, question: str, history: str, chunk: str, style: PromptStyle
 ) -> list[int]:
     if style == "instruct":
         return tokenizer.render_chat(render_judge_prompt(question, history, chunk))

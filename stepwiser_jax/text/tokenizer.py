@@ -127,7 +127,11 @@ class HuggingFaceTokenizer:
         return [added[i] if i in added else to_bytes(token) for i, token in enumerate(tokens)]
 
     def save(self, path: str) -> None:
+        """With all end tokens, which the tokenizer's own files cannot name."""
         self._hf.save_pretrained(path)
+        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        file = Path(path) / "generation_config.json"
+        file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes_of_token(backend: dict[str, Any]) -> Any:

@@ -49,12 +49,11 @@ def make_case(seed, dtype=np.float32):
     old = (logprobs + rng.normal(0, 0.6, segments.shape)).astype(dtype)
     ref = (logprobs + rng.normal(0, 0.3, segments.shape)).astype(dtype)
     advantages = np.where(segments == 1, 1.3, -0.7).astype(dtype)
-    weights = rng.uniform(0.5, 1.0, segments.shape).astype(dtype)
-    return logprobs, old, ref, advantages, mask, segments, weights
+    return logprobs, old, ref, advantages, mask, segments
 
 
-def slow_loss(case, *, low, high, dual, kl_coef, how, constant, use_weights):
-    logprobs, old, ref, advantages, mask, segments, weights = case
+def slow_loss(case, *, low, high, dual, kl_coef, how, constant):
+    logprobs, old, ref, advantages, mask, segments = case
     per_sequence = {}
     for b, t in itertools.product(range(mask.shape[0]), range(mask.shape[1])):
         if not mask[b, t]:
@@ -63,8 +62,6 @@ def slow_loss(case, *, low, high, dual, kl_coef, how, constant, use_weights):
         gain = min(ratio * adv, min(max(ratio, 1 - low), 1 + high) * adv)
         if dual is not None and adv < 0:
             gain = max(gain, dual * adv)
-        if use_weights:
-            gain *= weights[b, t]
         difference = ref[b, t] - logprobs[b, t]
         kl = np.exp(difference) - difference - 1
         per_sequence.setdefault((b, segments[b, t]), []).append(-gain + kl_coef * kl)
@@ -79,10 +76,9 @@ def slow_loss(case, *, low, high, dual, kl_coef, how, constant, use_weights):
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
 @pytest.mark.parametrize("dual", [None, 1.5])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
-@pytest.mark.parametrize("use_weights", [False, True])
-def test_loss_against_loops(how, dual, kl_coef, use_weights):
+def test_loss_against_loops(how, dual, kl_coef):
     case = make_case(1)
-    logprobs, old, ref, advantages, mask, segments, weights = map(jnp.asarray, case)
+    logprobs, old, ref, advantages, mask, segments = map(jnp.asarray, case)
     constant = 4 * 10.0
     loss, _ = grpo_loss(
         logprobs,
@@ -94,7 +90,6 @@ def test_loss_against_loops(how, dual, kl_coef, use_weights):
         dual_clip=dual,
         kl_coef=kl_coef,
         ref_logprobs_BT=ref,
-        importance_weights_BT=weights if use_weights else None,
         segment_ids_BT=segments,
         aggregation=how,
         denominator=constant if how == "dr_grpo" else None,
@@ -107,7 +102,6 @@ def test_loss_against_loops(how, dual, kl_coef, use_weights):
         kl_coef=kl_coef,
         how=how,
         constant=constant,
-        use_weights=use_weights,
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -163,7 +157,7 @@ def test_what_is_masked_does_not_matter():
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
 def test_micro_batches_add_up(how):
-    logprobs, old, _, advantages, mask, segments, _ = map(jnp.asarray, make_case(4))
+    logprobs, old, _, advantages, mask, segments = map(jnp.asarray, make_case(4))
     denominator = loss_denominator(mask, segments, aggregation=how, max_completion_tokens=5)
 
     def loss(rows):

@@ -10,7 +10,14 @@ from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample, UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.data import Group, TokenBatch, example_loader, rollout_batch, sft_loader
+from stepwiser_jax.runtime.data import (
+    Group,
+    TokenBatch,
+    example_loader,
+    rollout_batch,
+    sft_documents,
+    sft_loader,
+)
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.trainer import (
     accumulate,
@@ -30,7 +37,9 @@ def render(example):
 
 
 def loader(packing, seed=0):
-    return sft_loader(EXAMPLES, render, batch_size=2, max_length=16, seed=seed, packing=packing)
+    documents, dropped = sft_documents(EXAMPLES, render, max_length=16)
+    assert dropped == 0
+    return sft_loader(documents, batch_size=2, max_length=16, seed=seed, packing=packing)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -73,9 +82,9 @@ def test_every_document_is_whole_and_learned_where_it_should(packing):
 
 def test_examples_that_cannot_be_learned_are_refused():
     with pytest.raises(UserError, match="no example fits max_length 1"):
-        sft_loader(EXAMPLES, render, batch_size=1, max_length=1, seed=0, packing=False)
+        sft_documents(EXAMPLES, render, max_length=1)
     with pytest.raises(UserError, match="e0 has an empty completion"):
-        sft_loader(EXAMPLES, lambda e: ([1], []), batch_size=1, max_length=9, seed=0, packing=False)
+        sft_documents(EXAMPLES, lambda e: ([1], []), max_length=9)
 
 
 def test_example_loader_shows_everything_once_per_epoch_in_new_orders():
@@ -140,7 +149,8 @@ def make_step(micro_batches=1, loss=sft_loss):
 
 
 def batches(count):
-    source = sft_loader(EXAMPLES, render, batch_size=4, max_length=16, seed=0, packing=False)
+    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
+    source = sft_loader(documents, batch_size=4, max_length=16, seed=0, packing=False)
     return [jax.tree.map(jnp.asarray, next(source)) for _ in range(count)]
 
 
