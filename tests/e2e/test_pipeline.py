@@ -19,6 +19,7 @@ from stepwiser_jax.records import (
     Trajectory,
     read_records,
 )
+from stepwiser_jax.runtime import training_run
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.training_run import TrainingRun
 
@@ -157,6 +158,19 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
         np.testing.assert_array_equal(a, b)
 
 
+def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
+    arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.stop, "requested", True)
+        assert main(arguments) == 130
+        assert main(arguments) == 130
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["loss"] > 0
+    assert summary["seconds_per_step"] is None
+
+
 def test_a_finished_run_is_not_done_again(runs, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
     assert main(command("values", runs)) == 0
@@ -172,6 +186,7 @@ def test_convert_gives_the_exported_model(runs, tmp_path):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
 
 
 # --- a user's mistakes --------------------------------------------------------------------------
@@ -195,7 +210,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("rollouts", "found nothing at", f"policy.path={tmp_path / 'nowhere'}")
     mistake("values", "found nothing at", f"rollouts={tmp_path / 'nowhere'}")
     mistake("rollouts", "exceeds the context of 160", "sampling.max_new_tokens=150")
-    mistake("rollouts", "needs 64 devices", "mesh.data=64")
+    mistake("rollouts", "needs 32 devices", "mesh.data=32")
     mistake("rollouts", "no chat template", "prompt_style=instruct")
 
     problems = tmp_path / "problems.jsonl"
@@ -215,6 +230,9 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
 
     fails(capsys, ["rollout", "--config", str(CONFIGS / "smoke_rollouts.yaml")], "run-dir")
     fails(capsys, ["rolout"], "No such command")
+    latest = ["--checkpoint", str(runs / "judge" / "checkpoints" / "latest")]
+    fails(capsys, ["convert", *latest, "--output", str(out)], "checkpoints/N", out)
+    mistake("search", "the judge of", "judge_engine.buckets=[160]")
 
 
 def test_unfinished_input_is_refused(runs, tmp_path, capsys):

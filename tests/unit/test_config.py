@@ -70,11 +70,28 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
         ({}, ("engine.rows=[64, 32]",), "ascending"),
+        ({}, ("engine.buckets=[200]",), r"192.*32.* = 224, found \[200\]"),
+        ({}, ("mesh.data=3",), r"engine.rows \[32\] must be multiples"),
+        ({}, ("iterations=[1",), "not valid YAML"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, overrides, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, judge_tree(**changes), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "override", "message"),
+    [
+        ("search", "search", "majority=[0]", "majority"),
+        ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
+        ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),
+        ("values", "annotate", "trajectories_per_block=64", "must not exceed the largest"),
+    ],
+)
+def test_mistakes_of_other_stages_are_named(name, stage, override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(stage, CONFIGS / f"smoke_{name}.yaml", (override,))
 
 
 def test_all_problems_come_in_one_message(tmp_path):

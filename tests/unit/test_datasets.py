@@ -71,6 +71,9 @@ def test_judge_examples_from_records(tmp_path):
         ({"label": 3}, "expected a label from -1 to 2 for 3 steps, found 3"),
         ({"steps": []}, "expected 'id', 'problem', 'steps'"),
         ({"label": None}, "expected 'id', 'problem', 'steps'"),
+        ({"final_answer_correct": None}, "'final_answer_correct'"),
+        ({"problem": None}, "expected 'id', 'problem'"),
+        ({}, "the id 'gsm8k-7' is there twice"),
     ],
 )
 def test_a_broken_processbench_row_is_named(tmp_path, change, message):

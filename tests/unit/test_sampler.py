@@ -187,6 +187,36 @@ def test_inverse_cdf_never_takes_what_has_no_probability():
     assert tokens.tolist() == [40, 290, 290]
 
 
+def test_inverse_cdf_at_its_own_boundaries():
+    """Where a draw falls on a boundary to the last bit, rounding must not leave the support."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        probs = np.zeros(1024, np.float32)
+        probs[rng.choice(1024, 20, replace=False)] = rng.dirichlet(np.ones(20))
+        edges = np.cumsum(probs.reshape(4, 256).sum(axis=1, dtype=np.float32), dtype=np.float32)
+        around = np.concatenate([np.nextafter(edges, side) for side in (-1, 2)] + [edges])
+        uniform = jnp.asarray(np.clip(around, 0, np.float32(1 - 2**-24)), jnp.float32)
+        tokens = inverse_cdf(jnp.broadcast_to(probs, (len(uniform), 1024)), uniform)
+        assert (probs[np.asarray(tokens)] > 0).all()
+
+
+def test_a_row_ends_at_its_own_limit(tiny_model):
+    sampler = make(tiny_model)
+    ids = ids_of(PROMPTS)
+    state = sampler.prefill(PROMPTS, slots=32)
+    limits = [len(PROMPTS[0]) + 2, 20, len(PROMPTS[2]), 9]
+    output, state = sampler.decode(state, SamplingParams(12), key=KEY, row_ids=ids, limits_B=limits)
+    assert output.length_B.tolist() == [2, 12, 0, 2]
+    free = sampler.generate(PROMPTS, SamplingParams(12), key=KEY, row_ids=ids)
+    for b in range(4):
+        assert output.ids(b) == free.ids(b)[: output.length_B[b]]
+
+
+def test_top_k_above_the_vocabulary_is_no_truncation():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    np.testing.assert_allclose(truncate(logits, 9, None), truncate(logits, 0, None))
+
+
 def test_truncation_and_its_logprobs():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     top_k = jnp.exp(truncate(logits, 2, None))

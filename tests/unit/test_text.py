@@ -1,5 +1,7 @@
 """Tokenizers, prompts, verdicts and answers."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -177,16 +179,31 @@ def test_a_worker_that_hangs_is_killed_and_counted(monkeypatch):
         assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
 
 
-def test_a_worker_that_dies_counts_as_a_failure():
+def test_a_worker_that_was_killed_is_replaced_and_asked_again():
     with AnswerVerifier(workers=1) as verifier:
         assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
         verifier._workers[0].process.kill()
         verifier._workers[0].process.join()
-        try:
-            found = verifier.verify([("\\frac{3}{6}", "\\frac12")])
-        except BrokenPipeError:
-            pytest.fail("a dead worker must not stop the run")
-        assert found == [False]
+        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verifier.failures == 0
+
+
+def test_ctrl_c_does_not_reach_the_workers():
+    with AnswerVerifier(workers=1) as verifier:
+        assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
+        process = verifier._workers[0].process
+        os.kill(process.pid, signal.SIGINT)
+        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verifier._workers[0].process is process
+
+
+def test_an_answer_that_kills_workers_counts_as_a_failure(monkeypatch):
+    def dies(self, timeout_seconds):
+        raise EOFError
+
+    with AnswerVerifier(workers=1) as verifier:
+        monkeypatch.setattr(answers._Worker, "answer", dies)
+        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [False]
         assert verifier.failures == 1
 
 

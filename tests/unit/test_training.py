@@ -22,9 +22,12 @@ from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.trainer import (
     accumulate,
     create_train_state,
+    join_rows,
     make_optimizer,
     make_schedule,
     make_train_step,
+    mean_metrics,
+    split_rows,
 )
 from tiny import tiny_config
 
@@ -180,6 +183,20 @@ def test_micro_batches_give_the_whole_batchs_gradient(micro_batches):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
+
+
+def test_rows_are_split_and_joined():
+    rows = jnp.arange(12).reshape(6, 2)
+    parts = split_rows(rows, 3)
+    assert parts[1].tolist() == [[2, 3], [8, 9]]
+    np.testing.assert_array_equal(join_rows(parts), rows)
+
+
+def test_metrics_of_several_updates():
+    updates = [{"loss": jnp.float32(x), "gap_max": jnp.float32(x)} for x in (1.0, 4.0, 1.0)]
+    found = mean_metrics(updates)
+    assert {name: float(value) for name, value in found.items()} == {"loss": 2.0, "gap_max": 4.0}
+    assert mean_metrics([]) == {}
 
 
 def test_metrics_named_max_are_maximised():

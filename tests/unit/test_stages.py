@@ -1,0 +1,96 @@
+"""Parts of stages that no whole run would show to be wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from stepwiser_jax.config import load_config
+from stepwiser_jax.records import SearchResult, Trajectory, Verdict
+from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.stages import judge, search
+from stepwiser_jax.stages.annotate import estimate_prefix_values
+
+PROMPT = (5, 9, 11)
+
+
+@pytest.fixture
+def config(request):
+    return load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+
+
+def groups(count):
+    return [
+        judge.Judged(
+            [3, 1 + i % 9],
+            [[4, 5, 6 + g] for g in range(4)],
+            [[-1.0, -2.0, -3.0]] * 4,
+            [Verdict.POSITIVE] * 4,
+            [1.0, 0.0, 0.0, 1.0],
+        )
+        for i in range(count)
+    ]
+
+
+def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
+    """Every completion that is verified has at most max_new_tokens, whatever its prefix."""
+    trajectory = Trajectory(
+        "p#0",
+        "p",
+        "policy",
+        PROMPT,
+        tuple(range(20, 40)),
+        (-1.0,) * 20,
+        (8, 16, 20),
+        "length",
+        False,
+    )
+    lengths = []
+
+    def is_correct(rows):
+        lengths.extend(len(ids) for _, ids in rows)
+        return [len(ids) % 2 == 0 for _, ids in rows]
+
+    values = estimate_prefix_values(
+        Sampler(tiny_model, rows=[8], buckets=[96]),
+        [trajectory],
+        is_correct,
+        num_rollouts=4,
+        params=SamplingParams(20),
+        key=jax.random.key(0),
+    )
+    assert lengths == [20] * 12
+    assert [value.num_correct for value in values] == [4, 4, 4, 0], "the last is the outcome"
+
+
+def test_no_update_is_made_of_nothing(config, tiny_model):
+    mesh = make_mesh()
+    assert judge.prepare_batches([], config, mesh, tiny_model, tiny_model) == []
+    assert len(judge.prepare_batches(groups(1), config, mesh, tiny_model, tiny_model)) == 1
+    batches = judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
+    assert [int(np.sum(np.any(b.completion_mask_BT, axis=1))) for b in batches] == [3, 2]
+
+
+def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
+    batch = shard_batch(judge.assemble(groups(3), config), make_mesh())
+    whole = judge.score(tiny_model, batch, 1.0, micro_batches=1)
+    parts = judge.score(tiny_model, batch, 1.0, micro_batches=2)
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
+    assert float(jnp.min(whole)) < -0.5
+
+
+def result(answer, is_correct, tokens=10):
+    return SearchResult("s", "p", "m", answer, is_correct, "", tokens, 0, 0, 0)
+
+
+def test_majority_ignores_samples_without_an_answer(request):
+    file = request.config.rootpath / "configs" / "smoke_search.yaml"
+    config = load_config("search", file)
+    none, right, wrong = result("", False), result("3", True), result("4", False)
+    rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
+    row = search.majority_row(config, rows)
+    assert row["accuracy"] == (1 + 1 + 0 + 0) / 4
+    assert row["policy_tokens"] == 30
+    assert yaml.safe_load(file.read_text())["majority"] == [2, 4]
