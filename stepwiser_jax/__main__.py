@@ -104,7 +104,7 @@ def convert(
     ],
     output: Annotated[Path, typer.Option(help="A new directory.")],
 ) -> None:
-    """Export a checkpoint as a Hugging Face directory that transformers and vLLM load.
+    """Export a checkpoint as a Hugging Face directory that transformers loads.
 
     Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
     """

@@ -36,181 +36,137 @@ from stepwiser_jax.stages.label import rule_parameters
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
+Stage = tuple[str, str, dict[str, Any]]
+"""(directory, stage, settings)."""
 
-def recipe(
-    run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """(directory, stage, settings) of every stage in order. `problems` are evaluated on `split`."""
+SOLVE = {"temperature": 1.0, "max_new_tokens": 112}
+POLICY_ENGINE = {"rows": [32, 256], "buckets": [160]}
+JUDGE_ENGINE = {"rows": [32, 256], "buckets": [192]}
 
-    def at(name: str) -> str:
-        return str(run_dir / name)
 
-    def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
-        return {
-            "learning_rate": peak,
-            "warmup_steps": warmup,
-            "schedule": "cosine",
-            "end_fraction": end_fraction,
-            "b2": 0.98,
-        }
+def recipe(run_dir: Path, seed: int, *, problems: int = 512, split: str = "test") -> list[Stage]:
+    """Every stage in order. `problems` are evaluated on `split`."""
+    held_out = {"source": "arithmetic", "split": split, "limit": problems, "seed": seed}
+    stages = [
+        *policy_and_labels(run_dir, seed),
+        *judge_training(run_dir, seed),
+        *evaluation(run_dir, held_out),
+    ]
+    shared = {"seed": seed, "prompt_style": "bare"}
+    return [
+        (name, stage, ({"seed": seed} if stage == "annotate" else shared) | settings)
+        for name, stage, settings in stages
+    ]
 
-    policy_engine = {"rows": [32, 256], "buckets": [160]}
-    judge_engine = {"rows": [32, 256], "buckets": [192]}
-    solve = {"temperature": 1.0, "max_new_tokens": 112}
-    sft = {
-        "seed": seed,
-        "prompt_style": "bare",
+
+def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
+    return {
+        "learning_rate": peak,
+        "warmup_steps": warmup,
+        "schedule": "cosine",
+        "end_fraction": end_fraction,
+        "b2": 0.98,
+    }
+
+
+def fine_tuning(data: str, count: int, seed: int, steps: int) -> dict[str, Any]:
+    """From fresh weights, on generated demonstrations."""
+    return {
+        "model": {"path": "arithmetic"},
+        "data": {"source": data, "count": count, "seed": seed},
         "batch_size": 5,
         "max_length": 160,
+        "steps": steps,
+        "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
+    }
+
+
+def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
+    """A policy, its solutions of new problems, and what Monte Carlo says of their chunks."""
+    policy, rollouts, values = (str(run_dir / n) for n in ("policy", "rollouts", "values"))
+    problems = {"source": "arithmetic", "split": "rollout", "limit": 448, "seed": seed}
+    sample = {"policy": {"path": policy}, "sampling": SOLVE, "engine": POLICY_ENGINE}
+    annotate = {
+        "rollouts": rollouts,
+        "num_rollouts": 16,
+        "max_trajectories_per_problem": 3,
+        "limit": 1000,
+    }
+    label = {
+        "annotations": values,
+        "rollouts": rollouts,
+        "tokenizer": policy,
+        "rule": "rel_effective",
+        "alpha": 0.8,
+        "min_prefix_value": 0.2,
+        "max_prompt_tokens": 160,
     }
     return [
-        (
-            "policy",
-            "sft",
-            sft
-            | {
-                "model": {"path": "arithmetic"},
-                "data": {"source": "arithmetic-policy", "count": 12000, "seed": seed},
-                "steps": 1300,
-                "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
-            },
-        ),
-        (
-            "rollouts",
-            "rollout",
-            {
-                "seed": seed,
-                "policy": {"path": at("policy")},
-                "problems": {
-                    "source": "arithmetic",
-                    "split": "rollout",
-                    "limit": 448,
-                    "seed": seed,
-                },
-                "prompt_style": "bare",
-                "group_size": 4,
-                "sampling": solve,
-                "engine": policy_engine,
-            },
-        ),
-        (
-            "values",
-            "annotate",
-            {
-                "seed": seed,
-                "policy": {"path": at("policy")},
-                "rollouts": at("rollouts"),
-                "num_rollouts": 16,
-                "max_trajectories_per_problem": 3,
-                "limit": 1000,
-                "sampling": solve,
-                "engine": policy_engine,
-            },
-        ),
-        (
-            "labels",
-            "label",
-            {
-                "seed": seed,
-                "annotations": at("values"),
-                "rollouts": at("rollouts"),
-                "tokenizer": at("policy"),
-                "prompt_style": "bare",
-                "rule": "rel_effective",
-                "alpha": 0.8,
-                "min_prefix_value": 0.2,
-                "max_prompt_tokens": 160,
-            },
-        ),
-        (
-            "cold_start",
-            "sft",
-            sft
-            | {
-                "model": {"path": "arithmetic"},
-                "data": {"source": "arithmetic-judge", "count": 16000, "seed": seed},
-                "steps": 2200,
-                "training": {"optimizer": optimizer(1e-3, 30, 0.1), "checkpoint_every": 200},
-            },
-        ),
-        (
-            "judge",
-            "judge",
-            {
-                "seed": seed,
-                "model": {"path": at("cold_start")},
-                "examples": at("labels"),
-                "prompt_style": "bare",
-                "iterations": 100,
-                "prompts_per_iteration": 32,
-                "group_size": 8,
-                "max_prompt_tokens": 160,
-                "row_lengths": [256, 320, 416],
-                "sampling": {"temperature": 1.0, "max_new_tokens": 32},
-                "engine": judge_engine,
-                "grpo": {"max_refills": 1, "kl_coef": 0.2},
-                "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
-            },
-        ),
-        (
-            "heldout",
-            "rollout",
-            {
-                "seed": seed,
-                "policy": {"path": at("policy")},
-                "problems": {
-                    "source": "arithmetic",
-                    "split": split,
-                    "limit": problems,
-                    "seed": seed,
-                },
-                "prompt_style": "bare",
-                "group_size": 1,
-                "sampling": solve,
-                "engine": policy_engine,
-                "problems_per_block": 256,
-            },
-        ),
+        ("policy", "sft", fine_tuning("arithmetic-policy", 12000, seed, 1300)),
+        ("rollouts", "rollout", sample | {"problems": problems, "group_size": 4}),
+        ("values", "annotate", sample | annotate),
+        ("labels", "label", label),
+    ]
+
+
+def judge_training(run_dir: Path, seed: int) -> list[Stage]:
+    """The form of a judgment, then GRPO on the labels."""
+    judge = {
+        "model": {"path": str(run_dir / "cold_start")},
+        "examples": str(run_dir / "labels"),
+        "iterations": 100,
+        "prompts_per_iteration": 32,
+        "group_size": 8,
+        "max_prompt_tokens": 160,
+        "row_lengths": [256, 320, 416],
+        "sampling": {"temperature": 1.0, "max_new_tokens": 32},
+        "engine": JUDGE_ENGINE,
+        "grpo": {"max_refills": 1, "kl_coef": 0.2},
+        "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
+    }
+    return [
+        ("cold_start", "sft", fine_tuning("arithmetic-judge", 16000, seed, 2200)),
+        ("judge", "judge", judge),
+    ]
+
+
+def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
+    """Both judges on held-out solutions, and the search that the trained one steers."""
+    policy = {"path": str(run_dir / "policy")}
+    rollout = {
+        "policy": policy,
+        "problems": problems,
+        "group_size": 1,
+        "sampling": SOLVE,
+        "engine": POLICY_ENGINE,
+        "problems_per_block": 256,
+    }
+    evaluate = {
+        "items": str(run_dir / "heldout"),
+        "max_new_tokens": 32,
+        "engine": JUDGE_ENGINE,
+        "items_per_block": 256,
+    }
+    search = {
+        "policy": policy,
+        "judge": {"path": str(run_dir / "judge")},
+        "problems": problems,
+        "judge_prompt_style": "bare",
+        "majority": [2, 4, 8],
+        "sampling": SOLVE,
+        "max_chunk_tokens": 24,
+        "judge_max_new_tokens": 32,
+        "policy_engine": POLICY_ENGINE,
+        "judge_engine": JUDGE_ENGINE,
+        "problems_per_block": 256,
+    }
+    return [
+        ("heldout", "rollout", rollout),
         *(
-            (
-                f"evaluate_{name}",
-                "evaluate",
-                {
-                    "seed": seed,
-                    "judge": {"path": at(name)},
-                    "items": at("heldout"),
-                    "prompt_style": "bare",
-                    "max_new_tokens": 32,
-                    "engine": judge_engine,
-                    "items_per_block": 256,
-                },
-            )
+            (f"evaluate_{name}", "evaluate", evaluate | {"judge": {"path": str(run_dir / name)}})
             for name in ("cold_start", "judge")
         ),
-        (
-            "search",
-            "search",
-            {
-                "seed": seed,
-                "policy": {"path": at("policy")},
-                "judge": {"path": at("judge")},
-                "problems": {
-                    "source": "arithmetic",
-                    "split": split,
-                    "limit": problems,
-                    "seed": seed,
-                },
-                "prompt_style": "bare",
-                "judge_prompt_style": "bare",
-                "majority": [2, 4, 8],
-                "sampling": solve,
-                "max_chunk_tokens": 24,
-                "judge_max_new_tokens": 32,
-                "policy_engine": policy_engine,
-                "judge_engine": judge_engine,
-                "problems_per_block": 256,
-            },
-        ),
+        ("search", "search", search),
     ]
 
 
