@@ -106,7 +106,10 @@ class BlockSampler:
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         return encode_solve_prompt(
-            self.loaded.tokenizer, problem.question, self.config.prompt_style
+            self.loaded.tokenizer,
+            problem.question,
+            self.config.prompt_style,
+            tags=self.config.chunking == "tags",
         )
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:

@@ -25,14 +25,17 @@ TASKS_PER_WORKER = 1000
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last complete \\boxed{}, else what stands behind GSM8K's last `####`."""
+    """The content of the last complete \\boxed{}, else what stands behind GSM8K's last `####`, else
+    the number in the last "answer is ..." (as Minerva's prompt ends)."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for position in range(start, len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
                 return text[start:position].strip()
-    marked = re.findall(r"####[ \t]*([^\n]+)", text)
+    marked = re.findall(r"####[ \t]*([^\n]+)", text) or re.findall(
+        r"(?i)\banswer is:?[ \t]*\$?([+-]?\d[\d,]*(?:\.\d+)?)", text
+    )
     return marked[-1].strip() if marked else None
 
 

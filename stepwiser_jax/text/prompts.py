@@ -24,6 +24,12 @@ Follow the format strictly: no reasoning outside of the chunks.
 
 Problem: {question}"""
 
+SOLVE_PROMPT_WITHOUT_TAGS = """\
+Solve the problem step by step, and give the final answer inside \\boxed{{}}.
+
+Problem: {question}"""
+"""For models that were not taught to mark their chunks: a small one copies the tags and no more."""
+
 JUDGE_PROMPT = """\
 You are a reasoning validator for mathematical problems. Think step by step and decide whether the \
 "New Reasoning Chunk" contains any explicit errors, given the problem and the historical reasoning \
@@ -49,9 +55,10 @@ the step is valid and logical.]
 \\boxed{{Negative}}.]"""
 
 
-def render_solve_prompt(question: str) -> list[dict[str, str]]:
-    """Paper Table 11: one user message."""
-    return [{"role": "user", "content": SOLVE_PROMPT.format(question=question)}]
+def render_solve_prompt(question: str, *, tags: bool = True) -> list[dict[str, str]]:
+    """One user message: paper Table 11, or without a word of chunks where `tags` is false."""
+    prompt = SOLVE_PROMPT if tags else SOLVE_PROMPT_WITHOUT_TAGS
+    return [{"role": "user", "content": prompt.format(question=question)}]
 
 
 def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
@@ -72,9 +79,11 @@ def encode_message(tokenizer: Tokenizer, text: str, style: PromptStyle) -> list[
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
-def encode_solve_prompt(tokenizer: Tokenizer, question: str, style: PromptStyle) -> list[int]:
+def encode_solve_prompt(
+    tokenizer: Tokenizer, question: str, style: PromptStyle, *, tags: bool = True
+) -> list[int]:
     if style == "instruct":
-        return tokenizer.render_chat(render_solve_prompt(question))
+        return tokenizer.render_chat(render_solve_prompt(question, tags=tags))
     return encode_message(tokenizer, question, style)
 
 

@@ -97,6 +97,12 @@ def test_bare_prompts_are_the_text_behind_the_start_token(word_tokenizer):
     assert word_tokenizer.decode(ids) == "<bos> start 4 ? <chunk> fix </chunk> <judge>"
 
 
+def test_a_model_without_tags_is_not_asked_for_them(bpe_tokenizer):
+    ids = encode_solve_prompt(bpe_tokenizer, "What is 1+1?", "instruct", tags=False)
+    text = bpe_tokenizer.decode(ids)
+    assert "What is 1+1?" in text and "\\boxed{}" in text and "chunk" not in text
+
+
 def test_instruct_needs_a_chat_template(word_tokenizer):
     with pytest.raises(UserError, match="prompt_style to 'bare'"):
         encode_solve_prompt(word_tokenizer, "start 4 ?", "instruct")
@@ -128,6 +134,9 @@ def test_parse_verdict(text, verdict):
         ("\\boxed{1} then \\boxed{ 2 }", "2"),
         ("\\boxed{1} then \\boxed{2", "1"),
         ("work\n#### 1,234", "1,234"),
+        ("The answer is 5. So, the answer is: $1,250.50.", "1,250.50"),
+        ("the answer is \\boxed{3}, no: the answer is 4", "3"),
+        ("the answer is not known", None),
         ("nothing", None),
     ],
 )
