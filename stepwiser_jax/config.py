@@ -66,8 +66,8 @@ class Sampling(Config):
 
 
 class Engine(Config):
-    """Compiled shapes of the sampler: rows per device call (the smallest that holds the work is
-    used) and cache slots per row. `buckets` are the slot counts, the largest is the context."""
+    """Compiled shapes: `rows` in flight (the smallest number that holds the work is used), and
+    `buckets`, the lengths of stored prompts; the largest is the context, completion included."""
 
     rows: tuple[int, ...] = (64,)
     buckets: tuple[int, ...]
@@ -177,18 +177,8 @@ class Annotate(ComputeStage):
     limit: int | None = Field(None, ge=1)
     sampling: Sampling
     engine: Engine
-    trajectories_per_block: int = Field(32, ge=1)
+    trajectories_per_block: int = Field(64, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
-
-    @model_validator(mode="after")
-    def _block_fits(self) -> Annotate:
-        if self.trajectories_per_block > max(self.engine.rows):
-            raise ValueError(
-                f"a block of trajectories is read at once: trajectories_per_block "
-                f"({self.trajectories_per_block}) must not exceed the largest of engine.rows "
-                f"({max(self.engine.rows)})"
-            )
-        return self
 
 
 class Label(Config):

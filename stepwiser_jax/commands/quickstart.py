@@ -91,6 +91,7 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
         "num_rollouts": 16,
         "max_trajectories_per_problem": 3,
         "limit": 1000,
+        "trajectories_per_block": 250,
     }
     label = {
         "annotations": values,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+F32 = jnp.float32
+NOT_SEEN = -1e30
+"""Score of a key that the mask hides. Not -inf: a row that sees nothing must not become NaN."""
+
 
 def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     """Which key each query of a row sees, (B, T, T) bool.
@@ -17,6 +21,61 @@ def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     query_BT1, key_B1T = segment_ids_BT[:, :, None], segment_ids_BT[:, None, :]
     visible_BTT = (key_B1T < 0) | ((key_B1T == query_BT1) & (key_B1T != 0))
     return visible_BTT & jnp.tril(jnp.ones((T, T), bool))[None]
+
+
+def shared_prefix_attention(
+    q_B1NH: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    """Attention of one query a row over a prefix that R = B / P rows share, and over the row's own.
+
+    Each part is keys (., K, H, S), values (., K, S, H) and a mask (B, S); the prefix has P leading
+    entries, and row b reads entry b // R. The prefix is multiplied with the queries of all its rows
+    at once: it is stored once, and read once.
+    """
+    B, _, N, H = q_B1NH.shape
+    prefix_k, prefix_v, prefix_mask_BS = prefix
+    own_k, own_v, own_mask_BC = own
+    P, K = prefix_k.shape[:2]
+    R, G = B // P, N // K
+    q_BKGH = q_B1NH.reshape(B, K, G, H) * jnp.asarray(H**-0.5, q_B1NH.dtype)
+    q_PKMH = q_BKGH.reshape(P, R, K, G, H).swapaxes(1, 2).reshape(P, K, R * G, H)
+    shared_PKMS = jnp.einsum("pkmh,pkhs->pkms", q_PKMH, prefix_k, preferred_element_type=F32)
+    visible_PRS = prefix_mask_BS.reshape(P, R, -1)
+    shared_PKRGS = jnp.where(
+        visible_PRS[:, None, :, None], shared_PKMS.reshape(P, K, R, G, -1), NOT_SEEN
+    )
+    own_BKGC = jnp.einsum(
+        "bkgh,bkhc->bkgc", q_BKGH.astype(own_k.dtype), own_k, preferred_element_type=F32
+    )
+    own_BKGC = jnp.where(own_mask_BC[:, None, None], own_BKGC, NOT_SEEN)
+
+    shared_peak_PKRG = jnp.max(shared_PKRGS, axis=-1)
+    own_peak_BKG = jnp.max(own_BKGC, axis=-1)
+    peak_BKG = jnp.maximum(_by_row(shared_peak_PKRG), own_peak_BKG)
+    peak_PKRG = peak_BKG.reshape(P, R, K, G).swapaxes(1, 2)
+    shared_PKRGS = jnp.exp(shared_PKRGS - peak_PKRG[..., None])
+    own_BKGC = jnp.exp(own_BKGC - peak_BKG[..., None])
+    total_BKG = _by_row(jnp.sum(shared_PKRGS, axis=-1)) + jnp.sum(own_BKGC, axis=-1)
+    shared_out_PKMH = jnp.einsum(
+        "pkms,pksh->pkmh",
+        shared_PKRGS.reshape(P, K, R * G, -1).astype(prefix_v.dtype),
+        prefix_v,
+        preferred_element_type=F32,
+    )
+    own_out_BKGH = jnp.einsum(
+        "bkgc,bkch->bkgh", own_BKGC.astype(own_v.dtype), own_v, preferred_element_type=F32
+    )
+    out_BKGH = _by_row(shared_out_PKMH.reshape(P, K, R, G, H)) + own_out_BKGH
+    out_BKGH = out_BKGH / total_BKG[..., None]
+    return out_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
+
+
+def _by_row(x_PKRG: jax.Array) -> jax.Array:
+    """(P, K, R, ...) -> (P R, K, ...)."""
+    P, K, R = x_PKRG.shape[:3]
+    return x_PKRG.swapaxes(1, 2).reshape(P * R, K, *x_PKRG.shape[3:])
 
 
 def attention(
@@ -33,8 +92,7 @@ def attention(
         "bkgth,bkhs->bkgts", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32
     )
     scores_BKGTS = scores_BKGTS * jnp.float32(H**-0.5)
-    # Not -inf: a row that sees nothing must not become NaN.
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.float32(-1e30))
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, F32(NOT_SEEN))
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, v_BKSH)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -7,16 +7,17 @@ logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepwiser_jax.model.attention import attention, segment_mask
+from stepwiser_jax.model.attention import attention, segment_mask, shared_prefix_attention
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.kv_cache import KVCache, write
+from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
 
 
 def _parameter(
@@ -147,7 +148,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.embed = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
-        self.blocks = Block(config, config.num_layers, rngs, param_dtype)
+        self.blocks: Block | nnx.List[Block] = Block(config, config.num_layers, rngs, param_dtype)
         self.norm = _parameter(rngs, (D,), ("norm",), 1.0, param_dtype)
         if not config.tie_embeddings:
             self.head = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
@@ -184,6 +185,7 @@ class Transformer(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         config = self.config
+        assert isinstance(self.blocks, Block), "hidden is not for a model for_decoding"
         cos, sin = rope_angles(config, positions_BT)
         mask_BTT = segment_mask(segment_ids_BT)
 
@@ -207,41 +209,82 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
-    def unstacked(self) -> tuple[Block, ...]:
-        """The blocks one by one. Call it once before a decode loop: slices of the stacked weights
-        inside the loop would copy every weight at every step."""
+    @property
+    def is_for_decoding(self) -> bool:
+        return not isinstance(self.blocks, Block)
+
+    def for_decoding(self) -> Transformer:
+        """The layout of `extend`: blocks one by one, and every weight in the compute dtype. Slices
+        and casts inside a decode loop would copy every weight at every step."""
+
+        def cast(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.astype(self.compute_dtype), tree)
+
+        model = copy.copy(self)
         layers = range(self.config.num_layers)
-        return tuple(jax.tree.map(lambda x, i=layer: x[i], self.blocks) for layer in layers)
+        model.blocks = nnx.List(
+            [cast(jax.tree.map(lambda x, i=layer: x[i], self.blocks)) for layer in layers]
+        )
+        model.embed, model.norm = cast(self.embed), cast(self.norm)
+        if not self.config.tie_embeddings:
+            model.head = cast(self.head)
+        return model
 
     def extend(
-        self,
-        tokens_BT: jax.Array,
-        num_tokens_B: jax.Array,
-        cache: KVCache,
-        blocks: tuple[Block, ...],
+        self, tokens_BT: jax.Array, num_tokens_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """Append `num_tokens_B[b]` <= T right-padded tokens to each row; returns (hidden_BTD,
-        cache).
+        cache). Of a model `for_decoding`.
 
         Reads a prompt (empty cache) and decodes (T = 1) alike. A token's position is its slot. What
         lies past a row's new length is masked, and overwritten by what comes next.
         """
-        config, T = self.config, tokens_BT.shape[1]
-        start_B = cache.length_B
+        start_B, T = cache.length_B, tokens_BT.shape[1]
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        cos, sin = rope_angles(config, positions_BT)
         mask_BTS = jnp.arange(cache.slots)[None, None] <= positions_BT[:, :, None]
-        x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
         keys, values = [], []
-        for layer, block in enumerate(blocks):
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            keys.append(write(cache.keys[layer], k, start_B, slot_axis=3))
+            values.append(write(cache.values[layer], v, start_B, slot_axis=2))
+            return attention(q, keys[-1], values[-1], mask_BTS)
+
+        hidden_BTD = self._layers(tokens_BT, positions_BT, attend)
+        return hidden_BTD, KVCache(tuple(keys), tuple(values), start_B + num_tokens_B)
+
+    def extend_shared(
+        self, token_B: jax.Array, running_B: jax.Array, prefix: SharedPrefix, own: RingCache
+    ) -> tuple[jax.Array, RingCache]:
+        """One more token for each row, behind its shared prefix and what it has fed since; it
+        counts for rows that are running. Returns (hidden_BD, own). Of a model `for_decoding`."""
+        position_B = prefix.length_B + own.length_B
+        prefix_mask_BS = jnp.arange(prefix.cache.slots)[None] < prefix.length_B[:, None]
+        own_mask_BC = own.visible_BC
+        keys, values = [], []
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            key, value = own.write(layer, k, v)
+            keys.append(key)
+            values.append(value)
+            shared = (prefix.cache.keys[layer], prefix.cache.values[layer], prefix_mask_BS)
+            return shared_prefix_attention(q, shared, (key, value, own_mask_BC))
+
+        hidden_B1D = self._layers(token_B[:, None], position_B[:, None], attend)
+        return hidden_B1D[:, 0], own.step(keys, values, running_B.astype(jnp.int32))
+
+    def _layers(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        attend: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """The residual stream after the final norm, block by block; `attend(layer, q, k, v)`."""
+        config = self.config
+        assert not isinstance(self.blocks, Block), "the model is not for_decoding"
+        cos, sin = rope_angles(config, positions_BT)
+        x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
+        for layer, block in enumerate(self.blocks):
             with jax.named_scope("attention"):
-                q, k, v = qkv(block, config, x_BTD, cos, sin)
-                keys.append(write(cache.keys[layer], k, start_B, slot_axis=3))
-                values.append(write(cache.values[layer], v, start_B, slot_axis=2))
-                attended = attention(q, keys[-1], values[-1], mask_BTS)
+                attended = attend(layer, *qkv(block, config, x_BTD, cos, sin))
             x_BTD = finish_block(block, config, x_BTD, attended)
-        hidden_BTD = rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
-        cache = dataclasses.replace(
-            cache, keys=tuple(keys), values=tuple(values), length_B=start_B + num_tokens_B
-        )
-        return hidden_BTD, cache
+        return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)

@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, parameter_sharding
+from stepwiser_jax.runtime.sampling import decoding_layout
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,6 +55,12 @@ def load_model(
         sharding_for=sharding_of(read_config(directory), mesh),
     )
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def load_for_decoding(path: str, **settings: Any) -> Loaded:
+    """As `load_model`, in the layout of the sampler; the other one is not kept."""
+    loaded = load_model(path, **settings)
+    return dataclasses.replace(loaded, model=decoding_layout(loaded.model))
 
 
 def load_tokenizer_of(path: str) -> Tokenizer:

@@ -88,16 +88,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays onto the mesh, their leading axis over data and fsdp.
+    """Arrays onto the mesh, their leading axis over data and fsdp; scalars everywhere.
 
     Raises UserError where the rows cannot be dealt out evenly.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     for leaf in jax.tree.leaves(batch):
-        if leaf.shape[0] % shards:
+        if leaf.ndim and leaf.shape[0] % shards:
             raise UserError(
                 f"a batch of {leaf.shape[0]} rows cannot be split over data x fsdp = {shards} "
                 "devices: make the number of rows a multiple of it"
             )
-    return jax.device_put(batch, batch_sharding(mesh))
+    shardings = jax.tree.map(
+        lambda leaf: batch_sharding(mesh) if leaf.ndim else replicated(mesh), batch
+    )
+    return jax.device_put(batch, shardings)

@@ -16,18 +16,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from stepwiser_jax.config import Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
-from stepwiser_jax.runtime.loading import load_model
+from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
+from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.tokenizer import completion_text
 
@@ -43,13 +44,13 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     tokenizer = loaded.tokenizer
-    sampler = Sampler(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
+    engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
     for trajectory in trajectories:
         room = max(params.max_new_tokens, len(trajectory.completion_ids))
-        sampler.check_length(trajectory.prompt_ids, room, trajectory.trajectory_id)
+        engine.check_length(len(trajectory.prompt_ids), room, trajectory.trajectory_id)
 
     writer = directory.writer(PrefixValue)
     done_before = len(writer.done)
@@ -68,7 +69,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         for block in work:
             if not writer.done.issuperset(prefix_ids(block)):
                 values = estimate_prefix_values(
-                    sampler,
+                    engine,
                     block,
                     is_correct,
                     num_rollouts=config.num_rollouts,
@@ -87,11 +88,11 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         "prefixes": len(values),
         "num_rollouts": config.num_rollouts,
         "mean_value": sum(value.value for value in values) / len(values),
-        "tokens_per_second": sampler.sampled_tokens / seconds,
+        "tokens_per_second": engine.sampled_tokens / seconds,
         "seconds_per_prefix": per_item(seconds, len(writer.done) - done_before),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
-        "compiled": sampler.compiled_shapes,
+        "compiled": engine.compiled_shapes,
     }
     return directory.finish(summary)
 
@@ -137,10 +138,6 @@ class Prefix:
         return len(self.trajectory.prompt_ids) + self.num_completion_tokens
 
     @property
-    def remaining_tokens(self) -> int:
-        return len(self.trajectory.completion_ids) - self.num_completion_tokens
-
-    @property
     def sampling_id(self) -> str:
         """Names the noise: the bare problem is one prefix, whichever trajectory it is met in."""
         of = self.trajectory.trajectory_id if self.num_chunks else self.trajectory.problem_id
@@ -148,14 +145,14 @@ class Prefix:
 
 
 def prefixes_to_sample(trajectories: Sequence[Trajectory]) -> list[Prefix]:
-    """Every distinct prefix that can be continued, longest remainder first, so that rows that run
-    together end together. Prefix J is whole and is not among them."""
+    """Every distinct prefix that can be continued, trajectory by trajectory, shortest first. Prefix
+    J is whole and is not among them."""
     distinct = {}
     for source, trajectory in enumerate(trajectories):
         for num_chunks in range(len(trajectory.chunk_ends)):
             prefix = Prefix(trajectory, source, num_chunks)
             distinct.setdefault(prefix.sampling_id, prefix)
-    return sorted(distinct.values(), key=lambda prefix: -prefix.remaining_tokens)
+    return list(distinct.values())
 
 
 def prefix_ids(trajectories: Sequence[Trajectory]) -> set[str]:
@@ -164,7 +161,7 @@ def prefix_ids(trajectories: Sequence[Trajectory]) -> set[str]:
 
 
 def estimate_prefix_values(
-    sampler: Sampler,
+    engine: Engine,
     trajectories: Sequence[Trajectory],
     is_correct: IsCorrect,
     *,
@@ -175,34 +172,26 @@ def estimate_prefix_values(
 ) -> list[PrefixValue]:
     """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
 
-    Trajectories go through the network once; each prefix is forked `num_rollouts` times from that
-    cache. Prefix and continuation together may be as long as a whole solution,
-    `params.max_new_tokens`. At most as many trajectories as the sampler has rows.
+    Prefix and continuation together may be as long as a whole solution, `params.max_new_tokens`.
+    Answers are checked while the device goes on with other rows.
     """
-    prefixes = prefixes_to_sample(trajectories)
-    context = max(len(t.prompt_ids) for t in trajectories) + params.max_new_tokens
-    state = sampler.prefill(
-        [[*t.prompt_ids, *t.completion_ids] for t in trajectories], slots=context
-    )
-    rows = [(prefix, m) for prefix in prefixes for m in range(num_rollouts)]
+    trunks, prefix_of = [], {}
+    for source, prefixes in groupby(prefixes_to_sample(trajectories), lambda p: p.source):
+        trajectory, forks = trajectories[source], []
+        for prefix, m in product(prefixes, range(num_rollouts)):
+            row_id = f"{prefix.sampling_id}/r{m}"
+            room = params.max_new_tokens - prefix.num_completion_tokens
+            forks.append(Fork(row_id, prefix.num_tokens, room))
+            prefix_of[row_id] = prefix
+        trunks.append(Trunk([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
     num_correct: Counter[str] = Counter()
-    for batch in blocks(rows, sampler.max_rows):
-        forked = sampler.fork(
-            state,
-            np.array([prefix.source for prefix, _ in batch]),
-            np.array([prefix.num_tokens for prefix, _ in batch]),
-        )
-        row_ids = [f"{prefix.sampling_id}/r{m}" for prefix, m in batch]
-        limits = [len(p.trajectory.prompt_ids) + params.max_new_tokens for p, _ in batch]
-        output, _ = sampler.decode(forked, params, key=key, row_ids=row_ids, limits_B=limits)
-        completions = [
-            (
-                p.trajectory,
-                [*p.trajectory.completion_ids[: p.num_completion_tokens], *output.ids(b)],
-            )
-            for b, (p, _) in enumerate(batch)
+    for completions in engine.sample(trunks, params, key=key):
+        prefixes = [prefix_of[completion.row_id] for completion in completions]
+        solutions = [
+            (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.ids])
+            for p, c in zip(prefixes, completions, strict=True)
         ]
-        for (prefix, _), right in zip(batch, is_correct(completions), strict=True):
+        for prefix, right in zip(prefixes, is_correct(solutions), strict=True):
             num_correct[prefix.sampling_id] += right
     return [
         prefix_value(Prefix(trajectory, source, num_chunks), num_correct, num_rollouts, policy_id)

@@ -38,10 +38,11 @@ from stepwiser_jax.records import (
     Verdict,
     read_records,
 )
-from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.datasets import load_processbench
@@ -55,7 +56,7 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
     items = load_items(config.items, loaded.tokenizer, split=config.split, limit=config.limit)
     judge = ItemJudge(config, loaded, mesh)
     judge.check_lengths(items)
@@ -75,7 +76,7 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     summary = summarize(config, items, judgments)
     summary |= {
         "seconds_per_judgment": per_item(seconds, len(writer.done) - done_before),
-        "compiled": judge.sampler.compiled_shapes,
+        "compiled": judge.engine.compiled_shapes,
     }
     return directory.finish(summary)
 
@@ -104,7 +105,7 @@ class ItemJudge:
 
     def __init__(self, config: Evaluate, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded = config, loaded
-        self.sampler = Sampler(
+        self.engine = Engine(
             loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
         )
         self.key = jax.random.key(config.seed)
@@ -131,8 +132,8 @@ class ItemJudge:
         for item in items:
             last = len(item.steps) - 1
             prompt = self.prompt_ids(item, last)
-            self.sampler.check_length(
-                prompt, self.config.max_new_tokens, f"{item.item_id}, step {last}"
+            self.engine.check_length(
+                len(prompt), self.config.max_new_tokens, f"{item.item_id}, step {last}"
             )
 
     def judgment_ids(self, block: Sequence[ProcessBenchItem]) -> list[str]:
@@ -158,7 +159,7 @@ class ItemJudge:
         suffixes: Sequence[str],
     ) -> list[Judgment]:
         ids_B = [f"{item.item_id}/{step}{suffix}" for item, step in steps for suffix in suffixes]
-        output = self.sampler.generate(
+        output = self.engine.generate(
             prompts,
             params,
             key=self.key,

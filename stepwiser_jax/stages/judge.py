@@ -37,10 +37,11 @@ from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
 from stepwiser_jax.records import JudgeExample, UserError, Verdict
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import join_rows, make_train_step, mean_metrics, split_rows
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.datasets import load_judge_examples
@@ -92,7 +93,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         "iterations": config.iterations,
         "seconds_per_iteration": per_item(time.perf_counter() - began, config.iterations - start),
         "last": training.last_metrics,
-        "compiled": collect.sampler.compiled_shapes,
+        "compiled": collect.engine.compiled_shapes,
     }
     return training.finish(summary)
 
@@ -146,7 +147,7 @@ class GroupCollector:
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
-        self.sampler = Sampler(
+        self.engine = Engine(
             loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
         )
 
@@ -154,19 +155,19 @@ class GroupCollector:
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
         """Groups that teach, at most P of them, and the metrics of everything sampled."""
-        sampler = self.sampler.with_model(training.state.model)
+        engine = self.engine.with_model(training.state.model)
         sampled: list[Judged] = []
         kept: list[Judged] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
         for draw in range(1 + self.config.grpo.max_refills):
-            judged = self.judge(sampler, next(training.loader), f"judge/it{iteration}/draw{draw}")
+            judged = self.judge(engine, next(training.loader), f"judge/it{iteration}/draw{draw}")
             sampled += judged
             kept += [group for group in judged if group.teaches or not drops]
             if len(kept) >= wanted:
                 break
         return kept[:wanted], rollout_metrics(sampled, len(kept))
 
-    def judge(self, sampler: Sampler, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
+    def judge(self, engine: Engine, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
         size = self.config.group_size
         prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
         row_ids = [
@@ -174,7 +175,7 @@ class GroupCollector:
             for p, example in enumerate(examples)
             for g in range(size)
         ]
-        output = sampler.generate(
+        output = engine.generate(
             prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
         )
         groups = []

@@ -17,11 +17,12 @@ import jax
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, UserError
-from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
 from stepwiser_jax.text.chunks import BLANK_LINE, CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
 from stepwiser_jax.text.prompts import encode_solve_prompt
@@ -37,7 +38,7 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     problems, dropped = filter_problems(read_problems(config.problems))
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     if config.chunking == "tags":
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
@@ -63,7 +64,7 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
         "seconds_per_trajectory": per_item(seconds, len(writer.done) - done_before),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
-        "compiled": sample.sampler.compiled_shapes,
+        "compiled": sample.engine.compiled_shapes,
     }
     return directory.finish(summary)
 
@@ -93,7 +94,7 @@ class BlockSampler:
 
     def __init__(self, config: Rollout, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded = config, loaded
-        self.sampler = Sampler(
+        self.engine = Engine(
             loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
         )
         self.matcher = TokenMatcher.build(
@@ -114,8 +115,8 @@ class BlockSampler:
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         for problem in problems:
-            self.sampler.check_length(
-                self.prompt_ids(problem), self.params.max_new_tokens, problem.problem_id
+            self.engine.check_length(
+                len(self.prompt_ids(problem)), self.params.max_new_tokens, problem.problem_id
             )
 
     def trajectory_ids(self, block: Sequence[Problem]) -> list[str]:
@@ -125,7 +126,7 @@ class BlockSampler:
     def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
         ids_B = self.trajectory_ids(block)
         prompts_P = [self.prompt_ids(problem) for problem in block]
-        output = self.sampler.generate(
+        output = self.engine.generate(
             prompts_P,
             self.params,
             key=self.key,

@@ -32,11 +32,12 @@ import numpy as np
 from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
-from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams, StopReason
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
 from stepwiser_jax.text.prompts import (
@@ -53,7 +54,7 @@ class Solver:
     """A model with its sampler, prompt style and settings: the policy, or the judge."""
 
     loaded: Loaded
-    sampler: Sampler
+    engine: Engine
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
@@ -106,13 +107,13 @@ def chunk_reset_search(
         ids = encode_solve_prompt(tokenizer, problem.question, policy.prompt_style)
         attempts.append(Attempt(problem, len(ids), ids))
     longest = max(attempt.prompt_length for attempt in attempts)
-    room = policy.sampler.max_length - longest
+    room = policy.engine.shapes.max_length - longest
     budget = (max_completion_tokens or room) - policy.params.max_new_tokens
     active = list(attempts)
     slots = longest + budget + policy.params.max_new_tokens
-    state = policy.sampler.prefill([attempt.ids for attempt in active], slots)
+    state = policy.engine.prefill([attempt.ids for attempt in active], slots)
     while active:
-        output, state = policy.sampler.decode(
+        output, state = policy.engine.decode(
             state, policy.params, key=policy.key, row_ids=[a.row_id for a in active]
         )
         chunks = [output.ids(b) for b in range(len(active))]
@@ -125,7 +126,7 @@ def chunk_reset_search(
         rows = np.array([b for b, attempt in enumerate(active) if not attempt.finished], int)
         active = [active[b] for b in rows]
         if active:
-            state = policy.sampler.fork(state, rows, np.array([len(a.ids) for a in active]))
+            state = policy.engine.fork(state, rows, np.array([len(a.ids) for a in active]))
     return attempts
 
 
@@ -149,7 +150,7 @@ def judge_chunks(
         )
         for b in rows
     ]
-    output = judge.sampler.generate(
+    output = judge.engine.generate(
         prompts, judge.params, key=judge.key, row_ids=[f"judge/{active[b].row_id}" for b in rows]
     )
     for row, b in enumerate(rows):
@@ -207,8 +208,8 @@ def run(config: Search, run_dir: str | Path) -> dict[str, Any]:
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": {
-            "policy": policy.sampler.compiled_shapes,
-            "judge": judge.sampler.compiled_shapes,
+            "policy": policy.engine.compiled_shapes,
+            "judge": judge.engine.compiled_shapes,
         },
     }
     return directory.finish(summary)
@@ -222,20 +223,20 @@ def check_lengths(
     room = config.sampling.max_new_tokens
     for problem in problems:
         ids = encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
-        policy.sampler.check_length(ids, room, problem.problem_id)
+        policy.engine.check_length(len(ids), room, problem.problem_id)
         empty = encode_judge_prompt(
             judge.loaded.tokenizer, problem.question, "", "", judge.prompt_style
         )
         name = f"the judge of {problem.problem_id}, with a solution of {room} tokens"
-        judge.sampler.check_length(empty, room + judge.params.max_new_tokens, name)
+        judge.engine.check_length(len(empty), room + judge.params.max_new_tokens, name)
 
 
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
     mesh, key = make_mesh(**config.mesh.model_dump()), jax.random.key(config.seed)
-    policy = load_model(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    policy = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
     check_tags(policy.tokenizer)
-    judge = load_model(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    judge = load_for_decoding(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
     chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
     chunk_params = SamplingParams(
         **chunk_sampling.model_dump(),
@@ -250,14 +251,14 @@ def load_solvers(config: Search) -> tuple[Solver, Solver]:
     return (
         Solver(
             policy,
-            Sampler(policy.model, policy.tokenizer, mesh=mesh, **config.policy_engine.model_dump()),
+            Engine(policy.model, policy.tokenizer, mesh=mesh, **config.policy_engine.model_dump()),
             config.prompt_style,
             chunk_params,
             key,
         ),
         Solver(
             judge,
-            Sampler(judge.model, judge.tokenizer, mesh=mesh, **config.judge_engine.model_dump()),
+            Engine(judge.model, judge.tokenizer, mesh=mesh, **config.judge_engine.model_dump()),
             config.judge_prompt_style,
             judge_params,
             key,
@@ -331,7 +332,7 @@ def whole_solutions(
     ]
     sampling = config.sampling.model_copy(update={"temperature": temperature})
     params = SamplingParams(**sampling.model_dump(), stop_ids=policy.loaded.tokenizer.eos_ids)
-    output = policy.sampler.generate(
+    output = policy.engine.generate(
         prompts,
         params,
         key=policy.key,

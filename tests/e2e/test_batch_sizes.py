@@ -8,7 +8,8 @@ import numpy as np
 
 from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.model.hf import load_hf
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import load_tokenizer

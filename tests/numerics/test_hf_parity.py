@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SamplingParams
 
 COMMON = {
     "vocab_size": 96,

@@ -15,9 +15,11 @@ from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import sharding_of
 from stepwiser_jax.runtime.mesh import make_mesh, parameter_sharding, shard_batch
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
 from tiny import tiny_config
 
@@ -137,17 +139,19 @@ def test_checkpoint_moves_between_meshes(checkpoint, tmp_path):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
 
+@pytest.mark.parametrize("sampler_class", [Sampler, Engine])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_sampling_on_a_mesh(checkpoint, sizes):
-    prompts, ids = [[3, 4, 5], [9], [7, 7, 8, 1]], ["a", "b", "c"]
-    params = SamplingParams(8)
+def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
+    prompts = [[3, 4, 5], [9], [7, 7, 8, 1]]
+    ids = [f"{p}/{g}" for p in range(3) for g in range(4)]
+    params = SamplingParams(8, stop_ids=(1, 2, 3, 4, 5))
 
-    def sample(mesh):
-        sampler = Sampler(load(checkpoint, mesh), rows=(8,), buckets=(16,), mesh=mesh)
-        return sampler.generate(prompts, params, key=jax.random.key(0), row_ids=ids)
+    def sample(sampler_class, mesh):
+        sampler = sampler_class(load(checkpoint, mesh), rows=(8, 16), buckets=(16,), mesh=mesh)
+        return sampler.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
 
-    one, many = sample(make_mesh()), sample(make_mesh(*sizes))
-    for b in range(3):
+    one, many = sample(Sampler, make_mesh()), sample(sampler_class, make_mesh(*sizes))
+    for b in range(len(ids)):
         assert one.ids(b) == many.ids(b)
         np.testing.assert_allclose(one.logprobs(b), many.logprobs(b), atol=1e-4)
 

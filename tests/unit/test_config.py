@@ -86,7 +86,6 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ("search", "search", "majority=[0]", "majority"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),
-        ("values", "annotate", "trajectories_per_block=64", "must not exceed the largest"),
     ],
 )
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):

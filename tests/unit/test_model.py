@@ -72,11 +72,11 @@ def test_extending_a_cache_equals_the_whole_forward(model):
     lengths = jnp.array([3, 7, 5])
     padded = jnp.stack([jnp.pad(row, (0, 8 - len(row)), constant_values=63) for row in rows])
     cache = KVCache.create(model.config, 3, 16, jnp.dtype("float32"))
-    blocks = model.unstacked()
-    _, cache = model.extend(padded, lengths, cache, blocks)
+    decoder = model.for_decoding()
+    _, cache = decoder.extend(padded, lengths, cache)
     for step in (1, 3):
         new = tokens(3, step, seed=10 + step)
-        hidden, cache = model.extend(new, jnp.full((3,), step), cache, blocks)
+        hidden, cache = decoder.extend(new, jnp.full((3,), step), cache)
         rows = [jnp.concatenate([row, new[b]]) for b, row in enumerate(rows)]
         for b, row in enumerate(rows):
             expected = model(row[None])[0, -step:]
@@ -85,12 +85,12 @@ def test_extending_a_cache_equals_the_whole_forward(model):
 
 def test_a_rewound_row_equals_a_fresh_one(model):
     prompt = tokens(1, 6)
-    blocks = model.unstacked()
+    decoder = model.for_decoding()
     cache = KVCache.create(model.config, 1, 12, jnp.dtype("float32"))
-    _, cache = model.extend(prompt, jnp.array([6]), cache, blocks)
+    _, cache = decoder.extend(prompt, jnp.array([6]), cache)
     cache = cache.rewind(jnp.array([2]))
     new = tokens(1, 3, seed=5)
-    hidden, _ = model.extend(new, jnp.array([3]), cache, blocks)
+    hidden, _ = decoder.extend(new, jnp.array([3]), cache)
     expected = model(jnp.concatenate([prompt[:, :2], new], 1))[:, 2:]
     np.testing.assert_allclose(model.logits(hidden), expected, atol=2e-5)
 

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.algo.sampling import inverse_cdf, truncate
 from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime.sampler import (
-    Sampler,
-    SamplingParams,
-    StopReason,
-    inverse_cdf,
-    truncate,
-)
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 
 KEY = jax.random.key(7)
 PROMPTS = [[5, 9, 11], [3], [8, 8, 2, 60, 33], [1, 2, 3, 4, 5, 6, 7]]
@@ -174,7 +170,8 @@ def test_stop_strings_across_tokens(tiny_model):
 def test_inverse_cdf_hits_the_distribution():
     probs = jax.nn.softmax(jax.random.normal(jax.random.key(1), (1, 700)) * 2)
     uniform = (jnp.arange(20000) + 0.5) / 20000
-    tokens = inverse_cdf(jnp.broadcast_to(probs, (20000, 700)), uniform)
+    tokens, logprobs = inverse_cdf(jnp.log(jnp.broadcast_to(probs, (20000, 700))), uniform)
+    np.testing.assert_allclose(logprobs, jnp.log(probs[0])[tokens], atol=1e-5)
     counts = np.bincount(np.asarray(tokens), minlength=700) / 20000
     np.testing.assert_allclose(counts, probs[0], atol=2e-4)
     expected = np.searchsorted(np.cumsum(np.asarray(probs[0], np.float64)), np.asarray(uniform))
@@ -183,7 +180,7 @@ def test_inverse_cdf_hits_the_distribution():
 
 def test_inverse_cdf_never_takes_what_has_no_probability():
     probs = jnp.zeros((3, 300)).at[:, 40].set(0.5).at[:, 290].set(0.5)
-    tokens = inverse_cdf(probs, jnp.array([0.0, 0.5, 1.0]))
+    tokens, _ = inverse_cdf(jnp.log(probs), jnp.array([0.0, 0.5, 1.0]))
     assert tokens.tolist() == [40, 290, 290]
 
 
@@ -196,7 +193,7 @@ def test_inverse_cdf_at_its_own_boundaries():
         edges = np.cumsum(probs.reshape(4, 256).sum(axis=1, dtype=np.float32), dtype=np.float32)
         around = np.concatenate([np.nextafter(edges, side) for side in (-1, 2)] + [edges])
         uniform = jnp.asarray(np.clip(around, 0, np.float32(1 - 2**-24)), jnp.float32)
-        tokens = inverse_cdf(jnp.broadcast_to(probs, (len(uniform), 1024)), uniform)
+        tokens, _ = inverse_cdf(jnp.log(jnp.broadcast_to(probs, (len(uniform), 1024))), uniform)
         assert (probs[np.asarray(tokens)] > 0).all()
 
 

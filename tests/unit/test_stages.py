@@ -8,8 +8,9 @@ import yaml
 
 from stepwiser_jax.config import load_config
 from stepwiser_jax.records import SearchResult, Trajectory, Verdict
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.sampler import Sampler, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.stages import judge, search
 from stepwiser_jax.stages.annotate import estimate_prefix_values
 
@@ -54,7 +55,7 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
         return [len(ids) % 2 == 0 for _, ids in rows]
 
     values = estimate_prefix_values(
-        Sampler(tiny_model, rows=[8], buckets=[96]),
+        Engine(tiny_model, rows=[8], buckets=[96]),
         [trajectory],
         is_correct,
         num_rollouts=4,

@@ -1,0 +1,154 @@
+"""The engine against the reference sampler: the same noise, whatever is shared, refilled, moved."""
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime import engine as engine_module
+from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SamplingParams
+
+KEY = jax.random.key(7)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 64, n).tolist() for n in (3, 9, 14, 5, 30, 7)]
+GROUP = 5
+IDS = [f"p{p}/{g}" for p in range(len(PROMPTS)) for g in range(GROUP)]
+STOPS = (3, 5, 7, 9, 11, 13)
+
+
+def reference(model, params):
+    sampler = Sampler(model, rows=(8,), buckets=(16, 64))
+    return sampler.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
+
+
+def assert_equal(engine_output, expected):
+    same = [engine_output.ids(b) == expected.ids(b) for b in range(len(IDS))]
+    assert np.mean(same) >= 0.95
+    for b in np.flatnonzero(same):
+        np.testing.assert_allclose(engine_output.logprobs(b), expected.logprobs(b), atol=1e-4)
+        assert engine_output.stop_reason_B[b] == expected.stop_reason_B[b]
+
+
+@pytest.mark.parametrize("rows", [(2,), (8,), (4, 16), (64,)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(12),
+        SamplingParams(12, stop_ids=STOPS),
+        SamplingParams(12, temperature=0.0),
+        SamplingParams(12, temperature=0.7, top_k=10, top_p=0.9),
+    ],
+    ids=["length", "stops", "greedy", "truncated"],
+)
+def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
+    engine = Engine(tiny_model, rows=rows, buckets=(16, 64))
+    output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
+    assert_equal(output, reference(tiny_model, params))
+    assert engine.sampled_tokens == output.length_B.sum()
+
+
+def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypatch):
+    """Fewer rows than forks and fewer places than trunks: 8 slots, 30 rows of many lengths."""
+    params = SamplingParams(24, stop_ids=STOPS)
+    expected = reference(tiny_model, params)
+    assert len(set(expected.length_B)) > 3, "the case shows nothing: all rows end together"
+    monkeypatch.setattr(engine_module, "SHARED_BY", 2)
+    engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
+    segments = [
+        completions for completions in engine.sample(trunks(24), params, key=KEY) if completions
+    ]
+    assert len(segments) > 4
+    found = {completion.row_id: completion.ids for part in segments for completion in part}
+    assert len(found) == sum(map(len, segments)) == len(IDS)
+    assert np.mean([found[row_id] == expected.ids(b) for b, row_id in enumerate(IDS)]) >= 0.95
+    places = [name for name in engine.compiled_shapes if name.startswith("decode")]
+    assert places == ["decode 4x2 trunk=32 new=24 top_k=0 top_p=False"]
+
+
+def trunks(max_new_tokens):
+    return [
+        Trunk(
+            prompt,
+            [Fork(f"p{p}/{g}", len(prompt), max_new_tokens) for g in range(GROUP)],
+        )
+        for p, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_few_rows_that_are_left_move_to_a_smaller_grid(tiny_model):
+    params = SamplingParams(30, stop_ids=STOPS)
+    expected = reference(tiny_model, params)
+    engine = Engine(tiny_model, rows=(4, 32), buckets=(64,))
+    output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
+    assert any(name.startswith("compact") for name in engine.compiled_shapes)
+    assert_equal(output, expected)
+
+
+def test_forks_inside_a_trunk(tiny_model):
+    """A trajectory cut in three places: as if each prefix had been read by itself."""
+    trunk, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
+    engine = Engine(tiny_model, rows=(4,), buckets=(64,))
+    forks = [Fork(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
+    found = {
+        c.row_id: c for part in engine.sample([Trunk(trunk, forks)], params, key=KEY) for c in part
+    }
+    sampler = Sampler(tiny_model, rows=(4,), buckets=(64,))
+    expected = sampler.generate(
+        [trunk[:cut] for cut in cuts], params, key=KEY, row_ids=[fork.row_id for fork in forks]
+    )
+    for b, fork in enumerate(forks):
+        assert found[fork.row_id].ids == expected.ids(b)[: fork.max_new_tokens]
+
+
+def test_stop_strings_reach_over_segments(word_tokenizer):
+    """A stop string's automaton is a row's own, through refills and moves."""
+    from flax import nnx
+
+    from stepwiser_jax.model.config import ModelConfig
+    from stepwiser_jax.model.transformer import Transformer
+    from stepwiser_jax.tasks import arithmetic
+
+    model = Transformer(ModelConfig.from_hf(arithmetic.hf_config()), rngs=nnx.Rngs(3))
+    text = word_tokenizer.decode([7, 8])
+    params = SamplingParams(30, temperature=3.0, stop_strings=(text[:1], "</chunk>"))
+    prompts, ids = [[5, 6, 7]] * 12, [f"r{b}" for b in range(12)]
+    shapes = {"rows": (2, 4), "buckets": (64,)}
+    expected = Sampler(model, word_tokenizer, **shapes).generate(
+        prompts, params, key=KEY, row_ids=ids
+    )
+    output = Engine(model, word_tokenizer, **shapes).generate(prompts, params, key=KEY, row_ids=ids)
+    assert (expected.stop_reason_B == 2).any()
+    assert [output.ids(b) for b in range(12)] == [expected.ids(b) for b in range(12)]
+    assert (output.stop_reason_B == expected.stop_reason_B).all()
+
+
+def test_programs_are_compiled_once(tiny_model):
+    """Other prompts, other lengths, other groups of the same shapes: nothing new is compiled."""
+    engine = Engine(tiny_model, rows=(4, 16), buckets=(16, 64))
+    params = SamplingParams(12, stop_ids=STOPS)
+
+    def sample(seed):
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(0, 64, n).tolist() for n in rng.integers(2, 40, 12)]
+        ids = [f"{seed}/{b}" for b in range(48)]
+        engine.generate(prompts, params, key=KEY, row_ids=ids, group_size=4)
+
+    programs = (
+        engine_module._read_trunks,
+        engine_module._decode_segment,
+        engine_module._compact_state,
+    )
+    for seed in range(6):
+        sample(seed)
+    warm = [program._cache_size() for program in programs]
+    for seed in range(6, 12):
+        sample(seed)
+    assert [program._cache_size() for program in programs] == warm
+
+
+def test_a_fork_that_does_not_fit_is_named(tiny_model):
+    engine = Engine(tiny_model, rows=(4,), buckets=(16,))
+    with pytest.raises(UserError, match="long: prompt of 10 tokens"):
+        list(engine.sample([Trunk([1] * 10, [Fork("long", 10, 7)])], SamplingParams(7), key=KEY))
