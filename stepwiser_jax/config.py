@@ -163,8 +163,37 @@ class Rollout(ComputeStage):
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
+class LabelRule(Config):
+    """A rule (paper eqs 1-3, GenPRM's relative progress) with the parameters of all of them."""
+
+    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
+    alpha: float = Field(0.8, gt=0)
+    best_of: int = Field(4, ge=1)
+    gamma: float = Field(0.7, gt=0)
+    epsilon: float = Field(0.8, gt=0)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The settings that the rule takes."""
+        return {
+            "abs_q": {},
+            "rel_effective": {"alpha": self.alpha, "n": self.best_of},
+            "rel_ratio": {"gamma": self.gamma},
+            "relative_progress": {"epsilon": self.epsilon},
+        }[self.rule]
+
+
+class AdaptiveRollouts(LabelRule):
+    """Stop sampling a prefix when the labels around it are known with `confidence`. 1: when they
+    cannot change, so that they are those of `num_rollouts` rollouts. `label` then has to use the
+    same rule."""
+
+    confidence: float = Field(1.0, gt=0.5, le=1)
+
+
 class Annotate(ComputeStage):
-    """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`).
+    """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`, or at
+    most so many where they are `adaptive`).
 
     `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong.
     """
@@ -172,6 +201,7 @@ class Annotate(ComputeStage):
     policy: Model
     rollouts: str
     num_rollouts: int = Field(16, ge=1)
+    adaptive: AdaptiveRollouts | None = None
     drop_uniform_problems: bool = True
     max_trajectories_per_problem: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
@@ -181,7 +211,7 @@ class Annotate(ComputeStage):
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
-class Label(Config):
+class Label(LabelRule):
     """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters).
 
     `min_prefix_value`: chunks whose prefix was worth less give no judge example. With M rollouts a
@@ -194,11 +224,6 @@ class Label(Config):
     rollouts: str
     tokenizer: str
     prompt_style: PromptStyle = "instruct"
-    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
-    alpha: float = Field(0.8, gt=0)
-    best_of: int = Field(4, ge=1)
-    gamma: float = Field(0.7, gt=0)
-    epsilon: float = Field(0.8, gt=0)
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True
     min_prompt_tokens: int = Field(1, ge=0)

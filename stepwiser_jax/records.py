@@ -90,17 +90,24 @@ class SftExample:
 @dataclasses.dataclass(frozen=True)
 class PrefixValue:
     """Raw Monte Carlo counts of one prefix (StepWiser 3.2): of `num_rollouts` continuations of the
-    first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem."""
+    first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem.
+    `max_rollouts`: how many there would have been, had the labels not been known before."""
 
     trajectory_id: str
     num_chunks: int
     num_rollouts: int
     num_correct: int
+    max_rollouts: int
     policy_id: str
 
     @property
     def record_id(self) -> str:
         return f"{self.trajectory_id}/{self.num_chunks}"
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(right, sampled)."""
+        return self.num_correct, self.num_rollouts
 
     @property
     def value(self) -> float:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import STAGE_CONFIGS, Label, validate
+from stepwiser_jax.config import STAGE_CONFIGS, LabelRule, validate
 from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
@@ -32,7 +32,6 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.stages.evaluate import load_items
-from stepwiser_jax.stages.label import rule_parameters
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -244,10 +243,9 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
     first error, where the prefix before the chunk has a value above 0. Parameters are the defaults:
     the paper's for 7B (4.1), and GenPRM's."""
-    unused = {"annotations": "", "rollouts": "", "tokenizer": ""}
     parameters = {
-        rule: rule_parameters(Label.model_validate(unused | {"rule": rule}))
-        for rule in get_args(Label.model_fields["rule"].annotation)
+        rule: LabelRule.model_validate({"rule": rule}).parameters
+        for rule in get_args(LabelRule.model_fields["rule"].annotation)
     }
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -153,12 +153,12 @@ class Engine(Sampler):
             output.stop_reason_B[b] = done.stop_reason
         return output
 
-    def first_grid(self, trunks: int, forks: int) -> tuple[int, int]:
+    def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
         holds all at once, or the largest there is. Every shard of the rows holds whole places."""
         P = R = 0
         for rows in self.shapes.rows:
-            shared_by = min(forks, max(SHARED_BY, rows // trunks))
+            shared_by = min(forks, max(rows_per_trunk, rows // trunks))
             R = min(1 << (shared_by - 1).bit_length(), rows // self.shards)
             P = rows // R // self.shards * self.shards
             if trunks * forks <= P * R:
@@ -171,9 +171,13 @@ class Engine(Sampler):
         params: SamplingParams,
         *,
         key: jax.Array,
+        wanted: Callable[[Fork], bool] | None = None,
+        rows_per_trunk: int = SHARED_BY,
     ) -> Iterator[list[Completion]]:
         """Completions of all forks, some at a time, in the order in which they end.
 
+        `wanted` is asked before a fork starts; one that is not wanted is left out. Up to
+        `rows_per_trunk` forks of a trunk run at the same time; more, where rows would stay idle.
         `params.max_new_tokens` is the most that any fork may sample. Raises UserError, before
         anything is sampled, for a fork that does not fit the context.
         """
@@ -183,7 +187,7 @@ class Engine(Sampler):
                 self.check_length(fork.num_tokens, fork.max_new_tokens, fork.row_id)
             by_bucket.setdefault(self.shapes.bucket(trunk.num_tokens), []).append(trunk)
         for slots, group in sorted(by_bucket.items()):
-            yield from _Run(self, group, params, key, slots).completions()
+            yield from _Run(self, group, params, key, slots, wanted, rows_per_trunk).completions()
 
 
 class _Run:
@@ -196,13 +200,16 @@ class _Run:
         params: SamplingParams,
         key: jax.Array,
         slots: int,
+        wanted: Callable[[Fork], bool] | None,
+        rows_per_trunk: int,
     ):
+        self.wanted = wanted
         self.engine, self.params, self.slots = engine, params, slots
         self.waiting_trunks = deque(trunks)
         self.draw = Draw.create(key, params.temperature, params.top_k, params.top_p)
         self.stop_table = engine.stop_tables[params.stop_strings]
         most = max(len(trunk.forks) for trunk in trunks)
-        self.places, self.rows = engine.first_grid(len(trunks), most)
+        self.places, self.rows = engine.first_grid(len(trunks), most, rows_per_trunk)
         self.waiting: list[deque[Fork]] = [deque() for _ in range(self.places)]
         self.trunk_at = [Trunk((), ())] * self.places
         self.running: dict[int, Fork] = {}
@@ -216,11 +223,16 @@ class _Run:
             self._read_trunks()
             starting = self._start_forks()
             if not self.running:
+                if self.waiting_trunks:
+                    continue  # no fork of the trunks that were in place was wanted
                 break
             self._decode_segment(starting)
             if ended:
                 yield ended  # while the device decodes
             ended = self._harvest()
+            if self.wanted is not None:
+                yield ended  # before the next forks start: it says which are wanted
+                ended = []
             if self.running:
                 self._compact()
         yield ended
@@ -289,16 +301,23 @@ class _Run:
             hash_B=np.zeros((B,), np.uint32),
         )
         for b in range(B):
-            waiting = self.waiting[b // self.rows]
-            if not waiting or b in self.running:
+            fork = None if b in self.running else self._next_fork(b // self.rows)
+            if fork is None:
                 continue
-            fork = self.running[b] = waiting.popleft()
+            self.running[b] = fork
             rows.starts_B[b] = True
             rows.prefix_length_B[b] = fork.num_tokens - 1
             rows.last_token_B[b] = self.trunk_at[b // self.rows].ids[fork.num_tokens - 1]
             rows.limit_B[b] = fork.max_new_tokens
             rows.hash_B[b] = row_hash(fork.row_id)
         return rows
+
+    def _next_fork(self, place: int) -> Fork | None:
+        while self.waiting[place]:
+            fork = self.waiting[place].popleft()
+            if self.wanted is None or self.wanted(fork):
+                return fork
+        return None
 
     def _decode_segment(self, starting: Rows) -> None:
         self.engine.compiled_shapes[

@@ -16,21 +16,26 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from stepwiser_jax.config import Annotate
+from stepwiser_jax.algo.adaptive import LabelTable
+from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
-from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
+from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.tokenizer import completion_text
+
+ADAPTIVE_ROWS = 4
+"""Rows of a trajectory at a time where rollouts are adaptive: what still runs when a label becomes
+known was sampled for nothing."""
 
 IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
@@ -73,6 +78,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
                     block,
                     is_correct,
                     num_rollouts=config.num_rollouts,
+                    adaptive=config.adaptive,
                     params=params,
                     key=jax.random.key(config.seed),
                     policy_id=loaded.model_id,
@@ -82,11 +88,13 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
             stop.check()
     seconds = time.perf_counter() - start
     values = writer.read()
+    whole = {f"{t.trajectory_id}/{len(t.chunk_ends)}" for t in trajectories}
+    sampled = [value.num_rollouts for value in values if value.record_id not in whole]
     summary = {
         "trajectories": len(trajectories),
         "dropped": dropped,
         "prefixes": len(values),
-        "num_rollouts": config.num_rollouts,
+        "rollouts_per_prefix": sum(sampled) / len(sampled),
         "mean_value": sum(value.value for value in values) / len(values),
         "tokens_per_second": engine.sampled_tokens / seconds,
         "seconds_per_prefix": per_item(seconds, len(writer.done) - done_before),
@@ -160,6 +168,48 @@ def prefix_ids(trajectories: Sequence[Trajectory]) -> set[str]:
     return {f"{t.trajectory_id}/{j}" for t in trajectories for j in range(len(t.chunk_ends) + 1)}
 
 
+class Counts:
+    """Right and sampled continuations of every prefix so far, and which prefixes need more."""
+
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        num_rollouts: int,
+        adaptive: AdaptiveRollouts | None,
+    ):
+        self.num_rollouts, self.adaptive = num_rollouts, adaptive
+        self.right: Counter[str] = Counter()
+        self.sampled: Counter[str] = Counter()
+        self.pairs_at: dict[str, list[tuple[Prefix, Prefix]]] = defaultdict(list)
+        for source, trajectory in enumerate(trajectories):
+            chunks = range(len(trajectory.chunk_ends) + 1)
+            prefixes = [Prefix(trajectory, source, num_chunks) for num_chunks in chunks]
+            for before, behind in pairwise(prefixes):
+                for prefix in (before, behind):
+                    self.pairs_at[prefix.sampling_id].append((before, behind))
+        if adaptive is not None:
+            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.parameters)
+
+    def add(self, prefix: Prefix, is_right: bool) -> None:
+        self.right[prefix.sampling_id] += is_right
+        self.sampled[prefix.sampling_id] += 1
+
+    def of(self, prefix: Prefix) -> tuple[int, int]:
+        """(right, sampled); the whole trajectory's value is its outcome, Q_J = r*."""
+        if prefix.num_chunks == len(prefix.trajectory.chunk_ends):
+            return self.num_rollouts * prefix.trajectory.is_correct, self.num_rollouts
+        return self.right[prefix.sampling_id], self.sampled[prefix.sampling_id]
+
+    def needs_more(self, prefix: Prefix) -> bool:
+        """Whether the label of a chunk that ends or begins at this prefix is not known yet."""
+        if self.adaptive is None or not self.sampled[prefix.sampling_id]:
+            return True
+        return not all(
+            self.labels.is_known(self.of(behind), self.of(before), self.adaptive.confidence)
+            for before, behind in self.pairs_at[prefix.sampling_id]
+        )
+
+
 def estimate_prefix_values(
     engine: Engine,
     trajectories: Sequence[Trajectory],
@@ -168,49 +218,58 @@ def estimate_prefix_values(
     num_rollouts: int,
     params: SamplingParams,
     key: jax.Array,
+    adaptive: AdaptiveRollouts | None = None,
     policy_id: str = "",
 ) -> list[PrefixValue]:
     """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
 
     Prefix and continuation together may be as long as a whole solution, `params.max_new_tokens`.
-    Answers are checked while the device goes on with other rows.
+    Answers are checked while the device goes on with other rows. With `adaptive`, prefixes take
+    turns, and one whose labels are known is sampled no more.
     """
+    counts = Counts(trajectories, num_rollouts, adaptive)
     trunks, prefix_of = [], {}
-    for source, prefixes in groupby(prefixes_to_sample(trajectories), lambda p: p.source):
+    for source, group in groupby(prefixes_to_sample(trajectories), lambda p: p.source):
         trajectory, forks = trajectories[source], []
-        for prefix, m in product(prefixes, range(num_rollouts)):
+        for m, prefix in product(range(num_rollouts), list(group)):
             row_id = f"{prefix.sampling_id}/r{m}"
             room = params.max_new_tokens - prefix.num_completion_tokens
             forks.append(Fork(row_id, prefix.num_tokens, room))
             prefix_of[row_id] = prefix
         trunks.append(Trunk([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
-    num_correct: Counter[str] = Counter()
-    for completions in engine.sample(trunks, params, key=key):
+
+    def is_wanted(fork: Fork) -> bool:
+        return counts.needs_more(prefix_of[fork.row_id])
+
+    rows_per_trunk = SHARED_BY if adaptive is None else ADAPTIVE_ROWS
+    for completions in engine.sample(
+        trunks,
+        params,
+        key=key,
+        wanted=is_wanted if adaptive is not None else None,
+        rows_per_trunk=rows_per_trunk,
+    ):
         prefixes = [prefix_of[completion.row_id] for completion in completions]
         solutions = [
             (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.ids])
             for p, c in zip(prefixes, completions, strict=True)
         ]
         for prefix, right in zip(prefixes, is_correct(solutions), strict=True):
-            num_correct[prefix.sampling_id] += right
+            counts.add(prefix, right)
     return [
-        prefix_value(Prefix(trajectory, source, num_chunks), num_correct, num_rollouts, policy_id)
+        prefix_value(Prefix(trajectory, source, num_chunks), counts, policy_id)
         for source, trajectory in enumerate(trajectories)
         for num_chunks in range(len(trajectory.chunk_ends) + 1)
     ]
 
 
-def prefix_value(
-    prefix: Prefix, num_correct: Counter[str], num_rollouts: int, policy_id: str
-) -> PrefixValue:
-    """The record of one prefix; the whole trajectory's value is its outcome, Q_J = r*."""
-    trajectory, whole = prefix.trajectory, len(prefix.trajectory.chunk_ends)
-    outcome = num_rollouts * trajectory.is_correct
-    sampled = num_correct[prefix.sampling_id]
+def prefix_value(prefix: Prefix, counts: Counts, policy_id: str) -> PrefixValue:
+    right, sampled = counts.of(prefix)
     return PrefixValue(
-        trajectory_id=trajectory.trajectory_id,
+        trajectory_id=prefix.trajectory.trajectory_id,
         num_chunks=prefix.num_chunks,
-        num_rollouts=num_rollouts,
-        num_correct=outcome if prefix.num_chunks == whole else sampled,
+        num_rollouts=sampled,
+        num_correct=right,
+        max_rollouts=counts.num_rollouts,
         policy_id=policy_id,
     )

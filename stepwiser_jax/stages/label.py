@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from stepwiser_jax.algo.labels import label_chunks
-from stepwiser_jax.config import Label
+from stepwiser_jax.algo.adaptive import LabelTable
+from stepwiser_jax.config import AdaptiveRollouts, Label
 from stepwiser_jax.records import (
     ChunkLabel,
     JudgeExample,
@@ -40,6 +41,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(config.rollouts, Trajectory)}
+    check_rule(config)
     labels, no_label = label_trajectories(config, read_records(config.annotations, PrefixValue))
     unknown = {label.trajectory_id for label in labels} - set(trajectories)
     if unknown:
@@ -73,23 +75,15 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     return directory.finish(summary)
 
 
-def rule_parameters(config: Label) -> dict[str, float]:
-    """The settings that the configured rule takes."""
-    return {
-        "abs_q": {},
-        "rel_effective": {"alpha": config.alpha, "n": config.best_of},
-        "rel_ratio": {"gamma": config.gamma},
-        "relative_progress": {"epsilon": config.epsilon},
-    }[config.rule]
-
-
 def label_trajectories(
     config: Label, values: Sequence[PrefixValue]
 ) -> tuple[list[ChunkLabel], int]:
-    """Labels of all chunks that teach something, and the number of those that do not."""
-    of_trajectory: dict[str, dict[int, float]] = defaultdict(dict)
+    """Labels of all chunks that teach something, and the number of those that do not. Of prefixes
+    that were not sampled to the end, the likeliest label (`algo/adaptive.py`)."""
+    of_trajectory: dict[str, dict[int, PrefixValue]] = defaultdict(dict)
     for value in values:
-        of_trajectory[value.trajectory_id][value.num_chunks] = value.value
+        of_trajectory[value.trajectory_id][value.num_chunks] = value
+    table = LabelTable(config.rule, values[0].max_rollouts, **config.parameters)
     labels, no_label = [], 0
     for trajectory_id, by_chunks in of_trajectory.items():
         if sorted(by_chunks) != list(range(len(by_chunks))):
@@ -97,13 +91,30 @@ def label_trajectories(
                 f"{config.annotations}: expected values of the prefixes 0..J of {trajectory_id}, "
                 f"found {sorted(by_chunks)}"
             )
-        q = [by_chunks[j] for j in range(len(by_chunks))]
-        for j, positive in enumerate(label_chunks(q, config.rule, **rule_parameters(config))):
+        for j in range(len(by_chunks) - 1):
+            v, q = by_chunks[j], by_chunks[j + 1]
+            positive = table.likeliest(q.counts, v.counts)
             if positive is None:
                 no_label += 1
             else:
-                labels.append(ChunkLabel(trajectory_id, j, q[j + 1], q[j], positive, config.rule))
+                label = ChunkLabel(trajectory_id, j, q.value, v.value, positive, config.rule)
+                labels.append(label)
     return labels, no_label
+
+
+def check_rule(config: Label) -> None:
+    """Raises UserError where the annotations stopped early for the labels of another rule."""
+    file = Path(config.annotations) / "config.yaml"
+    adaptive = yaml.safe_load(file.read_text())["adaptive"] if file.is_file() else None
+    if adaptive is None:
+        return
+    sampled_for = AdaptiveRollouts.model_validate(adaptive)
+    if (sampled_for.rule, sampled_for.parameters) != (config.rule, config.parameters):
+        raise UserError(
+            f"{config.annotations} sampled until the labels of {sampled_for.rule} "
+            f"{sampled_for.parameters} were known, found rule {config.rule} {config.parameters}: "
+            "use that rule, or annotate without adaptive"
+        )
 
 
 def judge_examples(

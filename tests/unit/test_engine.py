@@ -49,15 +49,16 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     assert engine.sampled_tokens == output.length_B.sum()
 
 
-def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypatch):
+def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model):
     """Fewer rows than forks and fewer places than trunks: 8 slots, 30 rows of many lengths."""
     params = SamplingParams(24, stop_ids=STOPS)
     expected = reference(tiny_model, params)
     assert len(set(expected.length_B)) > 3, "the case shows nothing: all rows end together"
-    monkeypatch.setattr(engine_module, "SHARED_BY", 2)
     engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
     segments = [
-        completions for completions in engine.sample(trunks(24), params, key=KEY) if completions
+        completions
+        for completions in engine.sample(trunks(24), params, key=KEY, rows_per_trunk=2)
+        if completions
     ]
     assert len(segments) > 4
     found = {completion.row_id: completion.ids for part in segments for completion in part}
@@ -84,6 +85,19 @@ def test_few_rows_that_are_left_move_to_a_smaller_grid(tiny_model):
     output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
     assert any(name.startswith("compact") for name in engine.compiled_shapes)
     assert_equal(output, expected)
+
+
+def test_forks_that_are_not_wanted_do_not_start(tiny_model):
+    """What has been handed out decides about what starts next."""
+    engine, seen = Engine(tiny_model, rows=(8,), buckets=(64,)), []
+
+    def wanted(fork):
+        return fork.row_id.split("/")[0] not in {row_id.split("/")[0] for row_id in seen}
+
+    params = SamplingParams(6)
+    for part in engine.sample(trunks(6), params, key=KEY, wanted=wanted, rows_per_trunk=2):
+        seen += [completion.row_id for completion in part]
+    assert sorted(seen) == sorted(f"p{p}/{g}" for p in range(len(PROMPTS)) for g in range(2))
 
 
 def test_forks_inside_a_trunk(tiny_model):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.algo.adaptive import LabelTable
+from stepwiser_jax.config import AdaptiveRollouts, load_config
 from stepwiser_jax.records import SearchResult, Trajectory, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
@@ -64,6 +65,50 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
     )
     assert lengths == [20] * 12
     assert [value.num_correct for value in values] == [4, 4, 4, 0], "the last is the outcome"
+
+
+@pytest.mark.parametrize("rule", ["abs_q", "rel_effective", "rel_ratio", "relative_progress"])
+def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
+    """Confidence 1: fewer rollouts, the same labels. Two trajectories share their bare problem."""
+    rng = np.random.default_rng(0)
+    trajectories = [
+        Trajectory(
+            f"p#{i}",
+            "p",
+            "policy",
+            PROMPT,
+            tuple(rng.integers(0, 64, 16).tolist()),
+            (-1.0,) * 16,
+            (4, 8, 12, 16),
+            "length",
+            bool(i),
+        )
+        for i in range(2)
+    ]
+
+    def label(adaptive):
+        values = estimate_prefix_values(
+            Engine(tiny_model, rows=[16], buckets=[96]),
+            trajectories,
+            lambda rows: [ids[-1] % 3 > 0 for _, ids in rows],
+            num_rollouts=12,
+            params=SamplingParams(20),
+            key=jax.random.key(1),
+            adaptive=adaptive,
+        )
+        used = AdaptiveRollouts(rule=rule)
+        table = LabelTable(rule, 12, **used.parameters)
+        labels = [
+            table.likeliest(values[j + 1].counts, values[j].counts)
+            for start in (0, 5)
+            for j in range(start, start + 4)
+        ]
+        return labels, sum(value.num_rollouts for value in values)
+
+    fixed, all_rollouts = label(None)
+    adaptive, some_rollouts = label(AdaptiveRollouts(rule=rule))
+    assert adaptive == fixed
+    assert some_rollouts < all_rollouts == 2 * 5 * 12
 
 
 def test_no_update_is_made_of_nothing(config, tiny_model):

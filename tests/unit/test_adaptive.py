@@ -1,0 +1,90 @@
+"""Known labels: never another one at confidence 1, and the rule itself once all is sampled."""
+
+import itertools
+
+import numpy as np
+import pytest
+import yaml
+
+from stepwiser_jax.algo.adaptive import LabelTable, final_counts
+from stepwiser_jax.algo.labels import label_chunks
+from stepwiser_jax.config import Label
+from stepwiser_jax.records import UserError
+from stepwiser_jax.stages.label import check_rule
+
+RULES = {
+    "abs_q": {},
+    "rel_effective": {"alpha": 0.8, "n": 4},
+    "rel_ratio": {"gamma": 0.7},
+    "relative_progress": {"epsilon": 0.8},
+}
+M = 8
+
+
+@pytest.mark.parametrize(("rule", "params"), RULES.items())
+def test_all_rollouts_give_the_rules_label(rule, params):
+    table = LabelTable(rule, M, **params)
+    for v, q in itertools.product(range(M + 1), repeat=2):
+        assert table.is_known((q, M), (v, M), 1.0)
+        assert table.likeliest((q, M), (v, M)) == label_chunks([v / M, q / M], rule, **params)[0]
+
+
+@pytest.mark.parametrize(("rule", "params"), RULES.items())
+def test_a_label_known_for_certain_is_that_of_every_possible_end(rule, params):
+    """Against enumeration: known at confidence 1 iff all ends agree."""
+    table = LabelTable(rule, M, **params)
+    rng = np.random.default_rng(0)
+    known = 0
+    for _ in range(400):
+        n_q, n_v = rng.integers(0, M + 1, 2)
+        q, v = int(rng.integers(0, n_q + 1)), int(rng.integers(0, n_v + 1))
+        ends = {
+            label_chunks([(v + i) / M, (q + j) / M], rule, **params)[0]
+            for i in range(M - n_v + 1)
+            for j in range(M - n_q + 1)
+        }
+        assert table.is_known((q, n_q), (v, n_v), 1.0) == (len(ends) == 1)
+        if len(ends) == 1:
+            known += n_q + n_v < 2 * M
+            assert table.likeliest((q, n_q), (v, n_v)) == ends.pop()
+    assert known > 20, "the case shows nothing: nothing was known early"
+
+
+def test_final_counts_are_those_of_a_beta_and_a_binomial():
+    rng = np.random.default_rng(1)
+    right, sampled = 3, 5
+    p = rng.beta(right + 0.5, sampled - right + 0.5, 400_000)
+    simulated = np.bincount(right + rng.binomial(M - sampled, p), minlength=M + 1) / len(p)
+    np.testing.assert_allclose(final_counts(right, sampled, M), simulated, atol=3e-3)
+    assert final_counts(right, sampled, M).sum() == pytest.approx(1)
+    assert final_counts(4, M, M).tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_confidence_is_the_probability_that_the_label_stays():
+    """Of many draws from the prior whose label is known at 90%, at least 90% keep it."""
+    table = LabelTable("rel_effective", M, **RULES["rel_effective"])
+    rng = np.random.default_rng(2)
+    kept = []
+    for _ in range(3000):
+        outcomes = rng.random((2, M)) < rng.beta(0.5, 0.5, (2, 1))
+        for n in range(1, M):
+            q, v = ((int(row[:n].sum()), n) for row in outcomes)
+            if table.is_known(q, v, 0.9):
+                full = table.likeliest(*((int(row.sum()), M) for row in outcomes))
+                kept.append(table.likeliest(q, v) == full)
+                break
+    assert len(kept) > 1000 and 0.9 <= np.mean(kept) < 1
+
+
+def test_annotations_for_another_rule_are_refused(tmp_path):
+    def label(**rule):
+        return Label(annotations=str(tmp_path), rollouts="", tokenizer="", **rule)
+
+    check_rule(label())
+    adaptive = {"rule": "rel_effective", "alpha": 0.4, "best_of": 4, "confidence": 0.95}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"adaptive": adaptive}))
+    check_rule(label(alpha=0.4))
+    with pytest.raises(UserError, match=r"alpha.: 0\.4.*use that rule"):
+        check_rule(label(alpha=0.8))
+    with pytest.raises(UserError, match="found rule abs_q"):
+        check_rule(label(rule="abs_q"))
