@@ -31,16 +31,16 @@ def assert_equal(engine_output, expected):
         assert engine_output.stop_reason_B[b] == expected.stop_reason_B[b]
 
 
-@pytest.mark.parametrize("rows", [(2,), (8,), (4, 16), (64,)])
 @pytest.mark.parametrize(
-    "params",
+    ("rows", "params"),
     [
-        SamplingParams(12),
-        SamplingParams(12, stop_ids=STOPS),
-        SamplingParams(12, temperature=0.0),
-        SamplingParams(12, temperature=0.7, top_k=10, top_p=0.9),
+        ((4, 16), SamplingParams(12, stop_ids=STOPS)),
+        ((2,), SamplingParams(12, stop_ids=STOPS)),
+        ((64,), SamplingParams(12)),
+        ((16,), SamplingParams(12, temperature=0.0)),
+        ((16,), SamplingParams(12, temperature=0.7, top_k=10, top_p=0.9)),
     ],
-    ids=["length", "stops", "greedy", "truncated"],
+    ids=["stops", "few rows", "many rows", "greedy", "truncated"],
 )
 def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     engine = Engine(tiny_model, rows=rows, buckets=(16, 64))
@@ -151,7 +151,7 @@ def test_programs_are_compiled_once(tiny_model):
 
     programs = (
         engine_module._read_trunks,
-        engine_module._decode_segment,
+        engine_module.decode_program("cpu"),
         engine_module._compact_state,
     )
     for seed in range(6):
