@@ -96,6 +96,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         "prefixes": len(values),
         "rollouts_per_prefix": sum(sampled) / len(sampled),
         "mean_value": sum(value.value for value in values) / len(values),
+        "sampled_tokens": engine.sampled_tokens,
         "tokens_per_second": engine.sampled_tokens / seconds,
         "seconds_per_prefix": per_item(seconds, len(writer.done) - done_before),
         "verifier_timeouts": verifier.timeouts,

@@ -1,0 +1,122 @@
+"""Adaptive rollouts: tokens as a share of fixed M, and what the labels are worth.
+
+    python benchmarks/adaptive.py --quickstart DIR [--limit 256] [--output FILE.json]
+
+DIR is a finished `stepwiser quickstart`. Its trajectories are annotated again, with all M rollouts
+and adaptively, for every rule and confidence; balanced accuracy is against the exact truth of the
+embedded task, over chunks up to and including a solution's first error whose prefix has a value
+above 0 among all M rollouts: the same chunks in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+
+from stepwiser_jax.algo.adaptive import LabelTable
+from stepwiser_jax.algo.statistics import balanced_accuracy
+from stepwiser_jax.config import Annotate, LabelRule
+from stepwiser_jax.records import PrefixValue, Problem, Trajectory, read_records
+from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.stages import annotate
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunks import chunk_texts
+
+CONFIDENCES = (1.0, 0.99, 0.95, 0.9)
+
+
+def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixValue]], int]:
+    """Values of every trajectory in order, and the number of tokens sampled."""
+    summary = annotate.run(Annotate.model_validate(config), directory)
+    values = defaultdict(list)
+    for value in read_records(directory, PrefixValue):
+        values[value.trajectory_id].append(value)
+    return values, summary["sampled_tokens"]
+
+
+def labels(values: dict[str, list[PrefixValue]], rule: LabelRule) -> dict[str, list[bool | None]]:
+    table = LabelTable(rule.rule, next(iter(values.values()))[0].max_rollouts, **rule.parameters)
+    return {
+        name: [table.likeliest(q.counts, v.counts) for v, q in itertools.pairwise(some)]
+        for name, some in values.items()
+    }
+
+
+def truths(quickstart: Path) -> dict[str, list[bool]]:
+    questions = {p.problem_id: p.question for p in read_records(quickstart / "rollouts", Problem)}
+    tokenizer = load_tokenizer_of(str(quickstart / "policy"))
+    return {
+        t.trajectory_id: arithmetic.chunk_truth(
+            questions[t.problem_id], chunk_texts(tokenizer, t.completion_ids, t.chunk_ends)
+        )
+        for t in read_records(quickstart / "rollouts", Trajectory)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    config = yaml.safe_load((args.quickstart / "values" / "config.yaml").read_text())
+    for name in ("policy", "rollouts"):
+        path = str(args.quickstart / name)
+        config[name] = {**config[name], "path": path} if name == "policy" else path
+    config |= {"limit": args.limit, "adaptive": None}
+    truth, rows = truths(args.quickstart), []
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed, all_tokens = run(config, Path(scratch) / "fixed")
+        scope = [
+            (name, j)
+            for name, some in fixed.items()
+            for j in range(len(some) - 1)
+            if some[j].value > 0 and all(truth[name][:j])
+        ]
+
+        def accuracy(given: dict[str, list[bool | None]]) -> float:
+            pairs = [(bool(given[name][j]), truth[name][j]) for name, j in scope]
+            return balanced_accuracy(*map(list, zip(*pairs, strict=True)))["balanced_accuracy"]
+
+        print(
+            f"{len(fixed)} trajectories, {len(scope)} chunks\n\n"
+            "| rule | confidence | tokens | labels as with all | balanced accuracy | with all |\n"
+            "|---|---|---|---|---|---|"
+        )
+        for name in get_args(LabelRule.model_fields["rule"].annotation):
+            rule = LabelRule.model_validate({"rule": name})
+            expected = labels(fixed, rule)
+            for confidence in CONFIDENCES:
+                adaptive = {"rule": name, "confidence": confidence}
+                directory = Path(scratch) / f"{name}-{confidence}"
+                values, tokens = run(config | {"adaptive": adaptive}, directory)
+                given = labels(values, rule)
+                same = [a == b for t in given for a, b in zip(given[t], expected[t], strict=True)]
+                row = {
+                    "rule": name,
+                    "confidence": confidence,
+                    "tokens": tokens / all_tokens,
+                    "same_labels": float(np.mean(same)),
+                    "balanced_accuracy": accuracy(given),
+                    "balanced_accuracy_of_all": accuracy(expected),
+                }
+                rows.append(row)
+                print(
+                    f"| {name} | {confidence} | {row['tokens']:.1%} | {row['same_labels']:.2%} | "
+                    f"{row['balanced_accuracy']:.1%} | {row['balanced_accuracy_of_all']:.1%} |",
+                    flush=True,
+                )
+    if args.output:
+        Path(args.output).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
