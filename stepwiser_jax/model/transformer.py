@@ -214,8 +214,9 @@ class Transformer(nnx.Module):
         return not isinstance(self.blocks, Block)
 
     def for_decoding(self) -> Transformer:
-        """The layout of `extend`: blocks one by one, and every weight in the compute dtype. Slices
-        and casts inside a decode loop would copy every weight at every step."""
+        """The layout of `extend`: blocks one by one, their matrices transposed, and every weight in
+        the compute dtype. Slices, casts and transposes in a decode loop, or before it, would copy
+        all weights at every step, or at every call."""
 
         def cast(tree: Any) -> Any:
             return jax.tree.map(lambda x: x.astype(self.compute_dtype), tree)
@@ -223,7 +224,7 @@ class Transformer(nnx.Module):
         model = copy.copy(self)
         layers = range(self.config.num_layers)
         model.blocks = nnx.List(
-            [cast(jax.tree.map(lambda x, i=layer: x[i], self.blocks)) for layer in layers]
+            [cast(jax.tree.map(lambda x, i=layer: x[i].T, self.blocks)) for layer in layers]
         )
         model.embed, model.norm = cast(self.embed), cast(self.norm)
         if not self.config.tie_embeddings:
@@ -283,7 +284,8 @@ class Transformer(nnx.Module):
         assert not isinstance(self.blocks, Block), "the model is not for_decoding"
         cos, sin = rope_angles(config, positions_BT)
         x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
-        for layer, block in enumerate(self.blocks):
+        for layer, transposed in enumerate(self.blocks):
+            block = jax.tree.map(lambda x: x.T, transposed)  # XLA folds it into the products
             with jax.named_scope("attention"):
                 attended = attend(layer, *qkv(block, config, x_BTD, cos, sin))
             x_BTD = finish_block(block, config, x_BTD, attended)

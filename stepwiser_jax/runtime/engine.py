@@ -323,7 +323,7 @@ class _Run:
         self.engine.compiled_shapes[
             f"decode {self._name()} trunk={self.slots} new={self.params.max_new_tokens} {self.draw}"
         ] += 1
-        self.state = decode_program(jax.default_backend())(
+        self.state = _decode_segment(
             self.engine.model,
             self.state,
             self.engine.place_rows(starting),
@@ -421,19 +421,7 @@ def _compact_state(
     )
 
 
-@functools.cache
-def decode_program(platform: str) -> Callable[..., EngineState]:
-    """`_decode_segment`, compiled. On CPU the products' transposes of the weights must stay in the
-    loop, where they are part of the products; XLA would move them out, as copies of all weights at
-    the start of every segment."""
-    hoisting = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    return jax.jit(
-        _decode_segment,
-        donate_argnames=("state",),
-        compiler_options=hoisting if platform == "cpu" else None,
-    )
-
-
+@functools.partial(jax.jit, donate_argnames=("state",))
 def _decode_segment(
     model: Transformer,
     state: EngineState,

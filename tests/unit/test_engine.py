@@ -151,7 +151,7 @@ def test_programs_are_compiled_once(tiny_model):
 
     programs = (
         engine_module._read_trunks,
-        engine_module.decode_program("cpu"),
+        engine_module._decode_segment,
         engine_module._compact_state,
     )
     for seed in range(6):
