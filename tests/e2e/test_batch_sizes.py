@@ -1,13 +1,15 @@
-"""With another batch size the noise is the same: rows part only where a draw is within rounding of
-a boundary of the cumulative distribution."""
+"""With another batch size, or through the engine, the noise is the same: rows part only where a
+draw is within rounding of a boundary of the cumulative distribution."""
 
 import zlib
 
 import jax
 import numpy as np
+import pytest
 
 from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.model.hf import load_hf
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.tasks import arithmetic
@@ -27,7 +29,13 @@ def draw(model, ids, row_id):
     return np.searchsorted(cumulative, uniform), np.min(np.abs(cumulative - uniform))
 
 
-def test_another_batch_size_draws_the_same_solutions(runs):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other",
+    [(Sampler, [32]), (Engine, [32, 256]), (Engine, [24])],
+    ids=["sampler of 32", "engine", "engine of 24"],
+)
+def test_solutions_are_those_of_the_sampler_with_256_rows(runs, other):
     model = load_hf(str(runs / "policy" / "model"))
     tokenizer = load_tokenizer(str(runs / "policy" / "model"))
     problems = arithmetic.generate_problems(ROWS, 0, "dev")
@@ -35,11 +43,11 @@ def test_another_batch_size_draws_the_same_solutions(runs):
     row_ids = [f"row/{problem.problem_id}" for problem in problems]
     params = SamplingParams(64, stop_ids=tokenizer.eos_ids)
 
-    def sample(rows):
-        sampler = Sampler(model, tokenizer, rows=[rows], buckets=[128])
+    def sample(sampler_class, rows):
+        sampler = sampler_class(model, tokenizer, rows=rows, buckets=[128])
         return sampler.generate(prompts, params, key=KEY, row_ids=row_ids)
 
-    wide, narrow = sample(256), sample(32)
+    wide, narrow = sample(Sampler, [256]), sample(*other)
     parted = [b for b in range(ROWS) if wide.ids(b) != narrow.ids(b)]
     assert len(parted) <= 0.01 * ROWS
     for b in parted:
