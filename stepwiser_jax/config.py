@@ -67,10 +67,13 @@ class Sampling(Config):
 
 class Engine(Config):
     """Compiled shapes: `rows` in flight (the smallest number that holds the work is used), and
-    `buckets`, the lengths of stored prompts; the largest is the context, completion included."""
+    `buckets`, the lengths of stored prompts; the largest is the context, completion included.
+    `weights`: `int8` samples with matrices of 8-bit integers, in about half the memory of bfloat16
+    and from a slightly different distribution."""
 
     rows: tuple[int, ...] = (64,)
     buckets: tuple[int, ...]
+    weights: Literal["model", "int8"] = "model"
 
     @model_validator(mode="after")
     def _ascending(self) -> Engine:
@@ -231,7 +234,12 @@ class Label(LabelRule):
 
 
 class Grpo(Config):
-    """Loss settings; the paper's where it states them (clip), verl's defaults elsewhere."""
+    """Loss settings; the paper's where it states them (clip), verl's defaults elsewhere.
+
+    `sampler_correction`: each token's loss is weighted by how much likelier the judge makes it than
+    the sampler did, or makes its whole sequence, at most by `sampler_correction_cap`. `auto`: see
+    `Judge.correction`.
+    """
 
     clip_eps_low: float = Field(0.2, ge=0)
     clip_eps_high: float = Field(0.28, ge=0)
@@ -239,6 +247,8 @@ class Grpo(Config):
     kl_coef: float = Field(0.0, ge=0)
     aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
     normalize: Literal["std", "none"] = "std"
+    sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
+    sampler_correction_cap: float = Field(2.0, ge=1)
     drop_zero_variance: bool = True
     max_refills: int = Field(0, ge=0)
 
@@ -268,6 +278,15 @@ class Judge(ComputeStage):
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     training: Training
+
+    @property
+    def correction(self) -> Literal["none", "token", "sequence"]:
+        """Of the gap between sampler and judge. Left to itself (`auto`) it is per token where the
+        sampler's weights are int8, a different policy from the one that learns, and none where the
+        two differ by rounding. Not per sequence: a product of that many ratios is mostly noise."""
+        if self.grpo.sampler_correction == "auto":
+            return "token" if self.engine.weights == "int8" else "none"
+        return self.grpo.sampler_correction
 
     @model_validator(mode="after")
     def _consistent(self) -> Judge:

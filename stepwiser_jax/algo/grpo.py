@@ -4,10 +4,13 @@
     rho_t = exp(logprob_t - old_logprob_t)
     L_t = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)      clip-higher: high > low
     L_t = min(L_t, -c A) where A < 0                                   dual clip
-    loss = aggregate(L_t + kl_coef * k3_t)
+    loss = aggregate(w_t L_t + kl_coef * k3_t)
+    w_t = min(exp(old_logprob_t - sampler_logprob_t), cap)             or of the sums over a sequence
 
 Sources: GRPO (arXiv 2402.03300), clip-higher and the token mean (DAPO, 2503.14476), the constant
-denominator (Dr. GRPO, 2503.20783), dual clip (1912.09729), k3 (Schulman). StepWiser 4.1 gives
+denominator (Dr. GRPO, 2503.20783), dual clip (1912.09729), k3 (Schulman), truncated
+importance weights against a sampler that is not quite the policy (Yao et al. 2025, "Your Efficient
+RL Framework Secretly Brings You Off-Policy RL Training"). StepWiser 4.1 gives
 eps_low = 0.2, eps_high = 0.28; the rest follows verl's defaults.
 """
 
@@ -61,11 +64,15 @@ def loss_denominator(
 
 def _sequence_lengths(mask_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """For every token, the number of completion tokens of its sequence: (row, segment)."""
-    weights_BT = mask_BT.astype(jnp.float32)
+    return _sequence_sums(mask_BT.astype(jnp.float32), segment_ids_BT)
+
+
+def _sequence_sums(values_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """For every token, the sum of the values of its sequence."""
     if segment_ids_BT is None:
-        return jnp.broadcast_to(jnp.sum(weights_BT, axis=1, keepdims=True), mask_BT.shape)
+        return jnp.broadcast_to(jnp.sum(values_BT, axis=1, keepdims=True), values_BT.shape)
     same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return jnp.sum(jnp.where(same_BTT, weights_BT[:, None, :], 0.0), axis=2)
+    return jnp.sum(jnp.where(same_BTT, values_BT[:, None, :], 0.0), axis=2)
 
 
 def aggregate(
@@ -83,6 +90,28 @@ def aggregate(
     return jnp.sum(jnp.where(mask_BT, values_BT, 0.0)) / denominator
 
 
+def truncated_importance_weights(
+    logprobs_BT: jax.Array,
+    sampler_logprobs_BT: jax.Array,
+    mask_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    level: Literal["token", "sequence"],
+    cap: float,
+) -> jax.Array:
+    """How much likelier the policy makes what the sampler drew, at most `cap`: (B, T), float32.
+
+    `logprobs_BT` are the policy's from before the update. `sequence` weighs every token of a
+    completion by the ratio of the whole: without a bound the gradient is then that of samples from
+    the policy itself, but its variance grows with the length. `token` weighs each by its own ratio:
+    of little variance, and biased where completions have several tokens. 1 outside the mask.
+    """
+    log_ratio_BT = jnp.where(mask_BT, logprobs_BT - sampler_logprobs_BT, 0.0)
+    if level == "sequence":
+        log_ratio_BT = jnp.where(mask_BT, _sequence_sums(log_ratio_BT, segment_ids_BT), 0.0)
+    return jnp.where(mask_BT, jnp.minimum(jnp.exp(log_ratio_BT), cap), 1.0)
+
+
 def grpo_loss(
     logprobs_BT: jax.Array,
     old_logprobs_BT: jax.Array,
@@ -94,11 +123,13 @@ def grpo_loss(
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
     ref_logprobs_BT: jax.Array | None = None,
+    importance_weights_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     aggregation: Aggregation = "token_mean",
     denominator: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss and its metrics; `advantages` is (B,) or (B, T).
+    """The loss and its metrics; `advantages` is (B,) or (B, T). `importance_weights_BT` multiply
+    the policy's loss, not the KL term, and are constants for the gradient.
 
     `denominator`: of the whole batch, by default of this one (required for `dr_grpo`). Metrics are
     token sums over the whole batch's token count where `aggregation` is `token_mean`, and are
@@ -126,6 +157,9 @@ def grpo_loss(
         loss_BT = jnp.where(
             advantages_BT < 0, jnp.minimum(loss_BT, -dual_clip * advantages_BT), loss_BT
         )
+
+    if importance_weights_BT is not None:
+        loss_BT = loss_BT * jax.lax.stop_gradient(importance_weights_BT)
 
     def mean(values_BT: jax.Array) -> jax.Array:
         values_BT = values_BT.astype(jnp.float32)

@@ -13,6 +13,7 @@ Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch 
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
    `max_refills` further draws take their places.
 4. A group is one row: its prompt goes through the network once, all its completions attend to it.
+5. Where the sampler's weights are int8, its samples are weighted by truncated importance weights.
 
 Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
 """
@@ -31,7 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepwiser_jax.algo.grpo import group_advantages, grpo_loss, loss_denominator
+from stepwiser_jax.algo.grpo import (
+    group_advantages,
+    grpo_loss,
+    loss_denominator,
+    truncated_importance_weights,
+)
 from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
@@ -286,7 +292,8 @@ def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.A
 def judge_loss(
     model: Any, batch: RolloutBatch, denominators: dict[str, jax.Array], *, config: Judge
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped GRPO loss of a (micro-)batch, with entropy and the sampler's log-prob gap."""
+    """The clipped GRPO loss of a (micro-)batch, with entropy, the sampler's log-prob gap, and the
+    weights that correct it."""
     logprobs_BT, entropy_BT = token_logprobs_and_entropy(
         model,
         batch.tokens_BT,
@@ -300,6 +307,24 @@ def judge_loss(
     if old_BT is None:
         old_BT = jax.lax.stop_gradient(logprobs_BT)
     mask_BT, grpo = batch.completion_mask_BT, config.grpo
+
+    def mean(values_BT: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mask_BT, values_BT, 0)) / denominators["tokens"]
+
+    weights_BT, weight_metrics = None, {}
+    if config.correction != "none":
+        weights_BT = truncated_importance_weights(
+            old_BT,
+            batch.sampler_logprobs_BT,
+            mask_BT,
+            batch.segment_ids_BT,
+            level=config.correction,
+            cap=grpo.sampler_correction_cap,
+        )
+        weight_metrics = {
+            "importance_weight_mean": mean(weights_BT),
+            "importance_truncated_share": mean(weights_BT >= grpo.sampler_correction_cap),
+        }
     loss, metrics = grpo_loss(
         logprobs_BT,
         old_BT,
@@ -310,14 +335,15 @@ def judge_loss(
         dual_clip=grpo.dual_clip,
         kl_coef=grpo.kl_coef,
         ref_logprobs_BT=batch.ref_logprobs_BT,
+        importance_weights_BT=weights_BT,
         segment_ids_BT=batch.segment_ids_BT,
         aggregation=grpo.aggregation,
         denominator=denominators["loss"],
     )
     gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - batch.sampler_logprobs_BT), 0)
-    metrics |= {
-        "entropy": jnp.sum(jnp.where(mask_BT, entropy_BT, 0)) / denominators["tokens"],
-        "logprob_gap": jnp.sum(gap_BT) / denominators["tokens"],
+    metrics |= weight_metrics | {
+        "entropy": mean(entropy_BT),
+        "logprob_gap": mean(gap_BT),
         "logprob_gap_max": jnp.max(gap_BT),
     }
     return loss, metrics

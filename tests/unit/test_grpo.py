@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.grpo import aggregate, group_advantages, grpo_loss, k3, loss_denominator
+from stepwiser_jax.algo.grpo import (
+    aggregate,
+    group_advantages,
+    grpo_loss,
+    k3,
+    loss_denominator,
+    truncated_importance_weights,
+)
 
 
 def slow_advantages(rewards, normalize):
@@ -208,3 +215,145 @@ def test_kl_needs_a_reference_and_dr_grpo_its_constant():
         grpo_loss(x, x, jnp.ones((1,)), mask, kl_coef=0.1, **settings)
     with pytest.raises(ValueError, match="denominator"):
         grpo_loss(x, x, jnp.ones((1,)), mask, aggregation="dr_grpo", **settings)
+
+
+# --- a sampler that is not quite the policy -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        # of each token: 1.5, 0.5 | 3 -> 2, 1 | 4 -> 2
+        ("token", [1.0, 1.5, 0.5, 2.0, 1.0, 2.0, 1.0]),
+        # of each sequence: 0.75 | 3 x 1 -> 2 | 4 -> 2
+        ("sequence", [1.0, 0.75, 0.75, 2.0, 2.0, 2.0, 1.0]),
+    ],
+)
+def test_importance_weights_by_hand(level, expected):
+    """A prompt, completions of 2, 2 and 1 tokens, padding; the rest of the row holds anything."""
+    segments = jnp.array([[-1, 1, 1, 2, 2, 3, 0]])
+    ratios = jnp.array([[1e30, 1.5, 0.5, 3.0, 1.0, 4.0, 0.0]])
+    sampler = jnp.array([[-0.3, -1.0, -0.2, -4.0, -2.0, -0.1, -5.0]])
+    found = truncated_importance_weights(
+        sampler + jnp.log(ratios), sampler, segments > 0, segments, level=level, cap=2.0
+    )
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+def test_one_completion_a_row_needs_no_segments():
+    mask = jnp.array([[False, True, True], [True, True, False]])
+    found = truncated_importance_weights(
+        jnp.log(jnp.array([[9.0, 0.5, 3.0], [0.2, 2.0, 9.0]])),
+        jnp.zeros((2, 3)),
+        mask,
+        level="sequence",
+        cap=10.0,
+    )
+    np.testing.assert_allclose(found, [[1.0, 1.5, 1.5], [0.4, 0.4, 1.0]], rtol=1e-6)
+
+
+def test_gradients_are_scaled_by_the_weights_and_the_kl_term_is_not():
+    logprobs, old, ref, advantages, mask, segments = map(jnp.asarray, make_case(6))
+    weights = truncated_importance_weights(
+        old, old - 0.4 * jnp.sin(10 * ref), mask, segments, level="token", cap=1.0
+    )
+    assert 1 < int(jnp.sum((weights == 1) & mask)) < int(jnp.sum(mask)), "it binds for some tokens"
+
+    def gradient(kl_coef, weights=None):
+        def loss(x):
+            return grpo_loss(
+                x,
+                old,
+                advantages,
+                mask,
+                clip_eps_low=0.2,
+                clip_eps_high=0.28,
+                dual_clip=1.5,
+                kl_coef=kl_coef,
+                ref_logprobs_BT=ref,
+                importance_weights_BT=weights,
+            )[0]
+
+        return jax.grad(loss)(logprobs)
+
+    np.testing.assert_allclose(gradient(0.0, weights), weights * gradient(0.0), rtol=1e-5)
+    kl = gradient(0.5) - gradient(0.0)
+    np.testing.assert_allclose(
+        gradient(0.5, weights), weights * gradient(0.0) + kl, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_weights_that_depend_on_the_parameters_are_constants():
+    logprobs, old, _, advantages, mask, segments = map(jnp.asarray, make_case(7))
+
+    def loss(x, weigh):
+        before = jax.lax.stop_gradient(x)
+        weights = truncated_importance_weights(
+            weigh(x), old, mask, segments, level="sequence", cap=5.0
+        )
+        return grpo_loss(
+            x,
+            before,
+            advantages,
+            mask,
+            clip_eps_low=0.2,
+            clip_eps_high=0.28,
+            importance_weights_BT=weights,
+        )[0]
+
+    live, held = (jax.grad(loss)(logprobs, weigh) for weigh in (lambda x: x, jax.lax.stop_gradient))
+    np.testing.assert_array_equal(live, held)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_expected_gradients_are_those_of_the_policy(length):
+    """All completions of `length` tokens out of 3, each as often as another sampler draws it.
+
+    The policy is 3 logits for each token and the token before it. Weighted by whole sequences the
+    expected gradient is that of on-policy samples; by tokens only where there is one; unweighted,
+    or where the cap binds, it is not.
+    """
+    rng = np.random.default_rng(0)
+    policy, shift = (jnp.asarray(rng.normal(0, s, (3, 3)), jnp.float32) for s in (1.0, 0.6))
+    outcomes = jnp.array(list(itertools.product(range(3), repeat=length)))
+    before = jnp.pad(outcomes[:, :-1], ((0, 0), (1, 0)))
+    rewards = jnp.asarray(rng.normal(0, 1, len(outcomes)), jnp.float32)
+    mask = jnp.ones(outcomes.shape, bool)
+
+    def logprobs_of(logits):
+        return jax.nn.log_softmax(logits, axis=-1)[before, outcomes]
+
+    sampler = logprobs_of(policy + shift)
+
+    def expected_gradient(drawn, level=None, cap=100.0):
+        share = jnp.exp(jnp.sum(drawn, axis=1))
+
+        def loss(logits):
+            logprobs = logprobs_of(logits)
+            old = jax.lax.stop_gradient(logprobs)
+            weights = None
+            if level is not None:
+                weights = truncated_importance_weights(old, drawn, mask, level=level, cap=cap)
+            return grpo_loss(
+                logprobs,
+                old,
+                share * rewards,
+                mask,
+                clip_eps_low=0.2,
+                clip_eps_high=0.28,
+                importance_weights_BT=weights,
+                denominator=jnp.float32(1.0),
+            )[0]
+
+        return jax.grad(loss)(policy)
+
+    on_policy = expected_gradient(logprobs_of(policy))
+
+    def is_on_policy(gradient):
+        return bool(jnp.allclose(gradient, on_policy, rtol=1e-4, atol=1e-5))
+
+    assert float(jnp.abs(on_policy).max()) > 0.1
+    assert is_on_policy(expected_gradient(sampler, "sequence"))
+    assert is_on_policy(expected_gradient(sampler, "token")) == (length == 1)
+    assert not is_on_policy(expected_gradient(sampler))
+    assert not is_on_policy(expected_gradient(sampler, "sequence", cap=1.0))
