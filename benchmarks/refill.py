@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output")
     args = parser.parse_args()
-    loaded = load_for_decoding(str(args.quickstart / "policy"), mesh=make_mesh())
+    loaded = load_for_decoding(str(args.quickstart / "policy"), weights="model", mesh=make_mesh())
     problems = read_records(args.quickstart / "rollouts", Problem)[: args.problems]
     prompts = [encode_solve_prompt(loaded.tokenizer, p.question, "bare") for p in problems]
     row_ids = [f"{p.problem_id}/{g}" for p in problems for g in range(GROUP)]

@@ -5,7 +5,7 @@
     L_t = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)      clip-higher: high > low
     L_t = min(L_t, -c A) where A < 0                                   dual clip
     loss = aggregate(w_t L_t + kl_coef * k3_t)
-    w_t = min(exp(old_logprob_t - sampler_logprob_t), cap)             or of the sums over a sequence
+    w_t = min(exp(old_logprob_t - sampler_logprob_t), cap)            or of sums over a sequence
 
 Sources: GRPO (arXiv 2402.03300), clip-higher and the token mean (DAPO, 2503.14476), the constant
 denominator (Dr. GRPO, 2503.20783), dual clip (1912.09729), k3 (Schulman), truncated

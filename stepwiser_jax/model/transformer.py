@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import qwix
 from flax import nnx
 
 from stepwiser_jax.model.attention import attention, segment_mask, shared_prefix_attention
@@ -39,13 +40,23 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)[(None,) * (x.ndim - 1)]
 
 
-def linear(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
     """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32."""
+    if isinstance(weight_OI, qwix.QArray):
+        # Else XLA takes the products' floating-point weights out of a decode loop and keeps them.
+        x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))
     weight = weight_OI.astype(x.dtype)
-    out = jax.lax.dot_general(
+    out = qwix.dot_general(
         x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     return out.astype(x.dtype)
+
+
+def quantise(weight_IO: jax.Array) -> qwix.QArray:
+    """8-bit integers with one float32 scale for each output: its largest weight is 127."""
+    return qwix.quantize(
+        weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
+    )
 
 
 def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -213,18 +224,26 @@ class Transformer(nnx.Module):
     def is_for_decoding(self) -> bool:
         return not isinstance(self.blocks, Block)
 
-    def for_decoding(self) -> Transformer:
+    def for_decoding(self, weights: Literal["model", "int8"] = "model") -> Transformer:
         """The layout of `extend`: blocks one by one, their matrices transposed, and every weight in
         the compute dtype. Slices, casts and transposes in a decode loop, or before it, would copy
-        all weights at every step, or at every call."""
+        all weights at every step, or at every call.
+
+        `int8`: the blocks' matrices are 8-bit integers, each output with a scale of its own, and
+        are multiplied in the compute dtype. Embeddings, head, norms and biases stay as they are.
+        """
 
         def cast(tree: Any) -> Any:
             return jax.tree.map(lambda x: x.astype(self.compute_dtype), tree)
 
+        def of_layer(x_L: jax.Array, layer: int) -> jax.Array | qwix.QArray:
+            x = x_L[layer].T
+            return quantise(x) if weights == "int8" and x.ndim == 2 else cast(x)
+
         model = copy.copy(self)
         layers = range(self.config.num_layers)
         model.blocks = nnx.List(
-            [cast(jax.tree.map(lambda x, i=layer: x[i].T, self.blocks)) for layer in layers]
+            [jax.tree.map(lambda x, i=layer: of_layer(x, i), self.blocks) for layer in layers]
         )
         model.embed, model.norm = cast(self.embed), cast(self.norm)
         if not self.config.tie_embeddings:

@@ -24,7 +24,7 @@ from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, parameter_sharding
-from stepwiser_jax.runtime.sampling import decoding_layout
+from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,10 +57,10 @@ def load_model(
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
 
 
-def load_for_decoding(path: str, **settings: Any) -> Loaded:
+def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
     """As `load_model`, in the layout of the sampler; the other one is not kept."""
     loaded = load_model(path, **settings)
-    return dataclasses.replace(loaded, model=decoding_layout(loaded.model))
+    return dataclasses.replace(loaded, model=decoding_layout(loaded.model, weights))
 
 
 def load_tokenizer_of(path: str) -> Tokenizer:

@@ -33,6 +33,7 @@ from stepwiser_jax.runtime.sampling import (
     Shapes,
     StopReason,
     StopTables,
+    Weights,
     decoding_layout,
     find_stops,
 )
@@ -66,11 +67,13 @@ class Sampler:
         *,
         rows: Sequence[int],
         buckets: Sequence[int],
+        weights: Weights = "model",
         mesh: jax.sharding.Mesh | None = None,
     ):
         """Raises UserError if the largest bucket exceeds the model's context."""
         self.shapes = Shapes(rows, buckets, model.config.max_length)
-        self.model, self.mesh = decoding_layout(model), mesh
+        self.weights: Weights = weights
+        self.model, self.mesh = decoding_layout(model, weights), mesh
         self.stop_tables = StopTables(tokenizer)
         self.compiled_shapes: Counter[str] = Counter()
         self.sampled_tokens = 0
@@ -78,7 +81,7 @@ class Sampler:
     def with_model(self, model: Transformer) -> Self:
         """The same shapes and counters with other weights."""
         other = copy.copy(self)
-        other.model = decoding_layout(model)
+        other.model = decoding_layout(model, self.weights)
         return other
 
     def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:

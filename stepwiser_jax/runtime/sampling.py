@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -106,12 +107,15 @@ class Shapes:
         raise ValueError(f"{count} rows exceed the largest batch of {self.max_rows}")
 
 
-def decoding_layout(model: Transformer) -> Transformer:
+Weights = Literal["model", "int8"]
+
+
+def decoding_layout(model: Transformer, weights: Weights = "model") -> Transformer:
     """The model `for_decoding`; itself where it already is."""
-    return model if model.is_for_decoding else _for_decoding(model)
+    return model if model.is_for_decoding else _for_decoding(model, weights)
 
 
-_for_decoding = jax.jit(Transformer.for_decoding)
+_for_decoding = jax.jit(Transformer.for_decoding, static_argnums=1)
 
 
 class StopTables:

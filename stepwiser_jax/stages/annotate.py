@@ -49,7 +49,9 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(
+        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+    )
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)

@@ -56,7 +56,9 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_for_decoding(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(
+        **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+    )
     items = load_items(config.items, loaded.tokenizer, split=config.split, limit=config.limit)
     judge = ItemJudge(config, loaded, mesh)
     judge.check_lengths(items)

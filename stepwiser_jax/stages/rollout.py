@@ -38,7 +38,9 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     problems, dropped = filter_problems(read_problems(config.problems))
     mesh = make_mesh(**config.mesh.model_dump())
-    loaded = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_decoding(
+        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+    )
     if config.chunking == "tags":
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)

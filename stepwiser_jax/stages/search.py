@@ -234,9 +234,19 @@ def check_lengths(
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
     mesh, key = make_mesh(**config.mesh.model_dump()), jax.random.key(config.seed)
-    policy = load_for_decoding(**config.policy.model_dump(), mesh=mesh, seed=config.seed)
+    policy = load_for_decoding(
+        **config.policy.model_dump(),
+        weights=config.policy_engine.weights,
+        mesh=mesh,
+        seed=config.seed,
+    )
     check_tags(policy.tokenizer)
-    judge = load_for_decoding(**config.judge.model_dump(), mesh=mesh, seed=config.seed)
+    judge = load_for_decoding(
+        **config.judge.model_dump(),
+        weights=config.judge_engine.weights,
+        mesh=mesh,
+        seed=config.seed,
+    )
     chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
     chunk_params = SamplingParams(
         **chunk_sampling.model_dump(),

@@ -102,6 +102,27 @@ def test_judge_metrics_are_all_there(runs):
     assert list((runs / "judge" / "tensorboard").iterdir())
 
 
+def test_judge_samples_in_int8_and_corrects_for_it(runs, tmp_path):
+    """The gap is small, not zero, and weighed; an explicit `none` reports it only."""
+
+    def metrics(name, *extra):
+        extra = ("iterations=2", "engine.weights=int8", *extra)
+        assert main(command("judge", runs, out=tmp_path / name, extra=extra)) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    corrected = metrics("corrected")
+    assert len(corrected) == 2
+    for line in corrected:
+        assert 1e-4 < line["logprob_gap"] < 0.1
+        assert 0 < abs(line["importance_weight_mean"] - 1) < 0.1
+        assert line["importance_truncated_share"] < 0.1
+    (uncorrected, _) = metrics("uncorrected", "grpo.sampler_correction=none")
+    assert uncorrected["logprob_gap"] == corrected[0]["logprob_gap"]
+    assert "importance_weight_mean" not in uncorrected
+    assert uncorrected["policy_loss"] != corrected[0]["policy_loss"]
+
+
 class Killed(BaseException):
     """Not an Exception: nothing may catch it and go on."""
 

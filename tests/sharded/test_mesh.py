@@ -156,6 +156,29 @@ def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
         np.testing.assert_allclose(one.logprobs(b), many.logprobs(b), atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_int8_weights_stay_where_the_weights_were(checkpoint, sizes):
+    def engine(mesh):
+        model = load(checkpoint, mesh)
+        shapes = {"rows": (8,), "buckets": (16,)}
+        return model, Engine(model, weights="int8", mesh=mesh, **shapes)
+
+    def sample(engine):
+        ids = [f"r{b}" for b in range(8)]
+        prompts = [[3, 4, 5], [9]] * 4
+        return engine.generate(prompts, SamplingParams(8), key=jax.random.key(0), row_ids=ids)
+
+    (_, one), (model, many) = engine(make_mesh()), engine(make_mesh(*sizes))
+    expected, found = sample(one), sample(many)
+    np.testing.assert_array_equal(found.tokens_BC, expected.tokens_BC)
+    np.testing.assert_allclose(found.logprobs_BC, expected.logprobs_BC, atol=1e-4)
+    for name in ("q", "k", "o", "up", "down"):
+        before, after = getattr(model.blocks, name)[...], getattr(many.model.blocks[0], name)[...]
+        share = before.addressable_shards[0].data.size / before.size
+        assert share <= 1 / 4
+        assert after.qvalue.addressable_shards[0].data.size / after.qvalue.size == share, name
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="needs 16 devices, found 8"):
         make_mesh(4, 2, 2)
