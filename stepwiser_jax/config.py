@@ -68,8 +68,8 @@ class Sampling(Config):
 class Engine(Config):
     """Compiled shapes: `rows` in flight (the smallest number that holds the work is used), and
     `buckets`, the lengths of stored prompts; the largest is the context, completion included.
-    `weights`: `int8` samples with matrices of 8-bit integers, in about half the memory of bfloat16
-    and from a slightly different distribution."""
+    `weights`: `int8` stores the blocks' matrices as 8-bit integers and samples from a slightly
+    different distribution; made for accelerators, slower than bfloat16 on a CPU."""
 
     rows: tuple[int, ...] = (64,)
     buckets: tuple[int, ...]
