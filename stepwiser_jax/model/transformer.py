@@ -43,7 +43,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
     """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32."""
     if isinstance(weight_OI, qwix.QArray):
-        # Else XLA turns the weights to floating point once, before a decode loop, and the loop reads
+        # Else XLA turns the weights to floating point once, before a decode loop, which then reads
         # those. The products are in floating point: activations in int8 as well triple the gap.
         x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))
     weight = weight_OI.astype(x.dtype)
