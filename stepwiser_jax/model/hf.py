@@ -189,8 +189,11 @@ class CheckpointTensors:
             if not stacked:
                 return np.asarray(slices[0][index]).astype(np.dtype(dtype))
             layers = range(len(slices))[index[0]]
-            parts = [np.asarray(slices[i][index[1:]]).astype(np.dtype(dtype)) for i in layers]
-            return np.stack(parts)
+            sizes = [len(range(size)[part]) for size, part in zip(shape, index, strict=True)]
+            whole = np.empty(sizes, np.dtype(dtype))  # no second copy, as a stack of parts would be
+            for row, layer in zip(whole, layers, strict=True):
+                row[...] = slices[layer][index[1:]]
+            return whole
 
         if sharding is None:
             return jnp.asarray(read_slice((slice(None),) * len(shape)))

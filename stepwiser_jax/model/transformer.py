@@ -8,6 +8,7 @@ logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -58,6 +59,15 @@ def quantise(weight_IO: jax.Array) -> qwix.QArray:
     return qwix.quantize(
         weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
     )
+
+
+def take_rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Embeddings (B, T, D), not differentiable. As integers where they are 16 bits wide: XLA's CPU
+    backend turns a whole table of bfloat16 to float32 before it takes a row."""
+    if table_VD.dtype.itemsize != 2:
+        return table_VD[tokens_BT]
+    bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits_VD[tokens_BT], table_VD.dtype)
 
 
 def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -233,22 +243,14 @@ class Transformer(nnx.Module):
         `int8`: the blocks' matrices are 8-bit integers, each output with a scale of its own, and
         are multiplied in the compute dtype. Embeddings, head, norms and biases stay as they are.
         """
-
-        def cast(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x.astype(self.compute_dtype), tree)
-
-        def of_layer(x_L: jax.Array, layer: int) -> jax.Array | qwix.QArray:
-            x = x_L[layer].T
-            return quantise(x) if weights == "int8" and x.ndim == 2 else cast(x)
-
         model = copy.copy(self)
-        layers = range(self.config.num_layers)
+        dtype, layers = self.compute_dtype, range(self.config.num_layers)
         model.blocks = nnx.List(
-            [jax.tree.map(lambda x, i=layer: of_layer(x, i), self.blocks) for layer in layers]
+            [_layer_for_decoding(self.blocks, layer, dtype, weights) for layer in layers]
         )
-        model.embed, model.norm = cast(self.embed), cast(self.norm)
-        if not self.config.tie_embeddings:
-            model.head = cast(self.head)
+        names = ("embed", "norm") if self.config.tie_embeddings else ("embed", "norm", "head")
+        for name in names:
+            setattr(model, name, jax.tree.map(lambda x: x.astype(dtype), getattr(self, name)))
         return model
 
     def extend(
@@ -303,10 +305,23 @@ class Transformer(nnx.Module):
         config = self.config
         assert not isinstance(self.blocks, Block), "the model is not for_decoding"
         cos, sin = rope_angles(config, positions_BT)
-        x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
+        x_BTD = take_rows(self.embed[...], tokens_BT)
         for layer, transposed in enumerate(self.blocks):
             block = jax.tree.map(lambda x: x.T, transposed)  # XLA folds it into the products
             with jax.named_scope("attention"):
                 attended = attend(layer, *qkv(block, config, x_BTD, cos, sin))
             x_BTD = finish_block(block, config, x_BTD, attended)
         return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "weights"))
+def _layer_for_decoding(
+    blocks: Block, layer: int, dtype: jnp.dtype, weights: Literal["model", "int8"]
+) -> Block:
+    """A program for one layer, and not for all: so little is in memory besides the result."""
+
+    def convert(x_L: jax.Array) -> jax.Array | qwix.QArray:
+        x = x_L[layer].T
+        return quantise(x) if weights == "int8" and x.ndim == 2 else x.astype(dtype)
+
+    return jax.tree.map(convert, blocks)

@@ -112,10 +112,7 @@ Weights = Literal["model", "int8"]
 
 def decoding_layout(model: Transformer, weights: Weights = "model") -> Transformer:
     """The model `for_decoding`; itself where it already is."""
-    return model if model.is_for_decoding else _for_decoding(model, weights)
-
-
-_for_decoding = jax.jit(Transformer.for_decoding, static_argnums=1)
+    return model if model.is_for_decoding else model.for_decoding(weights)
 
 
 class StopTables:
