@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,63 @@ def ceilings() -> dict[str, float]:
         return min(core_seconds(function) for _ in range(5))
 
     return {"flops": 2 * 2048**3 / best(lambda: a @ a), "bandwidth": x.nbytes / best(x.sum)}
+
+
+# --- the floor of sampling ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model the floor depends on: `body` and `head` are numbers of parameters."""
+
+    layers: int
+    width: int
+    kv_width: int
+    body: int
+    head: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Sizes:
+        """From the fields of a config.json."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head_dim = config.get("head_dim") or hidden // heads
+        width, kv_width = heads * head_dim, config["num_key_value_heads"] * head_dim
+        layers = config["num_hidden_layers"]
+        layer = hidden * (2 * width + 2 * kv_width + 3 * config["intermediate_size"])
+        return cls(layers, width, kv_width, layers * layer, hidden * config["vocab_size"])
+
+
+def read_sizes(model_dir: str) -> Sizes:
+    return Sizes.of(json.loads((Path(model_dir) / "config.json").read_text()))
+
+
+SampledTrunk = tuple[int, list[tuple[int, int]]]
+"""Tokens stored, and of each row that goes on from them: (length of its prefix, tokens sampled)."""
+
+
+def sampling_floor(
+    sizes: Sizes, trunks: Sequence[SampledTrunk], rows: int, *, flops: float, bandwidth: float
+) -> float:
+    """Least seconds in bfloat16 for sampling with `rows` rows at a time.
+
+    Reading a trunk gives the first token of each of its rows. Every further step reads the weights
+    and every distinct key and value once, at full bandwidth, while all products run at the rate of
+    a large square one.
+    """
+    parameters, kv_bytes = sizes.body + sizes.head, 2 * 2 * sizes.layers * sizes.kv_width
+    read_flops = step_flops = kv_read = 0.0
+    all_steps, longest = 0, 0
+    for stored, forks in trunks:
+        read_flops += stored * (2 * sizes.body + 2 * sizes.layers * sizes.width * stored)
+        steps = [max(0, tokens - 1) for _, tokens in forks]
+        for count, (prefix, tokens) in zip(steps, forks, strict=True):
+            context = prefix + tokens / 2
+            step_flops += count * (2 * parameters + 4 * sizes.layers * sizes.width * context)
+            kv_read += count * tokens / 2 * kv_bytes
+        kv_read += max([sum(steps) / rows, *steps]) * stored * kv_bytes
+        all_steps, longest = all_steps + sum(steps), max([longest, *steps])
+    step_bytes = max(longest, all_steps / rows) * 2 * parameters + kv_read
+    return read_flops / flops + max(step_flops / flops, step_bytes / bandwidth)
 
 
 # --- a side, from within ------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     python benchmarks/rollout.py --model DIR [--workloads mc group b32 b8 b1] [--output FILE.json]
         [--rival vllm=PYTHON] [--rival llama.cpp=PYTHON] [--rival tunix=PYTHON]
 
-DIR is SmolLM2-135M-Instruct (the shapes of the floor are its own). Workloads, of real token ids
-(workload.json), temperature 1, no end token:
+DIR is SmolLM2-135M-Instruct. Workloads, of its token ids (workload.json), temperature 1, no end
+token:
 
     b1 b8 b32   as many prompts of 256 tokens, 128 new tokens each
     group       4 prompts x 8 samples, 128 new tokens
@@ -30,12 +30,15 @@ from common import (
     FOLDER,
     SUMMARY_COLUMNS,
     Side,
+    Sizes,
     ceilings,
     compilations,
     num_tokens,
     print_header,
     print_summary,
+    read_sizes,
     requests,
+    sampling_floor,
     serve,
     summaries,
     take_turns,
@@ -43,7 +46,6 @@ from common import (
 )
 
 NAMES = ("b1", "b8", "group", "b32", "mc")
-LAYERS, WIDTH, KV_WIDTH, BODY, EMBEDDING = 30, 576, 192, 106.2e6, 28.3e6
 
 
 # --- the two sides, each in its own process -----------------------------------------------------
@@ -129,19 +131,15 @@ RIVALS = {
 # --- the floor ----------------------------------------------------------------------------------
 
 
-def floor_seconds(name: str, flops: float, bandwidth: float) -> float:
-    """Least time in bfloat16: every step reads the weights and every distinct key and value once,
-    at full bandwidth, while all products run at the rate of a large square one."""
+def floor_seconds(name: str, sizes: Sizes, limits: dict[str, float]) -> float:
+    """All rows of a workload at once."""
     some, new = requests(name)
-    rows = sum(len(cuts) * samples for _, cuts, samples in some)
-    context = sum(cut * samples for _, cuts, samples in some for cut in cuts) / rows + new / 2
-    stored = sum(max(cuts) for _, cuts, _ in some) + rows * new / 2
-    step_flops = rows * (2 * (BODY + EMBEDDING) + 4 * LAYERS * WIDTH * context)
-    step_bytes = 2 * (BODY + EMBEDDING) + stored * 2 * LAYERS * KV_WIDTH * 2
-    read = sum(max(cuts) for _, cuts, _ in some)
-    length = max(max(cuts) for _, cuts, _ in some)
-    read_flops = read * (2 * BODY + 2 * LAYERS * WIDTH * length)
-    return read_flops / flops + (new - 1) * max(step_flops / flops, step_bytes / bandwidth)
+    trunks = [
+        (max(cuts), [(cut, new) for cut in cuts for _ in range(samples)])
+        for _, cuts, samples in some
+    ]
+    rows = sum(len(forks) for _, forks in trunks)
+    return sampling_floor(sizes, trunks, rows, **limits)
 
 
 # --- the parent ---------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def main() -> None:
         serve(SIDES[args.serve](args.model), warm_up=args.serve == "ours")
         return
     os.sched_setaffinity(0, {args.core})
-    limits = ceilings()
+    limits, sizes = ceilings(), read_sizes(args.model)
     sides = start_sides(args)
     started = set(sides)
     print(
@@ -195,7 +193,7 @@ def main() -> None:
     rows = []
     for workload in sorted(args.workloads, key=NAMES.index):
         runs = take_turns(sides, workload, args.repeats)
-        floor = floor_seconds(workload, **limits)
+        floor = floor_seconds(workload, sizes, limits)
         for row in summaries(workload, runs, num_tokens(workload), floor):
             rows.append(row)
             print_summary(row)
