@@ -189,6 +189,8 @@ class Side:
         }
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the side is
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {core})  # inherited
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -197,8 +199,8 @@ class Side:
             text=True,
             errors="replace",
             env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
+        os.sched_setaffinity(0, before)
         self._ready = False
 
     def run(self, workload: str) -> dict[str, Any]:
@@ -253,18 +255,24 @@ def take_turns(
 def summaries(
     workload: str, runs: dict[str, list[dict[str, Any]]], tokens: int, floor: float
 ) -> list[dict[str, Any]]:
-    """One row per side: medians, share of the floor, and seconds beside those of `ours`."""
-    medians = {n: statistics.median(r["seconds"] for r in some) for n, some in runs.items()}
+    """One row per side: medians, share of the floor, and how much faster `ours` is.
+
+    `tokens` are those of a run, unless it says how many it sampled, and those of the floor.
+    """
+    rates = {
+        name: statistics.median(run.get("tokens", tokens) / run["seconds"] for run in some)
+        for name, some in runs.items()
+    }
     return [
         {
             "workload": workload,
             "side": name,
-            "seconds": medians[name],
+            "seconds": statistics.median(run["seconds"] for run in some),
             "runs": [run["seconds"] for run in some],
-            "tokens_per_second": tokens / medians[name],
-            "share_of_floor": floor / medians[name],
+            "tokens_per_second": rates[name],
+            "share_of_floor": rates[name] * floor / tokens,
             "peak_mib": max(run["peak_mib"] for run in some),
-            "ratio": medians[name] / medians["ours"] if "ours" in medians else None,
+            "ratio": rates["ours"] / rates[name] if "ours" in rates else None,
             "compilations_after_warm_up": sum(run.get("compilations", 0) for run in some),
         }
         for name, some in runs.items()
