@@ -56,6 +56,7 @@ from common import (
 )
 
 ROLLOUTS = 16
+"""M."""
 
 
 @dataclasses.dataclass(frozen=True)
