@@ -1,7 +1,7 @@
 """Annotation as the stage runs it, beside the same rollouts without sharing, on one core.
 
-    python benchmarks/annotate.py --model DIR [--trajectories 2] [--output FILE.json]
-    python benchmarks/annotate.py --quickstart DIR [--trajectories 64] [--output FILE.json]
+    python benchmarks/annotate.py --model DIR [--trajectories 2] [--rollouts 16] [--output FILE]
+    python benchmarks/annotate.py --quickstart DIR [--trajectories 64] [--output FILE]
 
 Workloads, M = 16 rollouts from every prefix, with real end tokens:
 
@@ -55,9 +55,6 @@ from common import (
     write_json,
 )
 
-ROLLOUTS = 16
-"""M."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -71,6 +68,7 @@ class Work:
     rows: list[int]
     buckets: list[int]
     max_new_tokens: int
+    num_rollouts: int = 16
 
     def load(self) -> Any:
         from stepwiser_jax.runtime.loading import load_for_decoding
@@ -208,7 +206,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
             engine,
             work.trajectories,
             is_correct,
-            num_rollouts=ROLLOUTS,
+            num_rollouts=work.num_rollouts,
             params=params,
             key=jax.random.key(0),
         )
@@ -241,7 +239,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     everything = [
         (prefix, f"{prefix.sampling_id}/r{m}")
         for prefix in prefixes_to_sample(work.trajectories)
-        for m in range(ROLLOUTS)
+        for m in range(work.num_rollouts)
     ]
 
     def run(_: str) -> dict[str, Any]:
@@ -301,7 +299,7 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=work.max_new_tokens - done,
-                    num_return_sequences=ROLLOUTS,
+                    num_return_sequences=work.num_rollouts,
                     pad_token_id=tokenizer.pad_id,
                     eos_token_id=list(tokenizer.eos_ids),
                 )[:, ids.shape[1] :]
@@ -338,7 +336,7 @@ def print_work(work: Work, run: dict[str, Any]) -> None:
     chunks = [len(t.chunk_ends) for t in work.trajectories]
     print(
         f"\n{work.name}: {len(chunks)} trajectories of {min(chunks)} to {max(chunks)} chunks (mean "
-        f"{sum(chunks) / len(chunks):.1f}), M = {ROLLOUTS}: {len(forks)} rollouts of "
+        f"{sum(chunks) / len(chunks):.1f}), M = {work.num_rollouts}: {len(forks)} rollouts of "
         f"{run['tokens'] / len(forks):.0f} tokens on average; {work.rows[-1]} rows at a time\n"
         f"verifying answers: {run['verifying']:.2%} of the wall time; waiting for it: at most "
         f"{run['waiting']:.2%}\n"
@@ -351,6 +349,7 @@ def main() -> None:
     policy.add_argument("--model")
     policy.add_argument("--quickstart", type=Path)
     parser.add_argument("--trajectories", type=int, help="2, or 64 of a quickstart")
+    parser.add_argument("--rollouts", type=int, default=16, help="M")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
@@ -368,6 +367,7 @@ def main() -> None:
         if args.model
         else arithmetic(args.quickstart, args.trajectories or 64)
     )
+    work = dataclasses.replace(work, num_rollouts=args.rollouts)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "work"
         file.write_bytes(pickle.dumps(work))
@@ -395,7 +395,7 @@ def main() -> None:
     chunks = [len(t.chunk_ends) for t in work.trajectories]
     write_json(
         args.output,
-        {"limits": limits, "rollouts": ROLLOUTS, "chunks": chunks, "rows": rows} | shares,
+        {"limits": limits, "rollouts": work.num_rollouts, "chunks": chunks, "rows": rows} | shares,
     )
 
 
