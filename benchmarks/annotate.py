@@ -232,21 +232,23 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.stages.annotate import prefixes_to_sample
 
     compiled, loaded = compilations(), work.load()
-    rows = work.rows[-1]
-    buckets = sorted({len(t.prompt_ids) for t in work.trajectories} | set(work.buckets))
-    sampler = Sampler(loaded.model, loaded.tokenizer, rows=[rows], buckets=buckets)
     params = SamplingParams(work.max_new_tokens, stop_ids=loaded.tokenizer.eos_ids)
     everything = [
         (prefix, f"{prefix.sampling_id}/r{m}")
         for prefix in prefixes_to_sample(work.trajectories)
         for m in range(work.num_rollouts)
     ]
+    rows = work.rows[-1]
+    batches = [everything[start : start + rows] for start in range(0, len(everything), rows)]
+    prefixes = [list(dict.fromkeys(prefix for prefix, _ in batch)) for batch in batches]
+    # As many rows as there are, of prefixes too: nothing is computed for padding.
+    counts = sorted({len(some) for some in (*batches, *prefixes)})
+    buckets = sorted({len(t.prompt_ids) for t in work.trajectories} | set(work.buckets))
+    sampler = Sampler(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
 
     def run(_: str) -> dict[str, Any]:
         before, tokens = len(compiled), 0
-        for start in range(0, len(everything), rows):
-            batch = everything[start : start + rows]
-            distinct = list(dict.fromkeys(prefix for prefix, _ in batch))
+        for batch, distinct in zip(batches, prefixes, strict=True):
             prompts = [
                 [*p.trajectory.prompt_ids, *p.trajectory.completion_ids][: p.num_tokens]
                 for p in distinct
