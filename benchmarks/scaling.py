@@ -3,12 +3,12 @@
     python benchmarks/scaling.py [--axes rows prefix chunks M vocabulary] [--output FILE.json]
 
 A model of SmolLM2-135M's shape but with 6 layers and random weights, bfloat16, on one core; random
-token ids, 24 new tokens per row, no end token. One thing varies at a time:
+token ids, 16 new tokens per row, no end token. One thing varies at a time:
 
     rows         1 to 96 rows that go on from one prompt of 256 tokens
     prefix       64 to 1024 stored tokens, 32 rows
-    chunks       a trajectory of 768 tokens cut at 1 to 24 places, 4 rollouts from each
-    M            1 to 16 rollouts from each of 6 cuts of a trajectory of 768 tokens
+    chunks       a trajectory of 512 tokens cut at 1 to 16 places, 4 rollouts from each
+    M            1 to 16 rollouts from each of 6 cuts of a trajectory of 512 tokens
     vocabulary   4096 to 131072 tokens, 32 rows that go on from one prompt of 256 tokens
 
 The engine shares what is stored; beside it, in turns and in the same process, the reference sampler
@@ -39,8 +39,8 @@ from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 
-NEW_TOKENS = 24
-TRAJECTORY = 768
+NEW_TOKENS = 16
+TRAJECTORY = 512
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def even_cuts(count: int) -> tuple[int, ...]:
 
 
 AXES: dict[str, dict[int, Point]] = {
-    "rows": {n: Point((256,), n) for n in (1, 4, 16, 48, 96)},
-    "prefix": {n: Point((n,), 32) for n in (64, 128, 256, 512, 1024)},
-    "chunks": {n: Point(even_cuts(n), 4) for n in (1, 2, 6, 12, 24)},
-    "M": {n: Point(even_cuts(6), n) for n in (1, 2, 4, 8, 16)},
+    "rows": {n: Point((256,), n) for n in (1, 8, 32, 96)},
+    "prefix": {n: Point((n,), 32) for n in (64, 256, 1024)},
+    "chunks": {n: Point(even_cuts(n), 4) for n in (1, 2, 4, 8, 16)},
+    "M": {n: Point(even_cuts(6), n) for n in (1, 4, 16)},
     "vocabulary": {n: Point((256,), 32, n) for n in (4096, 16384, 49152, 131072)},
 }
 

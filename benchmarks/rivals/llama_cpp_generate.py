@@ -23,6 +23,7 @@ from typing import Any
 
 import gguf
 import llama_cpp as llama
+import ml_dtypes  # noqa: F401 - teaches numpy bfloat16
 import numpy as np
 from common import requests, serve
 from safetensors.numpy import load_file
