@@ -1,13 +1,13 @@
 """Rows that end by themselves: the engine, which refills slots, beside a static batch.
 
     python benchmarks/refill.py --quickstart DIR [--problems 128] [--output FILE.json]
-    python benchmarks/refill.py --model DIR [--problems 8] [--output FILE.json]
+    python benchmarks/refill.py --model DIR [--problems 6] [--output FILE.json]
 
 Workloads, 16 solutions of each problem:
 
     arithmetic   DIR is a finished `stepwiser quickstart`: its policy, 256 rows
     smollm2      DIR is SmolLM2-135M-Instruct: prompts of workload.json (its chat template, 256
-                 tokens each), up to 384 new tokens, bfloat16, 32 rows
+                 tokens each), up to 256 new tokens, bfloat16, 32 rows
 
 The static batch is the reference sampler: batches of as many rows, each until its last row has
 ended. Both run in one process, on one core, and take turns; tokens are those of the solutions, end
@@ -59,7 +59,7 @@ def arithmetic(quickstart: Path, problems: int) -> Work:
 def smollm2(model_dir: str, problems: int) -> Work:
     dtypes = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
     loaded = load_for_decoding(model_dir, mesh=make_mesh(), **dtypes)
-    return Work("smollm2", loaded, WORKLOAD["prompts"][:problems], [8, 32], [256, 640], 384)
+    return Work("smollm2", loaded, WORKLOAD["prompts"][:problems], [8, 32], [256, 512], 256)
 
 
 def main() -> None:
@@ -67,14 +67,14 @@ def main() -> None:
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument("--quickstart", type=Path)
     policy.add_argument("--model")
-    parser.add_argument("--problems", type=int, help="128, or 8 of a model")
+    parser.add_argument("--problems", type=int, help="128, or 6 of a model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--output")
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})
     work = (
-        smollm2(args.model, args.problems or 8)
+        smollm2(args.model, args.problems or 6)
         if args.model
         else arithmetic(args.quickstart, args.problems or 128)
     )

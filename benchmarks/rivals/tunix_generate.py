@@ -46,7 +46,7 @@ class Ids:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", default="float32", help="bfloat16 is no faster on XLA's CPU")
+    parser.add_argument("--dtype", default="float32", help="of weights and caches")
     args = parser.parse_args()
     fields = json.loads((Path(args.model) / "config.json").read_text())
     config = model.ModelConfig(
