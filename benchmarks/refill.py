@@ -1,27 +1,34 @@
 """Rows that end by themselves: the engine, which refills slots, beside a static batch.
 
     python benchmarks/refill.py --quickstart DIR [--problems 128] [--output FILE.json]
+    python benchmarks/refill.py --model DIR [--problems 6] [--output FILE.json]
 
-DIR is a finished `stepwiser quickstart`; its policy writes 16 solutions of each problem. The static
-batch is the reference sampler: batches of as many rows, each until its last row has ended. Both run
-in one process and take turns; tokens are those of the solutions, end token included, and are the
-same on both sides but for rounding.
+Workloads, 16 solutions of each problem:
+
+    arithmetic   DIR is a finished `stepwiser quickstart`: its policy, 256 rows
+    smollm2      DIR is SmolLM2-135M-Instruct: prompts of workload.json (its chat template, 256
+                 tokens each), up to 256 new tokens, bfloat16, 32 rows
+
+The static batch is the reference sampler: batches of as many rows, each until its last row has
+ended. Both run in one process, on one core, and take turns; tokens are those of the solutions, end
+token included, and are the same on both sides but for rounding. Medians, of core seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from common import WORKLOAD, compilations, core_seconds, print_header, print_row, write_json
 
 from stepwiser_jax.records import Problem, read_records
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_for_decoding
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
@@ -30,34 +37,68 @@ from stepwiser_jax.text.prompts import encode_solve_prompt
 GROUP = 16
 
 
+@dataclass(frozen=True)
+class Work:
+    """`rows` of the engine; the static batch has the last of them."""
+
+    name: str
+    loaded: Loaded
+    prompts: list[list[int]]
+    rows: list[int]
+    buckets: list[int]
+    max_new_tokens: int
+
+
+def arithmetic(quickstart: Path, problems: int) -> Work:
+    loaded = load_for_decoding(str(quickstart / "policy"), weights="model", mesh=make_mesh())
+    questions = [p.question for p in read_records(quickstart / "rollouts", Problem)[:problems]]
+    prompts = [encode_solve_prompt(loaded.tokenizer, question, "bare") for question in questions]
+    return Work("arithmetic", loaded, prompts, [32, 256], [160], 112)
+
+
+def smollm2(model_dir: str, problems: int) -> Work:
+    dtypes = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    loaded = load_for_decoding(model_dir, weights="model", mesh=make_mesh(), **dtypes)
+    return Work("smollm2", loaded, WORKLOAD["prompts"][:problems], [8, 32], [256, 512], 256)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quickstart", type=Path, required=True)
-    parser.add_argument("--problems", type=int, default=128)
-    parser.add_argument("--rows", type=int, default=256)
+    policy = parser.add_mutually_exclusive_group(required=True)
+    policy.add_argument("--quickstart", type=Path)
+    policy.add_argument("--model")
+    parser.add_argument("--problems", type=int, help="128, or 6 of a model")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--output")
     args = parser.parse_args()
-    loaded = load_for_decoding(str(args.quickstart / "policy"), weights="model", mesh=make_mesh())
-    problems = read_records(args.quickstart / "rollouts", Problem)[: args.problems]
-    prompts = [encode_solve_prompt(loaded.tokenizer, p.question, "bare") for p in problems]
-    row_ids = [f"{p.problem_id}/{g}" for p in problems for g in range(GROUP)]
-    params = SamplingParams(112, stop_ids=loaded.tokenizer.eos_ids)
+    os.sched_setaffinity(0, {args.core})
+    work = (
+        smollm2(args.model, args.problems or 6)
+        if args.model
+        else arithmetic(args.quickstart, args.problems or 128)
+    )
+    compiled, loaded = compilations(), work.loaded
+    row_ids = [f"{p}/{g}" for p in range(len(work.prompts)) for g in range(GROUP)]
+    params = SamplingParams(work.max_new_tokens, stop_ids=loaded.tokenizer.eos_ids)
 
     def timed(sampler_class: type[Sampler]) -> dict[str, Any]:
-        rows = [32, args.rows] if sampler_class is Engine else [args.rows]
-        sampler = sampler_class(loaded.model, loaded.tokenizer, rows=rows, buckets=[160])
-        start = time.perf_counter()
-        output = sampler.generate(
-            prompts, params, key=jax.random.key(0), row_ids=row_ids, group_size=GROUP
+        most = work.rows[-1]
+        # The static batch reads its prompts as rows of their own, so many and no padding.
+        rows = work.rows if sampler_class is Engine else [most // GROUP, most]
+        sampler = sampler_class(loaded.model, loaded.tokenizer, rows=rows, buckets=work.buckets)
+        seconds = core_seconds(
+            lambda: sampler.generate(
+                work.prompts, params, key=jax.random.key(0), row_ids=row_ids, group_size=GROUP
+            )
         )
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": int(output.length_B.sum())}
+        return {"seconds": seconds, "tokens": sampler.sampled_tokens}
 
     sides = {"static batch": Sampler, "engine": Engine}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for sampler_class in sides.values():
         timed(sampler_class)  # compiles
+    warm = len(compiled)
     for _ in range(args.repeats):
         for name, sampler_class in sides.items():
             runs[name].append(timed(sampler_class))
@@ -65,11 +106,17 @@ def main() -> None:
         name: statistics.median(run["tokens"] / run["seconds"] for run in some)
         for name, some in runs.items()
     }
-    print("| side | tokens/s | ratio |\n|---|---|---|")
-    for name in sides:
-        print(f"| {name} | {rate[name]:.0f} | {rate[name] / rate['static batch']:.2f}x |")
-    if args.output:
-        Path(args.output).write_text(json.dumps(runs, indent=2) + "\n")
+    print_header("workload", "side", "tokens/s", "tokens a solution", "ratio")
+    for name, some in runs.items():
+        print_row(
+            work.name,
+            name,
+            f"{rate[name]:.0f}",
+            f"{some[0]['tokens'] / len(row_ids):.0f} of at most {work.max_new_tokens}",
+            f"{rate[name] / rate['static batch']:.2f}x",
+        )
+    print(f"\ncompilations after warm-up: {len(compiled) - warm}")
+    write_json(args.output, {"workload": work.name, "runs": runs})
 
 
 if __name__ == "__main__":
