@@ -1,19 +1,18 @@
 """Attention on TPU: the splash kernels that come with jax, shown what a segment sees.
 
 Splash computes the scores of one block of queries and keys at a time and keeps none of them. It is
-told which blocks to visit (`MaskInfo`); inside a block, a query sees a key if both have the same id
-(`SegmentIds`) and `mask_function(a number of the query, the key's index)` holds. One id and one
-number do not say "my own segment, and the prompt of my group": that is two intervals of keys. So
-keys and values stand twice, 2 T of them, the first half seen as prompts, the second as one's own:
+told which blocks to visit (`MaskInfo`). Inside a block, a query sees a key if both have the same id
+(`SegmentIds`) and `mask_function(number of the query, index of the key)` holds. One id and one
+number are too little for "my segment up to myself, and the prompt of my group": two intervals. So
+keys and values are laid out twice, T of them as prompts, then T as one's own:
 
-    id              the group; in the first half it is that of a prompt's keys only
-    first half      key s is seen if s < start
-    second half     key T + s is seen if start <= s <= t
+    key s        is seen where s < start, and s is of the prompt of the query's group (the ids)
+    key T + s    is seen where start <= s <= t
 
-where t is the query's place in the row and `start` the first token of its segment. A query of a
-prompt starts behind itself (t + 1): it sees the first half only. Padding starts at itself, and sees
-itself only: a softmax over nothing would be NaN. Half a block is never computed in both halves: what
-the second copy costs is its memory, 2 K / N of the queries' (K of N heads have keys).
+t is the query's place in the row, `start` that of the first token of its segment; both make its
+number. A query of a prompt has start = t + 1 and sees the first half only; padding has start = t
+and sees itself only, since a softmax over nothing would be NaN. No pair is seen in both halves: the
+second copy costs memory alone, 2 K / N of the queries' where K of N heads have keys.
 """
 
 from __future__ import annotations
@@ -77,9 +76,10 @@ def splash_attention(
 
     def of_row(mask: SplashMask, q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array) -> jax.Array:
         kernel, ids = mask
-        return kernel(
-            q_NTH, jnp.tile(k_KTH, (1, 2, 1)), jnp.tile(v_KTH, (1, 2, 1)), segment_ids=ids
-        )
+        twice = (1, 2, 1)
+        out_NTH = kernel(q_NTH, jnp.tile(k_KTH, twice), jnp.tile(v_KTH, twice), segment_ids=ids)
+        assert isinstance(out_NTH, jax.Array)
+        return out_NTH
 
     out_BNTH = jax.vmap(of_row)(mask, q_BNTH, k_BKTH, v_BKTH)
     return out_BNTH[:, :, :T].swapaxes(1, 2)
@@ -102,18 +102,26 @@ def _mask_of_row(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> Sp
         ],
         axis=1,
     )
-    # A block of queries visits a block of keys in both halves only where it starts, or ends.
+    # No query is later than its keys, and a block of queries has two blocks of keys at most in both
+    # halves: where its first completion starts, and its own.
     num_blocks = T // block
     keys, queries = _in_order(visited_QS, num_blocks + 2), _in_order(visited_QS.T, num_blocks)
     numbers_T = start_T << 16 | place_T
-    by_query = MaskInfo(keys[0][None], None, keys[1][None], None, numbers_T)
-    by_key = MaskInfo(queries[0].T[None], None, queries[1].T[None], None, numbers_T)
+    by_query = _mask_info(*keys, numbers_T)
+    by_key = _mask_info(queries[0].T, queries[1].T, numbers_T)
     kernel = splash.SplashAttentionKernel(
         by_query,
         by_query,
         by_key,
         mask_function=functools.partial(_sees, length=T),
-        block_sizes=splash.BlockSizes(*[block] * 8),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
@@ -123,6 +131,17 @@ def _mask_of_row(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> Sp
     )
     ids_of_keys = jnp.concatenate([jnp.where(is_prompt_T, group_T, NOBODY), group_T])
     return kernel, splash.SegmentIds(group_T, ids_of_keys)
+
+
+def _mask_info(blocks_QS: jax.Array, runs_QS: jax.Array, numbers_T: jax.Array) -> MaskInfo:
+    """The same for all heads. (Splash annotates numpy arrays, and takes traced ones.)"""
+    return MaskInfo(
+        data_next=blocks_QS[None],
+        mask_next=None,
+        block_mask=runs_QS[None],
+        partial_mask_blocks=None,
+        q_sequence=numbers_T,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _sees(number: jax.Array, key: jax.Array, *, length: int) -> jax.Array:

@@ -1,7 +1,5 @@
 """Splash attention, its kernels interpreted on the CPU, against dense attention."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +64,7 @@ def out_and_gradients(attend, mask, segment_ids, head_dim):
 
 # Both sides sum at most 400 products in float32, in another order: 1e-6 of values of order 1, and a
 # few times that after the backward pass.
-@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("head_dim", [8, 128])
 def test_equals_dense_attention(head_dim):
     segment_ids = jnp.array(list(ROWS.values()), jnp.int32)
     mask = splash.splash_mask(segment_ids, interpret=True)
@@ -106,17 +104,14 @@ def test_visits_the_blocks_that_are_seen_and_no_others():
     segment_ids = jnp.array(rows, jnp.int32)
     expected = visited(segment_ids, 128)
     kernel, _ = splash.splash_mask(segment_ids, interpret=True)
-    for info, wanted in [
-        (kernel.fwd_mask_info, expected),
-        (kernel.dkv_mask_info, expected),
-    ]:
+    for info, by_query in [(kernel.fwd_mask_info, True), (kernel.dkv_mask_info, False)]:
         found = np.zeros_like(expected)
         runs, blocks = np.asarray(info.block_mask)[:, 0], np.asarray(info.data_next)[:, 0]
         for b, i, j in zip(*np.nonzero(runs), strict=True):
-            place = (b, i, blocks[b, i, j]) if info is kernel.fwd_mask_info else (b, blocks[b, i, j], j)
+            place = (b, i, blocks[b, i, j]) if by_query else (b, blocks[b, i, j], j)
             assert not found[place], "visited twice"
             found[place] = True
-        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_no_array_has_two_axes_of_positions():
