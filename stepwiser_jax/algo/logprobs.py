@@ -90,7 +90,7 @@ def token_logprobs_and_entropy(
     In a row that holds a GRPO group, the first token of every completion points to the last token
     of the prompt. Entries are 0, both of them, for tokens that nothing predicts: t = 0, a
     predecessor that is not earlier in the row, padding (segment 0), and a predecessor in another
-    segment, unless that is negative (a prefix shared by the whole row).
+    segment, unless that is the prompt of the same group (65536 times the group).
 
     `temperature` > 0 divides the logits and is a constant for the gradient. `num_slices` scans over
     that many slices of the positions; by default as many as memory asks for (`default_slices`).
@@ -140,7 +140,10 @@ def _is_predicted(
         return is_predicted_BT
     inside_BT = jnp.clip(before_BT, 0, tokens_BT.shape[1] - 1)
     before_segment_BT = jnp.take_along_axis(segment_ids_BT, inside_BT, axis=1)
-    is_visible_BT = (before_segment_BT == segment_ids_BT) | (before_segment_BT < 0)
+    is_prompt_BT = before_segment_BT == segment_ids_BT & ~0xFFFF
+    is_visible_BT = (before_segment_BT == segment_ids_BT) | (
+        is_prompt_BT & (before_segment_BT != 0)
+    )
     return is_predicted_BT & is_visible_BT & (segment_ids_BT != 0)
 
 

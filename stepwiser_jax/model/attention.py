@@ -1,6 +1,10 @@
-"""Attention of queries over keys under an explicit mask: one function, run by XLA."""
+"""What a segment sees, and attention of queries over keys under an explicit mask, run by XLA."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +14,38 @@ NOT_SEEN = -1e30
 """Score of a key that the mask hides. Not -inf: a row that sees nothing must not become NaN."""
 
 
+@dataclass(frozen=True)
+class Attention:
+    """How the rows of a batch attend: their mask, made once, and what every layer does with it."""
+
+    mask: Callable[[jax.Array], Any]
+    """Segment ids (B, T), see `segment_mask` -> a mask; each of its leaves is (B, ...)."""
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    """Queries (B, T, N, H), keys (B, K, H, T), values (B, K, T, H), mask -> (B, T, N, H)."""
+
+
 def segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     """Which key each query of a row sees, (B, T, T) bool.
 
     A key is seen if it is not later in the row, is no padding (segment 0), and is of the query's
-    own segment or of a shared prefix (a negative segment). A GRPO group is one row: its prompt is
-    segment -1, its completions are segments 1..G, so that the prompt is computed once.
+    own segment or of its group's prompt. A segment id is the group (from 1 on) in its high 16 bits
+    and the member in the low ones, member 0 being the prompt, which is computed once for all; ids
+    below 65536 are of no group.
     """
     T = segment_ids_BT.shape[1]
     query_BT1, key_B1T = segment_ids_BT[:, :, None], segment_ids_BT[:, None, :]
-    visible_BTT = (key_B1T < 0) | ((key_B1T == query_BT1) & (key_B1T != 0))
-    return visible_BTT & jnp.tril(jnp.ones((T, T), bool))[None]
+    own_BTT = (key_B1T == query_BT1) & (key_B1T != 0)
+    prompt_BTT = is_prompt(key_B1T) & (group_of(key_B1T) == group_of(query_BT1))
+    return (own_BTT | prompt_BTT) & jnp.tril(jnp.ones((T, T), bool))[None]
+
+
+def group_of(segment_ids: jax.Array) -> jax.Array:
+    """0 for segments of no group, and for padding."""
+    return segment_ids >> 16
+
+
+def is_prompt(segment_ids: jax.Array) -> jax.Array:
+    return (segment_ids & 0xFFFF == 0) & (segment_ids != 0)
 
 
 def shared_prefix_attention(
@@ -96,3 +121,6 @@ def attention(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, v_BKSH)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+DENSE = Attention(segment_mask, attention)

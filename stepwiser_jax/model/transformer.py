@@ -17,7 +17,12 @@ import jax.numpy as jnp
 import qwix
 from flax import nnx
 
-from stepwiser_jax.model.attention import attention, segment_mask, shared_prefix_attention
+from stepwiser_jax.model.attention import (
+    DENSE,
+    Attention,
+    attention,
+    shared_prefix_attention,
+)
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
 
@@ -165,10 +170,12 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         compute_dtype: Any = jnp.float32,
+        attention: Attention = DENSE,
     ):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self.attention = attention
         self.embed = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
         self.blocks: Block | nnx.List[Block] = Block(config, config.num_layers, rngs, param_dtype)
         self.norm = _parameter(rngs, (D,), ("norm",), 1.0, param_dtype)
@@ -209,12 +216,12 @@ class Transformer(nnx.Module):
         config = self.config
         assert isinstance(self.blocks, Block), "hidden is not for a model for_decoding"
         cos, sin = rope_angles(config, positions_BT)
-        mask_BTT = segment_mask(segment_ids_BT)
+        mask = self.attention.mask(segment_ids_BT)
 
         def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             with jax.named_scope("attention"):
                 q, k, v = qkv(block, config, x_BTD, cos, sin)
-                attended = attention(q, k, v, mask_BTT)
+                attended = self.attention.attend(q, k, v, mask)
             return finish_block(block, config, x_BTD, attended), None
 
         x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)

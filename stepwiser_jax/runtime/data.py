@@ -34,10 +34,10 @@ class TokenBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """One row per group: the prompt (segment -1), then its completions (segments 1..G), then
-    padding (segment 0). Every array is indexed by the token it describes; `previous_BT` is the
-    index of the position that predicts the token: the last of the prompt for each completion's
-    first token."""
+    """One row per group: the prompt (segment 65536), then its completions (65537, 65538, ...), then
+    padding (segment 0), see `attention.segment_mask`. Every array is indexed by the token it
+    describes; `previous_BT` is the index of the position that predicts the token: the last of the
+    prompt for each completion's first token."""
 
     tokens_BT: Any
     segment_ids_BT: Any
@@ -175,14 +175,14 @@ def rollout_batch(groups: Sequence[Group], *, num_rows: int, row_length: int) ->
 def _fill_row(batch: RolloutBatch, row: int, group: Group) -> None:
     prompt_length = len(group.prompt_ids)
     batch.tokens_BT[row, :prompt_length] = group.prompt_ids
-    batch.segment_ids_BT[row, :prompt_length] = -1
+    batch.segment_ids_BT[row, :prompt_length] = 1 << 16
     batch.positions_BT[row, :prompt_length] = np.arange(prompt_length)
     batch.previous_BT[row, 1:prompt_length] = np.arange(prompt_length - 1)
     start = prompt_length
     for g, completion in enumerate(group.completions_G):
         end = start + len(completion)
         batch.tokens_BT[row, start:end] = completion
-        batch.segment_ids_BT[row, start:end] = g + 1
+        batch.segment_ids_BT[row, start:end] = (1 << 16) + g + 1
         batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion))
         batch.previous_BT[row, start:end] = np.arange(start - 1, end - 1)
         batch.previous_BT[row, start] = prompt_length - 1

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
-from stepwiser_jax.runtime.mesh import ShardingFor, parameter_sharding
+from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -48,11 +49,13 @@ def load_model(
     if path == "arithmetic":
         return _fresh_arithmetic(seed, param_dtype, compute_dtype, mesh)
     directory = str(resolve(_resolve(path)))
+    config = read_config(directory)
     model = load_hf(
         directory,
         dtype=param_dtype,
         compute_dtype=compute_dtype,
-        sharding_for=sharding_of(read_config(directory), mesh),
+        attention=attention_of(config, mesh),
+        sharding_for=sharding_of(config, mesh),
     )
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
 
@@ -108,6 +111,10 @@ def sharding_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> ShardingFor:
     )
 
 
+def attention_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> Attention:
+    return attention_on(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+
+
 def _fresh_arithmetic(
     seed: int, param_dtype: str, compute_dtype: str, mesh: jax.sharding.Mesh
 ) -> Loaded:
@@ -117,6 +124,7 @@ def _fresh_arithmetic(
         rngs=nnx.Rngs(seed),
         param_dtype=jnp.dtype(param_dtype),
         compute_dtype=jnp.dtype(compute_dtype),
+        attention=attention_of(config, mesh),
     )
     model = place(model, sharding_of(config, mesh))
     return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")

@@ -6,13 +6,16 @@ Batches are split over data and fsdp. Changing the parallelism is changing this 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stepwiser_jax.model.attention import DENSE, Attention
 from stepwiser_jax.records import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -56,11 +59,8 @@ def parameter_sharding(
     replicated, where it does not divide the query heads attention is replicated as a whole. Any
     other size that its mesh axis does not divide raises UserError naming axis and sizes.
     """
-    tensor = mesh.shape["tensor"]
-    replicated = {
-        "heads": num_heads % tensor != 0,
-        "kv_heads": num_kv_heads % tensor != 0 or num_heads % tensor != 0,
-    }
+    heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
+    replicated = {"heads": not heads_split, "kv_heads": not kv_heads_split}
 
     def sharding_for(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         spec: list[str | None] = []
@@ -77,6 +77,55 @@ def parameter_sharding(
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return sharding_for
+
+
+def _heads_split(mesh: Mesh, num_heads: int, num_kv_heads: int) -> tuple[bool, bool]:
+    """Whether query heads, and whether key/value heads, are split over the tensor axis."""
+    tensor = mesh.shape["tensor"]
+    heads_split = num_heads % tensor == 0
+    return heads_split, heads_split and num_kv_heads % tensor == 0
+
+
+@functools.cache
+def attention_on(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> Attention:
+    """Splash attention where the mesh is of TPUs, dense attention elsewhere."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return DENSE
+    from stepwiser_jax.model.splash import SPLASH  # Pallas takes a third of a second to import
+
+    return split_attention(SPLASH, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+def split_attention(
+    attention: Attention, mesh: Mesh, *, num_heads: int, num_kv_heads: int
+) -> Attention:
+    """`attention` by every device on its own, over its rows and its query heads.
+
+    For what XLA cannot split by itself. Where query heads are split and key/value heads are not,
+    each query head gets a copy of its own. `attend` raises UserError where the rows cannot be dealt
+    out evenly.
+    """
+    heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
+    copies = num_heads // num_kv_heads if heads_split and not kv_heads_split else 1
+    rows, heads = batch_sharding(mesh).spec[0], "tensor" if heads_split else None
+    of_queries = PartitionSpec(rows, None, heads)
+    of_keys = PartitionSpec(rows, heads)
+
+    def attend(q_BTNH: jax.Array, k_BKHT: jax.Array, v_BKTH: jax.Array, mask: Any) -> jax.Array:
+        if q_BTNH.shape[0] % batch_shards(mesh):
+            raise UserError(
+                f"{q_BTNH.shape[0]} rows cannot be split over data x fsdp = {batch_shards(mesh)} "
+                "devices: make the rows of a micro-batch a multiple of it"
+            )
+        return jax.shard_map(
+            attention.attend,
+            mesh=mesh,
+            in_specs=(of_queries, of_keys, of_keys, PartitionSpec(rows)),
+            out_specs=of_queries,
+            check_vma=False,  # jax's kernels do not say over which axes their results vary
+        )(q_BTNH, jnp.repeat(k_BKHT, copies, axis=1), jnp.repeat(v_BKTH, copies, axis=1), mask)
+
+    return Attention(attention.mask, attend)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

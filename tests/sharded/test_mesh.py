@@ -10,14 +10,22 @@ from flax import nnx
 
 from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
 from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.model.attention import DENSE, Attention
 from stepwiser_jax.model.hf import load_hf, save_hf
+from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import sharding_of
-from stepwiser_jax.runtime.mesh import make_mesh, parameter_sharding, shard_batch
+from stepwiser_jax.runtime.mesh import (
+    attention_on,
+    make_mesh,
+    parameter_sharding,
+    shard_batch,
+    split_attention,
+)
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
@@ -177,6 +185,44 @@ def test_int8_weights_stay_where_the_weights_were(checkpoint, sizes):
         share = before.addressable_shards[0].data.size / before.size
         assert share <= 1 / 4
         assert after.qvalue.addressable_shards[0].data.size / after.qvalue.size == share, name
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 3)], ids=str)
+def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
+    """Key/value heads that the tensor axis does not divide, and query heads too, among them."""
+    mesh = make_mesh(*sizes)
+    interpreted = Attention(functools.partial(splash_mask, interpret=True), splash_attention)
+    split = split_attention(interpreted, mesh, num_heads=4, num_kv_heads=kv_heads)
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = (
+        jax.random.normal(keys[0], (4, 24, 4, 8)),
+        jax.random.normal(keys[1], (4, kv_heads, 8, 24)),
+        jax.random.normal(keys[2], (4, kv_heads, 24, 8)),
+    )
+    row = [65536] * 9 + [65537] * 8 + [65538] * 7
+    segment_ids = shard_batch(np.array([row, row[3:] + [131072] * 3, [1] * 24, [2] * 24]), mesh)
+
+    def gradients(attention):
+        def loss(qkv):
+            out = attention.attend(*qkv, attention.mask(segment_ids))
+            return jnp.sum(jnp.square(out)), out
+
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.grad(loss, has_aux=True))(qkv)
+
+    expected, found = gradients(DENSE), gradients(split)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_attention_wants_whole_rows_and_a_tpu():
+    mesh = make_mesh(2, 2, 2)
+    assert attention_on(mesh, num_heads=4, num_kv_heads=2) is DENSE
+    split = split_attention(DENSE, mesh, num_heads=4, num_kv_heads=2)
+    q, k = jnp.zeros((6, 8, 4, 8)), jnp.zeros((6, 2, 8, 8))
+    with pytest.raises(UserError, match="6 rows cannot be split over data x fsdp = 4"):
+        split.attend(q, k, k, split.mask(jnp.ones((6, 8), jnp.int32)))
 
 
 def test_mistakes_are_named():
