@@ -128,6 +128,16 @@ class ComputeStage(Config):
                 )
         return self
 
+    def check_micro_batches(self, rows: int, name: str, micro_batches: int) -> None:
+        """Raises ValueError unless `rows` (called `name`) can be cut into micro-batches, and each
+        of those dealt out to the devices that rows are split over."""
+        parts = self.mesh.data * self.mesh.fsdp * micro_batches
+        if rows % parts:
+            raise ValueError(
+                f"rows per update ({rows} = {name}) must be a multiple of training.micro_batches "
+                f"({micro_batches}) x mesh.data x mesh.fsdp = {parts}"
+            )
+
 
 class SftData(Config):
     """`source`: a JSONL file of SftExample records, or of the embedded task `arithmetic-policy` /
@@ -150,6 +160,11 @@ class Sft(ComputeStage):
     max_length: int = Field(ge=2)
     packing: bool = True
     training: Training
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sft:
+        self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
+        return self
 
 
 class Rollout(ComputeStage):
@@ -295,12 +310,11 @@ class Judge(ComputeStage):
                 f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
                 f"updates_per_iteration ({self.updates_per_iteration})"
             )
-        rows = self.prompts_per_iteration // self.updates_per_iteration
-        if rows % self.training.micro_batches:
-            raise ValueError(
-                f"rows per update ({rows} = prompts_per_iteration / updates_per_iteration) must be "
-                f"a multiple of training.micro_batches ({self.training.micro_batches})"
-            )
+        self.check_micro_batches(
+            self.prompts_per_iteration // self.updates_per_iteration,
+            "prompts_per_iteration / updates_per_iteration",
+            self.training.micro_batches,
+        )
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(
                 "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "

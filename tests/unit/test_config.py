@@ -72,6 +72,7 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("engine.rows=[64, 32]",), "ascending"),
         ({}, ("engine.buckets=[200]",), r"192.*32.* = 224, found \[200\]"),
         ({}, ("mesh.data=3",), r"engine.rows \[32\] must be multiples"),
+        ({}, ("mesh.fsdp=8", "training.micro_batches=4"), "micro_batches .4. x .* = 32"),
         ({}, ("iterations=[1",), "not valid YAML"),
     ],
 )
@@ -83,6 +84,7 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
 @pytest.mark.parametrize(
     ("name", "stage", "override", "message"),
     [
+        ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
         ("search", "search", "majority=[0]", "majority"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),
