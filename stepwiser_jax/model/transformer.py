@@ -8,6 +8,7 @@ logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepwiser_jax.model.attention import attention, segment_mask, shared_prefix_attention
+from stepwiser_jax.model.attention import (
+    attention,
+    packed_attention,
+    segment_mask,
+    shared_prefix_attention,
+    visible_blocks,
+)
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
+from stepwiser_jax.products import linear
+
+LONG_ROW = 512
+"""Rows of more tokens attend by visible blocks, which short ones are too small for."""
 
 
 def _parameter(
@@ -37,15 +48,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(variance + jnp.float32(eps))
     return normed.astype(x.dtype) * weight.astype(x.dtype)[(None,) * (x.ndim - 1)]
-
-
-def linear(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
-    """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32."""
-    weight = weight_OI.astype(x.dtype)
-    out = jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return out.astype(x.dtype)
 
 
 def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,16 +189,22 @@ class Transformer(nnx.Module):
         config = self.config
         assert isinstance(self.blocks, Block), "hidden is not for a model for_decoding"
         cos, sin = rope_angles(config, positions_BT)
-        mask_BTT = segment_mask(segment_ids_BT)
+        if tokens_BT.shape[1] > LONG_ROW:
+            attend = functools.partial(packed_attention, blocks=visible_blocks(segment_ids_BT))
+        else:
+            attend = functools.partial(attention, mask_BTS=segment_mask(segment_ids_BT))
 
         def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             with jax.named_scope("attention"):
                 q, k, v = qkv(block, config, x_BTD, cos, sin)
-                attended = attention(q, k, v, mask_BTT)
+                attended = attend(q, k, v)
             return finish_block(block, config, x_BTD, attended), None
 
+        if remat:
+            saved = jax.checkpoint_policies.save_only_these_names("attention")
+            layer = jax.checkpoint(layer, policy=saved)
         x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, self.blocks)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks)
         return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -135,7 +135,8 @@ def accumulate(
     micro_batches: int,
     denominator_fn: Callable[[Any], Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients and metrics of the whole batch, one micro-batch at a time."""
+    """Gradients and metrics of the whole batch, one micro-batch at a time; those at its end that
+    are padding take no time. Metrics must not be negative where they are maximised."""
     denominator = denominator_fn(batch)
 
     def of_micro_batch(micro_batch: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -146,15 +147,20 @@ def accumulate(
     if micro_batches == 1:
         return of_micro_batch(batch)
     stacked = split_rows(batch, micro_batches)
-    first, rest = jax.tree.map(lambda x: x[0], stacked), jax.tree.map(lambda x: x[1:], stacked)
 
-    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        grads, metrics = of_micro_batch(micro_batch)
-        total_grads, total_metrics = total
-        return (jax.tree.map(jnp.add, total_grads, grads), _merge(total_metrics, metrics)), None
+    def add(i: jax.Array, total: Any) -> Any:
+        grads, metrics = of_micro_batch(jax.tree.map(lambda x: x[i], stacked))
+        return jax.tree.map(jnp.add, total[0], grads), _merge(total[1], metrics)
 
-    total, _ = jax.lax.scan(add, of_micro_batch(first), rest)
-    return total
+    shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], stacked))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
+
+
+def used_micro_batches(stacked: Any) -> jax.Array:
+    """How many of the micro-batches, from the first, hold all tokens: those behind are padding."""
+    is_used_M = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
+    return jnp.max(jnp.where(is_used_M, jnp.arange(1, is_used_M.shape[0] + 1), 0))
 
 
 def split_rows(batch: Any, parts: int) -> Any:
