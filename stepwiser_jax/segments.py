@@ -2,8 +2,8 @@
 
     0                       padding
     1 .. 65535              a document: it sees itself
-    group << 16 | member    groups 1, 2, ... of the row: member 0 is the prompt, which all members of
-                            its group see; members 1, 2, ... are completions, which see themselves
+    group << 16 | member    of groups 1, 2, ...: member 0 is the prompt, which all of its group see;
+                            members 1, 2, ... are completions, which see themselves besides
 
 So the prompt of a GRPO group is stored and computed once, and short groups share a row.
 """

@@ -237,9 +237,7 @@ def _score_backward(
     slices = tuple(_split(x, num_slices) for x in per_position)
     width = head_VD.shape[1]
 
-    def grad_slice(
-        i: jax.Array, grads: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def grad_slice(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         head_grad_DV, features_grad = grads
         features_BCD, targets_BC, *rest = (x[i] for x in slices)
         entropy_BC1, normaliser_BC1, logprob_grad_BC1, entropy_grad_BC1 = (
