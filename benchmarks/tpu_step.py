@@ -23,7 +23,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 from stepwiser_jax.config import Judge
-from stepwiser_jax.model.attention import DENSE, Attention
+from stepwiser_jax.model.attention import Attention, attention, segment_mask
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.splash import splash_mask
 from stepwiser_jax.model.transformer import Transformer
@@ -76,10 +76,11 @@ def main() -> None:
         f"{args.layers} layers, {mesh.devices.flat[0].device_kind}; blocks of scores computed: "
         f"{int(jnp.sum(steps))} of {blocks**2} ({blocks * (blocks + 1) // 2} are causal)"
     )
-    for name, attention in (("splash", attention_of(config, mesh)), ("dense", DENSE)):
+    dense = Attention(segment_mask, attention)
+    for name, kind in (("splash", attention_of(config, mesh)), ("dense", dense)):
         begin = time.perf_counter()
         try:
-            memory = compiled_train_step(config, mesh, attention, batch).memory_analysis()
+            memory = compiled_train_step(config, mesh, kind, batch).memory_analysis()
             needed = f"temporary memory {memory.temp_size_in_bytes / 2**30:.2f} GiB"
         except jax.errors.JaxRuntimeError as error:
             needed = str(error).splitlines()[0]

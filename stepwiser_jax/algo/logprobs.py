@@ -2,7 +2,7 @@
 
     hidden_BTD -> hidden of each token's predecessor -> x head_VD, some positions at a time -> log p
 
-Logits of all positions are never held at once where they are many, forward or backward: a scan
+Logits of all positions are never held at once where they are many, forward or backward: a loop
 over slices of the positions computes the logits of one slice, reduces them to three numbers per
 position, and the backward pass computes them again. Positions are sliced, and not the vocabulary,
 because a mesh splits the vocabulary (and the rows) but never the positions.
@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stepwiser_jax.products import product, product_over_rows
+from stepwiser_jax.segments import sees
+
 Stats = tuple[jax.Array, jax.Array]
-Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+Residuals = tuple[jax.Array, ...]
 
 SLICE_ELEMENTS = 1 << 22
 """Logits that are computed at once without a thought of memory: 16 MiB in float32."""
@@ -51,6 +54,7 @@ def token_logprobs(
     segment_ids_BT: jax.Array | None = None,
     *,
     previous_BT: jax.Array | None = None,
+    wanted_BT: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
     num_slices: int | None = None,
     remat: bool = False,
@@ -65,6 +69,7 @@ def token_logprobs(
         positions_BT,
         segment_ids_BT,
         previous_BT=previous_BT,
+        wanted_BT=wanted_BT,
         temperature=temperature,
         num_slices=num_slices,
         remat=remat,
@@ -79,6 +84,7 @@ def token_logprobs_and_entropy(
     segment_ids_BT: jax.Array | None = None,
     *,
     previous_BT: jax.Array | None = None,
+    wanted_BT: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
     num_slices: int | None = None,
     remat: bool = False,
@@ -89,8 +95,9 @@ def token_logprobs_and_entropy(
     `previous_BT[b, t]` is the index of the position whose logits predict token t; None means t-1.
     In a row that holds a GRPO group, the first token of every completion points to the last token
     of the prompt. Entries are 0, both of them, for tokens that nothing predicts: t = 0, a
-    predecessor that is not earlier in the row, padding (segment 0), and a predecessor in another
-    segment, unless that is the prompt of the same group (65536 times the group).
+    predecessor that is not earlier in the row, padding, and a predecessor in a segment that the
+    token does not see. `wanted_BT` marks the tokens that are asked for, by default all: the others'
+    entries are 0 too, and so is their share of the work.
 
     `temperature` > 0 divides the logits and is a constant for the gradient. `num_slices` scans over
     that many slices of the positions; by default as many as memory asks for (`default_slices`).
@@ -101,50 +108,43 @@ def token_logprobs_and_entropy(
     if num_slices is None:
         rows, length = tokens_BT.shape
         num_slices = default_slices(rows, length, head_VD.shape[0])
+    here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    before_BT = here_BT - 1 if previous_BT is None else previous_BT
+    scored_BT = _is_predicted(here_BT, before_BT, segment_ids_BT)
+    if wanted_BT is not None:
+        scored_BT &= wanted_BT
     with jax.named_scope("token_logprobs"):
-        logprobs_BT, entropy_BT = _score(  # pyright: ignore
-            _hidden_of_predecessors(hidden_BTD, previous_BT),
+        # What is scored comes first, and only the slices that hold some of it are computed.
+        order_BT = jnp.argsort(~scored_BT, axis=1, stable=True)
+        before_BT = jnp.take_along_axis(jnp.maximum(before_BT, 0), order_BT, axis=1)
+        stats = _score(  # pyright: ignore
+            jnp.take_along_axis(hidden_BTD, before_BT[:, :, None], axis=1),
             head_VD,
-            tokens_BT,
+            jnp.take_along_axis(tokens_BT, order_BT, axis=1),
             jnp.asarray(temperature, jnp.float32),
+            jnp.max(jnp.sum(scored_BT, axis=1)),
             num_slices,
         )
-        is_predicted_BT = _is_predicted(tokens_BT, segment_ids_BT, previous_BT)
-    return jnp.where(is_predicted_BT, logprobs_BT, 0), jnp.where(is_predicted_BT, entropy_BT, 0)
+        place_BT = jnp.argsort(order_BT, axis=1)
+        logprobs_BT, entropy_BT = (jnp.take_along_axis(x, place_BT, axis=1) for x in stats)
+    return jnp.where(scored_BT, logprobs_BT, 0), jnp.where(scored_BT, entropy_BT, 0)
 
 
 def default_slices(rows: int, length: int, vocab_size: int) -> int:
-    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 512
+    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 128
     positions: `rows` may be spread over a mesh, and each device's matmul has to stay large."""
     needed = math.ceil(rows * length * vocab_size / SLICE_ELEMENTS)
-    return max(1, min(needed, length, max(8, length // 512)))
-
-
-# --- the shift ----------------------------------------------------------------------------------
-
-
-def _hidden_of_predecessors(hidden_BTD: jax.Array, previous_BT: jax.Array | None) -> jax.Array:
-    if previous_BT is None:
-        return jnp.roll(hidden_BTD, 1, axis=1)
-    inside_BT = jnp.clip(previous_BT, 0, hidden_BTD.shape[1] - 1)
-    return jnp.take_along_axis(hidden_BTD, inside_BT[:, :, None], axis=1)
+    return max(1, min(needed, length, max(8, length // 128)))
 
 
 def _is_predicted(
-    tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, previous_BT: jax.Array | None
+    here_BT: jax.Array, before_BT: jax.Array, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
-    here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-    before_BT = here_BT - 1 if previous_BT is None else previous_BT
     is_predicted_BT = (before_BT >= 0) & (before_BT < here_BT)
     if segment_ids_BT is None:
         return is_predicted_BT
-    inside_BT = jnp.clip(before_BT, 0, tokens_BT.shape[1] - 1)
-    before_segment_BT = jnp.take_along_axis(segment_ids_BT, inside_BT, axis=1)
-    is_prompt_BT = before_segment_BT == segment_ids_BT & ~0xFFFF
-    is_visible_BT = (before_segment_BT == segment_ids_BT) | (
-        is_prompt_BT & (before_segment_BT != 0)
-    )
-    return is_predicted_BT & is_visible_BT & (segment_ids_BT != 0)
+    before_segment_BT = jnp.take_along_axis(segment_ids_BT, jnp.maximum(before_BT, 0), axis=1)
+    return is_predicted_BT & sees(segment_ids_BT, before_segment_BT)
 
 
 # --- logits, a slice at a time ------------------------------------------------------------------
@@ -166,30 +166,24 @@ def _merge(slices: jax.Array, length: int) -> jax.Array:
     return joined[:, :length]
 
 
-def _logits(features_BCD: jax.Array, head_VD: jax.Array, temperature: jax.Array) -> jax.Array:
-    dimensions = (((2,), (1,)), ((), ()))
-    logits_BCV = lax.dot_general(
-        features_BCD, head_VD, dimensions, preferred_element_type=jnp.float32
-    )
-    return logits_BCV / temperature
-
-
 def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
     # Compared, not gathered: the vocabulary may be split over devices.
     shape = (*targets_BC.shape, vocab_size)
     return lax.broadcasted_iota(targets_BC.dtype, shape, 2) == targets_BC[:, :, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _score(
     features_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
     temperature: jax.Array,
+    count: jax.Array,
     num_slices: int,
 ) -> Stats:
-    """Log-prob of each target and entropy under softmax(features @ head.T / temperature)."""
-    return _score_forward(features_BTD, head_VD, targets_BT, temperature, num_slices)[0]
+    """Log-prob of each target and entropy under softmax(features @ head.T / temperature), of the
+    first `count` positions of each row; what the others get is not to be used."""
+    return _score_forward(features_BTD, head_VD, targets_BT, temperature, count, num_slices)[0]
 
 
 def _score_forward(
@@ -197,49 +191,60 @@ def _score_forward(
     head_VD: jax.Array,
     targets_BT: jax.Array,
     temperature: jax.Array,
+    count: jax.Array,
     num_slices: int,
 ) -> tuple[Stats, Residuals]:
     cast_head_VD = head_VD.astype(features_BTD.dtype)
+    features, targets = _split(features_BTD, num_slices), _split(targets_BT, num_slices)
 
-    def slice_stats(_: None, inputs: Stats) -> tuple[None, tuple[jax.Array, ...]]:
-        features_BCD, targets_BC = inputs
-        logits_BCV = _logits(features_BCD, cast_head_VD, temperature)
+    def score_slice(i: jax.Array, stats: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        logits_BCV = product(features[i], cast_head_VD, (2, 1)) / temperature
         peak_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
         shifted_BCV = logits_BCV - peak_BC1
         weights_BCV = jnp.exp(shifted_BCV)
         total_BC = jnp.sum(weights_BCV, axis=-1)
         mean_shifted_BC = jnp.sum(weights_BCV * shifted_BCV, axis=-1) / total_BC
-        is_target_BCV = _is_target(targets_BC, head_VD.shape[0])
+        is_target_BCV = _is_target(targets[i], head_VD.shape[0])
         target_BC = jnp.sum(jnp.where(is_target_BCV, shifted_BCV, 0), axis=-1)
         log_total_BC = jnp.log(total_BC)
         # Both bounds hold exactly but for rounding.
         logprobs_BC = jnp.minimum(target_BC - log_total_BC, 0)
         entropy_BC = jnp.maximum(log_total_BC - mean_shifted_BC, 0)
-        return None, (logprobs_BC, entropy_BC, peak_BC1[:, :, 0] + log_total_BC)
+        normaliser_BC = peak_BC1[:, :, 0] + log_total_BC
+        found = (logprobs_BC, entropy_BC, normaliser_BC)
+        return tuple(x.at[i].set(y) for x, y in zip(stats, found, strict=True))
 
-    slices = (_split(features_BTD, num_slices), _split(targets_BT, num_slices))
-    _, stats = lax.scan(slice_stats, None, slices)
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    stats = lax.fori_loop(0, _used(count, targets), score_slice, (zeros, zeros, zeros))
     logprobs_BT, entropy_BT, normaliser_BT = (_merge(x, targets_BT.shape[1]) for x in stats)
-    residuals = (features_BTD, head_VD, targets_BT, temperature, entropy_BT, normaliser_BT)
+    residuals = (features_BTD, head_VD, targets_BT, temperature, count, entropy_BT, normaliser_BT)
     return (logprobs_BT, entropy_BT), residuals
+
+
+def _used(count: jax.Array, slices: jax.Array) -> jax.Array:
+    """How many slices (slices, B, C, ...) hold the first `count` positions."""
+    return (count + slices.shape[2] - 1) // slices.shape[2]
 
 
 def _score_backward(
     num_slices: int, residuals: Residuals, cotangents: Stats
-) -> tuple[jax.Array, jax.Array, None, None]:
+) -> tuple[jax.Array, jax.Array, None, None, None]:
     """With p = softmax(z), z the logits over the temperature:
     d log p_target / dz = [target] - p,    d entropy / dz = -p (log p + entropy)."""
-    features_BTD, head_VD, targets_BT, temperature, entropy_BT, normaliser_BT = residuals
+    features_BTD, head_VD, targets_BT, temperature, count, entropy_BT, normaliser_BT = residuals
     cast_head_VD = head_VD.astype(features_BTD.dtype)
+    per_position = (features_BTD, targets_BT, entropy_BT, normaliser_BT, *cotangents)
+    slices = tuple(_split(x, num_slices) for x in per_position)
+    width = head_VD.shape[1]
 
-    def slice_gradients(
-        head_grad_VD: jax.Array, inputs: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, jax.Array]:
-        features_BCD, targets_BC, *rest = inputs
+    def grad_slice(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        head_grad_DV, features_grad = grads
+        features_BCD, targets_BC, *rest = (x[i] for x in slices)
         entropy_BC1, normaliser_BC1, logprob_grad_BC1, entropy_grad_BC1 = (
             x[:, :, None] for x in rest
         )
-        logprobs_BCV = _logits(features_BCD, cast_head_VD, temperature) - normaliser_BC1
+        logits_BCV = product(features_BCD, cast_head_VD, (2, 1)) / temperature
+        logprobs_BCV = logits_BCV - normaliser_BC1
         probs_BCV = jnp.exp(logprobs_BCV)
         from_logprob_BCV = _is_target(targets_BC, head_VD.shape[0]).astype(jnp.float32) - probs_BCV
         from_entropy_BCV = -probs_BCV * (logprobs_BCV + entropy_BC1)
@@ -247,28 +252,16 @@ def _score_backward(
             logprob_grad_BC1 * from_logprob_BCV + entropy_grad_BC1 * from_entropy_BCV
         ) / temperature
         logits_grad_BCV = logits_grad_BCV.astype(features_BTD.dtype)
-        features_grad_BCD = lax.dot_general(
-            logits_grad_BCV,
-            cast_head_VD,
-            (((2,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
+        features_grad_BCD = product(logits_grad_BCV, cast_head_VD, (2, 0))
+        head_grad_DV += product_over_rows(
+            features_BCD.reshape(-1, width), logits_grad_BCV.reshape(-1, head_VD.shape[0])
         )
-        added_VD = lax.dot_general(
-            logits_grad_BCV,
-            features_BCD,
-            (((0, 1), (0, 1)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return head_grad_VD + added_VD, features_grad_BCD.astype(features_BTD.dtype)
+        return head_grad_DV, features_grad.at[i].set(features_grad_BCD.astype(features_BTD.dtype))
 
-    per_position = (features_BTD, targets_BT, entropy_BT, normaliser_BT, *cotangents)
-    head_grad_VD, features_grad = lax.scan(
-        slice_gradients,
-        jnp.zeros(head_VD.shape, jnp.float32),
-        tuple(_split(x, num_slices) for x in per_position),
-    )
+    zeros = (jnp.zeros(head_VD.shape[::-1], jnp.float32), jnp.zeros_like(slices[0]))
+    head_grad_DV, features_grad = lax.fori_loop(0, _used(count, slices[1]), grad_slice, zeros)
     features_grad_BTD = _merge(features_grad, targets_BT.shape[1])
-    return features_grad_BTD, head_grad_VD.astype(head_VD.dtype), None, None
+    return features_grad_BTD, head_grad_DV.T.astype(head_VD.dtype), None, None, None
 
 
 _score.defvjp(_score_forward, _score_backward)

@@ -27,7 +27,9 @@ def cross_entropy_loss(
 
     A document's first token is predicted by nothing and must not be in the mask.
     """
-    logprobs_BT = token_logprobs(model, tokens_BT, positions_BT, segment_ids_BT, remat=remat)
+    logprobs_BT = token_logprobs(
+        model, tokens_BT, positions_BT, segment_ids_BT, wanted_BT=loss_mask_BT, remat=remat
+    )
     loss = -jnp.sum(jnp.where(loss_mask_BT, logprobs_BT, 0.0)) / denominator
     share = jnp.sum(loss_mask_BT, dtype=jnp.float32) / denominator
     return loss, {"supervised_share": share}

@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stepwiser_jax.model.attention import DENSE, Attention
+from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
@@ -96,7 +96,7 @@ def load_hf(
     *,
     dtype: str = "float32",
     compute_dtype: str = "float32",
-    attention: Attention = DENSE,
+    attention: Attention = XLA,
     sharding_for: ShardingFor | None = None,
 ) -> Transformer:
     """A checkpoint's model with parameters of `dtype`.

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from stepwiser_jax.model.attention import Attention, group_of, is_prompt
+from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.records import UserError
+from stepwiser_jax.segments import group_of, is_prefix
 
 LANES = 128
 MAX_BLOCK = 512
@@ -90,7 +91,7 @@ SPLASH = Attention(splash_mask, splash_attention)
 
 def _mask_of_row(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> SplashMask:
     T = segment_ids_T.shape[0]
-    group_T, is_prompt_T = group_of(segment_ids_T), is_prompt(segment_ids_T)
+    group_T, is_prompt_T = group_of(segment_ids_T), is_prefix(segment_ids_T)
     place_T = jnp.arange(T, dtype=jnp.int32)
     start_T = jnp.where(segment_ids_T == 0, place_T, _start_of_run(segment_ids_T))
     start_T = jnp.where(is_prompt_T, place_T + 1, start_T)

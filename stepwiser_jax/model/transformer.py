@@ -18,13 +18,14 @@ import qwix
 from flax import nnx
 
 from stepwiser_jax.model.attention import (
-    DENSE,
+    XLA,
     Attention,
     attention,
     shared_prefix_attention,
 )
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
+from stepwiser_jax.products import linear, quantise
 
 
 def _parameter(
@@ -44,26 +45,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(variance + jnp.float32(eps))
     return normed.astype(x.dtype) * weight.astype(x.dtype)[(None,) * (x.ndim - 1)]
-
-
-def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
-    """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32."""
-    if isinstance(weight_OI, qwix.QArray):
-        # Else XLA turns the weights to floating point once, before a decode loop, which then reads
-        # those. The products are in floating point: activations in int8 as well triple the gap.
-        x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))
-    weight = weight_OI.astype(x.dtype)
-    out = qwix.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return out.astype(x.dtype)
-
-
-def quantise(weight_IO: jax.Array) -> qwix.QArray:
-    """8-bit integers with one float32 scale for each output: its largest weight is 127."""
-    return qwix.quantize(
-        weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
-    )
 
 
 def take_rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -170,7 +151,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         compute_dtype: Any = jnp.float32,
-        attention: Attention = DENSE,
+        attention: Attention = XLA,
     ):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
@@ -224,8 +205,11 @@ class Transformer(nnx.Module):
                 attended = self.attention.attend(q, k, v, mask)
             return finish_block(block, config, x_BTD, attended), None
 
+        if remat:
+            saved = jax.checkpoint_policies.save_only_these_names("attention")
+            layer = jax.checkpoint(layer, policy=saved)
         x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, self.blocks)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks)
         return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.records import SftExample, UserError
+from stepwiser_jax.segments import member
 
 R = TypeVar("R")
 
@@ -34,10 +35,10 @@ class TokenBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """One row per group: the prompt (segment 65536), then its completions (65537, 65538, ...), then
-    padding (segment 0), see `attention.segment_mask`. Every array is indexed by the token it
-    describes; `previous_BT` is the index of the position that predicts the token: the last of the
-    prompt for each completion's first token."""
+    """Rows of one or more groups: each a prompt, then its completions, in the segments of
+    `stepwiser_jax.segments`. Every array is indexed by the token it describes; `previous_BT` is the
+    index of the position that predicts the token: the last of the prompt for each completion's
+    first token."""
 
     tokens_BT: Any
     segment_ids_BT: Any
@@ -148,13 +149,14 @@ def example_loader(
     return iter(source.batch(batch_size, batch_fn=list).to_iter_dataset())
 
 
-def rollout_batch(groups: Sequence[Group], *, num_rows: int, row_length: int) -> RolloutBatch:
-    """Groups as rows (num_rows, row_length); rows without a group are padding.
+def rollout_batch(
+    groups: Sequence[Group], *, num_rows: int, row_length: int, micro_batches: int = 1
+) -> RolloutBatch:
+    """Groups packed first-fit into rows (num_rows, row_length); rows that are not needed are
+    padding, and all of them are in the last of `micro_batches` (see `trainer.split_rows`).
 
-    Raises ValueError where a group is longer than a row or there are more groups than rows.
+    Raises ValueError where a group is longer than a row or the groups do not fit.
     """
-    if len(groups) > num_rows:
-        raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows")
     shape = (num_rows, row_length)
     batch = RolloutBatch(
         tokens_BT=np.zeros(shape, np.int32),
@@ -165,28 +167,35 @@ def rollout_batch(groups: Sequence[Group], *, num_rows: int, row_length: int) ->
         sampler_logprobs_BT=np.zeros(shape, np.float32),
         advantages_BT=np.zeros(shape, np.float32),
     )
-    for row, group in enumerate(groups):
-        if group.num_tokens > row_length:
-            raise ValueError(f"a group of {group.num_tokens} tokens exceeds a row of {row_length}")
-        _fill_row(batch, row, group)
+    rows = np.arange(num_rows).reshape(-1, micro_batches).T.ravel().tolist()
+    used, held = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+    for group in groups:
+        size = group.num_tokens
+        if size > row_length:
+            raise ValueError(f"a group of {size} tokens exceeds a row of {row_length}")
+        row = next((row for row in rows if used[row] + size <= row_length), None)
+        if row is None:
+            raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows")
+        held[row] += 1
+        _fill_row(batch, row, used[row], held[row], group)
+        used[row] += size
     return batch
 
 
-def _fill_row(batch: RolloutBatch, row: int, group: Group) -> None:
+def _fill_row(batch: RolloutBatch, row: int, start: int, number: int, group: Group) -> None:
+    """Write a group, the `number`th of its row, from position `start` on."""
     prompt_length = len(group.prompt_ids)
-    batch.tokens_BT[row, :prompt_length] = group.prompt_ids
-    batch.segment_ids_BT[row, :prompt_length] = 1 << 16
-    batch.positions_BT[row, :prompt_length] = np.arange(prompt_length)
-    batch.previous_BT[row, 1:prompt_length] = np.arange(prompt_length - 1)
-    start = prompt_length
+    end = prompt_end = start + prompt_length
+    batch.tokens_BT[row, start:end] = group.prompt_ids
+    batch.segment_ids_BT[row, start:end] = member(number, 0)
+    batch.positions_BT[row, start:end] = np.arange(prompt_length)
+    batch.previous_BT[row, start + 1 : end] = np.arange(start, end - 1)
     for g, completion in enumerate(group.completions_G):
-        end = start + len(completion)
+        start, end = end, end + len(completion)
         batch.tokens_BT[row, start:end] = completion
-        batch.segment_ids_BT[row, start:end] = (1 << 16) + g + 1
+        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
         batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion))
-        batch.previous_BT[row, start:end] = np.arange(start - 1, end - 1)
-        batch.previous_BT[row, start] = prompt_length - 1
+        batch.previous_BT[row, start:end] = [prompt_end - 1, *range(start, end - 1)][: end - start]
         batch.completion_mask_BT[row, start:end] = True
         batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
         batch.advantages_BT[row, start:end] = group.advantages_G[g]
-        start = end

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepwiser_jax.model.attention import DENSE, Attention
+from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.records import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -88,9 +88,9 @@ def _heads_split(mesh: Mesh, num_heads: int, num_kv_heads: int) -> tuple[bool, b
 
 @functools.cache
 def attention_on(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> Attention:
-    """Splash attention where the mesh is of TPUs, dense attention elsewhere."""
+    """Splash attention where the mesh is of TPUs, attention by XLA elsewhere."""
     if mesh.devices.flat[0].platform != "tpu":
-        return DENSE
+        return XLA
     from stepwiser_jax.model.splash import SPLASH  # Pallas takes a third of a second to import
 
     return split_attention(SPLASH, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)

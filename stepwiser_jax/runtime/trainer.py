@@ -52,11 +52,40 @@ def make_schedule(
 def make_optimizer(
     schedule: optax.Schedule, *, weight_decay: float, clip_norm: float, b1: float, b2: float
 ) -> optax.GradientTransformation:
-    """AdamW behind clipping by global norm; no weight decay on norms and biases."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed),
-    )
+    """AdamW (arXiv 1711.05101) behind clipping by global norm; no weight decay on norms and biases.
+    Gradients that are not finite change nothing.
+
+    Clipping, and skipping, are in the scalars of one formula: as operations of their own on whole
+    trees, in a chain of transformations, they cost up to two more copies of all parameters.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm)
+        scale = clip_norm / jnp.maximum(norm, clip_norm)
+        keep1, keep2 = jnp.where(finite, b1, 1.0), jnp.where(finite, b2, 1.0)
+        rate = jnp.where(finite, schedule(state.count), 0.0)
+        step = (state.count + 1).astype(jnp.float32)
+        correct1, correct2 = 1 - b1**step, 1 - b2**step
+
+        grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0), grads)
+        mu = jax.tree.map(lambda m, g: keep1 * m + (1 - keep1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: keep2 * v + (1 - keep2) * g * g, state.nu, grads)
+
+        def delta(m: jax.Array, v: jax.Array, p: jax.Array, decayed: bool) -> jax.Array:
+            direction = m / correct1 / (jnp.sqrt(v / correct2) + 1e-8)
+            return -rate * (direction + weight_decay * p if decayed else direction)
+
+        updates = jax.tree.map(delta, mu, nu, params, _decayed(params))
+        count = state.count + finite.astype(jnp.int32)
+        cast = functools.partial(jax.tree.map, lambda new, old: new.astype(old.dtype))
+        return updates, optax.ScaleByAdamState(count, cast(mu, state.mu), cast(nu, state.nu))
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore
 
 
 def _decayed(params: Any) -> Any:
@@ -104,22 +133,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
-        skipped = 1 - finite.astype(jnp.int32)
+        skipped = 1 - jnp.isfinite(norm).astype(jnp.int32)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": skipped,
         }
         state = TrainState(
-            model=keep(model, state.model),
-            opt_state=keep(opt_state, state.opt_state),
+            model=optax.apply_updates(state.model, updates),
+            opt_state=opt_state,
             step=state.step + 1,
             skipped=state.skipped + skipped,
         )
@@ -135,7 +158,8 @@ def accumulate(
     micro_batches: int,
     denominator_fn: Callable[[Any], Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients and metrics of the whole batch, one micro-batch at a time."""
+    """Gradients and metrics of the whole batch, one micro-batch at a time; those at its end that
+    are padding take no time. Metrics must not be negative where they are maximised."""
     denominator = denominator_fn(batch)
 
     def of_micro_batch(micro_batch: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -146,15 +170,20 @@ def accumulate(
     if micro_batches == 1:
         return of_micro_batch(batch)
     stacked = split_rows(batch, micro_batches)
-    first, rest = jax.tree.map(lambda x: x[0], stacked), jax.tree.map(lambda x: x[1:], stacked)
 
-    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        grads, metrics = of_micro_batch(micro_batch)
-        total_grads, total_metrics = total
-        return (jax.tree.map(jnp.add, total_grads, grads), _merge(total_metrics, metrics)), None
+    def add(i: jax.Array, total: Any) -> Any:
+        grads, metrics = of_micro_batch(jax.tree.map(lambda x: x[i], stacked))
+        return jax.tree.map(jnp.add, total[0], grads), _merge(total[1], metrics)
 
-    total, _ = jax.lax.scan(add, of_micro_batch(first), rest)
-    return total
+    shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], stacked))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
+
+
+def used_micro_batches(stacked: Any) -> jax.Array:
+    """How many of the micro-batches, from the first, hold all tokens: those behind are padding."""
+    is_used_M = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
+    return jnp.max(jnp.where(is_used_M, jnp.arange(1, is_used_M.shape[0] + 1), 0))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -3,7 +3,7 @@
 One iteration, top to bottom in `run`:
 
     draw P examples -> render prompts -> sample G judgments each -> parse verdicts -> reward 1 if
-    the verdict is the label, else 0 -> group advantages -> one row per group -> optimizer updates
+    the verdict is the label, else 0 -> group advantages -> packed rows -> optimizer updates
 
 Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch sizes only):
 
@@ -12,7 +12,8 @@ Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch 
 2. An unparsable judgment earns 0, like a wrong one.
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
    `max_refills` further draws take their places.
-4. A group is one row: its prompt goes through the network once, all its completions attend to it.
+4. A group's prompt goes through the network once, all its completions attend to it; groups share
+   rows where they fit.
 5. Where the sampler's weights are int8, its samples are weighted by truncated importance weights.
 
 Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
@@ -220,7 +221,7 @@ def rollout_metrics(sampled: Sequence[Judged], kept: int) -> dict[str, float]:
 
 
 def assemble(groups: Sequence[Judged], config: Judge) -> RolloutBatch:
-    """One row per group, rows of a fixed number (missing ones are padding) and of the smallest
+    """Groups packed into rows of a fixed number (those not needed are padding) and of the smallest
     allowed length that holds the longest group."""
     rewards_PG = np.array([group.rewards_G for group in groups], np.float32)
     rewards_PG = rewards_PG.reshape(len(groups), config.group_size)
@@ -234,6 +235,7 @@ def assemble(groups: Sequence[Judged], config: Judge) -> RolloutBatch:
         rows,
         num_rows=config.prompts_per_iteration // config.updates_per_iteration,
         row_length=next(length for length in config.row_lengths if length >= longest),
+        micro_batches=config.training.micro_batches,
     )
 
 
@@ -271,6 +273,7 @@ def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches:
             rows.positions_BT,
             rows.segment_ids_BT,
             previous_BT=rows.previous_BT,
+            wanted_BT=rows.completion_mask_BT,
             temperature=temperature,
         )
 
@@ -300,6 +303,7 @@ def judge_loss(
         batch.positions_BT,
         batch.segment_ids_BT,
         previous_BT=batch.previous_BT,
+        wanted_BT=batch.completion_mask_BT,
         temperature=config.sampling.temperature,
         remat=config.training.remat,
     )

@@ -10,7 +10,7 @@ from flax import nnx
 
 from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
 from stepwiser_jax.algo.logprobs import token_logprobs
-from stepwiser_jax.model.attention import DENSE, Attention
+from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
@@ -211,15 +211,15 @@ def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
         with jax.set_mesh(mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(qkv)
 
-    expected, found = gradients(DENSE), gradients(split)
+    expected, found = gradients(XLA), gradients(split)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_splash_attention_wants_whole_rows_and_a_tpu():
     mesh = make_mesh(2, 2, 2)
-    assert attention_on(mesh, num_heads=4, num_kv_heads=2) is DENSE
-    split = split_attention(DENSE, mesh, num_heads=4, num_kv_heads=2)
+    assert attention_on(mesh, num_heads=4, num_kv_heads=2) is XLA
+    split = split_attention(XLA, mesh, num_heads=4, num_kv_heads=2)
     q, k = jnp.zeros((6, 8, 4, 8)), jnp.zeros((6, 2, 8, 8))
     with pytest.raises(UserError, match="6 rows cannot be split over data x fsdp = 4"):
         split.attend(q, k, k, split.mask(jnp.ones((6, 8), jnp.int32)))

@@ -8,7 +8,7 @@ from tiny import tiny_config
 
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
-from stepwiser_jax.model.attention import DENSE
+from stepwiser_jax.model.attention import Attention, attention, segment_mask
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.loading import attention_of
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -56,5 +56,7 @@ def test_the_train_step_runs_splash_attention_on_tpu(head_dim, sizes, rows, caps
 @pytest.mark.slow
 def test_dense_attention_would_make_such_an_array():
     """That the search above finds what it looks for."""
-    text = compiled(lambda *_: DENSE, head_dim=128, sizes=(1, 1, 1), rows=1).as_text()
+    text = compiled(
+        lambda *_: Attention(segment_mask, attention), head_dim=128, sizes=(1, 1, 1), rows=1
+    ).as_text()
     assert with_two_axes_of_positions(text)

@@ -15,6 +15,7 @@ from stepwiser_jax.algo.grpo import (
     loss_denominator,
     truncated_importance_weights,
 )
+from stepwiser_jax.segments import member
 
 
 def slow_advantages(rewards, normalize):
@@ -48,14 +49,15 @@ def test_a_group_of_one_is_refused():
 
 
 def make_case(seed, dtype=np.float32):
-    """Packed rows: a prompt (segment -1), completions of segments 1 and 2, padding."""
+    """Packed rows: a prompt, completions 1 and 2 of its group, padding."""
     rng = np.random.default_rng(seed)
-    segments = np.array([[-1, -1, 1, 1, 1, 2, 2, 0], [-1, 1, 1, 2, 2, 2, 2, 0]])
-    mask = segments > 0
+    members = np.array([[0, 0, 1, 1, 1, 2, 2, -1], [0, 1, 1, 2, 2, 2, 2, -1]])
+    segments = np.where(members >= 0, member(1, 0) + members, 0)
+    mask = members > 0
     logprobs = rng.normal(-1, 0.8, segments.shape).astype(dtype)
     old = (logprobs + rng.normal(0, 0.6, segments.shape)).astype(dtype)
     ref = (logprobs + rng.normal(0, 0.3, segments.shape)).astype(dtype)
-    advantages = np.where(segments == 1, 1.3, -0.7).astype(dtype)
+    advantages = np.where(members == 1, 1.3, -0.7).astype(dtype)
     return logprobs, old, ref, advantages, mask, segments
 
 
@@ -190,8 +192,8 @@ def test_micro_batches_add_up(how):
 
 
 def test_denominators_by_hand():
-    segments = jnp.array([[-1, 1, 1, 2, 0]])
-    mask = segments > 0
+    segments = jnp.array([[member(1, 0), member(1, 1), member(1, 1), member(1, 2), 0]])
+    mask = jnp.array([[False, True, True, True, False]])
     found = [
         float(loss_denominator(mask, segments, aggregation=how, max_completion_tokens=7))
         for how in ("token_mean", "sequence_mean", "dr_grpo")

@@ -9,6 +9,7 @@ from flax import nnx
 
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.segments import member
 from tiny import tiny_config
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
@@ -55,7 +56,7 @@ def test_padding_and_packing_change_nothing(model):
 def test_shared_prefix_equals_separate_rows(model):
     prompt, first, second = tokens(1, 4, seed=1), tokens(1, 3, seed=2), tokens(1, 2, seed=3)
     row = jnp.concatenate([prompt, first, second], axis=1)
-    segments = jnp.array([[65536] * 4 + [65537] * 3 + [65538] * 2])
+    segments = jnp.array([[member(1, 0)] * 4 + [member(1, 1)] * 3 + [member(1, 2)] * 2])
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 4, 5]])
     shared = model(row, positions, segments)
     np.testing.assert_allclose(

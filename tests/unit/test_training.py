@@ -102,7 +102,9 @@ def test_rollout_batch_by_hand():
     group = Group([7, 8], [[1, 2], [3]], [[-0.1, -0.2], [-0.3]], [0.5, -0.5])
     batch = rollout_batch([group], num_rows=1, row_length=6)
     assert batch.tokens_BT.tolist() == [[7, 8, 1, 2, 3, 0]]
-    assert batch.segment_ids_BT.tolist() == [[65536, 65536, 65537, 65537, 65538, 0]]
+    assert batch.segment_ids_BT.tolist() == [
+        [1 << 16, 1 << 16, (1 << 16) + 1, (1 << 16) + 1, (1 << 16) + 2, 0]
+    ]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 0]]
     assert batch.previous_BT.tolist() == [[0, 0, 1, 2, 1, 0]]
     assert batch.completion_mask_BT.tolist() == [[False, False, True, True, True, False]]

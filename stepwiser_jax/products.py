@@ -1,0 +1,92 @@
+"""Matrix products with operands in the compute type and sums in float32, forward and backward; and
+with weights of 8-bit integers, for sampling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+
+def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
+    """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32. The
+    weight's gradient is in float32 up to its own type; quantised weights have none."""
+    if isinstance(weight_OI, qwix.QArray):
+        return _quantised_linear(x, weight_OI)
+    return _linear(x, weight_OI)
+
+
+# --- int8 weights -------------------------------------------------------------------------------
+
+
+def quantise(weight_IO: jax.Array) -> qwix.QArray:
+    """8-bit integers with one float32 scale for each output: its largest weight is 127."""
+    return qwix.quantize(
+        weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
+    )
+
+
+def _quantised_linear(x: jax.Array, weight_OI: qwix.QArray) -> jax.Array:
+    # Without a barrier XLA turns the weights to floating point once, before a decode loop, which
+    # then reads those. The products are in floating point: int8 activations triple the gap.
+    x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    out = qwix.dot_general(
+        x, weight_OI.astype(x.dtype), dimensions, preferred_element_type=jnp.float32
+    )
+    return out.astype(x.dtype)
+
+
+# --- products that are differentiated -----------------------------------------------------------
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    weight = weight_OI.astype(x.dtype)
+    return product(x, weight, (x.ndim - 1, 1)).astype(x.dtype)
+
+
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Over one axis of each, in float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _linear_forward(
+    x: jax.Array, weight_OI: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(x, weight_OI), (x, weight_OI)
+
+
+def _linear_backward(
+    residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight_OI = residuals
+    x_grad = product(grad, weight_OI.astype(grad.dtype), (grad.ndim - 1, 0))
+    x_TI, grad_TO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    if x_TI.shape[1] < grad_TO.shape[1]:  # the narrower is the cheaper to transpose
+        weight_grad_OI = product_over_rows(x_TI, grad_TO).T
+    else:
+        weight_grad_OI = product_over_rows(grad_TO, x_TI)
+    return x_grad.astype(x.dtype), weight_grad_OI.astype(weight_OI.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
+    """(I, O), the sum over rows of their outer products, in float32."""
+
+    def plain(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
+        return product(a_TI, b_TO, (0, 0))
+
+    def transposed(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
+        # XLA's fast bfloat16 product contracts the left operand over its last axis. A transpose
+        # before it is folded into the product, which is then done in float32, at half the rate;
+        # the padding keeps the two apart.
+        padded_IT = jnp.pad(a_TI.T, ((0, 8), (0, 0)))
+        return product(padded_IT, b_TO, (1, 0))[: a_TI.shape[1]]
+
+    if a_TI.dtype != jnp.bfloat16:
+        return plain(a_TI, b_TO)
+    return jax.lax.platform_dependent(a_TI, b_TO, cpu=transposed, default=plain)

@@ -1,0 +1,160 @@
+"""Packed groups: the same loss and gradients as every completion alone with its own prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
+from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.model.attention import attention, packed_attention, segment_mask, visible_blocks
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.products import linear
+from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.runtime.trainer import accumulate, split_rows, used_micro_batches
+from stepwiser_jax.segments import member
+from tiny import tiny_config
+
+
+def make_groups():
+    rng = np.random.default_rng(0)
+
+    def ids(n):
+        return rng.integers(0, 64, n).tolist()
+
+    return [
+        Group(
+            ids(4 + p),
+            [ids(2 + g + p) for g in range(2)],
+            [[-1.0] * (2 + g + p) for g in range(2)],
+            [1.0, -0.5],
+        )
+        for p in range(3)
+    ]
+
+
+def loss(model, batch, denominator):
+    logprobs = token_logprobs(
+        model,
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        previous_BT=batch.previous_BT,
+        wanted_BT=batch.completion_mask_BT,
+    )
+    return grpo_loss(
+        logprobs,
+        batch.sampler_logprobs_BT,
+        batch.advantages_BT,
+        batch.completion_mask_BT,
+        clip_eps_low=10.0,
+        clip_eps_high=10.0,
+        segment_ids_BT=batch.segment_ids_BT,
+        denominator=denominator,
+    )
+
+
+def denominator(batch):
+    return loss_denominator(
+        batch.completion_mask_BT,
+        batch.segment_ids_BT,
+        aggregation="token_mean",
+        max_completion_tokens=1,
+    )
+
+
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_packed_groups_equal_completions_alone():
+    model = Transformer(tiny_config("llama"), rngs=nnx.Rngs(0))
+    groups = make_groups()
+    alone = [
+        Group(group.prompt_ids, [ids], [logprobs], [advantage])
+        for group in groups
+        for ids, logprobs, advantage in zip(
+            group.completions_G, group.logprobs_G, group.advantages_G, strict=True
+        )
+    ]
+    packed = on_device(rollout_batch(groups, num_rows=4, row_length=32, micro_batches=4))
+    assert int(used_micro_batches(split_rows(packed, 4))) == 2, "three groups share two rows"
+    unshared = on_device(rollout_batch(alone, num_rows=6, row_length=11))
+    assert bool(jnp.all(jnp.any(unshared.completion_mask_BT, axis=1))), "a row each"
+    expected, expected_metrics = accumulate(loss, model, unshared, 1, denominator)
+    found, metrics = accumulate(loss, model, packed, 4, denominator)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.max(jnp.abs(a))))
+
+
+def test_rows_without_tokens_are_not_computed():
+    """What a padding micro-batch holds besides padding reaches nothing: it would be NaN."""
+    groups = make_groups()
+    batch = on_device(rollout_batch(groups, num_rows=8, row_length=32, micro_batches=4))
+    used = int(used_micro_batches(split_rows(batch, 4)))
+    assert used == 1
+
+    def poisoned(model, rows, total):
+        is_padding = jnp.all(rows.segment_ids_BT == 0)
+        return jnp.where(is_padding, jnp.nan, 1.0) * model, {}
+
+    grads, metrics = accumulate(poisoned, jnp.float32(2.0), batch, 4, denominator)
+    assert (float(grads), float(metrics["loss"])) == (used, 2.0 * used)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
+    T, N, K, H = 400, 4, 2, 8
+    rows = [
+        [member(1, 0)] * 150 + [member(1, 1)] * 60 + [member(1, 2)] * 70 + [0] * 120,
+        [member(1, 0)] * 100
+        + [member(1, 1)] * 30
+        + [member(2, 0)] * 90
+        + [member(2, 1)] * 90
+        + [member(2, 2)] * 90,
+    ]
+    segments = jnp.array(rows, jnp.int32)
+    blocks = visible_blocks(segments)
+    assert int(blocks.count_B[0]) < int(blocks.count_B[1]), "the rows have different pairs"
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, T, N, H))
+    k, v = jax.random.normal(keys[1], (2, K, H, T)), jax.random.normal(keys[2], (2, K, T, H))
+    weights = jax.random.normal(keys[3], (2, T, N, H)) * (segments != 0)[:, :, None, None]
+
+    def of(attend, inputs):
+        def total(q, k, v):
+            return jnp.sum(attend(q, k, v).astype(jnp.float32) * weights)
+
+        return jax.value_and_grad(total, (0, 1, 2))(*inputs)
+
+    expected, grads = of(lambda *x: attention(*x, segment_mask(segments)), (q, k, v))
+    cast = [x.astype(dtype) for x in (q, k, v)]
+    found, found_grads = of(lambda *x: packed_attention(*x, blocks), cast)
+    np.testing.assert_allclose(found, expected, rtol=10 * tolerance)
+    for a, b in zip(grads, found_grads, strict=True):
+        scale = float(jnp.max(jnp.abs(a)))
+        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_gradients_of_a_bfloat16_product(shape):
+    outputs, width = shape
+    x = jax.random.normal(jax.random.key(0), (2, 9, width))
+    weight = jax.random.normal(jax.random.key(1), shape)
+    mix = jax.random.normal(jax.random.key(2), (2, 9, outputs))
+
+    def grads(x):
+        def total(x, weight):
+            return jnp.sum(linear(x, weight).astype(jnp.float32) * mix)
+
+        return jax.grad(total, (0, 1))(x, weight)
+
+    x_grad, weight_grad = grads(x.astype(jnp.bfloat16))
+    assert weight_grad.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.einsum("bto,oi->bti", mix, weight), grads(x)[0], atol=1e-4)
+    np.testing.assert_allclose(jnp.einsum("bto,bti->oi", mix, x), grads(x)[1], atol=1e-4)
+    for a, b in zip((x_grad, weight_grad), grads(x), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2e-2 * float(jnp.max(jnp.abs(b))))
