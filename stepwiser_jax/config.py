@@ -275,9 +275,10 @@ class Judge(ComputeStage):
     file, whose human labels are then used.
 
     One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
-    makes `updates_per_iteration` optimizer steps on them. A group is one row of `row_length`
-    tokens: its prompt once, then its completions. `max_refills`: how many more draws replace groups
-    whose judgments all earned the same reward.
+    makes `updates_per_iteration` optimizer steps on them. A group is its prompt once, then its
+    completions; groups are packed into rows of the smallest of `row_lengths` that holds the
+    longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
+    reward.
     """
 
     model: Model

@@ -117,7 +117,7 @@ def token_logprobs_and_entropy(
         # What is scored comes first, and only the slices that hold some of it are computed.
         order_BT = jnp.argsort(~scored_BT, axis=1, stable=True)
         before_BT = jnp.take_along_axis(jnp.maximum(before_BT, 0), order_BT, axis=1)
-        stats = _score(  # pyright: ignore
+        logprobs_BT, entropy_BT = _score(  # pyright: ignore
             jnp.take_along_axis(hidden_BTD, before_BT[:, :, None], axis=1),
             head_VD,
             jnp.take_along_axis(tokens_BT, order_BT, axis=1),
@@ -126,7 +126,8 @@ def token_logprobs_and_entropy(
             num_slices,
         )
         place_BT = jnp.argsort(order_BT, axis=1)
-        logprobs_BT, entropy_BT = (jnp.take_along_axis(x, place_BT, axis=1) for x in stats)
+        logprobs_BT = jnp.take_along_axis(logprobs_BT, place_BT, axis=1)
+        entropy_BT = jnp.take_along_axis(entropy_BT, place_BT, axis=1)
     return jnp.where(scored_BT, logprobs_BT, 0), jnp.where(scored_BT, entropy_BT, 0)
 
 

@@ -153,7 +153,7 @@ def visible_blocks(segment_ids_BT: jax.Array) -> VisibleBlocks:
     groups_BnS = group_of(ids_BnS)
     visible_Bnn = meet(ids_BnS, ids_BnS, ids_BnS != 0)
     visible_Bnn |= meet(groups_BnS, groups_BnS, is_prefix(ids_BnS))
-    visible_BP = (visible_Bnn & jnp.tril(jnp.ones((blocks, blocks), bool))).reshape(B, -1)
+    visible_BP = (visible_Bnn & jnp.tril(jnp.ones((1, blocks, blocks), bool))).reshape(B, -1)
     order_BP = jnp.argsort(~visible_BP, axis=1, stable=True).astype(jnp.int32)
     count_B = jnp.sum(visible_BP, axis=1, dtype=jnp.int32)
     return VisibleBlocks(ids_BnS, order_BP // blocks, order_BP % blocks, count_B)
@@ -191,7 +191,7 @@ def _scores(q_KMH: jax.Array, k_KSH: jax.Array, bias_SS: jax.Array) -> jax.Array
     """(K, S, M): of the keys of a block by the queries of another."""
     K, M, H = q_KMH.shape
     scores_KSGS = _dot(k_KSH, q_KMH, (2, 2)).reshape(K, BLOCK, M // BLOCK, BLOCK)
-    return (scores_KSGS * F32(H**-0.5) + bias_SS[:, None]).reshape(K, BLOCK, M)
+    return (scores_KSGS * F32(H**-0.5) + bias_SS[None, :, None]).reshape(K, BLOCK, M)
 
 
 def _bias(ids_nS: jax.Array, i: jax.Array, j: jax.Array, is_pair: jax.Array) -> jax.Array:

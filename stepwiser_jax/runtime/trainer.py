@@ -69,7 +69,7 @@ def make_optimizer(
         scale = clip_norm / jnp.maximum(norm, clip_norm)
         keep1, keep2 = jnp.where(finite, b1, 1.0), jnp.where(finite, b2, 1.0)
         rate = jnp.where(finite, schedule(state.count), 0.0)
-        step = (state.count + 1).astype(jnp.float32)
+        step = jnp.asarray(state.count + 1, jnp.float32)
         correct1, correct2 = 1 - b1**step, 1 - b2**step
 
         grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0), grads)
