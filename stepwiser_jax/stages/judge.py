@@ -49,7 +49,13 @@ from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.runtime.trainer import join_rows, make_train_step, mean_metrics, split_rows
+from stepwiser_jax.runtime.trainer import (
+    join_rows,
+    make_train_step,
+    mean_metrics,
+    split_rows,
+    used_micro_batches,
+)
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
@@ -264,7 +270,8 @@ def prepare_batches(
 
 @functools.partial(jax.jit, static_argnames=("micro_batches",))
 def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches: int) -> jax.Array:
-    """Log-probs (B, T) of a batch's tokens under `model`, one micro-batch at a time."""
+    """Log-probs (B, T) of a batch's completions under `model`, one micro-batch at a time; 0
+    elsewhere."""
 
     def of_micro_batch(rows: RolloutBatch) -> jax.Array:
         return token_logprobs(
@@ -277,7 +284,13 @@ def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches:
             temperature=temperature,
         )
 
-    return join_rows(jax.lax.map(of_micro_batch, split_rows(batch, micro_batches)))
+    stacked = split_rows(batch, micro_batches)
+
+    def put(i: jax.Array, logprobs: jax.Array) -> jax.Array:
+        return logprobs.at[i].set(of_micro_batch(jax.tree.map(lambda x: x[i], stacked)))
+
+    zeros = jnp.zeros(stacked.tokens_BT.shape, jnp.float32)
+    return join_rows(jax.lax.fori_loop(0, used_micro_batches(stacked), put, zeros))
 
 
 def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.Array]:
