@@ -20,11 +20,20 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rollout import BODY, EMBEDDING, LAYERS, WIDTH, WORKLOAD, ceilings, core_seconds, peak_mib
+from common import (
+    FOLDER,
+    WORKLOAD,
+    Sizes,
+    ceilings,
+    compilations,
+    core_seconds,
+    peak_mib,
+    read_sizes,
+    write_json,
+)
 
 TRAIN = WORKLOAD["train"]
 MICRO_BATCHES = 4
@@ -44,10 +53,7 @@ def ours(model_dir: str, repeats: int) -> dict[str, Any]:
     )
     from stepwiser_jax.stages import judge
 
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
-    )
+    compiled = compilations()
     prompts, samples, length = TRAIN["prompts"], TRAIN["samples"], TRAIN["completion_len"]
     settings = {
         "model": {"path": model_dir, "compute_dtype": "bfloat16"},
@@ -104,24 +110,25 @@ def ours(model_dir: str, repeats: int) -> dict[str, Any]:
         jax.block_until_ready((state, metrics))
 
     update()
-    before = len(compilations)
+    before = len(compiled)
     runs = [core_seconds(update) for _ in range(repeats)]
     return {
         "runs": runs,
         "peak_mib": peak_mib(),
-        "compilations_after_warm_up": len(compilations) - before,
+        "compilations_after_warm_up": len(compiled) - before,
     }
 
 
-def floor_seconds(flops: float, bandwidth: float) -> float:
+def floor_seconds(sizes: Sizes, *, flops: float, bandwidth: float) -> float:
     """Least time: prompts once, their pairs of tokens that see one another, and the head where a
     completion is predicted, forward and twice as much backward; AdamW reads weights, moments and
     gradients and writes the first three, in float32."""
     prompt, completion = TRAIN["prompt_len"], TRAIN["completion_len"]
     scored = TRAIN["samples"] * completion
     pairs = prompt**2 / 2 + TRAIN["samples"] * (prompt * completion + completion**2 / 2)
-    group = 2 * BODY * (prompt + scored) + 2 * EMBEDDING * scored + 4 * LAYERS * WIDTH * pairs
-    return 3 * TRAIN["prompts"] * group / flops + 7 * 4 * (BODY + EMBEDDING) / bandwidth
+    group = 2 * sizes.body * (prompt + scored) + 2 * sizes.head * scored
+    group += 4 * sizes.layers * sizes.width * pairs
+    return 3 * TRAIN["prompts"] * group / flops + 7 * 4 * (sizes.body + sizes.head) / bandwidth
 
 
 def run(command: list[str], core: int) -> dict[str, Any]:
@@ -152,15 +159,14 @@ def main() -> None:
         return
     os.sched_setaffinity(0, {args.core})
     limits = ceilings()
-    here = Path(__file__).parent
     repeats = ["--repeats", str(args.repeats)]
     sides = {"ours": [sys.executable, __file__, "--serve", "--model", args.model, *repeats]}
     if args.trl:
-        script, workload = str(here / "rivals" / "trl_update.py"), str(here / "workload.json")
+        script, workload = str(FOLDER / "rivals" / "trl_update.py"), str(FOLDER / "workload.json")
         sides["trl"] = [args.trl, script, args.model, workload, str(args.repeats)]
     start = time.perf_counter()
     results = {name: run(command, args.core) for name, command in sides.items()}
-    floor = floor_seconds(**limits)
+    floor = floor_seconds(read_sizes(args.model), **limits)
     medians = {name: statistics.median(found["runs"]) for name, found in results.items()}
     print(
         f"one core: {limits['flops'] / 1e9:.0f} GFLOP/s (bf16), "
@@ -175,9 +181,8 @@ def main() -> None:
             f"{found['peak_mib']:.0f} | {ratio:.1f}x |"
         )
     print(f"\ncompilations after warm-up: {results['ours']['compilations_after_warm_up']}")
-    if args.output:
-        report = {"limits": limits, "floor": floor, "wall": time.perf_counter() - start} | results
-        Path(args.output).write_text(json.dumps(report, indent=2))
+    wall = time.perf_counter() - start
+    write_json(args.output, {"limits": limits, "floor": floor, "wall": wall} | results)
 
 
 if __name__ == "__main__":
