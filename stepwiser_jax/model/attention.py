@@ -302,8 +302,9 @@ def _mask(segment_ids_BT: jax.Array) -> VisibleBlocks | jax.Array:
 def _attend(
     q_BTNH: jax.Array, k_BKHT: jax.Array, v_BKTH: jax.Array, mask: VisibleBlocks | jax.Array
 ) -> jax.Array:
-    packed = isinstance(mask, VisibleBlocks)
-    return (packed_attention if packed else attention)(q_BTNH, k_BKHT, v_BKTH, mask)
+    if isinstance(mask, VisibleBlocks):
+        return packed_attention(q_BTNH, k_BKHT, v_BKTH, mask)
+    return attention(q_BTNH, k_BKHT, v_BKTH, mask)
 
 
 XLA = Attention(_mask, _attend)

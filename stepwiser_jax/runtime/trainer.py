@@ -65,7 +65,7 @@ def make_optimizer(
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(jnp.asarray(norm))
         scale = clip_norm / jnp.maximum(norm, clip_norm)
         keep1, keep2 = jnp.where(finite, b1, 1.0), jnp.where(finite, b2, 1.0)
         rate = jnp.where(finite, schedule(state.count), 0.0)
@@ -134,7 +134,7 @@ def make_train_step(
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        skipped = 1 - jnp.isfinite(norm).astype(jnp.int32)
+        skipped = 1 - jnp.isfinite(jnp.asarray(norm)).astype(jnp.int32)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),

@@ -10,7 +10,8 @@ from flax import nnx
 
 from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
 from stepwiser_jax.algo.logprobs import token_logprobs
-from stepwiser_jax.model.attention import XLA, Attention
+from stepwiser_jax.model import attention
+from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
@@ -101,23 +102,43 @@ def gradients(checkpoint, sizes, micro_batches=1):
     return model, jax.device_get(grads), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
-def test_loss_and_gradients_are_equal_on_every_mesh(checkpoint, sizes):
-    one, expected, expected_metrics = gradients(checkpoint, (1, 1, 1))
-    many, found, metrics = gradients(checkpoint, sizes)
-    assert len(one.embed[...].sharding.device_set) == 1
-    assert len(many.embed[...].sharding.device_set) == 8, "the model is not spread at all"
+@functools.cache
+def gradients_on_one_device(checkpoint):
+    return gradients(checkpoint, (1, 1, 1))
+
+
+def assert_equal_gradients(found, expected):
+    (_, grads, metrics), (_, expected_grads, expected_metrics) = found, expected
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    for a, b in zip(jax.tree.leaves(expected_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_loss_and_gradients_are_equal_on_every_mesh(checkpoint, sizes):
+    one, many = gradients_on_one_device(checkpoint), gradients(checkpoint, sizes)
+    assert len(one[0].embed[...].sharding.device_set) == 1
+    assert len(many[0].embed[...].sharding.device_set) == 8, "the model is not spread at all"
+    assert_equal_gradients(many, one)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_visible_blocks_are_equal_on_every_mesh(checkpoint, sizes, monkeypatch):
+    """As rows longer than `LONG_ROW` attend, beside the whole mask on one device. Some rows have
+    more pairs of blocks, which the devices that hold the others must wait for."""
+    one = gradients_on_one_device(checkpoint)
+    monkeypatch.setattr(attention, "LONG_ROW", 15)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    blocks = XLA.mask(jnp.asarray(batch().segment_ids_BT))
+    assert isinstance(blocks, VisibleBlocks)
+    assert len(set(blocks.count_B.tolist())) > 1
+    assert_equal_gradients(gradients(checkpoint, sizes), one)
 
 
 def test_micro_batches_on_a_mesh(checkpoint):
-    _, expected, _ = gradients(checkpoint, (2, 2, 2))
-    _, found, _ = gradients(checkpoint, (2, 2, 2), micro_batches=2)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    once = gradients(checkpoint, (2, 2, 2))
+    assert_equal_gradients(gradients(checkpoint, (2, 2, 2), micro_batches=2), once)
 
 
 def test_no_device_holds_more_than_its_share(checkpoint):
