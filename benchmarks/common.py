@@ -7,14 +7,16 @@ nothing else is imported at the top.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,18 @@ def requests(name: str) -> tuple[list[tuple[list[int], list[int], int]], int]:
 def num_tokens(name: str) -> int:
     some, new = requests(name)
     return sum(len(cuts) * samples for _, cuts, samples in some) * new
+
+
+def random_completions() -> list[list[list[int]]]:
+    """Token ids of `train`'s completions, by prompt and sample; the same in every process."""
+    train, draw = WORKLOAD["train"], random.Random(0)
+    return [
+        [
+            [draw.randrange(100, 40_000) for _ in range(train["completion_len"])]
+            for _ in range(train["samples"])
+        ]
+        for _ in range(train["prompts"])
+    ]
 
 
 # --- clocks and limits --------------------------------------------------------------------------
@@ -235,6 +249,20 @@ class Side:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+def rival_of(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
+    """What reads NAME=PYTHON from a command line."""
+
+    def rival(text: str) -> tuple[str, str]:
+        name, _, python = text.partition("=")
+        if name not in names or not os.access(python, os.X_OK):
+            raise argparse.ArgumentTypeError(
+                f"expected one of {', '.join(names)}, then = and its interpreter; found {text!r}"
+            )
+        return name, python
+
+    return rival
 
 
 def take_turns(

@@ -38,6 +38,7 @@ from common import (
     print_summary,
     read_sizes,
     requests,
+    rival_of,
     sampling_floor,
     serve,
     summaries,
@@ -157,22 +158,14 @@ def start_sides(args: argparse.Namespace) -> dict[str, Side]:
     }
 
 
-def rival(text: str) -> tuple[str, str]:
-    """NAME=PYTHON."""
-    name, _, python = text.partition("=")
-    if name not in RIVALS or not os.access(python, os.X_OK):
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(RIVALS)}, then = and its interpreter; found {text!r}"
-        )
-    return name, python
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--only", choices=list(SIDES))
-    parser.add_argument("--rival", type=rival, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument(
+        "--rival", type=rival_of(RIVALS), action="append", default=[], metavar="NAME=PYTHON"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--output")

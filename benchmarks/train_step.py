@@ -1,50 +1,86 @@
-"""One GRPO update: ours beside TRL's, on one core, both against the machine's floor.
+"""One GRPO update, and one whole step: ours beside TRL's, on one core, against the machine's floor.
 
-    python benchmarks/train_step.py --model DIR [--trl PYTHON] [--repeats 3] [--output FILE.json]
+    python benchmarks/train_step.py --model DIR [--workloads update step] [--repeats 3]
+        [--rival trl=PYTHON] [--output FILE.json]
 
-DIR is SmolLM2-135M-Instruct in float32. The workload (`train` of workload.json): 4 prompts of 256
-tokens x 8 completions of 128; forward, backward and AdamW with float32 master weights and bfloat16
-products. PYTHON is an interpreter that has trl; its own script is rivals/trl_update.py.
+DIR is SmolLM2-135M-Instruct in float32. Workloads (`train` of workload.json: 4 prompts of 256
+tokens x 8 completions of 128, float32 master weights, bfloat16 products, 4 micro-batches):
 
-Each side runs in a process of its own, pinned to the same core. Seconds are core seconds; peak
-memory is the process's. Ours trains on fixed random completions: their values cost nothing.
+    update  forward, backward and AdamW on fixed random completions: their values cost nothing
+    step    the same on completions sampled just before by the weights in training
+
+Sides, turns, core seconds and peak memory are those of rollout.py; rivals/trl_update.py says how to
+install the rival. Tunix's trainer is no side: one of its updates takes minutes here, and 15 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from common import (
     FOLDER,
+    SUMMARY_COLUMNS,
     WORKLOAD,
+    Side,
     Sizes,
     ceilings,
     compilations,
-    core_seconds,
-    peak_mib,
+    print_header,
+    print_summary,
+    random_completions,
     read_sizes,
+    rival_of,
+    sampling_floor,
+    serve,
+    summaries,
+    take_turns,
     write_json,
 )
 
+NAMES = ("update", "step")
 TRAIN = WORKLOAD["train"]
-MICRO_BATCHES = 4
+PROMPTS = WORKLOAD["prompts"][: TRAIN["prompts"]]
+SAMPLES, LENGTH = TRAIN["samples"], TRAIN["completion_len"]
+TOKENS = len(PROMPTS) * SAMPLES * LENGTH
+RIVALS = {"trl": "trl_update.py"}
 
 
-def ours(model_dir: str, repeats: int) -> dict[str, Any]:
+# --- ours, in its own process -------------------------------------------------------------------
+
+
+def settings(model_dir: str) -> dict[str, Any]:
+    """A judge's: each group in a row of its own, its prompt once."""
+    return {
+        "model": {"path": model_dir, "compute_dtype": "bfloat16"},
+        "examples": "",
+        "iterations": 1,
+        "prompts_per_iteration": len(PROMPTS),
+        "group_size": SAMPLES,
+        "max_prompt_tokens": TRAIN["prompt_len"],
+        "row_lengths": [TRAIN["prompt_len"] + SAMPLES * LENGTH],
+        "sampling": {"max_new_tokens": LENGTH},
+        "engine": {"buckets": [TRAIN["prompt_len"] + LENGTH]},
+        "training": {
+            "optimizer": {"learning_rate": TRAIN["lr"]},
+            "micro_batches": len(PROMPTS),
+            "remat": True,
+        },
+    }
+
+
+def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
     from stepwiser_jax.config import Judge, validate
     from stepwiser_jax.model.hf import load_hf
+    from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
     from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+    from stepwiser_jax.runtime.sampling import SamplingParams
     from stepwiser_jax.runtime.trainer import (
         create_train_state,
         make_optimizer,
@@ -54,24 +90,7 @@ def ours(model_dir: str, repeats: int) -> dict[str, Any]:
     from stepwiser_jax.stages import judge
 
     compiled = compilations()
-    prompts, samples, length = TRAIN["prompts"], TRAIN["samples"], TRAIN["completion_len"]
-    settings = {
-        "model": {"path": model_dir, "compute_dtype": "bfloat16"},
-        "examples": "",
-        "iterations": repeats,
-        "prompts_per_iteration": prompts,
-        "group_size": samples,
-        "max_prompt_tokens": TRAIN["prompt_len"],
-        "row_lengths": [TRAIN["prompt_len"] + samples * length],
-        "sampling": {"max_new_tokens": length},
-        "engine": {"buckets": [TRAIN["prompt_len"] + length]},
-        "training": {
-            "optimizer": {"learning_rate": TRAIN["lr"]},
-            "micro_batches": MICRO_BATCHES,
-            "remat": True,
-        },
-    }
-    config = validate(Judge, settings, "the benchmark")
+    config = validate(Judge, settings(model_dir), "the benchmark")
     mesh = make_mesh()
     schedule = make_schedule(
         learning_rate=TRAIN["lr"],
@@ -84,105 +103,110 @@ def ours(model_dir: str, repeats: int) -> dict[str, Any]:
     model = load_hf(model_dir, dtype="float32", compute_dtype="bfloat16")
     state = create_train_state(model, optimizer, mesh)
     del model
-    step = make_train_step(
+    train_step = make_train_step(
         functools.partial(judge.judge_loss, config=config),
         optimizer,
         schedule,
-        micro_batches=MICRO_BATCHES,
+        micro_batches=config.training.micro_batches,
         denominator_fn=functools.partial(judge.judge_denominators, config=config),
     )
-    rng = np.random.default_rng(0)
-    groups = [
-        judge.Judged(
-            prompt,
-            rng.integers(100, 40_000, (samples, length)).tolist(),
-            [[-1.0] * length] * samples,
-            [],
-            [float(g % 3) for g in range(samples)],
-        )
-        for prompt in WORKLOAD["prompts"][:prompts]
-    ]
+    runs = 0
 
-    def update() -> None:
-        nonlocal state
+    def sampled() -> list[list[list[int]]]:
+        engine = Engine(state.model, rows=[len(PROMPTS) * SAMPLES], buckets=[256, 384])
+        trunks = [
+            Trunk(ids, [Fork(f"{p}/{g}", len(ids), LENGTH) for g in range(SAMPLES)])
+            for p, ids in enumerate(PROMPTS)
+        ]
+        parts = engine.sample(trunks, SamplingParams(LENGTH), key=jax.random.key(runs))
+        ids = {done.row_id: list(done.ids) for part in parts for done in part}
+        return [[ids[f"{p}/{g}"] for g in range(SAMPLES)] for p in range(len(PROMPTS))]
+
+    def run(name: str) -> dict[str, Any]:
+        nonlocal state, runs
+        runs += 1
+        before = len(compiled)
+        rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
+        completions = sampled() if name == "step" else random_completions()
+        groups = [
+            judge.Judged(ids, completions_G, logprobs, [], rewards)
+            for ids, completions_G in zip(PROMPTS, completions, strict=True)
+        ]
         batch = shard_batch(judge.assemble(groups, config), mesh)
-        state, metrics = step(state, batch)
+        state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
+        return {"compilations": len(compiled) - before}
 
-    update()
-    before = len(compiled)
-    runs = [core_seconds(update) for _ in range(repeats)]
-    return {
-        "runs": runs,
-        "peak_mib": peak_mib(),
-        "compilations_after_warm_up": len(compiled) - before,
-    }
+    return run
 
 
-def floor_seconds(sizes: Sizes, *, flops: float, bandwidth: float) -> float:
-    """Least time: prompts once, their pairs of tokens that see one another, and the head where a
-    completion is predicted, forward and twice as much backward; AdamW reads weights, moments and
-    gradients and writes the first three, in float32."""
-    prompt, completion = TRAIN["prompt_len"], TRAIN["completion_len"]
-    scored = TRAIN["samples"] * completion
-    pairs = prompt**2 / 2 + TRAIN["samples"] * (prompt * completion + completion**2 / 2)
-    group = 2 * sizes.body * (prompt + scored) + 2 * sizes.head * scored
-    group += 4 * sizes.layers * sizes.width * pairs
-    return 3 * TRAIN["prompts"] * group / flops + 7 * 4 * (sizes.body + sizes.head) / bandwidth
+# --- the floor ----------------------------------------------------------------------------------
 
 
-def run(command: list[str], core: int) -> dict[str, Any]:
-    """The last line of a command pinned to `core`, which is JSON."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        check=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+def floor_seconds(name: str, sizes: Sizes, limits: dict[str, float]) -> float:
+    """Least time of an update: prompts once, their pairs of tokens that see one another, and the
+    head where a completion is predicted, forward and twice as much backward; AdamW reads weights,
+    moments and gradients and writes the first three, in float32. A step samples before."""
+    prompt, scored = TRAIN["prompt_len"], SAMPLES * LENGTH
+    pairs = prompt**2 / 2 + SAMPLES * (prompt * LENGTH + LENGTH**2 / 2)
+    products = 2 * sizes.body * (prompt + scored) + 2 * sizes.head * scored
+    group = products + 4 * sizes.layers * sizes.width * pairs
+    adamw = 7 * 4 * (sizes.body + sizes.head)
+    update = 3 * len(PROMPTS) * group / limits["flops"] + adamw / limits["bandwidth"]
+    if name == "update":
+        return update
+    trunks = [(len(ids), [(len(ids), LENGTH)] * SAMPLES) for ids in PROMPTS]
+    return update + sampling_floor(sizes, trunks, len(PROMPTS) * SAMPLES, **limits)
+
+
+# --- the parent ---------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--trl", metavar="PYTHON")
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument(
+        "--rival", type=rival_of(RIVALS), action="append", default=[], metavar="NAME=PYTHON"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--output")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        print(json.dumps(ours(args.model, args.repeats)))
+        serve(ours(args.model))
         return
     os.sched_setaffinity(0, {args.core})
-    limits = ceilings()
-    repeats = ["--repeats", str(args.repeats)]
-    sides = {"ours": [sys.executable, __file__, "--serve", "--model", args.model, *repeats]}
-    if args.trl:
-        script, workload = str(FOLDER / "rivals" / "trl_update.py"), str(FOLDER / "workload.json")
-        sides["trl"] = [args.trl, script, args.model, workload, str(args.repeats)]
-    start = time.perf_counter()
-    results = {name: run(command, args.core) for name, command in sides.items()}
-    floor = floor_seconds(read_sizes(args.model), **limits)
-    medians = {name: statistics.median(found["runs"]) for name, found in results.items()}
+    limits, sizes = ceilings(), read_sizes(args.model)
+    commands = {"ours": [sys.executable, __file__, "--serve"]} | {
+        name: [python, str(FOLDER / "rivals" / RIVALS[name])] for name, python in args.rival
+    }
+    sides = {
+        name: Side(name, [*command, "--model", args.model], args.core)
+        for name, command in commands.items()
+    }
     print(
         f"one core: {limits['flops'] / 1e9:.0f} GFLOP/s (bf16), "
-        f"{limits['bandwidth'] / 1e9:.1f} GB/s; floor {floor:.1f} s; medians of {args.repeats}\n\n"
-        "| side | core seconds | of the floor | peak MiB | ratio |\n|---|---|---|---|---|"
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s; medians of {args.repeats}\n"
     )
-    for name, found in results.items():
-        found |= {"seconds": medians[name], "share_of_floor": floor / medians[name]}
-        ratio = medians.get("trl", medians[name]) / medians[name]
-        print(
-            f"| {name} | {medians[name]:.1f} | {floor / medians[name]:.0%} | "
-            f"{found['peak_mib']:.0f} | {ratio:.1f}x |"
+    print_header(*SUMMARY_COLUMNS)
+    rows = []
+    for workload in sorted(args.workloads, key=NAMES.index):
+        runs = take_turns(sides, workload, args.repeats)
+        floor = floor_seconds(workload, sizes, limits)
+        for row in summaries(workload, runs, TOKENS, floor):
+            rows.append(row)
+            print_summary(row)
+        write_json(args.output, {"limits": limits, "rows": rows})
+    compiled = sum(row["compilations_after_warm_up"] for row in rows)
+    print(f"\ncompilations after warm-up: {compiled}")
+    for side in sides.values():
+        side.close()
+    if len(sides) < len(commands):
+        raise SystemExit(
+            f"ended before their time: {', '.join(sorted(set(commands) - set(sides)))}"
         )
-    print(f"\ncompilations after warm-up: {results['ours']['compilations_after_warm_up']}")
-    wall = time.perf_counter() - start
-    write_json(args.output, {"limits": limits, "floor": floor, "wall": wall} | results)
 
 
 if __name__ == "__main__":

@@ -161,23 +161,29 @@ def accumulate(
     """Gradients and metrics of the whole batch, one micro-batch at a time; those at its end that
     are padding take no time. Metrics must not be negative where they are maximised."""
     denominator = denominator_fn(batch)
-
-    def of_micro_batch(micro_batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = value_and_grad(model, micro_batch, denominator)
-        return grads, metrics | {"loss": loss}
-
     if micro_batches == 1:
-        return of_micro_batch(batch)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = value_and_grad(model, batch, denominator)
+        return grads, metrics | {"loss": loss}
     stacked = split_rows(batch, micro_batches)
+    # The backward pass adds to these layer by layer. Gradients of one micro-batch, held whole
+    # until they are added, took 405 of 1475 MiB beside the state (SmolLM2-135M, float32).
+    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), model)
 
-    def add(i: jax.Array, total: Any) -> Any:
-        grads, metrics = of_micro_batch(jax.tree.map(lambda x: x[i], stacked))
-        return jax.tree.map(jnp.add, total[0], grads), _merge(total[1], metrics)
+    def add(i: jax.Array, total: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        rows = jax.tree.map(lambda x: x[i], stacked)
+        loss, backward, metrics = jax.vjp(
+            lambda model: loss_fn(model, rows, denominator), model, has_aux=True
+        )
+        backward.with_refs(sums)(jnp.ones_like(loss))
+        return _merge(total, metrics | {"loss": loss})
 
-    shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], stacked))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
+    loss, metrics = jax.eval_shape(
+        loss_fn, model, jax.tree.map(lambda x: x[0], stacked), denominator
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics | {"loss": loss})
+    metrics = jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
+    return jax.tree.map(jax.freeze, sums), metrics
 
 
 def used_micro_batches(stacked: Any) -> jax.Array:

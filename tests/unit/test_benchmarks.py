@@ -35,6 +35,13 @@ def rollout(common):
     return rollout
 
 
+@pytest.fixture
+def train_step(common):
+    import train_step
+
+    return train_step
+
+
 def child(common, text: str):
     """A side whose process runs this text."""
     [core, *_] = os.sched_getaffinity(0)
@@ -200,14 +207,45 @@ def test_a_side_that_does_not_start_says_why(common):
 
 
 @pytest.mark.parametrize("given", ["vllm", "vllm=/no/such/python", "other=/bin/sh"])
-def test_rivals_are_named_with_their_interpreter(rollout, given):
+def test_rivals_are_named_with_their_interpreter(common, rollout, given):
+    rival = common.rival_of(rollout.RIVALS)
     with pytest.raises(Exception, match=r"expected one of vllm, llama\.cpp, tunix"):
-        rollout.rival(given)
-    assert rollout.rival("vllm=/bin/sh") == ("vllm", "/bin/sh")
+        rival(given)
+    assert rival("vllm=/bin/sh") == ("vllm", "/bin/sh")
 
 
-def test_every_rival_has_its_script(rollout):
-    assert {file.name for file in (FOLDER / "rivals").glob("*.py")} >= set(rollout.RIVALS.values())
+def test_every_rival_has_its_script(rollout, train_step):
+    scripts = {file.name for file in (FOLDER / "rivals").glob("*.py")}
+    assert scripts == {*rollout.RIVALS.values(), *train_step.RIVALS.values()}
+
+
+def test_floor_of_an_update_and_of_a_step(common, train_step):
+    """At 1 TFLOP/s and 10 GB/s: 4 groups of 256 tokens and 8 x 128, three times forward, and 28
+    bytes a parameter; a step samples `group` before."""
+    sizes = common.Sizes(30, 576, 192, 106_168_320, 28_311_552)
+    limits = {"flops": 1e12, "bandwidth": 1e10}
+    pairs = 256**2 / 2 + 8 * (256 * 128 + 128**2 / 2)
+    group = 2 * (1280 * 106_168_320 + 1024 * 28_311_552) + 4 * 30 * 576 * pairs
+    update = 12 * group / 1e12 + 28 * 134_479_872 / 1e10
+    assert train_step.floor_seconds("update", sizes, limits) == pytest.approx(update)
+    sampling = common.sampling_floor(sizes, [(256, [(256, 128)] * 8)] * 4, 32, **limits)
+    step = train_step.floor_seconds("step", sizes, limits)
+    assert step == pytest.approx(update + sampling)
+
+
+def test_random_completions_are_the_same_everywhere(common, train_step):
+    groups = common.random_completions()
+    assert groups == common.random_completions()
+    assert [len(group) for group in groups] == [8] * 4
+    assert {len(ids) for group in groups for ids in group} == {128}
+    assert train_step.TOKENS == 4 * 8 * 128
+
+
+def test_the_judge_of_train_step_is_a_valid_one(train_step):
+    from stepwiser_jax.config import Judge, validate
+
+    config = validate(Judge, train_step.settings("model"), "the benchmark")
+    assert (config.group_size, config.training.micro_batches) == (8, 4)
 
 
 def test_exponent(common):

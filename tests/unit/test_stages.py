@@ -12,6 +12,7 @@ from stepwiser_jax.records import SearchResult, Trajectory, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.segments import group_of
 from stepwiser_jax.stages import judge, search
 from stepwiser_jax.stages.annotate import estimate_prefix_values
 
@@ -116,7 +117,8 @@ def test_no_update_is_made_of_nothing(config, tiny_model):
     assert judge.prepare_batches([], config, mesh, tiny_model, tiny_model) == []
     assert len(judge.prepare_batches(groups(1), config, mesh, tiny_model, tiny_model)) == 1
     batches = judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
-    assert [int(np.sum(np.any(b.completion_mask_BT, axis=1))) for b in batches] == [3, 2]
+    groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
+    assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
 
 
 def test_scores_do_not_depend_on_micro_batches(config, tiny_model):

@@ -187,6 +187,21 @@ def test_micro_batches_give_the_whole_batchs_gradient(micro_batches):
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
 
 
+def test_gradients_are_added_in_place():
+    """Beside their sum, the gradients of one micro-batch are never in memory whole."""
+    fields = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 8}
+    model = Transformer(tiny_config("qwen2", **fields), rngs=nnx.Rngs(0))
+    (batch,) = batches(1)
+
+    @jax.jit
+    def gradients(model, batch):
+        return accumulate(sft_loss, model, batch, 4, denominator_of)[0]
+
+    memory = gradients.lower(model, batch).compile().memory_analysis()
+    of_blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
+    assert memory.temp_size_in_bytes < of_blocks
+
+
 def test_rows_are_split_and_joined():
     rows = jnp.arange(12).reshape(6, 2)
     parts = split_rows(rows, 3)
