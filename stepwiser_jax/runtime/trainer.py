@@ -55,8 +55,9 @@ def make_optimizer(
     """AdamW (arXiv 1711.05101) behind clipping by global norm; no weight decay on norms and biases.
     Gradients that are not finite change nothing.
 
-    Clipping, and skipping, are in the scalars of one formula: as operations of their own on whole
-    trees, in a chain of transformations, they cost up to two more copies of all parameters.
+    Clipping, and skipping, are in the scalars of one formula. `optax.chain` of clipping and adamw,
+    and a choice between new and old parameters, took 1286 MiB beside the state instead of 1070
+    (XLA on CPU, SmolLM2-135M in float32, whose parameters are 513).
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
