@@ -4,7 +4,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
+flags += [
+    "--xla_force_host_platform_device_count=8",
+    # By default XLA starts independent operations of a program in any order, collectives too: two
+    # CPU devices can then wait for one another in different ones, for ever.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
