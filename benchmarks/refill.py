@@ -53,7 +53,7 @@ def arithmetic(quickstart: Path, problems: int) -> Work:
     loaded = load_for_decoding(str(quickstart / "policy"), weights="model", mesh=make_mesh())
     questions = [p.question for p in read_records(quickstart / "rollouts", Problem)[:problems]]
     prompts = [encode_solve_prompt(loaded.tokenizer, question, "bare") for question in questions]
-    return Work("arithmetic", loaded, prompts, [32, 256], [160], 112)
+    return Work("arithmetic", loaded, prompts, [32, 256], [32, 160], 112)
 
 
 def smollm2(model_dir: str, problems: int) -> Work:
