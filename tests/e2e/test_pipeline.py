@@ -213,7 +213,7 @@ def test_convert_gives_the_exported_model(runs, tmp_path):
 # --- a user's mistakes --------------------------------------------------------------------------
 
 
-def fails(capsys, arguments, message, run=None):
+def assert_fails(capsys, arguments, message, run=None):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -225,7 +225,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     out = tmp_path / "run"
 
     def mistake(name, message, *extra):
-        fails(capsys, command(name, runs, out=out, extra=extra), message, out)
+        assert_fails(capsys, command(name, runs, out=out, extra=extra), message, out)
 
     mistake("rollouts", "did you mean 'group_size'", "gruop_size=2")
     mistake("rollouts", "found nothing at", f"policy.path={tmp_path / 'nowhere'}")
@@ -249,10 +249,10 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-64])
     mistake("rollouts", "truncated", f"policy.path={broken}")
 
-    fails(capsys, ["rollout", "--config", str(CONFIGS / "smoke_rollouts.yaml")], "run-dir")
-    fails(capsys, ["rolout"], "No such command")
+    assert_fails(capsys, ["rollout", "--config", str(CONFIGS / "smoke_rollouts.yaml")], "run-dir")
+    assert_fails(capsys, ["rolout"], "No such command")
     latest = ["--checkpoint", str(runs / "judge" / "checkpoints" / "latest")]
-    fails(capsys, ["convert", *latest, "--output", str(out)], "checkpoints/N", out)
+    assert_fails(capsys, ["convert", *latest, "--output", str(out)], "checkpoints/N", out)
     mistake("search", "the judge of", "judge_engine.buckets=[160]")
 
 
@@ -261,12 +261,12 @@ def test_unfinished_input_is_refused(runs, tmp_path, capsys):
     shutil.copytree(runs / "rollouts", unfinished)
     (unfinished / "manifest.json").unlink()
     arguments = command("values", runs, out=tmp_path / "run", extra=(f"rollouts={unfinished}",))
-    fails(capsys, arguments, "resume it", tmp_path / "run")
+    assert_fails(capsys, arguments, "resume it", tmp_path / "run")
 
 
 def test_a_run_directory_of_another_config_is_refused(runs, capsys):
     before = (runs / "labels" / "manifest.json").read_bytes()
-    fails(capsys, command("labels", runs, extra=("alpha=0.4",)), "alpha: 0.8 -> 0.4")
+    assert_fails(capsys, command("labels", runs, extra=("alpha=0.4",)), "alpha: 0.8 -> 0.4")
     assert (runs / "labels" / "manifest.json").read_bytes() == before
 
 
@@ -277,7 +277,7 @@ def test_a_tokenizer_without_tags_is_refused(runs, tmp_path, capsys):
     file.write_text(file.read_text().replace('"<chunk>"', '"<chonk>"'))
     out = tmp_path / "run"
     arguments = command("rollouts", runs, out=out, extra=(f"policy.path={broken}",))
-    fails(capsys, arguments, "cannot round-trip the chunk tags", out)
+    assert_fails(capsys, arguments, "cannot round-trip the chunk tags", out)
 
 
 def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
@@ -285,4 +285,4 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert main([*command("values", runs, out=out), "--dry-run"]) == 0
     assert "num_rollouts: 4" in capsys.readouterr().out
     arguments = command("values", runs, out=out, extra=(f"rollouts={tmp_path}",))
-    fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)
+    assert_fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)
