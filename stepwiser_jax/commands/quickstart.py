@@ -39,7 +39,7 @@ Stage = tuple[str, str, dict[str, Any]]
 """(directory, stage, settings)."""
 
 SOLVE = {"temperature": 1.0, "max_new_tokens": 112}
-POLICY_ENGINE = {"rows": [32, 256], "buckets": [160]}
+POLICY_ENGINE = {"rows": [32, 256], "buckets": [32, 160]}
 JUDGE_ENGINE = {"rows": [32, 256], "buckets": [192]}
 
 
