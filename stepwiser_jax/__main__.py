@@ -7,9 +7,10 @@ save and exit with 130; the same command goes on from there.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -64,8 +65,24 @@ def _add_stage(name: str, does: str, files: str) -> None:
         dry_run: Annotated[
             bool, typer.Option(help="Check config and input, print the config, write nothing.")
         ] = False,
+        distributed: Annotated[
+            bool, typer.Option("--distributed", help="Several processes: ask the cluster.")
+        ] = False,
+        coordinator: Annotated[
+            str | None, typer.Option(help="HOST:PORT of process 0, where no cluster tells.")
+        ] = None,
+        num_processes: Annotated[int | None, typer.Option(help="With --coordinator.")] = None,
+        process_id: Annotated[int | None, typer.Option(help="With --coordinator.")] = None,
+        shard: Annotated[
+            str | None,
+            typer.Option(
+                help="I/N: every N-th block of a sampling stage, from the I-th. Shards run at any "
+                "time and place; the same command without --shard then finishes the run."
+            ),
+        ] = None,
     ) -> None:
         from stepwiser_jax.config import dump_config, load_config
+        from stepwiser_jax.runtime import hosts
 
         settings = load_config(name, config, tuple(set_))
         if dry_run:
@@ -75,7 +92,14 @@ def _add_stage(name: str, does: str, files: str) -> None:
             typer.echo(dump_config(settings), nl=False)
             return
         module = importlib.import_module(f"stepwiser_jax.stages.{name}")
-        summary = module.run(settings, run_dir)
+        options: dict[str, Any] = {}
+        if shard is not None:
+            if "shard" not in inspect.signature(module.run).parameters:
+                raise UserError(f"{name} does not sample: it cannot be cut into shards")
+            options["shard"] = hosts.Shard.parse(shard)
+        if distributed or (coordinator, num_processes, process_id) != (None, None, None):
+            hosts.connect(coordinator, num_processes, process_id)
+        summary = module.run(settings, run_dir, **options)
         typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
 
 
@@ -135,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console script."""
-    sys.exit(main())
+    from stepwiser_jax.runtime.hosts import leave
+
+    leave(main())
 
 
 if __name__ == "__main__":

@@ -112,19 +112,22 @@ class Training(Config):
 
 
 class ComputeStage(Config):
-    """What every stage has that runs a model."""
+    """What every stage has that runs a model. With several processes `mesh` is of all their devices
+    where a stage trains, and of each process's own where it samples."""
 
     seed: int = 0
     mesh: Mesh = Mesh()
 
     @model_validator(mode="after")
     def _rows_fit_the_mesh(self) -> ComputeStage:
-        shards = self.mesh.data * self.mesh.fsdp
-        for name, value in self:
+        name = "mesh" if getattr(self, "sampling_mesh", None) is None else "sampling_mesh"
+        mesh = getattr(self, name)
+        shards = mesh.data * mesh.fsdp
+        for engine, value in self:
             if isinstance(value, Engine) and any(rows % shards for rows in value.rows):
                 raise ValueError(
-                    f"{name}.rows {list(value.rows)} must be multiples of mesh.data x mesh.fsdp "
-                    f"= {shards}"
+                    f"{engine}.rows {list(value.rows)} must be multiples of {name}.data x "
+                    f"{name}.fsdp = {shards}"
                 )
         return self
 
@@ -279,6 +282,10 @@ class Judge(ComputeStage):
     completions; groups are packed into rows of the smallest of `row_lengths` that holds the
     longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
     reward.
+
+    Every process samples its share of the prompts with a copy of the judge on its own devices, laid
+    out on `sampling_mesh`; by default `mesh` where there is one process, else the tensor axis of
+    `mesh` and the rest of its devices for rows.
     """
 
     model: Model
@@ -291,6 +298,7 @@ class Judge(ComputeStage):
     max_prompt_tokens: int = Field(3096, ge=1)
     row_lengths: tuple[int, ...]
     sampling: Sampling
+    sampling_mesh: Mesh | None = None
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     training: Training

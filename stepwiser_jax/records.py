@@ -17,9 +17,11 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import io
 import json
 import os
 import re
+import socket
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -296,7 +298,7 @@ def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
 def atomic_write(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -309,14 +311,17 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
     atomic_write(Path(path), "".join(to_json(record) + "\n" for record in records))
 
 
-def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
+def read_jsonl(path: Path, record_type: type[R], *, growing: bool = False) -> list[R]:
+    """One record a line. `growing`: another process may be writing the last line."""
+    content = path.read_bytes()
+    if growing:
+        content = content[: content.rfind(b"\n") + 1]
     records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                records.append(from_json(line, record_type))
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+    for number, line in enumerate(io.StringIO(content.decode(), newline="\n"), 1):
+        try:
+            records.append(from_json(line, record_type))
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
     return records
 
 
@@ -342,7 +347,8 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
             raise UserError(f"{file} is missing or is not the file that {path}/manifest.json names")
         records.extend(read_jsonl(file, record_type))
-    return records
+    # In the order in which one writer alone would have left them.
+    return sorted(records, key=lambda record: natural_key(record.record_id))
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
@@ -359,8 +365,16 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
 
 
+def read_parts(run_dir: Path, record_type: type[R]) -> list[R]:
+    """What all writers of a run, finished or not, have written so far."""
+    parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
+    return [record for part in parts for record in read_jsonl(part, record_type, growing=True)]
+
+
 class RecordWriter(typing.Generic[R]):
-    """Appends records of one type to this process's part, skipping ids that are there already."""
+    """Appends records of one type to a part of their own, skipping ids that any part has already.
+
+    Part `part` of `num_parts`: those that write at the same time must differ."""
 
     def __init__(self, run_dir: Path, record_type: type[R], part: int = 0, num_parts: int = 1):
         self.run_dir, self.record_type = run_dir, record_type
@@ -369,7 +383,7 @@ class RecordWriter(typing.Generic[R]):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_half_written_line()
         self.done = {record.record_id for record in self.read()}
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def _drop_half_written_line(self) -> None:
         self.path.touch()
@@ -379,8 +393,8 @@ class RecordWriter(typing.Generic[R]):
             os.truncate(self.path, whole)
 
     def read(self) -> list[R]:
-        """What has been written so far, in the order of writing."""
-        return read_jsonl(self.path, self.record_type)
+        """What has been written so far, by all writers of this type, part by part."""
+        return read_parts(self.run_dir, self.record_type)
 
     def append(self, records: Sequence[R]) -> None:
         """Write records whose id is new, and make sure they are on disk."""
@@ -390,26 +404,31 @@ class RecordWriter(typing.Generic[R]):
         os.fsync(self._file.fileno())
         self.done.update(record.record_id for record in new)
 
-    def finish(self) -> dict[str, Any]:
-        """Close the part, put it in id order; returns its entry for the manifest."""
+    def close(self) -> None:
         self._file.close()
-        records = sorted(self.read(), key=lambda record: natural_key(record.record_id))
-        write_records(self.path, records)
-        return {
-            "path": str(self.path.relative_to(self.run_dir)),
-            "count": len(records),
-            "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
-        }
 
 
 def write_manifest(
-    run_dir: Path, stage: str, config_digest: str, writers: Sequence[RecordWriter[Any]]
+    run_dir: Path, stage: str, config_digest: str, record_types: Iterable[type[Record]]
 ) -> None:
-    """Finish every part and write the manifest: from here on the run is finished."""
+    """Put every part in id order and write the manifest: from here on the run is finished. Parts
+    without a record are left out, where others have some."""
     records = {}
-    for writer in writers:
-        part = writer.finish()
-        kind = KIND[writer.record_type]
-        records[kind] = {"count": part["count"], "parts": [part]}
+    for record_type in record_types:
+        kind = KIND[record_type]
+        parts = []
+        for path in sorted((run_dir / "records" / kind).glob("part-*.jsonl")):
+            found = read_jsonl(path, record_type)
+            found.sort(key=lambda record: natural_key(record.record_id))
+            write_records(path, found)
+            parts.append(
+                {
+                    "path": str(path.relative_to(run_dir)),
+                    "count": len(found),
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                }
+            )
+        parts = [part for part in parts if part["count"]] or parts[:1]
+        records[kind] = {"count": sum(part["count"] for part in parts), "parts": parts}
     manifest = {"stage": stage, "config_digest": config_digest, "records": records}
     atomic_write(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")

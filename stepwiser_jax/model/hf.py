@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -224,10 +225,15 @@ def save_hf(
 ) -> None:
     """Write safetensors (with an index where they are several), config.json and the tokenizer.
 
-    The directory appears whole or not at all; one that is there is replaced.
+    The directory appears whole or not at all; one that is there is replaced. Where the model is on
+    the devices of several processes, all must call this, and the first one writes.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
+    if jax.process_index() > 0:
+        for _, value in named_tensors(model):
+            _to_host(value)
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weight_map, total = _write_shards(model, temporary, max_shard_bytes)
@@ -255,6 +261,13 @@ def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
             yield from ((name, value[i]) for i, name in enumerate(names))
 
 
+def _to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def _write_shards(
     model: Transformer, directory: Path, max_shard_bytes: int
 ) -> tuple[dict[str, str], int]:
@@ -272,7 +285,7 @@ def _write_shards(
         if pending and size + value.nbytes > max_shard_bytes:
             flush()
             size = 0
-        pending[name] = np.ascontiguousarray(jax.device_get(value))
+        pending[name] = np.ascontiguousarray(_to_host(value))
         size, total = size + value.nbytes, total + value.nbytes
     flush()
     weight_map = {}

@@ -35,8 +35,9 @@ def _parameter(
     assert len(shape) == len(axes), (shape, axes)
     if scale in (0.0, 1.0):
         return nnx.Param(jnp.full(shape, scale, dtype), axes=axes)
-    value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(dtype), axes=axes)
+    # The barrier keeps the two factors apart: the same bits, whatever program this is part of.
+    normal = jax.lax.optimization_barrier(jax.random.normal(rngs.params(), shape, jnp.float32))
+    return nnx.Param((scale * normal).astype(dtype), axes=axes)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

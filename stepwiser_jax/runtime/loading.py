@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
@@ -40,14 +43,21 @@ class Loaded:
 def load_model(
     path: str,
     *,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     param_dtype: str = "float32",
     compute_dtype: str = "float32",
     seed: int = 0,
+    decoding: bool = False,
 ) -> Loaded:
-    """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits."""
+    """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits.
+
+    `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
+    """
     if path == "arithmetic":
-        return _fresh_arithmetic(seed, param_dtype, compute_dtype, mesh)
+        config = ModelConfig.from_hf(arithmetic.hf_config())
+        dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
+        model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
+        return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
     config = read_config(directory)
     model = load_hf(
@@ -55,14 +65,14 @@ def load_model(
         dtype=param_dtype,
         compute_dtype=compute_dtype,
         attention=attention_of(config, mesh),
-        sharding_for=sharding_of(config, mesh),
+        sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
 
 
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
     """As `load_model`, in the layout of the sampler; the other one is not kept."""
-    loaded = load_model(path, **settings)
+    loaded = load_model(path, decoding=True, **settings)
     return dataclasses.replace(loaded, model=decoding_layout(loaded.model, weights))
 
 
@@ -102,42 +112,81 @@ def _resolve(path: str) -> str:
     return path
 
 
-def sharding_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> ShardingFor:
+def sharding_of(config: ModelConfig, mesh: Mesh, *, decoding: bool = False) -> ShardingFor:
     return parameter_sharding(
         mesh,
+        decoding=decoding,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
     )
 
 
-def attention_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> Attention:
+def attention_of(config: ModelConfig, mesh: Mesh) -> Attention:
     return attention_on(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
 
 
-def _fresh_arithmetic(
-    seed: int, param_dtype: str, compute_dtype: str, mesh: jax.sharding.Mesh
-) -> Loaded:
-    config = ModelConfig.from_hf(arithmetic.hf_config())
-    model = Transformer(
-        config,
-        rngs=nnx.Rngs(seed),
-        param_dtype=jnp.dtype(param_dtype),
-        compute_dtype=jnp.dtype(compute_dtype),
-        attention=attention_of(config, mesh),
-    )
-    model = place(model, sharding_of(config, mesh))
-    return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
+def fresh(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    param_dtype: Any,
+    compute_dtype: Any,
+    decoding: bool = False,
+) -> Transformer:
+    """A model with initial weights, born on the devices where they belong."""
+
+    def create() -> Transformer:
+        return Transformer(
+            config,
+            rngs=nnx.Rngs(seed),
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+            attention=attention_of(config, mesh),
+        )
+
+    sharding_for = sharding_of(config, mesh, decoding=decoding)
+    shardings = shardings_of(nnx.eval_shape(create), sharding_for)
+    return jax.jit(create, out_shardings=shardings)()
 
 
-def place(model: Transformer, sharding_for: ShardingFor) -> Transformer:
-    """The model with every parameter where `sharding_for(axes, shape)` says."""
-    placed = []
+def shardings_of(model: Transformer, sharding_for: ShardingFor) -> Transformer:
+    """The tree of a model with a sharding for each parameter."""
+    found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable.get_value()
-        sharding = sharding_for(variable.get_metadata("axes"), value.shape)
-        placed.append((path, variable.replace(jax.device_put(value, sharding))))
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(placed))
+        sharding = sharding_for(variable.get_metadata("axes"), variable.get_value().shape)
+        found.append((path, variable.replace(sharding)))
+    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(found))
+
+
+def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
+    """The parameters of a model in training, in its compute type, on the devices of `mesh`, which
+    are this process's: gathered over data and fsdp, split over tensor. All processes must call
+    this; each has a copy then, and samples without the others."""
+    model = _cast(model, model.compute_dtype)
+    processes = jax.process_count()
+    if processes == 1:
+        sharding_for = sharding_of(model.config, mesh, decoding=True)
+        return jax.device_put(model, shardings_of(model, sharding_for))
+    by_process = sorted(jax.devices(), key=lambda device: device.process_index)
+    devices = np.array(by_process).reshape(processes, *mesh.devices.shape)
+    copies = Mesh(devices, ("process", *mesh.axis_names))
+    sharding_for = sharding_of(model.config, copies, decoding=True)
+    everywhere = jax.device_put(model, shardings_of(model, sharding_for))
+
+    def here(array: jax.Array) -> jax.Array:
+        assert isinstance(array.sharding, NamedSharding)
+        sharding = NamedSharding(mesh, array.sharding.spec)
+        shards = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+    return jax.tree.map(here, everywhere)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(model: Transformer, dtype: jnp.dtype) -> Transformer:
+    return jax.tree.map(lambda x: x.astype(dtype), model)
 
 
 def _arithmetic_tokenizer() -> Tokenizer:

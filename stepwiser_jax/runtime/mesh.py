@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepwiser_jax.model.attention import XLA, Attention
@@ -30,18 +31,28 @@ AXIS_RULES: dict[str, str | None] = {
     "norm": None,
 }
 
+DECODING_RULES = AXIS_RULES | {"embed": None}
+"""A decode step reads all weights: gathering them anew for each would cost more than it does."""
+
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 
 
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of the first data x fsdp x tensor devices. Raises UserError where there are fewer."""
-    import numpy as np
+    """A mesh of the first data x fsdp x tensor devices, by default of those of all processes.
 
+    Raises UserError where there are fewer, or where a process would be left without any.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = (data, fsdp, tensor)
     needed = math.prod(sizes)
+    owners = {device.process_index for device in devices}
+    if len(owners) > 1 and needed != len(devices):
+        raise UserError(
+            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} = {needed} must be all "
+            f"{len(devices)} devices of {len(owners)} processes: change the mesh"
+        )
     if needed > len(devices) or min(sizes) < 1:
         raise UserError(
             f"mesh data {data} x fsdp {fsdp} x tensor {tensor} needs {needed} devices, found "
@@ -51,9 +62,9 @@ def make_mesh(
 
 
 def parameter_sharding(
-    mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int
+    mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int, decoding: bool = False
 ) -> ShardingFor:
-    """(logical axes, shape) of a parameter -> its sharding.
+    """(logical axes, shape) of a parameter -> its sharding, for training or for decoding.
 
     Heads are split whole: where the tensor axis does not divide the key/value heads they are
     replicated, where it does not divide the query heads attention is replicated as a whole. Any
@@ -61,11 +72,12 @@ def parameter_sharding(
     """
     heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
     replicated = {"heads": not heads_split, "kv_heads": not kv_heads_split}
+    rules = DECODING_RULES if decoding else AXIS_RULES
 
     def sharding_for(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         spec: list[str | None] = []
         for axis, size in zip(axes, shape, strict=True):
-            mesh_axis = None if replicated.get(axis) else AXIS_RULES[axis]
+            mesh_axis = None if replicated.get(axis) else rules[axis]
             if mesh_axis in spec and mesh_axis is not None:
                 raise ValueError(f"axes {axes} use the mesh axis {mesh_axis!r} twice")
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
@@ -154,7 +166,13 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"a batch of {leaf.shape[0]} rows cannot be split over data x fsdp = {shards} "
                 "devices: make the number of rows a multiple of it"
             )
-    shardings = jax.tree.map(
-        lambda leaf: batch_sharding(mesh) if leaf.ndim else replicated(mesh), batch
-    )
-    return jax.device_put(batch, shardings)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.tree.map(lambda leaf: put(leaf, rows if leaf.ndim else whole), batch)
+
+
+def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds, onto devices of all of them: each takes its slices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

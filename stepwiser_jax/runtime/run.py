@@ -14,11 +14,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import yaml
 from rich.progress import (
     BarColumn,
@@ -30,7 +31,17 @@ from rich.progress import (
 )
 
 from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
-from stepwiser_jax.records import Record, RecordWriter, UserError, atomic_write, write_manifest
+from stepwiser_jax.records import (
+    KIND,
+    Record,
+    RecordWriter,
+    UserError,
+    atomic_write,
+    read_parts,
+    write_manifest,
+)
+from stepwiser_jax.runtime import hosts
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -44,10 +55,12 @@ class RunDirectory:
     """Nothing is written before the first of `writer`, `metrics` or `finish`: a stage reads and
     checks its input first, so that a mistake leaves no directory behind."""
 
-    def __init__(self, path: str | Path, stage: str, config: Config):
+    def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config."""
-        self.path, self.stage, self.config = Path(path), stage, config
-        self._writers: list[RecordWriter[Any]] = []
+        self.path, self.stage, self.config, self.shard = Path(path), stage, config, shard
+        self.worker = shard.index * jax.process_count() + jax.process_index()
+        self.num_workers = shard.count * jax.process_count()
+        self._writers: dict[type, RecordWriter[Any]] = {}
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
@@ -79,19 +92,39 @@ class RunDirectory:
         return self.path
 
     def writer(self, record_type: type[R]) -> RecordWriter[R]:
-        writer = RecordWriter(self.create(), record_type)
-        self._writers.append(writer)
-        return writer
+        """A part of this worker's own: a process, of a shard where there are several."""
+        if record_type not in self._writers:
+            place = (self.worker, self.num_workers)
+            self._writers[record_type] = RecordWriter(self.create(), record_type, *place)
+        return self._writers[record_type]
+
+    def done(self, record_type: type[R]) -> set[str]:
+        """Ids of the records that are there, whoever wrote them."""
+        return {record.record_id for record in read_parts(self.path, record_type)}
+
+    def share(self, work: Sequence[T]) -> Sequence[T]:
+        """The units of work that are this worker's."""
+        return work[self.worker :: self.num_workers]
 
     def metrics(self) -> Metrics:
         return Metrics(self.create())
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json, put the parts in id order, and write the manifest last."""
+    def finish(self, summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """When all processes are here, one of them writes summary.json, puts the parts in id order,
+        and writes the manifest last. A shard leaves that to the run without one, which finds the
+        records of all shards."""
         self.create()
-        summary = summary | {"peak_host_memory_bytes": peak_memory_bytes()}
-        atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-        write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
+        for writer in self._writers.values():
+            writer.close()
+        hosts.barrier(f"{self.stage}: records are written")
+        if self.shard.count > 1:
+            written = {KIND[w.record_type]: len(w.done) for w in self._writers.values()}
+            return {"shard": str(self.shard), "records_so_far": written}
+        if hosts.is_first():
+            summary = summarize() | {"peak_host_memory_bytes": peak_memory_bytes()}
+            atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
+        hosts.barrier(f"{self.stage}: the run is finished")
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
@@ -99,13 +132,16 @@ class RunDirectory:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events side by side."""
+    """metrics.jsonl and TensorBoard events side by side, of the first process; the others write
+    nothing."""
 
     def __init__(self, run_dir: Path):
-        from tensorboardX import SummaryWriter
-
         self._path = run_dir / "metrics.jsonl"
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30)
+        self._tensorboard = None
+        if hosts.is_first():
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30)
 
     def resume_at(self, step: int) -> dict[str, float]:
         """Forget what a killed run logged after the checkpoint it resumes from; returns the last
@@ -114,11 +150,14 @@ class Metrics:
             return {}
         lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        atomic_write(self._path, "".join(line + "\n" for line in kept))
+        if self._tensorboard is not None:
+            atomic_write(self._path, "".join(line + "\n" for line in kept))
         last = json.loads(kept[-1]) if kept else {}
         return {name: value for name, value in last.items() if name != "step"}
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if self._tensorboard is None:
+            return
         values = {name: float(value) for name, value in values.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -126,7 +165,8 @@ class Metrics:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 class StopRequest:
@@ -167,7 +207,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+    with Progress(*columns, disable=not (sys.stdout.isatty() and hosts.is_first())) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
 
         def advance(n: int = 1, **fields: float) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from stepwiser_jax.runtime.mesh import replicated
+from stepwiser_jax.runtime.mesh import put, replicated
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(model, micro-batch, denominator of the whole batch) -> (loss, metrics)."""
@@ -111,8 +112,7 @@ def create_train_state(
         transform_non_params=lambda _: whole,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(model)
-    step, skipped = jax.device_put((jnp.int32(0), jnp.int32(0)), whole)
-    return TrainState(model, opt_state, step, skipped)
+    return TrainState(model, opt_state, put(np.int32(0), whole), put(np.int32(0), whole))
 
 
 def make_train_step(

@@ -16,9 +16,10 @@ import jax
 from stepwiser_jax.config import Training
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.records import UserError, atomic_write
+from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import Loaded
-from stepwiser_jax.runtime.run import RunDirectory, stop
+from stepwiser_jax.runtime.run import Interrupted, RunDirectory, stop
 from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
 
 
@@ -75,6 +76,8 @@ class TrainingRun:
 
     def _write_template(self) -> None:
         template = self._directory.create() / "template"
+        if not hosts.is_first():
+            return
         config = self._loaded.model.config.to_hf()
         atomic_write(template / "config.json", json.dumps(config, indent=2) + "\n")
         self._loaded.tokenizer.save(str(template))
@@ -91,15 +94,16 @@ class TrainingRun:
         self.flush()
         self._pending = (step, metrics)
         self.step = step
-        if step % self.settings.checkpoint_every == 0 or stop.requested:
+        stopping = hosts.any_of(stop.requested)
+        if step % self.settings.checkpoint_every == 0 or stopping:
             self.save()
-        stop.check()
+        if stopping:
+            self._checkpointer.wait()
+            raise Interrupted
 
     def save(self) -> None:
         self.flush()
         self._checkpointer.save(self.step, self.state, {"loader": self.loader.get_state()})
-        if stop.requested:
-            self._checkpointer.wait()
 
     def flush(self) -> None:
         """Fetch and log the metrics of the last dispatched step."""
@@ -130,4 +134,4 @@ class TrainingRun:
         self._checkpointer.close()
         self._metrics.close()
         save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
-        return self._directory.finish(summary)
+        return self._directory.finish(lambda: summary)

@@ -26,6 +26,7 @@ from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
@@ -41,14 +42,34 @@ IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
 
 
-def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
+def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
     """Annotate block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "annotate", config)
+    directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
         return directory.summary()
-    problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
-    mesh = make_mesh(**config.mesh.model_dump())
+    done = directory.done(PrefixValue)
+    work = [
+        block
+        for block in directory.share(blocks(trajectories, config.trajectories_per_block))
+        if not done.issuperset(prefix_ids(block))
+    ]
+    measured = annotate_blocks(config, directory, trajectories, work) if work else {}
+    writer = directory.writer(PrefixValue)
+    counts = {"trajectories": len(trajectories), "dropped": dropped}
+    return directory.finish(lambda: counts | summarize(trajectories, writer.read()) | measured)
+
+
+def annotate_blocks(
+    config: Annotate,
+    directory: RunDirectory,
+    trajectories: Sequence[Trajectory],
+    work: Sequence[Sequence[Trajectory]],
+) -> dict[str, Any]:
+    """Values of the prefixes of these blocks, written; returns what was measured. Checks all
+    trajectories first: every worker must refuse what one would."""
+    problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
@@ -60,9 +81,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
         engine.check_length(len(trajectory.prompt_ids), room, trajectory.trajectory_id)
 
     writer = directory.writer(PrefixValue)
-    done_before = len(writer.done)
-    work = blocks(trajectories, config.trajectories_per_block)
-    start = time.perf_counter()
+    start, annotated = time.perf_counter(), 0
     with (
         AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
         progress("annotate", len(work)) as advance,
@@ -74,38 +93,40 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
             return verifier.verify(list(zip(answers, references, strict=True)))
 
         for block in work:
-            if not writer.done.issuperset(prefix_ids(block)):
-                values = estimate_prefix_values(
-                    engine,
-                    block,
-                    is_correct,
-                    num_rollouts=config.num_rollouts,
-                    adaptive=config.adaptive,
-                    params=params,
-                    key=jax.random.key(config.seed),
-                    policy_id=loaded.model_id,
-                )
-                writer.append(values)
+            values = estimate_prefix_values(
+                engine,
+                block,
+                is_correct,
+                num_rollouts=config.num_rollouts,
+                adaptive=config.adaptive,
+                params=params,
+                key=jax.random.key(config.seed),
+                policy_id=loaded.model_id,
+            )
+            writer.append(values)
+            annotated += len(values)
             advance(1)
             stop.check()
     seconds = time.perf_counter() - start
-    values = writer.read()
-    whole = {f"{t.trajectory_id}/{len(t.chunk_ends)}" for t in trajectories}
-    sampled = [value.num_rollouts for value in values if value.record_id not in whole]
-    summary = {
-        "trajectories": len(trajectories),
-        "dropped": dropped,
-        "prefixes": len(values),
-        "rollouts_per_prefix": sum(sampled) / len(sampled),
-        "mean_value": sum(value.value for value in values) / len(values),
+    return {
         "sampled_tokens": engine.sampled_tokens,
         "tokens_per_second": engine.sampled_tokens / seconds,
-        "seconds_per_prefix": per_item(seconds, len(writer.done) - done_before),
+        "seconds_per_prefix": per_item(seconds, annotated),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": engine.compiled_shapes,
     }
-    return directory.finish(summary)
+
+
+def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue]) -> dict[str, Any]:
+    """Rollouts are counted where there were some: not behind whole trajectories."""
+    whole = {f"{t.trajectory_id}/{len(t.chunk_ends)}" for t in trajectories}
+    sampled = [value.num_rollouts for value in values if value.record_id not in whole]
+    return {
+        "prefixes": len(values),
+        "rollouts_per_prefix": sum(sampled) / len(sampled),
+        "mean_value": sum(value.value for value in values) / len(values),
+    }
 
 
 def select_trajectories(

@@ -39,7 +39,8 @@ from stepwiser_jax.records import (
     read_records,
 )
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams
@@ -50,37 +51,61 @@ from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 
-def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
+def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
     """Judge block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "evaluate", config)
+    directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:
         return directory.summary()
-    mesh = make_mesh(**config.mesh.model_dump())
+    tokenizer = load_tokenizer_of(config.judge.path)
+    items = load_items(config.items, tokenizer, split=config.split, limit=config.limit)
+    done = directory.done(Judgment)
+    work = [
+        block
+        for block in directory.share(blocks(items, config.items_per_block))
+        if not done.issuperset(judgment_ids(config, block))
+    ]
+    measured = judge_blocks(config, directory, items, work) if work else {}
+    writer = directory.writer(Judgment)
+
+    def scores() -> dict[str, Any]:
+        judgments = {judgment.example_id: judgment for judgment in writer.read()}
+        return summarize(config, items, judgments) | measured
+
+    return directory.finish(scores)
+
+
+def judge_blocks(
+    config: Evaluate,
+    directory: RunDirectory,
+    items: Sequence[ProcessBenchItem],
+    work: Sequence[Sequence[ProcessBenchItem]],
+) -> dict[str, Any]:
+    """Judgments of these blocks, written; returns what was measured. Checks all items first: every
+    worker must refuse what one would."""
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    items = load_items(config.items, loaded.tokenizer, split=config.split, limit=config.limit)
     judge = ItemJudge(config, loaded, mesh)
     judge.check_lengths(items)
-
     writer = directory.writer(Judgment)
-    done_before = len(writer.done)
-    work = blocks(items, config.items_per_block)
-    start = time.perf_counter()
+    start, judged = time.perf_counter(), 0
     with progress("evaluate", len(work)) as advance:
         for block in work:
-            if not writer.done.issuperset(judge.judgment_ids(block)):
-                writer.append(judge(block))
+            judgments = judge(block)
+            writer.append(judgments)
+            judged += len(judgments)
             advance(1)
             stop.check()
-    seconds = time.perf_counter() - start
-    judgments = {judgment.example_id: judgment for judgment in writer.read()}
-    summary = summarize(config, items, judgments)
-    summary |= {
-        "seconds_per_judgment": per_item(seconds, len(writer.done) - done_before),
+    return {
+        "seconds_per_judgment": per_item(time.perf_counter() - start, judged),
         "compiled": judge.engine.compiled_shapes,
     }
-    return directory.finish(summary)
+
+
+def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[str]:
+    ids = [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
+    return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
 
 
 def load_items(
@@ -137,10 +162,6 @@ class ItemJudge:
             self.engine.check_length(
                 len(prompt), self.config.max_new_tokens, f"{item.item_id}, step {last}"
             )
-
-    def judgment_ids(self, block: Sequence[ProcessBenchItem]) -> list[str]:
-        ids = [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
-        return ids + [f"{i}/vote{k}" for i in ids for k in range(self.config.votes)]
 
     def __call__(self, block: Sequence[ProcessBenchItem]) -> list[Judgment]:
         steps = [(item, step) for item in block for step in range(len(item.steps))]

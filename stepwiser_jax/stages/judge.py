@@ -43,9 +43,10 @@ from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entro
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
 from stepwiser_jax.records import JudgeExample, UserError, Verdict
+from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import Loaded, load_model
+from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams
@@ -68,6 +69,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
+    sampling_mesh = make_mesh(**sampling_axes(config), devices=jax.local_devices())
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     examples, too_long = load_examples(config, loaded)
     training = TrainingRun(
@@ -78,7 +80,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         total_updates=config.iterations * config.updates_per_iteration,
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
-    collect = GroupCollector(config, loaded, mesh)
+    collect = GroupCollector(config, loaded, sampling_mesh)
     reference = None
     if config.grpo.kl_coef:
         reference = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed).model
@@ -109,6 +111,22 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         "compiled": collect.engine.compiled_shapes,
     }
     return training.finish(summary)
+
+
+def sampling_axes(config: Judge) -> dict[str, int]:
+    """Axes of the mesh that each process samples on, over its own devices: those of training where
+    there is one process; else its tensor axis, and as many copies of the rows as fit."""
+    if config.sampling_mesh is not None:
+        return config.sampling_mesh.model_dump()
+    if jax.process_count() == 1:
+        return config.mesh.model_dump()
+    devices, tensor = jax.local_device_count(), config.mesh.tensor
+    if devices % tensor:
+        raise UserError(
+            f"each process has {devices} devices, over which mesh.tensor = {tensor} cannot be "
+            "spread: set sampling_mesh, or another mesh.tensor"
+        )
+    return {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
 
 
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:
@@ -155,40 +173,48 @@ class GroupCollector:
     """Samples and rewards the groups of one iteration with the judge as it is now."""
 
     def __init__(self, config: Judge, loaded: Loaded, mesh: jax.sharding.Mesh):
-        self.config, self.loaded = config, loaded
+        self.config, self.loaded, self.mesh = config, loaded, mesh
         self.key = jax.random.key(config.seed)
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
-        self.engine = Engine(
-            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
-        )
+        model = decoding_copy(loaded.model, mesh)
+        self.engine = Engine(model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
 
     def __call__(
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
         """Groups that teach, at most P of them, and the metrics of everything sampled."""
-        engine = self.engine.with_model(training.state.model)
+        self.engine = self.engine.with_model(decoding_copy(training.state.model, self.mesh))
         sampled: list[Judged] = []
         kept: list[Judged] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
         for draw in range(1 + self.config.grpo.max_refills):
-            judged = self.judge(engine, next(training.loader), f"judge/it{iteration}/draw{draw}")
+            judged = self.judge(next(training.loader), f"judge/it{iteration}/draw{draw}")
             sampled += judged
             kept += [group for group in judged if group.teaches or not drops]
             if len(kept) >= wanted:
                 break
         return kept[:wanted], rollout_metrics(sampled, len(kept))
 
-    def judge(self, engine: Engine, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
+    def judge(self, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
+        """Groups of all examples, of which each process samples its share."""
+        processes = jax.process_count()
+        places = range(jax.process_index(), len(examples), processes)
+        with jax.set_mesh(self.mesh):
+            mine = self.sample([examples[p] for p in places], [f"{name}/{p}" for p in places])
+        groups_of = hosts.gather(mine)
+        return [groups_of[p % processes][p // processes] for p in range(len(examples))]
+
+    def sample(self, examples: Sequence[JudgeExample], names: Sequence[str]) -> list[Judged]:
         size = self.config.group_size
         prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
         row_ids = [
-            f"{name}/{p}/{example.example_id}/{g}"
-            for p, example in enumerate(examples)
+            f"{name}/{example.example_id}/{g}"
+            for name, example in zip(names, examples, strict=True)
             for g in range(size)
         ]
-        output = engine.generate(
+        output = self.engine.generate(
             prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
         )
         groups = []

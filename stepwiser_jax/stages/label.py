@@ -72,7 +72,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         "judge_examples": len(chosen),
         "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
     }
-    return directory.finish(summary)
+    return directory.finish(lambda: summary)
 
 
 def label_trajectories(

@@ -18,6 +18,7 @@ import jax
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, UserError
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
@@ -31,13 +32,35 @@ from stepwiser_jax.text.tokenizer import completion_text
 CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}
 
 
-def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
+def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
     """Sample block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "rollout", config)
+    directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
     problems, dropped = filter_problems(read_problems(config.problems))
-    mesh = make_mesh(**config.mesh.model_dump())
+    done = directory.done(Trajectory)
+    work = [
+        block
+        for block in directory.share(blocks(problems, config.problems_per_block))
+        if not done.issuperset(trajectory_ids(config, block))
+    ]
+    measured = sample_blocks(config, directory, problems, work) if work else {}
+    problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
+    if directory.worker == 0:
+        problem_writer.append(problems)
+    counts = {"problems": len(problems), "dropped": dropped}
+    return directory.finish(lambda: summarize(writer.read()) | counts | measured)
+
+
+def sample_blocks(
+    config: Rollout,
+    directory: RunDirectory,
+    problems: Sequence[Problem],
+    work: Sequence[Sequence[Problem]],
+) -> dict[str, Any]:
+    """Trajectories of these blocks, written; returns what was measured. Checks all problems first:
+    every worker must refuse what one would."""
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
@@ -46,29 +69,27 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
     sample = BlockSampler(config, loaded, mesh)
     sample.check_lengths(problems)
 
-    problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
-    done_before = len(writer.done)
-    problem_writer.append(problems)
-    work = blocks(problems, config.problems_per_block)
-    start = time.perf_counter()
+    writer = directory.writer(Trajectory)
+    start, sampled = time.perf_counter(), 0
     with (
         AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
         progress("rollout", len(work)) as advance,
     ):
         for block in work:
-            if not writer.done.issuperset(sample.trajectory_ids(block)):
-                writer.append(sample(block, verifier))
+            writer.append(sample(block, verifier))
+            sampled += len(block) * config.group_size
             advance(1)
             stop.check()
-    seconds = time.perf_counter() - start
-    summary = summarize(writer.read()) | {"problems": len(problems), "dropped": dropped}
-    summary |= {
-        "seconds_per_trajectory": per_item(seconds, len(writer.done) - done_before),
+    return {
+        "seconds_per_trajectory": per_item(time.perf_counter() - start, sampled),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": sample.engine.compiled_shapes,
     }
-    return directory.finish(summary)
+
+
+def trajectory_ids(config: Rollout, block: Sequence[Problem]) -> list[str]:
+    return [f"{problem.problem_id}#{g}" for problem in block for g in range(config.group_size)]
 
 
 def filter_problems(problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, int]]:
@@ -121,12 +142,8 @@ class BlockSampler:
                 len(self.prompt_ids(problem)), self.params.max_new_tokens, problem.problem_id
             )
 
-    def trajectory_ids(self, block: Sequence[Problem]) -> list[str]:
-        group = range(self.config.group_size)
-        return [f"{problem.problem_id}#{g}" for problem in block for g in group]
-
     def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
-        ids_B = self.trajectory_ids(block)
+        ids_B = trajectory_ids(self.config, block)
         prompts_P = [self.prompt_ids(problem) for problem in block]
         output = self.engine.generate(
             prompts_P,

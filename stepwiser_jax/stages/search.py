@@ -33,6 +33,7 @@ from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
@@ -177,34 +178,48 @@ def keep_or_reset(attempt: Attempt, chunk: list[int], accepted: bool, max_attemp
 # --- the stage ----------------------------------------------------------------------------------
 
 
-def run(config: Search, run_dir: str | Path) -> dict[str, Any]:
+def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
     """Search block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "search", config)
+    directory = RunDirectory(run_dir, "search", config, shard)
     if directory.finished:
         return directory.summary()
     problems = read_problems(config.problems)
+    done = directory.done(SearchResult)
+    work = [
+        block
+        for block in directory.share(blocks(problems, config.problems_per_block))
+        if not done.issuperset(search_ids(config, block))
+    ]
+    measured = search_blocks(config, directory, problems, work) if work else {}
+    writer = directory.writer(SearchResult)
+    counts = {"problems": len(problems)}
+    return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
+
+
+def search_blocks(
+    config: Search,
+    directory: RunDirectory,
+    problems: Sequence[Problem],
+    work: Sequence[Sequence[Problem]],
+) -> dict[str, Any]:
+    """Results for these blocks, written; returns what was measured. Checks all problems first:
+    every worker must refuse what one would."""
     policy, judge = load_solvers(config)
     check_lengths(config, policy, judge, problems)
-
     writer = directory.writer(SearchResult)
-    done_before = len(writer.done)
-    work = blocks(problems, config.problems_per_block)
-    start = time.perf_counter()
+    start, found = time.perf_counter(), 0
     with (
         AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
         progress("search", len(work)) as advance,
     ):
         for block in work:
-            if not writer.done.issuperset(search_ids(config, block)):
-                writer.append(search_block(config, policy, judge, block, verifier))
+            results = search_block(config, policy, judge, block, verifier)
+            writer.append(results)
+            found += len(results)
             advance(1)
             stop.check()
-    summary = summarize(config, writer.read())
-    summary |= {
-        "problems": len(problems),
-        "seconds_per_solution": per_item(
-            time.perf_counter() - start, len(writer.done) - done_before
-        ),
+    return {
+        "seconds_per_solution": per_item(time.perf_counter() - start, found),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": {
@@ -212,7 +227,6 @@ def run(config: Search, run_dir: str | Path) -> dict[str, Any]:
             "judge": judge.engine.compiled_shapes,
         },
     }
-    return directory.finish(summary)
 
 
 def check_lengths(
@@ -233,7 +247,8 @@ def check_lengths(
 
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
-    mesh, key = make_mesh(**config.mesh.model_dump()), jax.random.key(config.seed)
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    key = jax.random.key(config.seed)
     policy = load_for_decoding(
         **config.policy.model_dump(),
         weights=config.policy_engine.weights,

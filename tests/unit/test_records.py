@@ -82,7 +82,8 @@ def test_interrupted_and_undisturbed_runs_leave_the_same_bytes(tmp_path):
         writer = RecordWriter(tmp_path / name, Problem)
         for batch in batches:
             writer.append(batch)
-        write_manifest(tmp_path / name, "rollout", "digest", [writer])
+        writer.close()
+        write_manifest(tmp_path / name, "rollout", "digest", [Problem])
     files = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
     assert [p.name for p in files[0]] == [p.name for p in files[1]]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
@@ -103,7 +104,8 @@ def test_unfinished_missing_wrong_and_damaged_runs_are_refused(tmp_path):
         read_records(tmp_path / "run", Problem)
     writer = RecordWriter(tmp_path / "run", Problem)
     writer.append(PROBLEMS)
-    write_manifest(tmp_path / "run", "rollout", "digest", [writer])
+    writer.close()
+    write_manifest(tmp_path / "run", "rollout", "digest", [Problem])
     with pytest.raises(UserError, match="not chunk_labels"):
         read_records(tmp_path / "run", ChunkLabel)
     with open(writer.path, "a") as file:
@@ -134,7 +136,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
 def test_run_directory_writes_nothing_before_it_must(tmp_path):
     directory = RunDirectory(tmp_path / "run", "label", label_config())
     assert not directory.path.exists()
-    directory.finish({"x": 1})
+    directory.finish(lambda: {"x": 1})
     assert directory.finished
     assert directory.summary()["x"] == 1
     assert directory.summary()["peak_host_memory_bytes"] > 0

@@ -1,0 +1,172 @@
+"""Several processes, one run: how they find one another, share work, and wait.
+
+A training stage is one program over the devices of all processes. In a sampling stage each process
+has a copy of the model on its own devices and takes every n-th block of the work: processes meet at
+the end only. Work can also be cut into shards that never meet: runs of their own, at any time and
+place, of which the last, without a shard, finds all records and writes the manifest.
+
+The run directory must be one that all processes see.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from stepwiser_jax.records import UserError
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 1800
+"""How long processes wait for all others to start: nodes of a pod boot at different speeds."""
+
+BEAT_SECONDS, SILENCE_SECONDS = 5.0, 60.0
+"""How often a process says that it is alive, and how long it may be silent."""
+
+BARRIER_SECONDS = 7 * 24 * 3600
+"""A process that dies is noticed long before; one that still works may need days."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Blocks `index`, `index + count`, ... of a stage's work."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From `I/N`, 0 <= I < N."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UserError(f"expected --shard I/N with 0 <= I < N, found {text!r}")
+        return cls(int(index), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard()
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Find the other processes; returns when all are there. Without arguments the cluster is asked
+    (Cloud TPU, GKE, SLURM). Must come before the first use of a device.
+
+    From then on a process that dies ends all others within `SILENCE_SECONDS`, with exit status 1.
+    Raises UserError where the others do not come in time.
+    """
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None, None, None):
+        raise UserError(
+            "expected --coordinator, --num-processes and --process-id together, found "
+            f"coordinator {coordinator}, num-processes {num_processes}, process-id {process_id}"
+        )
+    if num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise UserError(
+                f"expected --process-id from 0 to {num_processes - 1}, found {process_id}"
+            )
+        print(
+            f"process {process_id} of {num_processes} waits for the others at {coordinator}, "
+            f"{CONNECT_SECONDS // 60} minutes at most",
+            file=sys.stderr,
+            flush=True,
+        )
+    # SIGTERM is handled by runtime.run: jax's own handler would take its place.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=CONNECT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes did not find one another: {error}") from None
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watch.start()
+    atexit.register(lambda: (over.set(), watch.join()))  # before jax takes its leave
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One that failed does not wait for the others, which hear of it."""
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _client() -> Any:
+    """The coordination service: jax offers no public way to it, and Orbax goes the same one."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _watch(over: threading.Event) -> None:
+    """Say that this process is alive, and end it when another is not. jax would do so as well, 40
+    seconds later and with a stack trace."""
+    client, beats = _client(), 0
+    heard: dict[str, tuple[str, float]] = {}
+    while not over.wait(BEAT_SECONDS):
+        beats += 1
+        try:
+            client.key_value_set(f"alive/{jax.process_index()}", str(beats), allow_overwrite=True)
+            now = time.monotonic()
+            # Process 0 hears all; the others hear of a death when its service is gone.
+            found = client.key_value_dir_get("alive") if is_first() else []
+        except Exception as error:  # whatever the service's failure is called
+            _end(f"process 0 cannot be reached any more ({str(error).splitlines()[0]})")
+        for name, beat in found:
+            if heard.get(name, ("",))[0] != beat:
+                heard[name] = (beat, now)
+            elif now - heard[name][1] > SILENCE_SECONDS:
+                _end(
+                    f"process {name.rpartition('/')[2]} has not been heard of for "
+                    f"{SILENCE_SECONDS:.0f} s"
+                )
+
+
+def _end(reason: str) -> NoReturn:
+    here = f"process {jax.process_index()} ends too; start all of them again to go on"
+    print(f"error: {reason}: {here}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Until every process is here; `name` must be used once."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(name, BARRIER_SECONDS * 1000)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process. All must call it, at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def gather(item: T) -> list[T]:
+    """One Python object from each process, in their order; the same list in all of them."""
+    if jax.process_count() == 1:
+        return [item]
+    content = np.frombuffer(pickle.dumps(item), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([content.size])).ravel()
+    padded = np.pad(content, (0, int(sizes.max()) - content.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
