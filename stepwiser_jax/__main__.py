@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,8 @@ def _add_stage(name: str, does: str, files: str) -> None:
             options["shard"] = hosts.Shard.parse(shard)
         if distributed or (coordinator, num_processes, process_id) != (None, None, None):
             hosts.connect(coordinator, num_processes, process_id)
-        summary = module.run(settings, run_dir, **options)
+        with hosts.noticing_deaths():
+            summary = module.run(settings, run_dir, **options)
         typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
 
 
@@ -161,7 +163,13 @@ def run() -> None:
     """The console script."""
     from stepwiser_jax.runtime.hosts import leave
 
-    leave(main())
+    try:
+        status = main()
+    except Exception:
+        # Python's own exit would wait for the other processes.
+        traceback.print_exc()
+        status = 1
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -141,6 +143,17 @@ def _end(reason: str) -> NoReturn:
     here = f"process {jax.process_index()} ends too; start all of them again to go on"
     print(f"error: {reason}: {here}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+@contextmanager
+def noticing_deaths() -> Iterator[None]:
+    """A collective fails at once where another process is gone: that is no bug, and one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        _end(f"another process is gone or cannot be reached ({str(error).splitlines()[0]})")
 
 
 def is_first() -> bool:

@@ -185,7 +185,9 @@ class GroupCollector:
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
         """Groups that teach, at most P of them, and the metrics of everything sampled."""
-        self.engine = self.engine.with_model(decoding_copy(training.state.model, self.mesh))
+        model = decoding_copy(training.state.model, self.mesh)
+        with jax.set_mesh(self.mesh):
+            self.engine = self.engine.with_model(model)
         sampled: list[Judged] = []
         kept: list[Judged] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance

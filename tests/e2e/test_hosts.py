@@ -1,0 +1,180 @@
+"""Several processes and several shards: what one process alone leaves, and how they end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.records import PrefixValue, Trajectory, read_records
+
+from .conftest import command
+from .test_kill import everything
+
+BLOCKS = {
+    "rollouts": ("problems_per_block=2",),
+    "values": ("trajectories_per_block=6",),
+    "heldout": ("problems_per_block=2",),
+    "evaluate": ("items_per_block=3",),
+    "search": ("problems_per_block=2",),
+}
+
+
+def start(arguments, *, processes, devices=1):
+    """The command in several processes on loopback, each with its own fake devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
+    words = [sys.executable, "-m", "stepwiser_jax", *arguments]
+    words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
+    return [
+        subprocess.Popen(
+            [*words, "--process-id", str(i)],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def rows(run):
+    """Records by kind and id, and in the order in which another stage reads them."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    found = {}
+    for kind, entry in manifest["records"].items():
+        for part in entry["parts"]:
+            lines = (run / part["path"]).read_text().splitlines()
+            assert len(lines) == part["count"]
+            for line in lines:
+                assert (kind, line) not in found
+                found[kind, line] = None
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_shards_that_never_meet_are_one_run(runs, tmp_path, name):
+    """Of which the second is run again after it was lost halfway, and the last merges."""
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
+    again = command(name, runs, out=sharded, extra=BLOCKS[name])
+    for shard in ("0/3", "2/3", "1/3"):
+        assert main([*again, "--shard", shard]) == 0
+        assert not (sharded / "manifest.json").exists()
+    lost = next((sharded / "records").glob("*/part-00001-of-00003.jsonl"))
+    content = lost.read_bytes()
+    lost.write_bytes(content[: len(content) // 2])
+    assert main([*again, "--shard", "1/3"]) == 0
+    assert main(again) == 0
+    assert rows(sharded) == rows(whole)
+    assert len(list((sharded / "records").glob("*/part-*-of-00003.jsonl"))) > 3
+
+
+def test_several_parts_are_read_in_the_order_of_one(runs, tmp_path):
+    arguments = command("rollouts", runs, out=tmp_path / "r", extra=BLOCKS["rollouts"])
+    for extra in (["--shard", "1/2"], ["--shard", "0/2"], []):
+        assert main([*arguments, *extra]) == 0
+    assert read_records(tmp_path / "r", Trajectory) == read_records(runs / "rollouts", Trajectory)
+
+
+@pytest.mark.parametrize("shard", ["2/2", "-1/2", "a/b", "1"])
+def test_a_wrong_shard_is_refused(runs, tmp_path, shard, capsys):
+    assert main([*command("rollouts", runs, out=tmp_path / "r"), "--shard", shard]) == 2
+    assert "--shard I/N" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_training_is_not_cut_into_shards_and_addresses_come_whole(runs, tmp_path, capsys):
+    judge = command("judge", runs, out=tmp_path / "j")
+    assert main([*judge, "--shard", "0/2"]) == 2
+    assert "cannot be cut into shards" in capsys.readouterr().err
+    assert main([*judge, "--coordinator", "localhost:1"]) == 2
+    assert "--num-processes" in capsys.readouterr().err
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rollouts", "values"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_rows_of_one(runs, tmp_path, name, processes):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
+    finish(start(command(name, runs, out=shared, extra=BLOCKS[name]), processes=processes))
+    assert rows(shared) == rows(whole)
+    kind = {"rollouts": Trajectory, "values": PrefixValue}[name]
+    assert read_records(shared, kind) == read_records(whole, kind)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_train_as_one_does(runs, tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert main(command("judge", runs, out=whole)) == 0
+    sizes = ("mesh.fsdp=2", "mesh.tensor=2")
+    finish(start(command("judge", runs, out=shared, extra=sizes), processes=2, devices=2))
+    for a, b in zip(metrics(whole), metrics(shared), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for a, b in zip(everything(whole)[1], everything(shared)[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert (shared / "model" / "model.safetensors").stat().st_size == (
+        whole / "model" / "model.safetensors"
+    ).stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("name", ["values", "judge"])
+def test_one_process_killed_ends_all_and_all_started_again_finish(runs, tmp_path, name, victim):
+    """Within two minutes and with one line; what is left then is what an undisturbed run leaves."""
+    extra = {"values": BLOCKS["values"], "judge": ("mesh.fsdp=2", "training.checkpoint_every=1")}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(command(name, runs, out=whole, extra=extra[name]), processes=2))
+    again = command(name, runs, out=killed, extra=extra[name])
+    processes = start(again, processes=2)
+    while not _has_begun(killed):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = processes[1 - victim].communicate(timeout=150)
+    assert time.monotonic() - began < 120
+    assert processes[1 - victim].returncode not in (0, None)
+    assert "start all of them again" in errors or "another task died" in errors, errors[-2000:]
+    processes[victim].communicate()
+    assert not (killed / "manifest.json").exists()
+    finish(start(again, processes=2))
+    records, arrays = everything(whole)
+    found_records, found_arrays = everything(killed)
+    assert found_records == records
+    assert bool(records) != bool(arrays)
+    for a, b in zip(arrays, found_arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+    shutil.rmtree(killed)
+
+
+def _has_begun(run):
+    written = [*run.glob("records/prefix_values/part-*.jsonl"), run / "metrics.jsonl"]
+    return any(file.is_file() and file.stat().st_size for file in written)
