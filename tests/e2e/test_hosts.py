@@ -85,7 +85,7 @@ def test_shards_that_never_meet_are_one_run(runs, tmp_path, name):
     assert main([*again, "--shard", "1/3"]) == 0
     assert main(again) == 0
     assert rows(sharded) == rows(whole)
-    assert len(list((sharded / "records").glob("*/part-*-of-00003.jsonl"))) > 3
+    assert len(list((sharded / "records").glob("*/part-*-of-00003.jsonl"))) >= 3
 
 
 def test_several_parts_are_read_in_the_order_of_one(runs, tmp_path):
