@@ -178,13 +178,26 @@ class Engine(Sampler):
 
         `wanted` is asked before a fork starts; one that is not wanted is left out. Up to
         `rows_per_trunk` forks of a trunk run at the same time; more, where rows would stay idle.
-        `params.max_new_tokens` is the most that any fork may sample. Raises UserError, before
-        anything is sampled, for a fork that does not fit the context.
+        `params.max_new_tokens` is the most that any fork may sample. Before anything is sampled,
+        raises UserError for a fork that does not fit the context or goes on from nothing, and
+        ValueError for one that reaches over its trunk or `params`, or a trunk without forks.
         """
         by_bucket: dict[int, list[Trunk]] = {}
         for trunk in trunks:
+            if not trunk.forks:
+                raise ValueError(f"a trunk of {len(trunk.ids)} tokens has no forks")
             for fork in trunk.forks:
                 self.check_length(fork.num_tokens, fork.max_new_tokens, fork.row_id)
+                if fork.num_tokens > len(trunk.ids):
+                    raise ValueError(
+                        f"{fork.row_id} goes on after token {fork.num_tokens} of a trunk of "
+                        f"{len(trunk.ids)}"
+                    )
+                if not 1 <= fork.max_new_tokens <= params.max_new_tokens:
+                    raise ValueError(
+                        f"{fork.row_id} has max_new_tokens {fork.max_new_tokens}, expected 1 to "
+                        f"{params.max_new_tokens}, that of params"
+                    )
             by_bucket.setdefault(self.shapes.bucket(trunk.num_tokens), []).append(trunk)
         for slots, group in sorted(by_bucket.items()):
             yield from _Run(self, group, params, key, slots, wanted, rows_per_trunk).completions()
