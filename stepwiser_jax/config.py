@@ -11,7 +11,8 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -19,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from stepwiser_jax.records import UserError
 from stepwiser_jax.text.prompts import PromptStyle
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- parts that several stages share ------------------------------------------------------------
@@ -30,9 +33,9 @@ class Config(BaseModel):
 class Mesh(Config):
     """Sizes of the device mesh's axes; their product is the number of devices used."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = Field(1, ge=1)
+    fsdp: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
 
 
 class Model(Config):
@@ -53,7 +56,7 @@ class Problems(Config):
     split: str | None = None
     subset: str | None = None
     limit: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Sampling(Config):
@@ -93,8 +96,8 @@ class Optimizer(Config):
     end_fraction: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
 
 
 class Training(Config):
@@ -114,7 +117,7 @@ class Training(Config):
 class ComputeStage(Config):
     """What every stage has that runs a model."""
 
-    seed: int = 0
+    seed: Seed = 0
     mesh: Mesh = Mesh()
 
     @model_validator(mode="after")
@@ -145,7 +148,7 @@ class SftData(Config):
 
     source: str
     count: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Sft(ComputeStage):
@@ -237,7 +240,7 @@ class Label(LabelRule):
     with the chunk; 0 keeps them all, as the paper does.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     annotations: str
     rollouts: str
     tokenizer: str
@@ -424,15 +427,21 @@ def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         raise UserError(f"expected a config file at {path}, found none")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    tree = read_settings(path)
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where it holds something else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -444,7 +453,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
     try:
@@ -478,8 +489,9 @@ def _explain(config_type: type[Config], problem: Any) -> str:
 def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
     for part in location:
         annotation = config_type.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, Config)
-        config_type = annotation
+        (group,) = {*(get_args(annotation) or (annotation,))} - {NoneType}
+        assert isinstance(group, type) and issubclass(group, Config)
+        config_type = group
     return sorted(config_type.model_fields)
 
 

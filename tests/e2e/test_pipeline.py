@@ -233,6 +233,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("rollouts", "exceeds the context of 160", "sampling.max_new_tokens=150")
     mistake("rollouts", "needs 32 devices", "mesh.data=32")
     mistake("rollouts", "no chat template", "prompt_style=instruct")
+    mistake("labels", "not prefix_values", f"annotations={runs / 'rollouts'}")
 
     problems = tmp_path / "problems.jsonl"
     for text, message in (
@@ -262,6 +263,19 @@ def test_unfinished_input_is_refused(runs, tmp_path, capsys):
     (unfinished / "manifest.json").unlink()
     arguments = command("values", runs, out=tmp_path / "run", extra=(f"rollouts={unfinished}",))
     assert_fails(capsys, arguments, "resume it", tmp_path / "run")
+
+
+def test_a_run_directory_that_cannot_be_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = command("labels", runs, out=tmp_path / "file" / "run")
+    assert_fails(
+        capsys, [*inside, "--dry-run"], f"a directory at {tmp_path / 'file'}, found a file"
+    )
+    (tmp_path / "run").mkdir()
+    for text in ("", "- 1", "a: [1"):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        message = f"{tmp_path / 'run' / 'config.yaml'}"
+        assert_fails(capsys, command("labels", runs, out=tmp_path / "run"), message)
 
 
 def test_a_run_directory_of_another_config_is_refused(runs, capsys):
