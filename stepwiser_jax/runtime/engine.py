@@ -155,13 +155,20 @@ class Engine(Sampler):
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
-        holds all at once, or the largest there is. Every shard of the rows holds whole places."""
+        holds all at once, or the largest there is. Every shard of the rows holds whole places.
+
+        R is a power of two, so that few shapes are compiled, unless rows would be idle for that.
+        """
         P = R = 0
         for rows in self.shapes.rows:
             shared_by = min(forks, max(rows_per_trunk, rows // trunks))
-            R = min(1 << (shared_by - 1).bit_length(), rows // self.shards)
-            P = rows // R // self.shards * self.shards
-            if trunks * forks <= P * R:
+            grids = []
+            for R in (1 << (shared_by - 1).bit_length(), shared_by):
+                R = min(R, rows // self.shards)
+                P = rows // R // self.shards * self.shards
+                grids.append((min(trunks, P) * min(forks, R), P, R))
+            busy, P, R = max(grids, key=lambda grid: grid[0])
+            if trunks * forks <= busy:
                 break
         return P, R
 

@@ -163,6 +163,24 @@ def test_programs_are_compiled_once(tiny_model):
 
 
 @pytest.mark.parametrize(
+    ("rows", "trunks", "forks", "grid"),
+    [
+        ((64,), 100, 9, (7, 9)),  # 4 x 16 would hold 36 rows
+        ((64,), 100, 16, (4, 16)),
+        ((64,), 100, 40, (4, 16)),
+        ((64,), 1, 23, (2, 32)),  # no row more with 23: the shape that other numbers share
+        ((64,), 3, 20, (3, 20)),
+        ((64, 128), 7, 9, (7, 9)),
+        ((64, 128), 8, 9, (8, 16)),
+        ((4, 64), 4, 1, (4, 1)),
+    ],
+)
+def test_a_grid_keeps_its_rows_busy(tiny_model, rows, trunks, forks, grid):
+    engine = Engine(tiny_model, rows=rows, buckets=(64,))
+    assert engine.first_grid(trunks, forks, engine_module.SHARED_BY) == grid
+
+
+@pytest.mark.parametrize(
     ("forks", "error", "message"),
     [
         ([Fork("long", 10, 7)], UserError, "long: prompt of 10 tokens"),
