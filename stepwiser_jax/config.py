@@ -15,12 +15,29 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from stepwiser_jax.records import UserError
 from stepwiser_jax.text.prompts import PromptStyle
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError("sizes must be positive and ascending")
+    return sizes
+
+
+Sizes = Annotated[tuple[int, ...], AfterValidator(_ascending)]
 
 
 class Config(BaseModel):
@@ -45,6 +62,12 @@ class Model(Config):
     path: str
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class TrainedModel(Model):
+    """Master weights are float32: in bfloat16 an update of 1e-6 is rounded away."""
+
+    param_dtype: Literal["float32"] = "float32"
 
 
 class Problems(Config):
@@ -74,17 +97,9 @@ class Engine(Config):
     `weights`: `int8` stores the blocks' matrices as 8-bit integers and samples from a slightly
     different distribution; made for accelerators, slower than bfloat16 on a CPU."""
 
-    rows: tuple[int, ...] = (64,)
-    buckets: tuple[int, ...]
+    rows: Sizes = (64,)
+    buckets: Sizes
     weights: Literal["model", "int8"] = "model"
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Engine:
-        for name in ("rows", "buckets"):
-            values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise ValueError(f"{name} must be positive and ascending, found {list(values)}")
-        return self
 
 
 class Optimizer(Config):
@@ -155,7 +170,7 @@ class Sft(ComputeStage):
     """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
     its cold start."""
 
-    model: Model
+    model: TrainedModel
     data: SftData
     prompt_style: PromptStyle = "instruct"
     steps: int = Field(ge=1)
@@ -284,7 +299,7 @@ class Judge(ComputeStage):
     reward.
     """
 
-    model: Model
+    model: TrainedModel
     examples: str
     prompt_style: PromptStyle = "instruct"
     iterations: int = Field(ge=1)
@@ -292,7 +307,7 @@ class Judge(ComputeStage):
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
-    row_lengths: tuple[int, ...]
+    row_lengths: Sizes
     sampling: Sampling
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
@@ -332,7 +347,7 @@ class Judge(ComputeStage):
                 f"({self.sampling.max_new_tokens}) = {context}, found {list(self.engine.buckets)}"
             )
         longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
-        if not self.row_lengths or max(self.row_lengths) < longest:
+        if max(self.row_lengths) < longest:
             raise ValueError(
                 f"the largest of row_lengths must hold a group: max_prompt_tokens "
                 f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "

@@ -49,7 +49,7 @@ def read_rows(
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
-        raise UserError(f"cannot read the data set {source}: {error}") from None
+        raise UserError(f"cannot read the data set {source}: {error.__cause__ or error}") from None
     rows: list[Any] = list(table.select(range(min(limit or len(table), len(table)))))
     if not rows:
         raise UserError(f"{source} is empty: expected at least one row")
@@ -117,14 +117,17 @@ def load_processbench(
         question = row.get("question") or row.get("problem")
         steps, label = row.get("steps"), row.get("label", row.get("first_error"))
         final = row.get("final_answer_correct")
-        if (
-            not (isinstance(item_id, str) and isinstance(question, str))
-            or not (isinstance(steps, list) and steps)
-            or not (isinstance(label, int) and isinstance(final, bool))
-        ):
+        is_right = {
+            "an 'id', a text": isinstance(item_id, str),
+            "a 'problem', a text": isinstance(question, str),
+            "'steps', a list of at least one": isinstance(steps, list) and bool(steps),
+            "a 'label', the index of a step": isinstance(label, int),
+            "'final_answer_correct', true or false": isinstance(final, bool),
+        }
+        if not all(is_right.values()):
+            missing = "; ".join(name for name, right in is_right.items() if not right)
             raise UserError(
-                f"{source}, row {number + 1}: expected 'id', 'problem', 'steps', 'label' and "
-                f"'final_answer_correct', found {sorted(row)}"
+                f"{source}, row {number + 1}: expected {missing}, found the columns {sorted(row)}"
             )
         if not -1 <= label < len(steps):
             raise UserError(

@@ -234,6 +234,9 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("rollouts", "needs 32 devices", "mesh.data=32")
     mistake("rollouts", "no chat template", "prompt_style=instruct")
     mistake("labels", "not prefix_values", f"annotations={runs / 'rollouts'}")
+    mistake("evaluate", "split 'gsm8k' is of a data set", "split=gsm8k")
+    (tmp_path / "none.jsonl").write_text("")
+    mistake("judge", "found none", f"examples={tmp_path / 'none.jsonl'}")
 
     problems = tmp_path / "problems.jsonl"
     for text, message in (
@@ -300,3 +303,11 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert "num_rollouts: 4" in capsys.readouterr().out
     arguments = command("values", runs, out=out, extra=(f"rollouts={tmp_path}",))
     assert_fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)
+    for name, setting, kind in (
+        ("values", "rollouts", "trajectories"),
+        ("labels", "annotations", "prefix_values"),
+        ("judge", "examples", "judge_examples"),
+        ("evaluate", "items", "trajectories"),
+    ):
+        arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))
+        assert_fails(capsys, [*arguments, "--dry-run"], f"no records, not {kind}", out)
