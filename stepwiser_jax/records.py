@@ -334,21 +334,27 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
     path = Path(path)
     if path.is_file():
         return read_jsonl(path, record_type)
-    manifest = read_manifest(path)
-    kind = KIND[record_type]
-    if kind not in manifest["records"]:
-        held = sorted(manifest["records"]) or "no records"
-        raise UserError(
-            f"{path} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
-        )
     records: list[R] = []
-    for part in manifest["records"][kind]["parts"]:
+    for part in read_parts(path, record_type):
         file = path / part["path"]
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
             raise UserError(f"{file} is missing or is not the file that {path}/manifest.json names")
         records.extend(read_jsonl(file, record_type))
     # In the order in which one writer alone would have left them.
     return sorted(records, key=lambda record: natural_key(record.record_id))
+
+
+def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[dict[str, Any]]:
+    """The manifest's entries for records of one type. Raises UserError where the run is not
+    finished, or holds none."""
+    manifest = read_manifest(run_dir)
+    kind = KIND[record_type]
+    if kind not in manifest["records"]:
+        held = sorted(manifest["records"]) or "no records"
+        raise UserError(
+            f"{run_dir} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
+        )
+    return manifest["records"][kind]["parts"]
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
@@ -365,7 +371,7 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
 
 
-def read_parts(run_dir: Path, record_type: type[R]) -> list[R]:
+def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
     """What all writers of a run, finished or not, have written so far."""
     parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
     return [record for part in parts for record in read_jsonl(part, record_type, growing=True)]
@@ -394,7 +400,7 @@ class RecordWriter(typing.Generic[R]):
 
     def read(self) -> list[R]:
         """What has been written so far, by all writers of this type, part by part."""
-        return read_parts(self.run_dir, self.record_type)
+        return read_written(self.run_dir, self.record_type)
 
     def append(self, records: Sequence[R]) -> None:
         """Write records whose id is new, and make sure they are on disk."""

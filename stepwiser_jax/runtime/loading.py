@@ -114,11 +114,7 @@ def _resolve(path: str) -> str:
 
 def sharding_of(config: ModelConfig, mesh: Mesh, *, decoding: bool = False) -> ShardingFor:
     return parameter_sharding(
-        mesh,
-        decoding=decoding,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, decoding=decoding
     )
 
 

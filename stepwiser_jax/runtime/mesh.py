@@ -62,7 +62,7 @@ def make_mesh(
 
 
 def parameter_sharding(
-    mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int, decoding: bool = False
+    mesh: Mesh, *, num_heads: int, num_kv_heads: int, decoding: bool = False
 ) -> ShardingFor:
     """(logical axes, shape) of a parameter -> its sharding, for training or for decoding.
 

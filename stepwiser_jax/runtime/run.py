@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import yaml
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,14 +29,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
+from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config, read_settings
 from stepwiser_jax.records import (
     KIND,
     Record,
     RecordWriter,
     UserError,
     atomic_write,
-    read_parts,
+    read_written,
     write_manifest,
 )
 from stepwiser_jax.runtime import hosts
@@ -64,8 +63,9 @@ class RunDirectory:
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
-        if self.path.is_file():
-            raise UserError(f"expected a run directory at {self.path}, found a file")
+        for path in (self.path, *self.path.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"expected a directory at {path}, found a file")
         if not (self.path / "config.yaml").is_file():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(
@@ -73,7 +73,7 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        found = read_settings(self.path / "config.yaml")
         differences = differing_keys(found, self.config.model_dump(mode="json"))
         if differences:
             raise UserError(
@@ -100,7 +100,7 @@ class RunDirectory:
 
     def done(self, record_type: type[R]) -> set[str]:
         """Ids of the records that are there, whoever wrote them."""
-        return {record.record_id for record in read_parts(self.path, record_type)}
+        return {record.record_id for record in read_written(self.path, record_type)}
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
         """The units of work that are this worker's."""

@@ -47,11 +47,20 @@ def everything(run):
     records = {file.name: file.read_bytes() for file in sorted(run.glob("records/*/*.jsonl"))}
     if not (run / "checkpoints").exists():
         return records, []
-    manager = ocp.CheckpointManager((run / "checkpoints").absolute())
-    restore = ocp.args.StandardRestore()
-    saved = manager.restore(
-        manager.latest_step(), args=ocp.args.Composite(model=restore, rest=restore)
-    )
+    names = ("model", "rest")
+    handlers = {name: ocp.StandardCheckpointHandler() for name in names}
+    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers=handlers)
+    step, here = manager.latest_step(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = manager.item_metadata(step)
+
+    def on_one_device(leaf):  # whatever mesh it was saved from
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    wanted = {
+        name: ocp.args.StandardRestore(jax.tree.map(on_one_device, found[name].tree))
+        for name in names
+    }
+    saved = manager.restore(step, args=ocp.args.Composite(**wanted))
     return records, jax.tree.leaves((saved["model"], saved["rest"]))
 
 
