@@ -106,6 +106,11 @@ def _reference(row: dict[str, Any], where: str) -> str:
     )
 
 
+def _first(row: dict[str, Any], *columns: str) -> Any:
+    """What stands in the first of the columns that holds something; None where none does."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)
+
+
 def load_processbench(
     source: str, *, split: str | None = None, limit: int | None = None
 ) -> list[ProcessBenchItem]:
@@ -113,10 +118,9 @@ def load_processbench(
     records."""
     items = []
     for number, row in enumerate(read_rows(source, split=split, limit=limit)):
-        item_id = row.get("item_id") or row.get("id")
-        question = row.get("question") or row.get("problem")
-        steps, label = row.get("steps"), row.get("label", row.get("first_error"))
-        final = row.get("final_answer_correct")
+        item_id, question = _first(row, "item_id", "id"), _first(row, "question", "problem")
+        steps, label = _first(row, "steps"), _first(row, "label", "first_error")
+        final = _first(row, "final_answer_correct")
         is_right = {
             "an 'id', a text": isinstance(item_id, str),
             "a 'problem', a text": isinstance(question, str),
