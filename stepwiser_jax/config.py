@@ -50,9 +50,9 @@ class Config(BaseModel):
 class Mesh(Config):
     """Sizes of the device mesh's axes; their product is the number of devices used."""
 
-    data: int = Field(default=1, ge=1)
-    fsdp: int = Field(default=1, ge=1)
-    tensor: int = Field(default=1, ge=1)
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
 
 
 class Model(Config):

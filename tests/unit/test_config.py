@@ -76,7 +76,7 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("mesh.data=3",), r"engine.rows \[32\] must be multiples"),
         ({}, ("mesh.fsdp=8", "training.micro_batches=4"), "micro_batches .4. x .* = 32"),
         ({}, ("iterations=[1",), "not valid YAML"),
-        ({}, ("mesh.data=0",), "mesh.data: .* greater than or equal to 1 .found 0"),
+        ({}, ("mesh.data=0",), "mesh.data: .* greater than 0 .found 0"),
         ({}, ("seed=-1",), "seed: .* greater than or equal to 0"),
         ({}, ("seed=4294967296",), "seed: .* less than 4294967296"),
         ({}, ("training.optimizer.b1=1",), "b1: .* less than 1"),
