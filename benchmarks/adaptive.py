@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 import yaml
+from common import finished_quickstart
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.algo.statistics import balanced_accuracy
@@ -63,7 +64,7 @@ def truths(quickstart: Path) -> dict[str, list[bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quickstart", type=Path, required=True)
+    parser.add_argument("--quickstart", type=finished_quickstart, required=True)
     parser.add_argument("--limit", type=int, default=256)
     parser.add_argument("--output")
     args = parser.parse_args()

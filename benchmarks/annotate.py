@@ -16,8 +16,8 @@ Sides, each a process of its own, all pinned to the same core, in turns:
     static batch   the reference sampler: every prefix is a prompt of its own, batches of as many
                    rows, each until its last row has ended; the rollouts are the same but for
                    rounding
-    transformers   `generate` for every prefix, M sequences (needs the `numerics` extra, as does the
-                   floor)
+    transformers   `generate` for every prefix, M sequences (needs torch, as does the floor:
+                   `pip install '.[numerics]'`)
 
 Tokens are those of the completions, end token included; seconds are core seconds of the side's own
 process; "beside ours" is ours in tokens/s over the side's. The floor is that of the same rollouts.
@@ -45,6 +45,7 @@ from common import (
     Side,
     ceilings,
     compilations,
+    finished_quickstart,
     print_header,
     print_summary,
     read_sizes,
@@ -349,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument("--model")
-    policy.add_argument("--quickstart", type=Path)
+    policy.add_argument("--quickstart", type=finished_quickstart)
     parser.add_argument("--trajectories", type=int, help="2, or 64 of a quickstart")
     parser.add_argument("--rollouts", type=int, default=16, help="M")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))

@@ -92,6 +92,13 @@ def compilations() -> list[str]:
     return compiled
 
 
+def finished_quickstart(text: str) -> Path:
+    """An argument of the command line: the directory of a finished `stepwiser quickstart`."""
+    if not (Path(text) / "summary.json").is_file():
+        raise argparse.ArgumentTypeError(f"expected a finished quickstart at {text}, found none")
+    return Path(text)
+
+
 def ceilings() -> dict[str, float]:
     """bfloat16 FLOP/s of a matrix product (oneDNN) and bytes/s of a sum over 1 GiB."""
     import torch

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from common import WORKLOAD, compilations, core_seconds, print_header, print_row, write_json
+from common import (
+    WORKLOAD,
+    compilations,
+    core_seconds,
+    finished_quickstart,
+    print_header,
+    print_row,
+    write_json,
+)
 
 from stepwiser_jax.records import Problem, read_records
 from stepwiser_jax.runtime.engine import Engine
@@ -65,7 +73,7 @@ def smollm2(model_dir: str, problems: int) -> Work:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     policy = parser.add_mutually_exclusive_group(required=True)
-    policy.add_argument("--quickstart", type=Path)
+    policy.add_argument("--quickstart", type=finished_quickstart)
     policy.add_argument("--model")
     parser.add_argument("--problems", type=int, help="128, or 6 of a model")
     parser.add_argument("--repeats", type=int, default=3)

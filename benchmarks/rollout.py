@@ -14,8 +14,8 @@ transformers `generate` runs in this environment; each other rival in its own, w
 `--rival` names (benchmarks/rivals/ says how to install it). Each side is a process of its own, all
 pinned to the same core; they take turns in every repeat. Seconds are core seconds (user + system of
 that process), which another process on the core does not stretch; medians. Peak memory is that of
-the runs of a workload. "beside ours" is a side's seconds over ours. Needs the `numerics` extra
-(torch), for the floor too; `--only ours` leaves transformers out.
+the runs of a workload. "beside ours" is a side's seconds over ours. transformers and
+the floor need torch (`pip install '.[numerics]'`); `--only ours` leaves transformers out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ tokens x 8 completions of 128, float32 master weights, bfloat16 products, 4 micr
     step    the same on completions sampled just before by the weights in training
 
 Sides, turns, core seconds and peak memory are those of rollout.py; rivals/trl_update.py says how to
-install the rival. Tunix's trainer is no side: one of its updates takes minutes here, and 15 GiB.
+install the rival. The floor needs torch (`pip install '.[numerics]'`). Tunix's trainer is no side:
+one of its updates takes minutes here, and 15 GiB.
 """
 
 from __future__ import annotations

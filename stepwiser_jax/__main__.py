@@ -86,7 +86,9 @@ for _name, (_does, _files) in STAGES.items():
 @app.command()
 def quickstart(
     run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("quickstart"),
-    seed: Annotated[int, typer.Option(help="Of data, sampling and initial weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of data, sampling and initial weights.")
+    ] = 0,
 ) -> None:
     """The whole method on the embedded arithmetic task with a tiny model, on this machine.
 

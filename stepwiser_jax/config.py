@@ -11,17 +11,37 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from stepwiser_jax.records import UserError
 from stepwiser_jax.text.prompts import PromptStyle
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError("sizes must be positive and ascending")
+    return sizes
+
+
+Sizes = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- parts that several stages share ------------------------------------------------------------
@@ -30,9 +50,9 @@ class Config(BaseModel):
 class Mesh(Config):
     """Sizes of the device mesh's axes; their product is the number of devices used."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
 
 
 class Model(Config):
@@ -44,6 +64,12 @@ class Model(Config):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class TrainedModel(Model):
+    """Master weights are float32: in bfloat16 an update of 1e-6 is rounded away."""
+
+    param_dtype: Literal["float32"] = "float32"
+
+
 class Problems(Config):
     """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
     and `seed` say which problems are generated). `subset` is a hub data set's configuration, such
@@ -53,7 +79,7 @@ class Problems(Config):
     split: str | None = None
     subset: str | None = None
     limit: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Sampling(Config):
@@ -71,17 +97,9 @@ class Engine(Config):
     `weights`: `int8` stores the blocks' matrices as 8-bit integers and samples from a slightly
     different distribution; made for accelerators, slower than bfloat16 on a CPU."""
 
-    rows: tuple[int, ...] = (64,)
-    buckets: tuple[int, ...]
+    rows: Sizes = (64,)
+    buckets: Sizes
     weights: Literal["model", "int8"] = "model"
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Engine:
-        for name in ("rows", "buckets"):
-            values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise ValueError(f"{name} must be positive and ascending, found {list(values)}")
-        return self
 
 
 class Optimizer(Config):
@@ -93,8 +111,8 @@ class Optimizer(Config):
     end_fraction: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
 
 
 class Training(Config):
@@ -114,7 +132,7 @@ class Training(Config):
 class ComputeStage(Config):
     """What every stage has that runs a model."""
 
-    seed: int = 0
+    seed: Seed = 0
     mesh: Mesh = Mesh()
 
     @model_validator(mode="after")
@@ -145,14 +163,14 @@ class SftData(Config):
 
     source: str
     count: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Sft(ComputeStage):
     """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
     its cold start."""
 
-    model: Model
+    model: TrainedModel
     data: SftData
     prompt_style: PromptStyle = "instruct"
     steps: int = Field(ge=1)
@@ -237,7 +255,7 @@ class Label(LabelRule):
     with the chunk; 0 keeps them all, as the paper does.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     annotations: str
     rollouts: str
     tokenizer: str
@@ -281,7 +299,7 @@ class Judge(ComputeStage):
     reward.
     """
 
-    model: Model
+    model: TrainedModel
     examples: str
     prompt_style: PromptStyle = "instruct"
     iterations: int = Field(ge=1)
@@ -289,7 +307,7 @@ class Judge(ComputeStage):
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
-    row_lengths: tuple[int, ...]
+    row_lengths: Sizes
     sampling: Sampling
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
@@ -329,7 +347,7 @@ class Judge(ComputeStage):
                 f"({self.sampling.max_new_tokens}) = {context}, found {list(self.engine.buckets)}"
             )
         longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
-        if not self.row_lengths or max(self.row_lengths) < longest:
+        if max(self.row_lengths) < longest:
             raise ValueError(
                 f"the largest of row_lengths must hold a group: max_prompt_tokens "
                 f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "
@@ -424,15 +442,21 @@ def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         raise UserError(f"expected a config file at {path}, found none")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    tree = read_settings(path)
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where it holds something else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -444,7 +468,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
     try:
@@ -478,8 +504,9 @@ def _explain(config_type: type[Config], problem: Any) -> str:
 def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
     for part in location:
         annotation = config_type.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, Config)
-        config_type = annotation
+        (group,) = {*(get_args(annotation) or (annotation,))} - {NoneType}
+        assert isinstance(group, type) and issubclass(group, Config)
+        config_type = group
     return sorted(config_type.model_fields)
 
 

@@ -3,6 +3,8 @@ with weights of 8-bit integers, for sampling."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import qwix
@@ -24,6 +26,12 @@ def quantise(weight_IO: jax.Array) -> qwix.QArray:
     return qwix.quantize(
         weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
     )
+
+
+def is_quantised(weights: Any) -> bool:
+    """Whether any weight of a tree is."""
+    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    return any(isinstance(leaf, qwix.QArray) for leaf in leaves)
 
 
 def _quantised_linear(x: jax.Array, weight_OI: qwix.QArray) -> jax.Array:

@@ -329,20 +329,26 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
     path = Path(path)
     if path.is_file():
         return read_jsonl(path, record_type)
-    manifest = read_manifest(path)
-    kind = KIND[record_type]
-    if kind not in manifest["records"]:
-        held = sorted(manifest["records"]) or "no records"
-        raise UserError(
-            f"{path} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
-        )
     records: list[R] = []
-    for part in manifest["records"][kind]["parts"]:
+    for part in read_parts(path, record_type):
         file = path / part["path"]
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
             raise UserError(f"{file} is missing or is not the file that {path}/manifest.json names")
         records.extend(read_jsonl(file, record_type))
     return records
+
+
+def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[dict[str, Any]]:
+    """The manifest's entries for records of one type. Raises UserError where the run is not
+    finished, or holds none."""
+    manifest = read_manifest(run_dir)
+    kind = KIND[record_type]
+    if kind not in manifest["records"]:
+        held = sorted(manifest["records"]) or "no records"
+        raise UserError(
+            f"{run_dir} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
+        )
+    return manifest["records"][kind]["parts"]
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:

@@ -68,11 +68,16 @@ def _sequence_lengths(mask_BT: jax.Array, segment_ids_BT: jax.Array | None) -> j
 
 
 def _sequence_sums(values_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """For every token, the sum of the values of its sequence."""
+    """For every token, the sum of the values of its sequence, a run of equal segment ids."""
     if segment_ids_BT is None:
         return jnp.broadcast_to(jnp.sum(values_BT, axis=1, keepdims=True), values_BT.shape)
-    same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return jnp.sum(jnp.where(same_BTT, values_BT[:, None, :], 0.0), axis=2)
+
+    def of_row(values_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
+        changes_T = segment_ids_T[1:] != segment_ids_T[:-1]
+        run_T = jnp.pad(jnp.cumsum(changes_T, dtype=jnp.int32), (1, 0))
+        return jax.ops.segment_sum(values_T, run_T, len(values_T), indices_are_sorted=True)[run_T]
+
+    return jax.vmap(of_row)(values_BT, segment_ids_BT)
 
 
 def aggregate(

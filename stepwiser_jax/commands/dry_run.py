@@ -5,16 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepwiser_jax.config import Config, Model, Problems
-from stepwiser_jax.records import UserError, read_manifest
+from stepwiser_jax.records import JudgeExample, PrefixValue, Trajectory, UserError, read_parts
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory
 
+RECORDS_OF = {
+    "rollouts": Trajectory,
+    "annotations": PrefixValue,
+    "examples": JudgeExample,
+    "items": Trajectory,
+}
+"""What the run that a setting names must hold."""
+
 
 def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
-    that is not there, an unfinished input run, or problems that cannot be read."""
+    that is not there, an input run that is unfinished or holds other records, or problems that
+    cannot be read."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
         if isinstance(value, Model):
@@ -25,10 +34,10 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name == "mesh":
             make_mesh(**value.model_dump())
         elif name in ("rollouts", "annotations"):
-            read_manifest(value)
+            read_parts(value, RECORDS_OF[name])
         elif name in ("examples", "items") and not Path(value).is_file():
             if Path(value).is_dir():
-                read_manifest(value)
+                read_parts(value, RECORDS_OF[name])
             elif name == "examples":
                 raise UserError(f"expected a file or a finished run at {value}, found nothing")
         elif name == "tokenizer":

@@ -68,11 +68,18 @@ def read_config(path_or_id: str) -> ModelConfig:
     file = resolve(path_or_id) / "config.json"
     if not file.is_file():
         raise UserError(f"expected a config.json in {path_or_id}, found none")
+    return ModelConfig.from_hf(_read_object(file))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where it holds something else."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-    return ModelConfig.from_hf(fields)
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON in UTF-8: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(fields).__name__}")
+    return fields
 
 
 def resolve(path_or_id: str) -> Path:
@@ -135,8 +142,10 @@ class CheckpointTensors:
         files = sorted(directory.glob("*.safetensors"))
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted(directory / name for name in set(listed))
+            weight_map = _read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: expected a weight_map from tensors to files, found none")
+            files = sorted(directory / name for name in set(weight_map.values()))
         if not files:
             raise UserError(f"expected *.safetensors in {directory}, found none")
         self.directory = directory
@@ -240,8 +249,12 @@ def save_hf(
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(str(temporary))
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:

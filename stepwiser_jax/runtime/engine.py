@@ -155,13 +155,20 @@ class Engine(Sampler):
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
-        holds all at once, or the largest there is. Every shard of the rows holds whole places."""
+        holds all at once, or the largest there is. Every shard of the rows holds whole places.
+
+        R is a power of two, so that few shapes are compiled, unless rows would be idle for that.
+        """
         P = R = 0
         for rows in self.shapes.rows:
             shared_by = min(forks, max(rows_per_trunk, rows // trunks))
-            R = min(1 << (shared_by - 1).bit_length(), rows // self.shards)
-            P = rows // R // self.shards * self.shards
-            if trunks * forks <= P * R:
+            grids = []
+            for R in (1 << (shared_by - 1).bit_length(), shared_by):
+                R = min(R, rows // self.shards)
+                P = rows // R // self.shards * self.shards
+                grids.append((min(trunks, P) * min(forks, R), P, R))
+            busy, P, R = max(grids, key=lambda grid: grid[0])
+            if trunks * forks <= busy:
                 break
         return P, R
 
@@ -178,13 +185,26 @@ class Engine(Sampler):
 
         `wanted` is asked before a fork starts; one that is not wanted is left out. Up to
         `rows_per_trunk` forks of a trunk run at the same time; more, where rows would stay idle.
-        `params.max_new_tokens` is the most that any fork may sample. Raises UserError, before
-        anything is sampled, for a fork that does not fit the context.
+        `params.max_new_tokens` is the most that any fork may sample. Before anything is sampled,
+        raises UserError for a fork that does not fit the context or goes on from nothing, and
+        ValueError for one that reaches over its trunk or `params`, or a trunk without forks.
         """
         by_bucket: dict[int, list[Trunk]] = {}
         for trunk in trunks:
+            if not trunk.forks:
+                raise ValueError(f"a trunk of {len(trunk.ids)} tokens has no forks")
             for fork in trunk.forks:
                 self.check_length(fork.num_tokens, fork.max_new_tokens, fork.row_id)
+                if fork.num_tokens > len(trunk.ids):
+                    raise ValueError(
+                        f"{fork.row_id} goes on after token {fork.num_tokens} of a trunk of "
+                        f"{len(trunk.ids)}"
+                    )
+                if not 1 <= fork.max_new_tokens <= params.max_new_tokens:
+                    raise ValueError(
+                        f"{fork.row_id} has max_new_tokens {fork.max_new_tokens}, expected 1 to "
+                        f"{params.max_new_tokens}, that of params"
+                    )
             by_bucket.setdefault(self.shapes.bucket(trunk.num_tokens), []).append(trunk)
         for slots, group in sorted(by_bucket.items()):
             yield from _Run(self, group, params, key, slots, wanted, rows_per_trunk).completions()

@@ -103,12 +103,7 @@ def _resolve(path: str) -> str:
 
 
 def sharding_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> ShardingFor:
-    return parameter_sharding(
-        mesh,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
+    return parameter_sharding(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
 
 
 def attention_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> Attention:

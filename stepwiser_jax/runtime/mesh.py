@@ -50,9 +50,7 @@ def make_mesh(
     return Mesh(np.array(devices[:needed]).reshape(sizes), MESH_AXES)
 
 
-def parameter_sharding(
-    mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int
-) -> ShardingFor:
+def parameter_sharding(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> ShardingFor:
     """(logical axes, shape) of a parameter -> its sharding.
 
     Heads are split whole: where the tensor axis does not divide the key/value heads they are

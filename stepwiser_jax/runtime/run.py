@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
+from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config, read_settings
 from stepwiser_jax.records import Record, RecordWriter, UserError, atomic_write, write_manifest
 
 T = TypeVar("T")
@@ -51,8 +50,9 @@ class RunDirectory:
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
-        if self.path.is_file():
-            raise UserError(f"expected a run directory at {self.path}, found a file")
+        for path in (self.path, *self.path.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"expected a directory at {path}, found a file")
         if not (self.path / "config.yaml").is_file():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(
@@ -60,7 +60,7 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        found = read_settings(self.path / "config.yaml")
         differences = differing_keys(found, self.config.model_dump(mode="json"))
         if differences:
             raise UserError(

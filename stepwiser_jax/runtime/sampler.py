@@ -85,7 +85,10 @@ class Sampler:
         return other
 
     def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:
-        """Raises UserError where a prompt with its completion does not fit the context."""
+        """Raises UserError where a prompt is empty, or does not fit the context with its
+        completion."""
+        if num_tokens < 1:
+            raise UserError(f"{name}: expected a prompt of at least one token, found none")
         if num_tokens + max_new_tokens > self.shapes.max_length:
             raise UserError(
                 f"{name}: prompt of {num_tokens} tokens + max_new_tokens {max_new_tokens} exceeds "
@@ -107,7 +110,7 @@ class Sampler:
         """`group_size` completions of every prompt; row b = p * group_size + g.
 
         `row_ids` name the noise, one per row, all different. A row's slots depend on its own length
-        only. Raises UserError for a prompt that does not fit.
+        only. Raises UserError for a prompt that is empty or does not fit.
         """
         output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
         rows_of: dict[tuple[int, int], list[int]] = {}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.products import is_quantised
 from stepwiser_jax.records import UserError
 from stepwiser_jax.text.chunks import TokenMatcher
 from stepwiser_jax.text.tokenizer import Tokenizer
@@ -28,6 +29,10 @@ class SamplingParams:
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
 
 
 class StopReason(enum.IntEnum):
@@ -111,8 +116,14 @@ Weights = Literal["model", "int8"]
 
 
 def decoding_layout(model: Transformer, weights: Weights = "model") -> Transformer:
-    """The model `for_decoding`; itself where it already is."""
-    return model if model.is_for_decoding else model.for_decoding(weights)
+    """The model `for_decoding`; itself where it already is. Raises ValueError where it is with
+    other weights."""
+    if not model.is_for_decoding:
+        return model.for_decoding(weights)
+    found = "int8" if is_quantised(model.blocks) else "model"
+    if found != weights:
+        raise ValueError(f"expected a model with weights {weights!r}, found one with {found!r}")
+    return model
 
 
 class StopTables:

@@ -204,14 +204,17 @@ def join_rows(parts: jax.Array) -> jax.Array:
 
 
 def mean_metrics(updates: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Of several updates: their means, and the largest of those named `*_max`."""
-    return {
-        name: functools.reduce(jnp.maximum, values)
-        if name.endswith("_max")
-        else sum(values[1:], values[0]) / len(values)
-        for name in (updates[0] if updates else {})
-        for values in [[metrics[name] for metrics in updates]]
-    }
+    """Of several updates: their means, the largest of those named `*_max`, the sum of `skipped`;
+    and `updates`, how many they are."""
+    merged = {"updates": jnp.float32(len(updates))}
+    for name in updates[0] if updates else {}:
+        values = [metrics[name] for metrics in updates]
+        if name.endswith("_max"):
+            merged[name] = functools.reduce(jnp.maximum, values)
+        else:
+            total = sum(values[1:], values[0])
+            merged[name] = total if name == "skipped" else total / len(values)
+    return merged
 
 
 def _merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from stepwiser_jax.config import Training
 from stepwiser_jax.model.hf import save_hf
@@ -109,8 +110,11 @@ class TrainingRun:
         self._pending = None
         self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._metrics.write(step, self.last_metrics)
-        skipped = self.last_metrics.get("skipped", 0)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        skipped = int(self.last_metrics.get("skipped", 0))
+        if skipped == self.last_metrics.get("updates", 1):  # of a judge's iteration: none, or some
+            self._skipped_in_a_row += skipped
+        else:
+            self._skipped_in_a_row = 0
         if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
@@ -123,11 +127,22 @@ class TrainingRun:
         return self.last_metrics.get(name, float("nan"))
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Save the last state, export the model, and finish the run."""
+        """Save the last state, export the model, and finish the run. Raises UserError where a
+        parameter is not finite."""
         self.flush()
+        if not _all_finite(self.state.model):
+            raise UserError(
+                f"expected finite parameters after step {self.step}, found others: lower "
+                "training.optimizer.learning_rate, in a new run directory"
+            )
         if self._checkpointer.latest_step() != self.step:
             self.save()
         self._checkpointer.close()
         self._metrics.close()
         save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
         return self._directory.finish(summary)
+
+
+@jax.jit
+def _all_finite(model: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(model)]))

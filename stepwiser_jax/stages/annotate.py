@@ -55,9 +55,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
-    for trajectory in trajectories:
-        room = max(params.max_new_tokens, len(trajectory.completion_ids))
-        engine.check_length(len(trajectory.prompt_ids), room, trajectory.trajectory_id)
+    check_trajectories(trajectories, engine, params)
 
     writer = directory.writer(PrefixValue)
     done_before = len(writer.done)
@@ -95,6 +93,8 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     summary = {
         "trajectories": len(trajectories),
         "dropped": dropped,
+        "policy": loaded.model_id,
+        "policies_of_trajectories": sorted({t.policy_id for t in trajectories}),
         "prefixes": len(values),
         "rollouts_per_prefix": sum(sampled) / len(sampled),
         "mean_value": sum(value.value for value in values) / len(values),
@@ -130,6 +130,30 @@ def select_trajectories(
             "larger group_size in rollout, or set drop_uniform_problems to false"
         )
     return kept[: config.limit], dropped
+
+
+def check_trajectories(
+    trajectories: Sequence[Trajectory], engine: Engine, params: SamplingParams
+) -> None:
+    """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
+    `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
+    or one with token ids that the policy's vocabulary lacks."""
+    vocab_size = engine.model.config.vocab_size
+    for trajectory in trajectories:
+        name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
+        if length > params.max_new_tokens:
+            raise UserError(
+                f"{name}: prefix and continuation share sampling.max_new_tokens = "
+                f"{params.max_new_tokens}, found a trajectory of {length} tokens: set it to "
+                "that of the rollouts"
+            )
+        engine.check_length(len(trajectory.prompt_ids), params.max_new_tokens, name)
+        largest = max([*trajectory.prompt_ids, *trajectory.completion_ids])
+        if largest >= vocab_size:
+            raise UserError(
+                f"{name}: expected token ids below the policy's vocab_size {vocab_size}, found "
+                f"{largest}: name the policy that sampled the rollouts, or one with its tokenizer"
+            )
 
 
 @dataclass(frozen=True)

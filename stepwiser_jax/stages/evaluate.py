@@ -35,6 +35,7 @@ from stepwiser_jax.records import (
     Problem,
     ProcessBenchItem,
     Trajectory,
+    UserError,
     Verdict,
     read_records,
 )
@@ -89,6 +90,8 @@ def load_items(
     """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
     if not (Path(source) / "config.yaml").is_file():
         return load_processbench(source, split=split, limit=limit)
+    if split is not None:
+        raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
     problems = {p.problem_id: p for p in read_records(source, Problem)}
     trajectories = read_records(source, Trajectory)[:limit]
     return [

@@ -114,6 +114,8 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:
     """Examples whose prompt fits `max_prompt_tokens`, and the number of those that do not."""
     examples = load_judge_examples(config.examples)
+    if not examples:
+        raise UserError(f"expected judge examples in {config.examples}, found none")
     fitting = [
         example
         for example in examples

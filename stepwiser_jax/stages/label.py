@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.config import AdaptiveRollouts, Label
+from stepwiser_jax.config import AdaptiveRollouts, Label, read_settings
 from stepwiser_jax.records import (
     ChunkLabel,
     JudgeExample,
@@ -105,7 +104,7 @@ def label_trajectories(
 def check_rule(config: Label) -> None:
     """Raises UserError where the annotations stopped early for the labels of another rule."""
     file = Path(config.annotations) / "config.yaml"
-    adaptive = yaml.safe_load(file.read_text())["adaptive"] if file.is_file() else None
+    adaptive = read_settings(file).get("adaptive") if file.is_file() else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)

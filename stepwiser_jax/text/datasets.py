@@ -49,7 +49,7 @@ def read_rows(
     except UserError:
         raise
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
-        raise UserError(f"cannot read the data set {source}: {error}") from None
+        raise UserError(f"cannot read the data set {source}: {error.__cause__ or error}") from None
     rows: list[Any] = list(table.select(range(min(limit or len(table), len(table)))))
     if not rows:
         raise UserError(f"{source} is empty: expected at least one row")
@@ -106,6 +106,11 @@ def _reference(row: dict[str, Any], where: str) -> str:
     )
 
 
+def _first(row: dict[str, Any], *columns: str) -> Any:
+    """What stands in the first of the columns that holds something; None where none does."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)
+
+
 def load_processbench(
     source: str, *, split: str | None = None, limit: int | None = None
 ) -> list[ProcessBenchItem]:
@@ -113,18 +118,20 @@ def load_processbench(
     records."""
     items = []
     for number, row in enumerate(read_rows(source, split=split, limit=limit)):
-        item_id = row.get("item_id") or row.get("id")
-        question = row.get("question") or row.get("problem")
-        steps, label = row.get("steps"), row.get("label", row.get("first_error"))
-        final = row.get("final_answer_correct")
-        if (
-            not (isinstance(item_id, str) and isinstance(question, str))
-            or not (isinstance(steps, list) and steps)
-            or not (isinstance(label, int) and isinstance(final, bool))
-        ):
+        item_id, question = _first(row, "item_id", "id"), _first(row, "question", "problem")
+        steps, label = _first(row, "steps"), _first(row, "label", "first_error")
+        final = _first(row, "final_answer_correct")
+        is_right = {
+            "an 'id', a text": isinstance(item_id, str),
+            "a 'problem', a text": isinstance(question, str),
+            "'steps', a list of at least one": isinstance(steps, list) and bool(steps),
+            "a 'label', the index of a step": isinstance(label, int),
+            "'final_answer_correct', true or false": isinstance(final, bool),
+        }
+        if not all(is_right.values()):
+            missing = "; ".join(name for name, right in is_right.items() if not right)
             raise UserError(
-                f"{source}, row {number + 1}: expected 'id', 'problem', 'steps', 'label' and "
-                f"'final_answer_correct', found {sorted(row)}"
+                f"{source}, row {number + 1}: expected {missing}, found the columns {sorted(row)}"
             )
         if not -1 <= label < len(steps):
             raise UserError(

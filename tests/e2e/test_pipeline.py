@@ -233,6 +233,10 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("rollouts", "exceeds the context of 160", "sampling.max_new_tokens=150")
     mistake("rollouts", "needs 32 devices", "mesh.data=32")
     mistake("rollouts", "no chat template", "prompt_style=instruct")
+    mistake("labels", "not prefix_values", f"annotations={runs / 'rollouts'}")
+    mistake("evaluate", "split 'gsm8k' is of a data set", "split=gsm8k")
+    (tmp_path / "none.jsonl").write_text("")
+    mistake("judge", "found none", f"examples={tmp_path / 'none.jsonl'}")
 
     problems = tmp_path / "problems.jsonl"
     for text, message in (
@@ -264,6 +268,19 @@ def test_unfinished_input_is_refused(runs, tmp_path, capsys):
     assert_fails(capsys, arguments, "resume it", tmp_path / "run")
 
 
+def test_a_run_directory_that_cannot_be_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = command("labels", runs, out=tmp_path / "file" / "run")
+    assert_fails(
+        capsys, [*inside, "--dry-run"], f"a directory at {tmp_path / 'file'}, found a file"
+    )
+    (tmp_path / "run").mkdir()
+    for text in ("", "- 1", "a: [1"):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        message = f"{tmp_path / 'run' / 'config.yaml'}"
+        assert_fails(capsys, command("labels", runs, out=tmp_path / "run"), message)
+
+
 def test_a_run_directory_of_another_config_is_refused(runs, capsys):
     before = (runs / "labels" / "manifest.json").read_bytes()
     assert_fails(capsys, command("labels", runs, extra=("alpha=0.4",)), "alpha: 0.8 -> 0.4")
@@ -286,3 +303,11 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert "num_rollouts: 4" in capsys.readouterr().out
     arguments = command("values", runs, out=out, extra=(f"rollouts={tmp_path}",))
     assert_fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)
+    for name, setting, kind in (
+        ("values", "rollouts", "trajectories"),
+        ("labels", "annotations", "prefix_values"),
+        ("judge", "examples", "judge_examples"),
+        ("evaluate", "items", "trajectories"),
+    ):
+        arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))
+        assert_fails(capsys, [*arguments, "--dry-run"], f"no records, not {kind}", out)

@@ -249,7 +249,7 @@ def test_splash_attention_wants_whole_rows_and_a_tpu():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="needs 16 devices, found 8"):
         make_mesh(4, 2, 2)
-    sharding = parameter_sharding(make_mesh(1, 4, 2), num_heads=4, num_kv_heads=2, head_dim=8)
+    sharding = parameter_sharding(make_mesh(1, 4, 2), num_heads=4, num_kv_heads=2)
     with pytest.raises(UserError, match=r"vocab = 63 is not a multiple of mesh\.tensor = 2"):
         sharding(("vocab", "embed"), (63, 32))
     with pytest.raises(UserError, match="6 rows cannot be split"):
@@ -258,8 +258,8 @@ def test_mistakes_are_named():
 
 def test_heads_are_split_whole_or_not_at_all():
     mesh = make_mesh(1, 1, 8)
-    whole = parameter_sharding(mesh, num_heads=8, num_kv_heads=2, head_dim=16)
+    whole = parameter_sharding(mesh, num_heads=8, num_kv_heads=2)
     assert whole(("layers", "heads", "embed"), (2, 128, 32)).spec[1] == "tensor"
     assert whole(("layers", "kv_heads", "embed"), (2, 32, 32)).spec[1] is None
-    odd = parameter_sharding(mesh, num_heads=12, num_kv_heads=4, head_dim=16)
+    odd = parameter_sharding(mesh, num_heads=12, num_kv_heads=4)
     assert odd(("layers", "heads", "embed"), (2, 192, 32)).spec[1] is None

@@ -88,3 +88,5 @@ def test_annotations_for_another_rule_are_refused(tmp_path):
         check_rule(label(alpha=0.8))
     with pytest.raises(UserError, match="found rule abs_q"):
         check_rule(label(rule="abs_q"))
+    (tmp_path / "config.yaml").write_text("group_size: 4")
+    check_rule(label())  # no annotations: reading them says so

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("rollout", "annotate", "scaling", "refill", "adaptive", "train_step")
+SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "common")
 TINY = {
     "hidden_size": 4,
     "intermediate_size": 8,
@@ -255,13 +255,25 @@ def test_exponent(common):
     assert scaling.exponent([1, 2, 4, 8], [3.0] * 4) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if (FOLDER / f"{name}.py").is_file()])
-def test_help(name):
-    found = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True
+def call(name, *arguments):
+    return subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), *arguments], capture_output=True, text=True
     )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name):
+    found = call(name, "--help")
     assert found.returncode == 0, found.stderr
-    assert "--output" in found.stdout
+    assert f"usage: {name}.py" in found.stdout
+
+
+@pytest.mark.parametrize("name", ["refill", "annotate", "adaptive"])
+def test_a_quickstart_that_is_not_there(name):
+    found = call(name, "--quickstart", "nowhere")
+    assert found.returncode == 2
+    assert "expected a finished quickstart at nowhere, found none" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_workload_is_json():

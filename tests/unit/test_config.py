@@ -69,11 +69,20 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
         ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
-        ({}, ("engine.rows=[64, 32]",), "ascending"),
+        ({}, ("engine.rows=[64, 32]",), "engine.rows: sizes must be positive and ascending"),
+        ({}, ("row_lengths=[640, 320]",), "row_lengths: sizes must be positive and ascending"),
+        ({}, ("model.param_dtype=bfloat16",), "param_dtype: .*'float32'"),
         ({}, ("engine.buckets=[200]",), r"192.*32.* = 224, found \[200\]"),
         ({}, ("mesh.data=3",), r"engine.rows \[32\] must be multiples"),
         ({}, ("mesh.fsdp=8", "training.micro_batches=4"), "micro_batches .4. x .* = 32"),
         ({}, ("iterations=[1",), "not valid YAML"),
+        ({}, ("mesh.data=0",), "mesh.data: .* greater than 0 .found 0"),
+        ({}, ("seed=-1",), "seed: .* greater than or equal to 0"),
+        ({}, ("seed=4294967296",), "seed: .* less than 4294967296"),
+        ({}, ("training.optimizer.b1=1",), "b1: .* less than 1"),
+        ({}, ("training.optimizer.b2=-0.1",), "b2: .* greater than or equal to 0"),
+        ({}, ("training.optimizer.learning_rate=.inf",), "learning_rate: .* finite"),
+        ({}, ("sampling.temperature=.inf",), "temperature: .* finite"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, overrides, message):
@@ -86,6 +95,7 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
         ("search", "search", "majority=[0]", "majority"),
+        ("values", "annotate", "adaptive.ruel=abs_q", "adaptive.ruel'; did you mean 'rule'"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),
     ],
@@ -93,6 +103,13 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):
     with pytest.raises(UserError, match=message):
         load_config(stage, CONFIGS / f"smoke_{name}.yaml", (override,))
+
+
+def test_a_group_that_is_null_can_be_set(tmp_path):
+    config = load_config("annotate", CONFIGS / "smoke_values.yaml", ("adaptive=null",))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    config = load_config("annotate", tmp_path / "config.yaml", ("adaptive.rule=abs_q",))
+    assert config.adaptive.rule == "abs_q"
 
 
 def test_all_problems_come_in_one_message(tmp_path):
@@ -110,6 +127,9 @@ def test_missing_broken_and_unknown(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1,")
     with pytest.raises(UserError, match="not valid YAML"):
         load_config("judge", tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes("source: Zürich".encode("latin-1"))
+    with pytest.raises(UserError, match="is not valid YAML in UTF-8"):
+        load_config("judge", tmp_path / "latin.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="expected a mapping"):
         load_config("judge", tmp_path / "list.yaml")

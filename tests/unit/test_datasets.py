@@ -69,10 +69,10 @@ def test_judge_examples_from_records(tmp_path):
     ("change", "message"),
     [
         ({"label": 3}, "expected a label from -1 to 2 for 3 steps, found 3"),
-        ({"steps": []}, "expected 'id', 'problem', 'steps'"),
-        ({"label": None}, "expected 'id', 'problem', 'steps'"),
+        ({"steps": []}, "expected 'steps', a list of at least one, found"),
+        ({"label": None}, "expected a 'label', the index of a step, found"),
         ({"final_answer_correct": None}, "'final_answer_correct'"),
-        ({"problem": None}, "expected 'id', 'problem'"),
+        ({"problem": None}, "expected a 'problem', a text, found"),
         ({}, "the id 'gsm8k-7' is there twice"),
     ],
 )
@@ -87,7 +87,11 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path):
     for name, content, message in (
         ("none.jsonl", None, "found nothing"),
         ("empty.jsonl", "", "is empty"),
-        ("broken.jsonl", "{", "cannot read"),
+        (
+            "broken.jsonl",
+            '{"question": "a"}\n{"question"\n',
+            "cannot read .*: JSON .* in row 1",
+        ),
         ("list.csv", "a,b\n", "expected a"),
     ):
         if content is not None:

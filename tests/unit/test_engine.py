@@ -162,7 +162,36 @@ def test_programs_are_compiled_once(tiny_model):
     assert [program._cache_size() for program in programs] == warm
 
 
-def test_a_fork_that_does_not_fit_is_named(tiny_model):
+@pytest.mark.parametrize(
+    ("rows", "trunks", "forks", "grid"),
+    [
+        ((64,), 100, 9, (7, 9)),  # 4 x 16 would hold 36 rows
+        ((64,), 100, 16, (4, 16)),
+        ((64,), 100, 40, (4, 16)),
+        ((64,), 1, 23, (2, 32)),  # no row more with 23: the shape that other numbers share
+        ((64,), 3, 20, (3, 20)),
+        ((64, 128), 7, 9, (7, 9)),
+        ((64, 128), 8, 9, (8, 16)),
+        ((4, 64), 4, 1, (4, 1)),
+    ],
+)
+def test_a_grid_keeps_its_rows_busy(tiny_model, rows, trunks, forks, grid):
+    engine = Engine(tiny_model, rows=rows, buckets=(64,))
+    assert engine.first_grid(trunks, forks, engine_module.SHARED_BY) == grid
+
+
+@pytest.mark.parametrize(
+    ("forks", "error", "message"),
+    [
+        ([Fork("long", 10, 7)], UserError, "long: prompt of 10 tokens"),
+        ([Fork("none", 0, 1)], UserError, "none: expected a prompt of at least one token"),
+        ([Fork("far", 11, 1)], ValueError, "far goes on after token 11 of a trunk of 10"),
+        ([Fork("zero", 5, 0)], ValueError, "zero has max_new_tokens 0, expected 1 to 7"),
+        ([Fork("much", 5, 8)], ValueError, "much has max_new_tokens 8, expected 1 to 7"),
+        ([], ValueError, "a trunk of 10 tokens has no forks"),
+    ],
+)
+def test_forks_that_cannot_be_sampled_are_named(tiny_model, forks, error, message):
     engine = Engine(tiny_model, rows=(4,), buckets=(16,))
-    with pytest.raises(UserError, match="long: prompt of 10 tokens"):
-        list(engine.sample([Trunk([1] * 10, [Fork("long", 10, 7)])], SamplingParams(7), key=KEY))
+    with pytest.raises(error, match=message):
+        list(engine.sample([Trunk([1] * 10, forks)], SamplingParams(7), key=KEY))

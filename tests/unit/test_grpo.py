@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.algo.grpo import (
+    _sequence_sums,
     aggregate,
     group_advantages,
     grpo_loss,
@@ -202,6 +203,19 @@ def test_denominators_by_hand():
     values = jnp.array([[9.0, 1.0, 3.0, 5.0, 9.0]])
     mean = aggregate(values, mask, "sequence_mean", jnp.float32(2.0), segments)
     assert float(mean) == (2.0 + 5.0) / 2
+
+
+def test_sums_over_sequences_are_those_of_a_comparison_of_all_pairs():
+    """In packed rows, without an array of two axes of positions."""
+    rng = np.random.default_rng(0)
+    T = 512
+    segments = jnp.asarray(np.sort(rng.integers(0, 30, (3, T)))[:, ::-1])
+    values = jnp.asarray(rng.normal(0, 1, segments.shape), jnp.float32)
+    same = segments[:, :, None] == segments[:, None, :]
+    expected = np.sum(np.where(same, np.asarray(values, np.float64)[:, None, :], 0), axis=2)
+    np.testing.assert_allclose(_sequence_sums(values, segments), expected, atol=1e-5)
+    program = jax.jit(_sequence_sums).lower(values, segments).as_text()
+    assert f"{T}x{T}" not in program
 
 
 def test_k3_is_zero_at_equality_and_never_negative():

@@ -1,6 +1,7 @@
 """What is not exactly the expected checkpoint is refused by name."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -84,6 +85,14 @@ def test_truncated_file_and_missing_file(checkpoint):
         load_hf(str(checkpoint))
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "{}"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_files_that_hold_something_else(checkpoint, name, text):
+    (checkpoint / name).write_text(text)
+    with pytest.raises(UserError, match=r"JSON|weight_map|model_type"):
+        load_hf(str(checkpoint))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -129,3 +138,21 @@ def test_a_failed_save_leaves_the_old_directory(checkpoint):
         save_hf(Transformer(tiny_config(), rngs=nnx.Rngs(0)), Broken(), str(checkpoint))
     assert sorted(p.name for p in checkpoint.iterdir()) == before
     load_hf(str(checkpoint))
+
+
+def test_a_save_that_is_killed_at_the_end_leaves_a_whole_model(checkpoint, monkeypatch):
+    """The old model is moved, not removed, before the new one takes its place."""
+    rename = Path.rename
+
+    def dying(self, target):
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf(Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(1)), None, str(checkpoint))
+    load_hf(str(checkpoint.with_name(".model.old")))
+    monkeypatch.undo()
+    save_hf(Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(1)), None, str(checkpoint))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]

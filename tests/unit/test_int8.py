@@ -76,6 +76,14 @@ def test_only_the_matrices_of_the_blocks_are_int8(family):
     assert decoding_layout(model, "int8").embed[...].dtype == jnp.float32
 
 
+def test_a_model_for_decoding_keeps_its_weights_or_is_refused(tiny_model):
+    for weights, other in (("model", "int8"), ("int8", "model")):
+        model = decoding_layout(tiny_model, weights)
+        assert decoding_layout(model, weights) is model
+        with pytest.raises(ValueError, match=f"weights '{other}', found one with '{weights}'"):
+            Engine(model, weights=other, **SHAPES)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logprobs_are_those_of_the_rounded_model(family):
     """Sampled with int8: exactly (to rounding) what the rounded weights say, nearly the model's."""

@@ -8,6 +8,7 @@ import pytest
 from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.algo.sampling import inverse_cdf, truncate
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 
@@ -238,6 +239,15 @@ def test_too_long_a_prompt_is_refused(tiny_model):
         make(tiny_model).generate([[1] * 30], SamplingParams(6), key=KEY, row_ids=["long"])
     with pytest.raises(UserError, match="model's context is 256"):
         make(tiny_model, buckets=(512,))
+
+
+@pytest.mark.parametrize("sampler_class", [Sampler, Engine])
+def test_a_prompt_of_nothing_is_refused(tiny_model, sampler_class):
+    sampler = sampler_class(tiny_model, rows=(4,), buckets=(32,))
+    with pytest.raises(UserError, match="b: expected a prompt of at least one token"):
+        sampler.generate([[1], []], SamplingParams(2), key=KEY, row_ids=["a", "b"])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        SamplingParams(0)
 
 
 def test_doubled_row_ids_are_refused(tiny_model):

@@ -8,13 +8,13 @@ import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, load_config
-from stepwiser_jax.records import SearchResult, Trajectory, Verdict
+from stepwiser_jax.records import SearchResult, Trajectory, UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.stages import judge, search
-from stepwiser_jax.stages.annotate import estimate_prefix_values
+from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
 
 PROMPT = (5, 9, 11)
 
@@ -66,6 +66,30 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
     )
     assert lengths == [20] * 12
     assert [value.num_correct for value in values] == [4, 4, 4, 0], "the last is the outcome"
+
+
+@pytest.mark.parametrize(
+    ("completion_ids", "message"),
+    [
+        ((7,) * 21, "max_new_tokens = 20, found a trajectory of 21 tokens"),
+        ((7,) * 3 + (64,), "below the policy's vocab_size 64, found 64"),
+    ],
+)
+def test_trajectories_that_cannot_be_annotated_are_named(tiny_model, completion_ids, message):
+    engine, params = Engine(tiny_model, rows=[8], buckets=[96]), SamplingParams(20)
+
+    def check(ids):
+        ends = (1, len(ids))
+        logprobs = (-1.0,) * len(ids)
+        check_trajectories(
+            [Trajectory("p#0", "p", "policy", PROMPT, ids, logprobs, ends, "length", False)],
+            engine,
+            params,
+        )
+
+    check((63,) * 20)
+    with pytest.raises(UserError, match=message):
+        check(completion_ids)
 
 
 @pytest.mark.parametrize("rule", ["abs_q", "rel_effective", "rel_ratio", "relative_progress"])

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.config import load_config
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample, UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
@@ -18,7 +19,9 @@ from stepwiser_jax.runtime.data import (
     sft_documents,
     sft_loader,
 )
+from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import (
     accumulate,
     create_train_state,
@@ -29,6 +32,7 @@ from stepwiser_jax.runtime.trainer import (
     mean_metrics,
     split_rows,
 )
+from stepwiser_jax.runtime.training_run import TrainingRun
 from tiny import tiny_config
 
 EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]
@@ -210,10 +214,14 @@ def test_rows_are_split_and_joined():
 
 
 def test_metrics_of_several_updates():
-    updates = [{"loss": jnp.float32(x), "gap_max": jnp.float32(x)} for x in (1.0, 4.0, 1.0)]
+    updates = [
+        {"loss": jnp.float32(x), "gap_max": jnp.float32(x), "skipped": jnp.int32(x == 1)}
+        for x in (1.0, 4.0, 1.0)
+    ]
     found = mean_metrics(updates)
-    assert {name: float(value) for name, value in found.items()} == {"loss": 2.0, "gap_max": 4.0}
-    assert mean_metrics([]) == {}
+    found = {name: float(value) for name, value in found.items()}
+    assert found == {"loss": 2.0, "gap_max": 4.0, "skipped": 2.0, "updates": 3.0}
+    assert mean_metrics([]) == {"updates": 0.0}
 
 
 def test_metrics_named_max_are_maximised():
@@ -288,3 +296,50 @@ def test_checkpoint_resumes_to_the_bit(tmp_path):
     assert model.config == tiny_config("qwen2")
     with pytest.raises(UserError, match=r"checkpoint 7 .*\[3\]"):
         saver.restore_model(template, 7)
+
+
+# --- a run of it --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(tmp_path, request):
+    config = load_config("sft", request.config.rootpath / "configs" / "smoke_policy.yaml")
+    mesh = make_mesh()
+    loaded = load_model("arithmetic", mesh=mesh)
+    loader = example_loader([1, 2], batch_size=2, seed=0)
+    directory = RunDirectory(tmp_path / "run", "sft", config)
+    return TrainingRun(directory, loaded, mesh, config.training, total_updates=9, loader=loader)
+
+
+@pytest.mark.parametrize(
+    ("iterations", "stops_at"),
+    [
+        ([(1, 1)] * 9, 5),
+        ([(1, 1)] * 4 + [(0, 1)] + [(1, 1)] * 5, 10),
+        ([(1, 1)] * 4 + [(0, 0)] + [(1, 1)] * 5, 6),
+        ([(2, 2)] * 5, 3),
+        ([(2, 2), (2, 2), (1, 2)] * 3, None),
+    ],
+    ids=["one a step", "a good one between", "none between", "two a step", "half of two"],
+)
+def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
+    """Pairs of (skipped, updates) of an iteration."""
+    assert training.settings.max_skipped_in_a_row == 5
+    stopped = None
+    for step, (skipped, updates) in enumerate(iterations, 1):
+        training.finish_step(step, {"skipped": skipped, "updates": updates})
+        try:
+            training.flush()
+        except UserError as error:
+            assert f"{5 if updates == 1 else 6} updates in a row" in str(error)
+            stopped = step
+            break
+    assert stopped == stops_at
+
+
+def test_parameters_that_are_not_finite_are_not_exported(training):
+    norm = training.state.model.norm
+    norm[...] = norm[...].at[0].set(jnp.nan)
+    with pytest.raises(UserError, match="expected finite parameters after step 0"):
+        training.finish({})
+    assert not (training._directory.path / "model").exists()
