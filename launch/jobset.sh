@@ -48,7 +48,7 @@ if [[ $generation != v[56]e && $chips -gt 4 ]] || ((chips > 8)); then
 fi
 directory=$(run_dir)
 [[ $directory == /runs/* ]] ||
-  fail "--run-dir: expected a directory in /runs, the claim's, found '$directory'; a pod's own disk goes with it"
+  fail "--run-dir: expected a directory in /runs, where the claim is, found '$directory'"
 
 folder=$(dirname "$0")
 values=(NAME="$name" ACCELERATOR="$accelerator" SHAPE="$shape" IMAGE="$image" CLAIM="$claim"
@@ -56,7 +56,8 @@ values=(NAME="$name" ACCELERATOR="$accelerator" SHAPE="$shape" IMAGE="$image" CL
 if [[ $shards ]]; then
   need_sharded
   ((hosts == 1 && slices == 1)) ||
-    fail "--shards: a shard has one host, and $topology x $slices has $((hosts * slices)); submit larger ones as runs of their own, each with --shard I/N behind --"
+    fail "--shards: a shard has one host, and $topology x $slices has $((hosts * slices));\
+ submit larger ones as runs of their own, each with --shard I/N behind --"
   template=$folder/shards.yaml
   values+=(SHARDS="$shards" AT_ONCE="${at_once:-$shards}" RUN_DIR="$directory")
 else

@@ -33,7 +33,7 @@ need_counts nodes gpus port max_restarts ${shards:+shards} ${at_once:+at_once}
   fail "--time: expected minutes, H:MM:SS or D-H:MM:SS, found '$time'"
 if [[ $shards ]]; then need_sharded; elif [[ $at_once ]]; then fail "--at-once is for --shards"; fi
 directory=$(run_dir)
-[[ $directory == /* ]] || fail "--run-dir: expected a path from / on, found '$directory'; jobs start elsewhere"
+[[ $directory == /* ]] || fail "--run-dir: expected a path from / on, found '$directory'"
 
 submit=(sbatch --parsable --job-name="$name" --nodes="$nodes" --gpus-per-node="$gpus" --time="$time"
   ${shards:+--array="0-$((shards - 1))${at_once:+%$at_once}"}
