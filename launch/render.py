@@ -1,8 +1,8 @@
 """Fill a YAML template: python launch/render.py TEMPLATE KEY=VALUE ... -- WORD ...
 
 ${KEY} in the template is replaced by its value *after* the YAML is parsed, so that no value can
-change what the document says. A scalar that is ${KEY} alone becomes a number where the value is one;
-the list item ${RUN} becomes the words behind --. A missing or unused key is an error.
+change what the document says. A scalar that is ${KEY} alone becomes a number where the value is
+one; the list item ${RUN} becomes the words behind --. A missing or unused key is an error.
 """
 
 import re

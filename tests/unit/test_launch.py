@@ -46,7 +46,7 @@ def tools(tmp_path):
     folder.mkdir()
     for tool in TOOLS:
         (folder / tool).write_text(
-            f"#!{sys.executable}\n"
+            f"#!{sys.executable} -IS\n"
             "import json, os, runpy, sys\n"
             f"with open({str(tmp_path / 'calls.jsonl')!r}, 'a') as calls:\n"
             f"    calls.write(json.dumps([{tool!r}, *sys.argv[1:]]) + chr(10))\n"
@@ -307,6 +307,16 @@ def test_an_unknown_state_neither_creates_nor_deletes(tools):
     result = launch(tools, *POD, *RUN)
     assert result.returncode == 1 and "PERMISSION_DENIED" in result.stderr
     assert [call[4] for call in calls(tools)] == ["describe"]
+
+
+def test_a_launcher_that_is_stopped_deletes_its_machines(tools):
+    act(tools, "gcloud", GCLOUD.format(states=["PROVISIONING"]))
+    command = [LAUNCH / "tpu_pod.sh", "--poll", "0.1", *POD[1:], *RUN]
+    process = subprocess.Popen(command, cwd=tools, env=environment(tools), stderr=subprocess.PIPE)
+    assert b"judge: PROVISIONING" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert calls(tools)[-1][4] == "delete"
 
 
 # GKE
