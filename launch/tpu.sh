@@ -38,8 +38,8 @@ until_finished() {
   fi
   trap 'exit 130' INT TERM
   while now=$(state); do
-    echo "$(date '+%F %T') $name: $now" >&2
     [[ $keep ]] || trap delete EXIT
+    echo "$(date '+%F %T') $name: $now" >&2
     case $now in
       ABSENT)
         if ((attempt++ == max_attempts)); then
