@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# On CUDA, by SLURM: one run on one or several nodes, or the shards of one data set as an array, and
+# their merge. Before its time is over, and when it is preempted, a run saves and is queued again.
+#
+#   launch/slurm.sh --name judge --nodes 2 --gpus 8 --time 12:00:00 \
+#       -- judge --config configs/judge_7b_h100.yaml --run-dir /shared/runs/judge_7b
+#   launch/slurm.sh --name values --gpus 8 --time 4:00:00 --shards 32 --at-once 8 \
+#       -- annotate --config configs/values.yaml --run-dir /shared/runs/values
+#
+#   --name NAME         of the job
+#   --nodes N           nodes that make one run (1)
+#   --gpus N            GPUs of a node (8)
+#   --time TIME         limit, as sbatch takes it
+#   --shards N          shards, each a run of its own
+#   --at-once N         shards that run at a time (all)
+#   --port PORT         of the coordinator, on the first node (8476)
+#   --max-restarts N    times a run is queued again (20)
+#   --dry-run           print what would be sent, send nothing
+#
+# Partition and account are sbatch's own variables SBATCH_PARTITION and SBATCH_ACCOUNT. The job sees
+# this shell's environment: the Python in which stepwiser is installed, HF_TOKEN where one is needed.
+
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$0")/common.sh"
+
+nodes=1 gpus=8 time='' shards='' at_once='' port=8476 max_restarts=20
+parse "name nodes gpus time shards at_once port max_restarts" "" "$@"
+need name time
+need_names name
+need_counts nodes gpus port max_restarts ${shards:+shards} ${at_once:+at_once}
+((port < 65536)) || fail "--port: expected a number below 65536, found '$port'"
+[[ $time =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ ]] ||
+  fail "--time: expected minutes, H:MM:SS or D-H:MM:SS, found '$time'"
+if [[ $shards ]]; then need_sharded; elif [[ $at_once ]]; then fail "--at-once is for --shards"; fi
+directory=$(run_dir)
+[[ $directory == /* ]] || fail "--run-dir: expected a path from / on, found '$directory'"
+
+submit=(sbatch --parsable --job-name="$name" --nodes="$nodes" --gpus-per-node="$gpus" --time="$time"
+  ${shards:+--array="0-$((shards - 1))${at_once:+%$at_once}"}
+  "$(dirname "$0")/slurm_job.sh" "${shards:-0}" "$max_restarts" "$port" "${run[@]}")
+if [[ $dry_run ]]; then
+  quote "${submit[@]}"
+  job=JOB
+else
+  job=$("${submit[@]}")
+  echo "$job"
+fi
+[[ ! $shards ]] ||
+  send sbatch --parsable --job-name="$name-merge" --dependency="afterok:${job%%;*}" --time=30 \
+    --wrap="$(quote stepwiser merge "$directory")"
