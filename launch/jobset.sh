@@ -59,7 +59,7 @@ if [[ $shards ]]; then
     fail "--shards: a shard has one host, and $topology x $slices has $((hosts * slices));\
  submit larger ones as runs of their own, each with --shard I/N behind --"
   template=$folder/shards.yaml
-  values+=(SHARDS="$shards" AT_ONCE="${at_once:-$shards}" RUN_DIR="$directory")
+  values+=(SHARDS="$shards" AT_ONCE="${at_once:-$shards}")
 else
   [[ ! $at_once ]] || fail "--at-once is for --shards"
   template=$folder/jobset.yaml

@@ -47,4 +47,4 @@ else
 fi
 [[ ! $shards ]] ||
   send sbatch --parsable --job-name="$name-merge" --dependency="afterok:${job%%;*}" --time=30 \
-    --wrap="$(quote stepwiser merge "$directory")"
+    --wrap="$(quote stepwiser "${run[@]}")"

@@ -389,7 +389,7 @@ def test_shards_are_the_indices_of_one_job_and_a_last_one_merges(tools):
     commands = [pod["containers"][0]["command"] for pod in pods(jobset)]
     assert commands == [
         ["stepwiser", *ANNOTATE[1:], "--shard", "$(JOB_COMPLETION_INDEX)/32"],
-        ["stepwiser", "merge", "/runs/values"],
+        ["stepwiser", *ANNOTATE[1:]],
     ]
     # One host is told of no other.
     assert jobset["spec"]["network"] == {"enableDNSHostnames": False}
@@ -458,7 +458,7 @@ def test_an_array_is_merged_when_all_of_it_succeeded(tools):
     array, merge = (shlex.split(line) for line in dry_run(tools, "array").stdout.splitlines())
     assert option(array, "array") == "0-3%2"
     assert option(merge, "dependency") == "afterok:JOB"
-    assert option(merge, "wrap") == "stepwiser merge /runs/values"
+    assert option(merge, "wrap") == shlex.join(["stepwiser", *ANNOTATE[1:]])
 
 
 def test_what_the_job_asks_of_slurm():
