@@ -112,10 +112,12 @@ class Training(Config):
 
 
 class ComputeStage(Config):
-    """What every stage has that runs a model."""
+    """What every stage has that runs a model. `compilation_cache`: a directory that keeps compiled
+    programs for the next process; several stages and runs may share it."""
 
     seed: int = 0
     mesh: Mesh = Mesh()
+    compilation_cache: str | None = None
 
     @model_validator(mode="after")
     def _rows_fit_the_mesh(self) -> ComputeStage:

@@ -29,8 +29,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config
+from stepwiser_jax.config import ComputeStage, Config, config_digest, differing_keys, dump_config
 from stepwiser_jax.records import Record, RecordWriter, UserError, atomic_write, write_manifest
+from stepwiser_jax.runtime.compilation import report
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -89,6 +90,8 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, put the parts in id order, and write the manifest last."""
         self.create()
+        if isinstance(self.config, ComputeStage):
+            summary = summary | {"warm_up": report()}
         summary = summary | {"peak_host_memory_bytes": peak_memory_bytes()}
         atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_manifest(self.path, self.stage, config_digest(self.config), self._writers)

@@ -25,6 +25,7 @@ import jax
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -49,6 +50,7 @@ def run(config: Annotate, run_dir: str | Path) -> dict[str, Any]:
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
     mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

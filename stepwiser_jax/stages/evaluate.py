@@ -38,6 +38,7 @@ from stepwiser_jax.records import (
     Verdict,
     read_records,
 )
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -56,6 +57,7 @@ def run(config: Evaluate, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

@@ -17,6 +17,7 @@ import jax
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, UserError
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -38,6 +39,7 @@ def run(config: Rollout, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     problems, dropped = filter_problems(read_problems(config.problems))
     mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

@@ -32,6 +32,7 @@ import numpy as np
 from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -233,7 +234,9 @@ def check_lengths(
 
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
-    mesh, key = make_mesh(**config.mesh.model_dump()), jax.random.key(config.seed)
+    mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
+    key = jax.random.key(config.seed)
     policy = load_for_decoding(
         **config.policy.model_dump(),
         weights=config.policy_engine.weights,
