@@ -131,10 +131,13 @@ class Training(Config):
 
 class ComputeStage(Config):
     """What every stage has that runs a model. With several processes `mesh` is of all their devices
-    where a stage trains, and of each process's own where it samples."""
+    where a stage trains, and of each process's own where it samples. `compilation_cache`: a
+    directory that keeps compiled programs for the next process; several stages and runs may share
+    it."""
 
     seed: Seed = 0
     mesh: Mesh = Mesh()
+    compilation_cache: str | None = None
 
     @model_validator(mode="after")
     def _rows_fit_the_mesh(self) -> ComputeStage:

@@ -88,6 +88,11 @@ class ModelConfig:
     def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:
         """Raises UserError naming the field that is missing or asks for what is not implemented."""
         model_type = fields.get("model_type")
+        if str(model_type).startswith("gemma"):
+            raise UserError(
+                f"config.json: Gemma's models ({model_type}) are not implemented, only their "
+                f"vocabulary is read; expected model_type among {sorted(ARCHITECTURES)}"
+            )
         if model_type not in ARCHITECTURES:
             raise UserError(
                 f"config.json: expected model_type among {sorted(ARCHITECTURES)}, found "

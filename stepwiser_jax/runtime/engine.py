@@ -266,13 +266,13 @@ class _Run:
         places = next(n for n in self.engine.shapes.rows if n >= len(self.running))
         if self.waiting_trunks or any(self.waiting) or places >= self.places * self.rows:
             return
-        self.engine.compiled_shapes[f"compact {self._name()} -> {places}x1"] += 1
         left = sorted(self.running)
         source_B = np.zeros((places,), np.int32)
         source_B[: len(left)] = left
         active_B = np.arange(places) < len(left)
         moves = (source_B // self.rows, source_B, active_B)
-        self.state = _compact_state(self.state, *self.engine.place_rows(moves))
+        with self.engine.running(f"compact {self._name()} -> {places}x1"):
+            self.state = _compact_state(self.state, *self.engine.place_rows(moves))
         self.trunk_at = [self.trunk_at[b // self.rows] for b in source_B]
         self.running = {place: self.running[b] for place, b in enumerate(left)}
         self.waiting = [deque() for _ in range(places)]
@@ -307,8 +307,8 @@ class _Run:
             trunk = self.trunk_at[p]
             tokens_QT[q, : trunk.num_tokens] = trunk.ids[: trunk.num_tokens]
             place_Q[q] = p
-        self.engine.compiled_shapes[f"read {count}x{self.slots} into {self.places}"] += 1
-        self.state = _read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
+        with self.engine.running(f"read {count}x{self.slots} into {self.places}"):
+            self.state = _read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
 
     def _start_forks(self) -> Rows:
         """Waiting forks take the free slots of their place."""
@@ -340,18 +340,17 @@ class _Run:
         return None
 
     def _decode_segment(self, starting: Rows) -> None:
-        self.engine.compiled_shapes[
-            f"decode {self._name()} trunk={self.slots} new={self.params.max_new_tokens} {self.draw}"
-        ] += 1
-        self.state = _decode_segment(
-            self.engine.model,
-            self.state,
-            self.engine.place_rows(starting),
-            self.draw,
-            jnp.int32(self._exit_at()),
-            jnp.array(self.params.stop_ids, jnp.int32),
-            self.stop_table,
-        )
+        new = self.params.max_new_tokens
+        with self.engine.running(f"decode {self._name()} trunk={self.slots} new={new} {self.draw}"):
+            self.state = _decode_segment(
+                self.engine.model,
+                self.state,
+                self.engine.place_rows(starting),
+                self.draw,
+                np.int32(self._exit_at()),
+                np.array(self.params.stop_ids, np.int32),
+                self.stop_table,
+            )
 
     def _exit_at(self) -> int:
         """How many rows may still run when the segment ends: enough have ended to start waiting

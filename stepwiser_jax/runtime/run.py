@@ -29,7 +29,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import Config, config_digest, differing_keys, dump_config, read_settings
+from stepwiser_jax.config import (
+    ComputeStage,
+    Config,
+    config_digest,
+    differing_keys,
+    dump_config,
+    read_settings,
+)
 from stepwiser_jax.records import (
     KIND,
     Record,
@@ -40,6 +47,7 @@ from stepwiser_jax.records import (
     write_manifest,
 )
 from stepwiser_jax.runtime import hosts
+from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 
 T = TypeVar("T")
@@ -121,7 +129,10 @@ class RunDirectory:
             written = {KIND[w.record_type]: len(w.done) for w in self._writers.values()}
             return {"shard": str(self.shard), "records_so_far": written}
         if hosts.is_first():
-            summary = summarize() | {"peak_host_memory_bytes": peak_memory_bytes()}
+            summary = summarize()
+            if isinstance(self.config, ComputeStage):
+                summary |= {"warm_up": report()}
+            summary |= {"peak_host_memory_bytes": peak_memory_bytes()}
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
         hosts.barrier(f"{self.stage}: the run is finished")

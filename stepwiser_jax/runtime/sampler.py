@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
@@ -26,6 +27,7 @@ from stepwiser_jax.algo.sampling import Draw, row_hash
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.compilation import compiling
 from stepwiser_jax.runtime.mesh import batch_shards, shard_batch
 from stepwiser_jax.runtime.sampling import (
     SampleOutput,
@@ -83,6 +85,11 @@ class Sampler:
         other = copy.copy(self)
         other.model = decoding_layout(model, self.weights)
         return other
+
+    def running(self, shape: str) -> AbstractContextManager[None]:
+        """Around the call of a program that is compiled once for `shape`."""
+        self.compiled_shapes[shape] += 1
+        return compiling(shape)
 
     def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:
         """Raises UserError where a prompt is empty, or does not fit the context with its
@@ -162,8 +169,8 @@ class Sampler:
         for row, prompt in enumerate(prompts_P):
             tokens_BT[row, : len(prompt)] = prompt
             num_tokens_B[row] = len(prompt)
-        self.compiled_shapes[f"prefill rows={len(tokens_BT)} tokens={length} slots={slots}"] += 1
-        return _prefill(self.model, *self.place_rows((tokens_BT, num_tokens_B)), slots=slots)
+        with self.running(f"prefill rows={len(tokens_BT)} tokens={length} slots={slots}"):
+            return _prefill(self.model, *self.place_rows((tokens_BT, num_tokens_B)), slots=slots)
 
     def fork(
         self, state: SamplerState, source_B: np.ndarray, num_tokens_B: np.ndarray
@@ -173,8 +180,8 @@ class Sampler:
         padding = rows - len(source_B)
         source_B = np.pad(source_B.astype(np.int32), (0, padding))
         num_tokens_B = np.pad(num_tokens_B.astype(np.int32), (0, padding), constant_values=1)
-        self.compiled_shapes[f"fork rows={state.rows}->{rows} slots={state.cache.slots}"] += 1
-        return _fork(state, *self.place_rows((source_B, num_tokens_B)))
+        with self.running(f"fork rows={state.rows}->{rows} slots={state.cache.slots}"):
+            return _fork(state, *self.place_rows((source_B, num_tokens_B)))
 
     def decode(
         self,
@@ -195,18 +202,18 @@ class Sampler:
         if limits_B is not None:
             limit_B[: len(limits_B)] = np.minimum(limits_B, state.cache.slots)
         draw = Draw.create(key, params.temperature, params.top_k, params.top_p)
-        self.compiled_shapes[
+        with self.running(
             f"decode rows={state.rows} slots={state.cache.slots} new={params.max_new_tokens} {draw}"
-        ] += 1
-        state, (tokens_BC, logprobs_BC, length_B, stop_reason_B) = _decode(
-            self.model,
-            state,
-            *self.place_rows((hash_B, active_B, limit_B)),
-            draw,
-            jnp.array(params.stop_ids, jnp.int32),
-            self.stop_tables[params.stop_strings],
-            max_new_tokens=params.max_new_tokens,
-        )
+        ):
+            state, (tokens_BC, logprobs_BC, length_B, stop_reason_B) = _decode(
+                self.model,
+                state,
+                *self.place_rows((hash_B, active_B, limit_B)),
+                draw,
+                np.array(params.stop_ids, np.int32),
+                self.stop_tables[params.stop_strings],
+                max_new_tokens=params.max_new_tokens,
+            )
         arrays = (tokens_BC, logprobs_BC, length_B, stop_reason_B)
         output = SampleOutput(*(np.asarray(array)[: len(row_ids)] for array in arrays))
         self.sampled_tokens += int(output.length_B.sum())

@@ -25,6 +25,7 @@ import jax
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding
@@ -70,6 +71,7 @@ def annotate_blocks(
     trajectories first: every worker must refuse what one would."""
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

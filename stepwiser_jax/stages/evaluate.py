@@ -39,6 +39,7 @@ from stepwiser_jax.records import (
     Verdict,
     read_records,
 )
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
@@ -84,6 +85,7 @@ def judge_blocks(
     """Judgments of these blocks, written; returns what was measured. Checks all items first: every
     worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

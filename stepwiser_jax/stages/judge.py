@@ -43,7 +43,7 @@ from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entro
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
 from stepwiser_jax.records import JudgeExample, UserError, Verdict
-from stepwiser_jax.runtime import hosts
+from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_model
@@ -70,6 +70,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_mesh(**sampling_axes(config), devices=jax.local_devices())
+    compilation.start(config.compilation_cache)
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     examples, too_long = load_examples(config, loaded)
     training = TrainingRun(
@@ -97,7 +98,8 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
             groups, rollout_metrics = collect(iteration, training)
             updates = []
             for batch in prepare_batches(groups, config, mesh, training.state.model, reference):
-                training.state, metrics = train_step(training.state, batch)
+                with compilation.compiling(f"train step {shape_of(batch)}"):
+                    training.state, metrics = train_step(training.state, batch)
                 updates.append(metrics)
             training.finish_step(iteration + 1, mean_metrics(updates) | rollout_metrics)
             advance(1, reward=rollout_metrics["reward"])
@@ -289,13 +291,20 @@ def prepare_batches(
     for update in range(min(updates, len(groups))):
         batch = shard_batch(assemble(groups[update::updates], config), mesh)
         if updates > 1:
-            old_BT = score(model, batch, temperature, micro_batches=micro_batches)
+            with compilation.compiling(f"score {shape_of(batch)}"):
+                old_BT = score(model, batch, temperature, micro_batches=micro_batches)
             batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         if reference is not None:
-            ref_BT = score(reference, batch, temperature, micro_batches=micro_batches)
+            with compilation.compiling(f"score {shape_of(batch)}"):
+                ref_BT = score(reference, batch, temperature, micro_batches=micro_batches)
             batch = dataclasses.replace(batch, ref_logprobs_BT=ref_BT)
         batches.append(batch)
     return batches
+
+
+def shape_of(batch: RolloutBatch) -> str:
+    rows, length = batch.tokens_BT.shape
+    return f"{rows}x{length}"
 
 
 @functools.partial(jax.jit, static_argnames=("micro_batches",))

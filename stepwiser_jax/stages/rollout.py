@@ -17,6 +17,7 @@ import jax
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, UserError
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
@@ -61,6 +62,7 @@ def sample_blocks(
     """Trajectories of these blocks, written; returns what was measured. Checks all problems first:
     every worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

@@ -32,6 +32,7 @@ import numpy as np
 from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
@@ -248,6 +249,7 @@ def check_lengths(
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    compilation.start(config.compilation_cache)
     key = jax.random.key(config.seed)
     policy = load_for_decoding(
         **config.policy.model_dump(),

@@ -19,6 +19,7 @@ import jax
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.records import SftExample, UserError, read_records
+from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
@@ -37,6 +38,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     examples = load_examples(config.data)
     mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     documents, too_long = sft_documents(
         examples,
@@ -64,7 +66,8 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     with jax.set_mesh(mesh), progress("sft", config.steps, start) as advance:
         for step in range(start, config.steps):
             batch = shard_batch(next(training.loader), mesh)
-            training.state, metrics = train_step(training.state, batch)
+            with compilation.compiling(f"train step {config.batch_size}x{config.max_length}"):
+                training.state, metrics = train_step(training.state, batch)
             training.finish_step(step + 1, metrics)
             advance(1, loss=training.last("loss"))
     training.flush()

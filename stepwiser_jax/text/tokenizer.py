@@ -38,10 +38,16 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path_or_id: str) -> Tokenizer:
-    """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file (which needs
-    the extra `tf-text`). Raises UserError where there is none."""
+    """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file, also a
+    directory with a tokenizer.model and no tokenizer.json (which need the extra `tf-text`). Raises
+    UserError where there is none."""
+    from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
+
+    directory = Path(path_or_id)
     if path_or_id.endswith(".model"):
         return SentencePieceTokenizer(path_or_id)
+    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+        return SentencePieceTokenizer(str(directory / "tokenizer.model"))
     return HuggingFaceTokenizer(path_or_id)
 
 
@@ -60,24 +66,14 @@ class HuggingFaceTokenizer:
 
         local = Path(path_or_id)
         if local.is_dir() and not (local / "tokenizer.json").is_file():
-            raise UserError(f"expected a tokenizer.json in {path_or_id}, found none")
+            raise UserError(
+                f"expected a tokenizer.json or a tokenizer.model in {path_or_id}, found neither"
+            )
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(path_or_id, use_fast=True)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a tokenizer from {path_or_id}: {error}") from None
-        self._eos_ids = self._find_eos_ids(local)
-
-    def _find_eos_ids(self, local: Path) -> tuple[int, ...]:
-        """The tokenizer's end token, and those that generation_config.json adds to it."""
-        ids = [self._hf.eos_token_id]
-        generation = local / "generation_config.json"
-        if generation.is_file():
-            listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-            ids += listed if isinstance(listed, list) else [listed]
-        unique = tuple(dict.fromkeys(i for i in ids if i is not None))
-        if not unique:
-            raise UserError(f"the tokenizer of {local} defines no end token (eos_token)")
-        return unique
+        self._eos_ids = end_ids(local, self._hf.eos_token_id)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -129,9 +125,27 @@ class HuggingFaceTokenizer:
     def save(self, path: str) -> None:
         """With all end tokens, which the tokenizer's own files cannot name."""
         self._hf.save_pretrained(path)
-        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
-        file = Path(path) / "generation_config.json"
-        file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        write_end_ids(Path(path), self.eos_ids, self.pad_id)
+
+
+def end_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
+    """The tokenizer's end token, and those that generation_config.json adds to it. Raises UserError
+    where there is none."""
+    ids = [eos_id]
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += listed if isinstance(listed, list) else [listed]
+    unique = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not unique:
+        raise UserError(f"the tokenizer of {directory} defines no end token (eos_token)")
+    return unique
+
+
+def write_end_ids(directory: Path, eos_ids: Sequence[int], pad_id: int) -> None:
+    generation = {"eos_token_id": list(eos_ids), "pad_token_id": pad_id}
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes_of_token(backend: dict[str, Any]) -> Any:
@@ -141,11 +155,12 @@ def _bytes_of_token(backend: dict[str, Any]) -> Any:
         alphabet = {char: byte for byte, char in _byte_level_alphabet().items()}
         return lambda token: bytes(alphabet[char] for char in token)
     if "ByteFallback" in parts or "Metaspace" in parts or '"Replace"' in parts:
-        return _sentencepiece_bytes
+        return sentencepiece_bytes
     return lambda token: b" " + token.encode()
 
 
-def _sentencepiece_bytes(token: str) -> bytes:
+def sentencepiece_bytes(token: str) -> bytes:
+    """What a piece of a SentencePiece vocabulary stands for."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
@@ -158,65 +173,3 @@ def _byte_level_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {
         byte: chr(256 + i) for i, byte in enumerate(others)
     }
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece `.model` through tensorflow-text; it has no chat template."""
-
-    def __init__(self, path: str):
-        try:
-            import tensorflow_text  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError(
-                f"{path} is a SentencePiece model: install the extra 'tf-text', or use a "
-                "directory with a tokenizer.json"
-            ) from None
-        file = Path(path)
-        if not file.is_file():
-            raise UserError(f"expected a SentencePiece model at {path}, found nothing")
-        self._model = file.read_bytes()
-        self._sp = tensorflow_text.SentencepieceTokenizer(self._model)
-        self._tokens = [
-            token.decode() for token in self._sp.id_to_string(list(range(self.vocab_size))).numpy()
-        ]
-
-    def _special(self, name: str) -> int | None:
-        return self._tokens.index(name) if name in self._tokens else None
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        eos = self._special("</s>")
-        if eos is None:
-            raise UserError("the SentencePiece model has no </s>: it defines no end token")
-        return (eos,)
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._special("<s>")
-
-    @property
-    def pad_id(self) -> int:
-        pad = self._special("<pad>")
-        return self.eos_ids[0] if pad is None else pad
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._sp.vocab_size().numpy())
-
-    def encode(self, text: str) -> list[int]:
-        return self._sp.tokenize(text).numpy().tolist()
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._sp.detokenize(list(ids)).numpy().decode()
-
-    def render_chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        raise UserError("a SentencePiece model has no chat template: set prompt_style to 'bare'")
-
-    def token_bytes(self) -> list[bytes]:
-        return [_sentencepiece_bytes(token) for token in self._tokens]
-
-    def save(self, path: str) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "tokenizer.model").write_bytes(self._model)

@@ -66,6 +66,19 @@ def test_every_stage_finishes_and_hands_over(runs):
     assert any(r.judge_tokens for r in results if r.method == "chunk_reset")
 
 
+def test_summaries_tell_what_was_compiled(runs):
+    for name, program, shape in (
+        ("policy", "jit(train_step)", "train step 8x"),
+        ("rollouts", "jit(_decode_segment)", "decode "),
+        ("judge", "jit(train_step)", "train step 4x320"),
+    ):
+        warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
+        found = [p for p in warm_up["programs"] if p["program"] == program]
+        assert found and all(p["shape"].startswith(shape) for p in found), (name, warm_up)
+        assert warm_up["compiled"] >= len(warm_up["programs"]) and warm_up["cached"] == 0
+    assert "warm_up" not in json.loads((runs / "labels" / "summary.json").read_text())
+
+
 def test_summaries_have_fractions_and_the_documented_shape(runs):
     scores = json.loads((runs / "evaluate" / "summary.json").read_text())
     for voter in ("greedy", "majority_2"):
