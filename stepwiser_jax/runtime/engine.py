@@ -153,6 +153,18 @@ class Engine(Sampler):
             output.stop_reason_B[b] = done.stop_reason
         return output
 
+    @property
+    def own_dtype(self) -> Any:
+        """Of the rows' own keys and values. XLA's CPU backend turns a bfloat16 cache to float32 and
+        back at every write into it."""
+        of_mesh = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        on_cpu = (of_mesh or jax.default_backend()) == "cpu"
+        return jnp.dtype("float32") if on_cpu else self.model.compute_dtype
+
+    def read_at_once(self, places: int, slots: int) -> int:
+        """How many trunks of a bucket go through the network at once."""
+        return min(places, max(1, READ_TOKENS // slots))
+
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
         holds all at once, or the largest there is. Every shard of the rows holds whole places."""
@@ -214,7 +226,14 @@ class _Run:
         self.trunk_at = [Trunk((), ())] * self.places
         self.running: dict[int, Fork] = {}
         self.state = engine.place_rows(
-            _empty_state(engine.model, self.places, self.rows, slots, params.max_new_tokens)
+            empty_state(
+                engine.model,
+                self.places,
+                self.rows,
+                slots,
+                params.max_new_tokens,
+                engine.own_dtype,
+            )
         )
 
     def completions(self) -> Iterator[list[Completion]]:
@@ -272,7 +291,7 @@ class _Run:
             trunk = self.waiting_trunks.popleft()
             self.trunk_at[p], self.waiting[p] = trunk, deque(trunk.forks)
             fresh.append(p)
-        at_once = min(self.places, max(1, READ_TOKENS // self.slots))
+        at_once = self.engine.read_at_once(self.places, self.slots)
         while fresh:
             count = at_once if 2 * len(fresh) > at_once else 1
             self._read(fresh[:count], count)
@@ -288,7 +307,7 @@ class _Run:
             tokens_QT[q, : trunk.num_tokens] = trunk.ids[: trunk.num_tokens]
             place_Q[q] = p
         self.engine.compiled_shapes[f"read {count}x{self.slots} into {self.places}"] += 1
-        self.state = _read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
+        self.state = read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
 
     def _start_forks(self) -> Rows:
         """Waiting forks take the free slots of their place."""
@@ -323,7 +342,7 @@ class _Run:
         self.engine.compiled_shapes[
             f"decode {self._name()} trunk={self.slots} new={self.params.max_new_tokens} {self.draw}"
         ] += 1
-        self.state = _decode_segment(
+        self.state = decode_segment(
             self.engine.model,
             self.state,
             self.engine.place_rows(starting),
@@ -370,14 +389,12 @@ class _Run:
 # --- device programs ----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _empty_state(
-    model: Transformer, places: int, rows: int, slots: int, max_new_tokens: int
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def empty_state(
+    model: Transformer, places: int, rows: int, slots: int, max_new_tokens: int, own_dtype: Any
 ) -> EngineState:
     B = places * rows
     config, dtype = model.config, model.compute_dtype
-    # XLA's CPU backend turns a bfloat16 cache to float32 and back at every write into it.
-    own_dtype = jnp.dtype("float32") if jax.default_backend() == "cpu" else dtype
     return EngineState(
         prefix=SharedPrefix(
             KVCache.create(config, places, slots, dtype), jnp.zeros((B,), jnp.int32)
@@ -395,7 +412,7 @@ def _empty_state(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _read_trunks(
+def read_trunks(
     model: Transformer, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
 ) -> EngineState:
     Q, T = tokens_QT.shape
@@ -422,7 +439,7 @@ def _compact_state(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _decode_segment(
+def decode_segment(
     model: Transformer,
     state: EngineState,
     start: Rows,

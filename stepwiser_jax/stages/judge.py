@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from stepwiser_jax.algo.grpo import (
     group_advantages,
@@ -48,7 +49,7 @@ from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
-from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
     join_rows,
     make_train_step,
@@ -82,13 +83,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     reference = None
     if config.grpo.kl_coef:
         reference = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed).model
-    train_step = make_train_step(
-        functools.partial(judge_loss, config=config),
-        training.optimizer,
-        training.schedule,
-        micro_batches=config.training.micro_batches,
-        denominator_fn=functools.partial(judge_denominators, config=config),
-    )
+    train_step = judge_train_step(config, training.schedule, training.optimizer)
     start, began = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
         for iteration in range(start, config.iterations):
@@ -160,9 +155,11 @@ class GroupCollector:
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
-        self.engine = Engine(
-            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
+        # Shapes alone: the weights of every iteration come with `with_model`, and leave with it.
+        shapes = jax.eval_shape(
+            lambda model: decoding_layout(model, config.engine.weights), loaded.model
         )
+        self.engine = Engine(shapes, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
 
     def __call__(
         self, iteration: int, training: TrainingRun
@@ -291,6 +288,19 @@ def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches:
 
     zeros = jnp.zeros(stacked.tokens_BT.shape, jnp.float32)
     return join_rows(jax.lax.fori_loop(0, used_micro_batches(stacked), put, zeros))
+
+
+def judge_train_step(
+    config: Judge, schedule: optax.Schedule, optimizer: optax.GradientTransformation
+) -> Any:
+    """One update on a `RolloutBatch`, see `make_train_step`."""
+    return make_train_step(
+        functools.partial(judge_loss, config=config),
+        optimizer,
+        schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=functools.partial(judge_denominators, config=config),
+    )
 
 
 def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.Array]:

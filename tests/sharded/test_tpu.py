@@ -8,11 +8,14 @@ from tiny import tiny_config
 
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
+from stepwiser_jax.commands.programs import lower_update
+from stepwiser_jax.config import Judge
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
+from stepwiser_jax.runtime.aot import abstract_model, tpu_topology
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.loading import attention_of
 from stepwiser_jax.runtime.mesh import make_mesh
-from tpu_step import compiled_train_step, tpu_devices
+from tpu_step import JUDGE
 
 LENGTH = 1000
 KERNELS = {f"splash_mha_{phase}" for phase in ("fwd", "dq", "dkv")}
@@ -27,10 +30,11 @@ def compiled(attention_for, *, head_dim, sizes, rows):
         head_dim=head_dim,
         max_length=LENGTH,
     )
-    mesh = make_mesh(*sizes, devices=tpu_devices("v5e:2x2"))
+    mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
     batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
-    return compiled_train_step(config, mesh, attention_for(config, mesh), batch)
+    model = abstract_model(config, mesh, attention_for(config, mesh))
+    return lower_update(Judge.model_validate(JUDGE), model, batch, mesh).compile()
 
 
 def with_two_axes_of_positions(text: str) -> set[str]:
