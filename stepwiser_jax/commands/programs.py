@@ -114,6 +114,13 @@ def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: f
     return 2.0 * (tokens * block_parameters(config) + head + attention)
 
 
+def cache_flops(config: ModelConfig, tokens: int) -> float:
+    """Of reading a prompt for its keys and values: the last layer computes no more than those."""
+    below = dataclasses.replace(config, num_layers=config.num_layers - 1)
+    last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
+    return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
+
+
 def causal_pairs(before: int, tokens: int) -> float:
     """Queries and the keys they see: `tokens` in a row behind `before` others."""
     return tokens * before + tokens * (tokens + 1) / 2
@@ -366,7 +373,7 @@ def _of_sampling(
         "lower engine.rows or sampling.max_new_tokens, raise mesh.fsdp or mesh.tensor, or set "
         "engine.weights to int8"
     )
-    read = forward_flops(model_config, tokens=prompt, scored=0, pairs=causal_pairs(0, prompt))
+    read = cache_flops(model_config, prompt)
     sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
     of_mesh = mesh if isinstance(config, Judge) else None
     copy = bytes_per_device(decoder)
