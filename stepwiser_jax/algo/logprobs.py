@@ -147,10 +147,11 @@ def _in_front(wanted_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def default_slices(rows: int, length: int, vocab_size: int) -> int:
-    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 128
-    positions: `rows` may be spread over a mesh, and each device's matmul has to stay large."""
+    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 512
+    positions: `rows` may be spread over a mesh, where each device's matmul has to stay large, and
+    where the matrix is gathered, and its gradient added up, once a slice."""
     needed = math.ceil(rows * length * vocab_size / SLICE_ELEMENTS)
-    return max(1, min(needed, length, max(8, length // 128)))
+    return max(1, min(needed, length, max(8, length // 512)))
 
 
 def _is_predicted(
