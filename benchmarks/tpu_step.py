@@ -10,28 +10,20 @@ sides are the whole train step; they differ in their attention alone.
 from __future__ import annotations
 
 import argparse
-import functools
-import os
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
-from jax.experimental import topologies
 
+from stepwiser_jax.commands.programs import lower_update
 from stepwiser_jax.config import Judge
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.splash import splash_mask
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.data import Group, RolloutBatch, rollout_batch
-from stepwiser_jax.runtime.loading import attention_of, sharding_of
-from stepwiser_jax.runtime.mesh import batch_sharding, make_mesh, replicated
-from stepwiser_jax.runtime.trainer import TrainState, make_optimizer, make_train_step
-from stepwiser_jax.stages.judge import judge_denominators, judge_loss
+from stepwiser_jax.runtime.aot import abstract_model, tpu_topology
+from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.runtime.loading import attention_of
+from stepwiser_jax.runtime.mesh import make_mesh
 
 TOKENS, COMPLETIONS, ROW = 3096, 4, 15872
 QWEN = {
@@ -64,7 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     config = ModelConfig.from_hf(QWEN | {"num_hidden_layers": args.layers})
-    mesh = make_mesh(devices=tpu_devices(args.topology))
+    mesh = make_mesh(devices=tpu_topology(args.topology).devices)
+    judge = Judge.model_validate(JUDGE)
     group = Group(
         [0] * TOKENS, [[0] * TOKENS] * COMPLETIONS, [[0.0] * TOKENS] * COMPLETIONS, [0.0] * 4
     )
@@ -80,69 +73,12 @@ def main() -> None:
     for name, kind in (("splash", attention_of(config, mesh)), ("dense", dense)):
         begin = time.perf_counter()
         try:
-            memory = compiled_train_step(config, mesh, kind, batch).memory_analysis()
+            model = abstract_model(config, mesh, kind)
+            memory = lower_update(judge, model, batch, mesh).compile().memory_analysis()
             needed = f"temporary memory {memory.temp_size_in_bytes / 2**30:.2f} GiB"
         except jax.errors.JaxRuntimeError as error:
             needed = str(error).splitlines()[0]
         print(f"{name}: {needed}; compiled in {time.perf_counter() - begin:.0f} s", flush=True)
-
-
-def tpu_devices(topology: str) -> list[Any]:
-    """Descriptions of the devices of a topology such as v5e:2x2. Needs libtpu, and no TPU."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def compiled_train_step(
-    config: ModelConfig, mesh: jax.sharding.Mesh, attention: Attention, batch: RolloutBatch
-) -> Any:
-    """The judge's train step for a model of `config` and batches like `batch`."""
-    judge = Judge.model_validate(JUDGE)
-    optimizer = make_optimizer(lambda _: 1e-6, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    train_step = make_train_step(
-        functools.partial(judge_loss, config=judge),
-        optimizer,
-        lambda _: 1e-6,
-        micro_batches=1,
-        denominator_fn=functools.partial(judge_denominators, config=judge),
-    )
-    model = abstract_model(config, mesh, attention)
-    whole = replicated(mesh)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    moments = optax.tree_map_params(
-        optimizer,
-        lambda leaf, parameter: _placed(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, model),
-        model,
-        transform_non_params=lambda leaf: _placed(leaf, whole),
-    )
-    rows = jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), batch)
-    state = TrainState(model, moments, scalar, scalar)
-    with jax.set_mesh(mesh):
-        return train_step.lower(state, rows).compile()
-
-
-def abstract_model(
-    config: ModelConfig, mesh: jax.sharding.Mesh, attention: Attention
-) -> Transformer:
-    """Shapes and shardings of float32 parameters that compute in bfloat16."""
-    model = nnx.eval_shape(
-        lambda: Transformer(
-            config, rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16, attention=attention
-        )
-    )
-    sharding_for = sharding_of(config, mesh)
-    placed = []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable.get_value()
-        sharding = sharding_for(variable.get_metadata("axes"), value.shape)
-        placed.append((path, variable.replace(_placed(value, sharding))))
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(placed))
-
-
-def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `stepwiser quickstart`, `stepwiser <stage>`, `stepwiser convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `plan`, `convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
 save and exit with 130; the same command goes on from there.
@@ -139,6 +139,31 @@ def convert(
     from stepwiser_jax.commands.convert import convert_checkpoint
 
     convert_checkpoint(checkpoint, output)
+
+
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="sft, rollout, annotate, judge or evaluate.")],
+    config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
+    topology: Annotated[str, typer.Option(help="Chips of a slice, such as v5p:4x4x4.")],
+    slices: Annotated[int, typer.Option(help="How many slices.", min=1)] = 1,
+    set_: Annotated[
+        list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
+    json: Annotated[bool, typer.Option("--json", help="Everything, in bytes and seconds.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Also the largest batches that fit; takes longer.")
+    ] = False,
+) -> None:
+    """Whether a run fits a TPU slice, and how fast it can be at best. Needs no TPU.
+
+    Reads the config and config.json of its model. Writes nothing; exits 1 where it does not fit.
+    Needs the extra `tpu`, for its compiler.
+    """
+    from stepwiser_jax.commands.plan import print_plan
+
+    if not print_plan(stage, config, tuple(set_), topology, slices, as_json=json, searched=search):
+        raise typer.Exit(1)
 
 
 def main(arguments: list[str] | None = None) -> int:

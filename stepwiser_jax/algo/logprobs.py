@@ -115,7 +115,7 @@ def token_logprobs_and_entropy(
         scored_BT &= wanted_BT
     with jax.named_scope("token_logprobs"):
         # What is scored comes first, and only the slices that hold some of it are computed.
-        order_BT = jnp.argsort(~scored_BT, axis=1, stable=True)
+        order_BT, place_BT = _in_front(scored_BT)
         before_BT = jnp.take_along_axis(jnp.maximum(before_BT, 0), order_BT, axis=1)
         logprobs_BT, entropy_BT = _score(  # pyright: ignore
             jnp.take_along_axis(hidden_BTD, before_BT[:, :, None], axis=1),
@@ -125,17 +125,33 @@ def token_logprobs_and_entropy(
             jnp.max(jnp.sum(scored_BT, axis=1)),
             num_slices,
         )
-        place_BT = jnp.argsort(order_BT, axis=1)
         logprobs_BT = jnp.take_along_axis(logprobs_BT, place_BT, axis=1)
         entropy_BT = jnp.take_along_axis(entropy_BT, place_BT, axis=1)
     return jnp.where(scored_BT, logprobs_BT, 0), jnp.where(scored_BT, entropy_BT, 0)
 
 
+def _in_front(wanted_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the positions of each row, those wanted first, else in order; where each one went). Not by
+    sorting, which the TPU compiler takes long to lay out."""
+    wanted = wanted_BT.astype(jnp.int32)
+    count_B1 = jnp.sum(wanted, axis=1, keepdims=True)
+    first_BT = jnp.cumsum(wanted, axis=1) - 1
+    then_BT = count_B1 + jnp.cumsum(1 - wanted, axis=1) - 1
+    place_BT = jnp.where(wanted_BT, first_BT, then_BT)
+
+    def invert(place_T: jax.Array) -> jax.Array:
+        here_T = jnp.arange(place_T.shape[0], dtype=jnp.int32)
+        return jnp.zeros_like(place_T).at[place_T].set(here_T, unique_indices=True)
+
+    return jax.vmap(invert)(place_BT), place_BT
+
+
 def default_slices(rows: int, length: int, vocab_size: int) -> int:
-    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 128
-    positions: `rows` may be spread over a mesh, and each device's matmul has to stay large."""
+    """Slices that keep the logits of each within `SLICE_ELEMENTS`, but at most 8, or one per 512
+    positions: `rows` may be spread over a mesh, where each device's matmul has to stay large, and
+    where the matrix is gathered, and its gradient added up, once a slice."""
     needed = math.ceil(rows * length * vocab_size / SLICE_ELEMENTS)
-    return max(1, min(needed, length, max(8, length // 128)))
+    return max(1, min(needed, length, max(8, length // 512)))
 
 
 def _is_predicted(

@@ -88,6 +88,19 @@ def splash_attention(
 
 SPLASH = Attention(splash_mask, splash_attention)
 
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Of each kernel, for a pair of blocks that it visits: the scores and what they weigh; forward, and
+the gradients of queries, and of keys and values, for which scores are computed again."""
+
+
+def blocks_visited(segment_ids_T: jax.Array) -> tuple[int, int]:
+    """(pairs of blocks that a kernel visits in this row, for each query head; tokens in a block).
+    The kernels state no cost; this is what they need for one."""
+    kernel, ids = splash_mask(segment_ids_T[None])
+    runs = kernel.fwd_mask_info.block_mask
+    assert runs is not None
+    return int(jnp.sum(runs)), ids.q.shape[1] // runs.shape[2]
+
 
 def _mask_of_row(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> SplashMask:
     T = segment_ids_T.shape[0]

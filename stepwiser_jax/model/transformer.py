@@ -238,7 +238,7 @@ class Transformer(nnx.Module):
         model = copy.copy(self)
         dtype, layers = self.compute_dtype, range(self.config.num_layers)
         model.blocks = nnx.List(
-            [_layer_for_decoding(self.blocks, layer, dtype, weights) for layer in layers]
+            [layer_for_decoding(self.blocks, layer, dtype, weights) for layer in layers]
         )
         names = ("embed", "norm") if self.config.tie_embeddings else ("embed", "norm", "head")
         for name in names:
@@ -307,7 +307,7 @@ class Transformer(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "weights"))
-def _layer_for_decoding(
+def layer_for_decoding(
     blocks: Block, layer: int, dtype: jnp.dtype, weights: Literal["model", "int8"]
 ) -> Block:
     """A program for one layer, and not for all: so little is in memory besides the result."""

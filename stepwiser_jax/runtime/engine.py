@@ -153,6 +153,18 @@ class Engine(Sampler):
             output.stop_reason_B[b] = done.stop_reason
         return output
 
+    @property
+    def own_dtype(self) -> Any:
+        """Of the rows' own keys and values. XLA's CPU backend turns a bfloat16 cache to float32 and
+        back at every write into it."""
+        of_mesh = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        on_cpu = (of_mesh or jax.default_backend()) == "cpu"
+        return jnp.dtype("float32") if on_cpu else self.model.compute_dtype
+
+    def read_at_once(self, places: int, slots: int) -> int:
+        """How many trunks of a bucket go through the network at once."""
+        return min(places, max(1, READ_TOKENS // slots))
+
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
         holds all at once, or the largest there is. Every shard of the rows holds whole places.
@@ -234,7 +246,14 @@ class _Run:
         self.trunk_at = [Trunk((), ())] * self.places
         self.running: dict[int, Fork] = {}
         self.state = engine.place_rows(
-            _empty_state(engine.model, self.places, self.rows, slots, params.max_new_tokens)
+            empty_state(
+                engine.model,
+                self.places,
+                self.rows,
+                slots,
+                params.max_new_tokens,
+                engine.own_dtype,
+            )
         )
 
     def completions(self) -> Iterator[list[Completion]]:
@@ -292,7 +311,7 @@ class _Run:
             trunk = self.waiting_trunks.popleft()
             self.trunk_at[p], self.waiting[p] = trunk, deque(trunk.forks)
             fresh.append(p)
-        at_once = min(self.places, max(1, READ_TOKENS // self.slots))
+        at_once = self.engine.read_at_once(self.places, self.slots)
         while fresh:
             count = at_once if 2 * len(fresh) > at_once else 1
             self._read(fresh[:count], count)
@@ -308,7 +327,7 @@ class _Run:
             tokens_QT[q, : trunk.num_tokens] = trunk.ids[: trunk.num_tokens]
             place_Q[q] = p
         with self.engine.running(f"read {count}x{self.slots} into {self.places}"):
-            self.state = _read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
+            self.state = read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
 
     def _start_forks(self) -> Rows:
         """Waiting forks take the free slots of their place."""
@@ -342,7 +361,7 @@ class _Run:
     def _decode_segment(self, starting: Rows) -> None:
         new = self.params.max_new_tokens
         with self.engine.running(f"decode {self._name()} trunk={self.slots} new={new} {self.draw}"):
-            self.state = _decode_segment(
+            self.state = decode_segment(
                 self.engine.model,
                 self.state,
                 self.engine.place_rows(starting),
@@ -389,14 +408,12 @@ class _Run:
 # --- device programs ----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _empty_state(
-    model: Transformer, places: int, rows: int, slots: int, max_new_tokens: int
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def empty_state(
+    model: Transformer, places: int, rows: int, slots: int, max_new_tokens: int, own_dtype: Any
 ) -> EngineState:
     B = places * rows
     config, dtype = model.config, model.compute_dtype
-    # XLA's CPU backend turns a bfloat16 cache to float32 and back at every write into it.
-    own_dtype = jnp.dtype("float32") if jax.default_backend() == "cpu" else dtype
     return EngineState(
         prefix=SharedPrefix(
             KVCache.create(config, places, slots, dtype), jnp.zeros((B,), jnp.int32)
@@ -414,7 +431,7 @@ def _empty_state(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _read_trunks(
+def read_trunks(
     model: Transformer, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
 ) -> EngineState:
     Q, T = tokens_QT.shape
@@ -441,7 +458,7 @@ def _compact_state(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _decode_segment(
+def decode_segment(
     model: Transformer,
     state: EngineState,
     start: Rows,

@@ -76,6 +76,27 @@ def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded
     return dataclasses.replace(loaded, model=decoding_layout(loaded.model, weights))
 
 
+def config_of(path: str) -> ModelConfig:
+    """The shape of the model that `load_model(path)` would load; of a hub id, its config.json alone
+    is fetched. Raises UserError where there is none, or no network to ask."""
+    if path == "arithmetic":
+        return ModelConfig.from_hf(arithmetic.hf_config())
+    local = _resolve(path)
+    if Path(local).is_dir():
+        return read_config(local)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return read_config(str(Path(hf_hub_download(path, "config.json")).parent))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot fetch config.json of {path}: {reason} Without a network, name a directory "
+            "that holds the model's config.json"
+        ) from None
+
+
 def load_tokenizer_of(path: str) -> Tokenizer:
     """The tokenizer of the model that `load_model(path)` would load."""
     if path == "arithmetic":

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from stepwiser_jax.config import Training
 from stepwiser_jax.model.hf import save_hf
@@ -33,6 +34,27 @@ class Loader(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
+def optimizer_of(
+    settings: Training, total_updates: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate's schedule, and the optimizer that follows it."""
+    optimizer = settings.optimizer
+    schedule = make_schedule(
+        learning_rate=optimizer.learning_rate,
+        schedule=optimizer.schedule,
+        warmup_steps=optimizer.warmup_steps,
+        end_fraction=optimizer.end_fraction,
+        total_steps=total_updates,
+    )
+    return schedule, make_optimizer(
+        schedule,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+    )
+
+
 class TrainingRun:
     """The state of a training stage and everything that happens to it between two steps."""
 
@@ -47,21 +69,7 @@ class TrainingRun:
         loader: Loader,
     ):
         self.settings, self.loader, self._loaded = settings, loader, loaded
-        optimizer = settings.optimizer
-        self.schedule = make_schedule(
-            learning_rate=optimizer.learning_rate,
-            schedule=optimizer.schedule,
-            warmup_steps=optimizer.warmup_steps,
-            end_fraction=optimizer.end_fraction,
-            total_steps=total_updates,
-        )
-        self.optimizer = make_optimizer(
-            self.schedule,
-            weight_decay=optimizer.weight_decay,
-            clip_norm=optimizer.clip_norm,
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-        )
+        self.schedule, self.optimizer = optimizer_of(settings, total_updates)
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
         self._write_template()

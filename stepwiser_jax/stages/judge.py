@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from stepwiser_jax.algo.grpo import (
     group_advantages,
@@ -49,7 +50,7 @@ from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
-from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
     join_rows,
     make_train_step,
@@ -85,13 +86,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     reference = None
     if config.grpo.kl_coef:
         reference = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed).model
-    train_step = make_train_step(
-        functools.partial(judge_loss, config=config),
-        training.optimizer,
-        training.schedule,
-        micro_batches=config.training.micro_batches,
-        denominator_fn=functools.partial(judge_denominators, config=config),
-    )
+    train_step = judge_train_step(config, training.schedule, training.optimizer)
     start, began = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
         for iteration in range(start, config.iterations):
@@ -182,8 +177,11 @@ class GroupCollector:
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
-        model = decoding_copy(loaded.model, mesh)
-        self.engine = Engine(model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+        # Shapes alone: the weights of every iteration come with `with_model`, and leave with it.
+        shapes = jax.eval_shape(
+            lambda model: decoding_layout(model, config.engine.weights), loaded.model
+        )
+        self.engine = Engine(shapes, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
 
     def __call__(
         self, iteration: int, training: TrainingRun
@@ -191,28 +189,33 @@ class GroupCollector:
         """Groups that teach, at most P of them, and the metrics of everything sampled."""
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):
-            self.engine = self.engine.with_model(model)
+            engine = self.engine.with_model(model)
+        del model
         sampled: list[Judged] = []
         kept: list[Judged] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
         for draw in range(1 + self.config.grpo.max_refills):
-            judged = self.judge(next(training.loader), f"judge/it{iteration}/draw{draw}")
+            judged = self.judge(engine, next(training.loader), f"judge/it{iteration}/draw{draw}")
             sampled += judged
             kept += [group for group in judged if group.teaches or not drops]
             if len(kept) >= wanted:
                 break
         return kept[:wanted], rollout_metrics(sampled, len(kept))
 
-    def judge(self, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
+    def judge(self, engine: Engine, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
         """Groups of all examples, of which each process samples its share."""
         processes = jax.process_count()
         places = range(jax.process_index(), len(examples), processes)
         with jax.set_mesh(self.mesh):
-            mine = self.sample([examples[p] for p in places], [f"{name}/{p}" for p in places])
+            mine = self.sample(
+                engine, [examples[p] for p in places], [f"{name}/{p}" for p in places]
+            )
         groups_of = hosts.gather(mine)
         return [groups_of[p % processes][p // processes] for p in range(len(examples))]
 
-    def sample(self, examples: Sequence[JudgeExample], names: Sequence[str]) -> list[Judged]:
+    def sample(
+        self, engine: Engine, examples: Sequence[JudgeExample], names: Sequence[str]
+    ) -> list[Judged]:
         size = self.config.group_size
         prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
         row_ids = [
@@ -220,7 +223,7 @@ class GroupCollector:
             for name, example in zip(names, examples, strict=True)
             for g in range(size)
         ]
-        output = self.engine.generate(
+        output = engine.generate(
             prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
         )
         groups = []
@@ -330,6 +333,19 @@ def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches:
 
     zeros = jnp.zeros(stacked.tokens_BT.shape, jnp.float32)
     return join_rows(jax.lax.fori_loop(0, used_micro_batches(stacked), put, zeros))
+
+
+def judge_train_step(
+    config: Judge, schedule: optax.Schedule, optimizer: optax.GradientTransformation
+) -> Any:
+    """One update on a `RolloutBatch`, see `make_train_step`."""
+    return make_train_step(
+        functools.partial(judge_loss, config=config),
+        optimizer,
+        schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=functools.partial(judge_denominators, config=config),
+    )
 
 
 def judge_denominators(batch: RolloutBatch, *, config: Judge) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
@@ -55,13 +56,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     training = TrainingRun(
         directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
     )
-    train_step = make_train_step(
-        functools.partial(sft_loss, remat=config.training.remat),
-        training.optimizer,
-        training.schedule,
-        micro_batches=config.training.micro_batches,
-        denominator_fn=lambda batch: supervised_tokens(batch.loss_mask_BT),
-    )
+    train_step = sft_train_step(config, training.schedule, training.optimizer)
     start, seconds = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("sft", config.steps, start) as advance:
         for step in range(start, config.steps):
@@ -79,6 +74,19 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         "seconds_per_step": per_item(time.perf_counter() - seconds, config.steps - start),
     }
     return training.finish(summary)
+
+
+def sft_train_step(
+    config: Sft, schedule: optax.Schedule, optimizer: optax.GradientTransformation
+) -> Any:
+    """One update on a `TokenBatch`, see `make_train_step`."""
+    return make_train_step(
+        functools.partial(sft_loss, remat=config.training.remat),
+        optimizer,
+        schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=lambda batch: supervised_tokens(batch.loss_mask_BT),
+    )
 
 
 def sft_loss(

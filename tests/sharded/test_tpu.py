@@ -1,18 +1,28 @@
-"""The judge's train step, compiled for TPUs that are not there: needs libtpu, runs nothing."""
+"""Programs compiled for TPUs that are not there: needs libtpu, runs nothing."""
 
+import json
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tiny import tiny_config
 
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.commands.programs import lower_update
+from stepwiser_jax.config import Judge
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
+from stepwiser_jax.runtime.aot import abstract_model, tpu_topology
 from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.runtime.hlo_cost import Collective, program_cost
 from stepwiser_jax.runtime.loading import attention_of
 from stepwiser_jax.runtime.mesh import make_mesh
-from tpu_step import compiled_train_step, tpu_devices
+from tpu_step import JUDGE
 
 LENGTH = 1000
 KERNELS = {f"splash_mha_{phase}" for phase in ("fwd", "dq", "dkv")}
@@ -27,10 +37,11 @@ def compiled(attention_for, *, head_dim, sizes, rows):
         head_dim=head_dim,
         max_length=LENGTH,
     )
-    mesh = make_mesh(*sizes, devices=tpu_devices("v5e:2x2"))
+    mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
     batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
-    return compiled_train_step(config, mesh, attention_for(config, mesh), batch)
+    model = abstract_model(config, mesh, attention_for(config, mesh))
+    return lower_update(Judge.model_validate(JUDGE), model, batch, mesh).compile()
 
 
 def with_two_axes_of_positions(text: str) -> set[str]:
@@ -60,3 +71,82 @@ def test_dense_attention_would_make_such_an_array():
         lambda *_: Attention(segment_mask, attention), head_dim=128, sizes=(1, 1, 1), rows=1
     ).as_text()
     assert with_two_axes_of_positions(text)
+
+
+def test_a_product_and_an_all_gather_by_hand():
+    mesh = make_mesh(1, 1, 4, devices=tpu_topology("v5e:2x2").devices)
+
+    def shape(rows, columns, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16, sharding=sharding)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    product = jax.jit(lambda x, w: x @ w, out_shardings=whole)
+    text = product.lower(shape(1024, 512), shape(512, 2048, None, "tensor")).compile().as_text()
+    cost = program_cost(text)
+    # The weights are gathered, or the product is; the smaller are the weights.
+    assert cost.flops == 2 * 1024 * 512 * 2048
+    assert cost.collectives == {Collective("all-gather", (0, 1, 2, 3)): 3 * 512 * 512 * 2}
+
+
+PLANNED = JUDGE | {
+    "prompts_per_iteration": 4,
+    "max_prompt_tokens": 300,
+    "row_lengths": [1100],
+    "sampling": {"max_new_tokens": 200},
+    "engine": {"rows": [16], "buckets": [512]},
+    "mesh": {"fsdp": 2, "tensor": 2},
+}
+
+
+def planned(tmp_path, layers, capsys, **changes):
+    """(exit status, what `plan --json` says) of a model of so many layers."""
+    model = tiny_config(
+        "qwen2",
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_layers=layers,
+        head_dim=128,
+        max_length=4096,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(model.to_hf()))
+    config = tmp_path / "judge.yaml"
+    settings = {"path": str(tmp_path), "compute_dtype": "bfloat16"}
+    config.write_text(yaml.safe_dump(PLANNED | {"model": settings} | changes))
+    command = ["plan", "judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
+    status = main(command)
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
+    """So that what loops and what grows with layers is counted."""
+    plans = {}
+    for layers in (2, 4, 12):
+        status, plans[layers] = planned(tmp_path, layers, capsys)
+        assert status == 0 and plans[layers]["fits"]
+    for name in ("prefill", "decode segment", "train step"):
+        few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 12))
+        for measure in ("flops", "hbm_bytes", "total"):
+            a, b, c = (
+                entry["memory"]["total"] if measure == "total" else entry[measure]
+                for entry in (few, more, many)
+            )
+            assert a + (b - a) * 5 == pytest.approx(c, rel=0.05), (name, measure)
+
+
+@pytest.mark.slow
+def test_what_is_too_large_exits_with_1(tmp_path, capsys):
+    status, plan = planned(
+        tmp_path,
+        2,
+        capsys,
+        engine={"rows": [1 << 17], "buckets": [4096]},
+        prompts_per_iteration=1 << 17,
+        max_prompt_tokens=3000,
+        row_lengths=[4096],
+        updates_per_iteration=1 << 15,
+    )
+    assert status == 1 and not plan["fits"]
+    assert not plan["programs"]["decode segment"]["fits"]

@@ -150,8 +150,8 @@ def test_programs_are_compiled_once(tiny_model):
         engine.generate(prompts, params, key=KEY, row_ids=ids, group_size=4)
 
     programs = (
-        engine_module._read_trunks,
-        engine_module._decode_segment,
+        engine_module.read_trunks,
+        engine_module.decode_segment,
         engine_module._compact_state,
     )
     for seed in range(6):

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
+from stepwiser_jax.algo.logprobs import (
+    _in_front,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runtime.data import Group, rollout_batch
@@ -130,3 +134,11 @@ def test_cross_entropy_is_the_mean_over_learned_tokens(model):
     loss, _ = cross_entropy_loss(model, rows, mask, denominator=supervised_tokens(mask))
     expected = [-slow(model, rows[b].tolist())[t] for b, t in ((0, 2), (0, 3), (1, 5))]
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-4)
+
+
+def test_what_is_wanted_comes_first_in_order():
+    wanted_BT = np.random.default_rng(0).random((5, 17)) < [[0.0], [0.2], [0.5], [0.9], [1.0]]
+    order_BT, place_BT = _in_front(jnp.asarray(wanted_BT))
+    expected_BT = np.argsort(~wanted_BT, axis=1, kind="stable")
+    np.testing.assert_array_equal(order_BT, expected_BT)
+    np.testing.assert_array_equal(place_BT, np.argsort(expected_BT, axis=1))

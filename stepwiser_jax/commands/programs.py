@@ -1,0 +1,427 @@
+"""The programs of a stage's run, with inputs that are only shapes, in the longest case: every
+prompt and every completion as long as the config allows.
+
+They are the functions that the run itself calls. What is not compiled here moves little: the empty
+state of the engine, and the compaction of its last rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stepwiser_jax.algo.logprobs import default_slices
+from stepwiser_jax.algo.sampling import Draw
+from stepwiser_jax.config import (
+    Annotate,
+    ComputeStage,
+    Config,
+    Evaluate,
+    Judge,
+    Model,
+    Rollout,
+    Sampling,
+    Sft,
+)
+from stepwiser_jax.config import Engine as EngineConfig
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.splash import PRODUCTS, blocks_visited
+from stepwiser_jax.model.transformer import Transformer, layer_for_decoding
+from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.aot import (
+    Program,
+    abstract_model,
+    abstract_rows,
+    abstract_train_state,
+    bytes_per_device,
+    placed,
+)
+from stepwiser_jax.runtime.data import Group, RolloutBatch, TokenBatch, rollout_batch
+from stepwiser_jax.runtime.engine import (
+    SHARED_BY,
+    Engine,
+    Rows,
+    decode_segment,
+    empty_state,
+    read_trunks,
+)
+from stepwiser_jax.runtime.hlo_cost import Cost, Instruction, KernelCost
+from stepwiser_jax.runtime.loading import attention_of, config_of
+from stepwiser_jax.runtime.sampling import Weights
+from stepwiser_jax.runtime.training_run import optimizer_of
+from stepwiser_jax.stages.judge import judge_train_step, score
+from stepwiser_jax.stages.sft import sft_train_step
+
+PLANNED = ("sft", "rollout", "annotate", "judge", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """In the order in which a run needs them. `work` says what their calls add up to; `waves` is
+    how often the rows in flight are filled for it."""
+
+    programs: list[Program]
+    kernel: KernelCost
+    work: str
+    waves: int = 0
+
+
+def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
+    """Raises UserError for a stage that has no plan."""
+    if isinstance(config, Sft):
+        return _of_sft(config, mesh)
+    if isinstance(config, Judge):
+        return _of_judge(config, mesh)
+    if isinstance(config, Rollout):
+        per_wave = (config.problems_per_block, config.group_size)
+        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
+    if isinstance(config, Annotate):
+        # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
+        per_wave = (config.trajectories_per_block, config.num_rollouts)
+        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
+    if isinstance(config, Evaluate):
+        temperature = config.vote_temperature if config.votes else 0.0
+        sampling = Sampling.model_validate(
+            {"temperature": temperature, "max_new_tokens": config.max_new_tokens}
+        )
+        per_wave = (config.items_per_block, max(1, config.votes))
+        return _of_sampling(config, config.judge, config.engine, sampling, per_wave, mesh)
+    raise UserError(f"expected a stage of {', '.join(PLANNED)}")
+
+
+# --- the work that a model cannot do without ----------------------------------------------------
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Of the matrices of all layers."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: float) -> float:
+    """2 for each matrix parameter and token, the output matrix where a token is scored, and two
+    products for each query and key that it sees. A backward pass is twice that."""
+    head = scored * config.vocab_size * config.hidden_size
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 2.0 * (tokens * block_parameters(config) + head + attention)
+
+
+def cache_flops(config: ModelConfig, tokens: int) -> float:
+    """Of reading a prompt for its keys and values: the last layer computes no more than those."""
+    below = dataclasses.replace(config, num_layers=config.num_layers - 1)
+    last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
+    return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
+
+
+def causal_pairs(before: int, tokens: int) -> float:
+    """Queries and the keys they see: `tokens` in a row behind `before` others."""
+    return tokens * before + tokens * (tokens + 1) / 2
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def _model(settings: Model, mesh: jax.sharding.Mesh) -> tuple[ModelConfig, Transformer]:
+    config = config_of(settings.path)
+    model = abstract_model(
+        config,
+        mesh,
+        attention_of(config, mesh),
+        param_dtype=settings.param_dtype,
+        compute_dtype=settings.compute_dtype,
+    )
+    return config, model
+
+
+def _loops(
+    program: str, config: ModelConfig, rows: int, length: int, scored: int, micro_batches: int
+) -> dict[str, float]:
+    """Slices of positions that are scored, and micro-batches."""
+    slices = default_slices(rows // micro_batches, length, config.vocab_size)
+    used = math.ceil(scored / math.ceil(length / slices))
+    return {"token_logprobs": used, f"jit({program})/while": micro_batches}
+
+
+def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
+    """What the attention kernels need for rows like this one."""
+    visited, block = blocks_visited(jnp.asarray(segment_ids_T))
+
+    def kernel(call: Instruction, operands: Sequence[Instruction]) -> Cost | None:
+        products = next(
+            (n for name, n in PRODUCTS.items() if f"splash_mha_{name}" in call.op_name), 0
+        )
+        if not products:
+            return None
+        arrays = (operand.shapes[0] for operand in operands)
+        queries = next(x for x in arrays if x.dtype in ("bf16", "f32"))  # numbers come before it
+        heads = math.prod(queries.dims[:-2])  # of all rows of a device
+        # A visit loads keys and values, or queries and the gradient of what they found.
+        loaded = 2 * block * queries.bytes / math.prod(queries.dims[:-1])
+        whole = sum(o.hbm_bytes for o in operands) + call.hbm_bytes
+        return Cost(
+            2.0 * products * heads * visited * block * block * config.head_dim,
+            whole + heads * visited * loaded,
+        )
+
+    return kernel
+
+
+def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
+    model_config, model = _model(config.model, mesh)
+    schedule, optimizer = optimizer_of(config.training, config.steps)
+    rows, length = config.batch_size, config.max_length
+    ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
+    state = abstract_train_state(model, optimizer, mesh)
+    step = sft_train_step(config, schedule, optimizer)
+    micro_batches = config.training.micro_batches
+    useful = forward_flops(
+        model_config, tokens=length, scored=length, pairs=causal_pairs(0, length)
+    )
+    program = Program(
+        "train step",
+        functools.partial(_lower, step, mesh, state, batch),
+        calls=1,
+        useful_flops=3 * rows * useful,
+        change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
+        "lower max_length",
+        loops=_loops("train_step", model_config, rows, length, length, micro_batches),
+    )
+    kernel = _splash(model_config, np.ones(length, np.int32))
+    return Programs([program], kernel, "one step")
+
+
+def _lower(program: Any, mesh: jax.sharding.Mesh | None, *inputs: Any, **settings: Any) -> Any:
+    if mesh is None:
+        return program.lower(*inputs, **settings)
+    with jax.set_mesh(mesh):
+        return program.lower(*inputs, **settings)
+
+
+def longest_group(config: Judge) -> Group:
+    tokens, size = config.sampling.max_new_tokens, config.group_size
+    completions = [[0] * tokens] * size
+    return Group([0] * config.max_prompt_tokens, completions, [[0.0] * tokens] * size, [0.0] * size)
+
+
+def judge_batch(config: Judge) -> RolloutBatch:
+    """Of one update, its arrays empty: every row a group of the longest there may be."""
+    rows = config.prompts_per_iteration // config.updates_per_iteration
+    batch = rollout_batch([], num_rows=rows, row_length=max(config.row_lengths))
+    numbers = batch.sampler_logprobs_BT
+    return dataclasses.replace(
+        batch,
+        old_logprobs_BT=numbers if config.updates_per_iteration > 1 else None,
+        ref_logprobs_BT=numbers if config.grpo.kl_coef else None,
+    )
+
+
+def judge_flops(config: Judge, model: ModelConfig) -> float:
+    """Of a group's forward pass: its prompt once, its completions behind it."""
+    prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
+    size = config.group_size
+    pairs = causal_pairs(0, prompt) + size * causal_pairs(prompt, new)
+    return forward_flops(model, tokens=prompt + size * new, scored=size * new, pairs=pairs)
+
+
+def lower_update(
+    config: Judge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
+) -> Any:
+    """The judge's train step, traced for an abstract model and batches of these shapes."""
+    updates = config.iterations * config.updates_per_iteration
+    schedule, optimizer = optimizer_of(config.training, updates)
+    state = abstract_train_state(model, optimizer, mesh)
+    step = judge_train_step(config, schedule, optimizer)
+    return _lower(step, mesh, state, abstract_rows(batch, mesh))
+
+
+def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
+    model_config, model = _model(config.model, mesh)
+    updates = config.updates_per_iteration
+    _, optimizer = optimizer_of(config.training, updates)
+    batch = judge_batch(config)
+    micro_batches = config.training.micro_batches
+    rows, length = batch.tokens_BT.shape
+    loops = functools.partial(
+        _loops,
+        config=model_config,
+        rows=rows,
+        length=length,
+        scored=config.group_size * config.sampling.max_new_tokens,
+        micro_batches=micro_batches,
+    )
+    useful = rows * judge_flops(config, model_config)
+    reference = bytes_per_device(model) if config.grpo.kl_coef else 0
+    held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
+    change = (
+        "raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or lower "
+        "max_prompt_tokens, group_size x sampling.max_new_tokens and row_lengths"
+    )
+    sampling = _of_sampling(
+        config,
+        config.model,
+        config.engine,
+        config.sampling,
+        (config.prompts_per_iteration, config.group_size),
+        mesh,
+        prompt=config.max_prompt_tokens,
+        held=held,
+    )
+    programs = list(sampling.programs)
+    passes = updates * ((updates > 1) + bool(config.grpo.kl_coef))
+    if passes:
+        bare = dataclasses.replace(batch, old_logprobs_BT=None, ref_logprobs_BT=None)
+        programs.append(
+            Program(
+                "log-probs",
+                functools.partial(
+                    _lower,
+                    score,
+                    mesh,
+                    model,
+                    abstract_rows(bare, mesh),
+                    config.sampling.temperature,
+                    micro_batches=micro_batches,
+                ),
+                calls=passes,
+                useful_flops=useful,
+                change=change,
+                resident=held - bytes_per_device(model),
+                loops=loops("score"),
+            )
+        )
+    programs.append(
+        Program(
+            "train step",
+            functools.partial(lower_update, config, model, batch, mesh),
+            calls=updates,
+            useful_flops=3 * useful,
+            change=change,
+            resident=reference,
+            loops=loops("train_step"),
+        )
+    )
+    group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
+    kernel = _splash(model_config, group.segment_ids_BT[0])
+    work = f"one iteration: {sampling.work}, {updates} update(s) of {rows} rows of {length}"
+    return Programs(programs, kernel, work, sampling.waves)
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def for_decoding(model: Transformer, weights: Weights) -> tuple[Transformer, Any]:
+    """What `Transformer.for_decoding` gives, and the program, lowered, that it runs for each layer:
+    the compiler says where a layer's matrices then lie."""
+    lowered = layer_for_decoding.lower(
+        model.blocks,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        dtype=model.compute_dtype,
+        weights=weights,
+    )
+    of_layer = lowered.compile().output_shardings
+    decoder = jax.eval_shape(lambda model: model.for_decoding(weights), model)
+    decoder.blocks = nnx.List([jax.tree.map(placed, block, of_layer) for block in decoder.blocks])
+    for name in ("embed", "norm", "head"):
+        if hasattr(model, name):
+            kept = jax.tree.map(lambda x: x.sharding, getattr(model, name))
+            setattr(decoder, name, jax.tree.map(placed, getattr(decoder, name), kept))
+    return decoder, lowered
+
+
+def _of_sampling(
+    config: ComputeStage,
+    settings: Model,
+    engine_config: EngineConfig,
+    sampling: Sampling,
+    per_wave: tuple[int, int],
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt: int | None = None,
+    held: int = 0,
+) -> Programs:
+    """`per_wave`: trunks, and rows of each. `prompt`: tokens of the longest, by default what the
+    context leaves. `held`: bytes of a device that the run keeps beside the sampler's weights."""
+    model_config, model = _model(settings, mesh)
+    decoder, reshard = for_decoding(model, engine_config.weights)
+    engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
+    new, trunks = sampling.max_new_tokens, per_wave[0]
+    prompt = prompt or max(1, engine.shapes.max_length - new)
+    slots = engine.shapes.bucket(prompt)
+    P, R = engine.first_grid(*per_wave, SHARED_BY)
+    B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
+    state = abstract_rows(
+        jax.eval_shape(lambda: empty_state(decoder, P, R, slots, new, engine.own_dtype)),
+        mesh,
+    )
+    at_once = engine.read_at_once(P, slots)
+    ints, numbers = np.zeros((B,), np.int32), np.zeros((B,), np.uint32)
+    start = abstract_rows(Rows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
+    draw = jax.eval_shape(
+        lambda: Draw.create(jax.random.key(0), sampling.temperature, sampling.top_k, sampling.top_p)
+    )
+    scalar, stop_ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    change = (
+        "lower engine.rows or sampling.max_new_tokens, raise mesh.fsdp or mesh.tensor, or set "
+        "engine.weights to int8"
+    )
+    read = cache_flops(model_config, prompt)
+    sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
+    of_mesh = mesh if isinstance(config, Judge) else None
+    copy = bytes_per_device(decoder)
+    programs = [
+        Program(
+            "reshard (a layer)",
+            lambda: reshard,
+            calls=model_config.num_layers,
+            useful_flops=0.0,
+            change=change,
+            resident=held + copy - (bytes_per_device(model.blocks) if held else 0),
+        ),
+        Program(
+            "prefill",
+            functools.partial(
+                _lower,
+                read_trunks,
+                of_mesh,
+                decoder,
+                state,
+                np.zeros((at_once, slots), np.int32),
+                np.zeros((at_once,), np.int32),
+            ),
+            calls=math.ceil(trunks / at_once),
+            useful_flops=at_once * read,
+            change=change,
+            resident=held,
+        ),
+        Program(
+            "decode segment",
+            functools.partial(
+                _lower,
+                decode_segment,
+                of_mesh,
+                decoder,
+                state,
+                start,
+                draw,
+                scalar,
+                stop_ids,
+                None,
+            ),
+            calls=waves,
+            useful_flops=B * sampled,
+            change=change,
+            resident=held,
+            loops={"jit(decode_segment)/while": new},
+        ),
+    ]
+    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {P} x {R} rows"
+    return Programs(programs, lambda *_: None, work, waves)
