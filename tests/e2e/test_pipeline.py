@@ -69,7 +69,7 @@ def test_every_stage_finishes_and_hands_over(runs):
 def test_summaries_tell_what_was_compiled(runs):
     for name, program, shape in (
         ("policy", "jit(train_step)", "train step 8x"),
-        ("rollouts", "jit(_decode_segment)", "decode "),
+        ("rollouts", "jit(decode_segment)", "decode "),
         ("judge", "jit(train_step)", "train step 4x320"),
     ):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
