@@ -33,5 +33,9 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     step = int(checkpoint.name) if names_step else None
     config = read_config(str(run_dir / "template"))
     template = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever mesh it was saved from
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template
+    )
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
-    save_hf(jax.device_get(model), load_tokenizer(str(run_dir / "template")), str(output))
+    save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))
