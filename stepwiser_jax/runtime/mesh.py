@@ -61,6 +61,24 @@ def make_mesh(
     return Mesh(np.array(devices[:needed]).reshape(sizes), MESH_AXES)
 
 
+def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> Mesh:
+    """The mesh on which each process samples with a copy of the model in training, over its own
+    devices: of these `sizes`; by default that of training where there is one process, else its
+    tensor axis, and the rest of the devices for rows. Raises UserError where that cannot be."""
+    own = jax.local_devices()
+    if sizes is not None:
+        return make_mesh(**sizes, devices=own)
+    if jax.process_count() == 1:
+        return training
+    tensor = training.shape["tensor"]
+    if len(own) % tensor:
+        raise UserError(
+            f"each process has {len(own)} devices, over which mesh.tensor = {tensor} cannot be "
+            "spread: set sampling_mesh, or another mesh.tensor"
+        )
+    return make_mesh(data=len(own) // tensor, tensor=tensor, devices=own)
+
+
 def parameter_sharding(
     mesh: Mesh, *, num_heads: int, num_kv_heads: int, decoding: bool = False
 ) -> ShardingFor:

@@ -48,7 +48,7 @@ from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_model
-from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
@@ -70,7 +70,8 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
-    sampling_mesh = make_mesh(**sampling_axes(config), devices=jax.local_devices())
+    own = config.sampling_mesh
+    sampling_mesh = make_sampling_mesh(mesh, None if own is None else own.model_dump())
     compilation.start(config.compilation_cache)
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     examples, too_long = load_examples(config, loaded)
@@ -108,22 +109,6 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         "compiled": collect.engine.compiled_shapes,
     }
     return training.finish(summary)
-
-
-def sampling_axes(config: Judge) -> dict[str, int]:
-    """Axes of the mesh that each process samples on, over its own devices: those of training where
-    there is one process; else its tensor axis, and as many copies of the rows as fit."""
-    if config.sampling_mesh is not None:
-        return config.sampling_mesh.model_dump()
-    if jax.process_count() == 1:
-        return config.mesh.model_dump()
-    devices, tensor = jax.local_device_count(), config.mesh.tensor
-    if devices % tensor:
-        raise UserError(
-            f"each process has {devices} devices, over which mesh.tensor = {tensor} cannot be "
-            "spread: set sampling_mesh, or another mesh.tensor"
-        )
-    return {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
 
 
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:

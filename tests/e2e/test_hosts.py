@@ -52,7 +52,7 @@ def start(arguments, *, processes, devices=1):
 
 def finish(processes):
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-3000:]
 
 
