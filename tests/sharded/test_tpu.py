@@ -80,13 +80,15 @@ def test_a_product_and_an_all_gather_by_hand():
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16, sharding=sharding)
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    product = jax.jit(lambda x, w: x @ w, out_shardings=whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    product = jax.jit(lambda x, w: x @ w, out_shardings=replicated)
     text = product.lower(shape(1024, 512), shape(512, 2048, None, "tensor")).compile().as_text()
     cost = program_cost(text)
-    # The weights are gathered, or the product is; the smaller are the weights.
-    assert cost.flops == 2 * 1024 * 512 * 2048
-    assert cost.collectives == {Collective("all-gather", (0, 1, 2, 3)): 3 * 512 * 512 * 2}
+    # Each device multiplies its columns; then the product is gathered.
+    assert cost.flops == 2 * 1024 * 512 * 512
+    assert cost.collectives == {Collective("all-gather", (0, 1, 2, 3)): 3 * 1024 * 512 * 2}
+    # Both operands are read, the whole product is written; what is between stays on the chip.
+    assert cost.hbm_bytes == 2 * (1024 * 512 + 512 * 512 + 1024 * 2048)
 
 
 PLANNED = JUDGE | {
@@ -128,12 +130,10 @@ def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
         assert status == 0 and plans[layers]["fits"]
     for name in ("prefill", "decode segment", "train step"):
         few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 12))
-        for measure in ("flops", "hbm_bytes", "total"):
-            a, b, c = (
-                entry["memory"]["total"] if measure == "total" else entry[measure]
-                for entry in (few, more, many)
-            )
-            assert a + (b - a) * 5 == pytest.approx(c, rel=0.05), (name, measure)
+        # Not HBM bytes: what so small a model reads may stay on the chip.
+        for measure in (lambda e: e["flops"], lambda e: e["memory"]["total"]):
+            a, b, c = (measure(entry) for entry in (few, more, many))
+            assert a + (b - a) * 5 == pytest.approx(c, rel=0.05), name
 
 
 @pytest.mark.slow
