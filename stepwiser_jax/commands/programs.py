@@ -363,6 +363,9 @@ def _of_sampling(
         mesh,
     )
     at_once = engine.read_at_once(P, slots)
+    fresh = abstract_rows(
+        (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
+    )
     ints, numbers = np.zeros((B,), np.int32), np.zeros((B,), np.uint32)
     start = abstract_rows(Rows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
     draw = jax.eval_shape(
@@ -394,8 +397,7 @@ def _of_sampling(
                 of_mesh,
                 decoder,
                 state,
-                np.zeros((at_once, slots), np.int32),
-                np.zeros((at_once,), np.int32),
+                *fresh,
             ),
             calls=math.ceil(trunks / at_once),
             useful_flops=at_once * read,

@@ -42,8 +42,8 @@ from stepwiser_jax.runtime.sampling import (
 )
 
 READ_TOKENS = 4096
-"""Tokens of trunks that go through the network at once: attention's scores are that many squares
-of a trunk's length."""
+"""Tokens of trunks that go through the network at once, on each device that rows are split over:
+attention's scores are that many squares of a trunk's length."""
 
 SHARED_BY = 16
 """So many rows of a trunk run at the same time, where it has them and other trunks wait: enough for
@@ -163,7 +163,7 @@ class Engine(Sampler):
 
     def read_at_once(self, places: int, slots: int) -> int:
         """How many trunks of a bucket go through the network at once."""
-        return min(places, max(1, READ_TOKENS // slots))
+        return min(places, self.shards * max(1, READ_TOKENS // slots))
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
@@ -313,7 +313,7 @@ class _Run:
             fresh.append(p)
         at_once = self.engine.read_at_once(self.places, self.slots)
         while fresh:
-            count = at_once if 2 * len(fresh) > at_once else 1
+            count = at_once if 2 * len(fresh) > at_once else self.engine.shards
             self._read(fresh[:count], count)
             fresh = fresh[count:]
 
@@ -326,8 +326,9 @@ class _Run:
             trunk = self.trunk_at[p]
             tokens_QT[q, : trunk.num_tokens] = trunk.ids[: trunk.num_tokens]
             place_Q[q] = p
+        read = self.engine.place_rows((tokens_QT, place_Q))
         with self.engine.running(f"read {count}x{self.slots} into {self.places}"):
-            self.state = read_trunks(self.engine.model, self.state, tokens_QT, place_Q)
+            self.state = read_trunks(self.engine.model, self.state, *read)
 
     def _start_forks(self) -> Rows:
         """Waiting forks take the free slots of their place."""

@@ -420,6 +420,8 @@ class _Reader:
         return min(whole, self._read_by_users(computation, parameter, whole))
 
     def _read_by_users(self, computation: Computation, value: Instruction, whole: float) -> float:
+        if value.name == computation.root:  # handed on as it is
+            return whole
         read = 0.0
         for user in computation.users[value.name]:
             if user.opcode == "bitcast":

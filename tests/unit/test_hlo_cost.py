@@ -163,6 +163,29 @@ ENTRY %main (x: f32[4,128]) -> f32[4,128] {{
     assert program_cost(text).collectives == {Collective("all-reduce", group): received}
 
 
+def test_an_operand_is_read_through_a_nested_fusion():
+    text = """\
+%nested (in: bf16[512,128]) -> bf16[512,128] {
+  %in = bf16[512,128]{1,0} parameter(0)
+  ROOT %seen = bf16[512,128]{1,0} bitcast(%in)
+}
+
+%outer (x: bf16[64,512], w: bf16[512,128]) -> bf16[64,128] {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %w = bf16[512,128]{1,0} parameter(1)
+  %weights = bf16[512,128]{1,0} fusion(%w), kind=kLoop, calls=%nested
+  ROOT %product = bf16[64,128]{1,0} convolution(%x, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x.1: bf16[64,512], w.1: bf16[512,128]) -> bf16[64,128] {
+  %x.1 = bf16[64,512]{1,0} parameter(0)
+  %w.1 = bf16[512,128]{1,0} parameter(1)
+  ROOT %fusion = bf16[64,128]{1,0} fusion(%x.1, %w.1), kind=kOutput, calls=%outer
+}
+"""
+    assert program_cost(text).hbm_bytes == 2 * (64 * 512 + 512 * 128 + 64 * 128)
+
+
 def test_a_layout_pads_to_whole_tiles():
     assert Shape("bf16", (3, 5, 56), "{2,1,0:T(8,128)(2,1)}").bytes == 3 * 8 * 128 * 2
     assert Shape("f32", (5, 56), "{0,1:T(8,128)}").bytes == 128 * 56 * 4  # columns are minor
