@@ -325,6 +325,10 @@ class Judge(ComputeStage):
     training: Training
 
     @property
+    def sampling_axes(self) -> dict[str, int] | None:
+        return None if self.sampling_mesh is None else self.sampling_mesh.model_dump()
+
+    @property
     def correction(self) -> Literal["none", "token", "sequence"]:
         """Of the gap between sampler and judge. Left to itself (`auto`) it is per token where the
         sampler's weights are int8, a different policy from the one that learns, and none where the

@@ -9,6 +9,7 @@ is needed: every program of the run is compiled by the TPU's own compiler.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from stepwiser_jax.runtime.aot import (
     roofline,
     tpu_topology,
 )
-from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.mesh import devices_of_process, make_mesh, processes_of
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,18 @@ def make_plan(
     mesh_config = getattr(config, "mesh", None)
     if mesh_config is None:
         raise UserError(f"stage {stage} runs no model: there is nothing to plan")
-    mesh = make_mesh(**mesh_config.model_dump(), devices=described.devices)
-    if mesh.size != len(described.devices):
+    devices, owner = described.devices, f"{topology} x {slices}"
+    if not isinstance(config, Judge | Sft) and len(processes_of(devices)) > 1:
+        # Every process samples its share with a copy of the model on its own devices.
+        devices = devices_of_process(devices, processes_of(devices)[0])
+        owner = f"each process of {owner}"
+    if math.prod(mesh_config.model_dump().values()) != len(devices):
         raise UserError(
-            f"{topology} x {slices} has {len(described.devices)} devices, the mesh {mesh.size}: "
-            "make mesh.data x mesh.fsdp x mesh.tensor the number of devices"
+            f"{owner} has {len(devices)} devices, the mesh "
+            f"{math.prod(mesh_config.model_dump().values())}: make mesh.data x mesh.fsdp x "
+            "mesh.tensor the number of devices"
         )
+    mesh = make_mesh(**mesh_config.model_dump(), devices=devices)
     programs = programs_of(config, mesh)
     chosen = [p for p in programs.programs if only in (None, p.name)]
     needs = [compile_program(program, programs.kernel) for program in chosen]
@@ -140,9 +147,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         if need.cost is None:
             programs[need.program.name] = entry | {"refused": need.refused}
             continue
-        seconds = roofline(need.cost, plan.topology, plan.mesh)
+        seconds = roofline(need.cost, plan.topology, need.program.mesh)
         alone = max(seconds["compute"], seconds["hbm"])
-        peak = chip.flops * plan.topology.chips
+        peak = chip.flops / chip.devices * need.program.mesh.devices.size
         collectives: Counter[str] = Counter()
         for collective, received in need.cost.collectives.items():
             collectives[f"{collective.kind} of {len(collective.group)}"] += int(received)

@@ -54,7 +54,14 @@ from stepwiser_jax.runtime.engine import (
     read_trunks,
 )
 from stepwiser_jax.runtime.hlo_cost import Cost, Instruction, KernelCost
-from stepwiser_jax.runtime.loading import attention_of, config_of
+from stepwiser_jax.runtime.loading import (
+    attention_of,
+    cast_model,
+    config_of,
+    sharding_of,
+    shardings_of,
+)
+from stepwiser_jax.runtime.mesh import make_sampling_mesh, mesh_of_copies, processes_of
 from stepwiser_jax.runtime.sampling import Weights
 from stepwiser_jax.runtime.training_run import optimizer_of
 from stepwiser_jax.stages.judge import judge_train_step, score
@@ -129,7 +136,9 @@ def causal_pairs(before: int, tokens: int) -> float:
 # --- training -----------------------------------------------------------------------------------
 
 
-def _model(settings: Model, mesh: jax.sharding.Mesh) -> tuple[ModelConfig, Transformer]:
+def _model(
+    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False
+) -> tuple[ModelConfig, Transformer]:
     config = config_of(settings.path)
     model = abstract_model(
         config,
@@ -137,6 +146,7 @@ def _model(settings: Model, mesh: jax.sharding.Mesh) -> tuple[ModelConfig, Trans
         attention_of(config, mesh),
         param_dtype=settings.param_dtype,
         compute_dtype=settings.compute_dtype,
+        decoding=decoding,
     )
     return config, model
 
@@ -189,6 +199,7 @@ def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
     program = Program(
         "train step",
         functools.partial(_lower, step, mesh, state, batch),
+        mesh,
         calls=1,
         useful_flops=3 * rows * useful,
         change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
@@ -259,6 +270,8 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         micro_batches=micro_batches,
     )
     useful = rows * judge_flops(config, model_config)
+    processes = processes_of(mesh.devices.flat)
+    sampling_mesh = make_sampling_mesh(mesh, processes[0], config.sampling_axes)
     reference = bytes_per_device(model) if config.grpo.kl_coef else 0
     held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
     change = (
@@ -270,12 +283,12 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         config.model,
         config.engine,
         config.sampling,
-        (config.prompts_per_iteration, config.group_size),
-        mesh,
+        (math.ceil(config.prompts_per_iteration / len(processes)), config.group_size),
+        sampling_mesh,
         prompt=config.max_prompt_tokens,
         held=held,
     )
-    programs = list(sampling.programs)
+    programs = [_gather(model, mesh, sampling_mesh, held), *sampling.programs]
     passes = updates * ((updates > 1) + bool(config.grpo.kl_coef))
     if passes:
         bare = dataclasses.replace(batch, old_logprobs_BT=None, ref_logprobs_BT=None)
@@ -291,6 +304,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
                     config.sampling.temperature,
                     micro_batches=micro_batches,
                 ),
+                mesh,
                 calls=passes,
                 useful_flops=useful,
                 change=change,
@@ -302,6 +316,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         Program(
             "train step",
             functools.partial(lower_update, config, model, batch, mesh),
+            mesh,
             calls=updates,
             useful_flops=3 * useful,
             change=change,
@@ -311,11 +326,31 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
     )
     group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
     kernel = _splash(model_config, group.segment_ids_BT[0])
-    work = f"one iteration: {sampling.work}, {updates} update(s) of {rows} rows of {length}"
+    each = f" in each of {len(processes)} processes" if len(processes) > 1 else ""
+    work = f"one iteration: {sampling.work}{each}, {updates} update(s) of {rows} rows of {length}"
     return Programs(programs, kernel, work, sampling.waves)
 
 
 # --- sampling -----------------------------------------------------------------------------------
+
+
+def _gather(
+    model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
+) -> Program:
+    """What `loading.decoding_copy` moves: from the shards of training to a copy in each process."""
+    cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
+    cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, model)
+    copies = mesh_of_copies(mesh, sampling_mesh)
+    shardings = shardings_of(cast, sharding_of(model.config, copies, decoding=True))
+    return Program(
+        "gather a copy",
+        lambda: jax.jit(lambda model: model, out_shardings=shardings).lower(cast),
+        mesh,
+        calls=1,
+        useful_flops=0.0,
+        change="raise mesh.tensor or sampling_mesh.tensor",
+        resident=held,
+    )
 
 
 def for_decoding(model: Transformer, weights: Weights) -> tuple[Transformer, Any]:
@@ -348,9 +383,12 @@ def _of_sampling(
     prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
-    """`per_wave`: trunks, and rows of each. `prompt`: tokens of the longest, by default what the
-    context leaves. `held`: bytes of a device that the run keeps beside the sampler's weights."""
-    model_config, model = _model(settings, mesh)
+    """`per_wave`: trunks, and rows of each, of one process. `prompt`: tokens of the longest, by
+    default what the context leaves. `held`: bytes of a device that the run keeps beside the
+    sampler's weights; where it trains, those come from a copy in the compute type."""
+    of_judge = isinstance(config, Judge)
+    copied = {"param_dtype": settings.compute_dtype} if of_judge else {}
+    model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
     decoder, reshard = for_decoding(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
@@ -373,21 +411,21 @@ def _of_sampling(
     )
     scalar, stop_ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
     change = (
-        "lower engine.rows or sampling.max_new_tokens, raise mesh.fsdp or mesh.tensor, or set "
-        "engine.weights to int8"
+        "lower engine.rows or sampling.max_new_tokens, raise the tensor axis of the mesh that "
+        "samples, or set engine.weights to int8"
     )
     read = cache_flops(model_config, prompt)
     sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
-    of_mesh = mesh if isinstance(config, Judge) else None
-    copy = bytes_per_device(decoder)
+    of_mesh = mesh if of_judge else None
     programs = [
         Program(
             "reshard (a layer)",
             lambda: reshard,
+            mesh,
             calls=model_config.num_layers,
             useful_flops=0.0,
             change=change,
-            resident=held + copy - (bytes_per_device(model.blocks) if held else 0),
+            resident=held + bytes_per_device(decoder),
         ),
         Program(
             "prefill",
@@ -399,6 +437,7 @@ def _of_sampling(
                 state,
                 *fresh,
             ),
+            mesh,
             calls=math.ceil(trunks / at_once),
             useful_flops=at_once * read,
             change=change,
@@ -418,6 +457,7 @@ def _of_sampling(
                 stop_ids,
                 None,
             ),
+            mesh,
             calls=waves,
             useful_flops=B * sampled,
             change=change,

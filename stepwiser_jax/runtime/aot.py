@@ -28,7 +28,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.hlo_cost import Collective, Cost, KernelCost, program_cost
-from stepwiser_jax.runtime.loading import sharding_of
+from stepwiser_jax.runtime.loading import sharding_of, shardings_of
 from stepwiser_jax.runtime.mesh import batch_sharding, replicated
 from stepwiser_jax.runtime.trainer import TrainState
 
@@ -134,6 +134,7 @@ def abstract_model(
     *,
     param_dtype: str = "float32",
     compute_dtype: str = "bfloat16",
+    decoding: bool = False,
 ) -> Transformer:
     """What `loading.load_model` gives."""
     model = nnx.eval_shape(
@@ -145,13 +146,8 @@ def abstract_model(
             attention=attention,
         )
     )
-    sharding_for = sharding_of(config, mesh)
-    parameters = []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable.get_value()
-        sharding = sharding_for(variable.get_metadata("axes"), value.shape)
-        parameters.append((path, variable.replace(placed(value, sharding))))
-    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(parameters))
+    shardings = shardings_of(model, sharding_of(config, mesh, decoding=decoding))
+    return jax.tree.map(placed, model, shardings)
 
 
 def abstract_train_state(
@@ -185,15 +181,17 @@ def bytes_per_device(tree: Any) -> int:
 class Program:
     """One program of a run. `lower` traces it.
 
+    `mesh`: of the devices that run it together: all, or in sampling those of one process.
     `calls`: how often it runs, in the longest case, in what the plan is for (an iteration, a wave).
     `resident`: bytes of a device that the run holds beside what the program takes and gives.
     `loops`: how often loops whose bound is data run, by a part of their op_name.
-    `useful_flops`: of one call, on all devices, without padding and recomputation.
+    `useful_flops`: of one call, on all devices of `mesh`, without padding and recomputation.
     `change`: the settings that make it smaller.
     """
 
     name: str
     lower: Callable[[], Any]
+    mesh: jax.sharding.Mesh
     calls: int
     useful_flops: float
     change: str

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -27,7 +26,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
-from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
+from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, mesh_of_copies, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -181,14 +180,11 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
     """The parameters of a model in training, in its compute type, on the devices of `mesh`, which
     are this process's: gathered over data and fsdp, split over tensor. All processes must call
     this; each has a copy then, and samples without the others."""
-    model = _cast(model, model.compute_dtype)
-    processes = jax.process_count()
-    if processes == 1:
+    model = cast_model(model, model.compute_dtype)
+    if jax.process_count() == 1:
         sharding_for = sharding_of(model.config, mesh, decoding=True)
         return jax.device_put(model, shardings_of(model, sharding_for))
-    by_process = sorted(jax.devices(), key=lambda device: device.process_index)
-    devices = np.array(by_process).reshape(processes, *mesh.devices.shape)
-    copies = Mesh(devices, ("process", *mesh.axis_names))
+    copies = mesh_of_copies(model.embed[...].sharding.mesh, mesh)
     sharding_for = sharding_of(model.config, copies, decoding=True)
     everywhere = jax.device_put(model, shardings_of(model, sharding_for))
 
@@ -202,7 +198,8 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(model: Transformer, dtype: jnp.dtype) -> Transformer:
+def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
+    """Every parameter in `dtype`, where it is."""
     return jax.tree.map(lambda x: x.astype(dtype), model)
 
 

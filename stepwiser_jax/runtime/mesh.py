@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     sizes = (data, fsdp, tensor)
     needed = math.prod(sizes)
-    owners = {device.process_index for device in devices}
+    owners = processes_of(devices)
     if len(owners) > 1 and needed != len(devices):
         raise UserError(
             f"mesh data {data} x fsdp {fsdp} x tensor {tensor} = {needed} must be all "
@@ -61,14 +61,23 @@ def make_mesh(
     return Mesh(np.array(devices[:needed]).reshape(sizes), MESH_AXES)
 
 
-def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> Mesh:
-    """The mesh on which each process samples with a copy of the model in training, over its own
+def processes_of(devices: Iterable[Any]) -> list[int]:
+    """The processes that own these devices, in order."""
+    return sorted({device.process_index for device in devices})
+
+
+def devices_of_process(devices: Iterable[Any], process: int) -> list[Any]:
+    return [device for device in devices if device.process_index == process]
+
+
+def make_sampling_mesh(training: Mesh, process: int, sizes: dict[str, int] | None = None) -> Mesh:
+    """The mesh on which a process samples with a copy of the model in training, over its own
     devices: of these `sizes`; by default that of training where there is one process, else its
     tensor axis, and the rest of the devices for rows. Raises UserError where that cannot be."""
-    own = jax.local_devices()
+    own = devices_of_process(training.devices.flat, process)
     if sizes is not None:
         return make_mesh(**sizes, devices=own)
-    if jax.process_count() == 1:
+    if len(own) == training.size:
         return training
     tensor = training.shape["tensor"]
     if len(own) % tensor:
@@ -77,6 +86,14 @@ def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> M
             "spread: set sampling_mesh, or another mesh.tensor"
         )
     return make_mesh(data=len(own) // tensor, tensor=tensor, devices=own)
+
+
+def mesh_of_copies(training: Mesh, sampling: Mesh) -> Mesh:
+    """All devices of a training mesh, those of each process as in its sampling mesh."""
+    devices = list(training.devices.flat)
+    groups = [devices_of_process(devices, process) for process in processes_of(devices)]
+    shape = (len(groups), *sampling.devices.shape)
+    return Mesh(np.array(groups).reshape(shape), ("process", *sampling.axis_names))
 
 
 def parameter_sharding(

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,13 +106,16 @@ class RunDirectory:
             self._writers[record_type] = RecordWriter(self.create(), record_type, *place)
         return self._writers[record_type]
 
-    def done(self, record_type: type[R]) -> set[str]:
-        """Ids of the records that are there, whoever wrote them."""
-        return {record.record_id for record in read_written(self.path, record_type)}
-
-    def share(self, work: Sequence[T]) -> Sequence[T]:
-        """The units of work that are this worker's."""
-        return work[self.worker :: self.num_workers]
+    def pending(
+        self,
+        work: Sequence[Sequence[T]],
+        record_type: type[Record],
+        ids_of: Callable[[Sequence[T]], Iterable[str]],
+    ) -> list[Sequence[T]]:
+        """This worker's blocks whose records are not all there yet, whoever wrote them."""
+        done = {record.record_id for record in read_written(self.path, record_type)}
+        mine = work[self.worker :: self.num_workers]
+        return [block for block in mine if not done.issuperset(ids_of(block))]
 
     def metrics(self) -> Metrics:
         return Metrics(self.create())

@@ -48,13 +48,10 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
         return directory.summary()
+    compilation.start(config.compilation_cache)
     trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
-    done = directory.done(PrefixValue)
-    work = [
-        block
-        for block in directory.share(blocks(trajectories, config.trajectories_per_block))
-        if not done.issuperset(prefix_ids(block))
-    ]
+    work = blocks(trajectories, config.trajectories_per_block)
+    work = directory.pending(work, PrefixValue, prefix_ids)
     measured = annotate_blocks(config, directory, trajectories, work) if work else {}
     writer = directory.writer(PrefixValue)
     counts = {"trajectories": len(trajectories), "dropped": dropped}
@@ -71,7 +68,6 @@ def annotate_blocks(
     trajectories first: every worker must refuse what one would."""
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

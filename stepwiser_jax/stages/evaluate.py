@@ -58,14 +58,11 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:
         return directory.summary()
+    compilation.start(config.compilation_cache)
     tokenizer = load_tokenizer_of(config.judge.path)
     items = load_items(config.items, tokenizer, split=config.split, limit=config.limit)
-    done = directory.done(Judgment)
-    work = [
-        block
-        for block in directory.share(blocks(items, config.items_per_block))
-        if not done.issuperset(judgment_ids(config, block))
-    ]
+    work = blocks(items, config.items_per_block)
+    work = directory.pending(work, Judgment, lambda block: judgment_ids(config, block))
     measured = judge_blocks(config, directory, items, work) if work else {}
     writer = directory.writer(Judgment)
 
@@ -85,7 +82,6 @@ def judge_blocks(
     """Judgments of these blocks, written; returns what was measured. Checks all items first: every
     worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

@@ -70,8 +70,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
-    own = config.sampling_mesh
-    sampling_mesh = make_sampling_mesh(mesh, None if own is None else own.model_dump())
+    sampling_mesh = make_sampling_mesh(mesh, jax.process_index(), config.sampling_axes)
     compilation.start(config.compilation_cache)
     loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     examples, too_long = load_examples(config, loaded)

@@ -38,13 +38,10 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
+    compilation.start(config.compilation_cache)
     problems, dropped = filter_problems(read_problems(config.problems))
-    done = directory.done(Trajectory)
-    work = [
-        block
-        for block in directory.share(blocks(problems, config.problems_per_block))
-        if not done.issuperset(trajectory_ids(config, block))
-    ]
+    work = blocks(problems, config.problems_per_block)
+    work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
     measured = sample_blocks(config, directory, problems, work) if work else {}
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
     if directory.worker == 0:
@@ -62,7 +59,6 @@ def sample_blocks(
     """Trajectories of these blocks, written; returns what was measured. Checks all problems first:
     every worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    compilation.start(config.compilation_cache)
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )

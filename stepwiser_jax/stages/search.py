@@ -184,13 +184,10 @@ def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     directory = RunDirectory(run_dir, "search", config, shard)
     if directory.finished:
         return directory.summary()
+    compilation.start(config.compilation_cache)
     problems = read_problems(config.problems)
-    done = directory.done(SearchResult)
-    work = [
-        block
-        for block in directory.share(blocks(problems, config.problems_per_block))
-        if not done.issuperset(search_ids(config, block))
-    ]
+    work = blocks(problems, config.problems_per_block)
+    work = directory.pending(work, SearchResult, lambda block: search_ids(config, block))
     measured = search_blocks(config, directory, problems, work) if work else {}
     writer = directory.writer(SearchResult)
     counts = {"problems": len(problems)}
@@ -249,7 +246,6 @@ def check_lengths(
 def load_solvers(config: Search) -> tuple[Solver, Solver]:
     """The policy, writing one chunk at a time, and the greedy judge."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    compilation.start(config.compilation_cache)
     key = jax.random.key(config.seed)
     policy = load_for_decoding(
         **config.policy.model_dump(),

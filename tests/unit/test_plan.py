@@ -138,7 +138,7 @@ def test_roofline_of_a_product_and_an_all_gather():
 
 def plan_of(temporaries: int) -> Plan:
     topology, mesh = grid("v5e", (4, 1))
-    program = Program("train step", lambda: None, 3, 4 * 197e12 / 2, "lower it", resident=GIB)
+    program = Program("train step", lambda: None, mesh, 3, 4 * 197e12 / 2, "lower it", resident=GIB)
     sizes = {"arguments": 2 * GIB, "outputs": 2 * GIB, "donated": 2 * GIB, "code": 0, "peak": 0}
     cost = Cost(197e12, 1.0, Counter({Collective("all-gather", (0, 1, 2, 3)): 9e10}))
     need = Need(program, 1.0, sizes | {"temporaries": temporaries}, cost)
