@@ -75,9 +75,15 @@ def make_sampling_mesh(training: Mesh, process: int, sizes: dict[str, int] | Non
     devices: of these `sizes`; by default that of training where there is one process, else its
     tensor axis, and the rest of the devices for rows. Raises UserError where that cannot be."""
     own = devices_of_process(training.devices.flat, process)
+    several = len(own) < training.size
     if sizes is not None:
+        if several and math.prod(sizes.values()) != len(own):
+            raise UserError(
+                f"sampling_mesh has {math.prod(sizes.values())} devices, each process {len(own)}: "
+                "make it of all of them"
+            )
         return make_mesh(**sizes, devices=own)
-    if len(own) == training.size:
+    if not several:
         return training
     tensor = training.shape["tensor"]
     if len(own) % tensor:

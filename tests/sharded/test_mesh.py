@@ -1,5 +1,6 @@
 """Eight fake devices: the same numbers on every mesh, and mistakes named at the start."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +24,8 @@ from stepwiser_jax.runtime.loading import sharding_of
 from stepwiser_jax.runtime.mesh import (
     attention_on,
     make_mesh,
+    make_sampling_mesh,
+    mesh_of_copies,
     parameter_sharding,
     shard_batch,
     split_attention,
@@ -263,3 +266,37 @@ def test_heads_are_split_whole_or_not_at_all():
     assert whole(("layers", "kv_heads", "embed"), (2, 32, 32)).spec[1] is None
     odd = parameter_sharding(mesh, num_heads=12, num_kv_heads=4)
     assert odd(("layers", "heads", "embed"), (2, 192, 32)).spec[1] is None
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    id: int
+    process_index: int
+    platform: str = "cpu"
+
+
+def test_each_process_samples_on_its_own_devices():
+    """Four processes of two devices, dealt out in turns, as the links of a torus may want it."""
+    devices = [FakeDevice(i, i % 4) for i in range(8)]
+    training = make_mesh(2, 2, 2, devices=devices)
+    for process in range(4):
+        own = make_sampling_mesh(training, process)
+        assert {d.id for d in own.devices.flat} == {process, process + 4}
+        assert dict(own.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+        rows = make_sampling_mesh(training, process, {"data": 2, "fsdp": 1, "tensor": 1})
+        assert dict(rows.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    copies = mesh_of_copies(training, own)
+    assert dict(copies.shape) == {"process": 4, "data": 1, "fsdp": 1, "tensor": 2}
+    assert all({d.process_index for d in row.flat} == {p} for p, row in enumerate(copies.devices))
+    with pytest.raises(UserError, match="each process 2"):
+        make_sampling_mesh(training, 0, {"data": 4, "fsdp": 1, "tensor": 1})
+    with pytest.raises(UserError, match=r"mesh\.tensor = 8"):
+        make_sampling_mesh(make_mesh(1, 1, 8, devices=devices), 0)
+    with pytest.raises(UserError, match="all 8 devices of 4 processes"):
+        make_mesh(2, 2, 1, devices=devices)
+
+
+def test_one_process_samples_on_the_mesh_of_training():
+    training = make_mesh(2, 2, 1)
+    assert make_sampling_mesh(training, 0) is training
+    assert make_sampling_mesh(training, 0, {"data": 1, "fsdp": 1, "tensor": 2}).size == 2
