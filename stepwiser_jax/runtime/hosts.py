@@ -66,7 +66,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     (Cloud TPU, GKE, SLURM). Must come before the first use of a device.
 
     From then on a process that dies ends all others within `SILENCE_SECONDS`, with exit status 1.
-    Raises UserError where the others do not come in time.
+    Where the others do not come in time this process ends, with status 2. Raises UserError where
+    the arguments or the cluster do not tell who they are.
     """
     given = (coordinator, num_processes, process_id)
     if None in given and given != (None, None, None):
@@ -74,29 +75,41 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             "expected --coordinator, --num-processes and --process-id together, found "
             f"coordinator {coordinator}, num-processes {num_processes}, process-id {process_id}"
         )
+    who = "this process asks the cluster where the others are, and waits for them"
     if num_processes is not None and process_id is not None:
         if not 0 <= process_id < num_processes:
             raise UserError(
                 f"expected --process-id from 0 to {num_processes - 1}, found {process_id}"
             )
-        print(
-            f"process {process_id} of {num_processes} waits for the others at {coordinator}, "
-            f"{CONNECT_SECONDS // 60} minutes at most",
-            file=sys.stderr,
-            flush=True,
-        )
+        who = f"process {process_id} of {num_processes} waits for the others at {coordinator}"
+    print(f"{who}, {CONNECT_SECONDS // 60} minutes at most", file=sys.stderr, flush=True)
     # SIGTERM is handled by runtime.run: jax's own handler would take its place.
     jax.config.update("jax_enable_preemption_service", False)
+    # jax's own time-out aborts the process with a stack trace.
+    timer = threading.Timer(CONNECT_SECONDS, _give_up)
+    timer.start()
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=CONNECT_SECONDS
+            coordinator, num_processes, process_id, initialization_timeout=CONNECT_SECONDS + 60
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes did not find one another: {error}") from None
+    finally:
+        timer.cancel()
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(over,), daemon=True)
     watch.start()
     atexit.register(lambda: (over.set(), watch.join()))  # before jax takes its leave
+
+
+def _give_up() -> None:
+    print(
+        f"error: the other processes did not come within {CONNECT_SECONDS} s: start all of them, "
+        "with one --coordinator that they can reach and one --num-processes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def leave(status: int) -> NoReturn:

@@ -111,6 +111,23 @@ def test_training_is_not_cut_into_shards_and_addresses_come_whole(runs, tmp_path
     assert not (tmp_path / "j").exists()
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(process):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    script = (
+        "from stepwiser_jax.runtime import hosts; hosts.CONNECT_SECONDS = 2; "
+        f"hosts.connect('{address}', 2, {process})"
+    )
+    words = [sys.executable, "-c", script]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    waits, gives_up = found.stderr.splitlines()
+    assert waits == f"process {process} of 2 waits for the others at {address}, 0 minutes at most"
+    assert gives_up.startswith("error: the other processes did not come within 2 s")
+    assert found.returncode == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rollouts", "values"])
 @pytest.mark.parametrize("processes", [2, 4])
