@@ -9,6 +9,7 @@ written shard file by shard file; the model is never in memory twice. Our layout
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
@@ -274,6 +274,15 @@ def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
             yield from ((name, value[i]) for i, name in enumerate(names))
 
 
+def tensor_shapes(model: Transformer) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
+    """(Hugging Face name, shape), in the order of `named_tensors`."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_value()
+        shape = value.shape[1:] if path[0] == "blocks" else value.shape
+        leaf = jax.ShapeDtypeStruct(shape, value.dtype)
+        yield from ((name, leaf) for name in hf_names(path, model.config.num_layers))
+
+
 def _to_host(array: jax.Array) -> np.ndarray:
     """The whole array, in every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -281,31 +290,47 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""How safetensors spells them."""
+
+
 def _write_shards(
     model: Transformer, directory: Path, max_shard_bytes: int
 ) -> tuple[dict[str, str], int]:
-    """Fill one file after the other; names carry the number of files, so files are renamed last."""
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    size = total = 0
+    """Which file each tensor is in, and the bytes of all.
 
-    def flush() -> None:
-        save_file(pending, str(directory / f"part-{len(shards)}"), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, value in named_tensors(model):
-        if pending and size + value.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = np.ascontiguousarray(_to_host(value))
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    weight_map = {}
+    One tensor is in memory at a time: safetensors' own writer wants those of a file together, and
+    copies them. The format: the length of a header (64 bits), the header in JSON, the bytes.
+    """
+    shapes = dict(tensor_shapes(model))
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    tensors, weight_map = named_tensors(model), {}
     for i, names in enumerate(shards):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"part-{i}").rename(directory / file)
+        with open(directory / file, "wb") as stream:
+            stream.write(_header({name: shapes[name] for name in names}))
+            for name in names:
+                found, value = next(tensors)
+                assert found == name
+                stream.write(np.ascontiguousarray(_to_host(value)).view(np.uint8).data)
         weight_map |= dict.fromkeys(names, file)
-    return weight_map, total
+    return weight_map, sum(sizes.values())
+
+
+def _header(shapes: dict[str, jax.ShapeDtypeStruct]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, leaf in shapes.items():
+        begin, end = end, end + math.prod(leaf.shape) * leaf.dtype.itemsize
+        dtype = DTYPES[str(leaf.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(leaf.shape), "data_offsets": [begin, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -37,6 +38,10 @@ BEAT_SECONDS, SILENCE_SECONDS = 5.0, 60.0
 
 BARRIER_SECONDS = 7 * 24 * 3600
 """A process that dies is noticed long before; one that still works may need days."""
+
+
+PEER_IS_GONE = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
+"""What XLA says where a collective fails; it has other words for what it cannot run or hold."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +168,8 @@ def noticing_deaths() -> Iterator[None]:
     """A collective fails at once where another process is gone: that is no bug, and one line."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax turns some into the latter
+        if jax.process_count() == 1 or not PEER_IS_GONE.match(str(error)):
             raise
         _end(f"another process is gone or cannot be reached ({str(error).splitlines()[0]})")
 
