@@ -70,7 +70,7 @@ def main() -> None:
         f"{int(jnp.sum(steps))} of {blocks**2} ({blocks * (blocks + 1) // 2} are causal)"
     )
     dense = Attention(segment_mask, attention)
-    for name, kind in (("splash", attention_of(config, mesh)), ("dense", dense)):
+    for name, kind in (("splash", attention_of(config, mesh, "bfloat16")), ("dense", dense)):
         begin = time.perf_counter()
         try:
             model = abstract_model(config, mesh, kind)

@@ -76,7 +76,7 @@ def make_plan(
     mesh = make_mesh(**mesh_config.model_dump(), devices=devices)
     programs = programs_of(config, mesh)
     chosen = [p for p in programs.programs if only in (None, p.name)]
-    needs = [compile_program(program, programs.kernel) for program in chosen]
+    needs = [compile_program(program) for program in chosen]
     return Plan(stage, described, mesh, programs, needs)
 
 

@@ -76,7 +76,6 @@ class Programs:
     how often the rows in flight are filled for it."""
 
     programs: list[Program]
-    kernel: KernelCost
     work: str
     waves: int = 0
 
@@ -143,7 +142,7 @@ def _model(
     model = abstract_model(
         config,
         mesh,
-        attention_of(config, mesh),
+        attention_of(config, mesh, settings.compute_dtype),
         param_dtype=settings.param_dtype,
         compute_dtype=settings.compute_dtype,
         decoding=decoding,
@@ -205,9 +204,9 @@ def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
         change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
         "lower max_length",
         loops=_loops("train_step", model_config, rows, length, length, micro_batches),
+        kernel=_splash(model_config, np.ones(length, np.int32)),
     )
-    kernel = _splash(model_config, np.ones(length, np.int32))
-    return Programs([program], kernel, "one step")
+    return Programs([program], "one step")
 
 
 def _lower(program: Any, mesh: jax.sharding.Mesh | None, *inputs: Any, **settings: Any) -> Any:
@@ -288,6 +287,8 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         prompt=config.max_prompt_tokens,
         held=held,
     )
+    group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
+    kernel = _splash(model_config, group.segment_ids_BT[0])
     programs = [_gather(model, mesh, sampling_mesh, held), *sampling.programs]
     passes = updates * ((updates > 1) + bool(config.grpo.kl_coef))
     if passes:
@@ -310,6 +311,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
                 change=change,
                 resident=held - bytes_per_device(model),
                 loops=loops("score"),
+                kernel=kernel,
             )
         )
     programs.append(
@@ -322,13 +324,12 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
             change=change,
             resident=reference,
             loops=loops("train_step"),
+            kernel=kernel,
         )
     )
-    group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
-    kernel = _splash(model_config, group.segment_ids_BT[0])
     each = f" in each of {len(processes)} processes" if len(processes) > 1 else ""
     work = f"one iteration: {sampling.work}{each}, {updates} update(s) of {rows} rows of {length}"
-    return Programs(programs, kernel, work, sampling.waves)
+    return Programs(programs, work, sampling.waves)
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -442,6 +443,7 @@ def _of_sampling(
             useful_flops=at_once * read,
             change=change,
             resident=held,
+            kernel=_splash(model_config, np.ones(slots, np.int32)),
         ),
         Program(
             "decode segment",
@@ -466,4 +468,4 @@ def _of_sampling(
         ),
     ]
     work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {P} x {R} rows"
-    return Programs(programs, lambda *_: None, work, waves)
+    return Programs(programs, work, waves)

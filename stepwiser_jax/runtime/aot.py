@@ -29,7 +29,7 @@ from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.hlo_cost import Collective, Cost, KernelCost, program_cost
 from stepwiser_jax.runtime.loading import sharding_of, shardings_of
-from stepwiser_jax.runtime.mesh import batch_sharding, replicated
+from stepwiser_jax.runtime.mesh import batch_sharding, replicated, slice_of
 from stepwiser_jax.runtime.trainer import TrainState
 
 GIB = 2**30
@@ -186,6 +186,7 @@ class Program:
     `calls`: how often it runs, in the longest case, in what the plan is for (an iteration, a wave).
     `resident`: bytes of a device that the run holds beside what the program takes and gives.
     `loops`: how often loops whose bound is data run, by a part of their op_name.
+    `kernel`: the cost of its custom calls, which the compiler does not know.
     `useful_flops`: of one call, on all devices of `mesh`, without padding and recomputation.
     `change`: the settings that make it smaller.
     """
@@ -198,6 +199,7 @@ class Program:
     change: str
     resident: int = 0
     loops: dict[str, float] = field(default_factory=dict)
+    kernel: KernelCost = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Need:
         return own - self.memory["donated"] + self.program.resident
 
 
-def compile_program(program: Program, kernel: KernelCost) -> Need:
+def compile_program(program: Program) -> Need:
     """Compile and read. A program that is too large for the chip is no error: see `refused`."""
     begin = time.perf_counter()
     try:
@@ -245,9 +247,8 @@ def compile_program(program: Program, kernel: KernelCost) -> Need:
     def trips(op_name: str) -> float | None:
         return next((count for part, count in program.loops.items() if part in op_name), None)
 
-    return Need(
-        program, seconds, memory, program_cost(compiled.as_text(), trips=trips, kernel=kernel)
-    )
+    cost = program_cost(compiled.as_text(), trips=trips, kernel=program.kernel)
+    return Need(program, seconds, memory, cost)
 
 
 def roofline(cost: Cost, topology: Topology, mesh: jax.sharding.Mesh) -> dict[str, float]:
@@ -271,7 +272,7 @@ def bandwidth(collective: Collective, topology: Topology, mesh: jax.sharding.Mes
     several slices are as fast as the network between them carries what their devices share."""
     chip = topology.chip
     devices = [mesh.devices.flat[i] for i in collective.group]
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = {slice_of(device) for device in devices}
     if len(slices) > 1:
         return chip.network_bandwidth / chip.devices * (len(devices) / len(slices))
     links = 0

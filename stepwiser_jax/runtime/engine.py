@@ -435,11 +435,10 @@ def empty_state(
 def read_trunks(
     model: Transformer, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
 ) -> EngineState:
-    Q, T = tokens_QT.shape
-    cache = KVCache.create(model.config, Q, T, model.compute_dtype)
-    _, new = model.extend(tokens_QT, jnp.full((Q,), T, jnp.int32), cache)
     stored = jax.tree.map(
-        lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"), state.prefix.cache, new
+        lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"),
+        state.prefix.cache,
+        model.read(tokens_QT),
     )
     return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
 

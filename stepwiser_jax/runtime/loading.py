@@ -63,7 +63,7 @@ def load_model(
         directory,
         dtype=param_dtype,
         compute_dtype=compute_dtype,
-        attention=attention_of(config, mesh),
+        attention=attention_of(config, mesh, compute_dtype),
         sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
@@ -138,8 +138,14 @@ def sharding_of(config: ModelConfig, mesh: Mesh, *, decoding: bool = False) -> S
     )
 
 
-def attention_of(config: ModelConfig, mesh: Mesh) -> Attention:
-    return attention_on(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+def attention_of(config: ModelConfig, mesh: Mesh, compute_dtype: Any) -> Attention:
+    return attention_on(
+        mesh,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(compute_dtype),
+    )
 
 
 def fresh(
@@ -159,7 +165,7 @@ def fresh(
             rngs=nnx.Rngs(seed),
             param_dtype=param_dtype,
             compute_dtype=compute_dtype,
-            attention=attention_of(config, mesh),
+            attention=attention_of(config, mesh, compute_dtype),
         )
 
     sharding_for = sharding_of(config, mesh, decoding=decoding)
@@ -181,6 +187,7 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
     are this process's: gathered over data and fsdp, split over tensor. All processes must call
     this; each has a copy then, and samples without the others."""
     model = cast_model(model, model.compute_dtype)
+    model.attention = attention_of(model.config, mesh, model.compute_dtype)
     if jax.process_count() == 1:
         sharding_for = sharding_of(model.config, mesh, decoding=True)
         return jax.device_put(model, shardings_of(model, sharding_for))

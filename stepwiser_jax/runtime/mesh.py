@@ -2,6 +2,9 @@
 
 Axes: `data` (outer; replicas), `fsdp` (parameters and batch), `tensor` (heads, MLP, vocabulary).
 Batches are split over data and fsdp. Changing the parallelism is changing this table.
+
+Several slices: devices come slice by slice, so where mesh.data is a multiple of their number, only
+data crosses the network between them: one sum of gradients for each update, and no more.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepwiser_jax.model.attention import XLA, Attention
+from stepwiser_jax.model.cudnn import CUDNN, cudnn_takes
 from stepwiser_jax.records import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -40,11 +44,12 @@ ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of the first data x fsdp x tensor devices, by default of those of all processes.
+    """A mesh of the first data x fsdp x tensor devices, by default of those of all processes,
+    ordered by their slices.
 
     Raises UserError where there are fewer, or where a process would be left without any.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=slice_of)
     sizes = (data, fsdp, tensor)
     needed = math.prod(sizes)
     owners = processes_of(devices)
@@ -59,6 +64,11 @@ def make_mesh(
             f"{len(devices)} ({devices[0].platform}): change the mesh"
         )
     return Mesh(np.array(devices[:needed]).reshape(sizes), MESH_AXES)
+
+
+def slice_of(device: Any) -> int:
+    """The slice that a device belongs to: within it devices have links, between them a network."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def processes_of(devices: Iterable[Any]) -> list[int]:
@@ -140,13 +150,19 @@ def _heads_split(mesh: Mesh, num_heads: int, num_kv_heads: int) -> tuple[bool, b
 
 
 @functools.cache
-def attention_on(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> Attention:
-    """Splash attention where the mesh is of TPUs, attention by XLA elsewhere."""
-    if mesh.devices.flat[0].platform != "tpu":
+def attention_on(
+    mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any
+) -> Attention:
+    """Splash attention where the mesh is of TPUs, cuDNN's where it is of GPUs that have it for
+    such heads in the compute type `dtype`, attention by XLA elsewhere."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        from stepwiser_jax.model.splash import SPLASH as kernels  # Pallas: a third of a second
+    elif cudnn_takes(device, jnp.dtype(dtype), head_dim):
+        kernels = CUDNN
+    else:
         return XLA
-    from stepwiser_jax.model.splash import SPLASH  # Pallas takes a third of a second to import
-
-    return split_attention(SPLASH, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return split_attention(kernels, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 def split_attention(

@@ -242,7 +242,8 @@ def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
 
 def test_splash_attention_wants_whole_rows_and_a_tpu():
     mesh = make_mesh(2, 2, 2)
-    assert attention_on(mesh, num_heads=4, num_kv_heads=2) is XLA
+    on_cpu = attention_on(mesh, num_heads=4, num_kv_heads=2, head_dim=8, dtype=jnp.bfloat16)
+    assert on_cpu is XLA
     split = split_attention(XLA, mesh, num_heads=4, num_kv_heads=2)
     q, k = jnp.zeros((6, 8, 4, 8)), jnp.zeros((6, 2, 8, 8))
     with pytest.raises(UserError, match="6 rows cannot be split over data x fsdp = 4"):

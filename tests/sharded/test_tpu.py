@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,14 +15,15 @@ from tiny import tiny_config
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.commands.programs import lower_update
+from stepwiser_jax.commands.programs import for_decoding, lower_update
 from stepwiser_jax.config import Judge
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
-from stepwiser_jax.runtime.aot import abstract_model, tpu_topology
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.runtime.aot import abstract_model, abstract_rows, tpu_topology
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.hlo_cost import Collective, program_cost
 from stepwiser_jax.runtime.loading import attention_of
-from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.mesh import make_mesh, slice_of
 from tpu_step import JUDGE
 
 LENGTH = 1000
@@ -40,7 +42,7 @@ def compiled(attention_for, *, head_dim, sizes, rows):
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
     batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
-    model = abstract_model(config, mesh, attention_for(config, mesh))
+    model = abstract_model(config, mesh, attention_for(config, mesh, "bfloat16"))
     return lower_update(Judge.model_validate(JUDGE), model, batch, mesh).compile()
 
 
@@ -65,12 +67,34 @@ def test_the_train_step_runs_splash_attention_on_tpu(head_dim, sizes, rows, caps
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)], ids=str)
+def test_prompts_are_read_by_splash_attention_on_tpu(sizes):
+    """In every layer but the last, which computes keys and values alone."""
+    config = tiny_config("qwen2", num_layers=3, head_dim=128, max_length=LENGTH)
+    mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
+    attention = attention_of(config, mesh, "bfloat16")
+    model = abstract_model(config, mesh, attention, param_dtype="bfloat16", decoding=True)
+    decoder, _ = for_decoding(model, "model")
+    tokens = abstract_rows(np.zeros((4, LENGTH), np.int32), mesh)
+    text = jax.jit(Transformer.read).lower(decoder, tokens).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == config.num_layers - 1
+    assert "splash_mha_fwd" in text and not with_two_axes_of_positions(text)
+
+
+@pytest.mark.slow
 def test_dense_attention_would_make_such_an_array():
     """That the search above finds what it looks for."""
     text = compiled(
         lambda *_: Attention(segment_mask, attention), head_dim=128, sizes=(1, 1, 1), rows=1
     ).as_text()
     assert with_two_axes_of_positions(text)
+
+
+def test_only_data_crosses_between_slices():
+    devices = tpu_topology("v5e:2x2", slices=2).devices
+    mesh = make_mesh(2, 2, 2, devices=devices[::2] + devices[1::2])
+    slices = [{slice_of(device) for device in replica.flat} for replica in mesh.devices]
+    assert slices == [{0}, {1}]
 
 
 def test_a_product_and_an_all_gather_by_hand():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stepwiser_jax.model.attention import LONG_ROW
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.segments import member
@@ -83,6 +84,18 @@ def test_extending_a_cache_equals_the_whole_forward(model):
         for b, row in enumerate(rows):
             expected = logits(model, row[None])[0, -step:]
             np.testing.assert_allclose(model.logits(hidden[b]), expected, atol=2e-5)
+
+
+def test_reading_equals_extending_an_empty_cache(model):
+    """Through the attention of training, by visible blocks too."""
+    decoder = model.for_decoding()
+    for length in (8, LONG_ROW + 20):
+        padded = tokens(2, length)
+        cache = KVCache.create(model.config, 2, length, jnp.dtype("float32"))
+        _, expected = decoder.extend(padded, jnp.full((2,), length), cache)
+        found = jax.jit(type(decoder).read)(decoder, padded)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_a_rewound_row_equals_a_fresh_one(model):

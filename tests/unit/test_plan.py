@@ -142,7 +142,7 @@ def plan_of(temporaries: int) -> Plan:
     sizes = {"arguments": 2 * GIB, "outputs": 2 * GIB, "donated": 2 * GIB, "code": 0, "peak": 0}
     cost = Cost(197e12, 1.0, Counter({Collective("all-gather", (0, 1, 2, 3)): 9e10}))
     need = Need(program, 1.0, sizes | {"temporaries": temporaries}, cost)
-    return Plan("judge", topology, mesh, Programs([program], lambda *_: None, "work"), [need])
+    return Plan("judge", topology, mesh, Programs([program], "work"), [need])
 
 
 def test_what_is_held_at_once_decides_whether_it_fits():
@@ -185,7 +185,9 @@ def test_the_largest_that_fits(limit):
 def test_abstract_parameters_take_their_share_of_a_device():
     config = tiny_config()
     mesh = make_mesh(1, 2, 2)
-    model = abstract_model(config, mesh, attention_of(config, mesh), param_dtype="bfloat16")
+    model = abstract_model(
+        config, mesh, attention_of(config, mesh, "bfloat16"), param_dtype="bfloat16"
+    )
     norms = (2 * config.num_layers + 1) * config.hidden_size
     matrices = block_parameters(config) + 2 * config.vocab_size * config.hidden_size
     assert bytes_per_device(model) == 2 * (matrices / 4 + norms)
