@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
-from stepwiser_jax.model.lora import make_adapters, merge_layer, with_adapters
+from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, mesh_of_copies, parameter_sharding
@@ -74,16 +74,19 @@ def load_model(
 def load_for_training(
     path: str, *, lora: dict[str, Any] | None, mesh: Mesh, seed: int, **settings: Any
 ) -> Loaded:
-    """As `load_model`; where `lora` has settings (`make_adapters`), with new adapters, born on the
-    devices of the matrices that they belong to."""
+    """As `load_model`; where `lora` has settings (`make_adapters`), with new adapters."""
     loaded = load_model(path, mesh=mesh, seed=seed, **settings)
     if lora is None:
         return loaded
-    model = loaded.model
-    create = functools.partial(make_adapters, model.blocks, seed=seed, **lora)
+    adapters = sharded_adapters(loaded.model, mesh, seed=seed, **lora)
+    return dataclasses.replace(loaded, model=with_adapters(loaded.model, adapters))
+
+
+def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
+    """New adapters (`make_adapters`), born on the devices of the matrices they belong to."""
+    create = functools.partial(make_adapters, model.blocks, **settings)
     shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
-    adapters = jax.jit(create, out_shardings=shardings)()
-    return dataclasses.replace(loaded, model=with_adapters(model, adapters))
+    return jax.jit(create, out_shardings=shardings)()
 
 
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
