@@ -38,7 +38,7 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     step = int(checkpoint.name) if names_step else None
     settings = read_settings(run_dir / "config.yaml")
     here = make_mesh(devices=jax.devices()[:1])  # whatever mesh it was saved from
-    if settings["model"]["lora"]:
+    if settings["model"].get("lora"):
         loaded = load_for_training(**settings["model"], mesh=here, seed=settings["seed"])
         check_base(run_dir / "template", loaded.model_id)
         template = loaded.model
