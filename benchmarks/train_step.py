@@ -79,7 +79,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
 
     from stepwiser_jax.config import Judge, validate
     from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
-    from stepwiser_jax.runtime.loading import load_model
+    from stepwiser_jax.runtime.loading import load_for_training
     from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
     from stepwiser_jax.runtime.sampling import SamplingParams
     from stepwiser_jax.runtime.trainer import (
@@ -101,7 +101,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         end_fraction=1.0,
     )
     optimizer = make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    model = load_model(**config.model.model_dump(), mesh=mesh).model
+    model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
     state = create_train_state(model, optimizer, mesh)
     del model
     train_step = make_train_step(

@@ -64,10 +64,32 @@ class Model(Config):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class TrainedModel(Model):
-    """Master weights are float32: in bfloat16 an update of 1e-6 is rounded away."""
+class Lora(Config):
+    """Low-rank adapters, in float32, of the blocks' matrices named in `targets`; `alpha / rank`
+    scales what they add. They alone are trained then."""
 
-    param_dtype: Literal["float32"] = "float32"
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
+
+
+class TrainedModel(Model):
+    """Weights that are trained are float32: in bfloat16 an update of 1e-6 is rounded away. With
+    `lora` (`{}`: its defaults) the model's own are not, and may be bfloat16; what is exported, with
+    the adapters merged, has their type."""
+
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _master_weights(self) -> TrainedModel:
+        if self.lora is None and self.param_dtype != "float32":
+            raise ValueError(
+                f"param_dtype must be float32 where all weights are trained, found "
+                f"{self.param_dtype}: leave it out, or set lora"
+            )
+        return self
 
 
 class Problems(Config):

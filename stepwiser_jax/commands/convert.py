@@ -1,23 +1,28 @@
-"""An Orbax checkpoint of a training run -> a Hugging Face directory."""
+"""An Orbax checkpoint of a training run -> a Hugging Face directory, adapters merged."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import jax
-from flax import nnx
 
+from stepwiser_jax.config import read_settings
+from stepwiser_jax.model.attention import XLA
 from stepwiser_jax.model.hf import read_config, save_hf
-from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.aot import abstract_model
 from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.loading import load_for_training
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.training_run import check_base
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     """Write the model of `<run_dir>` (its newest checkpoint) or `<run_dir>/checkpoints/N`.
 
-    Raises UserError where there is no checkpoint, or `output` exists.
+    Raises UserError where there is no checkpoint, `output` exists, or the base of the run's
+    adapters (`model.path`) is another by now.
     """
     names_step = checkpoint.parent.name == "checkpoints"
     run_dir = checkpoint.parent.parent if names_step else checkpoint
@@ -31,11 +36,14 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     if output.exists():
         raise UserError(f"{output} exists: name a new directory")
     step = int(checkpoint.name) if names_step else None
-    config = read_config(str(run_dir / "template"))
-    template = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever mesh it was saved from
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template
-    )
+    settings = read_settings(run_dir / "config.yaml")
+    here = make_mesh(devices=jax.devices()[:1])  # whatever mesh it was saved from
+    if settings["model"].get("lora"):
+        loaded = load_for_training(**settings["model"], mesh=here, seed=settings["seed"])
+        check_base(run_dir / "template", loaded.model_id)
+        template = loaded.model
+    else:
+        config = read_config(str(run_dir / "template"))
+        template = abstract_model(config, here, XLA)
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
     save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))

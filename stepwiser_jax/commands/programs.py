@@ -30,9 +30,11 @@ from stepwiser_jax.config import (
     Rollout,
     Sampling,
     Sft,
+    TrainedModel,
 )
 from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.model.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.transformer import Transformer, layer_for_decoding
 from stepwiser_jax.records import UserError
@@ -115,9 +117,23 @@ def block_parameters(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: float) -> float:
     """2 for each matrix parameter and token, the output matrix where a token is scored, and two
     products for each query and key that it sees. A backward pass is twice that."""
-    head = scored * config.vocab_size * config.hidden_size
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return 2.0 * (tokens * block_parameters(config) + head + attention)
+    return weight_flops(config, tokens=tokens, scored=scored) + 2.0 * attention
+
+
+def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
+    """Of `forward_flops` those with weights, and as many again is what their gradients take."""
+    head = scored * config.vocab_size * config.hidden_size
+    return 2.0 * (tokens * block_parameters(config) + head)
+
+
+def update_flops(
+    config: ModelConfig, settings: TrainedModel, *, tokens: float, scored: float, pairs: float
+) -> float:
+    """Forward and backward. Frozen weights have no gradient; adapters are too small to count."""
+    forward = forward_flops(config, tokens=tokens, scored=scored, pairs=pairs)
+    frozen = settings.lora is not None
+    return 3 * forward - frozen * weight_flops(config, tokens=tokens, scored=scored)
 
 
 def cache_flops(config: ModelConfig, tokens: int) -> float:
@@ -139,6 +155,7 @@ def _model(
     settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False
 ) -> tuple[ModelConfig, Transformer]:
     config = config_of(settings.path)
+    lora = settings.lora if isinstance(settings, TrainedModel) else None
     model = abstract_model(
         config,
         mesh,
@@ -146,6 +163,7 @@ def _model(
         param_dtype=settings.param_dtype,
         compute_dtype=settings.compute_dtype,
         decoding=decoding,
+        lora=lora.model_dump() if lora else None,
     )
     return config, model
 
@@ -192,15 +210,15 @@ def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
     state = abstract_train_state(model, optimizer, mesh)
     step = sft_train_step(config, schedule, optimizer)
     micro_batches = config.training.micro_batches
-    useful = forward_flops(
-        model_config, tokens=length, scored=length, pairs=causal_pairs(0, length)
+    useful = update_flops(
+        model_config, config.model, tokens=length, scored=length, pairs=causal_pairs(0, length)
     )
     program = Program(
         "train step",
         functools.partial(_lower, step, mesh, state, batch),
         mesh,
         calls=1,
-        useful_flops=3 * rows * useful,
+        useful_flops=rows * useful,
         change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
         "lower max_length",
         loops=_loops("train_step", model_config, rows, length, length, micro_batches),
@@ -234,12 +252,12 @@ def judge_batch(config: Judge) -> RolloutBatch:
     )
 
 
-def judge_flops(config: Judge, model: ModelConfig) -> float:
-    """Of a group's forward pass: its prompt once, its completions behind it."""
+def judge_work(config: Judge) -> dict[str, float]:
+    """What `forward_flops` wants to know of a group: its prompt once, its completions behind it."""
     prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
     size = config.group_size
     pairs = causal_pairs(0, prompt) + size * causal_pairs(prompt, new)
-    return forward_flops(model, tokens=prompt + size * new, scored=size * new, pairs=pairs)
+    return {"tokens": prompt + size * new, "scored": size * new, "pairs": pairs}
 
 
 def lower_update(
@@ -268,10 +286,11 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         scored=config.group_size * config.sampling.max_new_tokens,
         micro_batches=micro_batches,
     )
-    useful = rows * judge_flops(config, model_config)
+    of_group = judge_work(config)
     processes = processes_of(mesh.devices.flat)
     sampling_mesh = make_sampling_mesh(mesh, processes[0], config.sampling_axes)
-    reference = bytes_per_device(model) if config.grpo.kl_coef else 0
+    has_reference = config.grpo.kl_coef and config.model.lora is None
+    reference = bytes_per_device(model) if has_reference else 0
     held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
     change = (
         "raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or lower "
@@ -307,7 +326,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
                 ),
                 mesh,
                 calls=passes,
-                useful_flops=useful,
+                useful_flops=rows * forward_flops(model_config, **of_group),
                 change=change,
                 resident=held - bytes_per_device(model),
                 loops=loops("score"),
@@ -320,7 +339,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
             functools.partial(lower_update, config, model, batch, mesh),
             mesh,
             calls=updates,
-            useful_flops=3 * useful,
+            useful_flops=rows * update_flops(model_config, config.model, **of_group),
             change=change,
             resident=reference,
             loops=loops("train_step"),
@@ -340,7 +359,7 @@ def _gather(
 ) -> Program:
     """What `loading.decoding_copy` moves: from the shards of training to a copy in each process."""
     cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
-    cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, model)
+    cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
     copies = mesh_of_copies(mesh, sampling_mesh)
     shardings = shardings_of(cast, sharding_of(model.config, copies, decoding=True))
     return Program(
@@ -388,7 +407,7 @@ def _of_sampling(
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
     of_judge = isinstance(config, Judge)
-    copied = {"param_dtype": settings.compute_dtype} if of_judge else {}
+    copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
     model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
     decoder, reshard = for_decoding(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 
@@ -264,19 +265,26 @@ def save_hf(
 
 
 def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
-    """(Hugging Face name, array) one layer's tensor at a time."""
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    """(Hugging Face name, array) one layer's tensor at a time, adapters merged."""
+    for path, variable in nnx.to_flat_state(nnx.state(base_of(model))):
         names = hf_names(path, model.config.num_layers)
         value = variable.get_value()
         if path[0] != "blocks":
             yield names[0], value
         else:
-            yield from ((name, value[i]) for i, name in enumerate(names))
+            adapter = model.adapters.get(str(path[1]))
+            yield from ((name, _of_layer(value, adapter, i)) for i, name in enumerate(names))
+
+
+@jax.jit
+def _of_layer(value: jax.Array, adapter: Adapter | None, layer: int) -> jax.Array:
+    value, adapter = jax.tree.map(lambda x_L: x_L[layer], (value, adapter))
+    return value if adapter is None else adapter.merge(value).astype(value.dtype)
 
 
 def tensor_shapes(model: Transformer) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
     """(Hugging Face name, shape), in the order of `named_tensors`."""
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in nnx.to_flat_state(nnx.state(base_of(model))):
         value = variable.get_value()
         shape = value.shape[1:] if path[0] == "blocks" else value.shape
         leaf = jax.ShapeDtypeStruct(shape, value.dtype)

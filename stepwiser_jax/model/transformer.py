@@ -25,6 +25,7 @@ from stepwiser_jax.model.attention import (
 )
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
+from stepwiser_jax.model.lora import Adapter, merge_layer
 from stepwiser_jax.products import linear, quantise
 
 
@@ -105,6 +106,13 @@ class Block(nnx.Module):
         self.gate = weight((F, "mlp"), (D, "embed"))
         self.up = weight((F, "mlp"), (D, "embed"))
         self.down = weight((D, "embed"), (F, "mlp"))
+        self.adapters: nnx.Dict[Adapter] = nnx.Dict()  # by the name of their matrix
+
+    def project(self, x: jax.Array, name: str) -> jax.Array:
+        """x (..., in) times one of the matrices (out, in), and through its adapter if it has one,
+        in the type of x."""
+        y = linear(x, getattr(self, name)[...])
+        return y + self.adapters[name](x) if name in self.adapters else y
 
 
 def qkv(
@@ -113,7 +121,7 @@ def qkv(
     """Rotated queries (B, T, N, H) and keys (B, K, H, T), and values (B, K, T, H), of one block."""
     B, T, _ = x_BTD.shape
     x_BTD = rms_norm(x_BTD, block.attention_norm[...], config.rms_norm_eps)
-    q, k, v = (linear(x_BTD, weight[...]) for weight in (block.q, block.k, block.v))
+    q, k, v = (block.project(x_BTD, name) for name in ("q", "k", "v"))
     if config.qkv_bias:
         biases = (block.q_bias, block.k_bias, block.v_bias)
         q, k, v = (
@@ -135,11 +143,11 @@ def finish_block(
 ) -> jax.Array:
     """Output projection and MLP, each added to the residual stream."""
     B, T, _ = x_BTD.shape
-    x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), block.o[...])
+    x_BTD = x_BTD + block.project(attended_BTNH.reshape(B, T, -1), "o")
     with jax.named_scope("mlp"):
         y_BTD = rms_norm(x_BTD, block.mlp_norm[...], config.rms_norm_eps)
-        hidden = jax.nn.silu(linear(y_BTD, block.gate[...])) * linear(y_BTD, block.up[...])
-        return x_BTD + linear(hidden, block.down[...])
+        hidden = jax.nn.silu(block.project(y_BTD, "gate")) * block.project(y_BTD, "up")
+        return x_BTD + block.project(hidden, "down")
 
 
 class Transformer(nnx.Module):
@@ -168,6 +176,11 @@ class Transformer(nnx.Module):
     def head_VD(self) -> jax.Array:
         """The output matrix; tied at call time, never a second copy."""
         return self.embed[...] if self.config.tie_embeddings else self.head[...]
+
+    @property
+    def adapters(self) -> nnx.Dict[Adapter]:
+        """By the name of their matrix; none in a model for_decoding, where they are merged."""
+        return self.blocks.adapters if isinstance(self.blocks, Block) else nnx.Dict()
 
     def __call__(
         self,
@@ -332,8 +345,8 @@ def layer_for_decoding(
 ) -> Block:
     """A program for one layer, and not for all: so little is in memory besides the result."""
 
-    def convert(x_L: jax.Array) -> jax.Array | qwix.QArray:
-        x = x_L[layer].T
+    def convert(x: jax.Array) -> jax.Array | qwix.QArray:
+        x = x.T
         return quantise(x) if weights == "int8" and x.ndim == 2 else x.astype(dtype)
 
-    return jax.tree.map(convert, blocks)
+    return jax.tree.map(convert, merge_layer(jax.tree.map(lambda x_L: x_L[layer], blocks)))

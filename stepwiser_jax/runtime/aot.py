@@ -8,6 +8,7 @@ the run would give the array.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -25,6 +26,7 @@ from flax import nnx
 
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.lora import make_adapters, trained_part, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.hlo_cost import Collective, Cost, KernelCost, program_cost
@@ -136,8 +138,9 @@ def abstract_model(
     param_dtype: str = "float32",
     compute_dtype: str = "bfloat16",
     decoding: bool = False,
+    lora: dict[str, Any] | None = None,
 ) -> Transformer:
-    """What `loading.load_model` gives."""
+    """What `loading.load_model` gives, or `load_for_training`."""
     model = nnx.eval_shape(
         lambda: Transformer(
             config,
@@ -147,6 +150,9 @@ def abstract_model(
             attention=attention,
         )
     )
+    if lora is not None:
+        create = functools.partial(make_adapters, model.blocks, seed=0, **lora)
+        model = with_adapters(model, nnx.eval_shape(create))
     shardings = shardings_of(model, sharding_of(config, mesh, decoding=decoding))
     return jax.tree.map(placed, model, shardings)
 
@@ -155,13 +161,13 @@ def abstract_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """What `trainer.create_train_state` gives."""
-    whole = replicated(mesh)
+    whole, trained = replicated(mesh), trained_part(model)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     moments = optax.tree_map_params(
         optimizer,
         lambda leaf, parameter: placed(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, model),
-        model,
+        jax.eval_shape(optimizer.init, trained),
+        trained,
         transform_non_params=lambda leaf: placed(leaf, whole),
     )
     return TrainState(model, moments, scalar, scalar)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,5 @@
-"""Orbax checkpoints: train state, loader position and counters in one save, finished or absent."""
+"""Orbax checkpoints: train state, loader position and counters in one save, finished or absent. Of
+a model with adapters these are saved, and not the base, which stays what it was."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from stepwiser_jax.model.lora import trained_part, with_trained
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.trainer import TrainState
 
@@ -29,7 +31,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardSave(state.model),
+                model=ocp.args.StandardSave(trained_part(state.model)),
                 rest=ocp.args.StandardSave(rest),
                 host=ocp.args.JsonSave(host_state),
             ),
@@ -41,15 +43,17 @@ class Checkpointer:
         restored = self._manager.restore(
             self._manager.latest_step(),
             args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(template.model)),
+                model=ocp.args.StandardRestore(_abstract(trained_part(template.model))),
                 rest=ocp.args.StandardRestore(_abstract(rest)),
                 host=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(restored["model"], *restored["rest"]), restored["host"]
+        model = with_trained(template.model, restored["model"])
+        return TrainState(model, *restored["rest"]), restored["host"]
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
-        """The parameters of one save (the newest by default). `template`: abstract or real model.
+        """The parameters of one save (the newest by default). `template`: abstract or real model;
+        with adapters, their base is the template's.
 
         Raises UserError where there is no such save.
         """
@@ -61,9 +65,12 @@ class Checkpointer:
                 f"{self._directory}, found the steps {steps}"
             )
         restored = self._manager.restore(
-            wanted, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(template)))
+            wanted,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_abstract(trained_part(template)))
+            ),
         )
-        return restored["model"]
+        return with_trained(template, restored["model"])
 
     def wait(self) -> None:
         """Until every save is on disk."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
+from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, mesh_of_copies, parameter_sharding
@@ -67,6 +69,24 @@ def load_model(
         sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
     return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def load_for_training(
+    path: str, *, lora: dict[str, Any] | None, mesh: Mesh, seed: int, **settings: Any
+) -> Loaded:
+    """As `load_model`; where `lora` has settings (`make_adapters`), with new adapters."""
+    loaded = load_model(path, mesh=mesh, seed=seed, **settings)
+    if lora is None:
+        return loaded
+    adapters = sharded_adapters(loaded.model, mesh, seed=seed, **lora)
+    return dataclasses.replace(loaded, model=with_adapters(loaded.model, adapters))
+
+
+def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
+    """New adapters (`make_adapters`), born on the devices of the matrices they belong to."""
+    create = functools.partial(make_adapters, model.blocks, **settings)
+    shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
+    return jax.jit(create, out_shardings=shardings)()
 
 
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
@@ -173,8 +193,8 @@ def fresh(
     return jax.jit(create, out_shardings=shardings)()
 
 
-def shardings_of(model: Transformer, sharding_for: ShardingFor) -> Transformer:
-    """The tree of a model with a sharding for each parameter."""
+def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
+    """The tree of a model, or of a part of it, with a sharding for each parameter."""
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         sharding = sharding_for(variable.get_metadata("axes"), variable.get_value().shape)
@@ -183,9 +203,9 @@ def shardings_of(model: Transformer, sharding_for: ShardingFor) -> Transformer:
 
 
 def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
-    """The parameters of a model in training, in its compute type, on the devices of `mesh`, which
-    are this process's: gathered over data and fsdp, split over tensor. All processes must call
-    this; each has a copy then, and samples without the others."""
+    """The parameters of a model in training, adapters merged, in its compute type, on the devices
+    of `mesh`, which are this process's: gathered over data and fsdp, split over tensor. All
+    processes must call this; each has a copy then, and samples without the others."""
     model = cast_model(model, model.compute_dtype)
     model.attention = attention_of(model.config, mesh, model.compute_dtype)
     if jax.process_count() == 1:
@@ -206,8 +226,19 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
-    """Every parameter in `dtype`, where it is."""
-    return jax.tree.map(lambda x: x.astype(dtype), model)
+    """Every parameter in `dtype`, where it is, with the adapters in it."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    if not model.adapters:
+        return cast(model)
+    merged = copy.copy(model)  # layer by layer: in float32 there is one at a time
+    merged.blocks = jax.lax.map(lambda block: cast(merge_layer(block)), model.blocks)
+    for name in ("embed", "norm", "head"):
+        if hasattr(model, name):
+            setattr(merged, name, cast(getattr(model, name)))
+    return merged
 
 
 def _arithmetic_tokenizer() -> Tokenizer:

@@ -33,6 +33,7 @@ AXIS_RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 DECODING_RULES = AXIS_RULES | {"embed": None}

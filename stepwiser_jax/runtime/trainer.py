@@ -2,7 +2,8 @@
 
 Gradients, loss and metrics of micro-batches are sums over a denominator taken from the whole batch,
 so they add up exactly, however the batch is cut. An update whose gradients are not finite is
-skipped and counted: parameters, moments and the schedule's step stay as they were.
+skipped and counted: parameters, moments and the schedule's step stay as they were. Where the model
+has adapters, gradients, moments and updates are theirs alone (`lora.trained_part`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from stepwiser_jax.model.lora import trained_part, with_trained
 from stepwiser_jax.runtime.mesh import put, replicated
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -103,15 +105,15 @@ def create_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Moments are created with the sharding of their parameters, never whole on one device."""
-    whole = replicated(mesh)
+    whole, trained = replicated(mesh), trained_part(model)
     shardings = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, model),
-        jax.tree.map(lambda leaf: leaf.sharding, model),
+        jax.eval_shape(optimizer.init, trained),
+        jax.tree.map(lambda leaf: leaf.sharding, trained),
         transform_non_params=lambda _: whole,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(model)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     return TrainState(model, opt_state, put(np.int32(0), whole), put(np.int32(0), whole))
 
 
@@ -134,7 +136,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        trained = trained_part(state.model)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         skipped = 1 - jnp.isfinite(jnp.asarray(norm)).astype(jnp.int32)
         metrics |= {
             "grad_norm": norm,
@@ -142,7 +145,7 @@ def make_train_step(
             "skipped": skipped,
         }
         state = TrainState(
-            model=optax.apply_updates(state.model, updates),
+            model=with_trained(state.model, optax.apply_updates(trained, updates)),
             opt_state=opt_state,
             step=state.step + 1,
             skipped=state.skipped + skipped,
@@ -159,29 +162,31 @@ def accumulate(
     micro_batches: int,
     denominator_fn: Callable[[Any], Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients and metrics of the whole batch, one micro-batch at a time; those at its end that
-    are padding take no time. Metrics must not be negative where they are maximised."""
-    denominator = denominator_fn(batch)
+    """Gradients of what is trained, and metrics, of the whole batch, one micro-batch at a time;
+    those at its end that are padding take no time. Metrics must not be negative where they are
+    maximised."""
+    denominator, trained = denominator_fn(batch), trained_part(model)
+
+    def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_fn(with_trained(model, trained), rows, denominator)
+
     if micro_batches == 1:
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = value_and_grad(model, batch, denominator)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)
         return grads, metrics | {"loss": loss}
     stacked = split_rows(batch, micro_batches)
     # The backward pass adds to these layer by layer. Gradients of one micro-batch, held whole
     # until they are added, took 405 of 1475 MiB beside the state (SmolLM2-135M, float32).
-    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), model)
+    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), trained)
 
     def add(i: jax.Array, total: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rows = jax.tree.map(lambda x: x[i], stacked)
         loss, backward, metrics = jax.vjp(
-            lambda model: loss_fn(model, rows, denominator), model, has_aux=True
+            lambda trained: loss_of(trained, rows), trained, has_aux=True
         )
         backward.with_refs(sums)(jnp.ones_like(loss))
         return _merge(total, metrics | {"loss": loss})
 
-    loss, metrics = jax.eval_shape(
-        loss_fn, model, jax.tree.map(lambda x: x[0], stacked), denominator
-    )
+    loss, metrics = jax.eval_shape(loss_of, trained, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics | {"loss": loss})
     metrics = jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
     return jax.tree.map(jax.freeze, sums), metrics

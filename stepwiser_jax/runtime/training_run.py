@@ -1,6 +1,7 @@
 """What `sft` and `judge` share around their loops: start or resume, log, checkpoint, stop, export.
 
-<run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights
+<run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
+                          with adapters, base.json: the model that they belong to
 <run_dir>/checkpoints/    train state, loader position and counters, together (Orbax)
 <run_dir>/model/          the finished model as a Hugging Face directory
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -55,6 +57,20 @@ def optimizer_of(
     )
 
 
+def check_base(template: Path, model_id: str) -> None:
+    """Adapters fit the model that they were trained on. Raises UserError where a run's are of one
+    with another id."""
+    file = template / "base.json"
+    if not file.is_file():
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))["model_id"]
+    if found != model_id:
+        raise UserError(
+            f"the adapters of {template.parent} were trained on {found}, model.path now holds "
+            f"{model_id}: put that model back, or name a new run directory"
+        )
+
+
 class TrainingRun:
     """The state of a training stage and everything that happens to it between two steps."""
 
@@ -85,11 +101,16 @@ class TrainingRun:
 
     def _write_template(self) -> None:
         template = self._directory.create() / "template"
+        if self._loaded.model.adapters:
+            check_base(template, self._loaded.model_id)
         if not hosts.is_first():
             return
         config = self._loaded.model.config.to_hf()
         atomic_write(template / "config.json", json.dumps(config, indent=2) + "\n")
         self._loaded.tokenizer.save(str(template))
+        if self._loaded.model.adapters:
+            base = {"model_id": self._loaded.model_id}
+            atomic_write(template / "base.json", json.dumps(base) + "\n")
 
     def _restore(self) -> None:
         latest = self._checkpointer.latest_step()

@@ -43,11 +43,12 @@ from stepwiser_jax.algo.grpo import (
 from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
+from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.records import JudgeExample, UserError, Verdict
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_model
+from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
@@ -72,7 +73,9 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_sampling_mesh(mesh, jax.process_index(), config.sampling_axes)
     compilation.start(config.compilation_cache)
-    loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    settings = config.model.model_dump()
+    load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
+    loaded = load()
     examples, too_long = load_examples(config, loaded)
     training = TrainingRun(
         directory,
@@ -83,14 +86,16 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
     collect = GroupCollector(config, loaded, sampling_mesh)
-    reference = None
-    if config.grpo.kl_coef:
-        reference = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed).model
+    reference, adapted = None, config.model.lora is not None
+    if config.grpo.kl_coef and not adapted:
+        reference = load().model
     train_step = judge_train_step(config, training.schedule, training.optimizer)
     start, began = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
         for iteration in range(start, config.iterations):
             groups, rollout_metrics = collect(iteration, training)
+            if config.grpo.kl_coef and adapted:
+                reference = base_of(training.state.model)  # its arrays are new after each update
             updates = []
             for batch in prepare_batches(groups, config, mesh, training.state.model, reference):
                 with compilation.compiling(f"train step {shape_of(batch)}"):

@@ -22,7 +22,7 @@ from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.records import SftExample, UserError, read_records
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
-from stepwiser_jax.runtime.loading import load_model
+from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.trainer import make_train_step
@@ -40,7 +40,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     examples = load_examples(config.data)
     mesh = make_mesh(**config.mesh.model_dump())
     compilation.start(config.compilation_cache)
-    loaded = load_model(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     documents, too_long = sft_documents(
         examples,
         functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),

@@ -14,13 +14,14 @@ from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.model import attention
 from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
 from stepwiser_jax.model.hf import load_hf, save_hf
+from stepwiser_jax.model.lora import with_adapters
 from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import sharding_of
+from stepwiser_jax.runtime.loading import cast_model, sharded_adapters, sharding_of
 from stepwiser_jax.runtime.mesh import (
     attention_on,
     make_mesh,
@@ -96,7 +97,10 @@ def denominator(batch):
 
 def gradients(checkpoint, sizes, micro_batches=1):
     mesh = make_mesh(*sizes)
-    model = load(checkpoint, mesh)
+    return gradients_of(load(checkpoint, mesh), mesh, micro_batches)
+
+
+def gradients_of(model, mesh, micro_batches=1):
     compute = jax.jit(
         functools.partial(accumulate, loss, micro_batches=micro_batches, denominator_fn=denominator)
     )
@@ -137,6 +141,40 @@ def test_visible_blocks_are_equal_on_every_mesh(checkpoint, sizes, monkeypatch):
     assert isinstance(blocks, VisibleBlocks)
     assert len(set(blocks.count_B.tolist())) > 1
     assert_equal_gradients(gradients(checkpoint, sizes), one)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_adapters_are_equal_on_every_mesh(checkpoint, sizes):
+    """Their gradients, and the model they are merged into; their rank is split over nothing."""
+    lora = {"rank": 3, "alpha": 6.0, "targets": ("q", "k", "o", "gate", "down")}
+
+    def adapted(sizes):
+        mesh = make_mesh(*sizes)
+        model = load(checkpoint, mesh)
+        model = with_adapters(model, sharded_adapters(model, mesh, seed=0, **lora))
+        for adapter in model.adapters.values():
+            b = jnp.arange(adapter.b.get_value().size, dtype=jnp.float32) % 7 * 0.01
+            adapter.b[...] = jax.device_put(
+                b.reshape(adapter.b.get_value().shape), adapter.b.get_value().sharding
+            )
+        with jax.set_mesh(mesh):
+            merged = jax.device_get(cast_model(model, jnp.dtype("float32")))
+        return model, merged, gradients_of(model, mesh)
+
+    (_, merged_one, one), (model, merged_many, many) = adapted((1, 1, 1)), adapted(sizes)
+    for a, b in zip(jax.tree.leaves(merged_one), jax.tree.leaves(merged_many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert_equal_gradients(many, one)
+    assert len(jax.tree.leaves(one[1])) == 2 * len(lora["targets"])
+    shares = {
+        (axis, x.addressable_shards[0].data.size / x.size)
+        for adapter in model.adapters.values()
+        for variable in (adapter.a, adapter.b)
+        for x in (variable.get_value(),)
+        for axis in variable.get_metadata("axes")
+        if axis in ("embed", "mlp")
+    }
+    assert shares == {("embed", 1 / sizes[1]), ("mlp", 1 / sizes[2])}
 
 
 def test_micro_batches_on_a_mesh(checkpoint):

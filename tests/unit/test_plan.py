@@ -19,7 +19,7 @@ from stepwiser_jax.commands.programs import (
     block_parameters,
     causal_pairs,
     forward_flops,
-    judge_flops,
+    judge_work,
 )
 from stepwiser_jax.config import Judge
 from stepwiser_jax.model.splash import blocks_visited
@@ -90,7 +90,7 @@ def test_a_group_counts_its_prompt_once():
     config, judge = tiny_config(), Judge.model_validate(JUDGE)
     pairs = 10 * 11 / 2 + 4 * (5 * 10 + 15)
     expected = forward_flops(config, tokens=30, scored=20, pairs=pairs)
-    assert judge_flops(judge, config) == expected
+    assert forward_flops(config, **judge_work(judge)) == expected
 
 
 def test_blocks_that_attention_visits():

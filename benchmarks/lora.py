@@ -1,0 +1,89 @@
+"""The judge's update with and without LoRA: memory by XLA's account, core seconds by running it.
+
+    python benchmarks/lora.py --model DIR [--rank 16] [--repeats 3] [--core 0]
+
+The update of train_step.py (4 prompts of 256 tokens x 8 completions of 128, bfloat16 products, 4
+micro-batches, layers recomputed), all sides in turns in one process: all weights trained, adapters
+of every matrix of the blocks on a base in float32, and on one in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+SIDES = {
+    "all weights": {},
+    "LoRA": {"lora": {}},
+    "LoRA, base in bfloat16": {"lora": {}, "param_dtype": "bfloat16"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--core", type=int, default=0)
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {arguments.core})
+
+    import jax
+    from common import random_completions
+    from train_step import LENGTH, PROMPTS, SAMPLES, settings
+
+    from stepwiser_jax.config import Judge, validate
+    from stepwiser_jax.model.lora import trained_part
+    from stepwiser_jax.runtime.loading import load_for_training
+    from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+    from stepwiser_jax.runtime.trainer import create_train_state
+    from stepwiser_jax.runtime.training_run import optimizer_of
+    from stepwiser_jax.stages import judge
+
+    mesh = make_mesh()
+    states, batches, programs = {}, {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    print(f"{'side':24}{'trained M':>10}{'state MiB':>11}{'temporaries MiB':>17}{'all MiB':>9}")
+    for name, changes in SIDES.items():
+        tree = settings(arguments.model)
+        tree["model"] |= changes
+        if "lora" in changes:
+            tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
+        config = validate(Judge, tree, "the benchmark")
+        schedule, optimizer = optimizer_of(config.training, 1)
+        model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+        state = create_train_state(model, optimizer, mesh)
+        rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
+        groups = [
+            judge.Judged(ids, completions_G, logprobs, [], rewards)
+            for ids, completions_G in zip(PROMPTS, random_completions(), strict=True)
+        ]
+        batches[name] = shard_batch(judge.assemble(groups, config), mesh)
+        step = judge.judge_train_step(config, schedule, optimizer)
+        programs[name] = step.lower(state, batches[name]).compile()
+        states[name] = state
+        memory = programs[name].memory_analysis()
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trained_part(model)))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        sizes = (held, memory.temp_size_in_bytes, held + memory.temp_size_in_bytes)
+        state_mib, temporary_mib, all_mib = (size / 2**20 for size in sizes)
+        print(
+            f"{name:24}{trained / 1e6:10.2f}{state_mib:11.0f}{temporary_mib:17.0f}{all_mib:9.0f}",
+            flush=True,
+        )
+        del model, state
+    for repeat in range(1 + arguments.repeats):  # the first warms up
+        for name in SIDES:
+            begin = time.process_time()
+            states[name], metrics = programs[name](states[name], batches[name])
+            jax.block_until_ready((states[name], metrics))
+            if repeat:
+                seconds[name].append(time.process_time() - begin)
+    for name, values in seconds.items():
+        print(f"{name:24}{statistics.median(values):8.1f} core s {[round(x, 1) for x in values]}")
+
+
+if __name__ == "__main__":
+    main()
