@@ -260,7 +260,9 @@ KIND: dict[type, str] = {
 
 
 def to_json(record: Record) -> str:
-    return json.dumps(vars(record), ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value)
+    return json.dumps(
+        vars(record), ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value
+    )
 
 
 @functools.cache

@@ -113,8 +113,8 @@ class TrainingRun:
         self._forget_pending()
 
     def stop_if_asked(self) -> None:
-        """Save the state behind the last step, where that is not done, and raise Interrupted, if any
-        process was asked to stop. All must call this, at the same point."""
+        """Save the state behind the last step and raise Interrupted, if any process was asked to
+        stop. All must call this, at the same point."""
         if hosts.any_of(stop.requested):
             self.save()
             self._checkpointer.wait()

@@ -156,9 +156,9 @@ class GroupCollector:
     def __call__(
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
-        """Groups that teach, at most P of them, and the metrics of everything sampled. What a killed
-        run has sampled is read, not sampled again. Raises Interrupted behind a draw where the run
-        is to stop."""
+        """Groups that teach, at most P of them, and the metrics of everything sampled. What a run
+        had sampled before it was killed is read. Raises Interrupted behind a draw where the run is
+        to stop."""
         sampled_by = fingerprint(training.state.model)
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):

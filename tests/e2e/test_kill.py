@@ -1,5 +1,6 @@
 """Real processes, really killed: the same command again leaves what an undisturbed run leaves."""
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ SETTINGS = {
     "rollouts": ("problems.limit=24", "problems_per_block=2"),
     "values": ("trajectories_per_block=2",),
 }
-KILLS = 2
+KILLS = 6
 
 
 def start(arguments):
@@ -85,21 +86,15 @@ def test_kill_minus_nine_twice_and_run_again(runs, tmp_path, name):
         np.testing.assert_array_equal(a, b)
 
 
-def kill_at_a_random_moment(arguments, run, moments, *, during_a_save):
-    """Within the second behind the first sign of work, or while a checkpoint is written. Returns
-    what lay there then."""
+def kill_after(seconds, arguments, run, *, sign):
+    """So long after the first new file of this name. Returns what lay there then."""
     process = start(arguments)
     seen = {file.name for file in run.rglob("*")}
 
-    def has_come():
-        saves = run.glob("checkpoints/*.orbax-checkpoint-tmp")
-        sign = saves if during_a_save else run.glob("pending/*.jsonl")
-        return any(file.name not in seen for file in sign)
-
-    while not has_come():
+    while all(file.name in seen for file in run.glob(sign)):
         assert process.poll() is None, "it was done before it could be killed"
         time.sleep(0.001)
-    time.sleep(moments.uniform(0, 0.02 if during_a_save else 1.0))
+    time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "manifest.json").exists(), "it was done before it could be killed"
@@ -112,15 +107,20 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     os.environ["XLA_FLAGS"] = ""
     moments, found = random.Random(0), []
     extra = (
-        f"iterations={6 * KILLS}",
+        f"iterations={4 * KILLS}",
         f"compilation_cache={tmp_path / 'cache'}",
         "training.checkpoint_every=2",
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command("judge", runs, out=whole, extra=extra)).wait() == 0
+    per_iteration = json.loads((whole / "summary.json").read_text())["seconds_per_iteration"]
     again = command("judge", runs, out=killed, extra=extra)
     for kill in range(KILLS):
-        found.append(kill_at_a_random_moment(again, killed, moments, during_a_save=kill % 3 == 2))
+        if kill % 3 == 2:  # while a checkpoint is written, which takes hundredths of a second
+            sign, seconds = "checkpoints/*.orbax-checkpoint-tmp", moments.uniform(0, 0.02)
+        else:
+            sign, seconds = "pending/*.jsonl", moments.uniform(0, 2 * per_iteration)
+        found.append(kill_after(seconds, again, killed, sign=sign))
         print(kill, sorted(name for name in found[-1] if name[0] in "cp"))
     assert any("orbax-checkpoint-tmp" in name for names in found for name in names)
     assert any(name.startswith("pending/") for names in found for name in names)
