@@ -130,8 +130,8 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         completions = sampled() if name == "step" else random_completions()
         groups = [
-            judge.Judged(ids, completions_G, logprobs, [], rewards)
-            for ids, completions_G in zip(PROMPTS, completions, strict=True)
+            judge.Judged(f"p{p}", ids, completions[p], logprobs, (), rewards)
+            for p, ids in enumerate(PROMPTS)
         ]
         batch = shard_batch(judge.assemble(groups, config), mesh)
         state, metrics = train_step(state, batch)

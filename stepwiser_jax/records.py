@@ -150,6 +150,27 @@ class JudgeExample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judged:
+    """One prompt with its group of judgments and what they earned: kept while no checkpoint holds
+    what was learned from it (`runtime.pending`)."""
+
+    group_id: str
+    prompt_ids: tuple[int, ...]
+    completions_G: tuple[tuple[int, ...], ...]
+    logprobs_G: tuple[tuple[float, ...], ...]
+    verdicts_G: tuple[Verdict, ...]
+    rewards_G: tuple[float, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.group_id
+
+    @property
+    def teaches(self) -> bool:
+        return len(set(self.rewards_G)) > 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk. `p_positive` is 1 or 0 for a written verdict, Positive or
     not; a judge that gives probabilities says more."""
@@ -214,6 +235,7 @@ Record = (
     | PrefixValue
     | ChunkLabel
     | JudgeExample
+    | Judged
     | Judgment
     | ProcessBenchItem
     | SearchResult
@@ -238,8 +260,9 @@ KIND: dict[type, str] = {
 
 
 def to_json(record: Record) -> str:
-    fields = dataclasses.asdict(record)
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value)
+    return json.dumps(
+        vars(record), ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value
+    )
 
 
 @functools.cache

@@ -25,8 +25,13 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def complete_step(self) -> int | None:
+        """The newest step that is on disk as a whole: a save gets its name last."""
+        names = (path.name for path in self._directory.iterdir())
+        return max((int(name) for name in names if name.isdigit()), default=None)
+
     def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
-        """`host_state` is JSON: loader position and counters."""
+        """`host_state` is JSON, with the loader's position as `loader`."""
         rest = (state.opt_state, state.step, state.skipped)
         self._manager.save(
             step,
@@ -38,18 +43,19 @@ class Checkpointer:
         )
 
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest save, bit for bit, with the shapes and shardings of `template`."""
+        """The newest save, bit for bit, with the shapes and shardings of `template`.
+
+        Raises UserError where a part of it is missing or cannot be read.
+        """
+        step = self._manager.latest_step()
         rest = (template.opt_state, template.step, template.skipped)
-        restored = self._manager.restore(
-            self._manager.latest_step(),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(trained_part(template.model))),
-                rest=ocp.args.StandardRestore(_abstract(rest)),
-                host=ocp.args.JsonRestore(),
-            ),
-        )
-        model = with_trained(template.model, restored["model"])
-        return TrainState(model, *restored["rest"]), restored["host"]
+        host = self._restore(step, "host", ocp.args.JsonRestore())
+        if "loader" not in host:
+            raise self._damaged(step, "host", f"expected the loader's state, found {sorted(host)}")
+        trained = _abstract(trained_part(template.model))
+        model = self._restore(step, "model", ocp.args.StandardRestore(trained))
+        rest = self._restore(step, "rest", ocp.args.StandardRestore(_abstract(rest)))
+        return TrainState(with_trained(template.model, model), *rest), host
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
         """The parameters of one save (the newest by default). `template`: abstract or real model;
@@ -64,13 +70,25 @@ class Checkpointer:
                 f"expected checkpoint {'of any step' if step is None else step} in "
                 f"{self._directory}, found the steps {steps}"
             )
-        restored = self._manager.restore(
-            wanted,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(trained_part(template)))
-            ),
+        trained = _abstract(trained_part(template))
+        restored = self._restore(wanted, "model", ocp.args.StandardRestore(trained))
+        return with_trained(template, restored)
+
+    def _restore(self, step: int | None, part: str, how: Any) -> Any:
+        try:
+            args = ocp.args.Composite(**{part: how})
+            return self._manager.restore(step, args=args)[part]
+        except Exception as error:  # Orbax has no type of its own for what it cannot read
+            raise self._damaged(step, part, str(error)) from error
+
+    def _damaged(self, step: int | None, part: str, reason: str) -> UserError:
+        before = [found for found in sorted(self._manager.all_steps()) if found != step]
+        go_on = f"go on from step {before[-1]}" if before else "begin again: there is no other step"
+        return UserError(
+            f"the part {part!r} of the checkpoint {self._directory / str(step)} is missing or "
+            f"damaged ({' '.join(reason.split())[:200]}): put it back, or delete that directory to "
+            f"{go_on}"
         )
-        return with_trained(template, restored["model"])
 
     def wait(self) -> None:
         """Until every save is on disk."""

@@ -1,6 +1,7 @@
 """A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
 
-<run_dir>/config.yaml     the resolved config; with another config the directory is refused
+<run_dir>/config.yaml     the resolved config; with another one, but for where it computes, the
+                          directory is refused
 <run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
 <run_dir>/records/        what the stage hands on
 <run_dir>/summary.json    the numbers a person would quote
@@ -50,6 +51,9 @@ from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 
+WHERE = ("mesh", "sampling_mesh", "compilation_cache")
+"""Settings that say where a run computes, not what: it may go on with others."""
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -81,8 +85,11 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found = read_settings(self.path / "config.yaml")
-        differences = differing_keys(found, self.config.model_dump(mode="json"))
+        found, wanted = (
+            {key: value for key, value in settings.items() if key not in WHERE}
+            for settings in (read_settings(self.path / "config.yaml"), self._settings)
+        )
+        differences = differing_keys(found, wanted)
         if differences:
             raise UserError(
                 f"{self.path} is a run of another config, which differs in "
@@ -91,12 +98,17 @@ class RunDirectory:
             )
 
     @property
+    def _settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
+
+    @property
     def finished(self) -> bool:
         return (self.path / "manifest.json").is_file()
 
     def create(self) -> Path:
-        if not (self.path / "config.yaml").is_file():
-            atomic_write(self.path / "config.yaml", dump_config(self.config))
+        file = self.path / "config.yaml"
+        if not file.is_file() or read_settings(file) != self._settings:
+            atomic_write(file, dump_config(self.config))
         return self.path
 
     def writer(self, record_type: type[R]) -> RecordWriter[R]:
@@ -159,11 +171,16 @@ class Metrics:
 
     def resume_at(self, step: int) -> dict[str, float]:
         """Forget what a killed run logged after the checkpoint it resumes from; returns the last
-        values before it."""
-        if not self._path.exists():
-            return {}
-        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+        values before it. Raises UserError where they are missing."""
+        text = self._path.read_text() if self._path.exists() else ""
+        lines = [line for line in text.splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
+        last_step = json.loads(kept[-1])["step"] if kept else 0
+        if last_step < step:
+            raise UserError(
+                f"{self._path} ends at step {last_step}, the checkpoint to go on from is of step "
+                f"{step}: put the file back, or delete the checkpoints behind step {last_step}"
+            )
         if self._tensorboard is not None:
             atomic_write(self._path, "".join(line + "\n" for line in kept))
         last = json.loads(kept[-1]) if kept else {}
@@ -177,6 +194,12 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Until everything written is on disk: before a checkpoint that counts on it."""
+        if self._tensorboard is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if self._tensorboard is not None:

@@ -2,7 +2,8 @@
 
 <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
                           with adapters, base.json: the model that they belong to
-<run_dir>/checkpoints/    train state, loader position and counters, together (Orbax)
+<run_dir>/checkpoints/    train state and loader position, together (Orbax)
+<run_dir>/pending/        what a judge has sampled since the last of them
 <run_dir>/model/          the finished model as a Hugging Face directory
 """
 
@@ -23,6 +24,7 @@ from stepwiser_jax.records import UserError, atomic_write
 from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.pending import PendingGroups
 from stepwiser_jax.runtime.run import Interrupted, RunDirectory, stop
 from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
 
@@ -92,11 +94,13 @@ class TrainingRun:
         self._checkpointer = Checkpointer(
             directory.path / "checkpoints", keep=settings.keep_checkpoints
         )
+        self.pending = PendingGroups(directory.path / "pending")
         self.step = 0
         self._restore()
+        self._loader_state = loader.get_state()
         self._metrics = directory.metrics()
         self.last_metrics = self._metrics.resume_at(self.step)
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._unlogged: tuple[int, dict[str, Any]] | None = None
         self._skipped_in_a_row = 0
 
     def _write_template(self) -> None:
@@ -122,25 +126,37 @@ class TrainingRun:
     def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Log the step before this one (its values are on the host by now), then save when due."""
         self.flush()
-        self._pending = (step, metrics)
-        self.step = step
-        stopping = hosts.any_of(stop.requested)
-        if step % self.settings.checkpoint_every == 0 or stopping:
+        self._unlogged = (step, metrics)
+        self.step, self._loader_state = step, self.loader.get_state()
+        if step % self.settings.checkpoint_every == 0:
             self.save()
-        if stopping:
+        self.stop_if_asked()
+        self._forget_pending()
+
+    def stop_if_asked(self) -> None:
+        """Save the state behind the last step and raise Interrupted, if any process was asked to
+        stop. All must call this, at the same point."""
+        if hosts.any_of(stop.requested):
+            self.save()
             self._checkpointer.wait()
             raise Interrupted
 
     def save(self) -> None:
+        """Save the state behind the last step, unless that is done."""
         self.flush()
-        self._checkpointer.save(self.step, self.state, {"loader": self.loader.get_state()})
+        if self._checkpointer.latest_step() != self.step:
+            self._metrics.sync()
+            self._checkpointer.save(self.step, self.state, {"loader": self._loader_state})
+
+    def _forget_pending(self) -> None:
+        self.pending.forget_before(self._checkpointer.complete_step() or 0)
 
     def flush(self) -> None:
         """Fetch and log the metrics of the last dispatched step."""
-        if self._pending is None:
+        if self._unlogged is None:
             return
-        step, metrics = self._pending
-        self._pending = None
+        step, metrics = self._unlogged
+        self._unlogged = None
         self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._metrics.write(step, self.last_metrics)
         skipped = int(self.last_metrics.get("skipped", 0))
@@ -168,9 +184,9 @@ class TrainingRun:
                 f"expected finite parameters after step {self.step}, found others: lower "
                 "training.optimizer.learning_rate, in a new run directory"
             )
-        if self._checkpointer.latest_step() != self.step:
-            self.save()
+        self.save()
         self._checkpointer.close()
+        self._forget_pending()
         self._metrics.close()
         save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
         return self._directory.finish(lambda: summary)

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,13 @@ from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entro
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
 from stepwiser_jax.model.lora import base_of
-from stepwiser_jax.records import JudgeExample, UserError, Verdict
+from stepwiser_jax.records import Judged, JudgeExample, UserError, Verdict
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
+from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
@@ -142,21 +143,6 @@ def prompt_ids(example: JudgeExample, config: Judge, loaded: Loaded) -> list[int
 # --- rollouts ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One prompt with its group of judgments and what they earned."""
-
-    prompt_ids: list[int]
-    completions_G: list[list[int]]
-    logprobs_G: list[list[float]]
-    verdicts_G: list[Verdict]
-    rewards_G: list[float]
-
-    @property
-    def teaches(self) -> bool:
-        return len(set(self.rewards_G)) > 1
-
-
 class GroupCollector:
     """Samples and rewards the groups of one iteration with the judge as it is now."""
 
@@ -175,7 +161,10 @@ class GroupCollector:
     def __call__(
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
-        """Groups that teach, at most P of them, and the metrics of everything sampled."""
+        """Groups that teach, at most P of them, and the metrics of everything sampled. What a run
+        had sampled before it was killed is read. Raises Interrupted behind a draw where the run is
+        to stop."""
+        sampled_by = fingerprint(training.state.model)
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):
             engine = self.engine.with_model(model)
@@ -184,34 +173,30 @@ class GroupCollector:
         kept: list[Judged] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
         for draw in range(1 + self.config.grpo.max_refills):
-            judged = self.judge(engine, next(training.loader), f"judge/it{iteration}/draw{draw}")
+            examples, name = next(training.loader), f"judge/it{iteration}/draw{draw}"
+            places = range(jax.process_index(), len(examples), jax.process_count())
+            ids = [f"{name}/{p}/{examples[p].example_id}" for p in places]
+            done = training.pending.read(iteration, draw, sampled_by)
+            if done.keys() >= set(ids):
+                mine = [done[group_id] for group_id in ids]
+            else:  # the whole share: a row's last bits depend on the shapes it is sampled in
+                with jax.set_mesh(self.mesh):
+                    mine = self.sample(engine, [examples[p] for p in places], ids)
+                training.pending.write(iteration, draw, sampled_by, mine)
+            judged = join_shares(hosts.gather(mine))
+            training.stop_if_asked()
             sampled += judged
             kept += [group for group in judged if group.teaches or not drops]
             if len(kept) >= wanted:
                 break
         return kept[:wanted], rollout_metrics(sampled, len(kept))
 
-    def judge(self, engine: Engine, examples: Sequence[JudgeExample], name: str) -> list[Judged]:
-        """Groups of all examples, of which each process samples its share."""
-        processes = jax.process_count()
-        places = range(jax.process_index(), len(examples), processes)
-        with jax.set_mesh(self.mesh):
-            mine = self.sample(
-                engine, [examples[p] for p in places], [f"{name}/{p}" for p in places]
-            )
-        groups_of = hosts.gather(mine)
-        return [groups_of[p % processes][p // processes] for p in range(len(examples))]
-
     def sample(
-        self, engine: Engine, examples: Sequence[JudgeExample], names: Sequence[str]
+        self, engine: Engine, examples: Sequence[JudgeExample], group_ids: Sequence[str]
     ) -> list[Judged]:
         size = self.config.group_size
         prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
-        row_ids = [
-            f"{name}/{example.example_id}/{g}"
-            for name, example in zip(names, examples, strict=True)
-            for g in range(size)
-        ]
+        row_ids = [f"{group_id}/{g}" for group_id in group_ids for g in range(size)]
         output = engine.generate(
             prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
         )
@@ -222,14 +207,21 @@ class GroupCollector:
             verdicts = [parse_verdict(text) for text in texts]
             groups.append(
                 Judged(
-                    prompts_P[p],
-                    [output.ids(b) for b in rows],
-                    [output.logprobs(b) for b in rows],
-                    verdicts,
-                    [judge_reward(verdict, example.is_positive) for verdict in verdicts],
+                    group_ids[p],
+                    tuple(prompts_P[p]),
+                    tuple(tuple(output.ids(b)) for b in rows),
+                    tuple(tuple(output.logprobs(b)) for b in rows),
+                    tuple(verdicts),
+                    tuple(judge_reward(verdict, example.is_positive) for verdict in verdicts),
                 )
             )
         return groups
+
+
+def join_shares(shares: Sequence[Sequence[Judged]]) -> list[Judged]:
+    """A draw's groups in the order of its examples, which were dealt out in turns."""
+    turns = itertools.zip_longest(*shares)
+    return [group for turn in turns for group in turn if group is not None]
 
 
 def rollout_metrics(sampled: Sequence[Judged], kept: int) -> dict[str, float]:

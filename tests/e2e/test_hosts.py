@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.records import PrefixValue, Trajectory, read_records
+from stepwiser_jax.records import Judgment, PrefixValue, SearchResult, Trajectory, read_records
 
 from .conftest import command
 from .test_kill import everything
@@ -128,16 +128,27 @@ def test_a_process_that_waits_in_vain_says_so(process):
     assert found.returncode == 2
 
 
+SAMPLED = {
+    "rollouts": Trajectory,
+    "values": PrefixValue,
+    "evaluate": Judgment,
+    "search": SearchResult,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rollouts", "values"])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_rows_of_one(runs, tmp_path, name, processes):
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
+@pytest.mark.parametrize("name", SAMPLED)
+def test_processes_share_the_rows_of_one(runs, tmp_path, name):
+    """Two and four processes."""
+    whole = tmp_path / "whole"
     assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
-    finish(start(command(name, runs, out=shared, extra=BLOCKS[name]), processes=processes))
-    assert rows(shared) == rows(whole)
-    kind = {"rollouts": Trajectory, "values": PrefixValue}[name]
-    assert read_records(shared, kind) == read_records(whole, kind)
+    for processes in (2, 4):
+        shared = tmp_path / f"shared{processes}"
+        finish(start(command(name, runs, out=shared, extra=BLOCKS[name]), processes=processes))
+        assert rows(shared) == rows(whole)
+        assert read_records(shared, SAMPLED[name]) == read_records(whole, SAMPLED[name])
+        parts = json.loads((shared / "manifest.json").read_text())["records"].values()
+        assert max(len(kind["parts"]) for kind in parts) == processes, "one did all the work"
 
 
 def metrics(run):
@@ -159,6 +170,36 @@ def test_two_processes_of_two_devices_train_as_one_does(runs, tmp_path):
     assert (shared / "model" / "model.safetensors").stat().st_size == (
         whole / "model" / "model.safetensors"
     ).stat().st_size
+
+
+def stop_after_a_checkpoint(processes, run):
+    """All of them, by a notice to the last."""
+    before = {path.name for path in run.glob("checkpoints/*")}
+    while all(path.name in before for path in run.glob("checkpoints/[0-9]")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[-1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 130, errors[-3000:]
+    assert not (run / "manifest.json").exists(), "it was done before it could be stopped"
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_another_number_of_processes(runs, tmp_path):
+    """One of four devices, then two of two, then one again."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    extra = ("mesh.fsdp=2", "mesh.tensor=2", "training.checkpoint_every=1", "iterations=9")
+    assert main(command("judge", runs, out=whole, extra=extra)) == 0
+    again = command("judge", runs, out=moved, extra=extra)
+    stop_after_a_checkpoint(start(again, processes=1, devices=4), moved)
+    stop_after_a_checkpoint(start(again, processes=2, devices=2), moved)
+    finish(start(again, processes=1, devices=4))
+    for a, b in zip(metrics(whole), metrics(moved), strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    for a, b in zip(everything(whole)[1], everything(moved)[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Real processes, really killed: the same command again leaves what an undisturbed run leaves."""
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,8 +18,8 @@ from .conftest import command
 SETTINGS = {
     "rollouts": ("problems.limit=24", "problems_per_block=2"),
     "values": ("trajectories_per_block=2",),
-    "judge": ("iterations=6", "training.checkpoint_every=2"),
 }
+KILLS = 6
 
 
 def start(arguments):
@@ -49,6 +51,7 @@ def everything(run):
         return records, []
     names = ("model", "rest")
     handlers = {name: ocp.StandardCheckpointHandler() for name in names}
+    handlers["host"] = ocp.JsonCheckpointHandler()
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers=handlers)
     step, here = manager.latest_step(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = manager.item_metadata(step)
@@ -60,8 +63,9 @@ def everything(run):
         name: ocp.args.StandardRestore(jax.tree.map(on_one_device, found[name].tree))
         for name in names
     }
-    saved = manager.restore(step, args=ocp.args.Composite(**wanted))
-    return records, jax.tree.leaves((saved["model"], saved["rest"]))
+    saved = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore(), **wanted))
+    assert saved["host"]["loader"]
+    return records, jax.tree.leaves((step, saved["host"], saved["model"], saved["rest"]))
 
 
 @pytest.mark.slow
@@ -80,6 +84,52 @@ def test_kill_minus_nine_twice_and_run_again(runs, tmp_path, name):
     assert bool(records) != bool(arrays), "nothing was compared"
     for a, b in zip(arrays, found_arrays, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def kill_after(seconds, arguments, run, *, sign):
+    """So long after the first new file of this name. Returns what lay there then."""
+    process = start(arguments)
+    seen = {file.name for file in run.rglob("*")}
+
+    while all(file.name in seen for file in run.glob(sign)):
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.001)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "manifest.json").exists(), "it was done before it could be killed"
+    return {path.parent.name + "/" + path.name for path in run.glob("*/*")}
+
+
+@pytest.mark.slow
+def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
+    """Draws, checkpoints complete and not, and metrics lie there in all mixtures."""
+    os.environ["XLA_FLAGS"] = ""
+    moments, found = random.Random(0), []
+    extra = (
+        f"iterations={4 * KILLS}",
+        f"compilation_cache={tmp_path / 'cache'}",
+        "training.checkpoint_every=2",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(command("judge", runs, out=whole, extra=extra)).wait() == 0
+    per_iteration = json.loads((whole / "summary.json").read_text())["seconds_per_iteration"]
+    again = command("judge", runs, out=killed, extra=extra)
+    for kill in range(KILLS):
+        if kill % 3 == 2:  # while a checkpoint is written, which takes hundredths of a second
+            sign, seconds = "checkpoints/*.orbax-checkpoint-tmp", moments.uniform(0, 0.02)
+        else:
+            sign, seconds = "pending/*.jsonl", moments.uniform(0, 2 * per_iteration)
+        found.append(kill_after(seconds, again, killed, sign=sign))
+        print(kill, sorted(name for name in found[-1] if name[0] in "cp"))
+    assert any("orbax-checkpoint-tmp" in name for names in found for name in names)
+    assert any(name.startswith("pending/") for names in found for name in names)
+    assert start(again).wait() == 0
+    (_, arrays), (_, found_arrays) = everything(whole), everything(killed)
+    for a, b in zip(arrays, found_arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert not list(killed.glob("pending/*"))
 
 
 @pytest.mark.slow

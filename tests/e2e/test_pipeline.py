@@ -21,6 +21,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime import training_run
 from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
 
 from .conftest import CONFIGS, INPUTS, command
@@ -163,33 +164,69 @@ def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, m
     assert record_bytes(tmp_path / "run") == record_bytes(runs / name)
 
 
-@pytest.mark.parametrize("name", ["cold_start", "judge"])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
-    extra = {"cold_start": ("steps=20", "training.checkpoint_every=8"), "judge": ()}[name]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(command(name, runs, out=whole, extra=extra)) == 0
+def die_at(step, monkeypatch):
+    """In place of the end of that step, when what was to be saved before is saved."""
     finish_step = TrainingRun.finish_step
-    dies_at = {"cold_start": 11, "judge": 3}[name]
 
-    def dying(self, step, metrics):
-        if step == dies_at:
+    def dying(self, found, metrics):
+        if found == step:
             self._checkpointer.wait()
             raise Killed
-        finish_step(self, step, metrics)
+        finish_step(self, found, metrics)
 
-    arguments = command(name, runs, out=cut, extra=extra)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "finish_step", dying)
-        with pytest.raises(Killed):
-            main(arguments)
-    assert Checkpointer(cut / "checkpoints").latest_step() is not None
-    assert main(arguments) == 0
+    monkeypatch.setattr(TrainingRun, "finish_step", dying)
+
+
+def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ours, theirs = (load_hf(str(run / "model")) for run in (cut, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, tmp_path, monkeypatch):
+    extra = ("steps=20", "training.checkpoint_every=8")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command("cold_start", runs, out=whole, extra=extra)) == 0
+    arguments = command("cold_start", runs, out=cut, extra=extra)
+    with monkeypatch.context() as patch:
+        die_at(11, patch)
+        with pytest.raises(Killed):
+            main(arguments)
+    assert Checkpointer(cut / "checkpoints").latest_step() is not None
+    assert main(arguments) == 0
+    assert_same_training(cut, whole)
+
+
+def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
+    """Asked to stop while it samples, it leaves behind the draw; killed before an iteration is
+    over, it reads what it had sampled; and the end is the same to the bit."""
+    run, sampled, generate = tmp_path / "run", [], Engine.generate
+
+    def counting(self, *args, row_ids, **settings):
+        sampled.extend(row_ids)
+        return generate(self, *args, row_ids=row_ids, **settings)
+
+    monkeypatch.setattr(Engine, "generate", counting)
+    arguments = command("judge", runs, out=run)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.stop, "requested", True)
+        assert main(arguments) == 130
+    assert len(sampled) == 8 * 4 and len(list((run / "pending").iterdir())) == 1
+    assert Checkpointer(run / "checkpoints").latest_step() == 0
+    with monkeypatch.context() as patch:
+        die_at(3, patch)
+        with pytest.raises(Killed):
+            main(arguments)
+    assert Checkpointer(run / "checkpoints").latest_step() == 2
+    so_far = len(sampled)
+    assert main(arguments) == 0
+    groups = [json.loads(x)["groups_sampled"] for x in (run / "metrics.jsonl").open()]
+    assert len(sampled) == len(set(sampled)) == so_far == 4 * sum(groups)
+    assert not list((run / "pending").iterdir())
+    assert_same_training(run, runs / "judge")
 
 
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
 from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.algo.sampling import Draw
+from stepwiser_jax.config import load_config
 from stepwiser_jax.model import attention
 from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
 from stepwiser_jax.model.hf import load_hf, save_hf
@@ -31,12 +34,16 @@ from stepwiser_jax.runtime.mesh import (
     shard_batch,
     split_attention,
 )
+from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
+from stepwiser_jax.stages import judge
 from tiny import tiny_config
 
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+CONFIG = load_config("judge", Path(__file__).parents[2] / "configs" / "smoke_judge.yaml")
+OPTIMIZER = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -63,36 +70,9 @@ def batch():
         )
         for row in range(8)
     ]
-    return rollout_batch(groups, num_rows=8, row_length=16)
-
-
-def loss(model, batch, denominator):
-    logprobs = token_logprobs(
-        model,
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segment_ids_BT,
-        previous_BT=batch.previous_BT,
-    )
-    value, metrics = grpo_loss(
-        logprobs,
-        batch.sampler_logprobs_BT,
-        batch.advantages_BT,
-        batch.completion_mask_BT,
-        clip_eps_low=0.2,
-        clip_eps_high=0.28,
-        denominator=denominator,
-    )
-    return value, metrics | {"logprobs": jnp.sum(logprobs)}
-
-
-def denominator(batch):
-    return loss_denominator(
-        batch.completion_mask_BT,
-        batch.segment_ids_BT,
-        aggregation="token_mean",
-        max_completion_tokens=1,
-    )
+    batch = rollout_batch(groups, num_rows=8, row_length=16)
+    old_BT, ref_BT = (rng.uniform(-6, -3, batch.tokens_BT.shape).astype("f4") for _ in range(2))
+    return dataclasses.replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT)
 
 
 def gradients(checkpoint, sizes, micro_batches=1):
@@ -102,7 +82,12 @@ def gradients(checkpoint, sizes, micro_batches=1):
 
 def gradients_of(model, mesh, micro_batches=1):
     compute = jax.jit(
-        functools.partial(accumulate, loss, micro_batches=micro_batches, denominator_fn=denominator)
+        functools.partial(
+            accumulate,
+            functools.partial(judge.judge_loss, config=CONFIG),
+            micro_batches=micro_batches,
+            denominator_fn=functools.partial(judge.judge_denominators, config=CONFIG),
+        )
     )
     with jax.set_mesh(mesh):
         grads, metrics = compute(model, shard_batch(batch(), mesh))
@@ -117,13 +102,16 @@ def gradients_on_one_device(checkpoint):
 def assert_equal_gradients(found, expected):
     (_, grads, metrics), (_, expected_grads, expected_metrics) = found, expected
     for name, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(expected_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
-def test_loss_and_gradients_are_equal_on_every_mesh(checkpoint, sizes):
+def test_loss_gradients_and_metrics_are_equal_on_every_mesh(checkpoint, sizes):
+    expected = gradients_on_one_device(checkpoint)[2]
+    for name in "loss kl entropy clip_fraction_low clip_fraction_high logprob_gap".split():
+        assert expected[name] != 0, name
     one, many = gradients_on_one_device(checkpoint), gradients(checkpoint, sizes)
     assert len(one[0].embed[...].sharding.device_set) == 1
     assert len(many[0].embed[...].sharding.device_set) == 8, "the model is not spread at all"
@@ -182,48 +170,115 @@ def test_micro_batches_on_a_mesh(checkpoint):
     assert_equal_gradients(gradients(checkpoint, (2, 2, 2), micro_batches=2), once)
 
 
-def test_no_device_holds_more_than_its_share(checkpoint):
-    mesh = make_mesh(1, 4, 2)
+def train_state(checkpoint, sizes):
+    mesh = make_mesh(*sizes)
+    return mesh, create_train_state(load(checkpoint, mesh), OPTIMIZER, mesh)
+
+
+def axes_of(array):
+    """The mesh axes over which it is split."""
+    entries = (entry for entry in array.sharding.spec if entry is not None)
+    return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, sizes):
+    mesh, state = train_state(checkpoint, sizes)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER)
+    with jax.set_mesh(mesh):
+        after, _ = train_step(state, shard_batch(batch(), mesh))
+    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(leaf))
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
+    model, moments = after.model, (after.opt_state.mu, after.opt_state.nu)
+    for tree in (model, *moments):
+        for name in ("embed", "q", "o", "gate", "up", "down"):
+            holder = tree if name == "embed" else tree.blocks
+            assert axes_of(getattr(holder, name)[...]) == {"fsdp", "tensor"}, name
+        for name in ("k", "v"):
+            split = {"fsdp", "tensor"} if mesh.shape["tensor"] <= 2 else {"fsdp"}
+            assert axes_of(getattr(tree.blocks, name)[...]) == split, name
+
+
+def test_checkpoints_move_between_all_meshes(checkpoint, tmp_path):
+    states = [train_state(checkpoint, sizes)[1] for sizes in MESHES]
+    expected = jax.tree.leaves(jax.device_get(states[0]))
+    prints = {fingerprint(state.model) for state in states}
+    assert len(prints) == 1, "what one mesh has sampled is another's too"
+    for number, state in enumerate(states):
+        saver = Checkpointer(tmp_path / str(number))
+        saver.save(1, state, {"loader": {}})
+        saver.wait()
+        for template in states:
+            restored, _ = saver.restore(template)
+            found, places = jax.tree.leaves(restored), jax.tree.leaves(template)
+            for a, b, place in zip(expected, found, places, strict=True):
+                assert b.sharding.is_equivalent_to(place.sharding, b.ndim)
+                np.testing.assert_array_equal(a, jax.device_get(b))
+        saver.close()
+
+
+PROMPTS = [[3 + p % 5, 4, 5 + p][: 1 + p % 3] for p in range(16)]
+ROW_IDS = [f"{p}/{g}" for p in range(16) for g in range(8)]
+
+
+def sample(checkpoint, sampler_class, sizes):
+    mesh = make_mesh(*sizes)
     model = load(checkpoint, mesh)
-    optimizer = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    state = create_train_state(model, optimizer, mesh)
-    for tree in (state.model, state.opt_state):
-        split = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim >= 2 and leaf.shape[-1] > 16]
-        assert split
-        for leaf in split:
-            if leaf.ndim == 3 or leaf.shape[0] == 64:
-                assert leaf.addressable_shards[0].data.size <= leaf.size // 4, leaf.shape
-
-
-def test_checkpoint_moves_between_meshes(checkpoint, tmp_path):
-    optimizer = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    small, large = make_mesh(), make_mesh(2, 2, 2)
-    state = create_train_state(load(checkpoint, large), optimizer, large)
-    saver = Checkpointer(tmp_path)
-    saver.save(1, state, {})
-    saver.close()
-    template = create_train_state(load(checkpoint, small), optimizer, small)
-    restored, _ = Checkpointer(tmp_path).restore(template)
-    assert len(restored.model.embed[...].sharding.device_set) == 1
-    for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(restored.model), strict=True):
-        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
-
-
-@pytest.mark.parametrize("sampler_class", [Sampler, Engine])
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
-    prompts = [[3, 4, 5], [9], [7, 7, 8, 1]]
-    ids = [f"{p}/{g}" for p in range(3) for g in range(4)]
+    sampler = sampler_class(model, rows=(64, 128), buckets=(16,), mesh=mesh)
     params = SamplingParams(8, stop_ids=(1, 2, 3, 4, 5))
+    key = jax.random.key(0)
+    return mesh, model, sampler.generate(PROMPTS, params, key=key, row_ids=ROW_IDS, group_size=8)
 
-    def sample(sampler_class, mesh):
-        sampler = sampler_class(load(checkpoint, mesh), rows=(8, 16), buckets=(16,), mesh=mesh)
-        return sampler.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
 
-    one, many = sample(Sampler, make_mesh()), sample(sampler_class, make_mesh(*sizes))
-    for b in range(len(ids)):
-        assert one.ids(b) == many.ids(b)
+@functools.cache
+def sampled_on_one_device(checkpoint):
+    return sample(checkpoint, Sampler, (1, 1, 1))[2]
+
+
+@pytest.mark.parametrize(
+    ("sampler_class", "sizes"),
+    [(Engine, sizes) for sizes in MESHES] + [(Sampler, (2, 2, 2)), (Sampler, (8, 1, 1))],
+    ids=str,
+)
+def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
+    """The noise is the same: only a row whose uniform lies within rounding of a token's edge may
+    differ. Log-probs are those of the same model reading the row."""
+    one = sampled_on_one_device(checkpoint)
+    mesh, model, many = sample(checkpoint, sampler_class, sizes)
+    same = [b for b in range(len(ROW_IDS)) if one.ids(b) == many.ids(b)]
+    assert len(same) >= 0.99 * len(ROW_IDS)
+    for b in same:
         np.testing.assert_allclose(one.logprobs(b), many.logprobs(b), atol=1e-4)
+    groups = [
+        Group(prompt, [many.ids(b)], [many.logprobs(b)], [0.0])
+        for b in range(len(ROW_IDS))
+        for prompt in [PROMPTS[b // 8]]
+    ]
+    rows = shard_batch(rollout_batch(groups, num_rows=len(groups), row_length=16), mesh)
+    with jax.set_mesh(mesh):
+        found_BT = jax.jit(token_logprobs)(
+            model,
+            rows.tokens_BT,
+            rows.positions_BT,
+            rows.segment_ids_BT,
+            previous_BT=rows.previous_BT,
+        )
+    mask_BT = rows.completion_mask_BT
+    np.testing.assert_allclose(found_BT[mask_BT], rows.sampler_logprobs_BT[mask_BT], atol=1e-4)
+
+
+def test_noise_is_identical_on_every_mesh():
+    """To the bit: it is a function of key, row and position."""
+    draw = Draw.create(jax.random.key(7), 1.0, 0, 1.0)
+    rows, positions = np.arange(64, dtype=np.uint32) * 977, np.arange(64, dtype=np.int32)
+    expected_B = np.asarray(jax.jit(draw._uniform)(rows, positions))
+    assert len(set(expected_B.tolist())) == 64
+    for sizes in MESHES[1:]:
+        found_B = jax.jit(draw._uniform)(*shard_batch((rows, positions), make_mesh(*sizes)))
+        np.testing.assert_array_equal(np.asarray(found_B), expected_B)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stepwiser_jax.config import Label
+from stepwiser_jax.config import Label, load_config
 from stepwiser_jax.records import (
     ChunkLabel,
     Judgment,
@@ -159,6 +159,34 @@ def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 9.0},
     ]
+
+
+def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (1, 2):
+        metrics.write(step, {"loss": 0.5})
+    metrics.close()
+    assert Metrics(tmp_path).resume_at(2) == {"loss": 0.5}
+    with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* behind step 2"):
+        Metrics(tmp_path).resume_at(3)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="ends at step 0"):
+        Metrics(tmp_path).resume_at(1)
+    assert Metrics(tmp_path).resume_at(0) == {}
+
+
+def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+
+    def directory(*sets):
+        return RunDirectory(tmp_path / "run", "judge", load_config("judge", file, sets))
+
+    directory().create()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    directory("mesh.fsdp=2", "sampling_mesh.tensor=2").create()
+    assert "fsdp: 2" in (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="differs in group_size: 4 -> 2: name a new"):
+        directory("group_size=2")
 
 
 def test_write_records_round_trip(tmp_path):

@@ -27,11 +27,12 @@ def config(request):
 def groups(count):
     return [
         judge.Judged(
-            [3, 1 + i % 9],
-            [[4, 5, 6 + g] for g in range(4)],
-            [[-1.0, -2.0, -3.0]] * 4,
-            [Verdict.POSITIVE] * 4,
-            [1.0, 0.0, 0.0, 1.0],
+            f"g{i}",
+            (3, 1 + i % 9),
+            tuple((4, 5, 6 + g) for g in range(4)),
+            ((-1.0, -2.0, -3.0),) * 4,
+            (Verdict.POSITIVE,) * 4,
+            (1.0, 0.0, 0.0, 1.0),
         )
         for i in range(count)
     ]

@@ -1,5 +1,7 @@
 """Loaders, batches, the train step and checkpoints."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import (
+    TrainState,
     accumulate,
     create_train_state,
     join_rows,
@@ -296,6 +299,59 @@ def test_checkpoint_resumes_to_the_bit(tmp_path):
     assert model.config == tiny_config("qwen2")
     with pytest.raises(UserError, match=r"checkpoint 7 .*\[3\]"):
         saver.restore_model(template, 7)
+
+
+def small_state():
+    return TrainState({"w": jnp.arange(999.0)}, {"m": jnp.ones(99)}, jnp.int32(4), jnp.int32(0))
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    saver = Checkpointer(directory)
+    saver.save(2, small_state(), {"loader": {"next_index": 2}})
+    saver.save(4, small_state(), {"loader": {"next_index": 4}})
+    saver.close()
+    return directory
+
+
+def lose_a_directory(part):
+    shutil.rmtree(part)
+
+
+def cut_the_largest_file(part):
+    files = (file for file in part.rglob("*") if file.is_file())
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [lose_a_directory, cut_the_largest_file])
+@pytest.mark.parametrize("part", ["model", "rest", "host"])
+def test_a_part_that_is_missing_or_damaged_is_named(two_saves, tmp_path, part, harm):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_saves, directory)
+    if part == "host" and harm is cut_the_largest_file:
+        (directory / "4" / "host" / "metadata").write_text('{"loa')
+    else:
+        harm(directory / "4" / part)
+    with pytest.raises(UserError, match=f"'{part}' of .*4 is missing or damaged") as refusal:
+        Checkpointer(directory).restore(small_state())
+    assert str(refusal.value).endswith("delete that directory to go on from step 2")
+    shutil.rmtree(directory / "4")
+    assert Checkpointer(directory).restore(small_state())[1] == {"loader": {"next_index": 2}}
+    shutil.rmtree(directory / "2" / part)
+    with pytest.raises(UserError, match="begin again: there is no other step"):
+        Checkpointer(directory).restore(small_state())
+
+
+def test_a_save_without_the_loaders_state_is_refused(tmp_path):
+    saver = Checkpointer(tmp_path)
+    saver.save(1, small_state(), {"iterator": {}})
+    assert saver.complete_step() is None or (tmp_path / "1" / "commit_success.txt").exists()
+    saver.wait()
+    assert saver.complete_step() == 1
+    with pytest.raises(UserError, match=r"'host' of .*1 is .*loader's state, found \['iterator'\]"):
+        saver.restore(small_state())
 
 
 # --- a run of it --------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""Groups on disk between a draw and the checkpoint behind it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepwiser_jax.records import Judged, Verdict
+from stepwiser_jax.runtime.pending import PendingGroups, fingerprint
+
+
+def groups(count):
+    """Log-probs with every bit of a float32 in use."""
+    logprobs = -np.random.default_rng(0).random((count, 2, 5), np.float32)
+    return [
+        Judged(
+            f"judge/it3/draw0/{p}/e",
+            (1, 2, p),
+            ((3, 4, 5, 6, 7), (8, 9, 10, 11, 12)),
+            tuple(tuple(float(str(x)) for x in row) for row in logprobs[p]),
+            (Verdict.POSITIVE, Verdict.UNPARSED),
+            (1.0, 0.0),
+        )
+        for p in range(count)
+    ]
+
+
+def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
+    pending, written = PendingGroups(tmp_path / "pending"), groups(3)
+    assert pending.read(3, 0, "aa") == {}
+    pending.write(3, 0, "aa", written)
+    assert list(pending.read(3, 0, "aa").values()) == written
+    for iteration, draw, sampled_by in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
+        assert pending.read(iteration, draw, sampled_by) == {}
+
+
+def test_shares_of_another_number_of_processes_are_read_too(tmp_path):
+    pending, written = PendingGroups(tmp_path), groups(4)
+    pending.write(3, 0, "aa", written)
+    (whole,) = tmp_path.iterdir()
+    lines = whole.read_text().splitlines(keepends=True)
+    whole.unlink()
+    for process in range(2):
+        name = whole.name.replace("share0of1", f"share{process}of2")
+        (tmp_path / name).write_text("".join(lines[process::2]))
+    assert pending.read(3, 0, "aa") == {group.group_id: group for group in written}
+
+
+def test_those_before_a_checkpoint_are_forgotten(tmp_path):
+    pending = PendingGroups(tmp_path)
+    pending.forget_before(9)
+    for iteration in (2, 3, 10):
+        pending.write(iteration, 0, "aa", groups(1))
+    pending.forget_before(3)
+    assert not pending.read(2, 0, "aa")
+    assert pending.read(3, 0, "aa") and pending.read(10, 0, "aa")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_bit_of_one_parameter_shows(dtype):
+    parameters = {"a": jnp.ones((4, 8), dtype), "b": jnp.zeros(3, dtype)}
+    next_to_one = jnp.nextafter(jnp.ones((), dtype), jnp.full((), 2, dtype))
+    others = [
+        parameters | {"a": parameters["a"].at[2, 3].set(next_to_one)},
+        parameters | {"b": parameters["b"].at[0].set(-0.0)},
+        {"a": parameters["b"], "b": parameters["a"]},
+    ]
+    found = {fingerprint(parameters), *map(fingerprint, others)}
+    assert len(found) == 4
+    assert fingerprint(parameters) == fingerprint({k: v + 0 for k, v in parameters.items()})
