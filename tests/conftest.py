@@ -9,6 +9,8 @@ flags += [
     # By default XLA starts independent operations of a program in any order, collectives too: two
     # CPU devices can then wait for one another in different ones, for ever.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # Most of the time goes into compiling programs that then run for milliseconds.
+    "--xla_backend_optimization_level=0",
 ]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +25,14 @@ from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What shares compiled programs, or the runs of the smoke configs, shares a worker."""
+    for item in items:
+        group = "runs" if "runs" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_addoption(parser):
