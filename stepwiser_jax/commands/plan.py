@@ -144,6 +144,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits(need),
             "compile_seconds": need.compile_seconds,
         }
+        if not plan.fits(need):
+            entry["change"] = need.program.change
         if need.cost is None:
             programs[need.program.name] = entry | {"refused": need.refused}
             continue
