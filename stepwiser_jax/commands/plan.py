@@ -26,10 +26,11 @@ from stepwiser_jax.runtime.aot import (
     Need,
     Topology,
     compile_program,
+    host_devices,
     roofline,
     tpu_topology,
 )
-from stepwiser_jax.runtime.mesh import devices_of_process, make_mesh, processes_of
+from stepwiser_jax.runtime.mesh import make_mesh, processes_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class Plan:
 
     def fits(self, need: Need) -> bool:
         return not need.refused and need.total_bytes <= self.bytes_per_device
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers do not show."""
+        everything = len(self.topology.devices)
+        samples = any(need.program.mesh.devices.size < everything for need in self.needs)
+        if not (samples and self.topology.chip.whole_slices):
+            return []
+        return [
+            f"the compiler refuses programs of part of a {self.topology.kind} slice: what each "
+            "process samples by itself is planned for a slice of one host"
+        ]
 
     @property
     def too_large(self) -> list[Need]:
@@ -65,7 +78,7 @@ def make_plan(
     devices, owner = described.devices, f"{topology} x {slices}"
     if not isinstance(config, Judge | Sft) and len(processes_of(devices)) > 1:
         # Every process samples its share with a copy of the model on its own devices.
-        devices = devices_of_process(devices, processes_of(devices)[0])
+        devices = host_devices(described)
         owner = f"each process of {owner}"
     if math.prod(mesh_config.model_dump().values()) != len(devices):
         raise UserError(
@@ -74,7 +87,7 @@ def make_plan(
             "mesh.tensor the number of devices"
         )
     mesh = make_mesh(**mesh_config.model_dump(), devices=devices)
-    programs = programs_of(config, mesh)
+    programs = programs_of(config, mesh, host_devices(described))
     chosen = [p for p in programs.programs if only in (None, p.name)]
     needs = [compile_program(program) for program in chosen]
     return Plan(stage, described, mesh, programs, needs)
@@ -186,6 +199,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "waves": plan.programs.waves,
         "programs": programs,
         "fits": not plan.too_large,
+        "notes": plan.notes,
     }
 
 
@@ -242,6 +256,7 @@ def as_text(plan: Plan) -> str:
         f"{total['seconds_with_interconnect']:.1f} s"
     )
     lines += [f"{need.program.name} does not fit: {need.program.change}" for need in plan.too_large]
+    lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
 

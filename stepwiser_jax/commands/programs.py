@@ -54,6 +54,7 @@ from stepwiser_jax.runtime.engine import (
     decode_segment,
     empty_state,
     read_trunks,
+    state_sharding,
 )
 from stepwiser_jax.runtime.hlo_cost import Cost, Instruction, KernelCost
 from stepwiser_jax.runtime.loading import (
@@ -63,7 +64,12 @@ from stepwiser_jax.runtime.loading import (
     sharding_of,
     shardings_of,
 )
-from stepwiser_jax.runtime.mesh import make_sampling_mesh, mesh_of_copies, processes_of
+from stepwiser_jax.runtime.mesh import (
+    make_mesh,
+    make_sampling_mesh,
+    mesh_of_copies,
+    processes_of,
+)
 from stepwiser_jax.runtime.sampling import Weights
 from stepwiser_jax.runtime.training_run import optimizer_of
 from stepwiser_jax.stages.judge import judge_train_step, score
@@ -82,12 +88,13 @@ class Programs:
     waves: int = 0
 
 
-def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
-    """Raises UserError for a stage that has no plan."""
+def programs_of(config: Config, mesh: jax.sharding.Mesh, of_process: Sequence[Any]) -> Programs:
+    """`of_process`: the devices for what a process does by itself. Raises UserError for a stage
+    that has no plan."""
     if isinstance(config, Sft):
         return _of_sft(config, mesh)
     if isinstance(config, Judge):
-        return _of_judge(config, mesh)
+        return _of_judge(config, mesh, of_process)
     if isinstance(config, Rollout):
         per_wave = (config.problems_per_block, config.group_size)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
@@ -271,7 +278,7 @@ def lower_update(
     return _lower(step, mesh, state, abstract_rows(batch, mesh))
 
 
-def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
+def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any]) -> Programs:
     model_config, model = _model(config.model, mesh)
     updates = config.updates_per_iteration
     _, optimizer = optimizer_of(config.training, updates)
@@ -289,6 +296,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
     of_group = judge_work(config)
     processes = processes_of(mesh.devices.flat)
     sampling_mesh = make_sampling_mesh(mesh, processes[0], config.sampling_axes)
+    shape = sampling_mesh.devices.shape
     has_reference = config.grpo.kl_coef and config.model.lora is None
     reference = bytes_per_device(model) if has_reference else 0
     held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
@@ -302,7 +310,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
         config.engine,
         config.sampling,
         (math.ceil(config.prompts_per_iteration / len(processes)), config.group_size),
-        sampling_mesh,
+        sampling_mesh if len(processes) == 1 else make_mesh(*shape, devices=of_process),
         prompt=config.max_prompt_tokens,
         held=held,
     )
@@ -416,10 +424,8 @@ def _of_sampling(
     slots = engine.shapes.bucket(prompt)
     P, R = engine.first_grid(*per_wave, SHARED_BY)
     B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
-    state = abstract_rows(
-        jax.eval_shape(lambda: empty_state(decoder, P, R, slots, new, engine.own_dtype)),
-        mesh,
-    )
+    state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
+    state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
     at_once = engine.read_at_once(P, slots)
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh

@@ -31,7 +31,13 @@ from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.hlo_cost import Collective, Cost, KernelCost, program_cost
 from stepwiser_jax.runtime.loading import sharding_of, shardings_of
-from stepwiser_jax.runtime.mesh import batch_sharding, replicated, slice_of
+from stepwiser_jax.runtime.mesh import (
+    batch_sharding,
+    devices_of_process,
+    processes_of,
+    replicated,
+    slice_of,
+)
 from stepwiser_jax.runtime.trainer import TrainState
 
 GIB = 2**30
@@ -41,7 +47,9 @@ GIB = 2**30
 class Chip:
     """What one chip has. Bandwidths are bytes/s: of HBM, of one interconnect link in one direction,
     and of the data-center network between slices. `ring` is the size from which, in whole
-    multiples, an axis of the torus closes to a ring: two ways round instead of one."""
+    multiples, an axis of the torus closes to a ring: two ways round instead of one. `whole_slices`:
+    the compiler refuses programs in which some devices of a slice exchange data and others do not
+    take part."""
 
     hbm_gib: int
     flops: float
@@ -50,6 +58,7 @@ class Chip:
     network_bandwidth: float
     ring: int
     devices: int = 1
+    whole_slices: bool = False
 
 
 # Google Cloud's documentation of each TPU version, bfloat16. Links, network and ring sizes follow
@@ -57,9 +66,9 @@ class Chip:
 # second source: times on the interconnect are no better than they are.
 CHIPS = {
     "v4": Chip(32, 275e12, 1.23e12, 4.5e10, 6.25e9, ring=4),
-    "v5e": Chip(16, 197e12, 8.2e11, 4.5e10, 3.125e9, ring=16),
+    "v5e": Chip(16, 197e12, 8.2e11, 4.5e10, 3.125e9, ring=16, whole_slices=True),
     "v5p": Chip(95, 459e12, 2.77e12, 9e10, 6.25e9, ring=4),
-    "v6e": Chip(32, 918e12, 1.64e12, 9e10, 1.25e10, ring=16),
+    "v6e": Chip(32, 918e12, 1.64e12, 9e10, 1.25e10, ring=16, whole_slices=True),
     "tpu7x": Chip(192, 2307e12, 7.37e12, 9e10, 1.25e10, ring=4, devices=2),
 }
 
@@ -113,6 +122,17 @@ def tpu_topology(name: str, slices: int = 1) -> Topology:
         reason = str(error).splitlines()[0]
         raise UserError(f"the compiler refuses the topology {name}: {reason}") from None
     return Topology(kind, shape, slices, list(described.devices))
+
+
+def host_devices(topology: Topology) -> list[Any]:
+    """Devices for the programs of one process: its own; where the compiler refuses programs of part
+    of a slice, those of a slice of that shape."""
+    processes = processes_of(topology.devices)
+    own = devices_of_process(topology.devices, processes[0])
+    if len(processes) == 1 or not topology.chip.whole_slices:
+        return own
+    sizes = [1 + max(device.coords[axis] for device in own) for axis in range(2)]
+    return tpu_topology(f"{topology.kind}:{sizes[0]}x{sizes[1]}").devices
 
 
 # --- abstract inputs ----------------------------------------------------------------------------

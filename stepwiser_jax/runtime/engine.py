@@ -28,10 +28,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from stepwiser_jax.algo.sampling import Draw, row_hash
+from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.runtime.mesh import batch_sharding, cache_sharding, replicated
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import (
     SampleOutput,
@@ -245,15 +248,14 @@ class _Run:
         self.waiting: list[deque[Fork]] = [deque() for _ in range(self.places)]
         self.trunk_at = [Trunk((), ())] * self.places
         self.running: dict[int, Fork] = {}
-        self.state = engine.place_rows(
-            empty_state(
-                engine.model,
-                self.places,
-                self.rows,
-                slots,
-                params.max_new_tokens,
-                engine.own_dtype,
-            )
+        self.state = empty_state(
+            engine.model,
+            engine.mesh,
+            self.places,
+            self.rows,
+            slots,
+            params.max_new_tokens,
+            engine.own_dtype,
         )
 
     def completions(self) -> Iterator[list[Completion]]:
@@ -409,13 +411,27 @@ class _Run:
 # --- device programs ----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> EngineState:
+    """Rows over the mesh's rows, key/value heads over its heads."""
+    heads = cache_sharding(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+    of_dimensions = {0: replicated(mesh), 4: heads}
+    return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def empty_state(
-    model: Transformer, places: int, rows: int, slots: int, max_new_tokens: int, own_dtype: Any
+    model: Transformer,
+    mesh: Mesh | None,
+    places: int,
+    rows: int,
+    slots: int,
+    max_new_tokens: int,
+    own_dtype: Any,
 ) -> EngineState:
+    """Born in its places: no device ever holds all of it."""
     B = places * rows
     config, dtype = model.config, model.compute_dtype
-    return EngineState(
+    state = EngineState(
         prefix=SharedPrefix(
             KVCache.create(config, places, slots, dtype), jnp.zeros((B,), jnp.int32)
         ),
@@ -429,6 +445,9 @@ def empty_state(
         tokens_BC=jnp.zeros((B, max_new_tokens), jnp.int32),
         logprobs_BC=jnp.zeros((B, max_new_tokens), jnp.float32),
     )
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_sharding(state, config, mesh))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

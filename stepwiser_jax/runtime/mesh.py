@@ -207,6 +207,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def cache_sharding(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> NamedSharding:
+    """Of keys and values (B, K, ., .): rows as a batch's, heads as those of the parameters."""
+    _, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
+    rows = batch_sharding(mesh).spec[0]
+    return NamedSharding(mesh, PartitionSpec(rows, "tensor" if kv_heads_split else None))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -21,6 +21,7 @@ from stepwiser_jax.model.lora import with_adapters
 from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime import engine as engine_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
@@ -279,6 +280,36 @@ def test_noise_is_identical_on_every_mesh():
     for sizes in MESHES[1:]:
         found_B = jax.jit(draw._uniform)(*shard_batch((rows, positions), make_mesh(*sizes)))
         np.testing.assert_array_equal(np.asarray(found_B), expected_B)
+
+
+def test_keys_and_values_lie_with_their_rows_and_heads(checkpoint, monkeypatch):
+    """Created there, and there behind every program: a device holds its share of them."""
+    mesh, states = make_mesh(2, 2, 2), []
+    decode, read = engine_module.decode_segment, engine_module.read_trunks
+
+    def watched(program):
+        def call(model, state, *inputs):
+            states.append(state)
+            states.append(program(model, state, *inputs))
+            return states[-1]
+
+        return call
+
+    monkeypatch.setattr(engine_module, "decode_segment", watched(decode))
+    monkeypatch.setattr(engine_module, "read_trunks", watched(read))
+    engine = Engine(load(checkpoint, mesh), rows=(8, 16), buckets=(16,), mesh=mesh)
+    prompts = [[3, 4, 5], [9], [7, 7, 8, 1]] * 3  # more than there are rows: places are refilled
+    ids = [f"{p}/{g}" for p in range(9) for g in range(4)]
+    params = SamplingParams(7, stop_ids=(1, 2, 3, 4, 5))  # in no other test
+    compiled = [program._cache_size() for program in (decode, read)]
+    engine.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
+    for state in states:
+        for x in jax.tree.leaves((state.prefix.cache.keys, state.own.values)):
+            assert x.sharding.shard_shape(x.shape)[:2] == (x.shape[0] // 4, x.shape[1] // 2)
+        rows = state.tokens_BC.shape[0]
+        assert state.tokens_BC.sharding.shard_shape(state.tokens_BC.shape)[0] == rows // 4
+    shapes = len({shape for shape in engine.compiled_shapes if not shape.startswith("compact")})
+    assert sum(program._cache_size() for program in (decode, read)) - sum(compiled) == shapes
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)

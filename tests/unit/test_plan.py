@@ -166,6 +166,13 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert "needs 20G of 16G" in text and "train step does not fit: lower it" in text
 
 
+@pytest.mark.parametrize(("kind", "noted"), [("v5e", True), ("v6e", True), ("v5p", False)])
+def test_what_the_compiler_would_refuse_on_part_of_a_slice_is_said(kind, noted):
+    topology, _ = grid(kind, (8, 1))
+    plan = dataclasses.replace(plan_of(0), topology=topology)  # of 4 devices
+    assert ("part of a" in as_text(plan)) == noted == bool(as_dict(plan)["notes"])
+
+
 @pytest.mark.parametrize("limit", [0, 1, 5, 8, 100])
 def test_the_largest_that_fits(limit):
     candidates, asked = [1, 2, 4, 8, 16], []
