@@ -215,7 +215,7 @@ def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
     state = abstract_train_state(model, optimizer, mesh)
-    step = sft_train_step(config, schedule, optimizer)
+    step = sft_train_step(config, schedule, optimizer, state)
     micro_batches = config.training.micro_batches
     useful = update_flops(
         model_config, config.model, tokens=length, scored=length, pairs=causal_pairs(0, length)
@@ -274,7 +274,7 @@ def lower_update(
     updates = config.iterations * config.updates_per_iteration
     schedule, optimizer = optimizer_of(config.training, updates)
     state = abstract_train_state(model, optimizer, mesh)
-    step = judge_train_step(config, schedule, optimizer)
+    step = judge_train_step(config, schedule, optimizer, state)
     return _lower(step, mesh, state, abstract_rows(batch, mesh))
 
 

@@ -124,15 +124,19 @@ def make_train_step(
     *,
     micro_batches: int,
     denominator_fn: Callable[[Any], Any],
+    like: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted optimizer step that consumes its state.
+    """A jitted optimizer step that consumes its state, and leaves the new one where `like` is. On a
+    mesh it must be given: XLA would split what is replicated, and the second step be compiled anew.
 
     The batch is cut into `micro_batches` along its rows (strided, so that rows stay on their
     devices). Metrics add up over micro-batches, those named `*_max` are maximised. The step adds
     `loss`, `grad_norm`, `learning_rate` and `skipped` (1 where the update was).
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    placed = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
         norm = optax.tree.norm(grads)

@@ -54,6 +54,7 @@ from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
+    TrainState,
     join_rows,
     make_train_step,
     mean_metrics,
@@ -90,7 +91,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     reference, adapted = None, config.model.lora is not None
     if config.grpo.kl_coef and not adapted:
         reference = load().model
-    train_step = judge_train_step(config, training.schedule, training.optimizer)
+    train_step = judge_train_step(config, training.schedule, training.optimizer, training.state)
     start, began = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
         for iteration in range(start, config.iterations):
@@ -317,7 +318,10 @@ def score(model: Any, batch: RolloutBatch, temperature: float, *, micro_batches:
 
 
 def judge_train_step(
-    config: Judge, schedule: optax.Schedule, optimizer: optax.GradientTransformation
+    config: Judge,
+    schedule: optax.Schedule,
+    optimizer: optax.GradientTransformation,
+    like: TrainState | None = None,
 ) -> Any:
     """One update on a `RolloutBatch`, see `make_train_step`."""
     return make_train_step(
@@ -326,6 +330,7 @@ def judge_train_step(
         schedule,
         micro_batches=config.training.micro_batches,
         denominator_fn=functools.partial(judge_denominators, config=config),
+        like=like,
     )
 
 

@@ -25,7 +25,7 @@ from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
-from stepwiser_jax.runtime.trainer import make_train_step
+from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import PromptStyle, encode_message
@@ -56,7 +56,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     training = TrainingRun(
         directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
     )
-    train_step = sft_train_step(config, training.schedule, training.optimizer)
+    train_step = sft_train_step(config, training.schedule, training.optimizer, training.state)
     start, seconds = training.step, time.perf_counter()
     with jax.set_mesh(mesh), progress("sft", config.steps, start) as advance:
         for step in range(start, config.steps):
@@ -77,7 +77,10 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
 
 
 def sft_train_step(
-    config: Sft, schedule: optax.Schedule, optimizer: optax.GradientTransformation
+    config: Sft,
+    schedule: optax.Schedule,
+    optimizer: optax.GradientTransformation,
+    like: TrainState | None = None,
 ) -> Any:
     """One update on a `TokenBatch`, see `make_train_step`."""
     return make_train_step(
@@ -86,6 +89,7 @@ def sft_train_step(
         schedule,
         micro_batches=config.training.micro_batches,
         denominator_fn=lambda batch: supervised_tokens(batch.loss_mask_BT),
+        like=like,
     )
 
 

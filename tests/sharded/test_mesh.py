@@ -182,19 +182,24 @@ def axes_of(array):
     return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
+one_family = pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
+
+
+@one_family
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
 def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, sizes):
     mesh, state = train_state(checkpoint, sizes)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER)
+    train_step = judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER, state)
     with jax.set_mesh(mesh):
-        after, _ = train_step(state, shard_batch(batch(), mesh))
-    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(placed), strict=True):
+        for _ in range(2):
+            state, _ = train_step(state, shard_batch(batch(), mesh))
+    assert train_step._cache_size() == 1, "it was compiled twice"
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         parts = math.prod(mesh.shape[axis] for axis in axes_of(leaf))
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
-    model, moments = after.model, (after.opt_state.mu, after.opt_state.nu)
-    for tree in (model, *moments):
+    for tree in (state.model, state.opt_state.mu, state.opt_state.nu):
         for name in ("embed", "q", "o", "gate", "up", "down"):
             holder = tree if name == "embed" else tree.blocks
             assert axes_of(getattr(holder, name)[...]) == {"fsdp", "tensor"}, name
@@ -203,6 +208,7 @@ def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, s
             assert axes_of(getattr(tree.blocks, name)[...]) == split, name
 
 
+@one_family
 def test_checkpoints_move_between_all_meshes(checkpoint, tmp_path):
     states = [train_state(checkpoint, sizes)[1] for sizes in MESHES]
     expected = jax.tree.leaves(jax.device_get(states[0]))
@@ -239,9 +245,10 @@ def sampled_on_one_device(checkpoint):
     return sample(checkpoint, Sampler, (1, 1, 1))[2]
 
 
+@one_family
 @pytest.mark.parametrize(
     ("sampler_class", "sizes"),
-    [(Engine, sizes) for sizes in MESHES] + [(Sampler, (2, 2, 2)), (Sampler, (8, 1, 1))],
+    [(Engine, sizes) for sizes in MESHES[1:]] + [(Sampler, (2, 2, 2))],
     ids=str,
 )
 def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
