@@ -57,8 +57,10 @@ def main() -> None:
         state = create_train_state(model, optimizer, mesh)
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         groups = [
-            judge.Judged(ids, completions_G, logprobs, [], rewards)
-            for ids, completions_G in zip(PROMPTS, random_completions(), strict=True)
+            judge.Judged(f"p{p}", ids, completions_G, logprobs, (), rewards)
+            for p, (ids, completions_G) in enumerate(
+                zip(PROMPTS, random_completions(), strict=True)
+            )
         ]
         batches[name] = shard_batch(judge.assemble(groups, config), mesh)
         step = judge.judge_train_step(config, schedule, optimizer)
