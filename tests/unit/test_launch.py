@@ -138,7 +138,7 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tools, name):
     assert rest == ((tools / "manifest").read_text().strip() if "kubectl" in lines[0] else "")
 
 
-@pytest.mark.parametrize("script", {words[0] for words in LAUNCHERS.values()})
+@pytest.mark.parametrize("script", sorted({words[0] for words in LAUNCHERS.values()}))
 def test_help_is_the_comment_at_the_top(tools, script):
     result = launch(tools, script, "--help")
     assert result.returncode == 0
