@@ -15,8 +15,9 @@ from tiny import tiny_config
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
 from stepwiser_jax.__main__ import main
+from stepwiser_jax.commands.plan import make_plan
 from stepwiser_jax.commands.programs import for_decoding, lower_update
-from stepwiser_jax.config import Judge
+from stepwiser_jax.config import Annotate, Judge
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runtime.aot import abstract_model, abstract_rows, tpu_topology
@@ -160,6 +161,42 @@ def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
         if name != "decode segment":  # so small a one is partly held on the chip
             a, b, c = (entry["memory"]["total"] for entry in (few, more, many))
             assert a + (b - a) * 5 == pytest.approx(c, rel=0.05), name
+
+
+@pytest.mark.slow
+def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
+    """16 short continuations of each long trunk, and as many rows each with a trunk of its own."""
+    model = tiny_config(
+        "qwen2",
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=128,
+        max_length=8192,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(model.to_hf()))
+
+    def intensity(rollouts: int) -> float:
+        """FLOPs for each byte of HBM."""
+        settings = {
+            "policy": {"path": str(tmp_path), "compute_dtype": "bfloat16"},
+            "rollouts": "unused",
+            "num_rollouts": rollouts,
+            "trajectories_per_block": 512 // rollouts,
+            "sampling": {"max_new_tokens": 128},
+            "engine": {"rows": [512], "buckets": [4096 + 128]},
+            "mesh": {"data": 4},
+        }
+        config = Annotate.model_validate(settings)
+        (need,) = make_plan("annotate", config, "v5e:2x2", only="decode segment").needs
+        assert need.cost is not None
+        return need.cost.flops / need.cost.hbm_bytes
+
+    shared, plain = intensity(16), intensity(1)
+    print(f"FLOPs for each byte: shared {shared:.1f}, plain {plain:.1f}")
+    assert shared >= 3 * plain
 
 
 @pytest.mark.slow
