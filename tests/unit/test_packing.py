@@ -99,10 +99,11 @@ def test_rows_without_tokens_are_not_computed():
 
     def poisoned(model, rows, total):
         is_padding = jnp.all(rows.segment_ids_BT == 0)
-        return jnp.where(is_padding, jnp.nan, 1.0) * model, {}
+        return jnp.where(is_padding, jnp.nan, 1.0) * model["weight"], {}
 
-    grads, metrics = accumulate(poisoned, jnp.float32(2.0), batch, 4, denominator)
-    assert (float(grads), float(metrics["loss"])) == (used, 2.0 * used)
+    model = {"weight": jnp.float32(2.0)}
+    grads, metrics = accumulate(poisoned, model, batch, 4, denominator)
+    assert (float(grads["weight"]), float(metrics["loss"])) == (used, 2.0 * used)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
