@@ -1,10 +1,10 @@
 """The judge's update with and without LoRA: memory by XLA's account, core seconds by running it.
 
-    python benchmarks/lora.py --model DIR [--rank 16] [--repeats 3] [--core 0]
+    python benchmarks/lora.py --model DIR [--rank 16] [--prompts 4] [--repeats 3] [--core 0]
 
-The update of train_step.py (4 prompts of 256 tokens x 8 completions of 128, bfloat16 products, 4
-micro-batches, layers recomputed), all sides in turns in one process: all weights trained, adapters
-of every matrix of the blocks on a base in float32, and on one in bfloat16.
+The update of train_step.py (4 prompts of 256 tokens x 8 completions of 128, a micro-batch each,
+bfloat16 products, layers recomputed), all sides in turns in one process: all weights trained,
+adapters of every matrix of the blocks on a base in float32, and on one in bfloat16.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompts", type=int, choices=range(1, 5), default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
     arguments = parser.parse_args()
@@ -49,6 +50,8 @@ def main() -> None:
     for name, changes in SIDES.items():
         tree = settings(arguments.model)
         tree["model"] |= changes
+        tree["prompts_per_iteration"] = arguments.prompts
+        tree["training"]["micro_batches"] = arguments.prompts
         if "lora" in changes:
             tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
         config = validate(Judge, tree, "the benchmark")
@@ -61,7 +64,7 @@ def main() -> None:
             for p, (ids, completions_G) in enumerate(
                 zip(PROMPTS, random_completions(), strict=True)
             )
-        ]
+        ][: arguments.prompts]
         batches[name] = shard_batch(judge.assemble(groups, config), mesh)
         step = judge.judge_train_step(config, schedule, optimizer)
         programs[name] = step.lower(state, batches[name]).compile()
