@@ -285,7 +285,9 @@ def test_noise_is_identical_on_every_mesh():
     expected_B = np.asarray(jax.jit(draw._uniform)(rows, positions))
     assert len(set(expected_B.tolist())) == 64
     for sizes in MESHES[1:]:
-        found_B = jax.jit(draw._uniform)(*shard_batch((rows, positions), make_mesh(*sizes)))
+        mesh = make_mesh(*sizes)
+        with jax.set_mesh(mesh):
+            found_B = jax.jit(draw._uniform)(*shard_batch((rows, positions), mesh))
         np.testing.assert_array_equal(np.asarray(found_B), expected_B)
 
 
