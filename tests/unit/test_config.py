@@ -1,9 +1,11 @@
 """Configs: typed, and every mistake is named with its fix."""
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from plans import planned
 
 from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config
 from stepwiser_jax.records import UserError
@@ -36,6 +38,42 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
     assert command.startswith(f"# stepwiser {stage_of(file)} --config configs/{file.name}")
     assert hardware.startswith("# ")
     assert expected.startswith("# ")
+
+
+PLANNED = [
+    (file, topology, settings)
+    for file in sorted(CONFIGS.glob("qwen*.yaml"))
+    for topology, settings in planned(file.read_text())
+]
+
+
+def test_every_model_is_planned_on_every_slice():
+    """Policy, values and judge of each, on 64 chips."""
+    found = {(file.stem, topology) for file, topology, _ in PLANNED}
+    sizes = {
+        "qwen2.5-1.5b": ("v5e:8x8", "v5p:4x4x4", "v6e:8x8"),
+        "qwen2.5-7b": ("v5e:8x8", "v5p:4x4x4", "v6e:8x8"),
+        "qwen3-8b": ("v6e:8x8",),
+    }
+    assert found == {
+        (f"{model}_{name}", topology)
+        for model, topologies in sizes.items()
+        for name in ("policy", "values", "judge")
+        for topology in topologies
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "topology", "settings"), PLANNED, ids=[f"{f.stem}-{t}" for f, t, _ in PLANNED]
+)
+def test_settings_for_a_slice_are_of_all_its_devices(file, topology, settings):
+    config = load_config(stage_of(file), file, tuple(settings))
+    chips = math.prod(map(int, topology.split(":")[1].split("x")))
+    of_process = config.sampling_mesh if stage_of(file) == "judge" else config.mesh
+    if stage_of(file) != "annotate":
+        assert math.prod(config.mesh.model_dump().values()) == chips
+    if stage_of(file) != "sft":
+        assert math.prod(of_process.model_dump().values()) == 4  # chips of a host
 
 
 def judge_tree(**changes):
