@@ -35,8 +35,8 @@ def cudnn_attention(
 ) -> jax.Array:
     """As `attention.attention`, (B, T, N, H), under a `cudnn_mask`; differentiable.
 
-    `implementation`: `xla` is the same call without a GPU, for tests. Raises NotImplementedError
-    (jax's) for types of more than 16 bits, and heads of more than 256 (before Hopper 128).
+    For types and heads that `cudnn_takes`; jax refuses others by name. `implementation`: `xla` is
+    the same call without a GPU, for tests.
     """
     T = q_BTNH.shape[1]
     padding = ((0, 0), (0, mask_BTT.shape[1] - T), (0, 0), (0, 0))

@@ -85,9 +85,9 @@ class Checkpointer:
         before = [found for found in sorted(self._manager.all_steps()) if found != step]
         go_on = f"go on from step {before[-1]}" if before else "begin again: there is no other step"
         return UserError(
-            f"the part {part!r} of the checkpoint {self._directory / str(step)} is missing or "
-            f"damaged ({' '.join(reason.split())[:200]}): put it back, or delete that directory to "
-            f"{go_on}"
+            f"the part {part!r} of the checkpoint {self._directory / str(step)} cannot be read "
+            f"({' '.join(reason.split())[:200]}): where it is missing or damaged put it back, or "
+            f"delete that directory to {go_on}"
         )
 
     def wait(self) -> None:

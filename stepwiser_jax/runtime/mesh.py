@@ -4,7 +4,7 @@ Axes: `data` (outer; replicas), `fsdp` (parameters and batch), `tensor` (heads, 
 Batches are split over data and fsdp. Changing the parallelism is changing this table.
 
 Several slices: devices come slice by slice, so where mesh.data is a multiple of their number, only
-data crosses the network between them: one sum of gradients for each update, and no more.
+what is summed over data, gradients and metrics, crosses the network between them.
 """
 
 from __future__ import annotations

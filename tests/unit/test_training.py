@@ -334,7 +334,7 @@ def test_a_part_that_is_missing_or_damaged_is_named(two_saves, tmp_path, part, h
         (directory / "4" / "host" / "metadata").write_text('{"loa')
     else:
         harm(directory / "4" / part)
-    with pytest.raises(UserError, match=f"'{part}' of .*4 is missing or damaged") as refusal:
+    with pytest.raises(UserError, match=f"'{part}' of .*4 cannot be read") as refusal:
         Checkpointer(directory).restore(small_state())
     assert str(refusal.value).endswith("delete that directory to go on from step 2")
     shutil.rmtree(directory / "4")
