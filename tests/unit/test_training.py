@@ -350,7 +350,7 @@ def test_a_save_without_the_loaders_state_is_refused(tmp_path):
     assert saver.complete_step() is None or (tmp_path / "1" / "commit_success.txt").exists()
     saver.wait()
     assert saver.complete_step() == 1
-    with pytest.raises(UserError, match=r"'host' of .*1 is .*loader's state, found \['iterator'\]"):
+    with pytest.raises(UserError, match=r"'host' of .*1 cannot .* state, found \['iterator'\]"):
         saver.restore(small_state())
 
 
