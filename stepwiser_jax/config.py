@@ -326,9 +326,8 @@ class Judge(ComputeStage):
     longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
     reward.
 
-    Every process samples its share of the prompts with a copy of the judge on its own devices, laid
-    out on `sampling_mesh`; by default `mesh` where there is one process, else the tensor axis of
-    `mesh` and the rest of its devices for rows.
+    It samples on the devices of all processes, laid out as `sampling_mesh`, by default as `mesh`:
+    `engine.rows` are in flight on all of them together.
     """
 
     model: TrainedModel

@@ -51,13 +51,12 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What the numbers do not show."""
-        everything = len(self.topology.devices)
-        samples = any(need.program.mesh.devices.size < everything for need in self.needs)
-        if not (samples and self.topology.chip.whole_slices):
+        of_host = self.mesh.devices.size < len(self.topology.devices)
+        if not (of_host and self.topology.chip.whole_slices):
             return []
         return [
-            f"the compiler refuses programs of part of a {self.topology.kind} slice: what each "
-            "process samples by itself is planned for a slice of one host"
+            f"the compiler refuses programs of part of a {self.topology.kind} slice: planned for a "
+            "slice of one host, of which --shard takes any number"
         ]
 
     @property
@@ -87,7 +86,7 @@ def make_plan(
             "mesh.tensor the number of devices"
         )
     mesh = make_mesh(**mesh_config.model_dump(), devices=devices)
-    programs = programs_of(config, mesh, host_devices(described))
+    programs = programs_of(config, mesh)
     chosen = [p for p in programs.programs if only in (None, p.name)]
     needs = [compile_program(program) for program in chosen]
     return Plan(stage, described, mesh, programs, needs)

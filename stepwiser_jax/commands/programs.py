@@ -64,12 +64,7 @@ from stepwiser_jax.runtime.loading import (
     sharding_of,
     shardings_of,
 )
-from stepwiser_jax.runtime.mesh import (
-    make_mesh,
-    make_sampling_mesh,
-    mesh_of_copies,
-    processes_of,
-)
+from stepwiser_jax.runtime.mesh import make_sampling_mesh
 from stepwiser_jax.runtime.sampling import Weights
 from stepwiser_jax.runtime.training_run import optimizer_of
 from stepwiser_jax.stages.judge import judge_train_step, score
@@ -88,13 +83,12 @@ class Programs:
     waves: int = 0
 
 
-def programs_of(config: Config, mesh: jax.sharding.Mesh, of_process: Sequence[Any]) -> Programs:
-    """`of_process`: the devices for what a process does by itself. Raises UserError for a stage
-    that has no plan."""
+def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
+    """Raises UserError for a stage that has no plan."""
     if isinstance(config, Sft):
         return _of_sft(config, mesh)
     if isinstance(config, Judge):
-        return _of_judge(config, mesh, of_process)
+        return _of_judge(config, mesh)
     if isinstance(config, Rollout):
         per_wave = (config.problems_per_block, config.group_size)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
@@ -278,7 +272,7 @@ def lower_update(
     return _lower(step, mesh, state, abstract_rows(batch, mesh))
 
 
-def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any]) -> Programs:
+def _of_judge(config: Judge, mesh: jax.sharding.Mesh) -> Programs:
     model_config, model = _model(config.model, mesh)
     updates = config.updates_per_iteration
     _, optimizer = optimizer_of(config.training, updates)
@@ -294,9 +288,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any])
         micro_batches=micro_batches,
     )
     of_group = judge_work(config)
-    processes = processes_of(mesh.devices.flat)
-    sampling_mesh = make_sampling_mesh(mesh, processes[0], config.sampling_axes)
-    shape = sampling_mesh.devices.shape
+    sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     has_reference = config.grpo.kl_coef and config.model.lora is None
     reference = bytes_per_device(model) if has_reference else 0
     held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
@@ -309,8 +301,8 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any])
         config.model,
         config.engine,
         config.sampling,
-        (math.ceil(config.prompts_per_iteration / len(processes)), config.group_size),
-        sampling_mesh if len(processes) == 1 else make_mesh(*shape, devices=of_process),
+        (config.prompts_per_iteration, config.group_size),
+        sampling_mesh,
         prompt=config.max_prompt_tokens,
         held=held,
     )
@@ -354,8 +346,7 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any])
             kernel=kernel,
         )
     )
-    each = f" in each of {len(processes)} processes" if len(processes) > 1 else ""
-    work = f"one iteration: {sampling.work}{each}, {updates} update(s) of {rows} rows of {length}"
+    work = f"one iteration: {sampling.work}, {updates} update(s) of {rows} rows of {length}"
     return Programs(programs, work, sampling.waves)
 
 
@@ -365,11 +356,10 @@ def _of_judge(config: Judge, mesh: jax.sharding.Mesh, of_process: Sequence[Any])
 def _gather(
     model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
 ) -> Program:
-    """What `loading.decoding_copy` moves: from the shards of training to a copy in each process."""
+    """What `loading.decoding_copy` moves: from the layout of training to that of decoding."""
     cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
     cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
-    copies = mesh_of_copies(mesh, sampling_mesh)
-    shardings = shardings_of(cast, sharding_of(model.config, copies, decoding=True))
+    shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))
     return Program(
         "gather a copy",
         lambda: jax.jit(lambda model: model, out_shardings=shardings).lower(cast),
@@ -411,7 +401,7 @@ def _of_sampling(
     prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
-    """`per_wave`: trunks, and rows of each, of one process. `prompt`: tokens of the longest, by
+    """`per_wave`: trunks, and rows of each, sampled together. `prompt`: tokens of the longest, by
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
     of_judge = isinstance(config, Judge)

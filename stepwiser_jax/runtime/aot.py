@@ -208,7 +208,7 @@ def bytes_per_device(tree: Any) -> int:
 class Program:
     """One program of a run. `lower` traces it.
 
-    `mesh`: of the devices that run it together: all, or in sampling those of one process.
+    `mesh`: of the devices that run it together: all, or in a sampling stage those of one process.
     `calls`: how often it runs, in the longest case, in what the plan is for (an iteration, a wave).
     `resident`: bytes of a device that the run holds beside what the program takes and gives.
     `loops`: how often loops whose bound is data run, by a part of their op_name.

@@ -11,6 +11,9 @@ keeps only what it has sampled itself. A place takes the next trunk when its row
 While the device decodes, the caller has the completions of the segment before. When nothing waits
 and few rows are left, they move to a smaller grid.
 
+On a mesh of several processes all of them make the same calls: each holds all completions, so each
+takes the same next step.
+
 A row's state is its tokens, and a cache of all of them but the last: a decode step feeds the last
 token and samples the next, so reading a trunk needs no logits. `Sampler` is the same without trunks
 and without refilling, and the reference: noise is equal, everything else equal to rounding.
@@ -34,7 +37,7 @@ from stepwiser_jax.algo.sampling import Draw, row_hash
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.mesh import batch_sharding, cache_sharding, replicated
+from stepwiser_jax.runtime.mesh import batch_sharding, cache_sharding, fetch, replicated
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import (
     SampleOutput,
@@ -389,10 +392,16 @@ class _Run:
     def _harvest(self) -> list[Completion]:
         """The rows that have ended; waits for the device."""
         state = self.state
-        running_B = np.asarray(state.running_B)
+        running_B, length_B, reason_B, tokens_BC, logprobs_BC = fetch(
+            (
+                state.running_B,
+                state.own.length_B,
+                state.reason_B,
+                state.tokens_BC,
+                state.logprobs_BC,
+            )
+        )
         ended = [b for b in self.running if not running_B[b]]
-        arrays = (state.tokens_BC, state.logprobs_BC, state.own.length_B, state.reason_B)
-        tokens_BC, logprobs_BC, length_B, reason_B = (np.asarray(array) for array in arrays)
         completions = []
         for b in ended:
             length = int(length_B[b])

@@ -1,9 +1,10 @@
 """Several processes, one run: how they find one another, share work, and wait.
 
-A training stage is one program over the devices of all processes. In a sampling stage each process
-has a copy of the model on its own devices and takes every n-th block of the work: processes meet at
-the end only. Work can also be cut into shards that never meet: runs of their own, at any time and
-place, of which the last, without a shard, finds all records and writes the manifest.
+A training stage is one program over the devices of all processes, what it samples included. In a
+sampling stage each process has a copy of the model on its own devices and takes every n-th block of
+the work: processes meet at the end only. Work can also be cut into shards that never meet: runs of
+their own, at any time and place, of which the last, without a shard, finds all records and writes
+the manifest.
 
 The run directory must be one that all processes see.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import pickle
 import re
 import sys
 import threading
@@ -20,15 +20,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from stepwiser_jax.records import UserError
-
-T = TypeVar("T")
 
 CONNECT_SECONDS = 1800
 """How long processes wait for all others to start: nodes of a pod boot at different speeds."""
@@ -40,8 +38,12 @@ BARRIER_SECONDS = 7 * 24 * 3600
 """A process that dies is noticed long before; one that still works may need days."""
 
 
-PEER_IS_GONE = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
-"""What XLA says where a collective fails; it has other words for what it cannot run or hold."""
+PEER_IS_GONE = re.compile(
+    r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): (?!.*(RET_CHECK|compil))",
+    re.DOTALL,
+)
+"""What XLA says where a collective fails; it has other words for what it cannot compile, run or
+hold."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,3 @@ def any_of(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
-
-
-def gather(item: T) -> list[T]:
-    """One Python object from each process, in their order; the same list in all of them."""
-    if jax.process_count() == 1:
-        return [item]
-    content = np.frombuffer(pickle.dumps(item), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([content.size])).ravel()
-    padded = np.pad(content, (0, int(sizes.max()) - content.size))
-    rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
@@ -28,7 +28,7 @@ from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError, read_manifest
-from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, mesh_of_copies, parameter_sharding
+from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -203,25 +203,12 @@ def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
 
 
 def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
-    """The parameters of a model in training, adapters merged, in its compute type, on the devices
-    of `mesh`, which are this process's: gathered over data and fsdp, split over tensor. All
-    processes must call this; each has a copy then, and samples without the others."""
+    """The parameters of a model in training, adapters merged, in its compute type, on a mesh of the
+    same devices: gathered over data and fsdp, split over tensor."""
     model = cast_model(model, model.compute_dtype)
     model.attention = attention_of(model.config, mesh, model.compute_dtype)
-    if jax.process_count() == 1:
-        sharding_for = sharding_of(model.config, mesh, decoding=True)
-        return jax.device_put(model, shardings_of(model, sharding_for))
-    copies = mesh_of_copies(model.embed[...].sharding.mesh, mesh)
-    sharding_for = sharding_of(model.config, copies, decoding=True)
-    everywhere = jax.device_put(model, shardings_of(model, sharding_for))
-
-    def here(array: jax.Array) -> jax.Array:
-        assert isinstance(array.sharding, NamedSharding)
-        sharding = NamedSharding(mesh, array.sharding.spec)
-        shards = [shard.data for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
-
-    return jax.tree.map(here, everywhere)
+    sharding_for = sharding_of(model.config, mesh, decoding=True)
+    return jax.device_put(model, shardings_of(model, sharding_for))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepwiser_jax.model.attention import XLA, Attention
@@ -81,36 +82,11 @@ def devices_of_process(devices: Iterable[Any], process: int) -> list[Any]:
     return [device for device in devices if device.process_index == process]
 
 
-def make_sampling_mesh(training: Mesh, process: int, sizes: dict[str, int] | None = None) -> Mesh:
-    """The mesh on which a process samples with a copy of the model in training, over its own
-    devices: of these `sizes`; by default that of training where there is one process, else its
-    tensor axis, and the rest of the devices for rows. Raises UserError where that cannot be."""
-    own = devices_of_process(training.devices.flat, process)
-    several = len(own) < training.size
-    if sizes is not None:
-        if several and math.prod(sizes.values()) != len(own):
-            raise UserError(
-                f"sampling_mesh has {math.prod(sizes.values())} devices, each process {len(own)}: "
-                "make it of all of them"
-            )
-        return make_mesh(**sizes, devices=own)
-    if not several:
-        return training
-    tensor = training.shape["tensor"]
-    if len(own) % tensor:
-        raise UserError(
-            f"each process has {len(own)} devices, over which mesh.tensor = {tensor} cannot be "
-            "spread: set sampling_mesh, or another mesh.tensor"
-        )
-    return make_mesh(data=len(own) // tensor, tensor=tensor, devices=own)
-
-
-def mesh_of_copies(training: Mesh, sampling: Mesh) -> Mesh:
-    """All devices of a training mesh, those of each process as in its sampling mesh."""
-    devices = list(training.devices.flat)
-    groups = [devices_of_process(devices, process) for process in processes_of(devices)]
-    shape = (len(groups), *sampling.devices.shape)
-    return Mesh(np.array(groups).reshape(shape), ("process", *sampling.axis_names))
+def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> Mesh:
+    """The mesh on which a model in training samples: the devices of training, all of them where
+    they are of several processes, in these `sizes`; by default the mesh of training. Raises
+    UserError where that cannot be."""
+    return training if sizes is None else make_mesh(**sizes, devices=list(training.devices.flat))
 
 
 def parameter_sharding(
@@ -241,3 +217,11 @@ def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(arrays: Any) -> Any:
+    """Arrays on devices, of other processes too, as whole ones on this host. All processes that
+    have a part of them must call it."""
+    if all(array.is_fully_addressable for array in jax.tree.leaves(arrays)):
+        return jax.tree.map(np.asarray, arrays)
+    return multihost_utils.process_allgather(arrays, tiled=True)

@@ -1,10 +1,10 @@
 """Groups that are sampled but not yet part of a checkpoint: a killed run reads them again.
 
-    <run_dir>/pending/000012-draw0-9f86d081884c-share1of4.jsonl
+    <run_dir>/pending/000012-draw0-9f86d081884c.jsonl
 
-A share is what one process samples of a draw. Its name says for which iteration it was sampled, and
-by which parameters: those of a file are used again only by the same parameters, to the bit, however
-a run came back to them. Every process looks for itself, since none needs another to sample.
+The name of a draw says for which iteration it was sampled, and by which parameters: its groups are
+used again only by the same parameters, to the bit, however a run came back to them. All processes
+hold the groups of a draw; the first of them writes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.records import Judged, read_jsonl, write_records
+from stepwiser_jax.runtime import hosts
 
 
 class PendingGroups:
@@ -26,26 +27,24 @@ class PendingGroups:
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def read(self, iteration: int, draw: int, sampled_by: str) -> dict[str, Judged]:
-        """By id, those of a draw that the parameters with this fingerprint sampled."""
-        shares = self._directory.glob(f"{_name(iteration, draw, sampled_by)}-share*.jsonl")
-        return {group.group_id: group for share in shares for group in read_jsonl(share, Judged)}
+    def read(self, iteration: int, draw: int, sampled_by: str) -> list[Judged] | None:
+        """Those of a draw that the parameters with this fingerprint sampled; None without any."""
+        file = self._file(iteration, draw, sampled_by)
+        return list(read_jsonl(file, Judged)) if file.is_file() else None
 
     def write(self, iteration: int, draw: int, sampled_by: str, groups: list[Judged]) -> None:
-        """This process's share of a draw, whole or not at all."""
-        share = f"share{jax.process_index()}of{jax.process_count()}"
-        name = f"{_name(iteration, draw, sampled_by)}-{share}.jsonl"
-        write_records(self._directory / name, groups)
+        """A draw, whole or not at all."""
+        if hosts.is_first():
+            write_records(self._file(iteration, draw, sampled_by), groups)
 
     def forget_before(self, iteration: int) -> None:
         """Remove what a checkpoint of this step has made part of the parameters."""
-        for share in self._directory.glob("*-draw*-share*.jsonl"):
-            if int(share.name.partition("-")[0]) < iteration:
-                share.unlink(missing_ok=True)  # another process may have been first
+        for file in self._directory.glob("*-draw*.jsonl") if hosts.is_first() else ():
+            if int(file.name.partition("-")[0]) < iteration:
+                file.unlink()
 
-
-def _name(iteration: int, draw: int, sampled_by: str) -> str:
-    return f"{iteration:06d}-draw{draw}-{sampled_by}"
+    def _file(self, iteration: int, draw: int, sampled_by: str) -> Path:
+        return self._directory / f"{iteration:06d}-draw{draw}-{sampled_by}.jsonl"
 
 
 def fingerprint(model: Any) -> str:

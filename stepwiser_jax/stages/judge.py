@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
-    sampling_mesh = make_sampling_mesh(mesh, jax.process_index(), config.sampling_axes)
+    sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     compilation.start(config.compilation_cache)
     settings = config.model.model_dump()
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
@@ -145,7 +144,8 @@ def prompt_ids(example: JudgeExample, config: Judge, loaded: Loaded) -> list[int
 
 
 class GroupCollector:
-    """Samples and rewards the groups of one iteration with the judge as it is now."""
+    """Samples and rewards the groups of one iteration with the judge as it is now: one program over
+    the devices of all processes, each of which holds all of the results."""
 
     def __init__(self, config: Judge, loaded: Loaded, mesh: jax.sharding.Mesh):
         self.config, self.loaded, self.mesh = config, loaded, mesh
@@ -175,16 +175,13 @@ class GroupCollector:
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
         for draw in range(1 + self.config.grpo.max_refills):
             examples, name = next(training.loader), f"judge/it{iteration}/draw{draw}"
-            places = range(jax.process_index(), len(examples), jax.process_count())
-            ids = [f"{name}/{p}/{examples[p].example_id}" for p in places]
-            done = training.pending.read(iteration, draw, sampled_by)
-            if done.keys() >= set(ids):
-                mine = [done[group_id] for group_id in ids]
-            else:  # the whole share: a row's last bits depend on the shapes it is sampled in
+            ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
+            judged = training.pending.read(iteration, draw, sampled_by)
+            if hosts.any_of(judged is None):  # all sample together, or none
                 with jax.set_mesh(self.mesh):
-                    mine = self.sample(engine, [examples[p] for p in places], ids)
-                training.pending.write(iteration, draw, sampled_by, mine)
-            judged = join_shares(hosts.gather(mine))
+                    judged = self.sample(engine, examples, ids)
+                training.pending.write(iteration, draw, sampled_by, judged)
+            assert judged is not None
             training.stop_if_asked()
             sampled += judged
             kept += [group for group in judged if group.teaches or not drops]
@@ -217,12 +214,6 @@ class GroupCollector:
                 )
             )
         return groups
-
-
-def join_shares(shares: Sequence[Sequence[Judged]]) -> list[Judged]:
-    """A draw's groups in the order of its examples, which were dealt out in turns."""
-    turns = itertools.zip_longest(*shares)
-    return [group for turn in turns for group in turn if group is not None]
 
 
 def rollout_metrics(sampled: Sequence[Judged], kept: int) -> dict[str, float]:

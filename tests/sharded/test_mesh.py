@@ -30,7 +30,6 @@ from stepwiser_jax.runtime.mesh import (
     attention_on,
     make_mesh,
     make_sampling_mesh,
-    mesh_of_copies,
     parameter_sharding,
     shard_batch,
     split_attention,
@@ -409,28 +408,20 @@ class FakeDevice:
     platform: str = "cpu"
 
 
-def test_each_process_samples_on_its_own_devices():
+def test_a_judge_samples_on_all_devices_of_all_processes():
     """Four processes of two devices, dealt out in turns, as the links of a torus may want it."""
     devices = [FakeDevice(i, i % 4) for i in range(8)]
     training = make_mesh(2, 2, 2, devices=devices)
-    for process in range(4):
-        own = make_sampling_mesh(training, process)
-        assert {d.id for d in own.devices.flat} == {process, process + 4}
-        assert dict(own.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
-        rows = make_sampling_mesh(training, process, {"data": 2, "fsdp": 1, "tensor": 1})
-        assert dict(rows.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
-    copies = mesh_of_copies(training, own)
-    assert dict(copies.shape) == {"process": 4, "data": 1, "fsdp": 1, "tensor": 2}
-    assert all({d.process_index for d in row.flat} == {p} for p, row in enumerate(copies.devices))
-    with pytest.raises(UserError, match="each process 2"):
-        make_sampling_mesh(training, 0, {"data": 4, "fsdp": 1, "tensor": 1})
-    with pytest.raises(UserError, match=r"mesh\.tensor = 8"):
-        make_sampling_mesh(make_mesh(1, 1, 8, devices=devices), 0)
-    with pytest.raises(UserError, match="all 8 devices of 4 processes"):
-        make_mesh(2, 2, 1, devices=devices)
+    assert make_sampling_mesh(training) is training
+    rows = make_sampling_mesh(training, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert list(rows.devices.flat) == list(training.devices.flat)
+    for sizes in ({"data": 4, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 8, "tensor": 1}):
+        with pytest.raises(UserError, match="must be all 8 devices of 4 processes"):
+            make_sampling_mesh(training, sizes)
 
 
-def test_one_process_samples_on_the_mesh_of_training():
+def test_one_process_may_sample_on_some_of_its_devices():
     training = make_mesh(2, 2, 1)
-    assert make_sampling_mesh(training, 0) is training
-    assert make_sampling_mesh(training, 0, {"data": 1, "fsdp": 1, "tensor": 2}).size == 2
+    assert make_sampling_mesh(training, {"data": 1, "fsdp": 1, "tensor": 2}).size == 2
+    with pytest.raises(UserError, match="needs 8 devices, found 4"):
+        make_sampling_mesh(training, {"data": 8, "fsdp": 1, "tensor": 1})

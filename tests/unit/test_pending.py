@@ -26,23 +26,11 @@ def groups(count):
 
 def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
     pending, written = PendingGroups(tmp_path / "pending"), groups(3)
-    assert pending.read(3, 0, "aa") == {}
+    assert pending.read(3, 0, "aa") is None
     pending.write(3, 0, "aa", written)
-    assert list(pending.read(3, 0, "aa").values()) == written
+    assert pending.read(3, 0, "aa") == written
     for iteration, draw, sampled_by in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
-        assert pending.read(iteration, draw, sampled_by) == {}
-
-
-def test_shares_of_another_number_of_processes_are_read_too(tmp_path):
-    pending, written = PendingGroups(tmp_path), groups(4)
-    pending.write(3, 0, "aa", written)
-    (whole,) = tmp_path.iterdir()
-    lines = whole.read_text().splitlines(keepends=True)
-    whole.unlink()
-    for process in range(2):
-        name = whole.name.replace("share0of1", f"share{process}of2")
-        (tmp_path / name).write_text("".join(lines[process::2]))
-    assert pending.read(3, 0, "aa") == {group.group_id: group for group in written}
+        assert pending.read(iteration, draw, sampled_by) is None
 
 
 def test_those_before_a_checkpoint_are_forgotten(tmp_path):
@@ -51,7 +39,7 @@ def test_those_before_a_checkpoint_are_forgotten(tmp_path):
     for iteration in (2, 3, 10):
         pending.write(iteration, 0, "aa", groups(1))
     pending.forget_before(3)
-    assert not pending.read(2, 0, "aa")
+    assert pending.read(2, 0, "aa") is None
     assert pending.read(3, 0, "aa") and pending.read(10, 0, "aa")
 
 
