@@ -1,6 +1,7 @@
 """Configs: typed, and every mistake is named with its fix."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,10 @@ def test_settings_for_a_slice_are_of_all_its_devices(file, topology, settings):
     chips = math.prod(map(int, topology.split(":")[1].split("x")))
     meshes = [config.mesh, config.sampling_mesh] if stage_of(file) == "judge" else [config.mesh]
     needed = 4 if stage_of(file) == "annotate" else chips  # each host samples by itself
+    need = re.search(rf"^#   {topology}.*\n#     (.*)", file.read_text(), re.MULTILINE)
+    assert need, "what plan says it needs"
+    used, hbm = re.match(r"([\d.]+) of (\d+) GiB a chip, ", need[1]).groups()
+    assert float(used) <= float(hbm)
     assert {math.prod(mesh.model_dump().values()) for mesh in meshes} == {needed}
 
 
