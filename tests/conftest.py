@@ -25,12 +25,18 @@ from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What shares compiled programs, or the runs of the smoke configs, shares a worker."""
-    for item in items:
-        group = "runs" if "runs" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares compiled programs, or the runs of the smoke configs, shares a worker. (`--dist
+    loadgroup` groups nothing with pytest 9.2 and pytest-xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "runs" if file.startswith("tests/e2e/") else file
+
+    return ByFile(config, log)
 
 
 def pytest_addoption(parser):

@@ -3,6 +3,8 @@ second run finds everything done."""
 
 import json
 
+import pytest
+
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import quickstart
 
@@ -16,6 +18,7 @@ CUT = {
 }
 
 
+@pytest.mark.slow
 def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypatch, capsys):
     whole = quickstart.recipe
 

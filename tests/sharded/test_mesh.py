@@ -54,6 +54,9 @@ def checkpoint(request, tmp_path_factory):
     return directory, model.config
 
 
+one_family = pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
+
+
 def load(checkpoint, mesh):
     directory, config = checkpoint
     return load_hf(directory, sharding_for=sharding_of(config, mesh))
@@ -107,7 +110,12 @@ def assert_equal_gradients(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("checkpoint", "sizes"),
+    [("llama", sizes) for sizes in MESHES[1:]] + [("qwen3", (2, 2, 2))],
+    indirect=["checkpoint"],
+    ids=str,
+)
 def test_loss_gradients_and_metrics_are_equal_on_every_mesh(checkpoint, sizes):
     expected = gradients_on_one_device(checkpoint)[2]
     for name in "loss kl entropy clip_fraction_low clip_fraction_high logprob_gap".split():
@@ -118,6 +126,7 @@ def test_loss_gradients_and_metrics_are_equal_on_every_mesh(checkpoint, sizes):
     assert_equal_gradients(many, one)
 
 
+@one_family
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_visible_blocks_are_equal_on_every_mesh(checkpoint, sizes, monkeypatch):
     """As rows longer than `LONG_ROW` attend, beside the whole mask on one device. Some rows have
@@ -131,6 +140,7 @@ def test_visible_blocks_are_equal_on_every_mesh(checkpoint, sizes, monkeypatch):
     assert_equal_gradients(gradients(checkpoint, sizes), one)
 
 
+@one_family
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
 def test_adapters_are_equal_on_every_mesh(checkpoint, sizes):
     """Their gradients, and the model they are merged into; their rank is split over nothing."""
@@ -165,6 +175,7 @@ def test_adapters_are_equal_on_every_mesh(checkpoint, sizes):
     assert shares == {("embed", 1 / sizes[1]), ("mlp", 1 / sizes[2])}
 
 
+@one_family
 def test_micro_batches_on_a_mesh(checkpoint):
     once = gradients(checkpoint, (2, 2, 2))
     assert_equal_gradients(gradients(checkpoint, (2, 2, 2), micro_batches=2), once)
@@ -179,9 +190,6 @@ def axes_of(array):
     """The mesh axes over which it is split."""
     entries = (entry for entry in array.sharding.spec if entry is not None)
     return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
-
-
-one_family = pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
 
 
 @one_family
@@ -320,6 +328,7 @@ def test_keys_and_values_lie_with_their_rows_and_heads(checkpoint, monkeypatch):
     assert sum(program._cache_size() for program in (decode, read)) - sum(compiled) == shapes
 
 
+@one_family
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)
 def test_int8_weights_stay_where_the_weights_were(checkpoint, sizes):
     def engine(mesh):

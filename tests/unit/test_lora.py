@@ -275,6 +275,7 @@ def configs(tmp_path_factory, request):
     return directory, arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "judge"])
 def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     configs, stage, tmp_path, monkeypatch
