@@ -341,7 +341,10 @@ def parse_json(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"expected one JSON object a line, found {line[:80]!r} ({error})") from None
+        raise UserError(
+            f"expected one JSON object a line, found {line[:80]!r} ({error.msg} at column "
+            f"{error.colno})"
+        ) from None
 
 
 def from_fields(fields: Any, record_type: type[R]) -> R:

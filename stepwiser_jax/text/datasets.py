@@ -160,7 +160,7 @@ def columns_of(row: Any) -> dict[str, Any]:
     """A row that `read_rows` gave, parsed. Raises UserError unless it is an object in JSON."""
     if isinstance(row, bytes):
         try:
-            row = parse_json(row.decode())
+            row = parse_json(row.decode().rstrip("\r\n"))
         except UnicodeDecodeError as error:
             raise UserError(f"expected UTF-8: {error}") from None
     if not isinstance(row, dict):

@@ -115,45 +115,43 @@ def test_numina_math(tmp_path):
     assert (problem.question, problem.answer, problem.source) == ("Half of 6?", "3", "orca_math")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"problem": "Prove it.", "solution": "As was to be shown."}, "has no answer"),
-        ([3], "with named columns, found \\[3\\]"),
-        ('{"problem": "Half', "expected one JSON object a line"),
+        (b'{"problem": "Prove it.", "solution": "As was to be shown."}', "has no answer"),
+        (b'{"problem": "Half of 6?", "answer": "3", "problem_id": "p"}', "id 'p' is there twice"),
+        (b"[3]", r"with named columns, found \[3\]"),
+        (b'{"problem": "Half', "expected one JSON object a line, .* at column 13"),
         (b'{"problem": "\xff"}', "expected UTF-8"),
-        (PROBLEM | {"problem_id": "math/7"}, "the id 'math/7' is there twice"),
     ],
 )
-def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, suffix, bad, message):
-    is_json = isinstance(bad, dict | list)
-    if suffix == ".json" and not is_json:
-        return  # a broken list has no rows
-    first, rest = PROBLEM | {"problem_id": "math/7"}, [PROBLEM] * 2
-    texts = [json.dumps(row).encode() for row in (first, *rest)]
-    bad_text = (
-        json.dumps(bad).encode() if is_json else bad if isinstance(bad, bytes) else bad.encode()
-    )
-    texts.insert(1, bad_text)
-    file = tmp_path / f"rows{suffix}"
-    if suffix == ".json":
-        file.write_bytes(b"\n[" + b",\n\n".join(texts) + b"\n]\n")
-        place = "row 2 \\(line 4\\)"
-    else:
-        file.write_bytes(b"\n".join([texts[0], b"", *texts[1:]]) + b"\n")
-        place = "line 3"
-    with pytest.raises(UserError, match=f"rows{suffix}, {place}: .*{message}"):
-        load_problems(str(file))
+def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, bad, message):
+    good = json.dumps(PROBLEM).encode()
+    first = json.dumps(PROBLEM | {"problem_id": "p"}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([first, b"", bad, good, good, b""]))
+    source = str(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: .*{message}"):
+        load_problems(source)
     dropped = Counter()
-    problems = load_problems(str(file), on_malformed="skip", dropped=dropped)
+    problems = load_problems(source, on_malformed="skip", dropped=dropped)
     # Ids are those of the rows, whatever was left out before them.
     stem = f"{tmp_path.name}/rows"
-    assert [p.problem_id for p in problems] == ["math/7", f"{stem}/000002", f"{stem}/000003"]
+    assert [p.problem_id for p in problems] == ["p", f"{stem}/000002", f"{stem}/000003"]
     assert dropped == {"malformed": 1}
-    (record,) = caplog.records
-    assert f"rows{suffix}, " in record.getMessage() and "left out" in record.getMessage()
-    assert len(load_problems(str(file), on_malformed="skip", limit=2)) == 2
+    assert "rows.jsonl, line 3: " in caplog.records[0].getMessage() and len(caplog.records) == 1
+    assert len(load_problems(source, on_malformed="skip", limit=2)) == 2
+
+
+@pytest.mark.parametrize(("indent", "lines"), [(None, (2, 4)), (1, (2, 8))])
+def test_rows_of_a_list_are_named_with_the_lines_they_begin_on(tmp_path, indent, lines):
+    for number, line in enumerate(lines, 1):
+        rows = [PROBLEM, PROBLEM]
+        rows[number - 1] = {"text": "a", "b": 1, "c": 2}
+        content = ",\n\n".join(json.dumps(row, indent=indent) for row in rows)
+        (tmp_path / "rows.json").write_text(f"\n[{content}\n]\n")
+        with pytest.raises(UserError, match=rf"rows\.json, row {number} \(line {line}\): expected"):
+            load_problems(str(tmp_path / "rows.json"))
+        assert len(load_problems(str(tmp_path / "rows.json"), on_malformed="skip")) == 1
 
 
 def test_where_no_row_is_good_nothing_is_read(tmp_path):
@@ -223,3 +221,28 @@ def test_a_problem_that_is_bad_teaches_nothing(tmp_path):
 def test_a_run_that_is_not_there_is_taken_for_a_hub_id(tmp_path):
     with pytest.raises(UserError, match=r"expected a data file at .* found nothing"):
         load_judge_examples(str(tmp_path / "labels"))
+
+
+def test_hub_data_sets_are_read_by_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(source, subset, split):
+        asked.append((source, subset, split))
+        hub = {
+            "gsm8k": datasets.Dataset.from_list([ITEM]),
+            "math": datasets.Dataset.from_list([ITEM | {"id": "math-1"}, ITEM | {"label": 9}]),
+        }
+        return hub if split is None else hub[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [i.item_id for i in load_processbench("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    dropped = Counter()
+    examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)
+    assert {e.problem_id for e in examples} == {"gsm8k-7", "math-1"} and dropped["malformed"] == 1
+    with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
+        load_judge_examples("Qwen/PB")
+    assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
+    with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
+        load_problems("Qwen/PB")
