@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import PromptStyle
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -95,12 +96,18 @@ class TrainedModel(Model):
 class Problems(Config):
     """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
     and `seed` say which problems are generated). `subset` is a hub data set's configuration, such
-    as `main`."""
+    as `main`.
+
+    `on_malformed`: a row that cannot be read stops the stage, or is named, counted and left out.
+    `exclude`: evaluation sets (local files, or hub ids: all their splits) whose problems are left
+    out."""
 
     source: str
     split: str | None = None
     subset: str | None = None
     limit: int | None = Field(None, ge=1)
+    on_malformed: OnMalformed = "stop"
+    exclude: tuple[str, ...] = ()
     seed: Seed = 0
 
 
@@ -317,8 +324,10 @@ class Grpo(Config):
 class Judge(ComputeStage):
     """Train the judge by GRPO (paper 3.3).
 
-    `examples`: a finished `label` run, a JSONL file of JudgeExample records, or a ProcessBench
-    file, whose human labels are then used.
+    `examples`: a finished `label` run, a JSONL file of JudgeExample records, or solutions with
+    labelled steps, a hub id or a local file, in a format of `text.solutions` (ProcessBench,
+    PRM800K, Math-Shepherd, ...), whose labels are then used. `on_malformed` and `exclude` as in
+    `Problems`.
 
     One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
     makes `updates_per_iteration` optimizer steps on them. A group is its prompt once, then its
@@ -332,6 +341,8 @@ class Judge(ComputeStage):
 
     model: TrainedModel
     examples: str
+    on_malformed: OnMalformed = "stop"
+    exclude: tuple[str, ...] = ()
     prompt_style: PromptStyle = "instruct"
     iterations: int = Field(ge=1)
     prompts_per_iteration: int = Field(ge=1)
@@ -398,13 +409,14 @@ class Evaluate(ComputeStage):
 
     `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`), or a
     finished `rollout` run of the embedded task, whose exact truth is then used. `votes` judgments
-    per chunk are sampled for Maj@votes; 0: greedy only.
+    per chunk are sampled for Maj@votes; 0: greedy only. `on_malformed` as in `Problems`.
     """
 
     judge: Model
     items: str
     split: str | None = None
     limit: int | None = Field(None, ge=1)
+    on_malformed: OnMalformed = "stop"
     prompt_style: PromptStyle = "instruct"
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)

@@ -1,7 +1,8 @@
 """Records: what crosses from one stage to the next, and how it lies on disk.
 
-A record is a frozen dataclass of str, int, float, bool and tuples. A stage appends records to one
-JSONL part per process, and writes `manifest.json` last: no manifest means the run is not finished.
+A record is a frozen dataclass of str, int, float, bool and tuples, and None where a field says so.
+A stage appends records to one JSONL part per process, and writes `manifest.json` last: no manifest
+means the run is not finished.
 
     <run_dir>/records/<kind>/part-00000-of-00001.jsonl     append-only; a record is one line
     <run_dir>/manifest.json                                counts and sha256 of every part
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import socket
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -188,6 +190,45 @@ class Judgment:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelledSolution:
+    """A solution whose steps others have labelled (`text.solutions` reads them).
+
+    `labels[t]` says how right step t is: 1 right, 0 wrong, between them a Monte Carlo value or
+    PRM800K's neutral (0.5); None: nobody judged it. `cumulative`: a label speaks of the solution up
+    to its step, so that a right step makes those before it right; else of the step alone.
+
+    One row of a source may give several solutions, a tree of them: the first `shared_steps` steps
+    with their labels stand in an earlier one too. `question_value` is the value of the bare
+    problem, `finish_reason` why a labeller stopped, where the source says so.
+    """
+
+    solution_id: str
+    problem_id: str
+    source: str
+    question: str
+    answer: str | None
+    steps: tuple[str, ...]
+    labels: tuple[float | None, ...]
+    cumulative: bool
+    shared_steps: int = 0
+    question_value: float | None = None
+    final_answer_correct: bool | None = None
+    finish_reason: str | None = None
+
+    @property
+    def record_id(self) -> str:
+        return self.solution_id
+
+    @property
+    def first_error(self) -> int:
+        """Index of the first wrong step, -1: none. Where labels are cumulative, wrong steps before
+        a right one do not count (ThinkPRM's `fix_step_labels`)."""
+        right = [t for t, label in enumerate(self.labels) if label]
+        start = right[-1] + 1 if right and self.cumulative else 0
+        return next((t for t in range(start, len(self.labels)) if self.labels[t] == 0), -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProcessBenchItem:
     """A solution in steps with its first wrong step, 0-based; `first_error` = -1: no error."""
 
@@ -237,6 +278,7 @@ Record = (
     | JudgeExample
     | Judged
     | Judgment
+    | LabelledSolution
     | ProcessBenchItem
     | SearchResult
 )
@@ -271,6 +313,10 @@ def _field_types(record_type: type) -> dict[str, Any]:
 
 
 def _decode(value: Any, to: Any) -> Any:
+    if isinstance(to, types.UnionType):  # of one type and None
+        if value is None:
+            return None
+        (to,) = {*typing.get_args(to)} - {types.NoneType}
     if typing.get_origin(to) is tuple:
         item_type = typing.get_args(to)[0]
         if not isinstance(value, list):
@@ -287,10 +333,22 @@ def _decode(value: Any, to: Any) -> Any:
 
 def from_json(line: str, record_type: type[R]) -> R:
     """Parse one line. Raises UserError naming the missing, unknown or mistyped field."""
+    return from_fields(parse_json(line), record_type)
+
+
+def parse_json(line: str) -> Any:
+    """Raises UserError for a line that is no JSON."""
     try:
-        fields = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"expected one JSON object a line, found {line[:80]!r} ({error})") from None
+        raise UserError(
+            f"expected one JSON object a line, found {line[:80]!r} ({error.msg} at column "
+            f"{error.colno})"
+        ) from None
+
+
+def from_fields(fields: Any, record_type: type[R]) -> R:
+    """A record of what `json` made of its line; raises UserError as `from_json` does."""
     types_of = _field_types(record_type)
     if not isinstance(fields, dict) or set(fields) != set(types_of):
         found = sorted(fields) if isinstance(fields, dict) else fields

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import Config, Model, Problems
-from stepwiser_jax.records import JudgeExample, PrefixValue, Trajectory, UserError, read_parts
+from stepwiser_jax.config import Config, Judge, Model, Problems
+from stepwiser_jax.records import JudgeExample, PrefixValue, Trajectory, read_parts
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.text.contamination import held_out_questions
+from stepwiser_jax.text.datasets import load_judge_examples
 
 RECORDS_OF = {
     "rollouts": Trajectory,
@@ -22,8 +24,8 @@ RECORDS_OF = {
 
 def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
-    that is not there, an input run that is unfinished or holds other records, or problems that
-    cannot be read."""
+    that is not there, an input run that is unfinished or holds other records, or problems, judge
+    examples or evaluation sets that cannot be read."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
         if isinstance(value, Model):
@@ -33,12 +35,11 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
             read_problems(value)
         elif name == "mesh":
             make_mesh(**value.model_dump())
-        elif name in ("rollouts", "annotations"):
+        elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
             read_parts(value, RECORDS_OF[name])
-        elif name in ("examples", "items") and not Path(value).is_file():
-            if Path(value).is_dir():
-                read_parts(value, RECORDS_OF[name])
-            elif name == "examples":
-                raise UserError(f"expected a file or a finished run at {value}, found nothing")
+        elif name == "examples" and isinstance(config, Judge):
+            load_judge_examples(value, on_malformed=config.on_malformed)
+        elif name == "exclude":
+            held_out_questions(value)
         elif name == "tokenizer":
             load_tokenizer_of(value)

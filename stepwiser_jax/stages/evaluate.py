@@ -13,7 +13,7 @@ Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, 
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
-from stepwiser_jax.text.datasets import load_processbench
+from stepwiser_jax.text.datasets import OnMalformed, load_processbench
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -60,7 +60,15 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
         return directory.summary()
     compilation.start(config.compilation_cache)
     tokenizer = load_tokenizer_of(config.judge.path)
-    items = load_items(config.items, tokenizer, split=config.split, limit=config.limit)
+    dropped: Counter[str] = Counter()
+    items = load_items(
+        config.items,
+        tokenizer,
+        split=config.split,
+        limit=config.limit,
+        on_malformed=config.on_malformed,
+        dropped=dropped,
+    )
     work = blocks(items, config.items_per_block)
     work = directory.pending(work, Judgment, lambda block: judgment_ids(config, block))
     measured = judge_blocks(config, directory, items, work) if work else {}
@@ -68,7 +76,7 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
 
     def scores() -> dict[str, Any]:
         judgments = {judgment.example_id: judgment for judgment in writer.read()}
-        return summarize(config, items, judgments) | measured
+        return summarize(config, items, judgments) | {"dropped": dict(dropped)} | measured
 
     return directory.finish(scores)
 
@@ -108,11 +116,19 @@ def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[st
 
 
 def load_items(
-    source: str, tokenizer: Tokenizer, *, split: str | None = None, limit: int | None = None
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_malformed: OnMalformed = "stop",
+    dropped: Counter[str] | None = None,
 ) -> list[ProcessBenchItem]:
     """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
     if not (Path(source) / "config.yaml").is_file():
-        return load_processbench(source, split=split, limit=limit)
+        return load_processbench(
+            source, split=split, limit=limit, on_malformed=on_malformed, dropped=dropped
+        )
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
     problems = {p.problem_id: p for p in read_records(source, Problem)}

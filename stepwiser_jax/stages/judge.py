@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ from stepwiser_jax.runtime.trainer import (
     used_micro_batches,
 )
 from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
@@ -77,7 +79,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     settings = config.model.model_dump()
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
-    examples, too_long = load_examples(config, loaded)
+    examples, dropped = load_examples(config, loaded)
     training = TrainingRun(
         directory,
         loaded,
@@ -107,7 +109,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     training.flush()
     summary = {
         "examples": len(examples),
-        "dropped_too_long": too_long,
+        "dropped": dropped,
         "iterations": config.iterations,
         "seconds_per_iteration": per_item(time.perf_counter() - began, config.iterations - start),
         "last": training.last_metrics,
@@ -116,11 +118,16 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     return training.finish(summary)
 
 
-def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], int]:
-    """Examples whose prompt fits `max_prompt_tokens`, and the number of those that do not."""
-    examples = load_judge_examples(config.examples)
+def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
+    """Examples of no excluded problem whose prompt fits `max_prompt_tokens`, and counts of what was
+    left out."""
+    dropped: Counter[str] = Counter()
+    examples = load_judge_examples(
+        config.examples, on_malformed=config.on_malformed, dropped=dropped
+    )
     if not examples:
         raise UserError(f"expected judge examples in {config.examples}, found none")
+    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
     fitting = [
         example
         for example in examples
@@ -131,7 +138,7 @@ def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], in
             f"no judge example of {config.examples} is left: {len(examples)} were read, all have "
             f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
-    return fitting, len(examples) - len(fitting)
+    return fitting, {"too_long": len(examples) - len(fitting)} | dropped
 
 
 def prompt_ids(example: JudgeExample, config: Judge, loaded: Loaded) -> list[int]:

@@ -2,13 +2,15 @@
 
     Problem -> prompt ids -> group_size completions -> chunk ends on token ids -> is_correct
 
-Leaves out, and counts, problems that occur twice and problems whose reference answer cannot be
-verified (4.1). Reads `problems` and `policy`. Writes problems and trajectories.
+Leaves out, and counts, problems that occur twice, problems whose reference answer cannot be
+verified (4.1), and those of evaluation sets (`problems.exclude`). Reads `problems` and `policy`.
+Writes problems and trajectories.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,15 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     if directory.finished:
         return directory.summary()
     compilation.start(config.compilation_cache)
-    problems, dropped = filter_problems(read_problems(config.problems))
+    unread: Counter[str] = Counter()
+    problems, dropped = filter_problems(read_problems(config.problems, unread))
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
     measured = sample_blocks(config, directory, problems, work) if work else {}
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
     if directory.worker == 0:
         problem_writer.append(problems)
-    counts = {"problems": len(problems), "dropped": dropped}
+    counts = {"problems": len(problems), "dropped": dropped | unread}
     return directory.finish(lambda: summarize(writer.read()) | counts | measured)
 
 

@@ -185,12 +185,13 @@ def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     if directory.finished:
         return directory.summary()
     compilation.start(config.compilation_cache)
-    problems = read_problems(config.problems)
+    dropped: Counter[str] = Counter()
+    problems = read_problems(config.problems, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: search_ids(config, block))
     measured = search_blocks(config, directory, problems, work) if work else {}
     writer = directory.writer(SearchResult)
-    counts = {"problems": len(problems)}
+    counts = {"problems": len(problems), "dropped": dict(dropped)}
     return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
 
 

@@ -1,95 +1,222 @@
-"""Data sets -> records: problems with reference answers, and ProcessBench items.
+"""Data sets -> records: problems with reference answers, solutions with labelled steps.
 
-A source is a hub id or a local jsonl, json or parquet file, read through `datasets`. Known by their
-columns: GSM8K (`question`, `answer` with ####), MATH (`problem`, `answer` or a `solution` with
-\\boxed{}), ProcessBench (`steps`, `label`), and our own records.
+A source is a hub id, or a local file: JSON, one row a line or all in a list, or parquet. Known by
+their columns: GSM8K (`question`, `answer` with ####), MATH and NuminaMath-CoT (`problem`, `answer`
+or a `solution` with \\boxed{}), the step-labelled formats of `text.solutions`, and our own records.
+
+A malformed row stops the reading with its file and line, or is named in the log, counted as dropped
+and left out, as `on_malformed` has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from stepwiser_jax.records import (
     JudgeExample,
+    LabelledSolution,
     Problem,
     ProcessBenchItem,
+    Record,
     UserError,
+    from_fields,
+    parse_json,
     read_records,
 )
 from stepwiser_jax.text.answers import extract_answer
+from stepwiser_jax.text.solutions import judge_examples, parse_solutions, processbench_items
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+R = TypeVar("R", bound=Record)
+OnMalformed = Literal["stop", "skip"]
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_log = logging.getLogger(__name__)
+
+
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def read_rows(
-    source: str, *, split: str | None = None, subset: str | None = None, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Rows of a local file, or of `split` ('train' by default) and `subset` of a hub data set.
+    source: str, *, split: str | None = None, subset: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a local file, or of `split` (None: all of them) and `subset` of a hub data
+    set. A line of JSON comes as it is, unparsed.
 
-    Raises UserError for a missing or unreadable source, an unknown split, and an empty set.
+    Raises UserError for a missing, unreadable or empty source, and an unknown split.
     """
+    path = Path(source)
+    if not path.is_file() and (path.suffix in _SUFFIXES or source.startswith((".", "/"))):
+        raise UserError(f"expected a data file at {source}, found nothing")
+    if path.is_file() and path.suffix not in _SUFFIXES:
+        raise UserError(f"expected a {sorted(_SUFFIXES)} file, found {source}")
+    is_json = path.is_file() and path.suffix != ".parquet"
+    rows = _json_rows(path) if is_json else _table_rows(source, split, subset)
+    empty = True
+    for place, row in rows:
+        empty = False
+        yield f"{source}, {place}", row
+    if empty:
+        raise UserError(f"{source} is empty: expected at least one row, found none")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Not through `datasets`: it gives all rows the same columns and types, and knows no lines.
+    with open(path, "rb") as file:
+        if file.read(1024).lstrip().startswith(b"["):
+            yield from _list_items(path)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", line
+
+
+def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, each with the line that it begins on."""
+    decoder, number = json.JSONDecoder(), 0
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)  # the whole of it, so that what follows need not look at commas
+    except ValueError as error:
+        raise UserError(f"{path} is not a list in JSON: {error}") from None
+    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
+    while True:
+        begin = position
+        while text[begin] in " \t\r\n,":
+            begin += 1
+        if text[begin] == "]":
+            return
+        line += text.count("\n", position, begin)
+        item, position = decoder.raw_decode(text, begin)
+        number += 1
+        yield f"row {number} (line {line})", item
+        line += text.count("\n", begin, position)
+
+
+def _table_rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    path = Path(source)
-    if not path.is_file() and (path.suffix in _FORMATS or source.startswith((".", "/"))):
-        raise UserError(f"expected a data file at {source}, found nothing")
     try:
-        if path.is_file():
-            if path.suffix not in _FORMATS:
-                raise UserError(f"expected a {sorted(_FORMATS)} file, found {source}")
-            if path.stat().st_size == 0:
-                raise UserError(f"{source} is empty: expected at least one row")
-            table = datasets.load_dataset(
-                _FORMATS[path.suffix], data_files=str(path), split="train"
-            )
+        if Path(source).is_file():
+            tables = {"train": datasets.load_dataset("parquet", data_files=source, split="train")}
         else:
-            table = datasets.load_dataset(source, subset, split=split or "train")
-    except UserError:
-        raise
+            tables: Any = datasets.load_dataset(source, subset, split=split)
+            tables = tables if split is None else {split: tables}
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
-        raise UserError(f"cannot read the data set {source}: {error.__cause__ or error}") from None
-    rows: list[Any] = list(table.select(range(min(limit or len(table), len(table)))))
-    if not rows:
-        raise UserError(f"{source} is empty: expected at least one row")
-    return rows
+        kind = "file" if Path(source).is_file() else "data set (no file or run is there)"
+        raise UserError(f"cannot read the {kind} {source}: {error.__cause__ or error}") from None
+    for name, table in tables.items():
+        of_split = "" if Path(source).is_file() else f"{name} "
+        for number, row in enumerate(table, 1):
+            yield f"{of_split}row {number}", row
+
+
+def parse_rows(
+    source: str,
+    parse: Callable[[dict[str, Any], int], list[R]],
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    limit: int | None = None,
+    on_malformed: OnMalformed = "stop",
+    dropped: Counter[str] | None = None,
+) -> list[R]:
+    """The records that `parse` makes of each row and its number, from 0; of the first `limit` good
+    rows. What is left out is counted in `dropped`.
+
+    A row is malformed if `parse` raises UserError, or an id was there before: ids name records and
+    noise, and two of the same would be taken for one.
+    """
+    records: dict[str, R] = {}
+    good, last_error = 0, None
+    for number, (where, row) in enumerate(read_rows(source, split=split, subset=subset)):
+        if good == limit:
+            break
+        try:
+            new = parse(columns_of(row), number)
+            for record in new:
+                if record.record_id in records:
+                    raise UserError(f"the id {record.record_id!r} is there twice")
+        except UserError as error:
+            last_error = UserError(f"{where}: {error}")
+            if on_malformed == "stop":
+                raise last_error from None
+            _log.warning("left out: %s", last_error)
+            if dropped is not None:
+                dropped["malformed"] += 1
+            continue
+        good += 1
+        records |= {record.record_id: record for record in new}
+    if last_error is not None and not good:
+        raise UserError(f"all rows are malformed, the last one is {last_error}")
+    return list(records.values())
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """A row that `read_rows` gave, parsed. Raises UserError unless it is an object in JSON."""
+    if isinstance(row, bytes):
+        try:
+            row = parse_json(row.decode().rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"expected UTF-8: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"expected a JSON object with named columns, found {row!r:.80}")
+    return row
+
+
+# --- records --------------------------------------------------------------------------------------
 
 
 def load_problems(
-    source: str, *, split: str | None = None, subset: str | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    limit: int | None = None,
+    on_malformed: OnMalformed = "stop",
+    dropped: Counter[str] | None = None,
 ) -> list[Problem]:
-    """Problems with their reference answers; raises UserError for a row without one."""
-    stem = Path(source).parent.name if Path(source).is_file() else source.rsplit("/", 1)[-1]
-    part = Path(source).stem if Path(source).is_file() else (split or "train")
-    problems = []
-    for number, row in enumerate(read_rows(source, split=split, subset=subset, limit=limit)):
-        where = f"{source}, row {number + 1}"
+    """Problems with their reference answers, from `split` ('train' by default) of a hub data set; a
+    row without one is malformed."""
+    stem, part = _name(source, split)
+
+    def parse(row: dict[str, Any], number: int) -> list[Problem]:
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str) or not question.strip():
-            raise UserError(f"{where}: expected a 'question' or 'problem', found {sorted(row)}")
-        problems.append(
+            raise UserError(f"expected a 'question' or 'problem', found {sorted(row)}")
+        return [
             Problem(
                 problem_id=str(row.get("problem_id") or f"{stem}/{part}/{number:06d}"),
                 question=question.strip(),
-                answer=_reference(row, where),
-                source=row.get("source") or stem,
+                answer=_reference(row),
+                source=str(row.get("source") or stem),
             )
-        )
-    _refuse_doubles(source, [problem.problem_id for problem in problems])
-    return problems
+        ]
+
+    return parse_rows(
+        source,
+        parse,
+        split=split or "train",
+        subset=subset,
+        limit=limit,
+        on_malformed=on_malformed,
+        dropped=dropped,
+    )
 
 
-def _refuse_doubles(source: str, ids: Sequence[str]) -> None:
-    """Ids name records and noise: two of the same would be taken for one."""
-    seen: set[str] = set()
-    for number, record_id in enumerate(ids, 1):
-        if record_id in seen:
-            raise UserError(f"{source}, row {number}: the id {record_id!r} is there twice")
-        seen.add(record_id)
+def _name(source: str, split: str | None) -> tuple[str, str]:
+    """What ids begin with: (data set, part of it)."""
+    path = Path(source)
+    if path.is_file():
+        return path.parent.name, path.stem
+    return source.rsplit("/", 1)[-1], split or "train"
 
 
-def _reference(row: dict[str, Any], where: str) -> str:
+def _reference(row: dict[str, Any]) -> str:
     """The final answer: as it is given, or out of a worked solution."""
     for column in ("answer", "solution"):
         text = row.get(column)
@@ -101,80 +228,71 @@ def _reference(row: dict[str, Any], where: str) -> str:
         if column == "answer":
             return str(text).strip()
     raise UserError(
-        f"{where}: the problem has no answer: expected an 'answer', or a 'solution' with "
-        f"\\boxed{{}} or ####, found the columns {sorted(row)}"
+        "the problem has no answer: expected an 'answer', or a 'solution' with \\boxed{} or ####, "
+        f"found the columns {sorted(row)} (on_malformed: skip leaves such rows out)"
     )
 
 
-def _first(row: dict[str, Any], *columns: str) -> Any:
-    """What stands in the first of the columns that holds something; None where none does."""
-    return next((row[column] for column in columns if row.get(column) is not None), None)
+def load_solutions(
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_malformed: OnMalformed = "stop",
+    dropped: Counter[str] | None = None,
+) -> list[LabelledSolution]:
+    """Solutions with labelled steps, of any format that `text.solutions` knows; of all splits of a
+    hub data set unless one is named."""
+    stem, part = _name(source, split)
+    return parse_rows(
+        source,
+        lambda row, number: parse_solutions(row, f"{stem}/{part}/{number:06d}"),
+        split=split,
+        limit=limit,
+        on_malformed=on_malformed,
+        dropped=dropped,
+    )
 
 
 def load_processbench(
-    source: str, *, split: str | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_malformed: OnMalformed = "stop",
+    dropped: Counter[str] | None = None,
 ) -> list[ProcessBenchItem]:
-    """ProcessBench's own files (label = index of the first wrong step, -1: none), or our
-    records."""
-    items = []
-    for number, row in enumerate(read_rows(source, split=split, limit=limit)):
-        item_id, question = _first(row, "item_id", "id"), _first(row, "question", "problem")
-        steps, label = _first(row, "steps"), _first(row, "label", "first_error")
-        final = _first(row, "final_answer_correct")
-        is_right = {
-            "an 'id', a text": isinstance(item_id, str),
-            "a 'problem', a text": isinstance(question, str),
-            "'steps', a list of at least one": isinstance(steps, list) and bool(steps),
-            "a 'label', the index of a step": isinstance(label, int),
-            "'final_answer_correct', true or false": isinstance(final, bool),
-        }
-        if not all(is_right.values()):
-            missing = "; ".join(name for name, right in is_right.items() if not right)
-            raise UserError(
-                f"{source}, row {number + 1}: expected {missing}, found the columns {sorted(row)}"
-            )
-        if not -1 <= label < len(steps):
-            raise UserError(
-                f"{source}, row {number + 1}: expected a label from -1 to {len(steps) - 1} for "
-                f"{len(steps)} steps, found {label}"
-            )
-        items.append(
-            ProcessBenchItem(
-                item_id=item_id,
-                subset=row.get("subset") or item_id.rsplit("-", 1)[0],
-                question=question,
-                steps=tuple(steps),
-                first_error=label,
-                final_answer_correct=final,
-            )
-        )
-    _refuse_doubles(source, [item.item_id for item in items])
-    return items
+    """ProcessBench's own files (label = index of the first wrong step, -1: none), our records, and
+    the whole solutions of other formats; a row without one is malformed."""
+    stem, part = _name(source, split)
+    return parse_rows(
+        source,
+        lambda row, number: processbench_items(parse_solutions(row, f"{stem}/{part}/{number:06d}")),
+        split=split or "train",
+        limit=limit,
+        on_malformed=on_malformed,
+        dropped=dropped,
+    )
 
 
-def load_judge_examples(source: str) -> list[JudgeExample]:
-    """JudgeExample records of a JSONL file or a finished `label` run; from any other file,
-    ProcessBench items, whose human step labels become chunk labels."""
-    path = Path(source)
-    if path.is_file() and path.suffix != ".jsonl":
-        return processbench_to_judge_examples(load_processbench(source))
-    return read_records(source, JudgeExample)
+def load_judge_examples(
+    source: str, *, on_malformed: OnMalformed = "stop", dropped: Counter[str] | None = None
+) -> list[JudgeExample]:
+    """JudgeExample records of a file or a finished `label` run, or the labelled steps of others'
+    solutions (`text.solutions`), of all splits of a hub data set. Rows of PRM800K whose labeller
+    found the problem itself wrong give none."""
+    if Path(source).is_dir():
+        return read_records(source, JudgeExample)
+    stem, part = _name(source, None)
 
+    def parse(row: dict[str, Any], number: int) -> list[JudgeExample]:
+        if "example_id" in row:
+            return [from_fields(row, JudgeExample)]
+        solutions = parse_solutions(row, f"{stem}/{part}/{number:06d}")
+        if any(solution.finish_reason == "bad_problem" for solution in solutions):
+            if dropped is not None:
+                dropped["bad_problem"] += 1
+            return []
+        return list(judge_examples(solutions))
 
-def processbench_to_judge_examples(items: Sequence[ProcessBenchItem]) -> list[JudgeExample]:
-    """Human step labels as chunk labels: every step up to and including the first error."""
-    examples = []
-    for item in items:
-        last = len(item.steps) - 1 if item.first_error == -1 else item.first_error
-        for step in range(last + 1):
-            examples.append(
-                JudgeExample(
-                    example_id=f"{item.item_id}/{step}",
-                    problem_id=item.item_id,
-                    question=item.question,
-                    history="\n\n".join(item.steps[:step]),
-                    chunk=item.steps[step],
-                    is_positive=step != item.first_error,
-                )
-            )
-    return examples
+    return parse_rows(source, parse, on_malformed=on_malformed, dropped=dropped)

@@ -291,7 +291,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     problems = tmp_path / "problems.jsonl"
     for text, message in (
         ("", "is empty"),
-        ('{"question": "1+1?"}\n', "row 1: the problem has no answer"),
+        ('{"question": "1+1?"}\n', "line 1: the problem has no answer"),
         ('{"text": "1+1?", "answer": "2"}\n', "expected a 'question' or 'problem'"),
     ):
         problems.write_text(text)

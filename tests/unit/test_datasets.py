@@ -1,11 +1,17 @@
 """Readers: the columns of the data sets in use, and what is wrong with an unreadable file."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from stepwiser_jax.records import JudgeExample, UserError, write_records
-from stepwiser_jax.text.datasets import load_judge_examples, load_problems, load_processbench
+from stepwiser_jax.text.datasets import (
+    load_judge_examples,
+    load_problems,
+    load_processbench,
+    load_solutions,
+)
 
 ITEM = {
     "id": "gsm8k-7",
@@ -87,14 +93,156 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path):
     for name, content, message in (
         ("none.jsonl", None, "found nothing"),
         ("empty.jsonl", "", "is empty"),
-        (
-            "broken.jsonl",
-            '{"question": "a"}\n{"question"\n',
-            "cannot read .*: JSON .* in row 1",
-        ),
+        ("blank.jsonl", "\n \n", "is empty"),
+        ("empty.json", "[ ]", "is empty"),
+        ("broken.json", '[{"question": "a"},\n{"question"]', "not a list in JSON: .* line 2"),
+        ("broken.parquet", "no", "cannot read the file"),
         ("list.csv", "a,b\n", "expected a"),
     ):
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
             load_problems(str(tmp_path / name))
+
+
+PROBLEM = {"problem": "Half of 6?", "solution": "It is \\boxed{3}.", "source": "orca_math"}
+
+
+def test_numina_math(tmp_path):
+    messages = [{"role": "user", "content": "Half of 6?"}]
+    source = write(tmp_path / "train.jsonl", [PROBLEM | {"messages": messages}])
+    (problem,) = load_problems(source)
+    assert (problem.question, problem.answer, problem.source) == ("Half of 6?", "3", "orca_math")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"problem": "Prove it.", "solution": "As was to be shown."}', "has no answer"),
+        (b'{"problem": "Half of 6?", "answer": "3", "problem_id": "p"}', "id 'p' is there twice"),
+        (b"[3]", r"with named columns, found \[3\]"),
+        (b'{"problem": "Half', "expected one JSON object a line, .* at column 13"),
+        (b'{"problem": "\xff"}', "expected UTF-8"),
+    ],
+)
+def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, bad, message):
+    good = json.dumps(PROBLEM).encode()
+    first = json.dumps(PROBLEM | {"problem_id": "p"}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([first, b"", bad, good, good, b""]))
+    source = str(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: .*{message}"):
+        load_problems(source)
+    dropped = Counter()
+    problems = load_problems(source, on_malformed="skip", dropped=dropped)
+    # Ids are those of the rows, whatever was left out before them.
+    stem = f"{tmp_path.name}/rows"
+    assert [p.problem_id for p in problems] == ["p", f"{stem}/000002", f"{stem}/000003"]
+    assert dropped == {"malformed": 1}
+    assert "rows.jsonl, line 3: " in caplog.records[0].getMessage() and len(caplog.records) == 1
+    assert len(load_problems(source, on_malformed="skip", limit=2)) == 2
+
+
+@pytest.mark.parametrize(("indent", "lines"), [(None, (2, 4)), (1, (2, 8))])
+def test_rows_of_a_list_are_named_with_the_lines_they_begin_on(tmp_path, indent, lines):
+    for number, line in enumerate(lines, 1):
+        rows = [PROBLEM, PROBLEM]
+        rows[number - 1] = {"text": "a", "b": 1, "c": 2}
+        content = ",\n\n".join(json.dumps(row, indent=indent) for row in rows)
+        (tmp_path / "rows.json").write_text(f"\n[{content}\n]\n")
+        with pytest.raises(UserError, match=rf"rows\.json, row {number} \(line {line}\): expected"):
+            load_problems(str(tmp_path / "rows.json"))
+        assert len(load_problems(str(tmp_path / "rows.json"), on_malformed="skip")) == 1
+
+
+def test_where_no_row_is_good_nothing_is_read(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(UserError, match=r"all rows are malformed, .* line 2"):
+        load_problems(source, on_malformed="skip")
+
+
+SHEPHERD = {"input": "Q? Step 1: a ки\nStep 2: b ки", "label": "Q? Step 1: a +\nStep 2: b -"}
+PRM800K = {
+    "timestamp": "2022-07-30T23:23:32.118856",
+    "question": {"problem": "Q?", "ground_truth_answer": "29"},
+    "label": {
+        "steps": [
+            {"completions": [{"text": "a", "rating": 1}], "chosen_completion": 0},
+            {"completions": [{"text": "b", "rating": -1}, {"text": "c", "rating": 0}]},
+        ],
+        "finish_reason": "found_error",
+    },
+}
+
+
+def test_rows_of_several_formats_lie_in_one_file(tmp_path):
+    """And what is missing in one of them stays missing: rows are read one by one."""
+    source = write(tmp_path / "mixed.jsonl", [SHEPHERD, PRM800K, ITEM])
+    solutions = load_solutions(source)
+    assert [s.source for s in solutions] == ["math-shepherd", "prm800k", "prm800k", "gsm8k"]
+    row = f"{tmp_path.name}/mixed/000001"
+    assert [s.record_id for s in solutions[1:]] == [f"{row}#0", f"{row}#1", "gsm8k-7"]
+    examples = load_judge_examples(source)
+    assert [e.example_id for e in examples[2:]] == [
+        f"{row}#0/0",
+        f"{row}#0/1",
+        f"{row}#1/1",
+        "gsm8k-7/0",
+        "gsm8k-7/1",
+    ]
+    assert [e.is_positive for e in examples] == [True, False, True, False, True, True, False]
+    dropped = Counter()
+    items = load_processbench(source, on_malformed="skip", dropped=dropped)
+    assert [i.first_error for i in items] == [1, 1] and dropped == {"malformed": 1}
+
+
+def test_parquet_gives_what_json_gives(tmp_path):
+    from datasets import Dataset
+
+    for name, rows in (("prm800k", [PRM800K] * 2), ("shepherd", [SHEPHERD] * 2), ("pb", [ITEM])):
+        (tmp_path / name).mkdir()
+        Dataset.from_list(rows).to_parquet(str(tmp_path / name / "rows.parquet"))
+        source = write(tmp_path / name / "rows.jsonl", rows)
+        assert load_solutions(source) == load_solutions(str(tmp_path / name / "rows.parquet"))
+    broken = tmp_path / "pb" / "broken.parquet"
+    Dataset.from_list([ITEM, ITEM | {"label": 9}]).to_parquet(str(broken))
+    with pytest.raises(UserError, match=r"broken.parquet, row 2: expected a label from -1 to 2"):
+        load_solutions(str(broken))
+
+
+def test_a_problem_that_is_bad_teaches_nothing(tmp_path):
+    label = PRM800K["label"] | {"finish_reason": "bad_problem"}
+    source = write(tmp_path / "prm.jsonl", [PRM800K | {"label": label}, SHEPHERD])
+    dropped = Counter()
+    assert len(load_judge_examples(source, dropped=dropped)) == 2
+    assert dropped == {"bad_problem": 1}
+    assert len(load_solutions(source)) == 3
+
+
+def test_a_run_that_is_not_there_is_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(UserError, match=r"expected a data file at .* found nothing"):
+        load_judge_examples(str(tmp_path / "labels"))
+
+
+def test_hub_data_sets_are_read_by_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(source, subset, split):
+        asked.append((source, subset, split))
+        hub = {
+            "gsm8k": datasets.Dataset.from_list([ITEM]),
+            "math": datasets.Dataset.from_list([ITEM | {"id": "math-1"}, ITEM | {"label": 9}]),
+        }
+        return hub if split is None else hub[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [i.item_id for i in load_processbench("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    dropped = Counter()
+    examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)
+    assert {e.problem_id for e in examples} == {"gsm8k-7", "math-1"} and dropped["malformed"] == 1
+    with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
+        load_judge_examples("Qwen/PB")
+    assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
+    with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
+        load_problems("Qwen/PB")

@@ -8,6 +8,7 @@ from stepwiser_jax.config import Label, load_config
 from stepwiser_jax.records import (
     ChunkLabel,
     Judgment,
+    LabelledSolution,
     Problem,
     RecordWriter,
     Trajectory,
@@ -29,6 +30,7 @@ def test_every_kind_of_field_survives():
     records = [
         Trajectory("p#0", "p", "m", (1, 2), (3,), (-0.1234567,), (1,), "stop_id", True),
         Judgment("p#0/1", "m", "\\boxed{Positive}\n", Verdict.POSITIVE, 1.0, 0.0),
+        LabelledSolution("s#0", "s", "x", "1+1?", None, ("2", "3"), (0.5, None), True, 0, 0.25),
     ]
     for record in records:
         assert from_json(to_json(record), type(record)) == record

@@ -1,0 +1,97 @@
+"""Problems of evaluation sets do not get into training data, however they are spaced or named."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from stepwiser_jax.config import Problems, load_config
+from stepwiser_jax.records import JudgeExample, Problem, UserError, write_records
+from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.stages import judge
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
+
+PROBLEMS = [Problem(f"p/{i}", question, "3", "t") for i, question in enumerate(["a b", "b", "c"])]
+
+
+def held_out(tmp_path, *rows):
+    file = tmp_path / "held_out.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "a\n b "},
+        {"question": "ab"},
+        {"question": {"problem": " a b"}},
+        {"question": "x", "original_question": "a b", "modified_question": "y"},
+        {"question": "x", "original_question": "y", "modified_question": "a b"},
+    ],
+)
+def test_white_space_and_columns_do_not_hide_a_problem(tmp_path, row):
+    questions = held_out_questions([held_out(tmp_path, row, {"problem": "A b"})])
+    dropped = Counter()
+    assert drop_held_out(PROBLEMS, questions, dropped) == PROBLEMS[1:]
+    assert dropped == {"excluded": 1}
+
+
+def test_nothing_held_out_drops_nothing(tmp_path):
+    dropped = Counter()
+    assert drop_held_out(PROBLEMS, held_out_questions([]), dropped) == PROBLEMS
+    assert not dropped
+
+
+def test_mistakes_are_named(tmp_path):
+    source = held_out(tmp_path, {"problem": "a"}, {"text": "b"})
+    with pytest.raises(UserError, match=r"row 2 .*expected a 'problem' or 'question', found"):
+        held_out_questions([source])
+    with pytest.raises(UserError, match="none of 1 records is left"):
+        drop_held_out(PROBLEMS[:1], frozenset({"ab"}))
+
+
+def test_rollout_reads_problems_without_those_excluded(tmp_path):
+    rows = [{"question": p.question, "answer": p.answer} for p in PROBLEMS] + [{"question": "d"}]
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    settings = Problems(
+        source=str(tmp_path / "problems.json"),
+        on_malformed="skip",
+        exclude=(held_out(tmp_path, {"problem": "c"}),),
+    )
+    dropped = Counter()
+    assert [p.question for p in read_problems(settings, dropped)] == ["a b", "b"]
+    assert dropped == {"malformed": 1, "excluded": 1}
+    generated = Problems(source="arithmetic", limit=4, split="train")
+    question = read_problems(generated)[2].question
+    exclude = (held_out(tmp_path, {"problem": question}),)
+    left = read_problems(generated.model_copy(update={"exclude": exclude}))
+    assert question not in {p.question for p in left} and left
+
+
+def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
+    question = read_problems(Problems(source="arithmetic", limit=1, split="train"))[0].question
+    short, long = question, question * 20
+    examples = [
+        JudgeExample("a/0", "a", short, "", short, True),
+        JudgeExample("b/0", "b", short + "1", "", short, True),
+        JudgeExample("c/0", "c", long, "", short, True),
+    ]
+    write_records(tmp_path / "examples.jsonl", examples)
+    with open(tmp_path / "examples.jsonl", "a") as file:
+        file.write("{}\n")
+    config = load_config(
+        "judge",
+        request.config.rootpath / "configs" / "smoke_judge.yaml",
+        (
+            f"examples={tmp_path / 'examples.jsonl'}",
+            "on_malformed=skip",
+            f"exclude=[{held_out(tmp_path, {'problem': short})}]",
+        ),
+    )
+    loaded = SimpleNamespace(tokenizer=load_tokenizer_of("arithmetic"))
+    kept, dropped = judge.load_examples(config, loaded)
+    assert kept == examples[1:2]
+    assert dropped == {"too_long": 1, "malformed": 1, "excluded": 1}
