@@ -64,7 +64,7 @@ def config_of(tmp_path, rollouts, **settings):
 
 
 class Parrot:
-    """In place of an engine: proposal k of a solution is what the k-th of `proposals` makes of it."""
+    """In place of an engine: proposal k of a solution is what `proposals[k]` makes of it."""
 
     def __init__(self, tokenizer, proposals):
         self.tokenizer, self.proposals, self.blocks = tokenizer, proposals, 0
