@@ -31,6 +31,10 @@ STAGES = {
         "Sample chunked solutions of every problem and check their answers.",
         "Reads problems and a policy. Writes problems and trajectories.",
     ),
+    "segment": (
+        "Cut right solutions into chunks, by a teacher's proposals or a rule: examples for sft.",
+        "Reads a rollout run and a teacher. Writes segmentations and SFT examples.",
+    ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",
         "Reads a rollout run and a policy. Writes prefix values.",

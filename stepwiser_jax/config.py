@@ -193,8 +193,10 @@ class ComputeStage(Config):
 
 
 class SftData(Config):
-    """`source`: a JSONL file of SftExample records, or of the embedded task `arithmetic-policy` /
-    `arithmetic-judge` (then `count` and `seed` say which demonstrations are generated)."""
+    """`source`: SftExample records, of a JSONL file or a finished `segment` run; or of the embedded
+    task `arithmetic-policy` (its solutions), `arithmetic-untagged` (without chunks),
+    `arithmetic-segmenter` (from those to these) or `arithmetic-judge` (then `count` and `seed` say
+    which demonstrations are generated)."""
 
     source: str
     count: int | None = Field(None, ge=1)
@@ -232,6 +234,53 @@ class Rollout(ComputeStage):
     engine: Engine
     problems_per_block: int = Field(64, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
+class Server(Config):
+    """An OpenAI-compatible server, such as vLLM's, that takes and returns token ids: see
+    `runtime.remote`. `model` is its name there, `tokenizer` that of the same model, a directory or
+    hub id."""
+
+    url: str
+    model: str
+    tokenizer: str
+    context: int = Field(ge=2)
+    concurrent_requests: int = Field(64, ge=1)
+    timeout_seconds: float = Field(600.0, gt=0)
+    retries: int = Field(5, ge=0)
+
+
+class Segment(ComputeStage):
+    """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`.
+
+    Who cuts them: a `teacher`, any model (then `engine` are its shapes), or one behind a `server`,
+    which propose `num_segmentations` each; or a `splitter`, a rule of thumb. `tokenizer` is that of
+    the policy which wrote the solutions. At most `max_per_problem` right solutions are cut.
+    """
+
+    rollouts: str
+    tokenizer: str
+    teacher: Model | None = None
+    server: Server | None = None
+    splitter: Literal["blank_lines", "steps", "sentences"] | None = None
+    prompt_style: PromptStyle = "instruct"
+    teacher_prompt_style: PromptStyle = "instruct"
+    num_segmentations: int = Field(8, ge=1)
+    max_per_problem: int = Field(4, ge=1)
+    sampling: Sampling | None = None
+    engine: Engine | None = None
+    solutions_per_block: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_who_cuts(self) -> Segment:
+        given = [name for name in ("teacher", "server", "splitter") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"expected one of teacher, server and splitter, found {given}")
+        if self.splitter is None and self.sampling is None:
+            raise ValueError(f"sampling must say how the {given[0]} writes its proposals")
+        if self.teacher is not None and self.engine is None:
+            raise ValueError("engine must give the shapes of the teacher")
+        return self
 
 
 class LabelRule(Config):
@@ -466,6 +515,7 @@ class Search(ComputeStage):
 STAGE_CONFIGS: dict[str, type[Config]] = {
     "sft": Sft,
     "rollout": Rollout,
+    "segment": Segment,
     "annotate": Annotate,
     "label": Label,
     "judge": Judge,

@@ -92,6 +92,23 @@ class SftExample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
+    them; none where no proposal was kept. `outcomes` says what became of every proposal
+    (`text.segmentation.Outcome`); `votes` of those that were kept propose just these chunks."""
+
+    trajectory_id: str
+    problem_id: str
+    chunks: tuple[str, ...]
+    votes: int
+    outcomes: tuple[str, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.trajectory_id
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefixValue:
     """Raw Monte Carlo counts of one prefix (StepWiser 3.2): of `num_rollouts` continuations of the
     first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem.
@@ -273,6 +290,7 @@ Record = (
     Problem
     | Trajectory
     | SftExample
+    | Segmentation
     | PrefixValue
     | ChunkLabel
     | JudgeExample
@@ -288,6 +306,7 @@ KIND: dict[type, str] = {
     Problem: "problems",
     Trajectory: "trajectories",
     SftExample: "sft_examples",
+    Segmentation: "segmentations",
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
     JudgeExample: "judge_examples",

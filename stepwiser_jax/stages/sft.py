@@ -119,6 +119,8 @@ def load_examples(data: SftData) -> list[SftExample]:
         raise UserError(f"data.count must say how many examples of {data.source} to generate")
     makers: dict[str, Callable[..., list[SftExample]]] = {
         "arithmetic-policy": arithmetic.policy_demonstrations,
+        "arithmetic-untagged": arithmetic.untagged_demonstrations,
+        "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
         "arithmetic-judge": arithmetic.judge_demonstrations,
     }
     if data.source not in makers:

@@ -27,6 +27,7 @@ Truth is local: a chunk is judged by the value that the chunk before it claims.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.records import Problem, ProcessBenchItem, SftExample, UserError
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN
-from stepwiser_jax.text.prompts import bare_judge_prompt
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
+from stepwiser_jax.text.prompts import bare_judge_prompt, segment_prompt
 
 SUBSET = "arithmetic"
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
@@ -224,6 +225,27 @@ def policy_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExa
             completion=" ".join(demonstrate(problem.question, teacher, rng)),
         )
         for problem in problems
+    ]
+
+
+def untagged(solution: str) -> str:
+    """What a policy writes that knows no chunks."""
+    return " ".join(strip_tags(solution).split())
+
+
+def untagged_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """The same solutions without their tags."""
+    return [
+        dataclasses.replace(example, completion=untagged(example.completion))
+        for example in policy_demonstrations(problems, seed)
+    ]
+
+
+def segmenter_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """The same solutions, to be cut: without their tags, then with them."""
+    return [
+        dataclasses.replace(example, prompt=segment_prompt(untagged(example.completion), "bare"))
+        for example in policy_demonstrations(problems, seed)
     ]
 
 

@@ -30,6 +30,26 @@ Solve the problem step by step, and give the final answer inside \\boxed{{}}.
 Problem: {question}"""
 """For models that were not taught to mark their chunks: a small one copies the tags and no more."""
 
+SEGMENT_PROMPT = """\
+You are given the solution of a mathematical problem. Cut it into chunks of thought.
+
+How to cut:
+1. Unified purpose: a chunk serves one clear objective, such as setting up an equation, one \
+self-contained computation, or stating one intermediate or final conclusion. Everything in it \
+serves that objective.
+2. Logical cohesion: the lines of a chunk form one unbroken flow of thought. Where the focus \
+shifts, a new chunk begins.
+3. Clear transition: a new chunk begins where the solution enters a new phase, for example from \
+solving to verifying, or to an explanatory aside.
+
+Format:
+1. Wrap every chunk in <chunk> and </chunk>.
+2. Write nothing but the tagged solution: no titles, no further text, no blank lines between chunks.
+3. Keep the text of the solution, with its line breaks, exactly as it is.
+
+Solution:
+{solution}"""
+
 JUDGE_PROMPT = """\
 You are a reasoning validator for mathematical problems. Think step by step and decide whether the \
 "New Reasoning Chunk" contains any explicit errors, given the problem and the historical reasoning \
@@ -55,10 +75,15 @@ the step is valid and logical.]
 \\boxed{{Negative}}.]"""
 
 
-def render_solve_prompt(question: str, *, tags: bool = True) -> list[dict[str, str]]:
-    """One user message: paper Table 11, or without a word of chunks where `tags` is false."""
+def solve_prompt(question: str, style: PromptStyle, *, tags: bool = True) -> str:
+    """What the user says: paper Table 11, or without a word of chunks where `tags` is false."""
     prompt = SOLVE_PROMPT if tags else SOLVE_PROMPT_WITHOUT_TAGS
-    return [{"role": "user", "content": prompt.format(question=question)}]
+    return prompt.format(question=question) if style == "instruct" else question
+
+
+def segment_prompt(solution: str, style: PromptStyle) -> str:
+    """Paper Table 1; bare, the solution and a question mark."""
+    return SEGMENT_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
 def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
@@ -82,9 +107,7 @@ def encode_message(tokenizer: Tokenizer, text: str, style: PromptStyle) -> list[
 def encode_solve_prompt(
     tokenizer: Tokenizer, question: str, style: PromptStyle, *, tags: bool = True
 ) -> list[int]:
-    if style == "instruct":
-        return tokenizer.render_chat(render_solve_prompt(question, tags=tags))
-    return encode_message(tokenizer, question, style)
+    return encode_message(tokenizer, solve_prompt(question, style, tags=tags), style)
 
 
 def encode_judge_prompt(

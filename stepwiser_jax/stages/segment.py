@@ -1,0 +1,244 @@
+"""Cut solutions into chunks of thought (StepWiser 3.1): what a policy learns to mark by itself.
+
+    right solution -> K proposals of a teacher -> those that are the solution again, in the format
+                   -> the cut that most of them agree on -> SftExample
+
+Where the paper is silent: it keeps the proposals that reconstruct their solution, and does not say
+what it does with several. Here a solution is one example, cut as most of them cut it.
+
+Reads `rollouts` and the teacher. Writes segmentations, also of solutions that none was kept of, and
+SFT examples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepwiser_jax.config import Segment
+from stepwiser_jax.records import (
+    Problem,
+    Segmentation,
+    SftExample,
+    Trajectory,
+    UserError,
+    read_records,
+)
+from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.remote import RemoteEngine
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.text.prompts import encode_message, segment_prompt, solve_prompt
+from stepwiser_jax.text.segmentation import (
+    Outcome,
+    majority_segmentation,
+    read_segmentation,
+    split_solution,
+    tagged,
+)
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokenizer
+
+Solutions = Sequence[tuple[Trajectory, str]]
+"""Trajectories with their text."""
+
+Proposals = list[list[tuple[Outcome, tuple[str, ...]]]]
+"""Of each solution, what became of each proposal, and its chunks."""
+
+
+def run(config: Segment, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+    """Cut block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "segment", config, shard)
+    if directory.finished:
+        return directory.summary()
+    compilation.start(config.compilation_cache)
+    tokenizer = load_tokenizer_of(config.tokenizer)
+    problems = {problem.problem_id: problem for problem in read_records(config.rollouts, Problem)}
+    trajectories = read_records(config.rollouts, Trajectory)
+    right = right_trajectories(trajectories, config.max_per_problem)
+    if not right:
+        raise UserError(
+            f"none of the {len(trajectories)} solutions of {config.rollouts} is right: there is "
+            "nothing to learn to cut. Sample more, or with a stronger policy"
+        )
+    solutions = [(t, completion_text(tokenizer, t.completion_ids).strip()) for t in right]
+    work = blocks(solutions, config.solutions_per_block)
+    work = directory.pending(work, Segmentation, lambda block: [t.trajectory_id for t, _ in block])
+    measured = cut_blocks(config, directory, problems, work) if work else {}
+    examples, writer = directory.writer(SftExample), directory.writer(Segmentation)
+    counts = {"solutions": len(trajectories), "right": len(right)}
+
+    def scores() -> dict[str, Any]:
+        return counts | summarize(writer.read(), dict(solutions_by_id(solutions)), tokenizer)
+
+    return directory.finish(lambda: scores() | {"examples": len(examples.read())} | measured)
+
+
+def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
+    """The first `most` right ones of every problem."""
+    of_problem: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        if trajectory.is_correct:
+            of_problem[trajectory.problem_id].append(trajectory)
+    return [trajectory for found in of_problem.values() for trajectory in found[:most]]
+
+
+def solutions_by_id(solutions: Solutions) -> list[tuple[str, str]]:
+    return [(trajectory.trajectory_id, text) for trajectory, text in solutions]
+
+
+def cut_blocks(
+    config: Segment,
+    directory: RunDirectory,
+    problems: dict[str, Problem],
+    work: Sequence[Solutions],
+) -> dict[str, Any]:
+    """Segmentations and examples of these blocks, written; returns what was measured."""
+    propose, measured = make_proposer(config)
+    examples, writer = directory.writer(SftExample), directory.writer(Segmentation)
+    start, cut = time.perf_counter(), 0
+    with progress("segment", len(work)) as advance:
+        for block in work:
+            segmentations = [
+                choose(trajectory, proposals)
+                for (trajectory, _), proposals in zip(block, propose(block), strict=True)
+            ]
+            examples.append(sft_examples(config, segmentations, problems))
+            writer.append(segmentations)  # last: a block is done when they are there
+            cut += len(block)
+            advance(1)
+            stop.check()
+    return {"seconds_per_solution": per_item(time.perf_counter() - start, cut)} | measured
+
+
+def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], dict[str, Any]]:
+    """What cuts the solutions of a block, and a summary that it fills."""
+    splitter = config.splitter
+    if splitter is not None:
+        return lambda block: [
+            [(Outcome.KEPT, split_solution(text, splitter))] for _, text in block
+        ], {}
+    assert config.sampling is not None
+    if config.server is not None:
+        settings = config.server.model_dump(exclude={"tokenizer", "context"})
+        tokenizer, engine = load_tokenizer(config.server.tokenizer), RemoteEngine(**settings)
+        return Teacher(config, tokenizer, engine, config.server.context), {}
+    assert config.teacher is not None and config.engine is not None
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    loaded = load_for_decoding(
+        **config.teacher.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+    )
+    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+    teacher = Teacher(config, loaded.tokenizer, engine, engine.shapes.max_length)
+    return teacher, {"compiled": engine.compiled_shapes}
+
+
+class Teacher:
+    """Solutions of one block -> `num_segmentations` proposals of each. One that does not fit the
+    teacher's context, with room to write it again, has none that is finished."""
+
+    def __init__(
+        self, config: Segment, tokenizer: Tokenizer, engine: Engine | RemoteEngine, context: int
+    ):
+        assert config.sampling is not None
+        self.config, self.tokenizer, self.engine, self.context = config, tokenizer, engine, context
+        self.params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
+        self.key = jax.random.key(config.seed)
+
+    def __call__(self, block: Solutions) -> Proposals:
+        size = self.config.num_segmentations
+        proposals: Proposals = [[(Outcome.UNFINISHED, ())] * size for _ in block]
+        prompts = [self.prompt_ids(text) for _, text in block]
+        fitting = [i for i, prompt in enumerate(prompts) if self.fits(prompt)]
+        if not fitting:
+            return proposals
+        output = self.engine.generate(
+            [prompts[i] for i in fitting],
+            self.params,
+            key=self.key,
+            row_ids=[
+                f"segment/{block[i][0].trajectory_id}/{k}" for i in fitting for k in range(size)
+            ],
+            group_size=size,
+        )
+        for row, i in enumerate(fitting):
+            for k in range(size):
+                b = row * size + k
+                if output.stop_reason_B[b] != StopReason.LENGTH:
+                    text = completion_text(self.tokenizer, output.ids(b))
+                    proposals[i][k] = read_segmentation(text, block[i][1])
+        return proposals
+
+    def prompt_ids(self, solution: str) -> list[int]:
+        style = self.config.teacher_prompt_style
+        return encode_message(self.tokenizer, segment_prompt(solution, style), style)
+
+    def fits(self, prompt: Sequence[int]) -> bool:
+        return len(prompt) + self.params.max_new_tokens <= self.context
+
+
+def choose(
+    trajectory: Trajectory, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
+) -> Segmentation:
+    """The cut that most of the kept proposals agree on."""
+    kept = [chunks for outcome, chunks in proposals if outcome is Outcome.KEPT]
+    chunks, votes = majority_segmentation(kept) if kept else ((), 0)
+    return Segmentation(
+        trajectory.trajectory_id,
+        trajectory.problem_id,
+        chunks,
+        votes,
+        tuple(outcome.value for outcome, _ in proposals),
+    )
+
+
+def sft_examples(
+    config: Segment, segmentations: Sequence[Segmentation], problems: dict[str, Problem]
+) -> list[SftExample]:
+    """The question, in the words in which `rollout` will ask it, and the tagged solution."""
+    return [
+        SftExample(
+            example_id=segmentation.trajectory_id,
+            problem_id=segmentation.problem_id,
+            prompt=solve_prompt(problems[segmentation.problem_id].question, config.prompt_style),
+            completion=tagged(segmentation.chunks),
+        )
+        for segmentation in segmentations
+        if segmentation.chunks
+    ]
+
+
+def summarize(
+    segmentations: Sequence[Segmentation], solutions: dict[str, str], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Proposals by what became of them, and the paper's table 4 for the solutions that were cut:
+    chunks and tokens, beside what blank lines would have made of them."""
+    outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
+    for segmentation in segmentations:
+        outcomes.update(segmentation.outcomes)
+    cut = [s for s in segmentations if s.chunks]
+    texts = [solutions[s.trajectory_id] for s in cut]
+    tokens = [len(tokenizer.encode(chunk)) for s in cut for chunk in s.chunks]
+    return {
+        "cut": len(cut),
+        "proposals": dict(outcomes),
+        "agreement": mean([s.votes / s.outcomes.count(Outcome.KEPT.value) for s in cut]),
+        "mean_chunks": mean([len(s.chunks) for s in cut]),
+        "mean_blank_line_chunks": mean([len(split_solution(t, "blank_lines")) for t in texts]),
+        "mean_tokens_per_chunk": mean(tokens),
+        "mean_tokens": mean([len(tokenizer.encode(text)) for text in texts]),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 of nothing."""
+    return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,76 @@
+"""Cutting a finished solution into chunks (StepWiser 3.1): by what a teacher wrote, or by a rule.
+
+    solution -> teacher -> <chunk>...</chunk> <chunk>...</chunk> -> its chunks, if they are the
+                                                                     solution again
+
+Where the paper is silent: white space around tags is no part of a chunk. So a solution is
+reconstructed exactly if its chunks, one after another, are all of it but white space between them.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN
+
+Splitter = Literal["blank_lines", "steps", "sentences"]
+
+_BOUNDARIES: dict[Splitter, str] = {
+    "blank_lines": r"\n\s*\n",
+    "steps": r"\n\s*(?=(?:[#*]+ *)?Step \d)",
+    "sentences": r"(?<=[.!?])\s+",
+}
+
+
+class Outcome(enum.Enum):
+    """Why a segmentation is kept, or is not."""
+
+    KEPT = "kept"
+    UNFINISHED = "unfinished"
+    UNBALANCED_TAGS = "unbalanced_tags"
+    TEXT_OUTSIDE_OF_CHUNKS = "text_outside_of_chunks"
+    EMPTY_CHUNK = "empty_chunk"
+    ALTERED = "altered"
+
+
+def read_segmentation(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
+    """The chunks of `solution` that a teacher marked in `text`; none unless it is KEPT."""
+    outside, *parts = re.split(f"({CHUNK_OPEN}|{CHUNK_CLOSE})", text)
+    tags, between = parts[::2], [part.strip() for part in parts[1::2]]
+    if tags != [CHUNK_OPEN, CHUNK_CLOSE] * (len(tags) // 2):
+        return Outcome.UNBALANCED_TAGS, ()
+    chunks, outsides = between[::2], [outside.strip(), *between[1::2]]
+    if not chunks or any(outsides):
+        return Outcome.TEXT_OUTSIDE_OF_CHUNKS, ()
+    if not all(chunks):
+        return Outcome.EMPTY_CHUNK, ()
+    rest = solution
+    for chunk in chunks:
+        rest = rest.lstrip()
+        if not rest.startswith(chunk):
+            return Outcome.ALTERED, ()
+        rest = rest.removeprefix(chunk)
+    return (Outcome.ALTERED, ()) if rest.strip() else (Outcome.KEPT, tuple(chunks))
+
+
+def majority_segmentation(
+    segmentations: Sequence[tuple[str, ...]],
+) -> tuple[tuple[str, ...], int]:
+    """(the one that occurs most often, the earliest of equals; how often)."""
+    return Counter(segmentations).most_common(1)[0]
+
+
+def split_solution(solution: str, splitter: Splitter) -> tuple[str, ...]:
+    """Chunks by a rule of thumb: at blank lines, before lines that begin with `Step n`, or behind
+    sentences."""
+    parts = re.split(_BOUNDARIES[splitter], solution)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def tagged(chunks: Sequence[str]) -> str:
+    """The solution that a policy learns to write."""
+    return "\n".join(f"{CHUNK_OPEN}\n{chunk}\n{CHUNK_CLOSE}" for chunk in chunks)

@@ -1,0 +1,200 @@
+"""The segment stage on a rollout run that is written down here."""
+
+import json
+
+import pytest
+
+from stepwiser_jax.config import load_config
+from stepwiser_jax.records import (
+    Problem,
+    Segmentation,
+    SftExample,
+    Trajectory,
+    UserError,
+    read_records,
+    write_manifest,
+    write_records,
+)
+from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
+from stepwiser_jax.stages import segment
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.segmentation import read_segmentation
+
+COUNT = 6
+
+
+@pytest.fixture
+def rollouts(tmp_path, word_tokenizer):
+    """A finished run of untagged solutions, one right and one wrong of every problem."""
+    problems = arithmetic.generate_problems(COUNT, 0, "rollout")
+    trajectories = []
+    for problem, example in zip(
+        problems, arithmetic.untagged_demonstrations(problems, 0), strict=True
+    ):
+        ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
+        for g, is_correct in enumerate((True, False, True)):
+            name = f"{problem.problem_id}#{g}"
+            trajectories.append(
+                Trajectory(
+                    name, problem.problem_id, "p", (1,), ids, (0.0,) * len(ids), (len(ids),),
+                    "stop_id", is_correct,
+                )
+            )  # fmt: skip
+    run = tmp_path / "rollouts"
+    for records in (problems, trajectories):
+        kind = {Problem: "problems", Trajectory: "trajectories"}[type(records[0])]
+        write_records(run / "records" / kind / "part-00000-of-00001.jsonl", records)
+    write_manifest(run, "rollout", "0", [Problem, Trajectory])
+    return run
+
+
+def config_of(tmp_path, rollouts, **settings):
+    tree = {
+        "rollouts": str(rollouts),
+        "tokenizer": "arithmetic",
+        "prompt_style": "bare",
+        "teacher_prompt_style": "bare",
+        "solutions_per_block": 4,
+        **settings,
+    }
+    file = tmp_path / "segment.yaml"
+    file.write_text(json.dumps(tree))
+    return load_config("segment", file)
+
+
+class Parrot:
+    """In place of an engine: proposal k of a solution is what `proposals[k]` makes of it."""
+
+    def __init__(self, tokenizer, proposals):
+        self.tokenizer, self.proposals, self.blocks = tokenizer, proposals, 0
+
+    def generate(self, prompts_P, params, *, key, row_ids, group_size):
+        self.blocks += 1
+        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        for b in range(len(row_ids)):
+            prompt = self.tokenizer.decode(prompts_P[b // group_size][1:]).removesuffix(" ?")
+            text, reason = self.proposals[b % group_size](prompt)
+            ids = self.tokenizer.encode(text)
+            output.tokens_BC[b, : len(ids)] = ids
+            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
+        return output
+
+
+def halves(solution):
+    words = solution.split()
+    a, b = " ".join(words[:6]), " ".join(words[6:])
+    return f"<chunk> {a} </chunk> <chunk> {b} </chunk>", StopReason.STOP_ID
+
+
+def whole(solution):
+    return f"<chunk> {solution} </chunk>", StopReason.STOP_ID
+
+
+def altered(solution):
+    return f"<chunk> fix {solution} </chunk>", StopReason.STOP_ID
+
+
+def unfinished(solution):
+    return f"<chunk> {solution} </chunk>", StopReason.LENGTH
+
+
+@pytest.fixture
+def teacher(monkeypatch, word_tokenizer):
+    def install(*proposals):
+        parrot = Parrot(word_tokenizer, proposals)
+        monkeypatch.setattr(
+            segment,
+            "make_proposer",
+            lambda config: (segment.Teacher(config, word_tokenizer, parrot, 512), {}),
+        )
+        return parrot
+
+    return install
+
+
+SAMPLED = {"server": {"url": "", "model": "", "tokenizer": "", "context": 512}}
+
+
+def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teacher):
+    teacher(altered, whole, halves, unfinished, halves)
+    settings = SAMPLED | {"num_segmentations": 5, "sampling": {"max_new_tokens": 200}}
+    config = config_of(tmp_path, rollouts, max_per_problem=1, **settings)
+    summary = segment.run(config, tmp_path / "s")
+    assert summary["right"] == summary["cut"] == summary["examples"] == COUNT
+    assert summary["solutions"] == 3 * COUNT
+    assert summary["proposals"] == {
+        "kept": 3 * COUNT,
+        "altered": COUNT,
+        "unfinished": COUNT,
+        "unbalanced_tags": 0,
+        "text_outside_of_chunks": 0,
+        "empty_chunk": 0,
+    }
+    assert summary["agreement"] == pytest.approx(2 / 3)
+    assert summary["mean_chunks"] == 2 and summary["mean_blank_line_chunks"] == 1
+    questions = {p.problem_id: p.question for p in read_records(rollouts, Problem)}
+    examples = read_records(tmp_path / "s", SftExample)
+    segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", Segmentation)}
+    for example in examples:
+        assert example.prompt == questions[example.problem_id]
+        solution = " ".join(strip_tags(example.completion).split())
+        _, chunks = read_segmentation(example.completion, solution)
+        assert chunks == segmentations[example.example_id].chunks
+        assert len(chunks[0].split()) == 6
+
+
+def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
+    tmp_path, rollouts, teacher
+):
+    parrot = teacher(altered)
+    settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 200}}
+    config = config_of(tmp_path, rollouts, **settings)
+    with pytest.MonkeyPatch.context() as patch:  # killed behind the second block
+        patch.setattr(segment.stop, "check", lambda: parrot.blocks == 2 and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            segment.run(config, tmp_path / "s")
+    summary = segment.run(config, tmp_path / "s")
+    assert parrot.blocks == 2 * COUNT // 4
+    assert (summary["cut"], summary["examples"], summary["right"]) == (0, 0, 2 * COUNT)
+    assert summary["proposals"]["altered"] == 2 * COUNT
+
+
+def test_a_solution_that_the_teacher_has_no_room_for_is_not_finished(tmp_path, rollouts, teacher):
+    teacher(whole)
+    settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 450}}
+    summary = segment.run(config_of(tmp_path, rollouts, **settings), tmp_path / "s")
+    assert 0 < summary["proposals"]["unfinished"] <= 2 * COUNT
+    assert summary["proposals"]["unfinished"] + summary["cut"] == 2 * COUNT
+
+
+def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
+    config = config_of(tmp_path, rollouts, splitter="blank_lines")
+    summary = segment.run(config, tmp_path / "s")
+    assert summary["examples"] == 2 * COUNT and summary["mean_chunks"] == 1
+
+
+def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
+    file = next((rollouts / "records" / "trajectories").iterdir())
+    file.write_text(file.read_text().replace('"is_correct":true', '"is_correct":false'))
+    write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
+    with pytest.raises(UserError, match="none of the 18 solutions"):
+        segment.run(config_of(tmp_path, rollouts, splitter="steps"), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"one of teacher, server and splitter, found \[\]"),
+        ({"splitter": "steps", **SAMPLED}, r"found \['server', 'splitter'\]"),
+        (SAMPLED, "sampling must say how the server"),
+        (
+            {"teacher": {"path": "arithmetic"}, "sampling": {"max_new_tokens": 8}},
+            "engine must give the shapes",
+        ),
+    ],
+)
+def test_who_cuts_is_asked_for(tmp_path, rollouts, settings, message):
+    with pytest.raises(UserError, match=message):
+        config_of(tmp_path, rollouts, **settings)

@@ -1,0 +1,87 @@
+"""Cutting finished solutions into chunks."""
+
+import random
+
+import pytest
+
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.segmentation import (
+    Outcome,
+    majority_segmentation,
+    read_segmentation,
+    split_solution,
+    tagged,
+)
+
+SOLUTION = "Let x = 3.\nThen  2x = 6.\n\nSo the answer is \\boxed{6}."
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_cut_at_white_space_is_kept_and_gives_the_text_back(seed):
+    rng, words = random.Random(seed), SOLUTION.split(" ")
+    cuts = sorted(rng.sample(range(1, len(words)), rng.randrange(1, 5)))
+    parts = [" ".join(words[a:b]) for a, b in zip([0, *cuts], [*cuts, len(words)], strict=True)]
+    parts = [part.strip() for part in parts if part.strip()]
+    gap = rng.choice(["", "\n", " \n\n"])
+    text = gap + gap.join(f"<chunk>{gap}{part}{gap}</chunk>" for part in parts) + gap
+    assert read_segmentation(text, SOLUTION) == (Outcome.KEPT, tuple(parts))
+    assert read_segmentation(tagged(parts), SOLUTION) == (Outcome.KEPT, tuple(parts))
+    assert "".join(strip_tags(tagged(parts)).split()) == "".join(SOLUTION.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        (SOLUTION, Outcome.TEXT_OUTSIDE_OF_CHUNKS),
+        ("", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"Here it is: <chunk>{SOLUTION}</chunk>", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"<chunk>{SOLUTION}</chunk> Done.", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"<chunk>{SOLUTION}", Outcome.UNBALANCED_TAGS),
+        (f"{SOLUTION}</chunk>", Outcome.UNBALANCED_TAGS),
+        (f"<chunk><chunk>{SOLUTION}</chunk></chunk>", Outcome.UNBALANCED_TAGS),
+        (f"<chunk>{SOLUTION}</chunk><chunk>\n</chunk>", Outcome.EMPTY_CHUNK),
+        (f"<chunk>{SOLUTION.replace('  ', ' ')}</chunk>", Outcome.ALTERED),
+        (f"<chunk>{SOLUTION[:-2]}</chunk>", Outcome.ALTERED),
+        (f"<chunk>{SOLUTION}</chunk><chunk>And so on.</chunk>", Outcome.ALTERED),
+        (f"<chunk>{SOLUTION[:10]}</chunk><chunk>{SOLUTION[12:]}</chunk>", Outcome.ALTERED),
+        (f"<chunk>{SOLUTION}</chunk><chunk>{SOLUTION}</chunk>", Outcome.ALTERED),
+    ],
+)
+def test_what_is_not_the_solution_in_the_format_is_rejected(text, outcome):
+    assert read_segmentation(text, SOLUTION) == (outcome, ())
+
+
+def test_the_cut_that_occurs_most_often_is_chosen():
+    assert majority_segmentation([("a", "b"), ("ab",), ("ab",)]) == (("ab",), 2)
+    assert majority_segmentation([("a", "b"), ("ab",)]) == (("a", "b"), 1)
+
+
+def test_rules_of_thumb():
+    assert split_solution(SOLUTION, "blank_lines") == tuple(SOLUTION.split("\n\n"))
+    assert split_solution(SOLUTION, "sentences") == (
+        "Let x = 3.",
+        "Then  2x = 6.",
+        "So the answer is \\boxed{6}.",
+    )
+    steps = "Plan: add.\nStep 1: 2 + 2\n= 4\n**Step 2**: 4 + 1.5 = 5.5"
+    assert split_solution(steps, "steps") == (
+        "Plan: add.",
+        "Step 1: 2 + 2\n= 4",
+        "**Step 2**: 4 + 1.5 = 5.5",
+    )
+    assert split_solution("4 + 1.5 = 5.5", "sentences") == ("4 + 1.5 = 5.5",)
+
+
+def test_the_embedded_tasks_segmenter_learns_to_cut_what_the_policy_writes():
+    problems = arithmetic.generate_problems(20, 0, "train")
+    untagged = arithmetic.untagged_demonstrations(problems, 0)
+    cut = arithmetic.segmenter_demonstrations(problems, 0)
+    whole = arithmetic.policy_demonstrations(problems, 0)
+    for solution, example, demonstration in zip(untagged, cut, whole, strict=True):
+        assert example.prompt == f"{solution.completion} ?"
+        assert example.completion == demonstration.completion
+        outcome, chunks = read_segmentation(example.completion, solution.completion)
+        assert outcome is Outcome.KEPT
+        assert len(chunks) == demonstration.completion.count("</chunk>")
+        assert set(example.prompt.split()) <= set(arithmetic.VOCABULARY)
