@@ -13,6 +13,7 @@ from typing import Any
 
 from stepwiser_jax.records import (
     JudgeExample,
+    LabelledSolution,
     Problem,
     ProcessBenchItem,
     UserError,
@@ -178,3 +179,52 @@ def processbench_to_judge_examples(items: Sequence[ProcessBenchItem]) -> list[Ju
                 )
             )
     return examples
+
+
+def load_labelled_solutions(source: str) -> list[LabelledSolution]:
+    """LabelledSolution records of a JSONL file or a finished `label` run; from any other file,
+    ProcessBench items with their human labels. Raises UserError where there are none, or where
+    one's labels are not of its chunks."""
+    path = Path(source)
+    if path.is_file() and path.suffix != ".jsonl":
+        return processbench_to_labelled_solutions(load_processbench(source))
+    solutions = read_records(source, LabelledSolution)
+    if not solutions:
+        raise UserError(f"expected labelled solutions in {source}, found none")
+    for solution in solutions:
+        labelled = solution.labelled
+        ascending = list(labelled) == sorted(set(labelled))
+        inside = set(labelled) <= set(range(len(solution.chunks)))
+        paired = len(labelled) == len(solution.is_positive) == len(solution.q)
+        if not (
+            labelled and ascending and inside and paired and all(0 <= q <= 1 for q in solution.q)
+        ):
+            raise UserError(
+                f"{source}: {solution.solution_id} has {len(solution.chunks)} chunks: expected "
+                "'labelled' to be ascending indices of them, at least one, with an 'is_positive' "
+                f"and a 'q' from 0 to 1 each, found {labelled}, {solution.is_positive} and "
+                f"{solution.q}"
+            )
+    return solutions
+
+
+def processbench_to_labelled_solutions(
+    items: Sequence[ProcessBenchItem],
+) -> list[LabelledSolution]:
+    """Human step labels up to and including the first error; a right step is worth 1."""
+    solutions = []
+    for item in items:
+        last = len(item.steps) - 1 if item.first_error == -1 else item.first_error
+        is_positive = tuple(step != item.first_error for step in range(last + 1))
+        solutions.append(
+            LabelledSolution(
+                solution_id=item.item_id,
+                problem_id=item.item_id,
+                question=item.question,
+                chunks=item.steps,
+                labelled=tuple(range(last + 1)),
+                is_positive=is_positive,
+                q=tuple(map(float, is_positive)),
+            )
+        )
+    return solutions
