@@ -130,6 +130,29 @@ def token_logprobs_and_entropy(
     return jnp.where(scored_BT, logprobs_BT, 0), jnp.where(scored_BT, entropy_BT, 0)
 
 
+def token_log_odds(
+    model: LanguageModel,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    pair: tuple[int, int],
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Log-odds (B, T), float32, of the first token of `pair` against the second in the place of
+    token t, given what stands before it: what a softmax over the two is the sigmoid of.
+    Differentiable in the model; 0 where nothing predicts a token. Only these two logits are
+    computed."""
+    hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
+    with jax.named_scope("token_log_odds"):
+        rows_2D = model.head_VD[jnp.array(pair)].astype(hidden_BTD.dtype)
+        logits_BT2 = product(hidden_BTD, rows_2D, (2, 1))
+        next_BT = logits_BT2[:, :, 0] - logits_BT2[:, :, 1]
+    here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    is_predicted_BT = _is_predicted(here_BT, here_BT - 1, segment_ids_BT)
+    return jnp.where(is_predicted_BT, jnp.roll(next_BT, 1, axis=1), 0)
+
+
 def _in_front(wanted_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(the positions of each row, those wanted first, else in order; where each one went). Not by
     sorting, which the TPU compiler takes long to lay out."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepwiser_jax.config import Config, Model, Problems
-from stepwiser_jax.records import JudgeExample, PrefixValue, Trajectory, UserError, read_parts
+from stepwiser_jax.records import (
+    JudgeExample,
+    LabelledSolution,
+    PrefixValue,
+    Trajectory,
+    UserError,
+    read_parts,
+)
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
@@ -37,7 +44,8 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
             read_parts(value, RECORDS_OF[name])
         elif name in ("examples", "items") and not Path(value).is_file():
             if Path(value).is_dir():
-                read_parts(value, RECORDS_OF[name])
+                of_classifier = name == "examples" and stage == "classifier"
+                read_parts(value, LabelledSolution if of_classifier else RECORDS_OF[name])
             elif name == "examples":
                 raise UserError(f"expected a file or a finished run at {value}, found nothing")
         elif name == "tokenizer":

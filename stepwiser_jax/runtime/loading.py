@@ -1,7 +1,7 @@
 """Where a stage's model comes from, in numbered cases.
 
 1. `arithmetic`: the embedded task's tiny model with fresh weights and its word-level tokenizer.
-2. The run directory of a finished `sft` or `judge` stage: the model it exported to `<run>/model`.
+2. The run directory of a finished stage that trains: the model it exported to `<run>/model`.
 3. A Hugging Face directory.
 4. A Hugging Face hub id.
 """
@@ -136,7 +136,7 @@ def _resolve(path: str) -> str:
         if not (local / "model" / "config.json").is_file():
             raise UserError(
                 f"expected a model in {path}, found a run of stage '{manifest['stage']}', which "
-                "makes none: name a run of sft or judge, or a Hugging Face directory"
+                "makes none: name a run of sft, judge or classifier, or a Hugging Face directory"
             )
         return str(local / "model")
     if local.is_dir() and not (local / "config.json").is_file():

@@ -19,7 +19,9 @@ STAGE_OF = {
     "values": "annotate",
     "labels": "label",
     "judge": "judge",
+    "classifier": "classifier",
     "evaluate": "evaluate",
+    "classify": "classify",
     "search": "search",
 }
 
