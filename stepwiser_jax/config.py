@@ -399,13 +399,15 @@ class Classifier(ComputeStage):
 
     `examples`: a finished `label` run, a JSONL file of LabelledSolution records, or a ProcessBench
     file, whose human labels are then used. `labels`: `hard` ones are the label rule's, 1 or 0;
-    `soft` ones the value with the chunk (Math-Shepherd). `batch_size` rows of `max_length` tokens,
-    several solutions to a row.
+    `soft` ones the value with the chunk (Math-Shepherd). `head`: P(+) is of the vocabulary's two
+    `signs`, or of a `scalar` score that takes the vocabulary's place. `batch_size` rows of
+    `max_length` tokens, several solutions to a row.
     """
 
     model: TrainedModel
     examples: str
     labels: Literal["hard", "soft"] = "hard"
+    head: Literal["signs", "scalar"] = "signs"
     prompt_style: PromptStyle = "instruct"
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -414,6 +416,8 @@ class Classifier(ComputeStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Classifier:
+        if self.head == "scalar" and self.model.lora is not None:
+            raise ValueError("with model.lora only adapters are trained: set head to signs")
         self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
         return self
 

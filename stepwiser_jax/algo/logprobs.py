@@ -32,7 +32,8 @@ SLICE_ELEMENTS = 1 << 22
 
 
 class LanguageModel(Protocol):
-    """What is asked of a model: hidden states after the final norm, and the output matrix."""
+    """What is asked of a model: hidden states after the final norm, the output matrix, and logits
+    of two tokens alone."""
 
     @property
     def head_VD(self) -> jax.Array: ...
@@ -45,6 +46,8 @@ class LanguageModel(Protocol):
         *,
         remat: bool = False,
     ) -> jax.Array: ...
+
+    def pair_logits(self, hidden_BTD: jax.Array, pair: tuple[int, int]) -> jax.Array: ...
 
 
 def token_logprobs(
@@ -141,12 +144,10 @@ def token_log_odds(
 ) -> jax.Array:
     """Log-odds (B, T), float32, of the first token of `pair` against the second in the place of
     token t, given what stands before it: what a softmax over the two is the sigmoid of.
-    Differentiable in the model; 0 where nothing predicts a token. Only these two logits are
-    computed."""
+    Differentiable in the model; 0 where nothing predicts a token."""
     hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
     with jax.named_scope("token_log_odds"):
-        rows_2D = model.head_VD[jnp.array(pair)].astype(hidden_BTD.dtype)
-        logits_BT2 = product(hidden_BTD, rows_2D, (2, 1))
+        logits_BT2 = model.pair_logits(hidden_BTD, pair)
         next_BT = logits_BT2[:, :, 0] - logits_BT2[:, :, 1]
     here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
     is_predicted_BT = _is_predicted(here_BT, here_BT - 1, segment_ids_BT)

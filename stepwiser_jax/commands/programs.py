@@ -167,9 +167,9 @@ def causal_pairs(before: int, tokens: int) -> float:
 
 
 def _model(
-    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False
+    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False, scalar: bool = False
 ) -> tuple[ModelConfig, Transformer]:
-    config = config_of(settings.path)
+    config = dataclasses.replace(config_of(settings.path), classifier=scalar)
     lora = settings.lora if isinstance(settings, TrainedModel) else None
     model = abstract_model(
         config,
@@ -217,7 +217,8 @@ def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
 
 
 def _of_packed_rows(config: Sft | Classifier, mesh: jax.sharding.Mesh) -> Programs:
-    model_config, model = _model(config.model, mesh)
+    scalar = isinstance(config, Classifier) and config.head == "scalar"
+    model_config, model = _model(config.model, mesh, scalar=scalar)
     schedule, optimizer = optimizer_of(config.training, config.steps)
     rows, length = config.batch_size, config.max_length
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)

@@ -7,15 +7,18 @@ Only the answers are learned; one pass over a solution learns, and scores, all o
 
 1. The loss is over the two signs, not the vocabulary (`algo/classifier.py`).
 2. Hard labels stand in the conversation as the answers, as RLHFlow has it, and + where a chunk has
-   none; scoring puts + everywhere. With soft labels every answer is +: a mark of where to read, as
-   in Math-Shepherd. What is behind the last label is left out.
+   none; scoring puts + everywhere. With soft labels, or a scalar head, every answer is +: a mark of
+   where to read, as in Math-Shepherd. What is behind the last label is left out.
+3. A scalar head is two rows, wrong and right, in place of the vocabulary's, read where the answer
+   would be predicted: transformers' ...ForTokenClassification.
 
-Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/: an ordinary language
-model, which `classify` reads and which any other program scores by its logits of + and -.
+Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/, which `classify` reads,
+and any other program by the logits of + and -, or of the two classes, before each answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -30,7 +33,7 @@ from stepwiser_jax.config import Classifier
 from stepwiser_jax.records import LabelledSolution
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import ClassifierBatch, classifier_documents, classifier_loader
-from stepwiser_jax.runtime.loading import load_for_training
+from stepwiser_jax.runtime.loading import Loaded, load_for_training, with_new_score
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
@@ -48,7 +51,7 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
     solutions = load_labelled_solutions(config.examples)
     mesh = make_mesh(**config.mesh.model_dump())
     compilation.start(config.compilation_cache)
-    loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load(config, mesh)
     documents, too_long = classifier_documents(
         solutions,
         functools.partial(render, tokenizer=loaded.tokenizer, config=config),
@@ -87,6 +90,16 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
     return training.finish(summary)
 
 
+def load(config: Classifier, mesh: jax.sharding.Mesh) -> Loaded:
+    """The model to train. With a scalar head it may have one already."""
+    scalar = config.head == "scalar"
+    settings = config.model.model_dump()
+    loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)
+    if not scalar or loaded.model.config.classifier:
+        return loaded
+    return dataclasses.replace(loaded, model=with_new_score(loaded.model, mesh, config.seed))
+
+
 def render(
     solution: LabelledSolution, tokenizer: Tokenizer, config: Classifier
 ) -> tuple[list[int], list[int], list[float]]:
@@ -94,7 +107,8 @@ def render(
     is_positive = dict(zip(solution.labelled, solution.is_positive, strict=True))
     targets = solution.q if config.labels == "soft" else map(float, solution.is_positive)
     chunks = solution.chunks[: solution.labelled[-1] + 1]
-    answers = [config.labels == "soft" or is_positive.get(j, True) for j in range(len(chunks))]
+    marks = config.labels == "soft" or config.head == "scalar"
+    answers = [marks or is_positive.get(j, True) for j in range(len(chunks))]
     ids, places = encode_solution(
         tokenizer, solution.question, chunks, config.prompt_style, answers
     )

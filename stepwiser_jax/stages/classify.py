@@ -75,7 +75,8 @@ def score_blocks(
     """Judgments of these blocks, written; returns what was measured. Encodes all items first: every
     worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_model(**config.classifier.model_dump(), mesh=mesh, seed=config.seed)
+    settings = config.classifier.model_dump()
+    loaded = load_model(**settings, mesh=mesh, seed=config.seed, classifier=True)
     scorer = Scorer(
         loaded,
         mesh,

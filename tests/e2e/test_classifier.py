@@ -57,9 +57,14 @@ def stage(name, run, *sets):
 
 
 @pytest.mark.parametrize(
-    ("labels", "mesh", "entropy"), [("hard", "fsdp", 0.0), ("soft", "data", 0.5623)]
+    ("labels", "head", "mesh", "entropy"),
+    [
+        ("hard", "signs", "fsdp", 0.0),
+        ("soft", "signs", "data", 0.5623),
+        ("hard", "scalar", "fsdp", 0.0),
+    ],
 )
-def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, mesh, entropy):
+def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, entropy):
     """`entropy`: of the labels, which a loss cannot be below."""
     write_solutions(tmp_path / "solutions.jsonl", 400)
     write_items(tmp_path / "items.json", 60)
@@ -69,6 +74,7 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, mesh, entropy
         "model.path=arithmetic",
         f"examples={tmp_path / 'solutions.jsonl'}",
         f"labels={labels}",
+        f"head={head}",
         f"mesh.{mesh}=2",
         "max_length=64",
         "batch_size=8",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from stepwiser_jax.algo.processbench import (
     verdicts_at,
 )
 from stepwiser_jax.config import load_config
+from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
+from stepwiser_jax.model.hf import named_tensors, save_hf
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import LabelledSolution, ProcessBenchItem, UserError, write_records
 from stepwiser_jax.runtime.data import (
@@ -25,7 +28,7 @@ from stepwiser_jax.runtime.data import (
     first_fit,
     packed_batch,
 )
-from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.scorer import Scorer
 from stepwiser_jax.runtime.trainer import accumulate
@@ -107,13 +110,15 @@ def test_a_template_that_rewrites_what_was_said_is_refused(bpe_tokenizer):
         encode_solution(forgetful, QUESTION, CHUNKS, "instruct")
 
 
-def test_hard_labels_are_answers_and_soft_ones_are_not(word_tokenizer, config):
+def test_hard_labels_are_answers_and_others_are_not(word_tokenizer, config):
     plus, minus = sign_ids(word_tokenizer)
     for labels, answers, targets in (
         ("hard", [minus, plus, plus], [0.0, 1.0]),
         ("soft", [plus, plus, plus], [0.25, 0.75]),
+        ("scalar", [plus, plus, plus], [0.0, 1.0]),
     ):
-        changed = config.model_copy(update={"labels": labels})
+        change = {"head": "scalar"} if labels == "scalar" else {"labels": labels}
+        changed = config.model_copy(update=change)
         ids, places, found = classifier.render(SOLUTION, word_tokenizer, changed)
         whole, places_J = encode_solution(word_tokenizer, QUESTION, CHUNKS, "bare")
         assert len(ids) == len(whole), "what is behind the last label teaches nothing"
@@ -285,10 +290,16 @@ def test_no_gradient_where_the_score_is_the_soft_label(tiny_model):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(word_tokenizer, family, sizes):
+@pytest.mark.parametrize(
+    ("family", "scalar"), [("llama", False), ("qwen3", False), ("llama", True), ("qwen2", True)]
+)
+def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
+    word_tokenizer, family, scalar, sizes
+):
     """The oracle sees a solution up to one chunk, alone in its row, and computes all logits."""
-    model = Transformer(tiny_config(family), rngs=nnx.Rngs(0))
+    model = Transformer(tiny_config(family, classifier=scalar), rngs=nnx.Rngs(0))
+    if scalar:
+        model.score.bias[...] = jnp.array([0.5, -0.25])
     scorer = Scorer(
         Loaded(model, word_tokenizer, "tiny"),
         make_mesh(*sizes),
@@ -305,15 +316,56 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(word_tokenizer,
     packed = first_fit([len(ids) for ids, _ in encoded], 96)
     assert len(packed) > 4 > 1 < max(map(len, packed)), "several batches, and rows of several"
     plus, minus = sign_ids(word_tokenizer)
+    hidden = jax.jit(lambda model, tokens_BT: model.hidden(tokens_BT))
     for found, chunks in zip(scorer(encoded), solutions, strict=True):
         assert len(found) == len(chunks)
         for j, p_positive in enumerate(found):
             ids, places = encode_solution(word_tokenizer, QUESTION, chunks[: j + 1], "bare")
-            logits_V = model(jnp.array([ids[: places[-1]]]))[0, -1]
-            pair = jax.nn.softmax(logits_V[jnp.array([plus, minus])])
+            padded = np.pad(ids[: places[-1]], (0, 96 - places[-1]))  # what is behind is not seen
+            hidden_D = hidden(model, padded[None])[0, places[-1] - 1]
+            if scalar:
+                wrong, right = model.score.weight[...] @ hidden_D
+                logits = jnp.array([right - 0.25, wrong + 0.5])
+            else:
+                logits = model.logits(hidden_D)[jnp.array([plus, minus])]
+            pair = jax.nn.softmax(logits)
             assert p_positive == pytest.approx(float(pair[0]), abs=1e-5)
     spread = np.concatenate(scorer(encoded))
     assert spread.std() > 0.01, "all scores are alike: nothing was compared"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_scalar_head_is_a_token_classifier_on_disk(word_tokenizer, family, tmp_path):
+    """And takes the output matrix's place; what samples or learns tokens refuses it."""
+    mesh = make_mesh(1, 2, 2)
+    base = Transformer(tiny_config(family), rngs=nnx.Rngs(0))
+    before = set(dict(named_tensors(base)))
+    model = with_new_score(base, mesh, seed=0)
+    assert set(dict(named_tensors(base))) == before, "the language model is what it was"
+    assert set(dict(named_tensors(model))) == before - {"lm_head.weight"} | {
+        "score.weight",
+        "score.bias",
+    }
+    assert float(model.score.weight[...].std()) > 0 == float(jnp.abs(model.score.bias[...]).max())
+    save_hf(model, word_tokenizer, str(tmp_path))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == [
+        ARCHITECTURES[family].replace("ForCausalLM", "ForTokenClassification")
+    ]
+    again = load_model(str(tmp_path), mesh=mesh, classifier=True).model
+    assert again.config == model.config and again.config.classifier
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="expected a language model"):
+        load_model(str(tmp_path), mesh=mesh)
+    with pytest.raises(UserError, match="expected 2 classes in id2label, found 3"):
+        ModelConfig.from_hf(fields | {"id2label": {"0": "a", "1": "b", "2": "c"}})
+
+
+def test_adapters_have_no_scalar_head(request):
+    file = request.config.rootpath / "configs" / "smoke_classifier.yaml"
+    with pytest.raises(UserError, match="set head to signs"):
+        load_config("classifier", file, ("head=scalar", "model.lora={}"))
 
 
 def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):
