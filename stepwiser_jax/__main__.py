@@ -38,7 +38,7 @@ STAGES = {
     "label": (
         "Turn prefix values into chunk labels and balanced judge examples.",
         "Reads an annotate run and its rollout run. Writes chunk labels, judge examples and "
-        "labelled solutions.",
+        "classifier examples.",
     ),
     "judge": (
         "Train a judge by GRPO to reason about a chunk before its verdict.",
@@ -46,7 +46,7 @@ STAGES = {
     ),
     "classifier": (
         "Train a discriminative process reward model: + or - after every chunk.",
-        "Reads labelled solutions and a model. Writes checkpoints/, metrics.jsonl, model/.",
+        "Reads classifier examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
     "evaluate": (
         "ProcessBench: find first errors with a judge.",

@@ -397,7 +397,7 @@ class Judge(ComputeStage):
 class Classifier(ComputeStage):
     """Train a discriminative process reward model: + or - after every chunk (paper 4.2's baseline).
 
-    `examples`: a finished `label` run, a JSONL file of LabelledSolution records, or a ProcessBench
+    `examples`: a finished `label` run, a JSONL file of ClassifierExample records, or a ProcessBench
     file, whose human labels are then used. `labels`: `hard` ones are the label rule's, 1 or 0;
     `soft` ones the value with the chunk (Math-Shepherd). `head`: P(+) is of the vocabulary's two
     `signs`, or of a `scalar` score that takes the vocabulary's place. `batch_size` rows of

@@ -150,7 +150,7 @@ class JudgeExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledSolution:
+class ClassifierExample:
     """A solution whose chunks are judged all at once. `labelled` are the indices of its chunks that
     have a label, ascending; `is_positive` and `q`, the value with the chunk, are theirs."""
 
@@ -253,7 +253,7 @@ Record = (
     | PrefixValue
     | ChunkLabel
     | JudgeExample
-    | LabelledSolution
+    | ClassifierExample
     | Judged
     | Judgment
     | ProcessBenchItem
@@ -268,7 +268,7 @@ KIND: dict[type, str] = {
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
     JudgeExample: "judge_examples",
-    LabelledSolution: "labelled_solutions",
+    ClassifierExample: "classifier_examples",
     Judgment: "judgments",
     ProcessBenchItem: "processbench_items",
     SearchResult: "search_results",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from stepwiser_jax.config import Config, Model, Problems
 from stepwiser_jax.records import (
+    ClassifierExample,
     JudgeExample,
-    LabelledSolution,
     PrefixValue,
     Trajectory,
     UserError,
@@ -45,7 +45,7 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name in ("examples", "items") and not Path(value).is_file():
             if Path(value).is_dir():
                 of_classifier = name == "examples" and stage == "classifier"
-                read_parts(value, LabelledSolution if of_classifier else RECORDS_OF[name])
+                read_parts(value, ClassifierExample if of_classifier else RECORDS_OF[name])
             elif name == "examples":
                 raise UserError(f"expected a file or a finished run at {value}, found nothing")
         elif name == "tokenizer":

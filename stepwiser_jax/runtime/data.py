@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from stepwiser_jax.records import LabelledSolution, SftExample, UserError
+from stepwiser_jax.records import ClassifierExample, SftExample, UserError
 from stepwiser_jax.segments import member
 
 R = TypeVar("R")
@@ -93,8 +93,8 @@ def sft_documents(
 
 
 def classifier_documents(
-    solutions: Sequence[LabelledSolution],
-    render: Callable[[LabelledSolution], tuple[list[int], list[int], list[float]]],
+    solutions: Sequence[ClassifierExample],
+    render: Callable[[ClassifierExample], tuple[list[int], list[int], list[float]]],
     *,
     max_length: int,
 ) -> tuple[list[dict[str, np.ndarray]], int]:

@@ -1,6 +1,6 @@
 """Train a discriminative process reward model, the baseline of StepWiser 4.2 (A.1): RLHFlow's form.
 
-    LabelledSolution -> one conversation: a chunk, its answer, a chunk, its answer, ...
+    ClassifierExample -> one conversation: a chunk, its answer, a chunk, its answer, ...
                      -> packed ClassifierBatch -> cross-entropy of + against - -> AdamW
 
 Only the answers are learned; one pass over a solution learns, and scores, all of its chunks.
@@ -30,7 +30,7 @@ import optax
 from stepwiser_jax.algo.classifier import classifier_loss
 from stepwiser_jax.algo.sft import supervised_tokens
 from stepwiser_jax.config import Classifier
-from stepwiser_jax.records import LabelledSolution
+from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import ClassifierBatch, classifier_documents, classifier_loader
 from stepwiser_jax.runtime.loading import Loaded, load_for_training, with_new_score
@@ -38,7 +38,7 @@ from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
-from stepwiser_jax.text.datasets import load_labelled_solutions
+from stepwiser_jax.text.datasets import load_classifier_examples
 from stepwiser_jax.text.prompts import encode_solution, sign_ids
 from stepwiser_jax.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "classifier", config)
     if directory.finished:
         return directory.summary()
-    solutions = load_labelled_solutions(config.examples)
+    solutions = load_classifier_examples(config.examples)
     mesh = make_mesh(**config.mesh.model_dump())
     compilation.start(config.compilation_cache)
     loaded = load(config, mesh)
@@ -101,7 +101,7 @@ def load(config: Classifier, mesh: jax.sharding.Mesh) -> Loaded:
 
 
 def render(
-    solution: LabelledSolution, tokenizer: Tokenizer, config: Classifier
+    solution: ClassifierExample, tokenizer: Tokenizer, config: Classifier
 ) -> tuple[list[int], list[int], list[float]]:
     """(ids, the places of the answers that are learned, the target of each)."""
     is_positive = dict(zip(solution.labelled, solution.is_positive, strict=True))

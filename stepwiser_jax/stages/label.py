@@ -4,7 +4,7 @@
                         -> length filter -> as many negatives as positives
 
 Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
-Writes chunk labels (all of them), judge examples (filtered and balanced), and labelled solutions
+Writes chunk labels (all of them), judge examples (filtered and balanced), and classifier examples
 for a classifier, which takes each as a whole: neither filtered by length nor balanced.
 """
 
@@ -22,8 +22,8 @@ from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Label, read_settings
 from stepwiser_jax.records import (
     ChunkLabel,
+    ClassifierExample,
     JudgeExample,
-    LabelledSolution,
     PrefixValue,
     Problem,
     Trajectory,
@@ -65,8 +65,8 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         )
     directory.writer(ChunkLabel).append(labels)
     directory.writer(JudgeExample).append(chosen)
-    solutions = labelled_solutions(telling, trajectories, problems, tokenizer)
-    directory.writer(LabelledSolution).append(solutions)
+    solutions = classifier_examples(telling, trajectories, problems, tokenizer)
+    directory.writer(ClassifierExample).append(solutions)
     summary = {
         "rule": config.rule,
         "labels": len(labels),
@@ -75,7 +75,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         "dropped": dropped,
         "judge_examples": len(chosen),
         "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
-        "labelled_solutions": len(solutions),
+        "classifier_examples": len(solutions),
     }
     return directory.finish(lambda: summary)
 
@@ -149,18 +149,18 @@ def judge_examples(
     return examples
 
 
-def labelled_solutions(
+def classifier_examples(
     labels: Sequence[ChunkLabel],
     trajectories: dict[str, Trajectory],
     problems: dict[str, Problem],
     tokenizer: Tokenizer,
-) -> list[LabelledSolution]:
+) -> list[ClassifierExample]:
     """One per trajectory that has a label. A trajectory's labels stand together, in order."""
     solutions = []
     for trajectory_id, group in itertools.groupby(labels, lambda label: label.trajectory_id):
         trajectory, own = trajectories[trajectory_id], list(group)
         solutions.append(
-            LabelledSolution(
+            ClassifierExample(
                 solution_id=trajectory_id,
                 problem_id=trajectory.problem_id,
                 question=problems[trajectory.problem_id].question,

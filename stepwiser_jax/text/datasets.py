@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.records import (
+    ClassifierExample,
     JudgeExample,
-    LabelledSolution,
     Problem,
     ProcessBenchItem,
     UserError,
@@ -181,16 +181,16 @@ def processbench_to_judge_examples(items: Sequence[ProcessBenchItem]) -> list[Ju
     return examples
 
 
-def load_labelled_solutions(source: str) -> list[LabelledSolution]:
-    """LabelledSolution records of a JSONL file or a finished `label` run; from any other file,
+def load_classifier_examples(source: str) -> list[ClassifierExample]:
+    """ClassifierExample records of a JSONL file or a finished `label` run; from any other file,
     ProcessBench items with their human labels. Raises UserError where there are none, or where
     one's labels are not of its chunks."""
     path = Path(source)
     if path.is_file() and path.suffix != ".jsonl":
-        return processbench_to_labelled_solutions(load_processbench(source))
-    solutions = read_records(source, LabelledSolution)
+        return processbench_to_classifier_examples(load_processbench(source))
+    solutions = read_records(source, ClassifierExample)
     if not solutions:
-        raise UserError(f"expected labelled solutions in {source}, found none")
+        raise UserError(f"expected classifier examples in {source}, found none")
     for solution in solutions:
         labelled = solution.labelled
         ascending = list(labelled) == sorted(set(labelled))
@@ -208,16 +208,16 @@ def load_labelled_solutions(source: str) -> list[LabelledSolution]:
     return solutions
 
 
-def processbench_to_labelled_solutions(
+def processbench_to_classifier_examples(
     items: Sequence[ProcessBenchItem],
-) -> list[LabelledSolution]:
+) -> list[ClassifierExample]:
     """Human step labels up to and including the first error; a right step is worth 1."""
     solutions = []
     for item in items:
         last = len(item.steps) - 1 if item.first_error == -1 else item.first_error
         is_positive = tuple(step != item.first_error for step in range(last + 1))
         solutions.append(
-            LabelledSolution(
+            ClassifierExample(
                 solution_id=item.item_id,
                 problem_id=item.item_id,
                 question=item.question,

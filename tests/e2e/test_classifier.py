@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.records import Judgment, LabelledSolution, read_records, write_records
+from stepwiser_jax.records import ClassifierExample, Judgment, read_records, write_records
 
 from .conftest import CONFIGS
 
@@ -26,7 +26,7 @@ def write_solutions(path, count):
     write_records(
         path,
         [
-            LabelledSolution(
+            ClassifierExample(
                 name, name, "start ?", tuple(chunks), (0, 1, 3), tuple(right[[0, 1, 3]].tolist()),
                 tuple(np.where(right, 0.75, 0.25)[[0, 1, 3]].tolist()),
             )

@@ -11,9 +11,9 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.records import (
     ChunkLabel,
+    ClassifierExample,
     JudgeExample,
     Judgment,
-    LabelledSolution,
     PrefixValue,
     Problem,
     RecordWriter,
@@ -105,12 +105,12 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
-def test_labelled_solutions_are_the_judge_examples_told_at_once(runs):
+def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
     """Of a label run that is not balanced: the same chunks, histories and labels."""
     examples = {e.example_id: e for e in read_records(runs / "labels", JudgeExample)}
     labels = {x.record_id: x for x in read_records(runs / "labels", ChunkLabel)}
     seen = 0
-    for solution in read_records(runs / "labels", LabelledSolution):
+    for solution in read_records(runs / "labels", ClassifierExample):
         for j, is_positive, q in zip(
             solution.labelled, solution.is_positive, solution.q, strict=True
         ):
@@ -382,7 +382,7 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
         ("values", "rollouts", "trajectories"),
         ("labels", "annotations", "prefix_values"),
         ("judge", "examples", "judge_examples"),
-        ("classifier", "examples", "labelled_solutions"),
+        ("classifier", "examples", "classifier_examples"),
         ("evaluate", "items", "trajectories"),
     ):
         arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))

@@ -21,7 +21,7 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
 from stepwiser_jax.model.hf import named_tensors, save_hf
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import LabelledSolution, ProcessBenchItem, UserError, write_records
+from stepwiser_jax.records import ClassifierExample, ProcessBenchItem, UserError, write_records
 from stepwiser_jax.runtime.data import (
     classifier_documents,
     classifier_loader,
@@ -34,16 +34,16 @@ from stepwiser_jax.runtime.scorer import Scorer
 from stepwiser_jax.runtime.trainer import accumulate
 from stepwiser_jax.stages import classifier
 from stepwiser_jax.text.datasets import (
-    load_labelled_solutions,
+    load_classifier_examples,
+    processbench_to_classifier_examples,
     processbench_to_judge_examples,
-    processbench_to_labelled_solutions,
 )
 from stepwiser_jax.text.prompts import encode_solution, sign_ids
 from tiny import tiny_config
 
 QUESTION = "start 4 ; * 7 + 5 ?"
 CHUNKS = ("<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk>", "<chunk> fix ; 8 - 5 = 3 </chunk>", "3 + 4 = 7")
-SOLUTION = LabelledSolution(
+SOLUTION = ClassifierExample(
     "p#0", "p", QUESTION, (*CHUNKS, "= 7"), (0, 2), (False, True), (0.25, 0.75)
 )
 
@@ -136,7 +136,7 @@ def item(index, first_error, steps=("a", "b", "c")):
 
 def test_human_labels_are_those_of_the_judge():
     items = [item(0, -1), item(1, 0), item(2, 1)]
-    solutions = processbench_to_labelled_solutions(items)
+    solutions = processbench_to_classifier_examples(items)
     chunks = [
         (f"{s.solution_id}/{j}", s.chunks[j], positive)
         for s in solutions
@@ -161,10 +161,10 @@ def test_human_labels_are_those_of_the_judge():
 def test_labels_that_are_not_of_the_chunks_are_refused(tmp_path, changes):
     file = tmp_path / "solutions.jsonl"
     write_records(file, [SOLUTION])
-    assert load_labelled_solutions(str(file)) == [SOLUTION]
+    assert load_classifier_examples(str(file)) == [SOLUTION]
     write_records(file, [dataclasses.replace(SOLUTION, **changes)])
     with pytest.raises(UserError, match="p#0 has 4 chunks"):
-        load_labelled_solutions(str(file))
+        load_classifier_examples(str(file))
 
 
 def documents(count, max_length=24):
