@@ -40,11 +40,15 @@ stage evaluate evaluate --set judge.path="$runs/judge" --set items="$runs/heldou
 # 7. ... and steers generation.
 stage search search --set policy.path="$runs/policy" --set judge.path="$runs/judge"
 
-# 8. A checkpoint becomes a Hugging Face directory.
+# 8. The baseline: a classifier learns the same labels, and judges a solution in one pass.
+stage classifier classifier --set model.path="$runs/policy" --set examples="$runs/labels"
+stage classify classify --set classifier.path="$runs/classifier" --set items="$runs/heldout"
+
+# 9. A checkpoint becomes a Hugging Face directory.
 "$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
 
 # Every stage left a manifest and a summary; a finished stage started again does nothing.
-for run in policy rollouts values labels cold_start judge heldout evaluate search; do
+for run in policy rollouts values labels cold_start judge heldout evaluate search classifier classify; do
   test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
 done
 test -s "$runs/judge_hf/model.safetensors"

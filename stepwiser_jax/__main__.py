@@ -41,16 +41,25 @@ STAGES = {
     ),
     "label": (
         "Turn prefix values into chunk labels and balanced judge examples.",
-        "Reads an annotate run and its rollout run. Writes chunk labels and judge examples.",
+        "Reads an annotate run and its rollout run. Writes chunk labels, judge examples and "
+        "classifier examples.",
     ),
     "judge": (
         "Train a judge by GRPO to reason about a chunk before its verdict.",
         "Reads judge examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
+    "classifier": (
+        "Train a discriminative process reward model: + or - after every chunk.",
+        "Reads classifier examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
+    ),
     "evaluate": (
         "ProcessBench: find first errors with a judge.",
         "Reads items (a ProcessBench file or hub id, or a rollout run) and a judge. "
         "Writes judgments.",
+    ),
+    "classify": (
+        "ProcessBench: find first errors with a classifier, all steps of a solution at once.",
+        "Reads items (as evaluate does) and a classifier. Writes judgments.",
     ),
     "search": (
         "Chunk-reset search beside greedy decoding, plain sampling and majority vote.",
@@ -132,7 +141,8 @@ def quickstart(
 @app.command()
 def convert(
     checkpoint: Annotated[
-        Path, typer.Option(help="A run directory of sft or judge, or one of its checkpoints/N.")
+        Path,
+        typer.Option(help="Run directory of a stage that trains, or one of its checkpoints/N."),
     ],
     output: Annotated[Path, typer.Option(help="A new directory.")],
 ) -> None:
@@ -147,7 +157,9 @@ def convert(
 
 @app.command()
 def plan(
-    stage: Annotated[str, typer.Argument(help="sft, rollout, annotate, judge or evaluate.")],
+    stage: Annotated[
+        str, typer.Argument(help="sft, rollout, annotate, judge, classifier or evaluate.")
+    ],
     config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
     topology: Annotated[str, typer.Option(help="Chips of a slice, such as v5p:4x4x4.")],
     slices: Annotated[int, typer.Option(help="How many slices.", min=1)] = 1,

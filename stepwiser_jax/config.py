@@ -58,7 +58,7 @@ class Mesh(Config):
 
 class Model(Config):
     """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
-    finished `sft` or `judge` stage, or `arithmetic`: the embedded task's tiny model, fresh."""
+    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh."""
 
     path: str
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -453,6 +453,37 @@ class Judge(ComputeStage):
         return self
 
 
+class Classifier(ComputeStage):
+    """Train a discriminative process reward model: + or - after every chunk (paper 4.2's baseline).
+
+    `examples`: a finished `label` run, a file of ClassifierExample records, or others' solutions
+    with labelled steps, as `judge` reads them; `on_malformed` and `exclude` as in `Problems`.
+    `labels`: `hard` ones are the label rule's, 1 or 0; `soft` ones the value with the chunk
+    (Math-Shepherd). `head`: P(+) is of the vocabulary's two `signs`, or of a `scalar` score that
+    takes the vocabulary's place. `batch_size` rows of `max_length` tokens, several solutions to a
+    row.
+    """
+
+    model: TrainedModel
+    examples: str
+    on_malformed: OnMalformed = "stop"
+    exclude: tuple[str, ...] = ()
+    labels: Literal["hard", "soft"] = "hard"
+    head: Literal["signs", "scalar"] = "signs"
+    prompt_style: PromptStyle = "instruct"
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    max_length: int = Field(ge=2)
+    training: Training
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Classifier:
+        if self.head == "scalar" and self.model.lora is not None:
+            raise ValueError("with model.lora only adapters are trained: set head to signs")
+        self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
+        return self
+
+
 class Evaluate(ComputeStage):
     """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
 
@@ -473,6 +504,42 @@ class Evaluate(ComputeStage):
     unparsed_as: Literal["negative", "positive"] = "negative"
     engine: Engine
     items_per_block: int = Field(64, ge=1)
+
+
+class Classify(ComputeStage):
+    """ProcessBench with a classifier: the first chunk whose P(+) is below a threshold is the
+    predicted error.
+
+    `items` to `on_malformed` are those of `evaluate`. The threshold is given, or it is the one
+    with the best official F1 on the items of `threshold_subset`, and is used for all. `rows` of
+    `max_length` tokens are scored at once, several solutions to a row.
+    """
+
+    classifier: Model
+    items: str
+    split: str | None = None
+    limit: int | None = Field(None, ge=1)
+    on_malformed: OnMalformed = "stop"
+    prompt_style: PromptStyle = "instruct"
+    threshold: float | None = Field(None, gt=0, lt=1)
+    threshold_subset: str | None = None
+    rows: int = Field(8, ge=1)
+    max_length: int = Field(ge=2)
+    items_per_block: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Classify:
+        if (self.threshold is None) == (self.threshold_subset is None):
+            raise ValueError(
+                "set either threshold, or threshold_subset: the subset of the items that it is "
+                f"chosen on; found {self.threshold} and {self.threshold_subset}"
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        if self.rows % shards:
+            raise ValueError(
+                f"rows ({self.rows}) must be a multiple of mesh.data x mesh.fsdp = {shards}"
+            )
+        return self
 
 
 class Search(ComputeStage):
@@ -519,7 +586,9 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "annotate": Annotate,
     "label": Label,
     "judge": Judge,
+    "classifier": Classifier,
     "evaluate": Evaluate,
+    "classify": Classify,
     "search": Search,
 }
 

@@ -169,6 +169,24 @@ class JudgeExample:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassifierExample:
+    """A solution whose chunks are judged all at once. `labelled` are the indices of its chunks that
+    have a label, ascending; `is_positive` and `q`, the value with the chunk, are theirs."""
+
+    solution_id: str
+    problem_id: str
+    question: str
+    chunks: tuple[str, ...]
+    labelled: tuple[int, ...]
+    is_positive: tuple[bool, ...]
+    q: tuple[float, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.solution_id
+
+
+@dataclasses.dataclass(frozen=True)
 class Judged:
     """One prompt with its group of judgments and what they earned: kept while no checkpoint holds
     what was learned from it (`runtime.pending`)."""
@@ -192,7 +210,7 @@ class Judged:
 @dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk. `p_positive` is 1 or 0 for a written verdict, Positive or
-    not; a judge that gives probabilities says more."""
+    not; a classifier, which writes nothing but the likelier sign, says more."""
 
     example_id: str
     judge_id: str
@@ -294,6 +312,7 @@ Record = (
     | PrefixValue
     | ChunkLabel
     | JudgeExample
+    | ClassifierExample
     | Judged
     | Judgment
     | LabelledSolution
@@ -310,6 +329,7 @@ KIND: dict[type, str] = {
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
     JudgeExample: "judge_examples",
+    ClassifierExample: "classifier_examples",
     Judgment: "judgments",
     ProcessBenchItem: "processbench_items",
     SearchResult: "search_results",

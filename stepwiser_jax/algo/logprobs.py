@@ -32,7 +32,8 @@ SLICE_ELEMENTS = 1 << 22
 
 
 class LanguageModel(Protocol):
-    """What is asked of a model: hidden states after the final norm, and the output matrix."""
+    """What is asked of a model: hidden states after the final norm, the output matrix, and logits
+    of two tokens alone."""
 
     @property
     def head_VD(self) -> jax.Array: ...
@@ -45,6 +46,8 @@ class LanguageModel(Protocol):
         *,
         remat: bool = False,
     ) -> jax.Array: ...
+
+    def pair_logits(self, hidden_BTD: jax.Array, pair: tuple[int, int]) -> jax.Array: ...
 
 
 def token_logprobs(
@@ -128,6 +131,27 @@ def token_logprobs_and_entropy(
         logprobs_BT = jnp.take_along_axis(logprobs_BT, place_BT, axis=1)
         entropy_BT = jnp.take_along_axis(entropy_BT, place_BT, axis=1)
     return jnp.where(scored_BT, logprobs_BT, 0), jnp.where(scored_BT, entropy_BT, 0)
+
+
+def token_log_odds(
+    model: LanguageModel,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    pair: tuple[int, int],
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Log-odds (B, T), float32, of the first token of `pair` against the second in the place of
+    token t, given what stands before it: what a softmax over the two is the sigmoid of.
+    Differentiable in the model; 0 where nothing predicts a token."""
+    hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
+    with jax.named_scope("token_log_odds"):
+        logits_BT2 = model.pair_logits(hidden_BTD, pair)
+        next_BT = logits_BT2[:, :, 0] - logits_BT2[:, :, 1]
+    here_BT = lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    is_predicted_BT = _is_predicted(here_BT, here_BT - 1, segment_ids_BT)
+    return jnp.where(is_predicted_BT, jnp.roll(next_BT, 1, axis=1), 0)
 
 
 def _in_front(wanted_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

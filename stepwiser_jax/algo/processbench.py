@@ -6,10 +6,14 @@ split by the final answer; both are here. Percentages, as the official scorer pr
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from stepwiser_jax.records import Verdict
+import numpy as np
+
+from stepwiser_jax.algo.statistics import bootstrap_interval
+from stepwiser_jax.records import ProcessBenchItem, Verdict
 
 
 def first_predicted_error(
@@ -55,3 +59,116 @@ def _f1(
     total = acc_error + acc_correct
     f1 = 2 * acc_error * acc_correct / total if total else 0.0
     return {"f1": f1, "acc_error": acc_error, "acc_correct": acc_correct}
+
+
+# --- of a classifier ----------------------------------------------------------------------------
+
+
+def verdicts_at(threshold: float, p_positive: Sequence[float]) -> list[Verdict]:
+    """Negative where P(+) is below the threshold."""
+    return [Verdict.NEGATIVE if p < threshold else Verdict.POSITIVE for p in p_positive]
+
+
+def best_threshold(p_positive: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
+    """The threshold of the best official F1 for each item's P(+) of its steps; among equals the one
+    nearest to 1/2. Candidates are 1/2, and half-way between any two probabilities that are next to
+    one another, and behind the last at either end.
+    """
+    ends = np.unique(np.concatenate([[0.0, 1.0], *p_positive]))
+    candidates = np.append((ends[1:] + ends[:-1]) / 2, 0.5)
+    right: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for probabilities, label in zip(p_positive, labels, strict=True):
+        # The first step below a threshold is the first at which the lowest so far is.
+        lowest = np.minimum.accumulate(probabilities)
+        first = np.searchsorted(-lowest, -candidates, side="right")
+        predictions = np.where(first == len(lowest), -1, first)
+        right[label != -1].append(predictions == label)
+    acc_error, acc_correct = (
+        np.mean(right[error], axis=0) if right[error] else np.zeros(len(candidates))
+        for error in (True, False)
+    )
+    total = acc_error + acc_correct
+    f1 = 2 * acc_error * acc_correct / np.where(total > 0, total, 1)
+    best = candidates[f1 == np.max(f1)]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+# --- of all subsets -----------------------------------------------------------------------------
+
+
+def score_by_subset(
+    items: Sequence[ProcessBenchItem],
+    verdicts: Sequence[Sequence[Verdict]],
+    *,
+    seed: int,
+    unparsed_as: Literal["negative", "positive"] = "negative",
+) -> dict[str, Any]:
+    """Scores per subset, and their plain average as ProcessBench reports it."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, item in enumerate(items):
+        rows_of[item.subset].append(row)
+    scores = {
+        subset: score_items(
+            [items[r] for r in rows],
+            [verdicts[r] for r in rows],
+            seed=seed,
+            unparsed_as=unparsed_as,
+        )
+        for subset, rows in rows_of.items()
+    }
+    average = {
+        split: {
+            name: float(np.mean([score[split][name] for score in scores.values()]))
+            for name in ("f1", "acc_error", "acc_correct")
+        }
+        for split in ("official", "by_final_answer")
+    }
+    return {"subsets": scores, "average": average}
+
+
+def score_items(
+    items: Sequence[ProcessBenchItem],
+    verdicts: Sequence[Sequence[Verdict]],
+    *,
+    seed: int,
+    unparsed_as: Literal["negative", "positive"],
+) -> dict[str, Any]:
+    """Fractions between 0 and 1. `seed` is of the bootstrap interval."""
+    predictions = [first_predicted_error(v, unparsed_as=unparsed_as) for v in verdicts]
+    labels = [item.first_error for item in items]
+    final_correct = [item.final_answer_correct for item in items]
+    flat = [verdict for row in verdicts for verdict in row]
+    low, high = bootstrap_interval(
+        list(zip(predictions, labels, strict=True)),
+        lambda pairs: processbench_f1(*zip(*pairs, strict=True))["f1"] / 100,
+        seed=seed,
+    )
+    return {
+        "items": len(items),
+        "official": fractions(processbench_f1(predictions, labels)),
+        "official_f1_interval": [low, high],
+        "by_final_answer": fractions(
+            processbench_f1_by_final_answer(predictions, labels, final_correct)
+        ),
+        "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
+        "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
+        "steps_right": step_accuracy(items, verdicts),
+    }
+
+
+def fractions(percentages: dict[str, float]) -> dict[str, float]:
+    return {name: value / 100 for name, value in percentages.items()}
+
+
+def step_accuracy(
+    items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
+) -> dict[str, float]:
+    """Share of right verdicts on steps before the first error, and on the first error itself."""
+    right: dict[str, list[bool]] = {"before_error": [], "first_error": []}
+    for item, row in zip(items, verdicts, strict=True):
+        for step, verdict in enumerate(row):
+            if item.first_error == -1 or step < item.first_error:
+                right["before_error"].append(verdict is Verdict.POSITIVE)
+            elif step == item.first_error:
+                right["first_error"].append(verdict is Verdict.NEGATIVE)
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in right.items()}

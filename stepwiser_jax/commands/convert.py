@@ -30,7 +30,7 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         run_dir / "template" / "config.json"
     ).is_file():
         raise UserError(
-            f"expected the run directory of an sft or judge stage, or one of its checkpoints/N, "
+            f"expected the run directory of a stage that trains, or one of its checkpoints/N, "
             f"found {checkpoint}"
         )
     if output.exists():

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import Config, Judge, Model, Problems
-from stepwiser_jax.records import JudgeExample, PrefixValue, Trajectory, read_parts
+from stepwiser_jax.config import Classifier, Config, Judge, Model, Problems
+from stepwiser_jax.records import (
+    ClassifierExample,
+    JudgeExample,
+    PrefixValue,
+    Trajectory,
+    read_parts,
+)
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.text.contamination import held_out_questions
-from stepwiser_jax.text.datasets import load_judge_examples
+from stepwiser_jax.text.datasets import load_classifier_examples, load_judge_examples
 
 RECORDS_OF = {
     "rollouts": Trajectory,
@@ -36,9 +42,12 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name == "mesh":
             make_mesh(**value.model_dump())
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
-            read_parts(value, RECORDS_OF[name])
+            of_classifier = name == "examples" and isinstance(config, Classifier)
+            read_parts(value, ClassifierExample if of_classifier else RECORDS_OF[name])
         elif name == "examples" and isinstance(config, Judge):
             load_judge_examples(value, on_malformed=config.on_malformed)
+        elif name == "examples" and isinstance(config, Classifier):
+            load_classifier_examples(value, on_malformed=config.on_malformed)
         elif name == "exclude":
             held_out_questions(value)
         elif name == "tokenizer":

@@ -19,7 +19,15 @@ from typing import Any
 import jax
 
 from stepwiser_jax.commands.programs import Programs, programs_of
-from stepwiser_jax.config import STAGE_CONFIGS, Config, Judge, Sft, load_config, validate
+from stepwiser_jax.config import (
+    STAGE_CONFIGS,
+    Classifier,
+    Config,
+    Judge,
+    Sft,
+    load_config,
+    validate,
+)
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.aot import (
     GIB,
@@ -75,7 +83,7 @@ def make_plan(
     if mesh_config is None:
         raise UserError(f"stage {stage} runs no model: there is nothing to plan")
     devices, owner = described.devices, f"{topology} x {slices}"
-    if not isinstance(config, Judge | Sft) and len(processes_of(devices)) > 1:
+    if not isinstance(config, Judge | Sft | Classifier) and len(processes_of(devices)) > 1:
         # Every process samples its share with a copy of the model on its own devices.
         devices = host_devices(described)
         owner = f"each process of {owner}"
@@ -126,7 +134,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
             return fits("decode segment", changed(engine={"rows": [count]}))
 
         found["engine.rows"] = largest(rows, sampling_fits)
-    if isinstance(config, Judge | Sft):
+    if isinstance(config, Judge | Sft | Classifier):
         total = (
             config.prompts_per_iteration // config.updates_per_iteration
             if isinstance(config, Judge)

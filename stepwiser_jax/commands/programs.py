@@ -22,6 +22,7 @@ from stepwiser_jax.algo.logprobs import default_slices
 from stepwiser_jax.algo.sampling import Draw
 from stepwiser_jax.config import (
     Annotate,
+    Classifier,
     ComputeStage,
     Config,
     Evaluate,
@@ -46,7 +47,13 @@ from stepwiser_jax.runtime.aot import (
     bytes_per_device,
     placed,
 )
-from stepwiser_jax.runtime.data import Group, RolloutBatch, TokenBatch, rollout_batch
+from stepwiser_jax.runtime.data import (
+    ClassifierBatch,
+    Group,
+    RolloutBatch,
+    TokenBatch,
+    rollout_batch,
+)
 from stepwiser_jax.runtime.engine import (
     SHARED_BY,
     Engine,
@@ -67,10 +74,11 @@ from stepwiser_jax.runtime.loading import (
 from stepwiser_jax.runtime.mesh import make_sampling_mesh
 from stepwiser_jax.runtime.sampling import Weights
 from stepwiser_jax.runtime.training_run import optimizer_of
+from stepwiser_jax.stages.classifier import classifier_train_step
 from stepwiser_jax.stages.judge import judge_train_step, score
 from stepwiser_jax.stages.sft import sft_train_step
 
-PLANNED = ("sft", "rollout", "annotate", "judge", "evaluate")
+PLANNED = ("sft", "rollout", "annotate", "judge", "classifier", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +93,8 @@ class Programs:
 
 def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
     """Raises UserError for a stage that has no plan."""
-    if isinstance(config, Sft):
-        return _of_sft(config, mesh)
+    if isinstance(config, Sft | Classifier):
+        return _of_packed_rows(config, mesh)
     if isinstance(config, Judge):
         return _of_judge(config, mesh)
     if isinstance(config, Rollout):
@@ -153,9 +161,9 @@ def causal_pairs(before: int, tokens: int) -> float:
 
 
 def _model(
-    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False
+    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False, scalar: bool = False
 ) -> tuple[ModelConfig, Transformer]:
-    config = config_of(settings.path)
+    config = dataclasses.replace(config_of(settings.path), classifier=scalar)
     lora = settings.lora if isinstance(settings, TrainedModel) else None
     model = abstract_model(
         config,
@@ -202,17 +210,23 @@ def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
     return kernel
 
 
-def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
-    model_config, model = _model(config.model, mesh)
+def _of_packed_rows(config: Sft | Classifier, mesh: jax.sharding.Mesh) -> Programs:
+    scalar = isinstance(config, Classifier) and config.head == "scalar"
+    model_config, model = _model(config.model, mesh, scalar=scalar)
     schedule, optimizer = optimizer_of(config.training, config.steps)
     rows, length = config.batch_size, config.max_length
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
     state = abstract_train_state(model, optimizer, mesh)
-    step = sft_train_step(config, schedule, optimizer, state)
+    if isinstance(config, Sft):
+        batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
+        step, scored = sft_train_step(config, schedule, optimizer, state), length
+    else:  # two logits of a token, which are not worth counting, whichever they are
+        targets = np.zeros((rows, length), np.float32)
+        batch = abstract_rows(ClassifierBatch(ints, ints, ints, mask, targets), mesh)
+        step, scored = classifier_train_step(config, (0, 1), schedule, optimizer, state), 0
     micro_batches = config.training.micro_batches
     useful = update_flops(
-        model_config, config.model, tokens=length, scored=length, pairs=causal_pairs(0, length)
+        model_config, config.model, tokens=length, scored=scored, pairs=causal_pairs(0, length)
     )
     program = Program(
         "train step",
@@ -222,7 +236,7 @@ def _of_sft(config: Sft, mesh: jax.sharding.Mesh) -> Programs:
         useful_flops=rows * useful,
         change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
         "lower max_length",
-        loops=_loops("train_step", model_config, rows, length, length, micro_batches),
+        loops=_loops("train_step", model_config, rows, length, scored, micro_batches),
         kernel=_splash(model_config, np.ones(length, np.int32)),
     )
     return Programs([program], "one step")

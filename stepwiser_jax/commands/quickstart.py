@@ -31,7 +31,7 @@ from stepwiser_jax.records import (
     read_records,
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
-from stepwiser_jax.stages.evaluate import load_items
+from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 

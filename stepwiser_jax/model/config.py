@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+"""Of language models; those that score two classes end in ForTokenClassification."""
 
 # Fields of config.json that change the computation, and the values that mean "not used".
 _MUST_BE_UNUSED: dict[str, tuple[Any, ...]] = {
@@ -62,7 +63,8 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder; hashable, so that it can be static under jit."""
+    """Sizes and switches of a decoder; hashable, so that it can be static under jit. `classifier`:
+    it scores two classes, 0 for wrong and 1 for right, in place of a vocabulary."""
 
     model_type: str
     vocab_size: int
@@ -83,6 +85,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    classifier: bool = False
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -99,6 +102,10 @@ class ModelConfig:
                 f"{model_type!r}"
             )
         _refuse_unsupported(fields)
+        classifier = "TokenClassification" in str(fields.get("architectures"))
+        classes = len(fields.get("id2label") or "01")  # not written where they are two
+        if classifier and classes != 2:
+            raise UserError(f"config.json: expected 2 classes in id2label, found {classes}")
         theta, scaling = _rope(fields)
         heads = _require(fields, "num_attention_heads")
         eos = fields.get("eos_token_id")
@@ -122,6 +129,7 @@ class ModelConfig:
             bos_token_id=fields.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=fields.get("pad_token_id"),
+            classifier=classifier,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -129,9 +137,11 @@ class ModelConfig:
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             rope = {"rope_type": "llama3", **vars(self.rope_scaling)}
-        eos = self.eos_token_id
+        eos, architecture = self.eos_token_id, ARCHITECTURES[self.model_type]
+        if self.classifier:
+            architecture = architecture.replace("CausalLM", "TokenClassification")
         return {
-            "architectures": [ARCHITECTURES[self.model_type]],
+            "architectures": [architecture],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,

@@ -59,6 +59,8 @@ def hf_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
     """The tensors of a checkpoint that make one of our parameters: one, or one per layer."""
     if path[0] == "blocks":
         return [f"model.layers.{i}.{_OF_BLOCK[path[1]]}" for i in range(num_layers)]
+    if path[0] == "score":
+        return [f"score.{path[1]}"]
     return [f"{_OF_MODEL[path[0]]}.weight"]
 
 

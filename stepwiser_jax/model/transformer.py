@@ -8,6 +8,7 @@ logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from stepwiser_jax.model.attention import (
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
 from stepwiser_jax.model.lora import Adapter, merge_layer
-from stepwiser_jax.products import linear, quantise
+from stepwiser_jax.products import linear, product, quantise
 
 
 def _parameter(
@@ -150,8 +151,18 @@ def finish_block(
         return x_BTD + block.project(hidden, "down")
 
 
+class Score(nnx.Module):
+    """Logits of two classes, wrong and right, from the hidden state of a token."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: Any):
+        shape, std = (2, config.hidden_size), config.initializer_range
+        self.weight = _parameter(rngs, shape, ("classes", "embed"), std, dtype)
+        self.bias = _parameter(rngs, (2,), ("classes",), 0.0, dtype)
+
+
 class Transformer(nnx.Module):
-    """A causal language model. See `hidden` for the mask, `extend` for the cache."""
+    """A causal language model, or one that scores two classes at each token (`config.classifier`).
+    See `hidden` for the mask, `extend` for the cache."""
 
     def __init__(
         self,
@@ -169,7 +180,9 @@ class Transformer(nnx.Module):
         self.embed = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
         self.blocks: Block | nnx.List[Block] = Block(config, config.num_layers, rngs, param_dtype)
         self.norm = _parameter(rngs, (D,), ("norm",), 1.0, param_dtype)
-        if not config.tie_embeddings:
+        if config.classifier:
+            self.score = Score(config, rngs, param_dtype)
+        elif not config.tie_embeddings:
             self.head = _parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
 
     @property
@@ -235,6 +248,25 @@ class Transformer(nnx.Module):
             (((hidden.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+
+    def pair_logits(self, hidden_BTD: jax.Array, pair: tuple[int, int]) -> jax.Array:
+        """Logits (B, T, 2), float32, of two tokens alone; of a classifier, of right and wrong,
+        whichever they are."""
+        if self.config.classifier:
+            rows_2D, bias_2 = self.score.weight[...][::-1], self.score.bias[...][::-1]
+            logits_BT2 = product(hidden_BTD, rows_2D.astype(hidden_BTD.dtype), (2, 1))
+            return logits_BT2 + bias_2.astype(jnp.float32)[None, None]
+        rows_2D = self.head_VD[jnp.array(pair)].astype(hidden_BTD.dtype)
+        return product(hidden_BTD, rows_2D, (2, 1))
+
+    def with_score(self, score: Score) -> Transformer:
+        """The same model, and the same arrays, as a classifier."""
+        model = copy.copy(self)
+        model.config = dataclasses.replace(self.config, classifier=True)
+        model.score = score
+        if not self.config.tie_embeddings:
+            del model.head
+        return model
 
     @property
     def is_for_decoding(self) -> bool:

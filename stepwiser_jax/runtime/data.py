@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from stepwiser_jax.records import SftExample, UserError
+from stepwiser_jax.records import ClassifierExample, SftExample, UserError
 from stepwiser_jax.segments import member
 
 R = TypeVar("R")
@@ -30,6 +30,19 @@ class TokenBatch:
     segment_ids_BT: Any
     positions_BT: Any
     loss_mask_BT: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassifierBatch:
+    """Rows of one or more solutions. `answer_mask_BT` marks the answers that are learned;
+    `targets_BT` is the probability of + that each should have."""
+
+    tokens_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    answer_mask_BT: Any
+    targets_BT: Any
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +89,30 @@ def sft_documents(
     `render` gives (prompt ids, completion ids); the loss is on the completion. Raises UserError
     where no example fits, or one has no completion.
     """
-    documents = [_document(example, render) for example in examples]
+    return _fitting([_document(example, render) for example in examples], max_length)
+
+
+def classifier_documents(
+    solutions: Sequence[ClassifierExample],
+    render: Callable[[ClassifierExample], tuple[list[int], list[int], list[float]]],
+    *,
+    max_length: int,
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """As `sft_documents`. `render` gives (ids, the places of the answers that are learned, the
+    target of each)."""
+    documents = []
+    for solution in solutions:
+        ids, places, targets = render(solution)
+        tokens = np.array(ids, np.int32)
+        answer_mask, target = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
+        answer_mask[places], target[places] = 1, targets
+        documents.append({"tokens": tokens, "answer_mask": answer_mask, "targets": target})
+    return _fitting(documents, max_length)
+
+
+def _fitting(
+    documents: list[dict[str, np.ndarray]], max_length: int
+) -> tuple[list[dict[str, np.ndarray]], int]:
     fitting = [document for document in documents if len(document["tokens"]) <= max_length]
     if not fitting:
         shortest = min(len(document["tokens"]) for document in documents)
@@ -99,14 +135,30 @@ def sft_loader(
     `packing` several documents share a row."""
     source = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     if packing:
-        lengths = {"tokens": max_length, "loss_mask": max_length}
-        rows = grain.experimental.FirstFitPackIterDataset(
-            source.to_iter_dataset(), length_struct=lengths, num_packing_bins=4 * batch_size
-        )
-        rows = rows.map(_packed_row)
+        rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_row)
     else:
         rows = source.map(lambda document: _padded_row(document, max_length)).to_iter_dataset()
     return iter(rows.batch(batch_size, drop_remainder=True).map(lambda row: TokenBatch(**row)))
+
+
+def classifier_loader(
+    documents: Sequence[dict[str, np.ndarray]], *, batch_size: int, max_length: int, seed: int
+) -> grain.DatasetIterator[ClassifierBatch]:
+    """As `sft_loader`, always packed."""
+    source = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+    rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_solutions)
+    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda row: ClassifierBatch(**row)))
+
+
+def _packed(
+    source: grain.MapDataset[Any], features: Sequence[str], batch_size: int, max_length: int
+) -> grain.IterDataset[Any]:
+    """Rows of several documents, first-fit."""
+    return grain.experimental.FirstFitPackIterDataset(
+        source.to_iter_dataset(),
+        length_struct=dict.fromkeys(features, max_length),
+        num_packing_bins=4 * batch_size,
+    )
 
 
 def _document(
@@ -130,6 +182,16 @@ def _packed_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def _packed_solutions(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "tokens_BT": row["tokens"].astype(np.int32),
+        "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
+        "positions_BT": row["tokens_positions"].astype(np.int32),
+        "answer_mask_BT": row["answer_mask"].astype(bool),
+        "targets_BT": row["targets"].astype(np.float32),
+    }
+
+
 def _padded_row(document: dict[str, np.ndarray], max_length: int) -> dict[str, np.ndarray]:
     length = len(document["tokens"])
     padding = (0, max_length - length)
@@ -139,6 +201,46 @@ def _padded_row(document: dict[str, np.ndarray], max_length: int) -> dict[str, n
         "positions_BT": np.pad(np.arange(length, dtype=np.int32), padding),
         "loss_mask_BT": np.pad(document["loss_mask"].astype(bool), padding),
     }
+
+
+def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Which documents share a row, by their indices: each goes to the first row that has room.
+    Raises ValueError where one is longer than a row."""
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for i, length in enumerate(lengths):
+        if length > row_length:
+            raise ValueError(f"a document of {length} tokens exceeds a row of {row_length}")
+        row = next((r for r, held in enumerate(used) if held + length <= row_length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(i)
+        used[row] += length
+    return rows
+
+
+def packed_batch(
+    rows: Sequence[Sequence[Sequence[int]]], num_rows: int, row_length: int
+) -> TokenBatch:
+    """The documents of each row, one behind the other, nothing of them learned; rows that are not
+    given are padding."""
+    shape = (num_rows, row_length)
+    batch = TokenBatch(
+        tokens_BT=np.zeros(shape, np.int32),
+        segment_ids_BT=np.zeros(shape, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        loss_mask_BT=np.zeros(shape, bool),
+    )
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, ids in enumerate(documents, 1):
+            end = start + len(ids)
+            batch.tokens_BT[row, start:end] = ids
+            batch.segment_ids_BT[row, start:end] = number
+            batch.positions_BT[row, start:end] = np.arange(len(ids))
+            start = end
+    return batch
 
 
 def example_loader(

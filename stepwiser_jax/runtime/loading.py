@@ -1,7 +1,7 @@
 """Where a stage's model comes from, in numbered cases.
 
 1. `arithmetic`: the embedded task's tiny model with fresh weights and its word-level tokenizer.
-2. The run directory of a finished `sft` or `judge` stage: the model it exported to `<run>/model`.
+2. The run directory of a finished stage that trains: the model it exported to `<run>/model`.
 3. A Hugging Face directory.
 4. A Hugging Face hub id.
 """
@@ -26,7 +26,7 @@ from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
-from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.model.transformer import Score, Transformer
 from stepwiser_jax.records import UserError, read_manifest
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
@@ -49,10 +49,12 @@ def load_model(
     compute_dtype: str = "float32",
     seed: int = 0,
     decoding: bool = False,
+    classifier: bool = False,
 ) -> Loaded:
     """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits.
 
     `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
+    `classifier`: whether a model that scores classes in place of a vocabulary will do.
     """
     if path == "arithmetic":
         config = ModelConfig.from_hf(arithmetic.hf_config())
@@ -61,6 +63,11 @@ def load_model(
         return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
     config = read_config(directory)
+    if config.classifier and not classifier:
+        raise UserError(
+            f"expected a language model in {path}, found one that scores two classes in place of a "
+            "vocabulary: only classify reads it, and classifier with head: scalar"
+        )
     model = load_hf(
         directory,
         dtype=param_dtype,
@@ -80,6 +87,17 @@ def load_for_training(
         return loaded
     adapters = sharded_adapters(loaded.model, mesh, seed=seed, **lora)
     return dataclasses.replace(loaded, model=with_adapters(loaded.model, adapters))
+
+
+def with_new_score(model: Transformer, mesh: Mesh, seed: int) -> Transformer:
+    """A classifier of a language model, with initial weights for its score."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)  # not the draws of the base
+
+    def create() -> Score:
+        return Score(model.config, nnx.Rngs(key), model.embed[...].dtype)
+
+    shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
+    return model.with_score(jax.jit(create, out_shardings=shardings)())
 
 
 def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
@@ -136,7 +154,7 @@ def _resolve(path: str) -> str:
         if not (local / "model" / "config.json").is_file():
             raise UserError(
                 f"expected a model in {path}, found a run of stage '{manifest['stage']}', which "
-                "makes none: name a run of sft or judge, or a Hugging Face directory"
+                "makes none: name a run of sft, judge or classifier, or a Hugging Face directory"
             )
         return str(local / "model")
     if local.is_dir() and not (local / "config.json").is_file():

@@ -30,6 +30,7 @@ AXIS_RULES: dict[str, str | None] = {
     "layers": None,
     "embed": "fsdp",
     "vocab": "tensor",
+    "classes": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

@@ -1,4 +1,4 @@
-"""What `sft` and `judge` share around their loops: start or resume, log, checkpoint, stop, export.
+"""What stages that train share around their loops: start or resume, log, checkpoint, stop, export.
 
 <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
                           with adapters, base.json: the model that they belong to

@@ -13,44 +13,27 @@ Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from stepwiser_jax.algo.processbench import (
-    first_predicted_error,
-    majority_verdict,
-    processbench_f1,
-    processbench_f1_by_final_answer,
-)
+from stepwiser_jax.algo.processbench import majority_verdict, score_by_subset
 from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Evaluate
-from stepwiser_jax.records import (
-    Judgment,
-    Problem,
-    ProcessBenchItem,
-    Trajectory,
-    UserError,
-    Verdict,
-    read_records,
-)
+from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.chunks import chunk_texts
-from stepwiser_jax.text.datasets import OnMalformed, load_processbench
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -113,35 +96,6 @@ def judge_blocks(
 def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[str]:
     ids = [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
     return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
-
-
-def load_items(
-    source: str,
-    tokenizer: Tokenizer,
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-    on_malformed: OnMalformed = "stop",
-    dropped: Counter[str] | None = None,
-) -> list[ProcessBenchItem]:
-    """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
-    if not (Path(source) / "config.yaml").is_file():
-        return load_processbench(
-            source, split=split, limit=limit, on_malformed=on_malformed, dropped=dropped
-        )
-    if split is not None:
-        raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
-    problems = {p.problem_id: p for p in read_records(source, Problem)}
-    trajectories = read_records(source, Trajectory)[:limit]
-    return [
-        arithmetic.processbench_item(
-            problems[t.problem_id],
-            t.trajectory_id,
-            chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
-            t.is_correct,
-        )
-        for t in trajectories
-    ]
 
 
 class ItemJudge:
@@ -246,69 +200,7 @@ def summarize(
     summary: dict[str, Any] = {"items": len(items), "unparsed_as": config.unparsed_as}
     for name, verdict_of in voters.items():
         verdicts = [[verdict_of(item, s) for s in range(len(item.steps))] for item in items]
-        summary[name] = score_by_subset(config, items, verdicts)
+        summary[name] = score_by_subset(
+            items, verdicts, seed=config.seed, unparsed_as=config.unparsed_as
+        )
     return summary
-
-
-def score_by_subset(
-    config: Evaluate, items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
-) -> dict[str, Any]:
-    """Scores per subset, and their plain average as ProcessBench reports it."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        rows_of[item.subset].append(row)
-    scores = {
-        subset: score_items(config, [items[r] for r in rows], [verdicts[r] for r in rows])
-        for subset, rows in rows_of.items()
-    }
-    average = {
-        split: {
-            name: float(np.mean([score[split][name] for score in scores.values()]))
-            for name in ("f1", "acc_error", "acc_correct")
-        }
-        for split in ("official", "by_final_answer")
-    }
-    return {"subsets": scores, "average": average}
-
-
-def score_items(
-    config: Evaluate, items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
-) -> dict[str, Any]:
-    predictions = [first_predicted_error(v, unparsed_as=config.unparsed_as) for v in verdicts]
-    labels = [item.first_error for item in items]
-    final_correct = [item.final_answer_correct for item in items]
-    flat = [verdict for row in verdicts for verdict in row]
-    low, high = bootstrap_interval(
-        list(zip(predictions, labels, strict=True)),
-        lambda pairs: processbench_f1(*zip(*pairs, strict=True))["f1"] / 100,
-        seed=config.seed,
-    )
-    return {
-        "items": len(items),
-        "official": fractions(processbench_f1(predictions, labels)),
-        "official_f1_interval": [low, high],
-        "by_final_answer": fractions(
-            processbench_f1_by_final_answer(predictions, labels, final_correct)
-        ),
-        "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
-        "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
-        "steps_right": step_accuracy(items, verdicts),
-    }
-
-
-def fractions(percentages: dict[str, float]) -> dict[str, float]:
-    return {name: value / 100 for name, value in percentages.items()}
-
-
-def step_accuracy(
-    items: Sequence[ProcessBenchItem], verdicts: Sequence[Sequence[Verdict]]
-) -> dict[str, float]:
-    """Share of right verdicts on steps before the first error, and on the first error itself."""
-    right: dict[str, list[bool]] = {"before_error": [], "first_error": []}
-    for item, row in zip(items, verdicts, strict=True):
-        for step, verdict in enumerate(row):
-            if item.first_error == -1 or step < item.first_error:
-                right["before_error"].append(verdict is Verdict.POSITIVE)
-            elif step == item.first_error:
-                right["first_error"].append(verdict is Verdict.NEGATIVE)
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in right.items()}

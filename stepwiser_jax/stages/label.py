@@ -4,11 +4,13 @@
                         -> length filter -> as many negatives as positives
 
 Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
-Writes chunk labels (all of them) and judge examples (filtered and balanced).
+Writes chunk labels (all of them), judge examples (filtered and balanced), and classifier examples
+for a classifier, which takes each as a whole: neither filtered by length nor balanced.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Label, read_settings
 from stepwiser_jax.records import (
     ChunkLabel,
+    ClassifierExample,
     JudgeExample,
     PrefixValue,
     Problem,
@@ -62,6 +65,8 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         )
     directory.writer(ChunkLabel).append(labels)
     directory.writer(JudgeExample).append(chosen)
+    solutions = classifier_examples(telling, trajectories, problems, tokenizer)
+    directory.writer(ClassifierExample).append(solutions)
     summary = {
         "rule": config.rule,
         "labels": len(labels),
@@ -70,6 +75,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         "dropped": dropped,
         "judge_examples": len(chosen),
         "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
+        "classifier_examples": len(solutions),
     }
     return directory.finish(lambda: summary)
 
@@ -141,6 +147,32 @@ def judge_examples(
             )
         )
     return examples
+
+
+def classifier_examples(
+    labels: Sequence[ChunkLabel],
+    trajectories: dict[str, Trajectory],
+    problems: dict[str, Problem],
+    tokenizer: Tokenizer,
+) -> list[ClassifierExample]:
+    """One per trajectory that has a label. A trajectory's labels stand together, in order."""
+    solutions = []
+    for trajectory_id, group in itertools.groupby(labels, lambda label: label.trajectory_id):
+        trajectory, own = trajectories[trajectory_id], list(group)
+        solutions.append(
+            ClassifierExample(
+                solution_id=trajectory_id,
+                problem_id=trajectory.problem_id,
+                question=problems[trajectory.problem_id].question,
+                chunks=tuple(
+                    chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
+                ),
+                labelled=tuple(label.chunk_index for label in own),
+                is_positive=tuple(label.is_positive for label in own),
+                q=tuple(label.q for label in own),
+            )
+        )
+    return solutions
 
 
 def filter_length(

@@ -11,10 +11,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from stepwiser_jax.records import JudgeExample, LabelledSolution, Problem, UserError
+from stepwiser_jax.records import (
+    ClassifierExample,
+    JudgeExample,
+    LabelledSolution,
+    Problem,
+    UserError,
+)
 from stepwiser_jax.text.datasets import columns_of, read_rows
 
-R = TypeVar("R", Problem, LabelledSolution, JudgeExample)
+R = TypeVar("R", Problem, LabelledSolution, JudgeExample, ClassifierExample)
 
 _COLUMNS = ("problem", "question", "original_question", "modified_question")
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stepwiser_jax.records import (
+    ClassifierExample,
     JudgeExample,
     LabelledSolution,
     Problem,
@@ -29,7 +30,12 @@ from stepwiser_jax.records import (
     read_records,
 )
 from stepwiser_jax.text.answers import extract_answer
-from stepwiser_jax.text.solutions import judge_examples, parse_solutions, processbench_items
+from stepwiser_jax.text.solutions import (
+    classifier_examples,
+    judge_examples,
+    parse_solutions,
+    processbench_items,
+)
 
 R = TypeVar("R", bound=Record)
 OnMalformed = Literal["stop", "skip"]
@@ -289,10 +295,50 @@ def load_judge_examples(
         if "example_id" in row:
             return [from_fields(row, JudgeExample)]
         solutions = parse_solutions(row, f"{stem}/{part}/{number:06d}")
-        if any(solution.finish_reason == "bad_problem" for solution in solutions):
-            if dropped is not None:
-                dropped["bad_problem"] += 1
-            return []
-        return list(judge_examples(solutions))
+        return list(judge_examples(_of_sound_problems(solutions, dropped)))
 
     return parse_rows(source, parse, on_malformed=on_malformed, dropped=dropped)
+
+
+def load_classifier_examples(
+    source: str, *, on_malformed: OnMalformed = "stop", dropped: Counter[str] | None = None
+) -> list[ClassifierExample]:
+    """ClassifierExample records of a file or a finished `label` run, or others' solutions, as
+    `load_judge_examples` reads them. Raises UserError where an example's labels are not of its
+    chunks."""
+    if Path(source).is_dir():
+        return read_records(source, ClassifierExample)
+    stem, part = _name(source, None)
+
+    def parse(row: dict[str, Any], number: int) -> list[ClassifierExample]:
+        if "labelled" in row:
+            return [_checked(from_fields(row, ClassifierExample))]
+        solutions = parse_solutions(row, f"{stem}/{part}/{number:06d}")
+        return list(classifier_examples(_of_sound_problems(solutions, dropped)))
+
+    return parse_rows(source, parse, on_malformed=on_malformed, dropped=dropped)
+
+
+def _checked(example: ClassifierExample) -> ClassifierExample:
+    labelled = example.labelled
+    ascending = list(labelled) == sorted(set(labelled))
+    inside = set(labelled) <= set(range(len(example.chunks)))
+    paired = len(labelled) == len(example.is_positive) == len(example.q)
+    if not (labelled and ascending and inside and paired and all(0 <= q <= 1 for q in example.q)):
+        raise UserError(
+            f"{example.solution_id} has {len(example.chunks)} chunks: expected 'labelled' to be "
+            "ascending indices of them, at least one, with an 'is_positive' and a 'q' from 0 to 1 "
+            f"each, found {labelled}, {example.is_positive} and {example.q}"
+        )
+    return example
+
+
+def _of_sound_problems(
+    solutions: Sequence[LabelledSolution], dropped: Counter[str] | None
+) -> Sequence[LabelledSolution]:
+    """Those of a row of PRM800K whose labeller found no fault with the problem itself."""
+    if all(solution.finish_reason != "bad_problem" for solution in solutions):
+        return solutions
+    if dropped is not None:
+        dropped["bad_problem"] += 1
+    return []

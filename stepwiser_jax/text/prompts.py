@@ -7,6 +7,7 @@ text alone, for models that were fine-tuned on nothing else, such as the embedde
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from stepwiser_jax.records import UserError, Verdict
@@ -120,6 +121,60 @@ def encode_judge_prompt(
 
 def bare_judge_prompt(question: str, history: str, chunk: str) -> str:
     return " ".join(part.strip() for part in (question, history, chunk, "<judge>") if part.strip())
+
+
+def sign_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens with which a classifier answers, + and -. Raises UserError where they are not one
+    token each."""
+    found = {sign: tokenizer.encode(sign) for sign in ("+", "-")}
+    for sign, ids in found.items():
+        if len(ids) != 1 or tokenizer.decode(ids).strip() != sign:
+            raise UserError(
+                f"a classifier answers with one token, + or -: expected a vocabulary that has "
+                f"both, found {sign!r} encoded as {ids}, which reads {tokenizer.decode(ids)!r}. "
+                "Use another model"
+            )
+    return found["+"][0], found["-"][0]
+
+
+def encode_solution(
+    tokenizer: Tokenizer,
+    question: str,
+    chunks: Sequence[str],
+    style: PromptStyle,
+    is_positive: Sequence[bool] | None = None,
+) -> tuple[list[int], list[int]]:
+    """A whole solution for a classifier, in RLHFlow's form: every chunk is a message of the user's,
+    the first one behind the problem, and is answered by one token, + (where `is_positive` says so,
+    and by default) or -. Returns the ids, which end with the last answer, and the index in them of
+    each chunk's answer. Bare: every chunk, its tags left on, is followed by <judge> and the answer.
+
+    Raises UserError where the chat template does not put the answers between the messages.
+    """
+    signs = [True] * len(chunks) if is_positive is None else is_positive
+    plus, minus = sign_ids(tokenizer)
+    messages: list[dict[str, str]] = []
+    ids: list[int] = []
+    places = []
+    for j, (chunk, sign) in enumerate(zip(chunks, signs, strict=True)):
+        if style == "instruct":
+            text = strip_tags(chunk).strip()
+            text = text if j else f"{question}\n\n{text}"
+            messages.append({"role": "user", "content": text})
+            read = tokenizer.render_chat(messages)
+            messages.append({"role": "assistant", "content": "+" if sign else "-"})
+        elif j:
+            read = ids + tokenizer.encode(bare_judge_prompt("", "", chunk))
+        else:
+            read = encode_message(tokenizer, bare_judge_prompt(question, "", chunk), style)
+        if read[: len(ids)] != ids:
+            raise UserError(
+                "the chat template does not keep the beginning of a conversation when it goes on, "
+                "or an answer, + or -, is not a token of its own there: set prompt_style to 'bare'"
+            )
+        places.append(len(read))
+        ids = [*read, plus if sign else minus]
+    return ids, places
 
 
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")

@@ -21,7 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any
 
-from stepwiser_jax.records import JudgeExample, LabelledSolution, ProcessBenchItem, UserError
+from stepwiser_jax.records import (
+    ClassifierExample,
+    JudgeExample,
+    LabelledSolution,
+    ProcessBenchItem,
+    UserError,
+)
 from stepwiser_jax.text.answers import compare_plainly
 
 Row = dict[str, Any]
@@ -64,6 +70,31 @@ def judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExamp
                     chunk=solution.steps[step],
                     is_positive=step != error,
                 )
+
+
+def classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:
+    """The same steps of a solution in one example; their soft labels are the labels themselves, but
+    for a wrong step that a later right one makes right."""
+    for solution in solutions:
+        error = solution.first_error
+        end = len(solution.steps) if error == -1 else error + 1
+        labelled = [
+            step for step in range(solution.shared_steps, end) if solution.labels[step] is not None
+        ]
+        if labelled:
+            is_positive = [step != error for step in labelled]
+            yield ClassifierExample(
+                solution_id=solution.solution_id,
+                problem_id=solution.problem_id,
+                question=solution.question,
+                chunks=solution.steps,
+                labelled=tuple(labelled),
+                is_positive=tuple(is_positive),
+                q=tuple(
+                    solution.labels[step] or float(right)
+                    for step, right in zip(labelled, is_positive, strict=True)
+                ),
+            )
 
 
 def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:

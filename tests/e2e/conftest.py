@@ -14,8 +14,10 @@ INPUTS = {
     "labels": ("annotations=values", "rollouts=rollouts", "tokenizer=policy"),
     "cold_start": ("model.path=policy",),
     "judge": ("model.path=cold_start", "examples=labels"),
+    "classifier": ("model.path=policy", "examples=labels"),
     "heldout": ("policy.path=policy",),
     "evaluate": ("judge.path=judge", "items=heldout"),
+    "classify": ("classifier.path=classifier", "items=heldout"),
     "search": ("policy.path=policy", "judge.path=judge"),
 }
 STAGE_OF = {
@@ -25,8 +27,10 @@ STAGE_OF = {
     "labels": "label",
     "cold_start": "sft",
     "judge": "judge",
+    "classifier": "classifier",
     "heldout": "rollout",
     "evaluate": "evaluate",
+    "classify": "classify",
     "search": "search",
 }
 

@@ -23,6 +23,7 @@ BLOCKS = {
     "values": ("trajectories_per_block=6",),
     "heldout": ("problems_per_block=2",),
     "evaluate": ("items_per_block=3",),
+    "classify": ("items_per_block=3",),
     "search": ("problems_per_block=2",),
 }
 
@@ -132,6 +133,7 @@ SAMPLED = {
     "rollouts": Trajectory,
     "values": PrefixValue,
     "evaluate": Judgment,
+    "classify": Judgment,
     "search": SearchResult,
 }
 

@@ -10,6 +10,8 @@ import pytest
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.records import (
+    ChunkLabel,
+    ClassifierExample,
     JudgeExample,
     Judgment,
     PrefixValue,
@@ -103,6 +105,24 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
+def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
+    """Of a label run that is not balanced: the same chunks, histories and labels."""
+    examples = {e.example_id: e for e in read_records(runs / "labels", JudgeExample)}
+    labels = {x.record_id: x for x in read_records(runs / "labels", ChunkLabel)}
+    seen = 0
+    for solution in read_records(runs / "labels", ClassifierExample):
+        for j, is_positive, q in zip(
+            solution.labelled, solution.is_positive, solution.q, strict=True
+        ):
+            chunk_id = f"{solution.solution_id}/{j}"
+            example = examples[chunk_id]
+            assert (example.chunk, example.is_positive) == (solution.chunks[j], is_positive)
+            assert example.history.split() == " ".join(solution.chunks[:j]).split()
+            assert (labels[chunk_id].is_positive, labels[chunk_id].q) == (is_positive, q)
+            seen += 1
+    assert seen == len(examples) == len(labels)
+
+
 def test_judge_metrics_are_all_there(runs):
     lines = [json.loads(x) for x in (runs / "judge" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -141,10 +161,10 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it and go on."""
 
 
-@pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "search"])
+@pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "classify", "search"])
 def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, monkeypatch):
     append = RecordWriter.append
-    half = {"rollouts": 5, "values": 7, "evaluate": 9, "search": 11}[name]
+    half = {"rollouts": 5, "values": 7, "evaluate": 9, "classify": 9, "search": 11}[name]
 
     def dying(self, records):
         if self.record_type is Problem:
@@ -186,11 +206,12 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cold_start", "classifier"])
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
     extra = ("steps=20", "training.checkpoint_every=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(command("cold_start", runs, out=whole, extra=extra)) == 0
-    arguments = command("cold_start", runs, out=cut, extra=extra)
+    assert main(command(name, runs, out=whole, extra=extra)) == 0
+    arguments = command(name, runs, out=cut, extra=extra)
     with monkeypatch.context() as patch:
         die_at(11, patch)
         with pytest.raises(Killed):
@@ -287,6 +308,10 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("evaluate", "split 'gsm8k' is of a data set", "split=gsm8k")
     (tmp_path / "none.jsonl").write_text("")
     mistake("judge", "found none", f"examples={tmp_path / 'none.jsonl'}")
+    mistake("classifier", "found none", f"examples={tmp_path / 'none.jsonl'}")
+    mistake("classifier", "no example fits max_length 8", "max_length=8")
+    mistake("classify", "which are ['arithmetic'], found 'gsm8k'", "threshold_subset=gsm8k")
+    mistake("classify", "tokens: max_length must be at least that", "max_length=8")
 
     problems = tmp_path / "problems.jsonl"
     for text, message in (
@@ -357,6 +382,7 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
         ("values", "rollouts", "trajectories"),
         ("labels", "annotations", "prefix_values"),
         ("judge", "examples", "judge_examples"),
+        ("classifier", "examples", "classifier_examples"),
         ("evaluate", "items", "trajectories"),
     ):
         arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))

@@ -14,13 +14,19 @@ from stepwiser_jax.records import UserError
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_OF = {
     "policy": "sft",
+    "untagged": "sft",
+    "segmenter": "sft",
+    "segments": "segment",
+    "chunked": "sft",
     "cold_start": "sft",
     "rollouts": "rollout",
     "heldout": "rollout",
     "values": "annotate",
     "labels": "label",
     "judge": "judge",
+    "classifier": "classifier",
     "evaluate": "evaluate",
+    "classify": "classify",
     "search": "search",
 }
 

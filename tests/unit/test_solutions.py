@@ -7,7 +7,12 @@ from collections import Counter
 import pytest
 
 from stepwiser_jax.records import LabelledSolution, UserError
-from stepwiser_jax.text.solutions import judge_examples, parse_solutions, processbench_items
+from stepwiser_jax.text.solutions import (
+    classifier_examples,
+    judge_examples,
+    parse_solutions,
+    processbench_items,
+)
 
 SEEDS = range(20)
 WORDS = ["so 2 + 2 = 4", " Then x.\n", "\nHence\n\n+", "Step 1: again -", "ß", "0.5"]
@@ -262,6 +267,30 @@ def test_examples_are_the_labelled_steps_up_to_the_first_error():
         ("s#1/2", "a\n\nb", True),
         ("s#1/3", "a\n\nb\n\nc", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "cumulative", "labelled", "is_positive", "q"),
+    [
+        ((1.0, None, 0.5, 0.0, 1.0), False, (0, 2, 3), (True, True, False), (1.0, 0.5, 0.0)),
+        ((0.0, 0.25, 0.0, 0.0), True, (0, 1, 2), (True, True, False), (1.0, 0.25, 0.0)),
+        ((None, 1.0), True, (1,), (True,), (1.0,)),
+    ],
+)
+def test_a_classifier_learns_the_same_steps_at_once(labels, cumulative, labelled, is_positive, q):
+    steps = tuple("abcde"[: len(labels)])
+    solution = LabelledSolution("s", "s", "x", "Q?", None, steps, labels, cumulative)
+    (example,) = classifier_examples([solution])
+    assert (example.labelled, example.is_positive, example.q) == (labelled, is_positive, q)
+    alone = [(e.example_id, e.chunk, e.is_positive) for e in judge_examples([solution])]
+    assert alone == [
+        (f"s/{step}", steps[step], right) for step, right in zip(labelled, is_positive, strict=True)
+    ]
+
+
+def test_a_solution_without_a_label_teaches_a_classifier_nothing():
+    solution = LabelledSolution("s", "s", "x", "Q?", None, ("a", "b"), (None, None), True)
+    assert not list(classifier_examples([solution]))
 
 
 def places(value, path=()):

@@ -1,0 +1,168 @@
+"""Train a discriminative process reward model, the baseline of StepWiser 4.2 (A.1): RLHFlow's form.
+
+    ClassifierExample -> one conversation: a chunk, its answer, a chunk, its answer, ...
+                     -> packed ClassifierBatch -> cross-entropy of + against - -> AdamW
+
+Only the answers are learned; one pass over a solution learns, and scores, all of its chunks.
+
+1. The loss is over the two signs, not the vocabulary (`algo/classifier.py`).
+2. Hard labels stand in the conversation as the answers, as RLHFlow has it, and + where a chunk has
+   none; scoring puts + everywhere. With soft labels, or a scalar head, every answer is +: a mark of
+   where to read, as in Math-Shepherd. What is behind the last label is left out.
+3. A scalar head is two rows, wrong and right, in place of the vocabulary's, read where the answer
+   would be predicted: transformers' ...ForTokenClassification.
+
+Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/, which `classify` reads,
+and any other program by the logits of + and -, or of the two classes, before each answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from stepwiser_jax.algo.classifier import classifier_loss
+from stepwiser_jax.algo.sft import supervised_tokens
+from stepwiser_jax.config import Classifier
+from stepwiser_jax.records import ClassifierExample, UserError
+from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runtime.data import ClassifierBatch, classifier_documents, classifier_loader
+from stepwiser_jax.runtime.loading import Loaded, load_for_training, with_new_score
+from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
+from stepwiser_jax.runtime.trainer import TrainState, make_train_step
+from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
+from stepwiser_jax.text.datasets import load_classifier_examples
+from stepwiser_jax.text.prompts import encode_solution, sign_ids
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+
+def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
+    """Train for `steps` optimizer steps, resuming from the last checkpoint."""
+    directory = RunDirectory(run_dir, "classifier", config)
+    if directory.finished:
+        return directory.summary()
+    solutions, dropped = load_examples(config)
+    mesh = make_mesh(**config.mesh.model_dump())
+    compilation.start(config.compilation_cache)
+    loaded = load(config, mesh)
+    documents, too_long = classifier_documents(
+        solutions,
+        functools.partial(render, tokenizer=loaded.tokenizer, config=config),
+        max_length=config.max_length,
+    )
+    loader = classifier_loader(
+        documents, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
+    )
+    training = TrainingRun(
+        directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
+    )
+    train_step = classifier_train_step(
+        config, sign_ids(loaded.tokenizer), training.schedule, training.optimizer, training.state
+    )
+    start, seconds = training.step, time.perf_counter()
+    with jax.set_mesh(mesh), progress("classifier", config.steps, start) as advance:
+        for step in range(start, config.steps):
+            batch = shard_batch(next(training.loader), mesh)
+            with compilation.compiling(f"train step {config.batch_size}x{config.max_length}"):
+                training.state, metrics = train_step(training.state, batch)
+            training.finish_step(step + 1, metrics)
+            advance(1, loss=training.last("loss"))
+    training.flush()
+    labels = [document["targets"][document["answer_mask"] > 0] for document in documents]
+    count = sum(map(len, labels))
+    summary = {
+        "solutions": len(documents),
+        "dropped": {"too_long": too_long} | dropped,
+        "labels": count,
+        "mean_label": sum(float(label.sum()) for label in labels) / count,
+        "steps": config.steps,
+        "loss": training.last("loss"),
+        "accuracy": training.last("accuracy"),
+        "seconds_per_step": per_item(time.perf_counter() - seconds, config.steps - start),
+    }
+    return training.finish(summary)
+
+
+def load_examples(config: Classifier) -> tuple[list[ClassifierExample], dict[str, int]]:
+    """Examples of no excluded problem, and counts of what was left out."""
+    dropped: Counter[str] = Counter()
+    examples = load_classifier_examples(
+        config.examples, on_malformed=config.on_malformed, dropped=dropped
+    )
+    if not examples:
+        raise UserError(f"expected classifier examples in {config.examples}, found none")
+    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+
+
+def load(config: Classifier, mesh: jax.sharding.Mesh) -> Loaded:
+    """The model to train. With a scalar head it may have one already."""
+    scalar = config.head == "scalar"
+    settings = config.model.model_dump()
+    loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)
+    if not scalar or loaded.model.config.classifier:
+        return loaded
+    return dataclasses.replace(loaded, model=with_new_score(loaded.model, mesh, config.seed))
+
+
+def render(
+    solution: ClassifierExample, tokenizer: Tokenizer, config: Classifier
+) -> tuple[list[int], list[int], list[float]]:
+    """(ids, the places of the answers that are learned, the target of each)."""
+    is_positive = dict(zip(solution.labelled, solution.is_positive, strict=True))
+    targets = solution.q if config.labels == "soft" else map(float, solution.is_positive)
+    chunks = solution.chunks[: solution.labelled[-1] + 1]
+    marks = config.labels == "soft" or config.head == "scalar"
+    answers = [marks or is_positive.get(j, True) for j in range(len(chunks))]
+    ids, places = encode_solution(
+        tokenizer, solution.question, chunks, config.prompt_style, answers
+    )
+    return ids, [places[j] for j in solution.labelled], list(targets)
+
+
+def classifier_train_step(
+    config: Classifier,
+    signs: tuple[int, int],
+    schedule: optax.Schedule,
+    optimizer: optax.GradientTransformation,
+    like: TrainState | None = None,
+) -> Any:
+    """One update on a `ClassifierBatch`, see `make_train_step`. `signs`: the ids of + and -."""
+    return make_train_step(
+        functools.partial(batch_loss, signs=signs, remat=config.training.remat),
+        optimizer,
+        schedule,
+        micro_batches=config.training.micro_batches,
+        denominator_fn=lambda batch: supervised_tokens(batch.answer_mask_BT),
+        like=like,
+    )
+
+
+def batch_loss(
+    model: Any,
+    batch: ClassifierBatch,
+    denominator: jax.Array,
+    *,
+    signs: tuple[int, int],
+    remat: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy over the answers, divided by `denominator`."""
+    return classifier_loss(
+        model,
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        batch.answer_mask_BT,
+        batch.targets_BT,
+        signs=signs,
+        denominator=denominator,
+        remat=remat,
+    )

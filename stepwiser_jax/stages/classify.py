@@ -1,0 +1,151 @@
+"""ProcessBench with a classifier: P(+) of every step of a solution from one pass (StepWiser 4.2).
+
+    item -> one conversation -> P(+) of every step -> the first below the threshold is the predicted
+                                                      error, else -1
+
+The threshold is a setting, or is chosen for the best official F1 on one subset and used for all, as
+ProcessBench does on gsm8k. On the subset itself the score then is the best that a threshold can
+give: `summary.json` says on which it was chosen.
+
+Reads `classifier` and `items`. Writes judgments `<item>/<step>`: the verdict is the likelier sign,
+whatever the threshold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stepwiser_jax.algo.processbench import best_threshold, score_by_subset, verdicts_at
+from stepwiser_jax.algo.rewards import judge_reward
+from stepwiser_jax.config import Classify
+from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError
+from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import load_items
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.scorer import Scorer
+
+
+def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+    """Score block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "classify", config, shard)
+    if directory.finished:
+        return directory.summary()
+    compilation.start(config.compilation_cache)
+    tokenizer = load_tokenizer_of(config.classifier.path)
+    dropped: Counter[str] = Counter()
+    items = load_items(
+        config.items,
+        tokenizer,
+        split=config.split,
+        limit=config.limit,
+        on_malformed=config.on_malformed,
+        dropped=dropped,
+    )
+    check_subset(config, items)
+    work = directory.pending(blocks(items, config.items_per_block), Judgment, judgment_ids)
+    measured = score_blocks(config, directory, items, work) if work else {}
+    writer = directory.writer(Judgment)
+
+    def scores() -> dict[str, Any]:
+        judgments = {judgment.example_id: judgment for judgment in writer.read()}
+        return summarize(config, items, judgments) | {"dropped": dict(dropped)} | measured
+
+    return directory.finish(scores)
+
+
+def check_subset(config: Classify, items: Sequence[ProcessBenchItem]) -> None:
+    subsets = sorted({item.subset for item in items})
+    if config.threshold_subset is not None and config.threshold_subset not in subsets:
+        raise UserError(
+            f"expected threshold_subset among the subsets of {config.items}, which are {subsets}, "
+            f"found {config.threshold_subset!r}"
+        )
+
+
+def judgment_ids(block: Sequence[ProcessBenchItem]) -> list[str]:
+    return [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
+
+
+def score_blocks(
+    config: Classify,
+    directory: RunDirectory,
+    items: Sequence[ProcessBenchItem],
+    work: Sequence[Sequence[ProcessBenchItem]],
+) -> dict[str, Any]:
+    """Judgments of these blocks, written; returns what was measured. Encodes all items first: every
+    worker must refuse what one would."""
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    settings = config.classifier.model_dump()
+    loaded = load_model(**settings, mesh=mesh, seed=config.seed, classifier=True)
+    scorer = Scorer(
+        loaded,
+        mesh,
+        rows=config.rows,
+        max_length=config.max_length,
+        prompt_style=config.prompt_style,
+    )
+    encoded = {
+        item.item_id: scorer.encode(item.item_id, item.question, item.steps) for item in items
+    }
+    writer = directory.writer(Judgment)
+    start, scored = time.perf_counter(), 0
+    with progress("classify", len(work)) as advance:
+        for block in work:
+            p_positive = scorer([encoded[item.item_id] for item in block])
+            pairs = zip(block, p_positive, strict=True)
+            writer.append([j for pair in pairs for j in judgments_of(*pair, loaded.model_id)])
+            scored += len(block)
+            advance(1)
+            stop.check()
+    return {"seconds_per_item": per_item(time.perf_counter() - start, scored)}
+
+
+def judgments_of(
+    item: ProcessBenchItem, p_of_steps: Sequence[float], model_id: str
+) -> list[Judgment]:
+    judgments = []
+    for step, verdict in enumerate(verdicts_at(0.5, p_of_steps)):
+        is_positive = item.first_error == -1 or step < item.first_error
+        judgments.append(
+            Judgment(
+                example_id=f"{item.item_id}/{step}",
+                judge_id=model_id,
+                completion="+" if p_of_steps[step] >= 0.5 else "-",
+                verdict=verdict,
+                p_positive=p_of_steps[step],
+                reward=judge_reward(verdict, is_positive),
+            )
+        )
+    return judgments
+
+
+def summarize(
+    config: Classify, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+) -> dict[str, Any]:
+    """The threshold and the scores with it; fractions between 0 and 1."""
+    p_positive = [
+        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
+        for item in items
+    ]
+    threshold = config.threshold
+    if threshold is None:
+        chosen_on = [i for i, item in enumerate(items) if item.subset == config.threshold_subset]
+        threshold = best_threshold(
+            [p_positive[i] for i in chosen_on], [items[i].first_error for i in chosen_on]
+        )
+    verdicts = [verdicts_at(threshold, p_of_steps) for p_of_steps in p_positive]
+    return {
+        "items": len(items),
+        "threshold": threshold,
+        "threshold_chosen_on": config.threshold_subset,
+        **score_by_subset(items, verdicts, seed=config.seed),
+    }

@@ -1,0 +1,422 @@
+"""The discriminative process reward model: its conversations, its loss, its scores."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stepwiser_jax.algo.classifier import classifier_loss
+from stepwiser_jax.algo.processbench import (
+    best_threshold,
+    first_predicted_error,
+    processbench_f1,
+    verdicts_at,
+)
+from stepwiser_jax.config import load_config
+from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
+from stepwiser_jax.model.hf import named_tensors, save_hf
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import ClassifierExample, ProcessBenchItem, UserError, write_records
+from stepwiser_jax.runtime.data import (
+    classifier_documents,
+    classifier_loader,
+    first_fit,
+    packed_batch,
+)
+from stepwiser_jax.runtime.loading import Loaded, load_model, with_new_score
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.scorer import Scorer
+from stepwiser_jax.runtime.trainer import accumulate
+from stepwiser_jax.stages import classifier
+from stepwiser_jax.text.datasets import load_classifier_examples
+from stepwiser_jax.text.prompts import encode_solution, sign_ids
+from tiny import tiny_config
+
+QUESTION = "start 4 ; * 7 + 5 ?"
+CHUNKS = ("<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk>", "<chunk> fix ; 8 - 5 = 3 </chunk>", "3 + 4 = 7")
+SOLUTION = ClassifierExample(
+    "p#0", "p", QUESTION, (*CHUNKS, "= 7"), (0, 2), (False, True), (0.25, 0.75)
+)
+
+
+@pytest.fixture
+def config(request):
+    return load_config("classifier", request.config.rootpath / "configs" / "smoke_classifier.yaml")
+
+
+# --- conversations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["bare", "instruct"])
+def test_answers_stand_behind_their_chunks(word_tokenizer, bpe_tokenizer, style):
+    tokenizer = word_tokenizer if style == "bare" else bpe_tokenizer
+    signs = (True, False, True)
+    ids, places = encode_solution(tokenizer, QUESTION, CHUNKS, style, signs)
+    plus, minus = sign_ids(tokenizer)
+    assert [ids[place] for place in places] == [plus, minus, plus]
+    assert places[-1] == len(ids) - 1
+    texts = [
+        tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise([0, *(p + 1 for p in places)])
+    ]
+    if style == "bare":
+        assert texts[0] == f"<bos> {QUESTION} {CHUNKS[0]} <judge> +"
+        assert texts[1:] == [f"{CHUNKS[1]} <judge> -", f"{CHUNKS[2]} <judge> +"]
+    else:
+        user, answer = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+        assert texts == [
+            f"{user}{QUESTION}\n\n4 * 7 = 8 ; 8 + 5 = 3{answer}+",
+            f"<|im_end|>\n{user}fix ; 8 - 5 = 3{answer}-",
+            f"<|im_end|>\n{user}3 + 4 = 7{answer}+",
+        ]
+    for j in range(1, 4):
+        shorter, some = encode_solution(tokenizer, QUESTION, CHUNKS[:j], style, signs[:j])
+        assert (shorter, some) == (ids[: len(shorter)], places[:j])
+
+
+class Changed:
+    """A tokenizer that differs from another in what is given."""
+
+    def __init__(self, tokenizer, **changes):
+        self.tokenizer, self.changes = tokenizer, changes
+
+    def __getattr__(self, name):
+        return self.changes.get(name) or getattr(self.tokenizer, name)
+
+
+def test_vocabularies_without_the_signs_are_refused(word_tokenizer):
+    unknown = Changed(word_tokenizer, encode=lambda text: word_tokenizer.encode("?!"))
+    split = Changed(word_tokenizer, encode=lambda text: word_tokenizer.encode("+ -"))
+    for tokenizer in (unknown, split):
+        with pytest.raises(UserError, match=r"found '\+' encoded as"):
+            encode_solution(tokenizer, QUESTION, CHUNKS, "bare")
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(bpe_tokenizer):
+    def last_message_only(messages):
+        return bpe_tokenizer.render_chat(messages[-1:])
+
+    forgetful = Changed(bpe_tokenizer, render_chat=last_message_only)
+    assert encode_solution(forgetful, QUESTION, CHUNKS[:1], "instruct")
+    with pytest.raises(UserError, match="does not keep the beginning"):
+        encode_solution(forgetful, QUESTION, CHUNKS, "instruct")
+
+
+def test_hard_labels_are_answers_and_others_are_not(word_tokenizer, config):
+    plus, minus = sign_ids(word_tokenizer)
+    for labels, answers, targets in (
+        ("hard", [minus, plus, plus], [0.0, 1.0]),
+        ("soft", [plus, plus, plus], [0.25, 0.75]),
+        ("scalar", [plus, plus, plus], [0.0, 1.0]),
+    ):
+        change = {"head": "scalar"} if labels == "scalar" else {"labels": labels}
+        changed = config.model_copy(update=change)
+        ids, places, found = classifier.render(SOLUTION, word_tokenizer, changed)
+        whole, places_J = encode_solution(word_tokenizer, QUESTION, CHUNKS, "bare")
+        assert len(ids) == len(whole), "what is behind the last label teaches nothing"
+        assert [ids[place] for place in places_J] == answers
+        assert places == [places_J[0], places_J[2]]
+        assert found == targets
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def item(index, first_error, steps=("a", "b", "c")):
+    return ProcessBenchItem(f"gsm8k-{index}", "gsm8k", "q", steps, first_error, False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labelled": (0, 4)},
+        {"labelled": (2, 0)},
+        {"labelled": (0, 0)},
+        {"labelled": (0,)},
+        {"labelled": (), "is_positive": (), "q": ()},
+        {"q": (0.5, 1.5)},
+    ],
+)
+def test_labels_that_are_not_of_the_chunks_are_refused(tmp_path, changes):
+    file = tmp_path / "solutions.jsonl"
+    write_records(file, [SOLUTION])
+    assert load_classifier_examples(str(file)) == [SOLUTION]
+    write_records(file, [dataclasses.replace(SOLUTION, **changes)])
+    with pytest.raises(UserError, match=r"solutions.jsonl, line 1: p#0 has 4 chunks"):
+        load_classifier_examples(str(file))
+
+
+def documents(count, max_length=24):
+    rng = np.random.default_rng(0)
+
+    def render(solution):
+        size = int(rng.integers(4, 30))
+        places = sorted(rng.choice(np.arange(1, size), 2, replace=False).tolist())
+        return rng.integers(0, 64, size).tolist(), places, rng.uniform(0, 1, 2).tolist()
+
+    return classifier_documents([SOLUTION] * count, render, max_length=max_length)
+
+
+def test_packed_rows_hold_every_solution_as_it_was():
+    kept, too_long = documents(40)
+    assert 0 < too_long < 20 and len(kept) + too_long == 40
+    loader = classifier_loader(kept, batch_size=4, max_length=64, seed=0)
+    expected = {tuple(map(tuple, map(np.ndarray.tolist, d.values()))) for d in kept}
+    found = set()
+    for _ in range(8):
+        batch = next(loader)
+        assert batch.tokens_BT.shape == (4, 64)
+        for row in range(4):
+            for segment in range(1, batch.segment_ids_BT[row].max() + 1):
+                here = batch.segment_ids_BT[row] == segment
+                size = here.sum()
+                np.testing.assert_array_equal(batch.positions_BT[row, here], np.arange(size))
+                parts = (batch.tokens_BT, batch.answer_mask_BT.astype(int), batch.targets_BT)
+                found.add(tuple(tuple(part[row, here].tolist()) for part in parts))
+        padding = batch.segment_ids_BT == 0
+        assert not batch.answer_mask_BT[padding].any()
+    assert found == expected
+
+
+def test_first_fit_loses_nothing_and_fills_rows():
+    lengths = np.random.default_rng(0).integers(1, 20, 50).tolist()
+    rows = first_fit(lengths, 20)
+    assert sorted(i for row in rows for i in row) == list(range(50))
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert max(sums) <= 20
+    for a, b in itertools.combinations(range(len(rows)), 2):
+        assert sums[a] + lengths[rows[b][0]] > 20, "it had room in an earlier row"
+    with pytest.raises(ValueError, match="a document of 20 tokens"):
+        first_fit([20], 19)
+
+
+# --- loss ---------------------------------------------------------------------------------------
+
+SIGNS = (17, 42)
+
+
+def batch_of(kept):
+    loader = classifier_loader(kept, batch_size=4, max_length=48, seed=0)
+    return jax.tree.map(jnp.asarray, next(loader))
+
+
+def mean_loss(model, batch, denominator=None, remat=False):
+    if denominator is None:
+        denominator = jnp.sum(batch.answer_mask_BT)
+    return classifier.batch_loss(model, batch, denominator, signs=SIGNS, remat=remat)
+
+
+def test_loss_is_that_of_a_softmax_over_two_tokens(tiny_model):
+    """The oracle: all logits, one answer at a time."""
+    batch = batch_of(documents(30)[0])
+    logits = np.asarray(
+        tiny_model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT), np.float64
+    )
+    losses, right = [], []
+    for row, t in zip(*np.nonzero(batch.answer_mask_BT), strict=True):
+        pair = logits[row, t - 1, list(SIGNS)]
+        plus, minus = np.exp(pair) / np.exp(pair).sum()
+        target = float(batch.targets_BT[row, t])
+        losses.append(-target * np.log(plus) - (1 - target) * np.log(minus))
+        right.append((plus > 0.5) == (target > 0.5))
+    loss, metrics = mean_loss(tiny_model, batch)
+    assert len(losses) > 8
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+
+
+def test_gradients_add_up_over_micro_batches_and_stay_in_float32():
+    batch = batch_of(documents(30)[0])
+    model = Transformer(tiny_config(), rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16)
+
+    def gradients(micro_batches, remat, model=model):
+        grads, _ = accumulate(
+            lambda model, rows, count: mean_loss(model, rows, count, remat),
+            model,
+            batch,
+            micro_batches,
+            lambda batch: jnp.sum(batch.answer_mask_BT),
+        )
+        return jax.tree.leaves(grads)
+
+    whole = gradients(1, False)
+    assert all(grad.dtype == jnp.float32 for grad in whole)
+    assert all(float(jnp.max(jnp.abs(grad))) > 0 for grad in whole)
+    exact = Transformer(tiny_config(), rngs=nnx.Rngs(0))
+    for a, b in zip(gradients(1, False, exact), gradients(2, True, exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_gradient_where_the_score_is_the_soft_label(tiny_model):
+    kept, _ = documents(30)
+    batch = batch_of(kept)
+
+    def scores(model):
+        logits = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        pair = jnp.roll(logits[:, :, list(SIGNS)], 1, axis=1)
+        return jax.nn.softmax(pair, axis=-1)[:, :, 0]
+
+    learned = dataclasses.replace(batch, targets_BT=scores(tiny_model))
+
+    def slope(batch):
+        grads = jax.grad(lambda model: mean_loss(model, batch)[0])(tiny_model)
+        return max(float(jnp.max(jnp.abs(grad))) for grad in jax.tree.leaves(grads))
+
+    assert slope(learned) < 1e-5 < 1e-2 < slope(batch)
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "scalar"), [("llama", False), ("qwen3", False), ("llama", True), ("qwen2", True)]
+)
+def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
+    word_tokenizer, family, scalar, sizes
+):
+    """The oracle sees a solution up to one chunk, alone in its row, and computes all logits."""
+    model = Transformer(tiny_config(family, classifier=scalar), rngs=nnx.Rngs(0))
+    if scalar:
+        model.score.bias[...] = jnp.array([0.5, -0.25])
+    scorer = Scorer(
+        Loaded(model, word_tokenizer, "tiny"),
+        make_mesh(*sizes),
+        rows=4,
+        max_length=96,
+        prompt_style="bare",
+    )
+    rng = np.random.default_rng(0)
+    solutions = [
+        [" ".join(rng.choice(list("0123456789+-*=;"), rng.integers(1, 9))) for _ in range(steps)]
+        for steps in rng.integers(1, 6, 24)
+    ]
+    encoded = [scorer.encode("s", QUESTION, chunks) for chunks in solutions]
+    packed = first_fit([len(ids) for ids, _ in encoded], 96)
+    assert len(packed) > 4 > 1 < max(map(len, packed)), "several batches, and rows of several"
+    plus, minus = sign_ids(word_tokenizer)
+    hidden = jax.jit(lambda model, tokens_BT: model.hidden(tokens_BT))
+    for found, chunks in zip(scorer(encoded), solutions, strict=True):
+        assert len(found) == len(chunks)
+        for j, p_positive in enumerate(found):
+            ids, places = encode_solution(word_tokenizer, QUESTION, chunks[: j + 1], "bare")
+            padded = np.pad(ids[: places[-1]], (0, 96 - places[-1]))  # what is behind is not seen
+            hidden_D = hidden(model, padded[None])[0, places[-1] - 1]
+            if scalar:
+                wrong, right = model.score.weight[...] @ hidden_D
+                logits = jnp.array([right - 0.25, wrong + 0.5])
+            else:
+                logits = model.logits(hidden_D)[jnp.array([plus, minus])]
+            pair = jax.nn.softmax(logits)
+            assert p_positive == pytest.approx(float(pair[0]), abs=1e-5)
+    spread = np.concatenate(scorer(encoded))
+    assert spread.std() > 0.01, "all scores are alike: nothing was compared"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_scalar_head_is_a_token_classifier_on_disk(word_tokenizer, family, tmp_path):
+    """And takes the output matrix's place; what samples or learns tokens refuses it."""
+    mesh = make_mesh(1, 2, 2)
+    base = Transformer(tiny_config(family), rngs=nnx.Rngs(0))
+    before = set(dict(named_tensors(base)))
+    model = with_new_score(base, mesh, seed=0)
+    assert set(dict(named_tensors(base))) == before, "the language model is what it was"
+    assert set(dict(named_tensors(model))) == before - {"lm_head.weight"} | {
+        "score.weight",
+        "score.bias",
+    }
+    assert float(model.score.weight[...].std()) > 0 == float(jnp.abs(model.score.bias[...]).max())
+    save_hf(model, word_tokenizer, str(tmp_path))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == [
+        ARCHITECTURES[family].replace("ForCausalLM", "ForTokenClassification")
+    ]
+    again = load_model(str(tmp_path), mesh=mesh, classifier=True).model
+    assert again.config == model.config and again.config.classifier
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="expected a language model"):
+        load_model(str(tmp_path), mesh=mesh)
+    with pytest.raises(UserError, match="expected 2 classes in id2label, found 3"):
+        ModelConfig.from_hf(fields | {"id2label": {"0": "a", "1": "b", "2": "c"}})
+
+
+def test_adapters_have_no_scalar_head(request):
+    file = request.config.rootpath / "configs" / "smoke_classifier.yaml"
+    with pytest.raises(UserError, match="set head to signs"):
+        load_config("classifier", file, ("head=scalar", "model.lora={}"))
+
+
+def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):
+    loaded = Loaded(tiny_model, word_tokenizer, "tiny")
+    scorer = Scorer(loaded, make_mesh(), rows=1, max_length=40, prompt_style="bare")
+    with pytest.raises(UserError, match="gsm8k-7 has 42 tokens: max_length must be at least that"):
+        scorer.encode("gsm8k-7", QUESTION, CHUNKS)
+
+
+def test_packed_batches_are_the_documents_behind_one_another():
+    batch = packed_batch([[[5, 6], [7]], [[8, 9, 3, 4]]], 3, 4)
+    assert batch.tokens_BT.tolist() == [[5, 6, 7, 0], [8, 9, 3, 4], [0, 0, 0, 0]]
+    assert batch.segment_ids_BT.tolist() == [[1, 1, 2, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3], [0, 0, 0, 0]]
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+def f1_at(threshold, p_positive, labels):
+    predictions = [first_predicted_error(verdicts_at(threshold, row)) for row in p_positive]
+    return processbench_f1(predictions, labels)["f1"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_threshold_is_better_than_the_best(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, 3, 20).tolist()
+    # Coarse, so that many scores are equal; the right step is lower than most.
+    p_positive = [
+        [round(float(rng.beta(1 if j == label else 3, 2)), 1) for j in range(rng.integers(3, 6))]
+        for label in labels
+    ]
+    found = best_threshold(p_positive, labels)
+    every = {x: f1_at(x, p_positive, labels) for x in np.linspace(0, 1, 401)}
+    best = max(every.values())
+    assert f1_at(found, p_positive, labels) == pytest.approx(best)
+    distance = min(abs(x - 0.5) for x, f1 in every.items() if f1 == best)
+    assert abs(found - 0.5) <= distance + 0.051, "of equals the one nearest to a half"
+
+
+def test_threshold_of_nothing_to_choose_from():
+    assert best_threshold([[0.9, 0.8]], [-1]) == 0.5
+    assert best_threshold([[0.7, 0.6], [0.9, 0.9]], [1, -1]) == pytest.approx(0.65)
+
+
+def test_threshold_is_given_or_chosen(request):
+    file = request.config.rootpath / "configs" / "smoke_classify.yaml"
+    for sets in (("threshold=0.3",), ("threshold_subset=null",)):
+        with pytest.raises(UserError, match="set either threshold, or threshold_subset"):
+            load_config("classify", file, sets)
+    with pytest.raises(UserError, match="rows \\(4\\) must be a multiple"):
+        load_config("classify", file, ("mesh.data=8",))
+
+
+def test_loss_of_answers_alone(tiny_model):
+    """Tokens that are no answers, targets of theirs, and padding change nothing."""
+    batch = batch_of(documents(30)[0])
+    elsewhere = jnp.where(batch.answer_mask_BT, batch.targets_BT, 7.0)
+    changed = dataclasses.replace(batch, targets_BT=elsewhere)
+    same = classifier_loss(
+        tiny_model,
+        jnp.where(batch.segment_ids_BT == 0, 9, batch.tokens_BT),
+        changed.positions_BT,
+        changed.segment_ids_BT,
+        changed.answer_mask_BT,
+        changed.targets_BT,
+        signs=SIGNS,
+        denominator=jnp.sum(batch.answer_mask_BT),
+    )
+    np.testing.assert_allclose(same[0], mean_loss(tiny_model, batch)[0], rtol=1e-6)
