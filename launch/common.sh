@@ -74,8 +74,9 @@ need_names() { # need_names OPTION...: each is a name as Google Cloud and Kubern
 }
 
 need_sharded() { # the stage can be divided into shards
-  [[ ${run[0]} == rollout || ${run[0]} == annotate ]] ||
-    fail "--shards: expected the stage rollout or annotate, found '${run[0]}'"
+  local stages="rollout segment annotate evaluate classify search"
+  [[ " $stages " == *" ${run[0]} "* ]] ||
+    fail "--shards: expected a stage of $stages, found '${run[0]}'"
 }
 
 need_type() { # need_type GENERATION...: --type is an accelerator type of one of them

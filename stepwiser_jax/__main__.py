@@ -32,8 +32,8 @@ STAGES = {
         "Reads problems and a policy. Writes problems and trajectories.",
     ),
     "segment": (
-        "Cut right solutions into chunks, by a teacher's proposals or a rule: examples for sft.",
-        "Reads a rollout run and a teacher. Writes segmentations and SFT examples.",
+        "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
+        "Reads a rollout run and a teacher. Writes segmentations.",
     ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",

@@ -28,6 +28,7 @@ from pydantic import (
 from stepwiser_jax.records import UserError
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import PromptStyle
+from stepwiser_jax.text.segmentation import Splitter
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -99,8 +100,8 @@ class Problems(Config):
     as `main`.
 
     `on_malformed`: a row that cannot be read stops the stage, or is named, counted and left out.
-    `exclude`: evaluation sets (local files, or hub ids: all their splits) whose problems are left
-    out."""
+    `exclude`: evaluation sets (local files, or hub data sets of one configuration, with all their
+    splits) whose problems are left out, of the first `limit`."""
 
     source: str
     split: str | None = None
@@ -193,7 +194,7 @@ class ComputeStage(Config):
 
 
 class SftData(Config):
-    """`source`: SftExample records, of a JSONL file or a finished `segment` run; or of the embedded
+    """`source`: SftExample records in a JSONL file; a finished `segment` run; or of the embedded
     task `arithmetic-policy` (its solutions), `arithmetic-untagged` (without chunks),
     `arithmetic-segmenter` (from those to these) or `arithmetic-judge` (then `count` and `seed` say
     which demonstrations are generated)."""
@@ -254,17 +255,17 @@ class Segment(ComputeStage):
     """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`.
 
     Who cuts them: a `teacher`, any model (then `engine` are its shapes), or one behind a `server`,
-    which propose `num_segmentations` each; or a `splitter`, a rule of thumb. `tokenizer` is that of
-    the policy which wrote the solutions. At most `max_per_problem` right solutions are cut.
+    which propose `num_segmentations` each; or a `splitter`, a rule of thumb, which needs neither
+    `sampling` nor `engine`. `tokenizer` is that of the policy which wrote the solutions,
+    `prompt_style` the teacher's. At most `max_per_problem` right solutions are cut.
     """
 
     rollouts: str
     tokenizer: str
     teacher: Model | None = None
     server: Server | None = None
-    splitter: Literal["blank_lines", "steps", "sentences"] | None = None
+    splitter: Splitter | None = None
     prompt_style: PromptStyle = "instruct"
-    teacher_prompt_style: PromptStyle = "instruct"
     num_segmentations: int = Field(8, ge=1)
     max_per_problem: int = Field(4, ge=1)
     sampling: Sampling | None = None
@@ -276,10 +277,14 @@ class Segment(ComputeStage):
         given = [name for name in ("teacher", "server", "splitter") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"expected one of teacher, server and splitter, found {given}")
-        if self.splitter is None and self.sampling is None:
-            raise ValueError(f"sampling must say how the {given[0]} writes its proposals")
-        if self.teacher is not None and self.engine is None:
-            raise ValueError("engine must give the shapes of the teacher")
+        wanted = {
+            "teacher": ["sampling", "engine"],
+            "server": ["sampling"],
+            "splitter": [],
+        }[given[0]]
+        found = [name for name in ("sampling", "engine") if getattr(self, name)]
+        if found != wanted:
+            raise ValueError(f"a {given[0]} takes the settings {wanted}, found {found}")
         return self
 
 

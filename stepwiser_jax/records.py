@@ -99,6 +99,7 @@ class Segmentation:
 
     trajectory_id: str
     problem_id: str
+    question: str
     chunks: tuple[str, ...]
     votes: int
     outcomes: tuple[str, ...]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import Classifier, Config, Judge, Model, Problems
+from stepwiser_jax.config import (
+    Classifier,
+    Classify,
+    Config,
+    Evaluate,
+    Judge,
+    Model,
+    Problems,
+    Server,
+)
 from stepwiser_jax.records import (
     ClassifierExample,
     JudgeExample,
@@ -17,7 +26,12 @@ from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.text.contamination import held_out_questions
-from stepwiser_jax.text.datasets import load_classifier_examples, load_judge_examples
+from stepwiser_jax.text.datasets import (
+    load_classifier_examples,
+    load_judge_examples,
+    load_processbench,
+)
+from stepwiser_jax.text.tokenizer import load_tokenizer
 
 RECORDS_OF = {
     "rollouts": Trajectory,
@@ -30,8 +44,8 @@ RECORDS_OF = {
 
 def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
-    that is not there, an input run that is unfinished or holds other records, or problems, judge
-    examples or evaluation sets that cannot be read."""
+    that is not there, an input run that is unfinished or holds other records, or problems,
+    examples, items or evaluation sets that cannot be read."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
         if isinstance(value, Model):
@@ -42,13 +56,19 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name == "mesh":
             make_mesh(**value.model_dump())
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
-            of_classifier = name == "examples" and isinstance(config, Classifier)
-            read_parts(value, ClassifierExample if of_classifier else RECORDS_OF[name])
+            wanted = RECORDS_OF[name]
+            if name == "examples" and isinstance(config, Classifier):
+                wanted = ClassifierExample
+            read_parts(value, wanted)
         elif name == "examples" and isinstance(config, Judge):
             load_judge_examples(value, on_malformed=config.on_malformed)
         elif name == "examples" and isinstance(config, Classifier):
             load_classifier_examples(value, on_malformed=config.on_malformed)
+        elif name == "items" and isinstance(config, Evaluate | Classify):
+            load_processbench(value, split=config.split, on_malformed=config.on_malformed)
         elif name == "exclude":
             held_out_questions(value)
         elif name == "tokenizer":
             load_tokenizer_of(value)
+        elif isinstance(value, Server):
+            load_tokenizer(value.tokenizer)

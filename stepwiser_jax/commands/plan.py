@@ -64,7 +64,7 @@ class Plan:
             return []
         return [
             f"the compiler refuses programs of part of a {self.topology.kind} slice: planned for a "
-            "slice of one host, of which --shard takes any number"
+            "slice of one host; use as many of them as you like, with --shard"
         ]
 
     @property

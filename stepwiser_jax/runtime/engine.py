@@ -392,16 +392,12 @@ class _Run:
     def _harvest(self) -> list[Completion]:
         """The rows that have ended; waits for the device."""
         state = self.state
-        running_B, length_B, reason_B, tokens_BC, logprobs_BC = fetch(
-            (
-                state.running_B,
-                state.own.length_B,
-                state.reason_B,
-                state.tokens_BC,
-                state.logprobs_BC,
-            )
-        )
+        counters = (state.running_B, state.own.length_B, state.reason_B)
+        running_B, length_B, reason_B = fetch(counters)
         ended = [b for b in self.running if not running_B[b]]
+        if not ended:
+            return []
+        tokens_BC, logprobs_BC = fetch((state.tokens_BC, state.logprobs_BC))
         completions = []
         for b in ended:
             length = int(length_B[b])

@@ -10,6 +10,7 @@ temperature 1 without truncation; noise is the server's, with a seed for each ro
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -117,8 +118,8 @@ class RemoteEngine:
                 reason = f"{error.code} {error.read().decode(errors='replace')[:300]}"
                 if error.code not in BUSY:
                     raise UserError(f"the server at {self.url} refuses: {reason}") from None
-            except (OSError, ValueError) as error:  # nobody there, no time, half an answer
-                reason = str(error)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(error) or repr(error)  # nobody there, no time, half an answer
         raise UserError(
             f"the server at {self.url} gave no answer in {1 + self.retries} attempts ({reason}): "
             "start it, or correct server.url; what is written so far is kept"
@@ -127,34 +128,34 @@ class RemoteEngine:
     def _read(
         self, answer: dict[str, Any], prompt: list[int], params: SamplingParams
     ) -> tuple[list[int], np.ndarray, StopReason]:
-        choice = answer["choices"][0]
+        choice = next(iter(answer.get("choices", [])), {})
         ids = choice.get("token_ids")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if ids is None or logprobs is None:
             missing = "token_ids" if ids is None else "logprobs.token_logprobs"
             raise UserError(
                 f"the server at {self.url} returns no {missing}: expected token ids and their "
-                "log-probs, as vLLM 0.10.2 and later return them"
+                f"log-probs, as vLLM 0.10.2 and later return them, found {str(answer)[:200]}"
             )
         if len(ids) != len(logprobs) or not 0 < len(ids) <= params.max_new_tokens:
             raise UserError(
                 f"the server at {self.url} returned {len(ids)} token ids and {len(logprobs)} "
                 f"log-probs: expected as many of each, from 1 to {params.max_new_tokens}"
             )
-        if choice.get("prompt_token_ids", prompt) != prompt:
+        if choice.get("prompt_token_ids") not in (None, prompt):
             raise UserError(
                 f"the server at {self.url} read another prompt than it was sent: it adds tokens of "
                 "its own, switch that off"
             )
         if ids[-1] in params.stop_ids:
             reason = StopReason.STOP_ID
-        elif choice["finish_reason"] == "length":
+        elif choice.get("finish_reason") == "length":
             reason = StopReason.LENGTH
         elif params.stop_strings:
             reason = StopReason.STOP_STRING
         else:
             raise UserError(
-                f"the server at {self.url} stopped ({choice['finish_reason']}) without one of the "
-                f"end tokens {list(params.stop_ids)}: expected the ids of the model's own end"
+                f"the server at {self.url} stopped ({choice.get('finish_reason')}) without one of "
+                f"the end tokens {list(params.stop_ids)}: expected the ids of the model's own end"
             )
         return ids, np.asarray(logprobs, np.float32), reason

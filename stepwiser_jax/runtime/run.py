@@ -51,7 +51,15 @@ from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 
-WHERE = ("mesh", "sampling_mesh", "compilation_cache")
+WHERE = (
+    "mesh",
+    "sampling_mesh",
+    "compilation_cache",
+    "server.url",
+    "server.concurrent_requests",
+    "server.timeout_seconds",
+    "server.retries",
+)
 """Settings that say where a run computes, not what: it may go on with others."""
 
 T = TypeVar("T")
@@ -85,11 +93,13 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found, wanted = (
-            {key: value for key, value in settings.items() if key not in WHERE}
-            for settings in (read_settings(self.path / "config.yaml"), self._settings)
-        )
-        differences = differing_keys(found, wanted)
+        found = read_settings(self.path / "config.yaml")
+        elsewhere = tuple(f"{key}{end}" for key in WHERE for end in (":", "."))
+        differences = [
+            difference
+            for difference in differing_keys(found, self._settings)
+            if not difference.startswith(elsewhere)
+        ]
         if differences:
             raise UserError(
                 f"{self.path} is a run of another config, which differs in "

@@ -1,13 +1,12 @@
 """Cut solutions into chunks of thought (StepWiser 3.1): what a policy learns to mark by itself.
 
     right solution -> K proposals of a teacher -> those that are the solution again, in the format
-                   -> the cut that most of them agree on -> SftExample
+                   -> the cut that most of them agree on: what `sft` teaches the policy
 
 Where the paper is silent: it keeps the proposals that reconstruct their solution, and does not say
 what it does with several. Here a solution is one example, cut as most of them cut it.
 
-Reads `rollouts` and the teacher. Writes segmentations, also of solutions that none was kept of, and
-SFT examples.
+Reads `rollouts` and the teacher. Writes segmentations, also of solutions that none was kept of.
 """
 
 from __future__ import annotations
@@ -22,14 +21,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import Segment
-from stepwiser_jax.records import (
-    Problem,
-    Segmentation,
-    SftExample,
-    Trajectory,
-    UserError,
-    read_records,
-)
+from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError, read_records
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -38,13 +30,13 @@ from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.remote import RemoteEngine
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.text.prompts import encode_message, segment_prompt, solve_prompt
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.prompts import encode_message, segment_prompt
 from stepwiser_jax.text.segmentation import (
     Outcome,
     majority_segmentation,
     read_segmentation,
     split_solution,
-    tagged,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokenizer
 
@@ -70,17 +62,16 @@ def run(config: Segment, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
             f"none of the {len(trajectories)} solutions of {config.rollouts} is right: there is "
             "nothing to learn to cut. Sample more, or with a stronger policy"
         )
-    solutions = [(t, completion_text(tokenizer, t.completion_ids).strip()) for t in right]
+    solutions = [
+        (t, strip_tags(completion_text(tokenizer, t.completion_ids)).strip()) for t in right
+    ]
     work = blocks(solutions, config.solutions_per_block)
     work = directory.pending(work, Segmentation, lambda block: [t.trajectory_id for t, _ in block])
     measured = cut_blocks(config, directory, problems, work) if work else {}
-    examples, writer = directory.writer(SftExample), directory.writer(Segmentation)
+    writer = directory.writer(Segmentation)
     counts = {"solutions": len(trajectories), "right": len(right)}
-
-    def scores() -> dict[str, Any]:
-        return counts | summarize(writer.read(), dict(solutions_by_id(solutions)), tokenizer)
-
-    return directory.finish(lambda: scores() | {"examples": len(examples.read())} | measured)
+    texts = {trajectory.trajectory_id: text for trajectory, text in solutions}
+    return directory.finish(lambda: counts | summarize(writer.read(), texts, tokenizer) | measured)
 
 
 def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
@@ -92,28 +83,24 @@ def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Tr
     return [trajectory for found in of_problem.values() for trajectory in found[:most]]
 
 
-def solutions_by_id(solutions: Solutions) -> list[tuple[str, str]]:
-    return [(trajectory.trajectory_id, text) for trajectory, text in solutions]
-
-
 def cut_blocks(
     config: Segment,
     directory: RunDirectory,
     problems: dict[str, Problem],
     work: Sequence[Solutions],
 ) -> dict[str, Any]:
-    """Segmentations and examples of these blocks, written; returns what was measured."""
+    """Segmentations of these blocks, written; returns what was measured."""
     propose, measured = make_proposer(config)
-    examples, writer = directory.writer(SftExample), directory.writer(Segmentation)
+    writer = directory.writer(Segmentation)
     start, cut = time.perf_counter(), 0
     with progress("segment", len(work)) as advance:
         for block in work:
-            segmentations = [
-                choose(trajectory, proposals)
-                for (trajectory, _), proposals in zip(block, propose(block), strict=True)
-            ]
-            examples.append(sft_examples(config, segmentations, problems))
-            writer.append(segmentations)  # last: a block is done when they are there
+            writer.append(
+                [
+                    choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
+                    for (trajectory, _), proposals in zip(block, propose(block), strict=True)
+                ]
+            )
             cut += len(block)
             advance(1)
             stop.check()
@@ -143,8 +130,8 @@ def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], di
 
 
 class Teacher:
-    """Solutions of one block -> `num_segmentations` proposals of each. One that does not fit the
-    teacher's context, with room to write it again, has none that is finished."""
+    """Solutions of one block -> `num_segmentations` proposals of each. What does not fit the
+    teacher's context, with room to write it again, is not asked for."""
 
     def __init__(
         self, config: Segment, tokenizer: Tokenizer, engine: Engine | RemoteEngine, context: int
@@ -156,7 +143,7 @@ class Teacher:
 
     def __call__(self, block: Solutions) -> Proposals:
         size = self.config.num_segmentations
-        proposals: Proposals = [[(Outcome.UNFINISHED, ())] * size for _ in block]
+        proposals: Proposals = [[(Outcome.NO_ROOM, ())] * size for _ in block]
         prompts = [self.prompt_ids(text) for _, text in block]
         fitting = [i for i, prompt in enumerate(prompts) if self.fits(prompt)]
         if not fitting:
@@ -173,13 +160,15 @@ class Teacher:
         for row, i in enumerate(fitting):
             for k in range(size):
                 b = row * size + k
-                if output.stop_reason_B[b] != StopReason.LENGTH:
+                if output.stop_reason_B[b] == StopReason.LENGTH:
+                    proposals[i][k] = (Outcome.UNFINISHED, ())
+                else:
                     text = completion_text(self.tokenizer, output.ids(b))
                     proposals[i][k] = read_segmentation(text, block[i][1])
         return proposals
 
     def prompt_ids(self, solution: str) -> list[int]:
-        style = self.config.teacher_prompt_style
+        style = self.config.prompt_style
         return encode_message(self.tokenizer, segment_prompt(solution, style), style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
@@ -187,34 +176,15 @@ class Teacher:
 
 
 def choose(
-    trajectory: Trajectory, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
+    problem: Problem, trajectory_id: str, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
 ) -> Segmentation:
     """The cut that most of the kept proposals agree on."""
     kept = [chunks for outcome, chunks in proposals if outcome is Outcome.KEPT]
     chunks, votes = majority_segmentation(kept) if kept else ((), 0)
+    outcomes = tuple(outcome.value for outcome, _ in proposals)
     return Segmentation(
-        trajectory.trajectory_id,
-        trajectory.problem_id,
-        chunks,
-        votes,
-        tuple(outcome.value for outcome, _ in proposals),
+        trajectory_id, problem.problem_id, problem.question, chunks, votes, outcomes
     )
-
-
-def sft_examples(
-    config: Segment, segmentations: Sequence[Segmentation], problems: dict[str, Problem]
-) -> list[SftExample]:
-    """The question, in the words in which `rollout` will ask it, and the tagged solution."""
-    return [
-        SftExample(
-            example_id=segmentation.trajectory_id,
-            problem_id=segmentation.problem_id,
-            prompt=solve_prompt(problems[segmentation.problem_id].question, config.prompt_style),
-            completion=tagged(segmentation.chunks),
-        )
-        for segmentation in segmentations
-        if segmentation.chunks
-    ]
 
 
 def summarize(

@@ -19,7 +19,14 @@ import optax
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
-from stepwiser_jax.records import SftExample, UserError, read_records
+from stepwiser_jax.records import (
+    KIND,
+    Segmentation,
+    SftExample,
+    UserError,
+    read_manifest,
+    read_records,
+)
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training
@@ -28,7 +35,8 @@ from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.prompts import PromptStyle, encode_message
+from stepwiser_jax.text.prompts import PromptStyle, encode_message, solve_prompt
+from stepwiser_jax.text.segmentation import tagged
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
@@ -37,7 +45,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
-    examples = load_examples(config.data)
+    examples = load_examples(config.data, config.prompt_style)
     mesh = make_mesh(**config.mesh.model_dump())
     compilation.start(config.compilation_cache)
     loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
@@ -108,12 +116,13 @@ def sft_loss(
     )
 
 
-def load_examples(data: SftData) -> list[SftExample]:
-    """Demonstrations from a file or of the embedded task. Raises UserError for an empty set."""
+def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
+    """Demonstrations from a file, of a `segment` run, or of the embedded task. Raises UserError for
+    an empty set."""
     if not data.source.startswith("arithmetic-"):
-        examples = read_records(data.source, SftExample)
+        examples = read_examples(data.source, style)
         if not examples:
-            raise UserError(f"expected SftExample records in {data.source}, found none")
+            raise UserError(f"expected examples in {data.source}, found none")
         return examples[: data.count]
     if data.count is None:
         raise UserError(f"data.count must say how many examples of {data.source} to generate")
@@ -127,6 +136,23 @@ def load_examples(data: SftData) -> list[SftExample]:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
     problems = arithmetic.generate_problems(data.count, data.seed, "train")
     return makers[data.source](problems, data.seed)
+
+
+def read_examples(source: str, style: PromptStyle) -> list[SftExample]:
+    """SftExample records; of a `segment` run, each solution that was cut, behind the question in
+    the words in which `rollout` asks it."""
+    if not (Path(source).is_dir() and KIND[Segmentation] in read_manifest(source)["records"]):
+        return read_records(source, SftExample)
+    return [
+        SftExample(
+            example_id=segmentation.trajectory_id,
+            problem_id=segmentation.problem_id,
+            prompt=solve_prompt(segmentation.question, style),
+            completion=tagged(segmentation.chunks),
+        )
+        for segmentation in read_records(source, Segmentation)
+        if segmentation.chunks
+    ]
 
 
 def render(

@@ -31,6 +31,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.text.answers import extract_answer
 from stepwiser_jax.text.solutions import (
+    BAD_PROBLEM,
     classifier_examples,
     judge_examples,
     parse_solutions,
@@ -337,8 +338,8 @@ def _of_sound_problems(
     solutions: Sequence[LabelledSolution], dropped: Counter[str] | None
 ) -> Sequence[LabelledSolution]:
     """Those of a row of PRM800K whose labeller found no fault with the problem itself."""
-    if all(solution.finish_reason != "bad_problem" for solution in solutions):
+    if all(solution.finish_reason != BAD_PROBLEM for solution in solutions):
         return solutions
     if dropped is not None:
-        dropped["bad_problem"] += 1
+        dropped[BAD_PROBLEM] += 1
     return []

@@ -30,6 +30,7 @@ class Outcome(enum.Enum):
     """Why a segmentation is kept, or is not."""
 
     KEPT = "kept"
+    NO_ROOM = "no_room"
     UNFINISHED = "unfinished"
     UNBALANCED_TAGS = "unbalanced_tags"
     TEXT_OUTSIDE_OF_CHUNKS = "text_outside_of_chunks"

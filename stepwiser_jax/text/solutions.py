@@ -35,6 +35,9 @@ Row = dict[str, Any]
 STEP_TAG = "ки"
 """Math-Shepherd's mark behind every step."""
 
+BAD_PROBLEM = "bad_problem"
+"""PRM800K's `finish_reason` where the labeller found the problem itself wrong."""
+
 _LABEL = re.compile(r"[+-]|[01](\.\d+)?")
 
 RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0, None: None}
@@ -58,31 +61,32 @@ def judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExamp
     """One example a labelled step, up to and including the first error: after it there is nothing
     to judge. Steps that solutions share are used once."""
     for solution in solutions:
-        error = solution.first_error
-        end = len(solution.steps) if error == -1 else error + 1
-        for step in range(solution.shared_steps, end):
-            if solution.labels[step] is not None:
-                yield JudgeExample(
-                    example_id=f"{solution.solution_id}/{step}",
-                    problem_id=solution.problem_id,
-                    question=solution.question,
-                    history="\n\n".join(solution.steps[:step]),
-                    chunk=solution.steps[step],
-                    is_positive=step != error,
-                )
+        for step in _labelled_steps(solution):
+            yield JudgeExample(
+                example_id=f"{solution.solution_id}/{step}",
+                problem_id=solution.problem_id,
+                question=solution.question,
+                history="\n\n".join(solution.steps[:step]),
+                chunk=solution.steps[step],
+                is_positive=step != solution.first_error,
+            )
+
+
+def _labelled_steps(solution: LabelledSolution) -> list[int]:
+    """Of its own, up to and including the first error."""
+    error = solution.first_error
+    end = len(solution.steps) if error == -1 else error + 1
+    steps = range(solution.shared_steps, end)
+    return [step for step in steps if solution.labels[step] is not None]
 
 
 def classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:
     """The same steps of a solution in one example; their soft labels are the labels themselves, but
     for a wrong step that a later right one makes right."""
     for solution in solutions:
-        error = solution.first_error
-        end = len(solution.steps) if error == -1 else error + 1
-        labelled = [
-            step for step in range(solution.shared_steps, end) if solution.labels[step] is not None
-        ]
+        labelled = _labelled_steps(solution)
         if labelled:
-            is_positive = [step != error for step in labelled]
+            is_positive = [step != solution.first_error for step in labelled]
             yield ClassifierExample(
                 solution_id=solution.solution_id,
                 problem_id=solution.problem_id,
@@ -98,8 +102,8 @@ def classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[Class
 
 
 def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:
-    """The whole ones among the solutions: of which it is known whether the final answer is right.
-    Raises UserError where there is none."""
+    """The whole ones among the solutions: of which it is known whether the final answer is right,
+    and where the first error is, or that there is none. Raises UserError where there is none."""
     items = [
         ProcessBenchItem(
             item_id=solution.solution_id,
@@ -111,11 +115,13 @@ def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBen
         )
         for solution in solutions
         if solution.final_answer_correct is not None
+        and (solution.first_error != -1 or solution.labels[-1] is not None)
+        and solution.finish_reason != BAD_PROBLEM
     ]
     if not items:
         raise UserError(
-            "expected a whole solution, of which it is known whether its final answer is right: "
-            "found none"
+            "expected a whole solution, of which it is known whether its final answer is right, "
+            "labelled up to its end or its first error: found none"
         )
     return items
 
@@ -237,6 +243,7 @@ def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
     root = _tree_of_prefixes(question, tree) if isinstance(tree, list) else tree
     if _field(root, "text", str) != question:
         raise UserError("expected 'reasoning_steps' to begin with the question")
+    value = root.get("mc_value")
     solutions: list[LabelledSolution] = []
 
     def walk(node: Row, way: list[tuple[str, float | None]], shared: int) -> None:
@@ -256,7 +263,7 @@ def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
                     labels=tuple(value for _, value in way),
                     cumulative=True,
                     shared_steps=shared,
-                    question_value=_value(root.get("mc_value")),
+                    question_value=None if value is None else _value(value),
                 )
             )
 

@@ -60,8 +60,8 @@ def stage(name, run, *sets):
     ("labels", "head", "mesh", "entropy"),
     [
         ("hard", "signs", "fsdp", 0.0),
-        ("soft", "signs", "data", 0.5623),
-        ("hard", "scalar", "fsdp", 0.0),
+        pytest.param("soft", "signs", "data", 0.5623, marks=pytest.mark.slow),
+        pytest.param("hard", "scalar", "fsdp", 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, entropy):

@@ -206,7 +206,7 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cold_start", "classifier"])
+@pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
     extra = ("steps=20", "training.checkpoint_every=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -387,3 +387,6 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     ):
         arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))
         assert_fails(capsys, [*arguments, "--dry-run"], f"no records, not {kind}", out)
+    for name in ("evaluate", "classify"):
+        arguments = command(name, runs, out=out, extra=[f"items={tmp_path / 'none.json'}"])
+        assert_fails(capsys, [*arguments, "--dry-run"], "a data file at", out)

@@ -179,7 +179,12 @@ MISTAKES = {
         *[*JOBSET, "--topology", "v6e:4x4"],
         *["--shards", "2", *ANNOTATE],
     ],
-    "--shards: expected the stage rollout or annotate": [*ONE_HOST, "--shards", "2", *RUN],
+    "--shards: expected a stage of rollout segment annotate evaluate classify search": [
+        *ONE_HOST,
+        "--shards",
+        "2",
+        *RUN,
+    ],
     "--at-once is for --shards": [*ONE_HOST, "--at-once", "2", *RUN],
     "--time is missing": ["slurm.sh", "--name", "judge", *RUN],
     "--time: expected minutes": ["slurm.sh", "--name", "judge", "--time", "soon", *RUN],

@@ -28,11 +28,12 @@ def completion(ids, *, finish="stop", **changes):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """`serve(answer)` -> (an engine, the bodies it was sent); `answer(body)`: (status, JSON)."""
+    """`serve(answer)` -> (an engine, the bodies it was sent); `answer(body)`: (status, JSON), of
+    which the requests numbered in `broken` get half."""
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
     servers = []
 
-    def start(answer, **settings):
+    def start(answer, broken=(), **settings):
         bodies = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,9 +41,11 @@ def serve(monkeypatch):
                 assert self.path == "/v1/completions"
                 bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 status, content = answer(bodies[-1])
+                body = json.dumps(content).encode()
                 self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
+                self.wfile.write(body[: len(body) // 2] if len(bodies) in broken else body)
 
             def log_message(self, *_):
                 pass
@@ -95,12 +98,19 @@ def test_a_busy_server_is_asked_again(serve):
     assert len(bodies) == 4 + 2
 
 
+def test_half_an_answer_is_asked_for_again(serve):
+    engine, bodies = serve(lambda body: completion([9]), broken=(1, 3))
+    assert [generate(engine).ids(b) for b in range(4)] == [[9]] * 4
+    assert len(bodies) > 4
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         ((503, {"error": "loading"}), "no answer in 4 attempts .503 .*loading"),
         ((404, {"error": "no model 'teacher'"}), "refuses: 404 .*no model 'teacher'"),
         (completion([9], token_ids=None), "returns no token_ids"),
+        ((200, {"error": "out of memory"}), "returns no token_ids.*out of memory"),
         (completion([9], logprobs=None), "returns no logprobs.token_logprobs"),
         (completion([1, 2, 3, 4, 9]), "5 token ids .* from 1 to 4"),
         (completion([9], logprobs={"token_logprobs": [0.0, 0.0]}), "1 token ids and 2 log-probs"),

@@ -1,5 +1,6 @@
 """The segment stage on a rollout run that is written down here."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,15 +9,15 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.records import (
     Problem,
     Segmentation,
-    SftExample,
     Trajectory,
     UserError,
     read_records,
     write_manifest,
     write_records,
 )
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
-from stepwiser_jax.stages import segment
+from stepwiser_jax.stages import segment, sft
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.segmentation import read_segmentation
@@ -54,7 +55,6 @@ def config_of(tmp_path, rollouts, **settings):
         "rollouts": str(rollouts),
         "tokenizer": "arithmetic",
         "prompt_style": "bare",
-        "teacher_prompt_style": "bare",
         "solutions_per_block": 4,
         **settings,
     }
@@ -121,12 +121,13 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     settings = SAMPLED | {"num_segmentations": 5, "sampling": {"max_new_tokens": 200}}
     config = config_of(tmp_path, rollouts, max_per_problem=1, **settings)
     summary = segment.run(config, tmp_path / "s")
-    assert summary["right"] == summary["cut"] == summary["examples"] == COUNT
+    assert summary["right"] == summary["cut"] == COUNT
     assert summary["solutions"] == 3 * COUNT
     assert summary["proposals"] == {
         "kept": 3 * COUNT,
         "altered": COUNT,
         "unfinished": COUNT,
+        "no_room": 0,
         "unbalanced_tags": 0,
         "text_outside_of_chunks": 0,
         "empty_chunk": 0,
@@ -134,7 +135,8 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     assert summary["agreement"] == pytest.approx(2 / 3)
     assert summary["mean_chunks"] == 2 and summary["mean_blank_line_chunks"] == 1
     questions = {p.problem_id: p.question for p in read_records(rollouts, Problem)}
-    examples = read_records(tmp_path / "s", SftExample)
+    examples = sft.read_examples(str(tmp_path / "s"), "bare")
+    assert len(examples) == COUNT
     segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", Segmentation)}
     for example in examples:
         assert example.prompt == questions[example.problem_id]
@@ -156,22 +158,56 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
             segment.run(config, tmp_path / "s")
     summary = segment.run(config, tmp_path / "s")
     assert parrot.blocks == 2 * COUNT // 4
-    assert (summary["cut"], summary["examples"], summary["right"]) == (0, 0, 2 * COUNT)
+    assert (summary["cut"], summary["right"]) == (0, 2 * COUNT)
     assert summary["proposals"]["altered"] == 2 * COUNT
+    assert sft.read_examples(str(tmp_path / "s"), "bare") == []
 
 
-def test_a_solution_that_the_teacher_has_no_room_for_is_not_finished(tmp_path, rollouts, teacher):
+def test_a_solution_that_the_teacher_has_no_room_for_is_counted(tmp_path, rollouts, teacher):
     teacher(whole)
     settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 450}}
     summary = segment.run(config_of(tmp_path, rollouts, **settings), tmp_path / "s")
-    assert 0 < summary["proposals"]["unfinished"] <= 2 * COUNT
-    assert summary["proposals"]["unfinished"] + summary["cut"] == 2 * COUNT
+    assert 0 < summary["proposals"]["no_room"] <= 2 * COUNT
+    assert summary["proposals"]["no_room"] + summary["cut"] == 2 * COUNT
 
 
 def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
     config = config_of(tmp_path, rollouts, splitter="blank_lines")
     summary = segment.run(config, tmp_path / "s")
-    assert summary["examples"] == 2 * COUNT and summary["mean_chunks"] == 1
+    assert summary["cut"] == 2 * COUNT and summary["mean_chunks"] == 1
+    prompts = {e.prompt for e in sft.read_examples(str(tmp_path / "s"), "instruct")}
+    assert all("<chunk>" in prompt and "Problem: start" in prompt for prompt in prompts)
+
+
+def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_tokenizer):
+    file = next((rollouts / "records" / "trajectories").iterdir())
+    whole = read_records(file, Trajectory)
+    tags = word_tokenizer.encode("<chunk> </chunk>")
+    tagged = [
+        dataclasses.replace(t, completion_ids=(tags[0], *t.completion_ids[:-1], tags[1], 3))
+        for t in whole
+    ]
+    write_records(file, tagged)
+    write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
+    segment.run(config_of(tmp_path, rollouts, splitter="sentences"), tmp_path / "s")
+    for example in sft.read_examples(str(tmp_path / "s"), "bare"):
+        assert example.completion.count("<chunk>") == example.completion.count("</chunk>") == 1
+
+
+def test_a_server_may_move(tmp_path, rollouts):
+    sampling = {"sampling": {"max_new_tokens": 8}}
+    directory = RunDirectory(
+        tmp_path / "s", "segment", config_of(tmp_path, rollouts, **SAMPLED, **sampling)
+    )
+    directory.create()
+    for key, moved in (("url", "http://other"), ("retries", 9), ("model", "another")):
+        server = SAMPLED["server"] | {key: moved}
+        config = config_of(tmp_path, rollouts, server=server, **sampling)
+        if key == "model":
+            with pytest.raises(UserError, match=r"server\.model: '' -> 'another'"):
+                RunDirectory(tmp_path / "s", "segment", config)
+        else:
+            RunDirectory(tmp_path / "s", "segment", config)
 
 
 def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
@@ -188,10 +224,14 @@ def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
     [
         ({}, r"one of teacher, server and splitter, found \[\]"),
         ({"splitter": "steps", **SAMPLED}, r"found \['server', 'splitter'\]"),
-        (SAMPLED, "sampling must say how the server"),
+        (SAMPLED, r"a server takes the settings \['sampling'\], found \[\]"),
         (
             {"teacher": {"path": "arithmetic"}, "sampling": {"max_new_tokens": 8}},
-            "engine must give the shapes",
+            r"a teacher takes the settings \['sampling', 'engine'\], found \['sampling'\]",
+        ),
+        (
+            {"splitter": "steps", "sampling": {"max_new_tokens": 8}},
+            r"a splitter takes the settings \[\], found \['sampling'\]",
         ),
     ],
 )

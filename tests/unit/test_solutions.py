@@ -288,6 +288,36 @@ def test_a_classifier_learns_the_same_steps_at_once(labels, cumulative, labelled
     ]
 
 
+@pytest.mark.parametrize(
+    ("labels", "finish_reason", "is_item"),
+    [
+        ((1.0, 1.0), "solution", True),
+        ((1.0, 0.0), "found_error", True),
+        ((0.0, None), "found_error", True),
+        ((1.0, None), "give_up", False),
+        ((1.0, 1.0), "bad_problem", False),
+    ],
+)
+def test_what_is_not_labelled_to_its_end_is_no_item(labels, finish_reason, is_item):
+    solution = LabelledSolution(
+        "s", "s", "x", "Q?", None, ("a", "b"), labels, True,
+        final_answer_correct=False, finish_reason=finish_reason,
+    )  # fmt: skip
+    if is_item:
+        assert processbench_items([solution])[0].first_error == solution.first_error
+    else:
+        with pytest.raises(UserError, match="labelled up to its end"):
+            processbench_items([solution])
+
+
+def test_math_aps_needs_no_value_of_the_bare_problem():
+    prefixes = [{"solution_prefix": "q\n\na", "mc_value": 1}]
+    tree = {"text": "q", "children": [{"text": "a", "mc_value": 1}]}
+    for steps in (prefixes, tree):
+        (solution,) = parse_solutions({"question": "q", "reasoning_steps": steps}, "r")
+        assert (solution.question_value, solution.labels) == (None, (1.0,))
+
+
 def test_a_solution_without_a_label_teaches_a_classifier_nothing():
     solution = LabelledSolution("s", "s", "x", "Q?", None, ("a", "b"), (None, None), True)
     assert not list(classifier_examples([solution]))
