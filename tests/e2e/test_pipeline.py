@@ -136,6 +136,7 @@ def test_judge_metrics_are_all_there(runs):
     assert list((runs / "judge" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_judge_samples_in_int8_and_corrects_for_it(runs, tmp_path):
     """The gap is small, not zero, and weighed; an explicit `none` reports it only."""
 

@@ -21,6 +21,9 @@ def model(request):
     return Transformer(tiny_config(request.param), rngs=nnx.Rngs(3))
 
 
+one_family = pytest.mark.parametrize("model", ["qwen3"], indirect=True)
+
+
 def tokens(*shape, seed=0):
     return jax.random.randint(jax.random.key(seed), shape, 0, 64)
 
@@ -98,6 +101,7 @@ def test_reading_equals_extending_an_empty_cache(model):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@one_family
 def test_a_rewound_row_equals_a_fresh_one(model):
     prompt = tokens(1, 6)
     decoder = model.for_decoding()
@@ -110,6 +114,7 @@ def test_a_rewound_row_equals_a_fresh_one(model):
     np.testing.assert_allclose(model.logits(hidden), expected, atol=2e-5)
 
 
+@one_family
 def test_rematerialisation_is_another_program_with_the_same_gradients(model):
     inputs = tokens(2, 6)
 
