@@ -35,12 +35,13 @@ def main() -> None:
     from common import random_completions
     from train_step import LENGTH, PROMPTS, SAMPLES, settings
 
-    from stepwiser_jax.config import Judge, validate
+    from stepwiser_jax.config import Judge
     from stepwiser_jax.model.lora import trained_part
     from stepwiser_jax.runtime.loading import load_for_training
     from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
     from stepwiser_jax.runtime.trainer import create_train_state
     from stepwiser_jax.runtime.training_run import optimizer_of
+    from stepwiser_jax.settings import validate
     from stepwiser_jax.stages import judge
 
     mesh = make_mesh()

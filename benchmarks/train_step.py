@@ -77,7 +77,7 @@ def settings(model_dir: str) -> dict[str, Any]:
 def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.config import Judge, validate
+    from stepwiser_jax.config import Judge
     from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
     from stepwiser_jax.runtime.loading import load_for_training
     from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
@@ -88,6 +88,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         make_schedule,
         make_train_step,
     )
+    from stepwiser_jax.settings import validate
     from stepwiser_jax.stages import judge
 
     compiled = compilations()

@@ -95,8 +95,8 @@ def _add_stage(name: str, does: str, files: str) -> None:
             ),
         ] = None,
     ) -> None:
-        from stepwiser_jax.config import dump_config, load_config
         from stepwiser_jax.runtime import hosts
+        from stepwiser_jax.settings import dump_config, load_config
 
         settings = load_config(name, config, tuple(set_))
         if dry_run:

@@ -7,25 +7,17 @@ the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from stepwiser_jax.records import UserError
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import PromptStyle
 from stepwiser_jax.text.segmentation import Splitter
@@ -596,110 +588,3 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "classify": Classify,
     "search": Search,
 }
-
-C = TypeVar("C", bound=Config)
-
-
-# --- load and dump ------------------------------------------------------------------------------
-
-
-def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
-
-    Raises UserError for a missing or broken file, an unknown key (the closest real one is named), a
-    wrong type or an inconsistent combination; all problems in one message.
-    """
-    if stage not in STAGE_CONFIGS:
-        raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"expected a config file at {path}, found none")
-    tree = read_settings(path)
-    for override in overrides:
-        _apply_override(tree, override)
-    return validate(STAGE_CONFIGS[stage], tree, str(path))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it holds something else."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(
-            f"--set expects key=value such as sampling.temperature=0.7, found {override!r}"
-        )
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
-
-
-def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
-    """Build a config; raises UserError with every problem, each with its key and the fix."""
-    try:
-        return config_type.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(config_type, problem) for problem in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
-
-
-def _explain(config_type: type[Config], problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(config_type, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
-    if problem["type"] == "missing":
-        return f"{key!r} is required and not set"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
-
-
-def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
-    for part in location:
-        annotation = config_type.model_fields[part].annotation
-        (group,) = {*(get_args(annotation) or (annotation,))} - {NoneType}
-        assert isinstance(group, type) and issubclass(group, Config)
-        config_type = group
-    return sorted(config_type.model_fields)
-
-
-def dump_config(config: Config) -> str:
-    """The config as YAML in the same schema, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def config_digest(config: Config) -> str:
-    """First 16 hex digits of the sha256 of the resolved config."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every setting in which two dumped configs differ."""
-    differences = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            differences += differing_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
-            differences.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return differences

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 
-from stepwiser_jax.config import read_settings
 from stepwiser_jax.model.attention import XLA
 from stepwiser_jax.model.hf import read_config, save_hf
 from stepwiser_jax.records import UserError
@@ -15,6 +14,7 @@ from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.training_run import check_base
+from stepwiser_jax.settings import read_settings
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 

@@ -19,15 +19,7 @@ from typing import Any
 import jax
 
 from stepwiser_jax.commands.programs import Programs, programs_of
-from stepwiser_jax.config import (
-    STAGE_CONFIGS,
-    Classifier,
-    Config,
-    Judge,
-    Sft,
-    load_config,
-    validate,
-)
+from stepwiser_jax.config import STAGE_CONFIGS, Classifier, Config, Judge, Sft
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.aot import (
     GIB,
@@ -39,6 +31,7 @@ from stepwiser_jax.runtime.aot import (
     tpu_topology,
 )
 from stepwiser_jax.runtime.mesh import make_mesh, processes_of
+from stepwiser_jax.settings import load_config, validate
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import STAGE_CONFIGS, LabelRule, validate
+from stepwiser_jax.config import STAGE_CONFIGS, LabelRule
 from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
@@ -32,6 +32,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
+from stepwiser_jax.settings import validate
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 

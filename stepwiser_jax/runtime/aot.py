@@ -118,7 +118,7 @@ def tpu_topology(name: str, slices: int = 1) -> Topology:
         options["chips_per_host_bounds"] = (*shape, 1, 1)[:3]
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:  # jax raises several of their kinds
         reason = str(error).splitlines()[0]
         raise UserError(f"the compiler refuses the topology {name}: {reason}") from None
     return Topology(kind, shape, slices, list(described.devices))

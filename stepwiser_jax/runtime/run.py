@@ -30,14 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import (
-    ComputeStage,
-    Config,
-    config_digest,
-    differing_keys,
-    dump_config,
-    read_settings,
-)
+from stepwiser_jax.config import ComputeStage, Config
 from stepwiser_jax.records import (
     KIND,
     Record,
@@ -50,6 +43,7 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_settings
 
 WHERE = (
     "mesh",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.config import AdaptiveRollouts, Label, read_settings
+from stepwiser_jax.config import AdaptiveRollouts, Label
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -32,6 +32,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.settings import read_settings
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer

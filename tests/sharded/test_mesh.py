@@ -13,7 +13,6 @@ from flax import nnx
 
 from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.algo.sampling import Draw
-from stepwiser_jax.config import load_config
 from stepwiser_jax.model import attention
 from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
 from stepwiser_jax.model.hf import load_hf, save_hf
@@ -38,6 +37,7 @@ from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
+from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge
 from tiny import tiny_config
 

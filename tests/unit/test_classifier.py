@@ -17,7 +17,6 @@ from stepwiser_jax.algo.processbench import (
     processbench_f1,
     verdicts_at,
 )
-from stepwiser_jax.config import load_config
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
 from stepwiser_jax.model.hf import named_tensors, save_hf
 from stepwiser_jax.model.transformer import Transformer
@@ -32,6 +31,7 @@ from stepwiser_jax.runtime.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.scorer import Scorer
 from stepwiser_jax.runtime.trainer import accumulate
+from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import classifier
 from stepwiser_jax.text.datasets import load_classifier_examples
 from stepwiser_jax.text.prompts import encode_solution, sign_ids

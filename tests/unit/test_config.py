@@ -8,8 +8,9 @@ import pytest
 import yaml
 from plans import planned
 
-from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config
+from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.records import UserError
+from stepwiser_jax.settings import dump_config, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_OF = {

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config import Problems, load_config
+from stepwiser_jax.config import Problems
 from stepwiser_jax.records import JudgeExample, Problem, UserError, write_records
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 

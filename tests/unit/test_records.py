@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stepwiser_jax.config import Label, load_config
+from stepwiser_jax.config import Label
 from stepwiser_jax.records import (
     ChunkLabel,
     Judgment,
@@ -22,6 +22,7 @@ from stepwiser_jax.records import (
     write_records,
 )
 from stepwiser_jax.runtime.run import Metrics, RunDirectory
+from stepwiser_jax.settings import load_config
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
 

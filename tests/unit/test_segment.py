@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from stepwiser_jax.config import load_config
 from stepwiser_jax.records import (
     Problem,
     Segmentation,
@@ -17,6 +16,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
+from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import segment, sft
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import strip_tags

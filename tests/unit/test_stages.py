@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.config import AdaptiveRollouts, load_config
+from stepwiser_jax.config import AdaptiveRollouts
 from stepwiser_jax.records import SearchResult, Trajectory, UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
+from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, search
 from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
 

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
-from stepwiser_jax.config import load_config
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample, UserError
 from stepwiser_jax.runtime.checkpoint import Checkpointer
@@ -36,6 +35,7 @@ from stepwiser_jax.runtime.trainer import (
     split_rows,
 )
 from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.settings import load_config
 from tiny import tiny_config
 
 EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]
