@@ -333,7 +333,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     assert_fails(capsys, ["rolout"], "No such command")
     latest = ["--checkpoint", str(runs / "judge" / "checkpoints" / "latest")]
     assert_fails(capsys, ["convert", *latest, "--output", str(out)], "checkpoints/N", out)
-    mistake("search", "the judge of", "judge_engine.buckets=[160]")
+    mistake("search", "the judge of", "judge.engine.buckets=[160]")
 
 
 def test_unfinished_input_is_refused(runs, tmp_path, capsys):

@@ -29,6 +29,7 @@ STAGE_OF = {
     "evaluate": "evaluate",
     "classify": "classify",
     "search": "search",
+    "select": "select",
 }
 
 
