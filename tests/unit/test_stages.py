@@ -4,17 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts
-from stepwiser_jax.records import SearchResult, Trajectory, UserError, Verdict
+from stepwiser_jax.records import Trajectory, UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge, search
+from stepwiser_jax.stages import judge
 from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
 
 PROMPT = (5, 9, 11)
@@ -153,18 +152,3 @@ def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
     parts = judge.score(tiny_model, batch, 1.0, micro_batches=2)
     np.testing.assert_allclose(whole, parts, atol=1e-5)
     assert float(jnp.min(whole)) < -0.5
-
-
-def result(answer, is_correct, tokens=10):
-    return SearchResult("s", "p", "m", answer, is_correct, "", tokens, 0, 0, 0)
-
-
-def test_majority_ignores_samples_without_an_answer(request):
-    file = request.config.rootpath / "configs" / "smoke_search.yaml"
-    config = load_config("search", file)
-    none, right, wrong = result("", False), result("3", True), result("4", False)
-    rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
-    row = search.majority_row(config, rows)
-    assert row["accuracy"] == (1 + 1 + 0 + 0) / 4
-    assert row["policy_tokens"] == 30
-    assert yaml.safe_load(file.read_text())["majority"] == [2, 4]
