@@ -90,9 +90,7 @@ def test_a_classifier_steers_and_selects(runs, tmp_path):
         return json.loads((tmp_path / name / "summary.json").read_text())
 
     summary = run("search", "problems.limit=2", "token_budget=150")
-    assert summary["compiled"]["judge"] == {
-        "score 4x320": summary["compiled"]["judge"]["score 4x320"]
-    }
+    assert list(summary["compiled"]["judge"]) == ["score 4x320"]
     for result in read_records(tmp_path / "search", SearchResult):
         assert all(0 < score < 1 for score in result.chunk_scores)
         assert result.method != "chunk_reset" or result.judge_tokens >= len(result.chunk_scores)
@@ -202,9 +200,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "classify", "search", "select"])
 def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, monkeypatch):
     append = RecordWriter.append
-    half = {"evaluate": 9, "classify": 9, "search": 11, "select": 3, "rollouts": 5, "values": 7}[
-        name
-    ]
+    half = {"values": 7, "evaluate": 9, "classify": 9, "search": 11}.get(name, 3)
 
     def dying(self, records):
         if self.record_type is Problem:

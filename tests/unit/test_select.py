@@ -147,6 +147,6 @@ def test_nothing_to_select_is_named(rollouts, selected, tmp_path):
     path = rollouts / "records" / "trajectories" / "part-00000-of-00001.jsonl"
     path.write_text(path.read_text().replace('"is_correct":true', '"is_correct":false'))
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
-    with pytest.raises(UserError, match="none of the 30 responses of .* is right"):
+    with pytest.raises(UserError, match=r"none of the 30 responses of .* is right"):
         selected("none")
     assert not (tmp_path / "none").exists()
