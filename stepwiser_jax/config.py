@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from stepwiser_jax.text.datasets import OnMalformed
-from stepwiser_jax.text.prompts import PromptStyle
+from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 from stepwiser_jax.text.segmentation import Splitter
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -188,8 +188,9 @@ class ComputeStage(Config):
 class SftData(Config):
     """`source`: SftExample records in a JSONL file; a finished `segment` run; or of the embedded
     task `arithmetic-policy` (its solutions), `arithmetic-untagged` (without chunks),
-    `arithmetic-segmenter` (from those to these) or `arithmetic-judge` (then `count` and `seed` say
-    which demonstrations are generated)."""
+    `arithmetic-segmenter` (from those to these), `arithmetic-judge` (judgments) or
+    `arithmetic-verdicts` (without analysis); then `count` and `seed` say which demonstrations are
+    generated."""
 
     source: str
     count: int | None = Field(None, ge=1)
@@ -340,7 +341,7 @@ class Label(LabelRule):
     annotations: str
     rollouts: str
     tokenizer: str
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True
     min_prompt_tokens: int = Field(1, ge=0)
@@ -389,12 +390,16 @@ class Judge(ComputeStage):
     examples: str
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     iterations: int = Field(ge=1)
     prompts_per_iteration: int = Field(ge=1)
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
+    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
+    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
+    (A.1).
+
     row_lengths: Sizes
     sampling: Sampling
     sampling_mesh: Mesh | None = None
@@ -409,6 +414,7 @@ class Judge(ComputeStage):
     @property
     def correction(self) -> Literal["none", "token", "sequence"]:
         """Of the gap between sampler and judge. Left to itself (`auto`) it is per token where the
+    format_penalty: float = Field(0.0, ge=0)
         sampler's weights are int8, a different policy from the one that learns, and none where the
         two differ by rounding. Not per sequence: a product of that many ratios is mostly noise."""
         if self.grpo.sampler_correction == "auto":
@@ -441,6 +447,11 @@ class Judge(ComputeStage):
             )
         longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
         if max(self.row_lengths) < longest:
+        if self.format_penalty and self.prompt_style == "instruct":
+            raise ValueError(
+                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
+                "prompt_style to 'verdict', or format_penalty to 0"
+            )
             raise ValueError(
                 f"the largest of row_lengths must hold a group: max_prompt_tokens "
                 f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "
@@ -517,7 +528,7 @@ class Classify(ComputeStage):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     threshold: float | None = Field(None, gt=0, lt=1)
     threshold_subset: str | None = None
     rows: int = Field(8, ge=1)
@@ -549,7 +560,7 @@ class Search(ComputeStage):
     judge: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
-    judge_prompt_style: PromptStyle = "instruct"
+    judge_prompt_style: JudgePromptStyle = "instruct"
     max_attempts: int = Field(5, ge=1)
     max_chunk_tokens: int = Field(ge=1)
     majority: tuple[PositiveInt, ...] = (2, 4, 8)

@@ -43,7 +43,6 @@ from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
 from stepwiser_jax.text.prompts import (
-    PromptStyle,
     encode_judge_prompt,
     encode_solve_prompt,
     parse_verdict,
@@ -57,7 +56,7 @@ class Solver:
 
     loaded: Loaded
     engine: Engine
-    prompt_style: PromptStyle
+    prompt_style: Any  # the policy's a PromptStyle, the judge's a JudgePromptStyle
     params: SamplingParams
     key: jax.Array
 

@@ -131,6 +131,7 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
         "arithmetic-untagged": arithmetic.untagged_demonstrations,
         "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
         "arithmetic-judge": arithmetic.judge_demonstrations,
+        "arithmetic-verdicts": arithmetic.verdict_demonstrations,
     }
     if data.source not in makers:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")

@@ -116,6 +116,11 @@ def test_overrides_are_typed(tmp_path):
         ({"prompts_per_iteration": 7}, (), "multiple of updates_per_iteration"),
         ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
         ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
+        (
+            {"prompt_style": "instruct"},
+            ("format_penalty=1",),
+            "analysis that prompt_style 'instruct' asks for: set prompt_style to 'verdict'",
+        ),
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
         ({}, ("engine.rows=[64, 32]",), "engine.rows: sizes must be positive and ascending"),
         ({}, ("row_lengths=[640, 320]",), "row_lengths: sizes must be positive and ascending"),

@@ -96,6 +96,9 @@ def test_balanced_accuracy_by_hand():
     assert found == {"balanced_accuracy": 0.5, "negative_precision": 0.5, "negative_recall": 0.5}
     skewed = balanced_accuracy([True] * 10, [True] * 9 + [False])
     assert skewed["balanced_accuracy"] == 0.5
+    assert judge_reward(verdict, is_positive, in_format=False) == reward, "no penalty is set"
+    assert judge_reward(verdict, is_positive, format_penalty=0.5) == reward
+    assert judge_reward(verdict, is_positive, format_penalty=0.5, in_format=False) == -0.5
 
 
 def test_bootstrap_interval_covers_and_narrows():
