@@ -7,11 +7,12 @@ the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
@@ -32,6 +33,16 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Sizes = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
+
+def _named_or_listed(chunking: Any) -> Any:
+    if isinstance(chunking, str) and chunking not in ("tags", "blank_lines"):
+        raise ValueError("expected 'tags', 'blank_lines', or a list of strings that end a chunk")
+    return chunking
+
+
+Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
 
 
 class Config(BaseModel):
@@ -217,12 +228,15 @@ class Sft(ComputeStage):
 
 
 class Rollout(ComputeStage):
-    """Sample `group_size` chunked solutions of every problem (paper 4.1)."""
+    """Sample `group_size` chunked solutions of every problem (paper 4.1).
+
+    `chunking`: what ends a chunk; the policy's closing tag, a blank line, or any string of a list,
+    such as ["\\n"] for lines. It is asked for tags where they end a chunk."""
 
     policy: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
-    chunking: Literal["tags", "blank_lines"] = "tags"
+    chunking: Chunking = "tags"
     group_size: int = Field(16, ge=1)
     sampling: Sampling
     engine: Engine
@@ -382,6 +396,10 @@ class Judge(ComputeStage):
     longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
     reward.
 
+    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
+    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
+    (A.1).
+
     It samples on the devices of all processes, laid out as `sampling_mesh`, by default as `mesh`:
     `engine.rows` are in flight on all of them together.
     """
@@ -396,10 +414,7 @@ class Judge(ComputeStage):
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
-    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
-    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
-    (A.1).
-
+    format_penalty: float = Field(0.0, ge=0)
     row_lengths: Sizes
     sampling: Sampling
     sampling_mesh: Mesh | None = None
@@ -414,7 +429,6 @@ class Judge(ComputeStage):
     @property
     def correction(self) -> Literal["none", "token", "sequence"]:
         """Of the gap between sampler and judge. Left to itself (`auto`) it is per token where the
-    format_penalty: float = Field(0.0, ge=0)
         sampler's weights are int8, a different policy from the one that learns, and none where the
         two differ by rounding. Not per sequence: a product of that many ratios is mostly noise."""
         if self.grpo.sampler_correction == "auto":
@@ -433,6 +447,11 @@ class Judge(ComputeStage):
             "prompts_per_iteration / updates_per_iteration",
             self.training.micro_batches,
         )
+        if self.format_penalty and self.prompt_style == "instruct":
+            raise ValueError(
+                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
+                "prompt_style to 'verdict', or format_penalty to 0"
+            )
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(
                 "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "
@@ -447,11 +466,6 @@ class Judge(ComputeStage):
             )
         longest = self.max_prompt_tokens + self.group_size * self.sampling.max_new_tokens
         if max(self.row_lengths) < longest:
-        if self.format_penalty and self.prompt_style == "instruct":
-            raise ValueError(
-                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
-            )
             raise ValueError(
                 f"the largest of row_lengths must hold a group: max_prompt_tokens "
                 f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "
@@ -505,7 +519,7 @@ class Evaluate(ComputeStage):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)
     vote_temperature: float = Field(1.0, gt=0)
@@ -528,7 +542,7 @@ class Classify(ComputeStage):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
-    prompt_style: JudgePromptStyle = "instruct"
+    prompt_style: PromptStyle = "instruct"
     threshold: float | None = Field(None, gt=0, lt=1)
     threshold_subset: str | None = None
     rows: int = Field(8, ge=1)

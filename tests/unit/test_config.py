@@ -152,6 +152,10 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
         ("search", "search", "majority=[0]", "majority"),
+        ("rollouts", "rollout", "prompt_style=verdict", "'instruct' or 'bare' .found 'verdict'"),
+        ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),
+        ("rollouts", "rollout", "chunking=[]", "at least 1 item"),
+        ("rollouts", "rollout", "chunking=['']", "at least 1 character"),
         ("values", "annotate", "adaptive.ruel=abs_q", "adaptive.ruel'; did you mean 'rule'"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),

@@ -12,11 +12,13 @@ from stepwiser_jax.records import JudgeExample, SearchResult, Trajectory, UserEr
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
+from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge, search
+from stepwiser_jax.stages import judge, rollout, search
 from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
+from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts
 
 PROMPT = (5, 9, 11)
 
@@ -175,6 +177,26 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
     metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
     assert metrics["unparsed_rate"] == 0
+
+
+def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
+    """`chunking` as a list: two lines a chunk, each ends at a semicolon or a closing tag."""
+    config = load_config(
+        "rollout",
+        request.config.rootpath / "configs" / "smoke_rollouts.yaml",
+        ('chunking=["</chunk>", ";"]',),
+    )
+    text = "<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> <chunk> \\boxed{ 3 } </chunk>"
+    ids = [*word_tokenizer.encode(text), word_tokenizer.eos_ids[0]]
+    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), rollout.end_patterns(config))
+    texts = chunk_texts(word_tokenizer, ids, chunk_ends(ids, matcher, word_tokenizer))
+    assert texts == ["<chunk> 4 * 7 = 8 ;", "8 + 5 = 3 </chunk>", "<chunk> \\boxed{ 3 } </chunk>"]
+
+
+def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
+    (tmp_path / "config.yaml").write_text('chunking: ["</chunk>", ";"]')
+    with pytest.raises(UserError, match=r"chunking 'tags', found \['</chunk>', ';'\]"):
+        load_items(str(tmp_path), word_tokenizer)
 
 
 def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
