@@ -147,8 +147,9 @@ def contrast(
     """What the judge of RUN_B has over that of RUN_A on the same items, and how sure that is.
 
     Official F1 of both; the difference with its 95% interval and p by paired bootstrap; the items
-    that one of them alone gets exactly right, with the p of McNemar's exact test. Of evaluate the
-    greedy judgments count, of classify the run's threshold. Writes nothing.
+    that one of them alone gets exactly right, with the p of McNemar's exact test. All of it is of
+    the choice of items; what another seed of training would change it does not know. Of evaluate
+    the greedy judgments count, of classify the run's threshold. Writes nothing.
     """
     from stepwiser_jax.commands.contrast import print_contrast
 

@@ -2,15 +2,17 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from plans import planned
 
+from stepwiser_jax.commands.quickstart import recipe
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.records import UserError
-from stepwiser_jax.settings import dump_config, load_config
+from stepwiser_jax.settings import dump_config, load_config, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_OF = {
@@ -46,6 +48,38 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
     assert command.startswith(f"# stepwiser {stage_of(file)} --config configs/{file.name}")
     assert hardware.startswith("# ")
     assert expected.startswith("# ")
+
+
+def documented_commands(page):
+    """(stage, config, run directory, overrides) of every stage's command on a page of docs/."""
+    text = (CONFIGS.parent / "docs" / page).read_text().replace("\\\n", " ")
+    commands = [
+        shlex.split(line) for line in text.splitlines() if line.startswith("    stepwiser ")
+    ]
+    for _, stage, *words in commands:
+        if stage in STAGE_CONFIGS:
+            options = list(zip(words[::2], words[1::2], strict=True))
+            overrides = tuple(value for name, value in options if name == "--set")
+            yield stage, dict(options)["--config"], dict(options)["--run-dir"], overrides
+
+
+def test_documented_ablations_load_and_follow_one_another(tmp_path):
+    """Of the quickstart's configs, the recipe; what a command reads, one before it has written."""
+    quickstart = {}
+    for name, stage, tree in recipe(Path("quickstart"), 0):
+        quickstart[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
+        config = validate(STAGE_CONFIGS[stage], tree, name)
+        quickstart[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
+    written, ablated = {"RUNS/policy"}, set()
+    for stage, file, run_dir, overrides in documented_commands("ablations.md"):
+        load_config(stage, quickstart.get(file, CONFIGS.parent / file), overrides)
+        read = [value for _, _, value in (setting.partition("=") for setting in overrides)]
+        unknown = {x for x in read if x.startswith(("ablations/", "RUNS/"))} - written
+        assert not unknown, (run_dir, unknown)
+        assert run_dir not in written
+        written.add(run_dir)
+        ablated |= {key for key, _, _ in (setting.partition("=") for setting in overrides)}
+    assert ablated >= {"format_penalty", "balance", "rule", "grpo.clip_eps_high", "chunking"}
 
 
 PLANNED = [
