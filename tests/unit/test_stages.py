@@ -1,5 +1,7 @@
 """Parts of stages that no whole run would show to be wrong."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,14 @@ import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts
-from stepwiser_jax.records import JudgeExample, SearchResult, Trajectory, UserError, Verdict
+from stepwiser_jax.records import (
+    JudgeExample,
+    Problem,
+    SearchResult,
+    Trajectory,
+    UserError,
+    Verdict,
+)
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
@@ -191,6 +200,18 @@ def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
     matcher = TokenMatcher.build(word_tokenizer.token_bytes(), rollout.end_patterns(config))
     texts = chunk_texts(word_tokenizer, ids, chunk_ends(ids, matcher, word_tokenizer))
     assert texts == ["<chunk> 4 * 7 = 8 ;", "8 + 5 = 3 </chunk>", "<chunk> \\boxed{ 3 } </chunk>"]
+
+
+@pytest.mark.parametrize(
+    ("chunking", "asked"),
+    [("tags", True), ('["</chunk>", "\\n"]', True), ("blank_lines", False), ('["\\n"]', False)],
+)
+def test_a_policy_is_asked_for_tags_where_they_end_a_chunk(request, bpe_tokenizer, chunking, asked):
+    file = request.config.rootpath / "configs" / "smoke_rollouts.yaml"
+    config = load_config("rollout", file, (f"chunking={chunking}", "prompt_style=instruct"))
+    sampler = SimpleNamespace(config=config, loaded=SimpleNamespace(tokenizer=bpe_tokenizer))
+    ids = rollout.BlockSampler.prompt_ids(sampler, Problem("p", "What is 1+1?", "2", "s"))
+    assert ("<chunk>" in bpe_tokenizer.decode(ids)) == asked
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
