@@ -109,19 +109,24 @@ def segment_prompt(solution: str, style: PromptStyle) -> str:
     return SEGMENT_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
-def render_judge_prompt(
-    question: str, history: str, chunk: str, template: str = JUDGE_PROMPT
-) -> list[dict[str, str]]:
-    """Paper Table 3, or another template: one user message; the tags are taken off."""
-    content = template.format(
+def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyle) -> str:
+    """What a judge is asked about a chunk. Instructed, it does not see tags."""
+    if style == "bare":
+        return bare_judge_prompt(question, history, chunk)
+    template = VERDICT_PROMPT if style == "verdict" else JUDGE_PROMPT
+    return template.format(
         question=question, history=strip_tags(history).strip(), chunk=strip_tags(chunk).strip()
     )
-    return [{"role": "user", "content": content}]
 
 
-def encode_message(tokenizer: Tokenizer, text: str, style: PromptStyle) -> list[int]:
-    """One user message: through the chat template, or as it stands behind the start token."""
-    if style == "instruct":
+def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
+    """Paper Table 3, as messages for a chat template: one of the user's."""
+    return [{"role": "user", "content": judge_prompt(question, history, chunk, "instruct")}]
+
+
+def encode_message(tokenizer: Tokenizer, text: str, style: JudgePromptStyle) -> list[int]:
+    """One user message: through the chat template, or bare, as it stands behind the start token."""
+    if style != "bare":
         return tokenizer.render_chat([{"role": "user", "content": text}])
     ids = tokenizer.encode(text)
     if not ids:
@@ -138,10 +143,7 @@ def encode_solve_prompt(
 def encode_judge_prompt(
     tokenizer: Tokenizer, question: str, history: str, chunk: str, style: JudgePromptStyle
 ) -> list[int]:
-    if style == "bare":
-        return encode_message(tokenizer, bare_judge_prompt(question, history, chunk), style)
-    template = VERDICT_PROMPT if style == "verdict" else JUDGE_PROMPT
-    return tokenizer.render_chat(render_judge_prompt(question, history, chunk, template))
+    return encode_message(tokenizer, judge_prompt(question, history, chunk, style), style)
 
 
 def bare_judge_prompt(question: str, history: str, chunk: str) -> str:
