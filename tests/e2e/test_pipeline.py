@@ -16,9 +16,11 @@ from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
     Problem,
+    Rationale,
     RecordWriter,
     SearchResult,
     Selection,
+    SftExample,
     Trajectory,
     read_records,
 )
@@ -58,6 +60,10 @@ def test_every_stage_finishes_and_hands_over(runs):
         }
         assert len(bare) == 1, "the bare problem is one prefix, whoever continues it"
     assert read_records(runs / "labels", JudgeExample)
+    rationales = read_records(runs / "rationales", Rationale)
+    assert len(rationales) == 4 * len(read_records(runs / "labels", JudgeExample))
+    kept = [r.rationale_id for r in rationales if r.outcome == "kept"]
+    assert [e.example_id for e in read_records(runs / "rationales", SftExample)] == kept
     judgments = read_records(runs / "evaluate", Judgment)
     greedy = [j for j in judgments if "vote" not in j.example_id]
     assert len(judgments) == 3 * len(greedy)
@@ -138,6 +144,15 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     assert search["majority"]["4"]["policy_tokens"] == pytest.approx(
         4 * search["plain"]["policy_tokens"]
     )
+
+
+def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
+    assert main(["contrast", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
+    judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]
+    classifier = json.loads((runs / "classify" / "summary.json").read_text())
+    assert found["f1_a"] == pytest.approx(judge["subsets"]["arithmetic"]["official"]["f1"])
+    assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
 
 
 def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
