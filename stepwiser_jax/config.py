@@ -647,14 +647,15 @@ class Search(JudgedStage):
 
     Greedy decoding, plain sampling and chunk-reset search always; on top the `majority` vote of so
     many samples, the best and the weighted majority of so many (`best_of`: their chunks are then
-    judged), `beam` search and `dvts`. `max_chunk_tokens` bounds one chunk,
-    `sampling.max_new_tokens` the whole solution, `token_budget` what policy and judge write for one
-    problem (`stages.search` says what each method does then).
+    judged), `beam` search and `dvts`. `chunking` is that of `Rollout`; `max_chunk_tokens` bounds
+    one chunk, `sampling.max_new_tokens` the whole solution, `token_budget` what policy and judge
+    write for one problem (`stages.search` says what each method does then).
     """
 
     policy: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
+    chunking: Chunking = "tags"
     majority: tuple[PositiveInt, ...] = (2, 4, 8)
     best_of: tuple[PositiveInt, ...] = ()
     max_attempts: int = Field(5, ge=1)

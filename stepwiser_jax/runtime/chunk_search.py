@@ -42,7 +42,7 @@ from stepwiser_jax.runtime.judging import Opinion, Solution, SolutionJudge
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.run import blocks
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.text.chunks import TokenMatcher, strip_tags
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, strip_tags
 from stepwiser_jax.text.prompts import PromptStyle, encode_solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -50,7 +50,8 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 @dataclass
 class Policy:
     """A model with its engine, prompt style and settings: `params` samples one chunk, its
-    `max_new_tokens` bounds a chunk, its `stop_strings` end it."""
+    `max_new_tokens` bounds a chunk, its `stop_strings` end it. It is asked for tags where they do.
+    """
 
     loaded: Loaded
     engine: Engine
@@ -59,7 +60,12 @@ class Policy:
     key: jax.Array
 
     def prompt_ids(self, problem: Problem) -> list[int]:
-        return encode_solve_prompt(self.loaded.tokenizer, problem.question, self.prompt_style)
+        return encode_solve_prompt(
+            self.loaded.tokenizer,
+            problem.question,
+            self.prompt_style,
+            tags=CHUNK_CLOSE in self.params.stop_strings,
+        )
 
     @cached_property
     def chunk_matcher(self) -> TokenMatcher:

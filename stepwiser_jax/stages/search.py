@@ -69,7 +69,7 @@ from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import completion_text
 
 
@@ -140,7 +140,9 @@ def load_solvers(config: Search) -> tuple[Policy, SolutionJudge]:
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    check_tags(loaded.tokenizer)
+    stop_strings = end_patterns(config.chunking)
+    if CHUNK_CLOSE in stop_strings:
+        check_tags(loaded.tokenizer)
     chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
     policy = Policy(
         loaded,
@@ -149,7 +151,7 @@ def load_solvers(config: Search) -> tuple[Policy, SolutionJudge]:
         SamplingParams(
             **chunk_sampling.model_dump(),
             stop_ids=loaded.tokenizer.eos_ids,
-            stop_strings=(CHUNK_CLOSE,),
+            stop_strings=stop_strings,
         ),
         jax.random.key(config.seed),
     )

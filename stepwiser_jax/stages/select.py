@@ -35,7 +35,7 @@ from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.settings import read_settings
-from stepwiser_jax.text.chunks import chunk_texts
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 
@@ -112,7 +112,7 @@ def select_blocks(
         mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
         judge = load_judge(settings, mesh=mesh, seed=config.seed)
         judge.check_lengths([s for each in candidates for s in each.solutions(tokenizer)])
-    tagged = read_settings(Path(config.rollouts) / "config.yaml")["chunking"] == "tags"
+    chunking = read_settings(Path(config.rollouts) / "config.yaml")["chunking"]
     writer = directory.writer(Selection)
     start, judged = time.perf_counter(), 0
     with progress("select", len(work)) as advance:
@@ -125,7 +125,7 @@ def select_blocks(
                         each,
                         list(islice(opinions, len(each.responses))),
                         tokenizer,
-                        tagged=tagged,
+                        tagged=CHUNK_CLOSE in end_patterns(chunking),
                         seed=config.seed,
                     )
                     for each in block

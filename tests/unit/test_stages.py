@@ -25,7 +25,7 @@ from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, rollout
 from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
-from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts
+from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
 
@@ -195,7 +195,7 @@ def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
     )
     text = "<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> <chunk> \\boxed{ 3 } </chunk>"
     ids = [*word_tokenizer.encode(text), word_tokenizer.eos_ids[0]]
-    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), rollout.end_patterns(config))
+    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), end_patterns(config.chunking))
     texts = chunk_texts(word_tokenizer, ids, chunk_ends(ids, matcher, word_tokenizer))
     assert texts == ["<chunk> 4 * 7 = 8 ;", "8 + 5 = 3 </chunk>", "<chunk> \\boxed{ 3 } </chunk>"]
 
