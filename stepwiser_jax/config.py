@@ -630,10 +630,12 @@ class JudgedStage(ComputeStage):
 
 
 class Beams(Config):
-    """`beams` rows a problem: after every chunk one of `width` goes on, as `width` copies."""
+    """`beams` rows a problem: after every chunk one of `width` goes on, as `width` copies. Rows are
+    ranked, and solutions weighed, by the `aggregate` of their chunks' scores."""
 
     beams: int = Field(ge=1)
     width: int = Field(ge=1)
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
 
     @model_validator(mode="after")
     def _consistent(self) -> Beams:

@@ -11,8 +11,10 @@ finished problems are dropped where a smaller batch holds the rest.
 
 Beam search and DVTS are those of Hugging Face's search-and-learn, but:
 
-1. Rows are ranked by the score of their last judged chunk alone, equals by their order, in which
-   the copies of different rows take turns: a judge that says the same of all keeps them different.
+1. Rows are ranked by an aggregate of their chunks' scores; equals by their order, in which the
+   copies of different rows take turns: a judge that says the same of all keeps them different. The
+   reference's `last` is for judges that speak of a solution up to a chunk; one that speaks of the
+   chunk alone forgets an error with the next chunk.
 2. A beam search ends when n solutions are found, or no row is left. The reference goes on until
    all rows end, and then uses the first n. Where fewer than n / M rows are left, each still has M
    copies.
@@ -36,6 +38,7 @@ from operator import itemgetter
 import jax
 import numpy as np
 
+from stepwiser_jax.algo.selection import AGGREGATES
 from stepwiser_jax.records import Problem, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.judging import Opinion, Solution, SolutionJudge
@@ -86,8 +89,9 @@ class Chunk:
 @dataclass(frozen=True)
 class Path:
     """A solution as far as it is written; `over`: the policy ended it, or another chunk might not
-    fit."""
+    fit. `aggregate` of its chunks' scores is its own."""
 
+    aggregate: str
     chunks: tuple[Chunk, ...] = ()
     over: bool = False
 
@@ -101,9 +105,9 @@ class Path:
 
     @property
     def score(self) -> float:
-        """Of the last chunk that was judged."""
-        opinions = self.opinions
-        return opinions[-1].p_positive if opinions else 0.0
+        """0 where no chunk was judged."""
+        scores = [opinion.p_positive for opinion in self.opinions]
+        return AGGREGATES[self.aggregate](scores) if scores else 0.0
 
     @property
     def spoken(self) -> list[Chunk]:
@@ -195,7 +199,8 @@ def chunk_reset(max_attempts: int) -> Method:
     def decide(tree: Tree, rows: list[Row]) -> list[Row]:
         (row,) = rows
         if row.rejected and row.attempt + 1 < max_attempts:
-            return [Row(Path(row.path.chunks[:-1]), row.attempt + 1, row.source)]
+            before = dataclasses.replace(row.path, chunks=row.path.chunks[:-1], over=False)
+            return [Row(before, row.attempt + 1, row.source)]
         return tree.go_on([dataclasses.replace(row, attempt=0)])
 
     return decide
@@ -253,6 +258,7 @@ def search_chunks(
     method: Method,
     *,
     rows_per_problem: int = 1,
+    aggregate: str = "last",
     max_new_tokens: int,
     token_budget: int | None = None,
 ) -> list[Tree]:
@@ -268,7 +274,7 @@ def search_chunks(
             Tree(
                 problem,
                 policy.prompt_ids(problem),
-                [Row(Path(), attempt, source=p) for attempt in range(rows_per_problem)],
+                [Row(Path(aggregate), attempt, source=p) for attempt in range(rows_per_problem)],
                 token_budget,
             )
             for p, problem in enumerate(part)
@@ -302,9 +308,9 @@ def _search(
 def extend(policy: Policy, path: Path, ids: list[int], ended: bool, room: int) -> Path:
     """The path with one more chunk; it is over, too, where less than a chunk of `room` is left."""
     text = completion_text(policy.loaded.tokenizer, ids)
-    grown = Path((*path.chunks, Chunk(ids, bool(strip_tags(text).strip()))))
-    over = ended or len(grown.ids) + policy.params.max_new_tokens > room
-    return dataclasses.replace(grown, over=over)
+    chunks = (*path.chunks, Chunk(ids, bool(strip_tags(text).strip())))
+    over = ended or len(path.ids) + len(ids) + policy.params.max_new_tokens > room
+    return dataclasses.replace(path, chunks=chunks, over=over)
 
 
 def judge_last_chunks(

@@ -8,7 +8,7 @@
 Every sample is judged once, for all that uses it. Best of k takes the sample with the highest min,
 mean, last or product of its chunks' scores, the earliest of equals; the weighted majority sums that
 score over the samples of an answer. Beam search and DVTS answer by the weighted majority of the
-solutions that they find, each weighed by its last chunk's score.
+solutions that they find, each weighed by the aggregate of its chunks' scores that ranked it.
 
 Where the paper is silent:
 
@@ -47,7 +47,7 @@ import numpy as np
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.algo.statistics import bootstrap_interval
-from stepwiser_jax.config import Sampling, Search
+from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.chunk_search import (
@@ -167,12 +167,13 @@ def sample_names(config: Search) -> list[str]:
     return [f"sample{k}" for k in range(max((*config.majority, *config.best_of), default=1))]
 
 
-def steered_methods(config: Search) -> dict[str, tuple[Method, int]]:
+def steered_methods(config: Search) -> dict[str, tuple[Method, Beams]]:
     """What the judge steers, each with its rows a problem."""
-    methods = {"chunk_reset": (chunk_reset(config.max_attempts), 1)}
+    one = Beams(beams=1, width=1)
+    methods = {"chunk_reset": (chunk_reset(config.max_attempts), one)}
     for name, method, sizes in (("beam", beam_search, config.beam), ("dvts", dvts, config.dvts)):
         if sizes is not None:
-            methods[name] = (method(sizes.beams, sizes.width), sizes.beams)
+            methods[name] = (method(sizes.beams, sizes.width), sizes)
     return methods
 
 
@@ -186,13 +187,14 @@ def search_block(
 ) -> list[SearchResult]:
     """Every method on every problem of the block, not yet verified."""
     results = []
-    for name, (method, rows_per_problem) in steered_methods(config).items():
+    for name, (method, sizes) in steered_methods(config).items():
         trees = search_chunks(
             policy,
             judge,
             block,
             method,
-            rows_per_problem=rows_per_problem,
+            rows_per_problem=sizes.beams,
+            aggregate=sizes.aggregate,
             max_new_tokens=config.sampling.max_new_tokens,
             token_budget=config.token_budget,
         )

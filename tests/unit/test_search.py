@@ -124,7 +124,7 @@ def accepts(question, chunks):
     return 1.0
 
 
-def solve(tokenizer, write, judge, method, *, beams=1, rows=32, budget=None):
+def solve(tokenizer, write, judge, method, *, beams=1, rows=32, budget=None, aggregate="last"):
     engine = Rows(write, rows)
     trees = search_chunks(
         policy_of(tokenizer, engine),
@@ -132,6 +132,7 @@ def solve(tokenizer, write, judge, method, *, beams=1, rows=32, budget=None):
         PROBLEMS,
         method,
         rows_per_problem=beams,
+        aggregate=aggregate,
         max_new_tokens=ROOM,
         token_budget=budget,
     )
@@ -249,21 +250,28 @@ def slow_subtrees(write, prompt, tokenizer, judge, problem, beams, width):
     return [ids for ids, *_ in found]
 
 
-@pytest.mark.parametrize(("beams", "width"), [(4, 2), (8, 4), (6, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("beams", "width", "aggregate"),
+    [(4, 2, "last"), (8, 4, "product"), (6, 1, "min"), (4, 4, "mean")],
+)
 @pytest.mark.parametrize(
     ("method", "slow"), [(beam_search, slow_beams), (dvts, slow_subtrees)], ids=["beam", "dvts"]
 )
 def test_beams_are_those_of_one_problem_at_a_time(
-    word_tokenizer, solver, method, slow, beams, width
+    word_tokenizer, solver, method, slow, beams, width, aggregate
 ):
-    trees = solve(word_tokenizer, solver, noisy, method(beams, width), beams=beams, rows=20)
+    def score(question, texts):
+        scores = [noisy(question, texts[:end]) for end in range(1, len(texts) + 1)]
+        return AGGREGATES[aggregate](scores)
+
+    how = {"beams": beams, "rows": 20, "aggregate": aggregate}
+    trees = solve(word_tokenizer, solver, noisy, method(beams, width), **how)
     for tree, found in zip(trees, solutions_of(trees), strict=True):
-        arguments = (solver, tree.prompt_ids, word_tokenizer, noisy, tree.problem, beams, width)
+        arguments = (solver, tree.prompt_ids, word_tokenizer, score, tree.problem, beams, width)
         assert found == slow(*arguments)
         assert tree.accepted_tokens <= sum(map(len, found))
         assert tree.accepted_tokens <= tree.policy_tokens
-    counts = [len(tree.solutions) for tree in trees]
-    assert max(counts) <= beams and (width == beams or max(counts) > 1)
+    assert width == beams or max(len(tree.solutions) for tree in trees) > 1
 
 
 def test_rows_of_equal_scores_stay_different(word_tokenizer, solver):
