@@ -297,7 +297,7 @@ def _search(
         row_ids = [tree.row_id(row) for tree, row in rows]
         output, state = policy.engine.decode(state, policy.params, key=policy.key, row_ids=row_ids)
         for b, (tree, row) in enumerate(rows):
-            ended = output.stop_reason_B[b] == StopReason.STOP_ID
+            ended = bool(output.stop_reason_B[b] == StopReason.STOP_ID)
             path = extend(policy, row.path, output.ids(b), ended, room)
             rows[b] = (tree, Row(path, row.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
