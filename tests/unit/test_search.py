@@ -14,7 +14,11 @@ from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.runtime.chunk_search import (
+    Chunk,
+    Path,
     Policy,
+    Row,
+    Tree,
     beam_search,
     chunk_reset,
     dvts,
@@ -272,7 +276,7 @@ def slow_subtrees(write, prompt, tokenizer, judge, problem, beams, width):
 
 @pytest.mark.parametrize(
     ("beams", "width", "aggregate"),
-    [(4, 2, "last"), (8, 4, "product"), (6, 1, "min"), (4, 4, "mean")],
+    [(4, 2, "last"), (8, 4, "product"), (6, 1, "min"), (2, 2, "mean")],
 )
 @pytest.mark.parametrize(
     ("method", "slow"), [(beam_search, slow_beams), (dvts, slow_subtrees)], ids=["beam", "dvts"]
@@ -292,6 +296,30 @@ def test_beams_are_those_of_one_problem_at_a_time(
         assert tree.accepted_tokens <= sum(map(len, found))
         assert tree.accepted_tokens <= tree.policy_tokens
     assert width == beams or max(len(tree.solutions) for tree in trees) > 1
+
+
+def row(score, *, over, attempt):
+    chunk = Chunk([1], True, Opinion("", Verdict.POSITIVE, score, 1))
+    return Row(Path("last", (chunk,), over), attempt, source=attempt)
+
+
+def test_when_beams_end():
+    """A beam search with enough solutions, whatever goes on; a subtree with its best row alone."""
+    rows = [
+        row(0.2, over=True, attempt=0),
+        row(0.9, over=False, attempt=1),
+        row(0.3, over=True, attempt=2),
+    ]
+    for beams, going_on in ((4, 2), (2, 0)):
+        tree = Tree(PROBLEMS[0], [1], [])
+        assert len(beam_search(beams, 2)(tree, rows)) == going_on
+        assert len(tree.solutions) == 2
+    tree = Tree(PROBLEMS[0], [1], [])
+    assert [(r.source, r.attempt) for r in dvts(3, 3)(tree, rows)] == [(1, 0), (1, 1), (1, 2)]
+    assert not tree.solutions
+    assert dvts(3, 3)(tree, [*rows[:2], row(0.9, over=True, attempt=2)])[0].source == 1
+    assert dvts(3, 3)(tree, [*rows[:2], row(1.0, over=True, attempt=2)]) == []
+    assert [path.score for path in tree.solutions] == [0.2, 1.0]
 
 
 def test_rows_of_equal_scores_stay_different(word_tokenizer, solver):
