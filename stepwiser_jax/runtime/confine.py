@@ -164,10 +164,15 @@ def restrict_calls() -> None:
     _prctl(_SET_SECCOMP, 2, ctypes.create_string_buffer(header), what="seccomp")
 
 
-def confine(memory_bytes: int, seconds: int, file_bytes: int, packages: list[str]) -> None:
-    """Raises OSError where the kernel lacks a part."""
+def confine(
+    parent: int, memory_bytes: int, seconds: int, file_bytes: int, packages: list[str]
+) -> None:
+    """Raises OSError where the kernel lacks a part, or the parent is dead already."""
     if os.uname().machine not in _ARCHITECTURES or struct.calcsize("P") != 8:
         raise OSError(f"the system calls of {os.uname().machine} are not known")
+    _prctl(_SET_PDEATHSIG, signal.SIGKILL, what="death with the parent")
+    if os.getppid() != parent:
+        raise ProcessLookupError(f"the parent, {parent}, is dead")
     _prctl(_SET_NO_NEW_PRIVS, 1, what="no new privileges")
     _prctl(_SET_DUMPABLE, 0, what="no core dump")
     limit_resources(memory_bytes, seconds, file_bytes)
@@ -198,15 +203,13 @@ def _run(source: str) -> int:
 
 
 def main() -> None:
-    parent, memory_bytes, seconds, file_bytes, *packages = sys.argv[1:]
+    parent, memory_bytes, seconds, file_bytes = map(int, sys.argv[1:5])
+    packages = sys.argv[5:]
     source = sys.stdin.buffer.read().decode(errors="replace")
-    _prctl(_SET_PDEATHSIG, signal.SIGKILL, what="death with the parent")
-    if os.getppid() != int(parent):
-        raise SystemExit("the parent is dead already")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     try:
-        confine(int(memory_bytes), int(seconds), int(file_bytes), packages)
+        confine(parent, memory_bytes, seconds, file_bytes, packages)
     except OSError as error:
         raise SystemExit(str(error)) from None
     sys.path[:], sys.argv[:] = packages, [""]

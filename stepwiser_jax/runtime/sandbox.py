@@ -137,7 +137,7 @@ def _execute(code: str, limits: Limits) -> Execution:
             math.ceil(limits.seconds) + 1,  # of CPU: should the parent be stopped
             limits.scratch_bytes,
         )
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", confine.__file__]
             + [str(setting) for setting in settings]
             + _packages(),
@@ -153,14 +153,12 @@ def _execute(code: str, limits: Limits) -> Execution:
                 "OPENBLAS_NUM_THREADS": "1",
             },
             start_new_session=True,
-        )
-        try:
-            printed = _await_confinement(process)
-            return _watch(process, printed, scratch, limits)
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+        ) as process:
+            try:
+                printed = _await_confinement(process)
+                return _watch(process, printed, scratch, limits)
+            finally:
+                process.kill()
 
 
 def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:

@@ -1,11 +1,13 @@
 """Code of a model: what it may do, what it may not, and that nothing it does reaches the parent."""
 
+import copy
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,8 +41,8 @@ def roomy() -> Sandbox:
 def strict(roomy, tmp_path, monkeypatch) -> Sandbox:
     """A second for each call, and scratch folders below `tmp_path`."""
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    limited = object.__new__(Sandbox)
-    vars(limited).update(vars(roomy), limits=Limits(seconds=1.0), failures=sandbox.Counter())
+    limited = copy.copy(roomy)
+    limited.limits, limited.failures = Limits(seconds=1.0), Counter()
     return limited
 
 
@@ -214,7 +216,8 @@ def test_nothing_else_can_be_opened(strict, tmp_path):
     ]
     code = f"""
 import os
-for paths, flags in ({read}, os.O_RDONLY), ({written}, os.O_WRONLY), ({written}, os.O_RDWR | os.O_CREAT):
+modes = os.O_WRONLY, os.O_WRONLY | os.O_CREAT
+for paths, flags in ({read}, os.O_RDONLY), *[({written}, mode) for mode in modes]:
     for path in paths:
         try:
             os.open(path, flags)
@@ -367,6 +370,8 @@ def _state(pid):
         ("= 444, 445, 446", "= 4444, 445, 446", "Landlock: Function not implemented"),
         ("= 444, 445, 446", "= 444, 4445, 446", "Landlock: Function not implemented"),
         ("= 444, 445, 446", "= 444, 445, 4446", "Landlock: Function not implemented"),
+        ("= 1, 4, 22, 38", "= 1001, 4, 22, 38", "death with the parent: Invalid argument"),
+        ("= 1, 4, 22, 38", "= 1, 1004, 22, 38", "no core dump: Invalid argument"),
         ("= 1, 4, 22, 38", "= 1, 4, 1022, 38", "seccomp: Invalid argument"),
         ("= 1, 4, 22, 38", "= 1, 4, 22, 1038", "no new privileges: Invalid argument"),
         ("= 0x20080522", "= 1", "capset: Invalid argument"),
@@ -395,3 +400,13 @@ def test_a_sandbox_without_sympy_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_packages", lambda: [os.path.dirname(os.__file__)])
     with pytest.raises(UserError, match="No module named 'sympy'; install sympy"):
         Sandbox()
+
+
+@pytest.mark.parametrize("dies", ["os.kill(os.getpid(), 9)", "time.sleep(100)"])
+def test_a_process_that_never_starts_is_a_failure_of_its_call(strict, tmp_path, monkeypatch, dies):
+    """As when the system kills what takes its last memory, or has no time for it."""
+    script = tmp_path / "confine.py"
+    script.write_text(f"import os, time\n{dies}")
+    monkeypatch.setattr(confine, "__file__", str(script))
+    monkeypatch.setattr(sandbox, "START_SECONDS", 1.0)
+    assert strict.run([""])[0].failure == ("killed" if "kill" in dies else "time")
