@@ -4,9 +4,9 @@ as a whole where the kernel lacks a part of it.
     python -I -S -B confine.py PARENT MEMORY_BYTES SECONDS FILE_BYTES PACKAGES...   < code
 
 `runtime.sandbox` starts this file, in an empty environment and in the scratch folder; it imports
-nothing but the standard library. Each lock holds by itself, for root as well:
+nothing but the standard library. The locks, for root as well:
 
-- resource limits: address space, CPU time, bytes a file;
+- resource limits: address space, CPU time, processes, open files, bytes a file;
 - Landlock: files can be opened for reading where the interpreter, its packages and the system's
   libraries are, and in the scratch folder for everything; nowhere else. That folder is flat: code
   makes files there, but no folders, links or devices;
@@ -104,6 +104,7 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, then SIGKILL
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # does not bind root
 
 
 def restrict_files(readable: list[str], scratch: str) -> None:

@@ -137,14 +137,37 @@ def test_calls_run_together_in_order_and_know_nothing_of_one_another(strict):
 
 # --- attacks ------------------------------------------------------------------------------------
 
+# Made so that a sandbox that is broken, on purpose or not, does not take the machine along: bombs
+# are duds of a few children, which end by themselves, and what is sent to everybody is signal 0.
+BOMB = """
+import os, time
+for _ in range(50):
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+"""
+STUBBORN_BOMB = """
+import os, time
+for _ in range(50):
+    try:
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+    except OSError:
+        pass
+while True:
+    pass
+"""
+THREADS = """
+import threading, time
+for _ in range(50):
+    threading.Thread(target=time.sleep, args=(3,)).start()
+"""
 ATTACKS = {
     "endless loop": ("while True: pass", "time"),
-    "fork bomb": ("import os\nwhile True: os.fork()", "error"),
-    "stubborn fork bomb": (
-        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        "time",
-    ),
-    "threads": ("import threading\nwhile True: threading.Thread(target=input).start()", "error"),
+    "fork bomb": (BOMB, "error"),
+    "stubborn fork bomb": (STUBBORN_BOMB, "time"),
+    "threads": (THREADS, "error"),
     "program": ("import subprocess\nsubprocess.run(['/bin/true'])", "error"),
     "program in its place": ("import os\nos.execv('/bin/true', ['true'])", "error"),
     "10 GB": ("x = bytearray(10 * 2**30)", "memory"),
@@ -170,7 +193,7 @@ ATTACKS = {
     "socket": ("import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"),
     "unix socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "error"),
     "killing its parent": ("import os\nos.kill(os.getppid(), 9)", "error"),
-    "killing everybody": ("import os\nos.kill(-1, 9)", "error"),
+    "killing everybody": ("import os\nos.kill(-1, 0)", "error"),
     "killing its parent by its pipe": (
         "import fcntl, os\nfcntl.fcntl(1, 10, 9)\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())\n"
         "fcntl.fcntl(1, fcntl.F_SETFL, os.O_ASYNC)",
