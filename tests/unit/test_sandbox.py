@@ -39,10 +39,11 @@ def roomy() -> Sandbox:
 
 @pytest.fixture
 def strict(roomy, tmp_path, monkeypatch) -> Sandbox:
-    """A second for each call, and scratch folders below `tmp_path`."""
+    """Little of everything, and scratch folders below `tmp_path`."""
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     limited = copy.copy(roomy)
-    limited.limits, limited.failures = Limits(seconds=1.0), Counter()
+    limited.limits = Limits(seconds=2.0, memory_bytes=2**29, scratch_bytes=2**20)
+    limited.failures = Counter()
     return limited
 
 
@@ -177,9 +178,9 @@ ATTACKS = {
     "gigabytes of output": ("while True: print('x' * 2**20)", "output"),
     "gigabytes of output, line by line": ("while True: print('x')", "output"),
     "gigabytes in an exception": ("raise Exception('x' * 2**26)", "output"),
-    "large file": ("open('x', 'wb').write(bytes(2**25))", "error"),
+    "large file": ("open('x', 'wb').write(bytes(2**21))", "error"),
     "many files": (
-        "import os\nfor i in range(10**6): open(str(i), 'wb').write(bytes(2**22))",
+        "import os\nfor i in range(10**6): open(str(i), 'wb').write(bytes(2**19))",
         "output",
     ),
     "many empty files": ("for i in range(10**6): open(str(i), 'w')", "output"),
@@ -214,7 +215,7 @@ def test_attacks_end_as_failures_of_their_call(strict, tmp_path, attack):
     assert execution.failure == failure
     assert strict.failures == {failure: 1}
     assert len(execution.output) < 2**16 + 100
-    assert time.monotonic() - start < 10  # a second is allowed; machines are busy
+    assert time.monotonic() - start < 10  # two are allowed; machines are busy
     assert not list(tmp_path.iterdir()), "the scratch folder is left behind"
     assert strict.run(["print('goes on')"]) == [Execution("goes on", None)]
 
