@@ -1,10 +1,10 @@
 """What a process does to itself before it runs code that a model wrote: never undone, and refused
 as a whole where the kernel lacks a part of it.
 
-    python -I -S -B confine.py PARENT MEMORY_BYTES SECONDS FILE_BYTES PACKAGES...   < code
+    python -P -S -B confine.py PARENT MEMORY_BYTES SECONDS FILE_BYTES PACKAGES...   < code
 
-`runtime.sandbox` starts this file, in an empty environment and in the scratch folder; it imports
-nothing but the standard library. The locks, for root as well:
+`runtime.sandbox` starts this file in the scratch folder; it imports nothing but the standard
+library. The locks, for root as well:
 
 - resource limits: address space, CPU time, processes, open files, bytes a file;
 - Landlock: files can be opened for reading where the interpreter, its packages and the system's

@@ -52,7 +52,8 @@ POLL_SECONDS = 0.1
 @dataclass(frozen=True)
 class Limits:
     """Of one call. `seconds` is wall time (GenPRM's 5), `memory_bytes` address space, libraries
-    included; `scratch_bytes` is what all files hold, an empty one counted as a page."""
+    included (so a machine needs as much for each worker); `scratch_bytes` is what all files hold,
+    an empty one counted as a page."""
 
     seconds: float = 5.0
     memory_bytes: int = 2**30
@@ -138,7 +139,7 @@ def _execute(code: str, limits: Limits) -> Execution:
             limits.scratch_bytes,
         )
         with subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", confine.__file__]
+            [sys.executable, "-P", "-S", "-B", "-X", "utf8", confine.__file__]
             + [str(setting) for setting in settings]
             + _packages(),
             stdin=file,
@@ -149,6 +150,7 @@ def _execute(code: str, limits: Limits) -> Execution:
                 "HOME": scratch,
                 "TMPDIR": scratch,
                 "TZ": "UTC",
+                "PYTHONHASHSEED": "0",  # sets are printed in the same order by every process
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
             },

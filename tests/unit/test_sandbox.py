@@ -136,6 +136,11 @@ def test_calls_run_together_in_order_and_know_nothing_of_one_another(strict):
     assert strict.run([]) == []
 
 
+def test_the_same_code_prints_the_same(strict):
+    once, again = strict.run(["print({*'abcdefgh'})"] * 2)
+    assert once == again and once.failure is None
+
+
 # --- attacks ------------------------------------------------------------------------------------
 
 # Made so that a sandbox that is broken, on purpose or not, does not take the machine along: bombs
@@ -432,5 +437,5 @@ def test_a_process_that_never_starts_is_a_failure_of_its_call(strict, tmp_path, 
     script = tmp_path / "confine.py"
     script.write_text(f"import os, time\n{dies}")
     monkeypatch.setattr(confine, "__file__", str(script))
-    monkeypatch.setattr(sandbox, "START_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "START_SECONDS", 0.2)
     assert strict.run([""])[0].failure == ("killed" if "kill" in dies else "time")
