@@ -177,8 +177,10 @@ ATTACKS = {
     "program": ("import subprocess\nsubprocess.run(['/bin/true'])", "error"),
     "program in its place": ("import os\nos.execv('/bin/true', ['true'])", "error"),
     "10 GB": ("x = bytearray(10 * 2**30)", "memory"),
-    "10 GB, piece by piece": ("x = []\nwhile True: x.append(bytearray(2**22))", "memory"),
-    "10 GB of numpy": ("import numpy\nx = numpy.ones(10 * 2**27)", "memory"),
+    "10 GB, piece by piece": (
+        "import numpy\nx = []\nwhile True: x.append(numpy.empty(2**23))",
+        "memory",
+    ),
     "memory of its own file": ("import os\nos.memfd_create('x')", "error"),
     "gigabytes of output": ("while True: print('x' * 2**20)", "output"),
     "gigabytes of output, line by line": ("while True: print('x')", "output"),
@@ -303,13 +305,13 @@ def is_open(number):
         return bool(os.fstat(number))
     except OSError:
         return False
-print([number for number in range(100) if is_open(number)])
+print([number for number in range(100) if is_open(number)], os.fstat(0) == os.stat("/dev/null"))
 print(os.stat("/proc/1").st_size, os.path.exists("/proc/1/exe"), os.path.islink("/proc/1/exe"))
 """
     (execution,) = strict.run([code])
     names, numbers, process = execution.output.splitlines()
     assert "API_KEY" not in names and names.endswith("['']")
-    assert numbers == "[0, 1, 2]"
+    assert numbers == "[0, 1, 2] True"
     assert process.startswith("0 False")
 
 
