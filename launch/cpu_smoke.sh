@@ -44,11 +44,15 @@ stage search search --set policy.path="$runs/policy" --set judge.path="$runs/jud
 stage classifier classifier --set model.path="$runs/policy" --set examples="$runs/labels"
 stage classify classify --set classifier.path="$runs/classifier" --set items="$runs/heldout"
 
-# 9. A checkpoint becomes a Hugging Face directory.
+# 9. The offline judge: the cold start's own judgments, where they agree with the labels.
+stage rationalize rationales --set judge.path="$runs/cold_start" --set examples="$runs/labels"
+
+# 10. A checkpoint becomes a Hugging Face directory.
 "$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
 
 # Every stage left a manifest and a summary; a finished stage started again does nothing.
-for run in policy rollouts values labels cold_start judge heldout evaluate search classifier classify; do
+for run in policy rollouts values labels cold_start judge heldout evaluate search classifier classify \
+  rationales; do
   test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
 done
 test -s "$runs/judge_hf/model.safetensors"

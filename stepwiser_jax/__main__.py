@@ -52,6 +52,10 @@ STAGES = {
         "Train a discriminative process reward model: + or - after every chunk.",
         "Reads classifier examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
+    "rationalize": (
+        "Sample judgments of labelled chunks and keep those that agree with the labels, for sft.",
+        "Reads judge examples and a judge. Writes rationales and SFT examples.",
+    ),
     "evaluate": (
         "ProcessBench: find first errors with a judge.",
         "Reads items (a ProcessBench file or hub id, or a rollout run) and a judge. "

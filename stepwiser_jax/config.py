@@ -450,6 +450,28 @@ class Judge(ComputeStage):
         return self
 
 
+class Rationalize(ComputeStage):
+    """Write judgments of labelled chunks and keep those that agree with the labels: examples for
+    `sft` (paper A.1, RS-FT).
+
+    `judge` writes `samples` judgments of every one of the first `limit` `examples`, which are read
+    as `judge` reads them, with `on_malformed` and `exclude`. `balance`: as many of positive as of
+    negative labels.
+    """
+
+    judge: Model
+    examples: str
+    on_malformed: OnMalformed = "stop"
+    exclude: tuple[str, ...] = ()
+    limit: int | None = Field(None, ge=1)
+    prompt_style: PromptStyle = "instruct"
+    samples: int = Field(4, ge=1)
+    balance: bool = True
+    sampling: Sampling
+    engine: Engine
+    examples_per_block: int = Field(64, ge=1)
+
+
 class Classifier(ComputeStage):
     """Train a discriminative process reward model: + or - after every chunk (paper 4.2's baseline).
 
@@ -584,6 +606,7 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "label": Label,
     "judge": Judge,
     "classifier": Classifier,
+    "rationalize": Rationalize,
     "evaluate": Evaluate,
     "classify": Classify,
     "search": Search,

@@ -110,6 +110,23 @@ class Segmentation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rationale:
+    """A judgment that was written to be learned, behind the prompt it answers, and what became of
+    it (`text.rationales.Outcome`). `is_positive`: the label of what it judges."""
+
+    rationale_id: str
+    problem_id: str
+    prompt: str
+    completion: str
+    is_positive: bool
+    outcome: str
+
+    @property
+    def record_id(self) -> str:
+        return self.rationale_id
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefixValue:
     """Raw Monte Carlo counts of one prefix (StepWiser 3.2): of `num_rollouts` continuations of the
     first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem.
@@ -310,6 +327,7 @@ Record = (
     | Trajectory
     | SftExample
     | Segmentation
+    | Rationale
     | PrefixValue
     | ChunkLabel
     | JudgeExample
@@ -327,6 +345,7 @@ KIND: dict[type, str] = {
     Trajectory: "trajectories",
     SftExample: "sft_examples",
     Segmentation: "segmentations",
+    Rationale: "rationales",
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
     JudgeExample: "judge_examples",

@@ -19,6 +19,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+
+class Labelled(Protocol):
+    @property
+    def is_positive(self) -> bool: ...
+
+
+L = TypeVar("L", bound=Labelled)
 
 
 def abs_q(q: float, v: float) -> bool:
@@ -61,3 +72,17 @@ def label_chunks(values: Sequence[float], rule: str, **params: float) -> list[bo
         raise ValueError(f"expected at least two values in [0, 1], found {list(values)}")
     positive = LABEL_RULES[rule]
     return [None if v == 0 else positive(q, v, **params) for v, q in itertools.pairwise(values)]
+
+
+def balanced(examples: Sequence[L], seed: int) -> list[L]:
+    """Down-sample the larger class over the whole set (paper 4.1), in the order given."""
+    of_class = {
+        positive: [i for i, example in enumerate(examples) if example.is_positive is positive]
+        for positive in (True, False)
+    }
+    size = min(map(len, of_class.values()))
+    rng = np.random.default_rng(seed)
+    chosen = np.concatenate(
+        [rng.choice(np.array(rows, int), size, replace=False) for rows in of_class.values()]
+    )
+    return [examples[i] for i in sorted(chosen)]

@@ -12,6 +12,7 @@ from stepwiser_jax.config import (
     Judge,
     Model,
     Problems,
+    Rationalize,
     Server,
 )
 from stepwiser_jax.records import (
@@ -60,7 +61,7 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
             if name == "examples" and isinstance(config, Classifier):
                 wanted = ClassifierExample
             read_parts(value, wanted)
-        elif name == "examples" and isinstance(config, Judge):
+        elif name == "examples" and isinstance(config, Judge | Rationalize):
             load_judge_examples(value, on_malformed=config.on_malformed)
         elif name == "examples" and isinstance(config, Classifier):
             load_classifier_examples(value, on_malformed=config.on_malformed)

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 
 from stepwiser_jax.algo.logprobs import token_log_odds
+from stepwiser_jax.algo.processbench import verdicts_at
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
+from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, first_fit, packed_batch
+from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.mesh import shard_batch
 from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
@@ -41,38 +43,46 @@ class Scorer:
         self.prompt_style: PromptStyle = prompt_style
         self.signs = sign_ids(loaded.tokenizer)
 
-    def encode(
-        self, name: str, question: str, chunks: Sequence[str]
-    ) -> tuple[list[int], list[int]]:
-        """Ids and the places of the answers. Raises UserError for a solution, called `name`, that
-        is longer than a row."""
-        ids, places = encode_solution(self.loaded.tokenizer, question, chunks, self.prompt_style)
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError for a solution that is longer than a row."""
+        for solution in solutions:
+            self._encode(solution)
+
+    def _encode(self, solution: Solution) -> tuple[list[int], list[int]]:
+        """Ids and the places of the answers."""
+        ids, places = encode_solution(
+            self.loaded.tokenizer, solution.question, solution.chunks, self.prompt_style
+        )
         if len(ids) > self.max_length:
             raise UserError(
-                f"{name} has {len(ids)} tokens: max_length must be at least that, found "
-                f"{self.max_length}"
+                f"{solution.solution_id} has {len(ids)} tokens: max_length must be at least that, "
+                f"found {self.max_length}"
             )
         return ids, places
 
-    def __call__(self, solutions: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """P(+) of every chunk of each solution, encoded."""
+    def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]:
+        """The likelier sign of every chunk to be judged, and P(+)."""
+        encoded = [self._encode(solution) for solution in solutions]
         scores: list[list[float]] = [[] for _ in solutions]
-        packed = first_fit([len(ids) for ids, _ in solutions], self.max_length)
+        packed = first_fit([len(ids) for ids, _ in encoded], self.max_length)
         for start in range(0, len(packed), self.rows):
             of_rows = packed[start : start + self.rows]
             batch = packed_batch(
-                [[solutions[i][0] for i in row] for row in of_rows], self.rows, self.max_length
+                [[encoded[i][0] for i in row] for row in of_rows], self.rows, self.max_length
             )
             log_odds_BT = self._score(batch)
             for log_odds_T, row in zip(log_odds_BT, of_rows, strict=False):
                 offset = 0
                 for i in row:
-                    ids, places = solutions[i]
+                    ids, places = encoded[i]
                     # In 64 bits, in which probabilities near 1 differ.
                     log_odds_J = log_odds_T[offset + np.array(places)].astype(np.float64)
                     scores[i] = (1 / (1 + np.exp(-log_odds_J))).tolist()
                     offset += len(ids)
-        return scores
+        return [
+            [opinion_of(p_positive) for p_positive in scores[i][solution.start :]]
+            for i, solution in enumerate(solutions)
+        ]
 
     def _score(self, batch: TokenBatch) -> np.ndarray:
         with (
@@ -81,6 +91,13 @@ class Scorer:
         ):
             batch = shard_batch(batch, self.mesh)
             return np.asarray(score(self.loaded.model, batch, signs=self.signs))
+
+
+def opinion_of(p_positive: float) -> Opinion:
+    """One token: the likelier sign."""
+    (verdict,) = verdicts_at(0.5, [p_positive])
+    sign = "+" if verdict is Verdict.POSITIVE else "-"
+    return Opinion(sign, verdict, p_positive, num_tokens=1)
 
 
 @functools.partial(jax.jit, static_argnames="signs")

@@ -22,11 +22,11 @@ from typing import Any
 import jax
 
 from stepwiser_jax.algo.processbench import best_threshold, score_by_subset, verdicts_at
-from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Classify
 from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.judging import Solution, judgment_of
 from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
@@ -81,7 +81,7 @@ def score_blocks(
     items: Sequence[ProcessBenchItem],
     work: Sequence[Sequence[ProcessBenchItem]],
 ) -> dict[str, Any]:
-    """Judgments of these blocks, written; returns what was measured. Encodes all items first: every
+    """Judgments of these blocks, written; returns what was measured. Checks all items first: every
     worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     settings = config.classifier.model_dump()
@@ -93,39 +93,23 @@ def score_blocks(
         max_length=config.max_length,
         prompt_style=config.prompt_style,
     )
-    encoded = {
-        item.item_id: scorer.encode(item.item_id, item.question, item.steps) for item in items
-    }
+    scorer.check_lengths([Solution.of_item(item) for item in items])
     writer = directory.writer(Judgment)
     start, scored = time.perf_counter(), 0
     with progress("classify", len(work)) as advance:
         for block in work:
-            p_positive = scorer([encoded[item.item_id] for item in block])
-            pairs = zip(block, p_positive, strict=True)
-            writer.append([j for pair in pairs for j in judgments_of(*pair, loaded.model_id)])
+            found = scorer([Solution.of_item(item) for item in block])
+            writer.append(
+                [
+                    judgment_of(item, step, opinion, loaded.model_id)
+                    for item, opinions in zip(block, found, strict=True)
+                    for step, opinion in enumerate(opinions)
+                ]
+            )
             scored += len(block)
             advance(1)
             stop.check()
     return {"seconds_per_item": per_item(time.perf_counter() - start, scored)}
-
-
-def judgments_of(
-    item: ProcessBenchItem, p_of_steps: Sequence[float], model_id: str
-) -> list[Judgment]:
-    judgments = []
-    for step, verdict in enumerate(verdicts_at(0.5, p_of_steps)):
-        is_positive = item.first_error == -1 or step < item.first_error
-        judgments.append(
-            Judgment(
-                example_id=f"{item.item_id}/{step}",
-                judge_id=model_id,
-                completion="+" if p_of_steps[step] >= 0.5 else "-",
-                verdict=verdict,
-                p_positive=p_of_steps[step],
-                reward=judge_reward(verdict, is_positive),
-            )
-        )
-    return judgments
 
 
 def summarize(

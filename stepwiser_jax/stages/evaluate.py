@@ -21,19 +21,16 @@ from typing import Any
 import jax
 
 from stepwiser_jax.algo.processbench import majority_verdict, score_by_subset
-from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
+from stepwiser_jax.runtime.judging import ChunkJudge, Solution, judgment_of
+from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
-from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -76,20 +73,28 @@ def judge_blocks(
     loaded = load_for_decoding(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    judge = ItemJudge(config, loaded, mesh)
-    judge.check_lengths(items)
+    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+    judge = ChunkJudge(
+        loaded,
+        engine,
+        name="evaluate",
+        prompt_style=config.prompt_style,
+        max_new_tokens=config.max_new_tokens,
+        key=jax.random.key(config.seed),
+    )
+    judge.check_lengths([Solution.of_item(item) for item in items])
     writer = directory.writer(Judgment)
     start, judged = time.perf_counter(), 0
     with progress("evaluate", len(work)) as advance:
         for block in work:
-            judgments = judge(block)
+            judgments = judge_block(config, judge, block)
             writer.append(judgments)
             judged += len(judgments)
             advance(1)
             stop.check()
     return {
         "seconds_per_judgment": per_item(time.perf_counter() - start, judged),
-        "compiled": judge.engine.compiled_shapes,
+        "compiled": engine.compiled_shapes,
     }
 
 
@@ -98,85 +103,21 @@ def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[st
     return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
 
 
-class ItemJudge:
-    """Items of one block -> judgments of all their steps, greedy and sampled."""
-
-    def __init__(self, config: Evaluate, loaded: Loaded, mesh: jax.sharding.Mesh):
-        self.config, self.loaded = config, loaded
-        self.engine = Engine(
-            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
-        )
-        self.key = jax.random.key(config.seed)
-
-    def params(self, temperature: float) -> SamplingParams:
-        return SamplingParams(
-            temperature=temperature,
-            max_new_tokens=self.config.max_new_tokens,
-            stop_ids=self.loaded.tokenizer.eos_ids,
-        )
-
-    def prompt_ids(self, item: ProcessBenchItem, step: int) -> list[int]:
-        separator = " " if self.config.prompt_style == "bare" else "\n\n"
-        history = separator.join(item.steps[:step])
-        return encode_judge_prompt(
-            self.loaded.tokenizer,
-            item.question,
-            history,
-            item.steps[step],
-            self.config.prompt_style,
-        )
-
-    def check_lengths(self, items: Sequence[ProcessBenchItem]) -> None:
-        for item in items:
-            last = len(item.steps) - 1
-            prompt = self.prompt_ids(item, last)
-            self.engine.check_length(
-                len(prompt), self.config.max_new_tokens, f"{item.item_id}, step {last}"
-            )
-
-    def __call__(self, block: Sequence[ProcessBenchItem]) -> list[Judgment]:
-        steps = [(item, step) for item in block for step in range(len(item.steps))]
-        prompts = [self.prompt_ids(item, step) for item, step in steps]
-        greedy = self.sample(steps, prompts, self.params(0.0), [""])
-        if not self.config.votes:
-            return greedy
-        suffixes = [f"/vote{k}" for k in range(self.config.votes)]
-        return greedy + self.sample(
-            steps, prompts, self.params(self.config.vote_temperature), suffixes
-        )
-
-    def sample(
-        self,
-        steps: Sequence[tuple[ProcessBenchItem, int]],
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        suffixes: Sequence[str],
-    ) -> list[Judgment]:
-        ids_B = [f"{item.item_id}/{step}{suffix}" for item, step in steps for suffix in suffixes]
-        output = self.engine.generate(
-            prompts,
-            params,
-            key=self.key,
-            row_ids=[f"evaluate/{judgment_id}" for judgment_id in ids_B],
-            group_size=len(suffixes),
-        )
-        judgments = []
-        for b, judgment_id in enumerate(ids_B):
-            item, step = steps[b // len(suffixes)]
-            text = completion_text(self.loaded.tokenizer, output.ids(b))
-            verdict = parse_verdict(text)
-            is_positive = item.first_error == -1 or step < item.first_error
-            judgments.append(
-                Judgment(
-                    example_id=judgment_id,
-                    judge_id=self.loaded.model_id,
-                    completion=text,
-                    verdict=verdict,
-                    p_positive=float(verdict is Verdict.POSITIVE),
-                    reward=judge_reward(verdict, is_positive),
-                )
-            )
-        return judgments
+def judge_block(
+    config: Evaluate, judge: ChunkJudge, block: Sequence[ProcessBenchItem]
+) -> list[Judgment]:
+    """Judgments of all steps of these items, greedy and sampled."""
+    solutions = [Solution.of_item(item) for item in block]
+    passes = [(0.0, [""])]
+    if config.votes:
+        passes.append((config.vote_temperature, [f"/vote{k}" for k in range(config.votes)]))
+    return [
+        judgment_of(item, step, opinion, judge.loaded.model_id, suffix)
+        for temperature, suffixes in passes
+        for item, found in zip(block, judge.sample(solutions, temperature, suffixes), strict=True)
+        for suffix, opinions in zip(suffixes, found, strict=True)
+        for step, opinion in enumerate(opinions)
+    ]
 
 
 # --- scores -------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stepwiser_jax.algo.adaptive import LabelTable
+from stepwiser_jax.algo.labels import balanced
 from stepwiser_jax.config import AdaptiveRollouts, Label
 from stepwiser_jax.records import (
     ChunkLabel,
@@ -57,7 +56,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     examples = judge_examples(telling, trajectories, problems, tokenizer)
     fitting, dropped = filter_length(config, examples, tokenizer)
     dropped["low_prefix_value"] = len(labels) - len(telling)
-    chosen = balance(fitting, config.seed) if config.balance else fitting
+    chosen = balanced(fitting, config.seed) if config.balance else fitting
     if not chosen:
         raise UserError(
             f"no judge example is left of {len(labels)} labelled chunks ({dropped} dropped; "
@@ -192,17 +191,3 @@ def filter_length(
         else:
             kept.append(example)
     return kept, dict(dropped)
-
-
-def balance(examples: Sequence[JudgeExample], seed: int) -> list[JudgeExample]:
-    """Down-sample the larger class over the whole set (paper 4.1), in the order given."""
-    of_class = {
-        positive: [i for i, example in enumerate(examples) if example.is_positive is positive]
-        for positive in (True, False)
-    }
-    size = min(map(len, of_class.values()))
-    rng = np.random.default_rng(seed)
-    chosen = np.concatenate(
-        [rng.choice(np.array(rows, int), size, replace=False) for rows in of_class.values()]
-    )
-    return [examples[i] for i in sorted(chosen)]

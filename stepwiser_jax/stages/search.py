@@ -35,6 +35,7 @@ from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.judging import ChunkJudge, Solution
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
@@ -44,16 +45,14 @@ from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
 from stepwiser_jax.text.prompts import (
     PromptStyle,
-    encode_judge_prompt,
     encode_solve_prompt,
-    parse_verdict,
 )
 from stepwiser_jax.text.tokenizer import completion_text
 
 
 @dataclass
-class Solver:
-    """A model with its sampler, prompt style and settings: the policy, or the judge."""
+class Policy:
+    """A model with its sampler, prompt style and settings."""
 
     loaded: Loaded
     engine: Engine
@@ -87,8 +86,8 @@ class Attempt:
 
 
 def chunk_reset_search(
-    policy: Solver,
-    judge: Solver,
+    policy: Policy,
+    judge: ChunkJudge,
     problems: Sequence[Problem],
     *,
     max_attempts: int = 5,
@@ -133,33 +132,26 @@ def chunk_reset_search(
 
 
 def judge_chunks(
-    policy: Solver, judge: Solver, active: Sequence[Attempt], chunks: Sequence[list[int]]
+    policy: Policy, judge: ChunkJudge, active: Sequence[Attempt], chunks: Sequence[list[int]]
 ) -> list[bool]:
     """One greedy judgment of every new chunk. An end token with no text needs none."""
     tokenizer = policy.loaded.tokenizer
     texts = [completion_text(tokenizer, chunk) for chunk in chunks]
     rows = [b for b, text in enumerate(texts) if strip_tags(text).strip()]
     accepted = [True] * len(active)
-    if not rows:
-        return accepted
-    prompts = [
-        encode_judge_prompt(
-            judge.loaded.tokenizer,
+    solutions = [
+        Solution(
+            active[b].row_id,
             active[b].problem.question,
-            completion_text(tokenizer, active[b].completion_ids),
-            texts[b],
-            judge.prompt_style,
+            (completion_text(tokenizer, active[b].completion_ids), texts[b]),
+            start=1,
+            separator="",
         )
         for b in rows
     ]
-    output = judge.engine.generate(
-        prompts, judge.params, key=judge.key, row_ids=[f"judge/{active[b].row_id}" for b in rows]
-    )
-    for row, b in enumerate(rows):
-        ids = output.ids(row)
-        active[b].judge_tokens += len(ids)
-        verdict = parse_verdict(completion_text(judge.loaded.tokenizer, ids))
-        accepted[b] = verdict is not Verdict.NEGATIVE
+    for b, (opinion,) in zip(rows, judge(solutions) if rows else [], strict=True):
+        active[b].judge_tokens += opinion.num_tokens
+        accepted[b] = opinion.verdict is not Verdict.NEGATIVE
     return accepted
 
 
@@ -229,7 +221,7 @@ def search_blocks(
 
 
 def check_lengths(
-    config: Search, policy: Solver, judge: Solver, problems: Sequence[Problem]
+    config: Search, policy: Policy, judge: ChunkJudge, problems: Sequence[Problem]
 ) -> None:
     """Raises UserError where a solution does not fit the policy's context, or a judgment of its
     last chunk, whose prompt holds all of it, not the judge's."""
@@ -237,14 +229,12 @@ def check_lengths(
     for problem in problems:
         ids = encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
         policy.engine.check_length(len(ids), room, problem.problem_id)
-        empty = encode_judge_prompt(
-            judge.loaded.tokenizer, problem.question, "", "", judge.prompt_style
-        )
+        empty = judge.prompt_ids(Solution(problem.problem_id, problem.question, [""]), 0)
         name = f"the judge of {problem.problem_id}, with a solution of {room} tokens"
-        judge.engine.check_length(len(empty), room + judge.params.max_new_tokens, name)
+        judge.engine.check_length(len(empty), room + judge.max_new_tokens, name)
 
 
-def load_solvers(config: Search) -> tuple[Solver, Solver]:
+def load_solvers(config: Search) -> tuple[Policy, ChunkJudge]:
     """The policy, writing one chunk at a time, and the greedy judge."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     key = jax.random.key(config.seed)
@@ -267,25 +257,21 @@ def load_solvers(config: Search) -> tuple[Solver, Solver]:
         stop_ids=policy.tokenizer.eos_ids,
         stop_strings=(CHUNK_CLOSE,),
     )
-    judge_params = SamplingParams(
-        temperature=0.0,
-        max_new_tokens=config.judge_max_new_tokens,
-        stop_ids=judge.tokenizer.eos_ids,
-    )
     return (
-        Solver(
+        Policy(
             policy,
             Engine(policy.model, policy.tokenizer, mesh=mesh, **config.policy_engine.model_dump()),
             config.prompt_style,
             chunk_params,
             key,
         ),
-        Solver(
+        ChunkJudge(
             judge,
             Engine(judge.model, judge.tokenizer, mesh=mesh, **config.judge_engine.model_dump()),
-            config.judge_prompt_style,
-            judge_params,
-            key,
+            name="judge",
+            prompt_style=config.judge_prompt_style,
+            max_new_tokens=config.judge_max_new_tokens,
+            key=key,
         ),
     )
 
@@ -301,8 +287,8 @@ def search_ids(config: Search, block: Sequence[Problem]) -> list[str]:
 
 def search_block(
     config: Search,
-    policy: Solver,
-    judge: Solver,
+    policy: Policy,
+    judge: ChunkJudge,
     block: Sequence[Problem],
     verifier: AnswerVerifier,
 ) -> list[SearchResult]:
@@ -344,7 +330,7 @@ def search_block(
 
 def whole_solutions(
     config: Search,
-    policy: Solver,
+    policy: Policy,
     block: Sequence[Problem],
     temperature: float,
     names: Sequence[str],

@@ -111,12 +111,17 @@ def encode_solve_prompt(
     return encode_message(tokenizer, solve_prompt(question, style, tags=tags), style)
 
 
+def judge_prompt(question: str, history: str, chunk: str, style: PromptStyle) -> str:
+    """What a judge is asked about a chunk."""
+    if style == "instruct":
+        return render_judge_prompt(question, history, chunk)[0]["content"]
+    return bare_judge_prompt(question, history, chunk)
+
+
 def encode_judge_prompt(
     tokenizer: Tokenizer, question: str, history: str, chunk: str, style: PromptStyle
 ) -> list[int]:
-    if style == "instruct":
-        return tokenizer.render_chat(render_judge_prompt(question, history, chunk))
-    return encode_message(tokenizer, bare_judge_prompt(question, history, chunk), style)
+    return encode_message(tokenizer, judge_prompt(question, history, chunk, style), style)
 
 
 def bare_judge_prompt(question: str, history: str, chunk: str) -> str:

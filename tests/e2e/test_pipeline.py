@@ -16,8 +16,10 @@ from stepwiser_jax.records import (
     Judgment,
     PrefixValue,
     Problem,
+    Rationale,
     RecordWriter,
     SearchResult,
+    SftExample,
     Trajectory,
     read_records,
 )
@@ -57,6 +59,10 @@ def test_every_stage_finishes_and_hands_over(runs):
         }
         assert len(bare) == 1, "the bare problem is one prefix, whoever continues it"
     assert read_records(runs / "labels", JudgeExample)
+    rationales = read_records(runs / "rationales", Rationale)
+    assert len(rationales) == 4 * len(read_records(runs / "labels", JudgeExample))
+    kept = [r.rationale_id for r in rationales if r.outcome == "kept"]
+    assert [e.example_id for e in read_records(runs / "rationales", SftExample)] == kept
     judgments = read_records(runs / "evaluate", Judgment)
     greedy = [j for j in judgments if "vote" not in j.example_id]
     assert len(judgments) == 3 * len(greedy)

@@ -27,6 +27,7 @@ from stepwiser_jax.runtime.data import (
     first_fit,
     packed_batch,
 )
+from stepwiser_jax.runtime.judging import Solution
 from stepwiser_jax.runtime.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.scorer import Scorer
@@ -295,12 +296,14 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
         [" ".join(rng.choice(list("0123456789+-*=;"), rng.integers(1, 9))) for _ in range(steps)]
         for steps in rng.integers(1, 6, 24)
     ]
-    encoded = [scorer.encode("s", QUESTION, chunks) for chunks in solutions]
+    asked = [Solution("s", QUESTION, chunks) for chunks in solutions]
+    encoded = [encode_solution(word_tokenizer, QUESTION, chunks, "bare") for chunks in solutions]
     packed = first_fit([len(ids) for ids, _ in encoded], 96)
     assert len(packed) > 4 > 1 < max(map(len, packed)), "several batches, and rows of several"
     plus, minus = sign_ids(word_tokenizer)
     hidden = jax.jit(lambda model, tokens_BT: model.hidden(tokens_BT))
-    for found, chunks in zip(scorer(encoded), solutions, strict=True):
+    scores = [[opinion.p_positive for opinion in found] for found in scorer(asked)]
+    for found, chunks in zip(scores, solutions, strict=True):
         assert len(found) == len(chunks)
         for j, p_positive in enumerate(found):
             ids, places = encode_solution(word_tokenizer, QUESTION, chunks[: j + 1], "bare")
@@ -313,7 +316,7 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
                 logits = model.logits(hidden_D)[jnp.array([plus, minus])]
             pair = jax.nn.softmax(logits)
             assert p_positive == pytest.approx(float(pair[0]), abs=1e-5)
-    spread = np.concatenate(scorer(encoded))
+    spread = np.concatenate(scores)
     assert spread.std() > 0.01, "all scores are alike: nothing was compared"
 
 
@@ -355,7 +358,7 @@ def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):
     loaded = Loaded(tiny_model, word_tokenizer, "tiny")
     scorer = Scorer(loaded, make_mesh(), rows=1, max_length=40, prompt_style="bare")
     with pytest.raises(UserError, match="gsm8k-7 has 42 tokens: max_length must be at least that"):
-        scorer.encode("gsm8k-7", QUESTION, CHUNKS)
+        scorer.check_lengths([Solution("gsm8k-7", QUESTION, CHUNKS)])
 
 
 def test_packed_batches_are_the_documents_behind_one_another():

@@ -24,6 +24,7 @@ STAGE_OF = {
     "heldout": "rollout",
     "values": "annotate",
     "labels": "label",
+    "rationales": "rationalize",
     "judge": "judge",
     "classifier": "classifier",
     "evaluate": "evaluate",

@@ -1,0 +1,152 @@
+"""Opinions of the chunks of solutions: what judges have in common, and the one of StepWiser 3.3.
+
+    Solution -> one prompt a chunk -> judgments of all chunks together -> Opinions
+
+A classifier (`runtime.scorer`) gives the same opinions from one pass over a whole solution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+
+from stepwiser_jax.algo.rewards import judge_reward
+from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.text.prompts import PromptStyle, encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import completion_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Chunks to judge: those from index `start` on; the ones before it are their history. Between
+    the steps of others' solutions stand blank lines, between exact texts of chunks nothing."""
+
+    solution_id: str
+    question: str
+    chunks: Sequence[str]
+    start: int = 0
+    separator: str = "\n\n"
+
+    @classmethod
+    def of_item(cls, item: ProcessBenchItem) -> Solution:
+        return cls(item.item_id, item.question, item.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opinion:
+    """What a judge said of one chunk, in `num_tokens` of its own. `p_positive` is 1 or 0 for a
+    written verdict, Positive or not; a judge that knows how sure it is says more."""
+
+    completion: str
+    verdict: Verdict
+    p_positive: float
+    num_tokens: int
+
+
+class SolutionJudge(Protocol):
+    """What search and selection ask: one opinion of every chunk to be judged, in order."""
+
+    loaded: Loaded
+
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError, naming it, for a solution that the judge has no room for."""
+        ...
+
+    def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]: ...
+
+
+def judgment_of(
+    item: ProcessBenchItem, step: int, opinion: Opinion, judge_id: str, suffix: str = ""
+) -> Judgment:
+    """An opinion as the record `<item>/<step><suffix>`, with its reward by the item's label."""
+    is_positive = item.first_error == -1 or step < item.first_error
+    return Judgment(
+        example_id=f"{item.item_id}/{step}{suffix}",
+        judge_id=judge_id,
+        completion=opinion.completion,
+        verdict=opinion.verdict,
+        p_positive=opinion.p_positive,
+        reward=judge_reward(opinion.verdict, is_positive),
+    )
+
+
+class ChunkJudge:
+    """Reasons about each chunk before its verdict. Random draws are named `<name>/<solution>/...`,
+    so that judges of different stages draw differently."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        *,
+        name: str,
+        prompt_style: PromptStyle,
+        max_new_tokens: int,
+        key: jax.Array,
+    ):
+        self.loaded, self.engine, self.name, self.key = loaded, engine, name, key
+        self.prompt_style: PromptStyle = prompt_style
+        self.max_new_tokens = max_new_tokens
+
+    def prompt_ids(self, solution: Solution, j: int) -> list[int]:
+        """What is asked about chunk j."""
+        separator = " " if self.prompt_style == "bare" else solution.separator
+        return encode_judge_prompt(
+            self.loaded.tokenizer,
+            solution.question,
+            separator.join(solution.chunks[:j]),
+            solution.chunks[j],
+            self.prompt_style,
+        )
+
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError where the context does not hold a judgment of the last chunk."""
+        for solution in solutions:
+            last = len(solution.chunks) - 1
+            self.engine.check_length(
+                len(self.prompt_ids(solution, last)),
+                self.max_new_tokens,
+                f"{solution.solution_id}, step {last}",
+            )
+
+    def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]:
+        """The greedy judgment of every chunk."""
+        return [opinions for (opinions,) in self.sample(solutions, 0.0, ("",))]
+
+    def sample(
+        self, solutions: Sequence[Solution], temperature: float, suffixes: Sequence[str]
+    ) -> list[list[list[Opinion]]]:
+        """Of every solution, for each of `suffixes`, which tell the draws of one chunk apart: one
+        judgment of every chunk."""
+        asked = [(s, j) for s, x in enumerate(solutions) for j in range(x.start, len(x.chunks))]
+        params = SamplingParams(
+            temperature=temperature,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.loaded.tokenizer.eos_ids,
+        )
+        output = self.engine.generate(
+            [self.prompt_ids(solutions[s], j) for s, j in asked],
+            params,
+            key=self.key,
+            row_ids=[
+                f"{self.name}/{solutions[s].solution_id}/{j}{suffix}"
+                for s, j in asked
+                for suffix in suffixes
+            ],
+            group_size=len(suffixes),
+        )
+        found: list[list[list[Opinion]]] = [[[] for _ in suffixes] for _ in solutions]
+        for row, (s, _) in enumerate(asked):
+            for k in range(len(suffixes)):
+                ids = output.ids(row * len(suffixes) + k)
+                text = completion_text(self.loaded.tokenizer, ids)
+                verdict = parse_verdict(text)
+                p_positive = float(verdict is Verdict.POSITIVE)
+                found[s][k].append(Opinion(text, verdict, p_positive, len(ids)))
+        return found

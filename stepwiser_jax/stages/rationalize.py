@@ -1,0 +1,181 @@
+"""Judgments to learn from: written by a model, kept where they agree with the labels.
+
+    labelled chunk -> `samples` judgments -> those whose verdict is the label -> examples for `sft`
+
+This is the offline judge of StepWiser's ablation (A.1, RS-FT): the same form and the same labels as
+in GRPO, sampled once from the judge that GRPO starts from.
+
+Where the paper is silent: every kept judgment of a chunk is learned, those of equal text once; the
+larger class of labels is down-sampled again, since a judge finds one of them easier (`balance`).
+
+Reads `examples` and the judge that writes. Writes rationales, all of them with what became of them,
+and of those that are kept the examples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stepwiser_jax.algo.labels import balanced
+from stepwiser_jax.config import Rationalize
+from stepwiser_jax.records import JudgeExample, Rationale, SftExample, UserError
+from stepwiser_jax.runtime import compilation, hosts
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.loading import load_for_decoding
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
+from stepwiser_jax.text.datasets import load_judge_examples
+from stepwiser_jax.text.prompts import encode_message, judge_prompt
+from stepwiser_jax.text.rationales import Outcome, judgment_outcome
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+
+def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+    """Write block after block; a restarted run repeats the block it was killed in."""
+    directory = RunDirectory(run_dir, "rationalize", config, shard)
+    if directory.finished:
+        return directory.summary()
+    compilation.start(config.compilation_cache)
+    examples, dropped = load_examples(config)
+    work = blocks(examples, config.examples_per_block)
+    work = directory.pending(work, Rationale, lambda block: rationale_ids(config, block))
+    measured = write_blocks(config, directory, examples, work) if work else {}
+    writer, chosen = directory.writer(Rationale), directory.writer(SftExample)
+    hosts.barrier("rationalize: rationales are written")
+    if hosts.is_first() and shard == WHOLE:
+        chosen.append(choose(config, writer.read()))
+    counts = {"examples": len(examples), "dropped": dropped}
+    return directory.finish(
+        lambda: counts | summarize(writer.read()) | {"chosen": len(chosen.read())} | measured
+    )
+
+
+def load_examples(config: Rationalize) -> tuple[list[JudgeExample], dict[str, int]]:
+    """Examples of no excluded problem, and counts of what was left out."""
+    dropped: Counter[str] = Counter()
+    examples = load_judge_examples(
+        config.examples, on_malformed=config.on_malformed, dropped=dropped
+    )[: config.limit]
+    if not examples:
+        raise UserError(f"expected judge examples in {config.examples}, found none")
+    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+
+
+def rationale_ids(config: Rationalize, block: Sequence[JudgeExample]) -> list[str]:
+    return [f"{example.example_id}/{k}" for example in block for k in range(config.samples)]
+
+
+def write_blocks(
+    config: Rationalize,
+    directory: RunDirectory,
+    examples: Sequence[JudgeExample],
+    work: Sequence[Sequence[JudgeExample]],
+) -> dict[str, Any]:
+    """Rationales of these blocks, written; returns what was measured. Checks all examples first:
+    every worker must refuse what one would."""
+    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
+    loaded = load_for_decoding(
+        **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+    )
+    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+    write = JudgmentWriter(config, loaded.tokenizer, engine)
+    write.check_lengths(examples)
+    writer = directory.writer(Rationale)
+    start, written = time.perf_counter(), 0
+    with progress("rationalize", len(work)) as advance:
+        for block in work:
+            writer.append(write(block))
+            written += len(block) * config.samples
+            advance(1)
+            stop.check()
+    return {
+        "seconds_per_rationale": per_item(time.perf_counter() - start, written),
+        "compiled": engine.compiled_shapes,
+    }
+
+
+class JudgmentWriter:
+    """Examples of one block -> `samples` judgments of each, with what becomes of them."""
+
+    def __init__(self, config: Rationalize, tokenizer: Tokenizer, engine: Engine):
+        self.config, self.tokenizer, self.engine = config, tokenizer, engine
+        self.params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
+        self.key = jax.random.key(config.seed)
+
+    def prompt(self, example: JudgeExample) -> str:
+        style = self.config.prompt_style
+        return judge_prompt(example.question, example.history, example.chunk, style)
+
+    def prompt_ids(self, example: JudgeExample) -> list[int]:
+        return encode_message(self.tokenizer, self.prompt(example), self.config.prompt_style)
+
+    def check_lengths(self, examples: Sequence[JudgeExample]) -> None:
+        for example in examples:
+            self.engine.check_length(
+                len(self.prompt_ids(example)), self.params.max_new_tokens, example.example_id
+            )
+
+    def __call__(self, block: Sequence[JudgeExample]) -> list[Rationale]:
+        ids_B = rationale_ids(self.config, block)
+        output = self.engine.generate(
+            [self.prompt_ids(example) for example in block],
+            self.params,
+            key=self.key,
+            row_ids=[f"rationalize/{rationale_id}" for rationale_id in ids_B],
+            group_size=self.config.samples,
+        )
+        rationales = []
+        for p, example in enumerate(block):
+            seen: set[str] = set()
+            for b in range(p * self.config.samples, (p + 1) * self.config.samples):
+                text = completion_text(self.tokenizer, output.ids(b))
+                finished = output.stop_reason_B[b] != StopReason.LENGTH
+                outcome = judgment_outcome(text, finished, example.is_positive)
+                if outcome is Outcome.KEPT and text in seen:
+                    outcome = Outcome.REPEATED
+                seen.add(text)
+                rationales.append(
+                    Rationale(
+                        ids_B[b],
+                        example.problem_id,
+                        self.prompt(example),
+                        text,
+                        example.is_positive,
+                        outcome.value,
+                    )
+                )
+        return rationales
+
+
+def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[SftExample]:
+    """The examples that are learned. Raises UserError where there are none."""
+    kept = [r for r in rationales if r.outcome == Outcome.KEPT.value]
+    chosen = balanced(kept, config.seed) if config.balance else kept
+    if not chosen:
+        found = Counter(rationale.is_positive for rationale in kept)
+        raise UserError(
+            f"nothing is left to learn of {len(rationales)} rationales: kept were {found[True]} of "
+            f"positive and {found[False]} of negative labels. Sample more, let a stronger judge "
+            "write, or set balance to false"
+        )
+    return [SftExample(r.rationale_id, r.problem_id, r.prompt, r.completion) for r in chosen]
+
+
+def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:
+    """Rationales by what became of them, and the kept ones' share of positive labels."""
+    outcomes = Counter({outcome.value: 0 for outcome in Outcome})
+    outcomes.update(rationale.outcome for rationale in rationales)
+    kept = [r.is_positive for r in rationales if r.outcome == Outcome.KEPT.value]
+    return {
+        "rationales": dict(outcomes),
+        "kept_positive_share": sum(kept) / len(kept) if kept else 0.0,
+    }

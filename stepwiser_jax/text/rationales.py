@@ -1,0 +1,29 @@
+"""What becomes of a judgment that was written to be learned: is it kept, and if not, why?"""
+
+from __future__ import annotations
+
+import enum
+
+from stepwiser_jax.records import Verdict
+from stepwiser_jax.text.prompts import parse_verdict
+
+
+class Outcome(enum.Enum):
+    """Why a rationale is kept, or is not."""
+
+    KEPT = "kept"
+    UNFINISHED = "unfinished"
+    UNPARSED = "unparsed"
+    DISAGREES = "disagrees"
+    REPEATED = "repeated"
+
+
+def judgment_outcome(text: str, finished: bool, is_positive: bool) -> Outcome:
+    """Of a judgment of one chunk (StepWiser A.1, RS-FT): its verdict has to be the label."""
+    verdict = parse_verdict(text)
+    if not finished:
+        return Outcome.UNFINISHED
+    if verdict is Verdict.UNPARSED:
+        return Outcome.UNPARSED
+    agrees = verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE)
+    return Outcome.KEPT if agrees else Outcome.DISAGREES
