@@ -136,6 +136,12 @@ def test_calls_run_together_in_order_and_know_nothing_of_one_another(strict):
     assert strict.run([]) == []
 
 
+def test_what_is_printed_while_nobody_reads_is_kept(strict, monkeypatch):
+    monkeypatch.setattr(sandbox, "_exceeds", lambda *_: time.sleep(0.5))
+    code = "print('a')\nimport time\ntime.sleep(0.2)\nprint('b')"
+    assert strict.run([code]) == [Execution("a\nb", None)]
+
+
 def test_the_same_code_prints_the_same(strict):
     once, again = strict.run(["print({*'abcdefgh'})"] * 2)
     assert once == again and once.failure is None
