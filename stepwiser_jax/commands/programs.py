@@ -430,7 +430,7 @@ def _of_sampling(
     B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
     state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
-    at_once = engine.read_at_once(P, slots)
+    at_once = min(P, engine.read_at_once(slots))
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
     )
