@@ -1,4 +1,4 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `contrast`, `plan`, `convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
 save and exit with 130; the same command goes on from there.
@@ -140,6 +140,24 @@ def quickstart(
     from stepwiser_jax.commands.quickstart import run_quickstart
 
     run_quickstart(run_dir, seed)
+
+
+@app.command()
+def contrast(
+    run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate or classify.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one over the same items.")],
+    json: Annotated[bool, typer.Option("--json", help="The same as JSON, in fractions.")] = False,
+) -> None:
+    """What the judge of RUN_B has over that of RUN_A on the same items, and how sure that is.
+
+    Official F1 of both; the difference with its 95% interval and p by paired bootstrap; the items
+    that one of them alone gets exactly right, with the p of McNemar's exact test. All of it is of
+    the choice of items; what another seed of training would change it does not know. Of evaluate
+    the greedy judgments count, of classify the run's threshold. Writes nothing.
+    """
+    from stepwiser_jax.commands.contrast import print_contrast
+
+    print_contrast(run_a, run_b, as_json=json)
 
 
 @app.command()

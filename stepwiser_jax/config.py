@@ -7,11 +7,12 @@ the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
@@ -19,7 +20,7 @@ from pydantic import (
 )
 
 from stepwiser_jax.text.datasets import OnMalformed
-from stepwiser_jax.text.prompts import PromptStyle
+from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 from stepwiser_jax.text.segmentation import Splitter
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -32,6 +33,16 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Sizes = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
+
+def _named_or_listed(chunking: Any) -> Any:
+    if isinstance(chunking, str) and chunking not in ("tags", "blank_lines"):
+        raise ValueError("expected 'tags', 'blank_lines', or a list of strings that end a chunk")
+    return chunking
+
+
+Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
 
 
 class Config(BaseModel):
@@ -188,8 +199,9 @@ class ComputeStage(Config):
 class SftData(Config):
     """`source`: SftExample records in a JSONL file; a finished `segment` run; or of the embedded
     task `arithmetic-policy` (its solutions), `arithmetic-untagged` (without chunks),
-    `arithmetic-segmenter` (from those to these) or `arithmetic-judge` (then `count` and `seed` say
-    which demonstrations are generated)."""
+    `arithmetic-segmenter` (from those to these), `arithmetic-judge` (judgments) or
+    `arithmetic-verdicts` (without analysis); then `count` and `seed` say which demonstrations are
+    generated."""
 
     source: str
     count: int | None = Field(None, ge=1)
@@ -216,12 +228,15 @@ class Sft(ComputeStage):
 
 
 class Rollout(ComputeStage):
-    """Sample `group_size` chunked solutions of every problem (paper 4.1)."""
+    """Sample `group_size` chunked solutions of every problem (paper 4.1).
+
+    `chunking`: what ends a chunk; the policy's closing tag, a blank line, or any string of a list,
+    such as ["\\n"] for lines. It is asked for tags where they end a chunk."""
 
     policy: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
-    chunking: Literal["tags", "blank_lines"] = "tags"
+    chunking: Chunking = "tags"
     group_size: int = Field(16, ge=1)
     sampling: Sampling
     engine: Engine
@@ -340,7 +355,7 @@ class Label(LabelRule):
     annotations: str
     rollouts: str
     tokenizer: str
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True
     min_prompt_tokens: int = Field(1, ge=0)
@@ -381,6 +396,10 @@ class Judge(ComputeStage):
     longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
     reward.
 
+    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
+    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
+    (A.1).
+
     It samples on the devices of all processes, laid out as `sampling_mesh`, by default as `mesh`:
     `engine.rows` are in flight on all of them together.
     """
@@ -389,12 +408,13 @@ class Judge(ComputeStage):
     examples: str
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     iterations: int = Field(ge=1)
     prompts_per_iteration: int = Field(ge=1)
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
+    format_penalty: float = Field(0.0, ge=0)
     row_lengths: Sizes
     sampling: Sampling
     sampling_mesh: Mesh | None = None
@@ -427,6 +447,11 @@ class Judge(ComputeStage):
             "prompts_per_iteration / updates_per_iteration",
             self.training.micro_batches,
         )
+        if self.format_penalty and self.prompt_style == "instruct":
+            raise ValueError(
+                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
+                "prompt_style to 'verdict', or format_penalty to 0"
+            )
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(
                 "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "
@@ -516,7 +541,7 @@ class Evaluate(ComputeStage):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
-    prompt_style: PromptStyle = "instruct"
+    prompt_style: JudgePromptStyle = "instruct"
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)
     vote_temperature: float = Field(1.0, gt=0)
@@ -571,7 +596,7 @@ class Search(ComputeStage):
     judge: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
-    judge_prompt_style: PromptStyle = "instruct"
+    judge_prompt_style: JudgePromptStyle = "instruct"
     max_attempts: int = Field(5, ge=1)
     max_chunk_tokens: int = Field(ge=1)
     majority: tuple[PositiveInt, ...] = (2, 4, 8)

@@ -6,13 +6,14 @@ split by the final answer; both are here. Percentages, as the official scorer pr
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from stepwiser_jax.algo.statistics import bootstrap_interval
+from stepwiser_jax.algo.statistics import bootstrap_interval, mcnemar, paired_bootstrap
 from stepwiser_jax.records import ProcessBenchItem, Verdict
 
 
@@ -172,3 +173,63 @@ def step_accuracy(
             elif step == item.first_error:
                 right["first_error"].append(verdict is Verdict.NEGATIVE)
     return {name: float(np.mean(values)) if values else 0.0 for name, values in right.items()}
+
+
+# --- of two judges ------------------------------------------------------------------------------
+
+
+def contrast(
+    items: Sequence[ProcessBenchItem],
+    predictions_a: Sequence[int],
+    predictions_b: Sequence[int],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What judge b has over judge a on the same items, by the official split, per subset and for
+    the average of the subsets' F1: both F1, and their difference with its interval and p (paired
+    bootstrap); the numbers of items that one of them alone gets exactly right, with the p of
+    McNemar's test. Fractions between 0 and 1. `seed` is of the bootstrap."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, item in enumerate(items):
+        rows_of[item.subset].append(row)
+    subset_of = {subset: s for s, subset in enumerate(rows_of)}
+    subsets = np.array([subset_of[item.subset] for item in items])
+    labels = np.array([item.first_error for item in items])
+    # What F1 knows of an item: its subset, whether it has an error, and whether it is found.
+    a, b = (
+        4 * subsets + 2 * (labels != -1) + (np.array(predictions) == labels)
+        for predictions in (predictions_a, predictions_b)
+    )
+    return {
+        "subsets": {
+            subset: _contrast(a[rows] % 4, b[rows] % 4, subsets=1, seed=seed)
+            for subset, rows in rows_of.items()
+        },
+        "average": _contrast(a, b, subsets=len(rows_of), seed=seed),
+    }
+
+
+def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[str, Any]:
+    mean_f1 = functools.partial(_mean_f1, subsets=subsets)
+    difference = paired_bootstrap(a, b, mean_f1, seed=seed)
+    only_a, only_b = (int(np.sum(better % 2 > worse % 2)) for better, worse in ((a, b), (b, a)))
+    return {
+        "items": len(a),
+        "f1_a": mean_f1(a),
+        "f1_b": mean_f1(b),
+        "difference": difference.value,
+        "difference_interval": [difference.low, difference.high],
+        "difference_p": difference.p,
+        "right_by_a_alone": only_a,
+        "right_by_b_alone": only_b,
+        "mcnemar_p": mcnemar(only_a, only_b),
+    }
+
+
+def _mean_f1(outcomes: np.ndarray, *, subsets: int) -> float:
+    """Official F1, averaged over subsets, of items that are 4 * subset + 2 * has an error + right;
+    as in `processbench_f1`, what is undefined is 0."""
+    wrong_and_right = np.bincount(outcomes, minlength=4 * subsets).reshape(subsets, 2, 2)
+    accuracies = wrong_and_right[..., 1] / np.maximum(1, wrong_and_right.sum(axis=-1))
+    total = accuracies.sum(axis=-1)
+    return float(np.mean(2 * accuracies.prod(axis=-1) / np.where(total > 0, total, 1)))

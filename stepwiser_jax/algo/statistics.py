@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,52 @@ def bootstrap_interval(
     ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference with its percentile interval, and the two-sided p of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    a: np.ndarray,
+    b: np.ndarray,
+    statistic: Callable[[np.ndarray], float],
+    *,
+    seed: int,
+    samples: int = 10_000,
+    level: float = 0.95,
+) -> Difference:
+    """`statistic(b) - statistic(a)`, where row i of both is of the same item: each resample draws
+    items, the same ones for both. p is the least level at which the interval reaches 0: twice the
+    smaller share of resampled differences on either side of 0, equality counted on both, and the
+    observed one as one more (so that p is never 0)."""
+    rng = np.random.default_rng(seed)
+    differences = np.empty(samples)
+    for s in range(samples):
+        rows = rng.integers(len(a), size=len(a))
+        differences[s] = statistic(b[rows]) - statistic(a[rows])
+    tail = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(
+        value=float(statistic(b) - statistic(a)),
+        low=float(low),
+        high=float(high),
+        p=min(1.0, 2 * (1 + int(tail)) / (1 + samples)),
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p that two judges are right equally often, from the numbers of items on which
+    one alone is right: the share of all ways to deal these out by coin that are as uneven."""
+    discordant, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**discordant)
 
 
 def balanced_accuracy(labels: Sequence[bool], truths: Sequence[bool]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.prompts import PromptStyle, encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.prompts import JudgePromptStyle, encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
 
 
@@ -86,12 +86,12 @@ class ChunkJudge:
         engine: Engine,
         *,
         name: str,
-        prompt_style: PromptStyle,
+        prompt_style: JudgePromptStyle,
         max_new_tokens: int,
         key: jax.Array,
     ):
         self.loaded, self.engine, self.name, self.key = loaded, engine, name, key
-        self.prompt_style: PromptStyle = prompt_style
+        self.prompt_style: JudgePromptStyle = prompt_style
         self.max_new_tokens = max_new_tokens
 
     def prompt_ids(self, solution: Solution, j: int) -> list[int]:

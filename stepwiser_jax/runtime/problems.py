@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepwiser_jax.config import Problems
 from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError, read_records
+from stepwiser_jax.settings import read_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
@@ -53,6 +54,12 @@ def load_items(
         )
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
+    chunking = read_settings(Path(source) / "config.yaml").get("chunking", "tags")
+    if chunking != "tags":
+        raise UserError(
+            f"the embedded task knows the truth of its own chunks: expected a rollout run with "
+            f"chunking 'tags', found {chunking!r} in {source}"
+        )
     problems = {p.problem_id: p for p in read_records(source, Problem)}
     trajectories = read_records(source, Trajectory)[:limit]
     return [

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +22,12 @@ import optax
 from stepwiser_jax.config import Training
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.records import UserError, atomic_write
-from stepwiser_jax.runtime import hosts
+from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.mesh import shard_batch
 from stepwiser_jax.runtime.pending import PendingGroups
-from stepwiser_jax.runtime.run import Interrupted, RunDirectory, stop
+from stepwiser_jax.runtime.run import Interrupted, RunDirectory, per_item, progress, stop
 from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
 
 
@@ -122,6 +124,20 @@ class TrainingRun:
             self.state, host_state = self._checkpointer.restore(self.state)
             self.loader.set_state(host_state["loader"])
             self.step = latest
+
+    def fit(self, train_step: Any, steps: int, mesh: jax.sharding.Mesh, shape: str) -> float | None:
+        """One update for each batch of the loader, up to step `steps`; returns seconds a step, None
+        where all were done. `shape` names the program that is compiled."""
+        start, began = self.step, time.perf_counter()
+        with jax.set_mesh(mesh), progress(self._directory.stage, steps, start) as advance:
+            for step in range(start, steps):
+                batch = shard_batch(next(self.loader), mesh)
+                with compilation.compiling(f"train step {shape}"):
+                    self.state, metrics = train_step(self.state, batch)
+                self.finish_step(step + 1, metrics)
+                advance(1, loss=self.last("loss"))
+        self.flush()
+        return per_item(time.perf_counter() - began, steps - start)
 
     def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Log the step before this one (its values are on the host by now), then save when due."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ from stepwiser_jax.records import ClassifierExample, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import ClassifierBatch, classifier_documents, classifier_loader
 from stepwiser_jax.runtime.loading import Loaded, load_for_training, with_new_score
-from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
@@ -68,15 +67,8 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
     train_step = classifier_train_step(
         config, sign_ids(loaded.tokenizer), training.schedule, training.optimizer, training.state
     )
-    start, seconds = training.step, time.perf_counter()
-    with jax.set_mesh(mesh), progress("classifier", config.steps, start) as advance:
-        for step in range(start, config.steps):
-            batch = shard_batch(next(training.loader), mesh)
-            with compilation.compiling(f"train step {config.batch_size}x{config.max_length}"):
-                training.state, metrics = train_step(training.state, batch)
-            training.finish_step(step + 1, metrics)
-            advance(1, loss=training.last("loss"))
-    training.flush()
+    shape = f"{config.batch_size}x{config.max_length}"
+    seconds_per_step = training.fit(train_step, config.steps, mesh, shape)
     labels = [document["targets"][document["answer_mask"] > 0] for document in documents]
     count = sum(map(len, labels))
     summary = {
@@ -87,7 +79,7 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
         "steps": config.steps,
         "loss": training.last("loss"),
         "accuracy": training.last("accuracy"),
-        "seconds_per_step": per_item(time.perf_counter() - seconds, config.steps - start),
+        "seconds_per_step": seconds_per_step,
     }
     return training.finish(summary)
 

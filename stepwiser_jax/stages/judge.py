@@ -9,7 +9,8 @@ Where the paper is silent (paper 4.1 gives clip, learning rate, group and batch 
 
 1. By default no KL term; advantages are divided by the group's standard deviation; the loss is
    averaged over tokens (verl's defaults). All of them are settings. There is no entropy bonus.
-2. An unparsable judgment earns 0, like a wrong one.
+2. An unparsable judgment earns 0, like a wrong one. With a `format_penalty`, for judges without a
+   chain of thought, all that is more or less than a verdict earns its negative.
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
    `max_refills` further draws take their places.
 4. A group's prompt goes through the network once, all its completions attend to it; groups share
@@ -64,7 +65,7 @@ from stepwiser_jax.runtime.trainer import (
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_judge_examples
-from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.prompts import encode_judge_prompt, is_bare_verdict, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
 
 
@@ -194,7 +195,8 @@ class GroupCollector:
             kept += [group for group in judged if group.teaches or not drops]
             if len(kept) >= wanted:
                 break
-        return kept[:wanted], rollout_metrics(sampled, len(kept))
+        penalized = bool(self.config.format_penalty)
+        return kept[:wanted], rollout_metrics(sampled, len(kept), penalized)
 
     def sample(
         self, engine: Engine, examples: Sequence[JudgeExample], group_ids: Sequence[str]
@@ -217,18 +219,29 @@ class GroupCollector:
                     tuple(tuple(output.ids(b)) for b in rows),
                     tuple(tuple(output.logprobs(b)) for b in rows),
                     tuple(verdicts),
-                    tuple(judge_reward(verdict, example.is_positive) for verdict in verdicts),
+                    tuple(
+                        judge_reward(
+                            verdict,
+                            example.is_positive,
+                            format_penalty=self.config.format_penalty,
+                            in_format=is_bare_verdict(text),
+                        )
+                        for verdict, text in zip(verdicts, texts, strict=True)
+                    ),
                 )
             )
         return groups
 
 
-def rollout_metrics(sampled: Sequence[Judged], kept: int) -> dict[str, float]:
-    """Shares are fractions of all judgments sampled, kept groups or not."""
+def rollout_metrics(sampled: Sequence[Judged], kept: int, penalized: bool) -> dict[str, float]:
+    """Shares are fractions of all judgments sampled, kept groups or not. Where breaks of the format
+    are penalized, they are what earned less than 0."""
     verdicts = [verdict for group in sampled for verdict in group.verdicts_G]
     lengths = [len(ids) for group in sampled for ids in group.completions_G]
+    rewards_PG = np.array([group.rewards_G for group in sampled])
     return {
-        "reward": float(np.mean([group.rewards_G for group in sampled])),
+        "reward": float(np.mean(rewards_PG)),
+        **({"in_format_share": float(np.mean(rewards_PG >= 0))} if penalized else {}),
         "groups_sampled": len(sampled),
         "groups_kept_share": kept / len(sampled),
         "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),

@@ -32,7 +32,12 @@ from stepwiser_jax.text.chunks import BLANK_LINE, CHUNK_CLOSE, TokenMatcher, che
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import completion_text
 
-CHUNK_END_PATTERNS = {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}
+
+def end_patterns(config: Rollout) -> tuple[str, ...]:
+    """The strings that end a chunk."""
+    if isinstance(config.chunking, tuple):
+        return config.chunking
+    return {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}[config.chunking]
 
 
 def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def sample_blocks(
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    if config.chunking == "tags":
+    if CHUNK_CLOSE in end_patterns(config):
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
     sample.check_lengths(problems)
@@ -121,9 +126,7 @@ class BlockSampler:
         self.engine = Engine(
             loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
         )
-        self.matcher = TokenMatcher.build(
-            loaded.tokenizer.token_bytes(), CHUNK_END_PATTERNS[config.chunking]
-        )
+        self.matcher = TokenMatcher.build(loaded.tokenizer.token_bytes(), end_patterns(config))
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
@@ -134,7 +137,7 @@ class BlockSampler:
             self.loaded.tokenizer,
             problem.question,
             self.config.prompt_style,
-            tags=self.config.chunking == "tags",
+            tags=CHUNK_CLOSE in end_patterns(self.config),
         )
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:

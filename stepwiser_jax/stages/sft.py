@@ -9,7 +9,6 @@ Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Huggi
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training
-from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
@@ -65,21 +64,14 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
     )
     train_step = sft_train_step(config, training.schedule, training.optimizer, training.state)
-    start, seconds = training.step, time.perf_counter()
-    with jax.set_mesh(mesh), progress("sft", config.steps, start) as advance:
-        for step in range(start, config.steps):
-            batch = shard_batch(next(training.loader), mesh)
-            with compilation.compiling(f"train step {config.batch_size}x{config.max_length}"):
-                training.state, metrics = train_step(training.state, batch)
-            training.finish_step(step + 1, metrics)
-            advance(1, loss=training.last("loss"))
-    training.flush()
+    shape = f"{config.batch_size}x{config.max_length}"
+    seconds_per_step = training.fit(train_step, config.steps, mesh, shape)
     summary = {
         "examples": len(documents),
         "dropped_too_long": too_long,
         "steps": config.steps,
         "loss": training.last("loss"),
-        "seconds_per_step": per_item(time.perf_counter() - seconds, config.steps - start),
+        "seconds_per_step": seconds_per_step,
     }
     return training.finish(summary)
 
@@ -131,6 +123,7 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
         "arithmetic-untagged": arithmetic.untagged_demonstrations,
         "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
         "arithmetic-judge": arithmetic.judge_demonstrations,
+        "arithmetic-verdicts": arithmetic.verdict_demonstrations,
     }
     if data.source not in makers:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")

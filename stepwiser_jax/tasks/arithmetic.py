@@ -375,6 +375,16 @@ def judge_demonstrations(
     return examples
 
 
+def verdict_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """The same judgments without their analysis."""
+    return [
+        dataclasses.replace(
+            example, completion=example.completion[example.completion.index("\\boxed") :]
+        )
+        for example in judge_demonstrations(problems, seed)
+    ]
+
+
 def judge_chunk(
     question: str,
     chunks: Sequence[str],

@@ -1,7 +1,9 @@
 """The prompts, and how a verdict is read from what the judge wrote.
 
 Two styles. `instruct`: a chat message with the paper's instructions (Tables 3 and 11). `bare`: the
-text alone, for models that were fine-tuned on nothing else, such as the embedded task's.
+text alone, for models that were fine-tuned on nothing else, such as the embedded task's: what they
+write is what their demonstrations held. For a judge a third one, `verdict`: `instruct` that asks
+for the verdict and no analysis (the ablation of the chain of thought, A.1).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 PromptStyle = Literal["instruct", "bare"]
+JudgePromptStyle = Literal["instruct", "verdict", "bare"]
 
 SOLVE_PROMPT = """\
 You are a careful mathematician. Solve the problem step by step, in exactly this format:
@@ -76,6 +79,25 @@ the step is valid and logical.]
 \\boxed{{Negative}}.]"""
 
 
+VERDICT_PROMPT = """\
+You are a reasoning validator for mathematical problems. Decide whether the "New Reasoning Chunk" \
+contains any explicit errors, given the problem and the historical reasoning path.
+
+Give your judgment at once, without any analysis. It is acceptable for a chunk to contain no \
+numerical calculation.
+Judge Positive if the chunk is free of mistakes, and Negative if it contains one or more mistakes.
+
+Input:
+Mathematical Problem: {question}
+
+Historical Reasoning Path: {history}
+
+New Reasoning Chunk: {chunk}
+
+Output format:
+Nothing but the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \\boxed{{Negative}}."""
+
+
 def solve_prompt(question: str, style: PromptStyle, *, tags: bool = True) -> str:
     """What the user says: paper Table 11, or without a word of chunks where `tags` is false."""
     prompt = SOLVE_PROMPT if tags else SOLVE_PROMPT_WITHOUT_TAGS
@@ -87,17 +109,24 @@ def segment_prompt(solution: str, style: PromptStyle) -> str:
     return SEGMENT_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
-def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
-    """Paper Table 3: one user message; the tags are taken off."""
-    content = JUDGE_PROMPT.format(
+def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyle) -> str:
+    """What a judge is asked about a chunk. Instructed, it does not see tags."""
+    if style == "bare":
+        return bare_judge_prompt(question, history, chunk)
+    template = VERDICT_PROMPT if style == "verdict" else JUDGE_PROMPT
+    return template.format(
         question=question, history=strip_tags(history).strip(), chunk=strip_tags(chunk).strip()
     )
-    return [{"role": "user", "content": content}]
 
 
-def encode_message(tokenizer: Tokenizer, text: str, style: PromptStyle) -> list[int]:
-    """One user message: through the chat template, or as it stands behind the start token."""
-    if style == "instruct":
+def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
+    """Paper Table 3, as messages for a chat template: one of the user's."""
+    return [{"role": "user", "content": judge_prompt(question, history, chunk, "instruct")}]
+
+
+def encode_message(tokenizer: Tokenizer, text: str, style: JudgePromptStyle) -> list[int]:
+    """One user message: through the chat template, or bare, as it stands behind the start token."""
+    if style != "bare":
         return tokenizer.render_chat([{"role": "user", "content": text}])
     ids = tokenizer.encode(text)
     if not ids:
@@ -111,15 +140,8 @@ def encode_solve_prompt(
     return encode_message(tokenizer, solve_prompt(question, style, tags=tags), style)
 
 
-def judge_prompt(question: str, history: str, chunk: str, style: PromptStyle) -> str:
-    """What a judge is asked about a chunk."""
-    if style == "instruct":
-        return render_judge_prompt(question, history, chunk)[0]["content"]
-    return bare_judge_prompt(question, history, chunk)
-
-
 def encode_judge_prompt(
-    tokenizer: Tokenizer, question: str, history: str, chunk: str, style: PromptStyle
+    tokenizer: Tokenizer, question: str, history: str, chunk: str, style: JudgePromptStyle
 ) -> list[int]:
     return encode_message(tokenizer, judge_prompt(question, history, chunk, style), style)
 
@@ -192,3 +214,8 @@ def parse_verdict(text: str) -> Verdict:
         return Verdict.UNPARSED
     word = re.sub(r"\\text\w*|[\s{}*$.]", "", boxes[-1]).lower()
     return {"positive": Verdict.POSITIVE, "negative": Verdict.NEGATIVE}.get(word, Verdict.UNPARSED)
+
+
+def is_bare_verdict(text: str) -> bool:
+    """Nothing but one \\boxed{} with a verdict, and white space around it."""
+    return bool(_BOXED.fullmatch(text.strip())) and parse_verdict(text) is not Verdict.UNPARSED

@@ -111,6 +111,15 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
+def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
+    assert main(["contrast", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
+    judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]
+    classifier = json.loads((runs / "classify" / "summary.json").read_text())
+    assert found["f1_a"] == pytest.approx(judge["subsets"]["arithmetic"]["official"]["f1"])
+    assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
+
+
 def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
     """Of a label run that is not balanced: the same chunks, histories and labels."""
     examples = {e.example_id: e for e in read_records(runs / "labels", JudgeExample)}

@@ -148,6 +148,20 @@ def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
     assert min(verdicts[Verdict.POSITIVE], verdicts[Verdict.NEGATIVE]) > 40
 
 
+def test_verdicts_are_the_judgments_without_their_analysis():
+    from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
+
+    whole, verdicts = (
+        task.judge_demonstrations(PROBLEMS, 0),
+        task.verdict_demonstrations(PROBLEMS, 0),
+    )
+    for judgment, verdict in zip(whole, verdicts, strict=True):
+        assert is_bare_verdict(verdict.completion) and not is_bare_verdict(judgment.completion)
+        assert parse_verdict(verdict.completion) is parse_verdict(judgment.completion)
+        assert verdict.prompt == judgment.prompt
+        assert judgment.completion.endswith(verdict.completion)
+
+
 def test_bad_questions_and_splits_are_refused():
     with pytest.raises(UserError, match="found 'what is 3'"):
         task.parse_question("what is 3")

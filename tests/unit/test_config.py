@@ -2,15 +2,17 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from plans import planned
 
+from stepwiser_jax.commands.quickstart import recipe
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.records import UserError
-from stepwiser_jax.settings import dump_config, load_config
+from stepwiser_jax.settings import dump_config, load_config, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_OF = {
@@ -47,6 +49,38 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
     assert command.startswith(f"# stepwiser {stage_of(file)} --config configs/{file.name}")
     assert hardware.startswith("# ")
     assert expected.startswith("# ")
+
+
+def documented_commands(page):
+    """(stage, config, run directory, overrides) of every stage's command on a page of docs/."""
+    text = (CONFIGS.parent / "docs" / page).read_text().replace("\\\n", " ")
+    commands = [
+        shlex.split(line) for line in text.splitlines() if line.startswith("    stepwiser ")
+    ]
+    for _, stage, *words in commands:
+        if stage in STAGE_CONFIGS:
+            options = list(zip(words[::2], words[1::2], strict=True))
+            overrides = tuple(value for name, value in options if name == "--set")
+            yield stage, dict(options)["--config"], dict(options)["--run-dir"], overrides
+
+
+def test_documented_ablations_load_and_follow_one_another(tmp_path):
+    """Of the quickstart's configs, the recipe; what a command reads, one before it has written."""
+    quickstart = {}
+    for name, stage, tree in recipe(Path("quickstart"), 0):
+        quickstart[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
+        config = validate(STAGE_CONFIGS[stage], tree, name)
+        quickstart[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
+    written, ablated = {"RUNS/policy"}, set()
+    for stage, file, run_dir, overrides in documented_commands("ablations.md"):
+        load_config(stage, quickstart.get(file, CONFIGS.parent / file), overrides)
+        read = [value for _, _, value in (setting.partition("=") for setting in overrides)]
+        unknown = {x for x in read if x.startswith(("ablations/", "RUNS/"))} - written
+        assert not unknown, (run_dir, unknown)
+        assert run_dir not in written
+        written.add(run_dir)
+        ablated |= {key for key, _, _ in (setting.partition("=") for setting in overrides)}
+    assert ablated >= {"format_penalty", "balance", "rule", "grpo.clip_eps_high", "chunking"}
 
 
 PLANNED = [
@@ -117,6 +151,11 @@ def test_overrides_are_typed(tmp_path):
         ({"prompts_per_iteration": 7}, (), "multiple of updates_per_iteration"),
         ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
         ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
+        (
+            {"prompt_style": "instruct"},
+            ("format_penalty=1",),
+            "analysis that prompt_style 'instruct' asks for: set prompt_style to 'verdict'",
+        ),
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
         ({}, ("engine.rows=[64, 32]",), "engine.rows: sizes must be positive and ascending"),
         ({}, ("row_lengths=[640, 320]",), "row_lengths: sizes must be positive and ascending"),
@@ -148,6 +187,10 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
         ("search", "search", "majority=[0]", "majority"),
+        ("rollouts", "rollout", "prompt_style=verdict", "'instruct' or 'bare' .found 'verdict'"),
+        ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),
+        ("rollouts", "rollout", "chunking=[]", "at least 1 item"),
+        ("rollouts", "rollout", "chunking=['']", "at least 1 character"),
         ("values", "annotate", "adaptive.ruel=abs_q", "adaptive.ruel'; did you mean 'rule'"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),

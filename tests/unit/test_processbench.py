@@ -1,19 +1,26 @@
 """Scores against brute force and by hand."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from stepwiser_jax.algo.processbench import (
+    contrast,
     first_predicted_error,
     majority_verdict,
     processbench_f1,
     processbench_f1_by_final_answer,
 )
 from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.algo.statistics import balanced_accuracy, bootstrap_interval
-from stepwiser_jax.records import Verdict
+from stepwiser_jax.algo.statistics import (
+    balanced_accuracy,
+    bootstrap_interval,
+    mcnemar,
+    paired_bootstrap,
+)
+from stepwiser_jax.records import ProcessBenchItem, Verdict
 
 P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
 
@@ -89,6 +96,9 @@ def test_majority_verdict_for_every_small_vote():
 )
 def test_reward(verdict, is_positive, reward):
     assert judge_reward(verdict, is_positive) == reward
+    assert judge_reward(verdict, is_positive, in_format=False) == reward, "no penalty is set"
+    assert judge_reward(verdict, is_positive, format_penalty=0.5) == reward
+    assert judge_reward(verdict, is_positive, format_penalty=0.5, in_format=False) == -0.5
 
 
 def test_balanced_accuracy_by_hand():
@@ -107,3 +117,123 @@ def test_bootstrap_interval_covers_and_narrows():
     assert wide == bootstrap_interval(
         np.random.default_rng(0).normal(size=50).tolist(), np.mean, seed=1
     )
+
+
+# --- of two judges ------------------------------------------------------------------------------
+
+
+def test_mcnemar_counts_every_way_to_deal_out_the_discordant_items():
+    for only_a, only_b in itertools.product(range(7), repeat=2):
+        ways = [sum(coins) for coins in itertools.product([0, 1], repeat=only_a + only_b)]
+        uneven = [abs(2 * a - only_a - only_b) >= abs(only_a - only_b) for a in ways]
+        assert mcnemar(only_a, only_b) == pytest.approx(np.mean(uneven)), (only_a, only_b)
+
+
+def test_mcnemar_is_not_too_sure_and_large_counts_do_not_overflow():
+    """Under the null, p <= level at most as often as the level says, at every level."""
+    for n in (5, 20, 101):
+        p = [mcnemar(k, n - k) for k in range(n + 1)]
+        for level in p:
+            chance = sum(math.comb(n, k) for k in range(n + 1) if p[k] <= level) / 2**n
+            assert chance <= level + 1e-12
+    assert mcnemar(1700, 1700) == 1.0
+    assert 0.0 <= mcnemar(1000, 2400) < 1e-100
+
+
+def rates(right, items, repeats, level=0.05):
+    """How often two judges that are right with these probabilities are told apart."""
+    rng = np.random.default_rng(0)
+    found = {"bootstrap": 0, "mcnemar": 0}
+    for repeat in range(repeats):
+        a, b = (rng.random(items) < p for p in right)
+        found["bootstrap"] += paired_bootstrap(a, b, np.mean, seed=repeat, samples=199).p <= level
+        found["mcnemar"] += mcnemar(int(np.sum(a > b)), int(np.sum(b > a))) <= level
+    return {test: count / repeats for test, count in found.items()}
+
+
+def test_equal_judges_are_seldom_told_apart_and_unequal_ones_are():
+    same, different = rates((0.6, 0.6), 100, 300), rates((0.6, 0.8), 100, 50)
+    # 0.05 and three standard errors of a share of 300.
+    assert max(same.values()) < 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+    assert same["bootstrap"] > 0
+    assert min(different.values()) > 0.6
+
+
+def test_a_paired_bootstrap_draws_the_same_items_for_both():
+    """Two judges that differ by a constant have a difference without any spread."""
+    a = np.random.default_rng(0).normal(size=40)
+    found = paired_bootstrap(a, a + 1, np.mean, seed=0, samples=500)
+    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+    assert found.p == 2 / 501
+    nothing = paired_bootstrap(a, a, np.mean, seed=0, samples=500)
+    assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, 0, 0, 1)
+
+
+def test_the_interval_and_p_of_a_paired_bootstrap_agree():
+    """Near the border, p is below 5% where the interval leaves 0 out."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for shift in np.linspace(0.1, 0.5, 20):
+        a = rng.normal(size=60)
+        found = paired_bootstrap(a, a + rng.normal(shift, 1, 60), np.mean, seed=1, samples=999)
+        assert found.low < found.value < found.high
+        if not 0.04 < found.p < 0.06:
+            assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+            seen.add(found.p < 0.05)
+    assert seen == {True, False}
+
+
+def items_of(labels, subsets):
+    return [
+        ProcessBenchItem(f"{s}-{i}", s, "q", ("x",) * 5, label, label == -1)
+        for i, (s, label) in enumerate(zip(subsets, labels, strict=True))
+    ]
+
+
+def test_contrast_has_the_f1_of_the_scores_and_counts_by_hand():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 3, 60).tolist()
+    subsets = rng.choice(["math", "gsm8k", "omnimath"], 60).tolist()
+    a, b = (
+        [y if rng.random() < p else int(rng.integers(-1, 3)) for y in labels] for p in (0.3, 0.6)
+    )
+    found = contrast(items_of(labels, subsets), a, b, seed=0)
+    assert set(found["subsets"]) == set(subsets)
+    expected = {"a": [], "b": []}
+    for subset, row in found["subsets"].items():
+        of = [i for i in range(60) if subsets[i] == subset]
+        assert row["items"] == len(of)
+        for judge, predictions in (("a", a), ("b", b)):
+            f1 = processbench_f1([predictions[i] for i in of], [labels[i] for i in of])["f1"] / 100
+            assert row[f"f1_{judge}"] == pytest.approx(f1)
+            expected[judge].append(f1)
+        assert row["difference"] == pytest.approx(row["f1_b"] - row["f1_a"])
+        assert row["right_by_a_alone"] == sum(a[i] == labels[i] != b[i] for i in of)
+        assert row["right_by_b_alone"] == sum(b[i] == labels[i] != a[i] for i in of)
+        assert row["mcnemar_p"] == mcnemar(row["right_by_a_alone"], row["right_by_b_alone"])
+    average = found["average"]
+    assert average["f1_a"] == pytest.approx(np.mean(expected["a"]))
+    assert average["f1_b"] == pytest.approx(np.mean(expected["b"]))
+    low, high = average["difference_interval"]
+    assert low < average["difference"] < high
+    for name in ("right_by_a_alone", "right_by_b_alone", "items"):
+        assert average[name] == sum(row[name] for row in found["subsets"].values())
+
+
+def test_contrast_the_other_way_round_is_the_negative():
+    labels, subsets = [0, 1, -1, -1, 2, -1] * 5, ["gsm8k"] * 30
+    a, b = [0, 1, -1, 0, 0, -1] * 5, [0, -1, -1, -1, 2, 0] * 5
+    one = contrast(items_of(labels, subsets), a, b, seed=0)["average"]
+    other = contrast(items_of(labels, subsets), b, a, seed=0)["average"]
+    assert one["difference"] == -other["difference"]
+    assert one["difference_interval"] == pytest.approx(
+        [-x for x in other["difference_interval"][::-1]]
+    )
+    assert one["right_by_a_alone"] == other["right_by_b_alone"]
+    assert (one["difference_p"], one["mcnemar_p"]) == (other["difference_p"], other["mcnemar_p"])
+
+
+def test_contrast_of_items_without_an_error_is_zero_not_nan():
+    found = contrast(items_of([-1, -1], ["x", "x"]), [-1, 0], [-1, -1], seed=0)["average"]
+    assert (found["f1_a"], found["f1_b"], found["difference_p"]) == (0, 0, 1)
+    assert found["right_by_b_alone"] == 1

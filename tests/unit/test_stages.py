@@ -1,5 +1,7 @@
 """Parts of stages that no whole run would show to be wrong."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,24 @@ import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts
-from stepwiser_jax.records import SearchResult, Trajectory, UserError, Verdict
+from stepwiser_jax.records import (
+    JudgeExample,
+    Problem,
+    SearchResult,
+    Trajectory,
+    UserError,
+    Verdict,
+)
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.runtime.problems import load_items
+from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge, search
+from stepwiser_jax.stages import judge, rollout, search
 from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
+from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts
 
 PROMPT = (5, 9, 11)
 
@@ -145,6 +157,67 @@ def test_no_update_is_made_of_nothing(config, tiny_model):
     batches = judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
     groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
     assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "rewards", "share"),
+    [("0", (1.0, 0.0, 1.0, 0.0), None), ("0.5", (1.0, 0.0, -0.5, -0.5), 0.5)],
+)
+def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, rewards, share):
+    """Of four judgments of a right chunk, the last two have an analysis."""
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+    config = load_config("judge", file, (f"format_penalty={penalty}",))
+    loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
+    texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
+    texts += [f"looks fine {text}" for text in texts]
+
+    class Scripted:
+        def generate(self, prompts_P, params, *, key, row_ids, group_size):
+            output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+            for b, text in enumerate(texts):
+                ids = [*loaded.tokenizer.encode(text), loaded.tokenizer.eos_ids[0]]
+                output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
+            return output
+
+    collect = judge.GroupCollector(config, loaded, make_mesh())
+    example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
+    groups = collect.sample(Scripted(), [example], ["g"])
+    assert groups[0].rewards_G == rewards
+    metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
+    assert metrics.get("in_format_share") == share
+    assert metrics["unparsed_rate"] == 0
+
+
+def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
+    """`chunking` as a list: two lines a chunk, each ends at a semicolon or a closing tag."""
+    config = load_config(
+        "rollout",
+        request.config.rootpath / "configs" / "smoke_rollouts.yaml",
+        ('chunking=["</chunk>", ";"]',),
+    )
+    text = "<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> <chunk> \\boxed{ 3 } </chunk>"
+    ids = [*word_tokenizer.encode(text), word_tokenizer.eos_ids[0]]
+    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), rollout.end_patterns(config))
+    texts = chunk_texts(word_tokenizer, ids, chunk_ends(ids, matcher, word_tokenizer))
+    assert texts == ["<chunk> 4 * 7 = 8 ;", "8 + 5 = 3 </chunk>", "<chunk> \\boxed{ 3 } </chunk>"]
+
+
+@pytest.mark.parametrize(
+    ("chunking", "asked"),
+    [("tags", True), ('["</chunk>", "\\n"]', True), ("blank_lines", False), ('["\\n"]', False)],
+)
+def test_a_policy_is_asked_for_tags_where_they_end_a_chunk(request, bpe_tokenizer, chunking, asked):
+    file = request.config.rootpath / "configs" / "smoke_rollouts.yaml"
+    config = load_config("rollout", file, (f"chunking={chunking}", "prompt_style=instruct"))
+    sampler = SimpleNamespace(config=config, loaded=SimpleNamespace(tokenizer=bpe_tokenizer))
+    ids = rollout.BlockSampler.prompt_ids(sampler, Problem("p", "What is 1+1?", "2", "s"))
+    assert ("<chunk>" in bpe_tokenizer.decode(ids)) == asked
+
+
+def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
+    (tmp_path / "config.yaml").write_text('chunking: ["</chunk>", ";"]')
+    with pytest.raises(UserError, match=r"chunking 'tags', found \['</chunk>', ';'\]"):
+        load_items(str(tmp_path), word_tokenizer)
 
 
 def test_scores_do_not_depend_on_micro_batches(config, tiny_model):

@@ -12,6 +12,7 @@ from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_equiva
 from stepwiser_jax.text.prompts import (
     encode_judge_prompt,
     encode_solve_prompt,
+    is_bare_verdict,
     parse_verdict,
     render_judge_prompt,
 )
@@ -92,6 +93,20 @@ def test_judge_prompt_has_the_papers_fields_in_order():
     assert places == sorted(places)
 
 
+def test_verdict_prompt_has_the_same_fields_and_asks_for_no_analysis(bpe_tokenizer):
+    def read(style):
+        ids = encode_judge_prompt(bpe_tokenizer, "Q", "H", "<chunk>C</chunk>", style)
+        return bpe_tokenizer.decode(ids)
+
+    instruct, verdict = read("instruct"), read("verdict")
+    fields = slice(instruct.index("Mathematical Problem"), instruct.index("Output format"))
+    assert instruct[fields] in verdict and "Chunk: C\n" in instruct[fields]
+    assert "Analysis:" in instruct and "step by step" in instruct
+    assert "Analysis:" not in verdict and "step by step" not in verdict
+    assert "Nothing but the judgment" in verdict
+    assert "\\boxed{Positive} or \\boxed{Negative}" in verdict
+
+
 def test_bare_prompts_are_the_text_behind_the_start_token(word_tokenizer):
     ids = encode_judge_prompt(word_tokenizer, "start 4 ?", "", "<chunk> fix </chunk>", "bare")
     assert word_tokenizer.decode(ids) == "<bos> start 4 ? <chunk> fix </chunk> <judge>"
@@ -125,6 +140,25 @@ def test_instruct_needs_a_chat_template(word_tokenizer):
 )
 def test_parse_verdict(text, verdict):
     assert parse_verdict(text) is verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("\\boxed{Positive}", True),
+        (" \\boxed{ Negative }\n", True),
+        ("\\boxed{\\text{Negative}}", True),
+        ("Positive", False),
+        ("Final Judgment: \\boxed{Positive}", False),
+        ("\\boxed{Positive}.", False),
+        ("\\boxed{Positive} \\boxed{Positive}", False),
+        ("\\boxed{3}", False),
+        ("\\boxed{Positive", False),
+        ("", False),
+    ],
+)
+def test_a_bare_verdict_is_one_box_and_nothing_else(text, bare):
+    assert is_bare_verdict(text) is bare
 
 
 @pytest.mark.parametrize(

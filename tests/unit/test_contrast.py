@@ -1,0 +1,187 @@
+"""The command `contrast` on runs that are written down here."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.algo.processbench import processbench_f1
+from stepwiser_jax.records import Judgment, Verdict, write_manifest, write_records
+
+LABELS = [2, 1, -1, -1, 0, -1]
+OF_A, OF_B = [2, -1, -1, 0, 1, -1], [2, 1, -1, 1, 0, -1]
+IDS = ["gsm8k-0", "gsm8k-1", "gsm8k-2", "gsm8k-3", "math-0", "math-1"]
+
+
+def item(i, **changes):
+    fields = {
+        "id": IDS[i],
+        "problem": f"problem {i}",
+        "steps": ["a", "b", "c"],
+        "label": LABELS[i],
+        "final_answer_correct": LABELS[i] == -1,
+    }
+    return fields | changes
+
+
+@pytest.fixture
+def items(tmp_path):
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps([item(i) for i in range(len(LABELS))]))
+    return file
+
+
+def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
+    """`p_positive[i][step]`; the verdict is what `verdict_of` makes of it."""
+    ids = [row["id"] for row in json.loads(Path(settings["items"]).read_text())]
+    judgments = [
+        Judgment(f"{item_id}/{step}", "judge", "", verdict_of(p), p, 0.0)
+        for item_id, row in zip(ids, p_positive, strict=False)
+        for step, p in enumerate(row)
+    ]
+    write_records(directory / "records" / "judgments" / "part-00000-of-00001.jsonl", judgments)
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    (directory / "summary.json").write_text(json.dumps(summary))
+    write_manifest(directory, stage, "0", [Judgment])
+    return directory
+
+
+def rejecting_from(first, at):
+    """P(+) of three steps, the lowest of them at the predicted error."""
+    return [at if step == first else 0.9 for step in range(3)]
+
+
+def evaluated(directory, items, predictions, *, unparsed_as="negative", **settings):
+    tree = {
+        "judge": {"path": "arithmetic"},
+        "items": str(items),
+        "max_new_tokens": 8,
+        "unparsed_as": unparsed_as,
+        "engine": {"buckets": [64]},
+        **settings,
+    }
+    # A rejected step is unparsed where that counts as a rejection.
+    rejected = Verdict.UNPARSED if unparsed_as == "negative" else Verdict.NEGATIVE
+    return finished_run(
+        directory,
+        "evaluate",
+        tree,
+        [rejecting_from(first, 0.0) for first in predictions],
+        {},
+        lambda p: Verdict.POSITIVE if p > 0.5 else rejected,
+    )
+
+
+def classified(directory, items, predictions, *, threshold):
+    tree = {
+        "classifier": {"path": "arithmetic"},
+        "items": str(items),
+        "threshold_subset": "gsm8k",
+        "max_length": 64,
+    }
+    return finished_run(
+        directory,
+        "classify",
+        tree,
+        [rejecting_from(first, threshold - 0.05) for first in predictions],
+        {"threshold": threshold},
+        lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.NEGATIVE,
+    )
+
+
+def contrasted(capsys, *runs):
+    assert main(["contrast", *map(str, runs), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def f1(predictions, rows):
+    return processbench_f1([predictions[i] for i in rows], [LABELS[i] for i in rows])["f1"] / 100
+
+
+def test_a_judge_beside_a_classifier_each_counted_as_its_run_counts(tmp_path, items, capsys):
+    a = classified(tmp_path / "a", items, OF_A, threshold=0.8)
+    b = evaluated(tmp_path / "b", items, OF_B)
+    found = contrasted(capsys, a, b)
+    for subset, rows in (("gsm8k", range(4)), ("math", range(4, 6))):
+        assert found["subsets"][subset]["f1_a"] == pytest.approx(f1(OF_A, rows))
+        assert found["subsets"][subset]["f1_b"] == pytest.approx(f1(OF_B, rows))
+    assert found["average"]["right_by_a_alone"] == 0
+    assert found["average"]["right_by_b_alone"] == 2
+    assert found["average"]["mcnemar_p"] == 0.5
+
+
+def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
+    a = evaluated(tmp_path / "a", items, OF_A)
+    settings = yaml.safe_load((a / "config.yaml").read_text()) | {"unparsed_as": "positive"}
+    b = evaluated(tmp_path / "b", items, OF_A)
+    (b / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = contrasted(capsys, a, b)["average"]
+    assert (found["right_by_a_alone"], found["right_by_b_alone"]) == (1, 1)
+    assert found["f1_b"] == 0 < found["f1_a"]
+
+
+def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys):
+    runs = [evaluated(tmp_path / n, items, p) for n, p in (("a", OF_A), ("b", OF_B))]
+    assert main(["contrast", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"gsm8k ┃ +math ┃ +average ┃", out)
+    cells = {
+        line.split("│")[1].strip(): line.split("│")[2] for line in out.splitlines() if "│" in line
+    }
+    before, after = f1(OF_A, range(4)), f1(OF_B, range(4))
+    assert float(cells["F1 of A"]) == pytest.approx(100 * before, abs=0.05)
+    assert float(cells["F1 of B"]) == pytest.approx(100 * after, abs=0.05)
+    assert float(cells["B - A"]) == pytest.approx(100 * (after - before), abs=0.05)
+    assert float(cells["95% from"]) <= float(cells["B - A"]) <= float(cells["to"])
+
+
+def refused(capsys, *runs):
+    assert main(["contrast", *map(str, runs)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": ["a", "b", "C"]}, "item 4 is gsm8k-3 in .* and gsm8k-3 in .* differ in steps"),
+        ({"id": "gsm8k-9"}, "item 4 is gsm8k-3 in .* and gsm8k-9 in .* differ in item_id"),
+    ],
+)
+def test_other_items_are_refused_by_the_first_that_differs(
+    tmp_path, items, capsys, changes, message
+):
+    a = evaluated(tmp_path / "a", items, OF_A)
+    other = tmp_path / "other.json"
+    rows = [item(i, **(changes if i == 3 else {})) for i in range(5)]
+    other.write_text(json.dumps(rows))
+    b = evaluated(tmp_path / "b", other, OF_B[:5])
+    assert re.search(message, refused(capsys, a, b))
+
+
+def test_fewer_items_are_refused(tmp_path, items, capsys):
+    runs = [
+        evaluated(tmp_path / "a", items, OF_A[:4], limit=4),
+        evaluated(tmp_path / "b", items, OF_B),
+    ]
+    message = refused(capsys, *runs)
+    assert (
+        f"{runs[0]} has 4 and {runs[1]} 6; the first that {runs[1]} alone has is math-0" in message
+    )
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, items, capsys):
+    a = evaluated(tmp_path / "a", items, OF_A)
+    assert "found nothing at" in refused(capsys, a, tmp_path / "nowhere")
+    unfinished = evaluated(tmp_path / "unfinished", items, OF_B)
+    (unfinished / "manifest.json").unlink()
+    assert "is not finished" in refused(capsys, unfinished, a)
+    rollout = evaluated(tmp_path / "rollout", items, OF_B)
+    write_manifest(rollout, "rollout", "0", [Judgment])
+    assert "expected a run of evaluate or classify, found one of rollout" in refused(
+        capsys, a, rollout
+    )
+    grown = evaluated(tmp_path / "grown", items, OF_A[:5])
+    assert "grown has no judgment math-1/0" in refused(capsys, grown, a)
