@@ -102,7 +102,7 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Annotate):
         # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
-        per_wave = (config.trajectories_per_block, config.num_rollouts)
+        per_wave = (config.trajectories_per_block, config.most_rollouts)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
         temperature = config.vote_temperature if config.votes else 0.0
