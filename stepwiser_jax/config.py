@@ -562,6 +562,11 @@ class Rationalize(ComputeStage):
     engine: Engine
     examples_per_block: int = Field(64, ge=1)
 
+    @property
+    def of_solutions(self) -> bool:
+        """Whether the examples are whole solutions, not chunks."""
+        return self.genprm is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> Rationalize:
         if self.genprm is not None:

@@ -88,7 +88,7 @@ def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[
 def load_examples(config: Rationalize) -> tuple[list[Any], dict[str, int]]:
     """Examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
-    load = load_judge_examples if config.genprm is None else load_classifier_examples
+    load = load_classifier_examples if config.of_solutions else load_judge_examples
     examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)[
         : config.limit
     ]
