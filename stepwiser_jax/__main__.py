@@ -54,7 +54,8 @@ STAGES = {
     ),
     "rationalize": (
         "Sample judgments of labelled chunks and keep those that agree with the labels, for sft.",
-        "Reads judge examples and a judge. Writes rationales and SFT examples.",
+        "Reads judge examples, or classifier examples, and a judge. Writes rationales, and SFT "
+        "examples or dialogues.",
     ),
     "evaluate": (
         "ProcessBench: find first errors with a judge.",

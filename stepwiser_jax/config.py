@@ -227,10 +227,11 @@ class ComputeStage(Config):
 
 
 class SftData(Config):
-    """`source`: SftExample records in a JSONL file; a finished `segment` or `select` run; or of the
-    embedded task `arithmetic-policy` (its solutions), `arithmetic-untagged` (without chunks),
-    `arithmetic-segmenter` (from those to these), `arithmetic-judge` (judgments) or
-    `arithmetic-verdicts` (without analysis); then `count` and `seed` say which demonstrations are
+    """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
+    a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
+    solutions), `arithmetic-untagged` (without chunks), `arithmetic-segmenter` (from those to
+    these), `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis) or
+    `arithmetic-genprm` (conversations); then `count` and `seed` say which demonstrations are
     generated."""
 
     source: str
@@ -325,6 +326,40 @@ class Segment(ComputeStage):
         return self
 
 
+class GenPrm(Config):
+    """A judge in GenPRM's form (arXiv 2504.00891): a turn of a conversation for every step.
+
+    `code`: it may have Python code run, at most `max_code_rounds` times a step, in a process of its
+    own with these limits (`runtime.sandbox`).
+    """
+
+    code: bool = True
+    max_code_rounds: int = Field(3, ge=1)
+    code_seconds: float = Field(5.0, gt=0)
+    code_memory_bytes: int = Field(2**30, ge=2**26)
+    code_output_bytes: int = Field(2048, ge=1)
+
+    def check_style(self, prompt_style: JudgePromptStyle) -> None:
+        """Raises ValueError for a style that the form is not known in, or that has no code."""
+        if prompt_style == "verdict":
+            raise ValueError("prompt_style verdict is StepWiser's: with genprm, instruct or bare")
+        if self.code and prompt_style == "bare":
+            raise ValueError("prompt_style bare has no code in it: set genprm.code to false")
+
+
+class GenPrmVerdicts(GenPrm):
+    """A step whose P(right) is below `threshold` is wrong."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+
+
+class GenPrmCritiques(GenPrm):
+    """Critiques of whole solutions are written in one go, by any model, or `turn_by_turn`, by a
+    judge of this form, whose verdicts are then those of its own P(right)."""
+
+    turn_by_turn: bool = False
+
+
 class LabelRule(Config):
     """A rule (paper eqs 1-3, GenPRM's relative progress) with the parameters of all of them."""
 
@@ -357,12 +392,17 @@ class Annotate(ComputeStage):
     """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`, or at
     most so many where they are `adaptive`).
 
+    `rollouts_by_pass_rate`: pairs (bound, M), bounds ascending up to 1, in place of `num_rollouts`:
+    M is that of the first bound that the problem's share of right trajectories is below (GenPRM:
+    `[[0.1, 128], [0.9, 64], [1, 32]]`).
+
     `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong.
     """
 
     policy: Model
     rollouts: str
     num_rollouts: int = Field(16, ge=1)
+    rollouts_by_pass_rate: tuple[tuple[float, PositiveInt], ...] | None = None
     adaptive: AdaptiveRollouts | None = None
     drop_uniform_problems: bool = True
     max_trajectories_per_problem: int | None = Field(None, ge=1)
@@ -371,6 +411,29 @@ class Annotate(ComputeStage):
     engine: Engine
     trajectories_per_block: int = Field(64, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Annotate:
+        bounds = [bound for bound, _ in self.rollouts_by_pass_rate or [(1.0, 1)]]
+        if not bounds or bounds != sorted(set(bounds)) or bounds[0] <= 0 or bounds[-1] != 1:
+            raise ValueError(
+                f"rollouts_by_pass_rate: expected bounds above 0, ascending, the last of them 1, "
+                f"found {bounds}"
+            )
+        return self
+
+    @property
+    def most_rollouts(self) -> int:
+        """The largest M of any problem."""
+        pairs = self.rollouts_by_pass_rate or [(1.0, self.num_rollouts)]
+        return max(num_rollouts for _, num_rollouts in pairs)
+
+    def rollouts_at(self, pass_rate: float) -> int:
+        """M for a problem whose trajectories are right at this rate."""
+        if self.rollouts_by_pass_rate is None:
+            return self.num_rollouts
+        fitting = [m for bound, m in self.rollouts_by_pass_rate if pass_rate < bound]
+        return fitting[0] if fitting else self.rollouts_by_pass_rate[-1][1]
 
 
 class Label(LabelRule):
@@ -512,6 +575,9 @@ class Rationalize(ComputeStage):
     `judge` writes `samples` judgments of every one of the first `limit` `examples`, which are read
     as `judge` reads them, with `on_malformed` and `exclude`. `balance`: as many of positive as of
     negative labels.
+
+    `genprm`: it writes critiques of whole solutions, which are read as `classifier` reads them, and
+    what is kept are conversations. `sampling.max_new_tokens` are of a critique, or of a turn.
     """
 
     judge: Model
@@ -520,11 +586,27 @@ class Rationalize(ComputeStage):
     exclude: tuple[str, ...] = ()
     limit: int | None = Field(None, ge=1)
     prompt_style: PromptStyle = "instruct"
+    genprm: GenPrmCritiques | None = None
     samples: int = Field(4, ge=1)
     balance: bool = True
     sampling: Sampling
     engine: Engine
     examples_per_block: int = Field(64, ge=1)
+
+    @property
+    def of_solutions(self) -> bool:
+        """Whether the examples are whole solutions, not chunks."""
+        return self.genprm is not None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rationalize:
+        if self.genprm is not None:
+            self.genprm.check_style(self.prompt_style)
+            if self.prompt_style == "bare" and not self.genprm.turn_by_turn:
+                raise ValueError(
+                    "prompt_style bare knows no critique in one go: set genprm.turn_by_turn to true"
+                )
+        return self
 
 
 class Classifier(ComputeStage):
@@ -563,7 +645,9 @@ class Evaluate(ComputeStage):
 
     `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`), or a
     finished `rollout` run of the embedded task, whose exact truth is then used. `votes` judgments
-    per chunk are sampled for Maj@votes; 0: greedy only. `on_malformed` as in `Problems`.
+    per chunk are sampled for Maj@votes, with the settings that begin with `vote_`; 0: greedy only.
+    `on_malformed` as in `Problems`. `genprm`: the judge is of its form; then Maj@votes is the mean
+    of P(right), and `max_new_tokens` are those of a step, all its rounds of code together.
     """
 
     judge: Model
@@ -572,12 +656,21 @@ class Evaluate(ComputeStage):
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     prompt_style: JudgePromptStyle = "instruct"
+    genprm: GenPrmVerdicts | None = None
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)
     vote_temperature: float = Field(1.0, gt=0)
+    vote_top_k: int = Field(0, ge=0)
+    vote_top_p: float = Field(1.0, gt=0, le=1)
     unparsed_as: Literal["negative", "positive"] = "negative"
     engine: Engine
     items_per_block: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Evaluate:
+        if self.genprm is not None:
+            self.genprm.check_style(self.prompt_style)
+        return self
 
 
 class Classify(ComputeStage):

@@ -92,6 +92,22 @@ class SftExample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """A conversation to imitate: who says what, in order, beginning with the system's or the user's
+    text. Of an assistant's turn, which may be several texts, what the `assistant` says is learned;
+    `output` is what its code printed: it stands in the turn, and is read and not learned."""
+
+    example_id: str
+    problem_id: str
+    roles: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.example_id
+
+
+@dataclasses.dataclass(frozen=True)
 class Segmentation:
     """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
     them; none where no proposal was kept. `outcomes` says what became of every proposal
@@ -359,6 +375,7 @@ Record = (
     Problem
     | Trajectory
     | SftExample
+    | Dialogue
     | Segmentation
     | Rationale
     | PrefixValue
@@ -378,6 +395,7 @@ KIND: dict[type, str] = {
     Problem: "problems",
     Trajectory: "trajectories",
     SftExample: "sft_examples",
+    Dialogue: "dialogues",
     Segmentation: "segmentations",
     Rationale: "rationales",
     PrefixValue: "prefix_values",

@@ -8,7 +8,8 @@ Decided where the paper is silent or ambiguous:
 1. q = 0 is negative under every rule.
 2. v = 0: nothing that follows can be told apart by Monte Carlo values, so the chunk teaches nothing
    (None) under every rule, whatever its own q: a ratio has no denominator, and what looks like a
-   recovery is mostly luck. This holds for Q_0 = 0 too.
+   recovery is mostly luck. This holds for Q_0 = 0 too. (GenPRM calls what follows a value of 0
+   wrong. Its critiques end with the first wrong step, so that it makes no difference to them.)
 3. Rel-Effective is positive iff q + alpha * A > 0, negative iff <= 0: the printed "= 0" cannot be
    meant, since the value can be negative.
 4. Rel-Ratio is positive iff q / v > gamma, relative progress iff q / v >= epsilon.

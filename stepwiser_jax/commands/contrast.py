@@ -40,15 +40,19 @@ def read_predictions(run: Path) -> tuple[list[ProcessBenchItem], list[int]]:
     if stage == "evaluate":
         config = validate(Evaluate, read_settings(file), str(file))
         items = items_of(config, config.judge.path)
-        return items, [
-            first_predicted_error(
-                [j.verdict for j in of_item(run, judgments, item)], unparsed_as=config.unparsed_as
-            )
-            for item in items
-        ]
-    config = validate(Classify, read_settings(file), str(file))
-    items = items_of(config, config.classifier.path)
-    threshold = json.loads((run / "summary.json").read_text(encoding="utf-8"))["threshold"]
+        if config.genprm is None:
+            return items, [
+                first_predicted_error(
+                    [j.verdict for j in of_item(run, judgments, item)],
+                    unparsed_as=config.unparsed_as,
+                )
+                for item in items
+            ]
+        threshold = config.genprm.threshold
+    else:
+        config = validate(Classify, read_settings(file), str(file))
+        items = items_of(config, config.classifier.path)
+        threshold = json.loads((run / "summary.json").read_text(encoding="utf-8"))["threshold"]
     return items, [
         first_predicted_error(
             verdicts_at(threshold, [j.p_positive for j in of_item(run, judgments, item)])

@@ -43,6 +43,12 @@ RECORDS_OF = {
 """What the run that a setting names must hold."""
 
 
+def reads_solutions(config: Config) -> bool:
+    """Whether its examples are whole solutions, not chunks."""
+    of_solutions = isinstance(config, Rationalize) and config.of_solutions
+    return of_solutions or isinstance(config, Classifier)
+
+
 def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
     that is not there, an input run that is unfinished or holds other records, or problems,
@@ -58,13 +64,12 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
             make_mesh(**value.model_dump())
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
             wanted = RECORDS_OF[name]
-            if name == "examples" and isinstance(config, Classifier):
+            if name == "examples" and reads_solutions(config):
                 wanted = ClassifierExample
             read_parts(value, wanted)
-        elif name == "examples" and isinstance(config, Judge | Rationalize):
-            load_judge_examples(value, on_malformed=config.on_malformed)
-        elif name == "examples" and isinstance(config, Classifier):
-            load_classifier_examples(value, on_malformed=config.on_malformed)
+        elif name == "examples" and isinstance(config, Judge | Rationalize | Classifier):
+            load = load_classifier_examples if reads_solutions(config) else load_judge_examples
+            load(value, on_malformed=config.on_malformed)
         elif name == "items" and isinstance(config, Evaluate | Classify):
             load_processbench(value, split=config.split, on_malformed=config.on_malformed)
         elif name == "exclude":

@@ -102,7 +102,7 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Annotate):
         # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
-        per_wave = (config.trajectories_per_block, config.num_rollouts)
+        per_wave = (config.trajectories_per_block, config.most_rollouts)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
         temperature = config.vote_temperature if config.votes else 0.0
@@ -430,7 +430,7 @@ def _of_sampling(
     B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
     state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
-    at_once = engine.read_at_once(P, slots)
+    at_once = min(P, engine.read_at_once(slots))
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
     )

@@ -290,12 +290,13 @@ class Transformer(nnx.Module):
             setattr(model, name, jax.tree.map(lambda x: x.astype(dtype), getattr(self, name)))
         return model
 
-    def read(self, tokens_BT: jax.Array) -> KVCache:
-        """Keys and values of right-padded prompts, a slot for each token. Of a model
+    def read(self, tokens_BT: jax.Array) -> tuple[jax.Array, KVCache]:
+        """(hidden_BTD, keys and values) of right-padded prompts, a slot for each token. Of a model
         `for_decoding`.
 
         As `extend` of an empty cache, with the attention of packed rows: no array grows with T^2
-        where that has none. The last layer computes no more than its keys and values.
+        where that has none. What the caller leaves is not computed: of the last layer, for the
+        cache alone, no more than its keys and values.
         """
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -307,8 +308,8 @@ class Transformer(nnx.Module):
             values.append(v.astype(self.compute_dtype))
             return self.attention.attend(q, k, v, mask)
 
-        self._layers(tokens_BT, positions_BT, attend)
-        return KVCache(tuple(keys), tuple(values), jnp.full((B,), T, jnp.int32))
+        hidden_BTD = self._layers(tokens_BT, positions_BT, attend)
+        return hidden_BTD, KVCache(tuple(keys), tuple(values), jnp.full((B,), T, jnp.int32))
 
     def extend(
         self, tokens_BT: jax.Array, num_tokens_B: jax.Array, cache: KVCache

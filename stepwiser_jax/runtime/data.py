@@ -14,10 +14,11 @@ import grain
 import jax
 import numpy as np
 
-from stepwiser_jax.records import ClassifierExample, SftExample, UserError
+from stepwiser_jax.records import ClassifierExample, Dialogue, SftExample, UserError
 from stepwiser_jax.segments import member
 
 R = TypeVar("R")
+E = TypeVar("E", bound=SftExample | Dialogue)
 
 
 @jax.tree_util.register_dataclass
@@ -79,15 +80,15 @@ class Group:
 
 
 def sft_documents(
-    examples: Sequence[SftExample],
-    render: Callable[[SftExample], tuple[list[int], list[int]]],
+    examples: Sequence[E],
+    render: Callable[[E], tuple[list[int], list[bool]]],
     *,
     max_length: int,
 ) -> tuple[list[dict[str, np.ndarray]], int]:
     """Token ids and loss masks of the examples that fit, and the number of those that do not.
 
-    `render` gives (prompt ids, completion ids); the loss is on the completion. Raises UserError
-    where no example fits, or one has no completion.
+    `render` gives (ids, which of them are learned). Raises UserError where no example fits, or one
+    has nothing to learn.
     """
     return _fitting([_document(example, render) for example in examples], max_length)
 
@@ -162,15 +163,12 @@ def _packed(
 
 
 def _document(
-    example: SftExample, render: Callable[[SftExample], tuple[list[int], list[int]]]
+    example: E, render: Callable[[E], tuple[list[int], list[bool]]]
 ) -> dict[str, np.ndarray]:
-    prompt_ids, completion_ids = render(example)
-    if not completion_ids:
+    ids, learned = render(example)
+    if not any(learned):
         raise UserError(f"{example.example_id} has an empty completion: nothing to learn")
-    return {
-        "tokens": np.array([*prompt_ids, *completion_ids], np.int32),
-        "loss_mask": np.array([0] * len(prompt_ids) + [1] * len(completion_ids), np.int32),
-    }
+    return {"tokens": np.array(ids, np.int32), "loss_mask": np.array(learned, np.int32)}
 
 
 def _packed_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

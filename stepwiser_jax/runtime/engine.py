@@ -47,10 +47,6 @@ from stepwiser_jax.runtime.sampling import (
     shortest_decimals,
 )
 
-READ_TOKENS = 4096
-"""Tokens of trunks that go through the network at once, on each device that rows are split over:
-attention's scores are that many squares of a trunk's length."""
-
 SHARED_BY = 16
 """So many rows of a trunk run at the same time, where it has them and other trunks wait: enough for
 its reading to cost little, few enough for a place not to wait long for its last rows."""
@@ -166,10 +162,6 @@ class Engine(Sampler):
         of_mesh = None if self.mesh is None else self.mesh.devices.flat[0].platform
         on_cpu = (of_mesh or jax.default_backend()) == "cpu"
         return jnp.dtype("float32") if on_cpu else self.model.compute_dtype
-
-    def read_at_once(self, places: int, slots: int) -> int:
-        """How many trunks of a bucket go through the network at once."""
-        return min(places, self.shards * max(1, READ_TOKENS // slots))
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
@@ -316,7 +308,7 @@ class _Run:
             trunk = self.waiting_trunks.popleft()
             self.trunk_at[p], self.waiting[p] = trunk, deque(trunk.forks)
             fresh.append(p)
-        at_once = self.engine.read_at_once(self.places, self.slots)
+        at_once = min(self.places, self.engine.read_at_once(self.slots))
         while fresh:
             count = at_once if 2 * len(fresh) > at_once else self.engine.shards
             self._read(fresh[:count], count)
@@ -459,10 +451,9 @@ def empty_state(
 def read_trunks(
     model: Transformer, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
 ) -> EngineState:
+    _, cache = model.read(tokens_QT)
     stored = jax.tree.map(
-        lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"),
-        state.prefix.cache,
-        model.read(tokens_QT),
+        lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"), state.prefix.cache, cache
     )
     return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
 

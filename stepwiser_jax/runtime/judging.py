@@ -162,13 +162,21 @@ class ChunkJudge:
         ]
 
     def sample(
-        self, solutions: Sequence[Solution], temperature: float, suffixes: Sequence[str]
+        self,
+        solutions: Sequence[Solution],
+        temperature: float,
+        suffixes: Sequence[str],
+        *,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> list[list[list[Opinion]]]:
         """Of every solution, for each of `suffixes`, which tell the draws of one chunk apart: one
         judgment of every chunk."""
         asked = [(s, j) for s, x in enumerate(solutions) for j in range(x.start, len(x.chunks))]
         params = SamplingParams(
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.loaded.tokenizer.eos_ids,
         )

@@ -28,7 +28,7 @@ from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.compilation import compiling
-from stepwiser_jax.runtime.mesh import batch_shards, shard_batch
+from stepwiser_jax.runtime.mesh import batch_shards, fetch, shard_batch
 from stepwiser_jax.runtime.sampling import (
     SampleOutput,
     SamplingParams,
@@ -40,6 +40,10 @@ from stepwiser_jax.runtime.sampling import (
     find_stops,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer
+
+READ_TOKENS = 4096
+"""Tokens that go through the network at once where prompts are read, on each device that rows are
+split over: attention's scores are that many squares of a prompt's length."""
 
 
 @jax.tree_util.register_dataclass
@@ -158,6 +162,32 @@ class Sampler:
         output, _ = self.decode(state, params, key=key, row_ids=[row_ids[b] for b in batch])
         return output
 
+    # --- one token ------------------------------------------------------------------------------
+
+    def log_odds(self, prompts_P: Sequence[Sequence[int]], pair: tuple[int, int]) -> np.ndarray:
+        """log P(pair[0]) - log P(pair[1]) of the token behind every prompt, float32 (P,): what a
+        verdict is worth that is one of two words. Raises UserError for a prompt that is empty or
+        exceeds the context."""
+        log_odds_P = np.zeros((len(prompts_P),), np.float32)
+        of_bucket: dict[int, list[int]] = {}
+        for p, prompt in enumerate(prompts_P):
+            self.check_length(len(prompt), 0, f"prompt {p}")
+            of_bucket.setdefault(self.shapes.bucket(len(prompt)), []).append(p)
+        for slots, group in sorted(of_bucket.items()):
+            rows = self.read_at_once(slots)
+            for start in range(0, len(group), rows):
+                batch = group[start : start + rows]
+                tokens_BT = np.zeros((rows, slots), np.int32)
+                last_B = np.zeros((rows,), np.int32)
+                for row, p in enumerate(batch):
+                    tokens_BT[row, : len(prompts_P[p])] = prompts_P[p]
+                    last_B[row] = len(prompts_P[p]) - 1
+                with self.running(f"log-odds {rows}x{slots}"):
+                    placed = self.place_rows((tokens_BT, last_B))
+                    found_B = fetch(_log_odds(self.model, *placed, pair=pair))
+                log_odds_P[batch] = found_B[: len(batch)]
+        return log_odds_P
+
     # --- rows that go on ------------------------------------------------------------------------
 
     def prefill(self, prompts_P: Sequence[Sequence[int]], slots: int) -> SamplerState:
@@ -226,12 +256,27 @@ class Sampler:
         """Over how many devices rows are split."""
         return 1 if self.mesh is None else batch_shards(self.mesh)
 
+    def read_at_once(self, slots: int) -> int:
+        """How many prompts of a bucket go through the network at once."""
+        return self.shards * max(1, READ_TOKENS // slots)
+
     def place_rows(self, arrays: Any) -> Any:
         """Arrays with a leading axis of rows, onto the mesh."""
         return arrays if self.mesh is None else shard_batch(arrays, self.mesh)
 
 
 # --- device programs ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("pair",))
+def _log_odds(
+    model: Transformer, tokens_BT: jax.Array, last_B: jax.Array, *, pair: tuple[int, int]
+) -> jax.Array:
+    """(B,): of the first of two tokens against the second, behind the token at `last_B`."""
+    hidden_BTD, _ = model.read(tokens_BT)
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    logits_B2 = model.pair_logits(hidden_B1D, pair)[:, 0]
+    return logits_B2[:, 0] - logits_B2[:, 1]
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))

@@ -49,10 +49,11 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     if directory.finished:
         return directory.summary()
     compilation.start(config.compilation_cache)
-    trajectories, dropped = select_trajectories(config, read_records(config.rollouts, Trajectory))
+    sampled = read_records(config.rollouts, Trajectory)
+    trajectories, dropped = select_trajectories(config, sampled)
     work = blocks(trajectories, config.trajectories_per_block)
     work = directory.pending(work, PrefixValue, prefix_ids)
-    measured = annotate_blocks(config, directory, trajectories, work) if work else {}
+    measured = annotate_blocks(config, directory, trajectories, work, sampled) if work else {}
     writer = directory.writer(PrefixValue)
     counts = {"trajectories": len(trajectories), "dropped": dropped}
     return directory.finish(lambda: counts | summarize(trajectories, writer.read()) | measured)
@@ -63,9 +64,12 @@ def annotate_blocks(
     directory: RunDirectory,
     trajectories: Sequence[Trajectory],
     work: Sequence[Sequence[Trajectory]],
+    sampled: Sequence[Trajectory],
 ) -> dict[str, Any]:
     """Values of the prefixes of these blocks, written; returns what was measured. Checks all
-    trajectories first: every worker must refuse what one would."""
+    trajectories first: every worker must refuse what one would. `sampled` are all trajectories of
+    the problems."""
+    rollouts_of = rollouts_by_problem(config, sampled)
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
@@ -89,16 +93,18 @@ def annotate_blocks(
             return verifier.verify(list(zip(answers, references, strict=True)))
 
         for block in work:
-            values = estimate_prefix_values(
-                engine,
-                block,
-                is_correct,
-                num_rollouts=config.num_rollouts,
-                adaptive=config.adaptive,
-                params=params,
-                key=jax.random.key(config.seed),
-                policy_id=loaded.model_id,
-            )
+            values = []
+            for num_rollouts in sorted({rollouts_of[t.problem_id] for t in block}):
+                values += estimate_prefix_values(
+                    engine,
+                    [t for t in block if rollouts_of[t.problem_id] == num_rollouts],
+                    is_correct,
+                    num_rollouts=num_rollouts,
+                    adaptive=config.adaptive,
+                    params=params,
+                    key=jax.random.key(config.seed),
+                    policy_id=loaded.model_id,
+                )
             writer.append(values)
             annotated += len(values)
             advance(1)
@@ -149,6 +155,14 @@ def select_trajectories(
             "larger group_size in rollout, or set drop_uniform_problems to false"
         )
     return kept[: config.limit], dropped
+
+
+def rollouts_by_problem(config: Annotate, trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """M of every problem, by the share of its trajectories that are right."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for trajectory in trajectories:
+        right[trajectory.problem_id].append(trajectory.is_correct)
+    return {problem: config.rollouts_at(sum(r) / len(r)) for problem, r in right.items()}
 
 
 def check_trajectories(

@@ -6,6 +6,10 @@ Both ways to split the items are scored: the official one (has the item an error
 final answer, which the paper's numbers follow. Every step is judged, not only those up to the first
 rejection, so that the steps of all items run together and per-step rates can be reported.
 
+With `genprm` a path of judgments is a conversation about the item (`runtime/genprm.py`); a step is
+wrong whose P(right), or its mean over the sampled paths, is below a threshold. A step without a
+verdict has 1/2.
+
 Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
 `<item>/<step>/vote<k>` the sampled ones.
 """
@@ -20,14 +24,15 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.processbench import majority_verdict, score_by_subset
+from stepwiser_jax.algo.processbench import majority_verdict, score_by_subset, verdicts_at
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.genprm import GenPrmJudge
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judging import ChunkJudge, Solution, judgment_of
-from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
@@ -74,14 +79,7 @@ def judge_blocks(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    judge = ChunkJudge(
-        loaded,
-        engine,
-        name="evaluate",
-        prompt_style=config.prompt_style,
-        max_new_tokens=config.max_new_tokens,
-        key=jax.random.key(config.seed),
-    )
+    judge = make_judge(config, loaded, engine)
     judge.check_lengths([Solution.of_item(item) for item in items])
     writer = directory.writer(Judgment)
     start, judged = time.perf_counter(), 0
@@ -94,8 +92,21 @@ def judge_blocks(
             stop.check()
     return {
         "seconds_per_judgment": per_item(time.perf_counter() - start, judged),
+        "tokens_per_judgment": per_item(engine.sampled_tokens, judged),
         "compiled": engine.compiled_shapes,
+    } | (judge.writer.measured if isinstance(judge, GenPrmJudge) else {})
+
+
+def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> ChunkJudge | GenPrmJudge:
+    settings: dict[str, Any] = {
+        "name": "evaluate",
+        "prompt_style": config.prompt_style,
+        "max_new_tokens": config.max_new_tokens,
+        "key": jax.random.key(config.seed),
     }
+    if config.genprm is not None:
+        return GenPrmJudge(loaded, engine, genprm=config.genprm, **settings)
+    return ChunkJudge(loaded, engine, **settings)
 
 
 def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[str]:
@@ -104,17 +115,20 @@ def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[st
 
 
 def judge_block(
-    config: Evaluate, judge: ChunkJudge, block: Sequence[ProcessBenchItem]
+    config: Evaluate, judge: ChunkJudge | GenPrmJudge, block: Sequence[ProcessBenchItem]
 ) -> list[Judgment]:
     """Judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
-    passes = [(0.0, [""])]
+    passes = [([""], judge.sample(solutions, 0.0, [""]))]
     if config.votes:
-        passes.append((config.vote_temperature, [f"/vote{k}" for k in range(config.votes)]))
+        suffixes = [f"/vote{k}" for k in range(config.votes)]
+        truncation: dict[str, Any] = {"top_k": config.vote_top_k, "top_p": config.vote_top_p}
+        sampled = judge.sample(solutions, config.vote_temperature, suffixes, **truncation)
+        passes.append((suffixes, sampled))
     return [
         judgment_of(item, step, opinion, judge.loaded.model_id, suffix)
-        for temperature, suffixes in passes
-        for item, found in zip(block, judge.sample(solutions, temperature, suffixes), strict=True)
+        for suffixes, found_of in passes
+        for item, found in zip(block, found_of, strict=True)
         for suffix, opinions in zip(suffixes, found, strict=True)
         for step, opinion in enumerate(opinions)
     ]
@@ -126,22 +140,25 @@ def judge_block(
 def summarize(
     config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
-    """Scores of the greedy judge and, with votes, of the majority; fractions between 0 and 1."""
+    """Scores of the greedy judge and, with votes, of all of these; fractions between 0 and 1."""
 
-    def greedy(item: ProcessBenchItem, step: int) -> Verdict:
-        return judgments[f"{item.item_id}/{step}"].verdict
+    def together(item: ProcessBenchItem, step: int, suffixes: Sequence[str]) -> Verdict:
+        votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
+        verdict = majority_verdict([vote.verdict for vote in votes])
+        if config.genprm is None or verdict is Verdict.UNPARSED:
+            return verdict
+        mean = sum(vote.p_positive for vote in votes) / len(votes)
+        return verdicts_at(config.genprm.threshold, [mean])[0]
 
-    def majority(item: ProcessBenchItem, step: int) -> Verdict:
-        votes = range(config.votes)
-        return majority_verdict(
-            [judgments[f"{item.item_id}/{step}/vote{k}"].verdict for k in votes]
-        )
-
-    voters = {"greedy": greedy} | ({f"majority_{config.votes}": majority} if config.votes else {})
-    summary: dict[str, Any] = {"items": len(items), "unparsed_as": config.unparsed_as}
-    for name, verdict_of in voters.items():
-        verdicts = [[verdict_of(item, s) for s in range(len(item.steps))] for item in items]
-        summary[name] = score_by_subset(
-            items, verdicts, seed=config.seed, unparsed_as=config.unparsed_as
-        )
+    voters = {"greedy": [""]}
+    if config.votes:
+        name = "majority" if config.genprm is None else "mean"
+        voters[f"{name}_{config.votes}"] = [f"/vote{k}" for k in range(config.votes)]
+    unparsed_as = config.unparsed_as
+    if config.genprm is not None:  # a step without a verdict has 1/2
+        unparsed_as = "negative" if config.genprm.threshold > 0.5 else "positive"
+    summary: dict[str, Any] = {"items": len(items), "unparsed_as": unparsed_as}
+    for name, suffixes in voters.items():
+        verdicts = [[together(item, s, suffixes) for s in range(len(item.steps))] for item in items]
+        summary[name] = score_by_subset(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
     return summary

@@ -88,7 +88,10 @@ def label_trajectories(
     of_trajectory: dict[str, dict[int, PrefixValue]] = defaultdict(dict)
     for value in values:
         of_trajectory[value.trajectory_id][value.num_chunks] = value
-    table = LabelTable(config.rule, values[0].max_rollouts, **config.parameters)
+    tables = {
+        num_rollouts: LabelTable(config.rule, num_rollouts, **config.parameters)
+        for num_rollouts in {value.max_rollouts for value in values}
+    }
     labels, no_label = [], 0
     for trajectory_id, by_chunks in of_trajectory.items():
         if sorted(by_chunks) != list(range(len(by_chunks))):
@@ -98,7 +101,7 @@ def label_trajectories(
             )
         for j in range(len(by_chunks) - 1):
             v, q = by_chunks[j], by_chunks[j + 1]
-            positive = table.likeliest(q.counts, v.counts)
+            positive = tables[v.max_rollouts].likeliest(q.counts, v.counts)
             if positive is None:
                 no_label += 1
             else:

@@ -8,8 +8,13 @@ in GRPO, sampled once from the judge that GRPO starts from.
 Where the paper is silent: every kept judgment of a chunk is learned, those of equal text once; the
 larger class of labels is down-sampled again, since a judge finds one of them easier (`balance`).
 
+With `genprm`, critiques of whole solutions (arXiv 2504.00891; `text/genprm.py`):
+
+    labelled solution -> `samples` critiques, their code run on the way -> those that agree with all
+                                                                      labels -> dialogues for `sft`
+
 Reads `examples` and the judge that writes. Writes rationales, all of them with what became of them,
-and of those that are kept the examples.
+and of those that are kept the examples, or the dialogues.
 """
 
 from __future__ import annotations
@@ -24,19 +29,39 @@ import jax
 
 from stepwiser_jax.algo.labels import balanced
 from stepwiser_jax.config import Rationalize
-from stepwiser_jax.records import JudgeExample, Rationale, SftExample, UserError
+from stepwiser_jax.records import (
+    ClassifierExample,
+    Dialogue,
+    JudgeExample,
+    Rationale,
+    SftExample,
+    UserError,
+)
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.loading import load_for_decoding
+from stepwiser_jax.runtime.judging import Solution
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
-from stepwiser_jax.text.datasets import load_judge_examples
+from stepwiser_jax.text.datasets import load_classifier_examples, load_judge_examples
+from stepwiser_jax.text.genprm import (
+    FORMS,
+    Critique,
+    critique_outcome,
+    dialogue_of,
+    parse_critique,
+    parse_turns,
+    synthesis_prompt,
+)
 from stepwiser_jax.text.prompts import encode_message, judge_prompt
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+Example = JudgeExample | ClassifierExample
 
 
 def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -49,36 +74,38 @@ def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[
     work = blocks(examples, config.examples_per_block)
     work = directory.pending(work, Rationale, lambda block: rationale_ids(config, block))
     measured = write_blocks(config, directory, examples, work) if work else {}
-    writer, chosen = directory.writer(Rationale), directory.writer(SftExample)
+    writer = directory.writer(Rationale)
+    chosen = directory.writer(SftExample if config.genprm is None else Dialogue)
     hosts.barrier("rationalize: rationales are written")
     if hosts.is_first() and shard == WHOLE:
-        chosen.append(choose(config, writer.read()))
+        chosen.append(to_learn(config, examples, choose(config, writer.read())))
     counts = {"examples": len(examples), "dropped": dropped}
     return directory.finish(
         lambda: counts | summarize(writer.read()) | {"chosen": len(chosen.read())} | measured
     )
 
 
-def load_examples(config: Rationalize) -> tuple[list[JudgeExample], dict[str, int]]:
+def load_examples(config: Rationalize) -> tuple[list[Any], dict[str, int]]:
     """Examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
-    examples = load_judge_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
-    )[: config.limit]
+    load = load_classifier_examples if config.of_solutions else load_judge_examples
+    examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)[
+        : config.limit
+    ]
     if not examples:
         raise UserError(f"expected judge examples in {config.examples}, found none")
     return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
 
 
-def rationale_ids(config: Rationalize, block: Sequence[JudgeExample]) -> list[str]:
-    return [f"{example.example_id}/{k}" for example in block for k in range(config.samples)]
+def rationale_ids(config: Rationalize, block: Sequence[Example]) -> list[str]:
+    return [f"{example.record_id}/{k}" for example in block for k in range(config.samples)]
 
 
 def write_blocks(
     config: Rationalize,
     directory: RunDirectory,
-    examples: Sequence[JudgeExample],
-    work: Sequence[Sequence[JudgeExample]],
+    examples: Sequence[Any],
+    work: Sequence[Sequence[Any]],
 ) -> dict[str, Any]:
     """Rationales of these blocks, written; returns what was measured. Checks all examples first:
     every worker must refuse what one would."""
@@ -87,7 +114,10 @@ def write_blocks(
         **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    write = JudgmentWriter(config, loaded.tokenizer, engine)
+    if config.genprm is None:
+        write = JudgmentWriter(config, loaded.tokenizer, engine)
+    else:
+        write = CritiqueWriter(config, loaded, engine)
     write.check_lengths(examples)
     writer = directory.writer(Rationale)
     start, written = time.perf_counter(), 0
@@ -100,7 +130,7 @@ def write_blocks(
     return {
         "seconds_per_rationale": per_item(time.perf_counter() - start, written),
         "compiled": engine.compiled_shapes,
-    }
+    } | (write.teacher.writer.measured if isinstance(write, CritiqueWriter) else {})
 
 
 class JudgmentWriter:
@@ -135,29 +165,91 @@ class JudgmentWriter:
         )
         rationales = []
         for p, example in enumerate(block):
-            seen: set[str] = set()
+            written = []
             for b in range(p * self.config.samples, (p + 1) * self.config.samples):
                 text = completion_text(self.tokenizer, output.ids(b))
                 finished = output.stop_reason_B[b] != StopReason.LENGTH
                 outcome = judgment_outcome(text, finished, example.is_positive)
-                if outcome is Outcome.KEPT and text in seen:
-                    outcome = Outcome.REPEATED
-                seen.add(text)
-                rationales.append(
-                    Rationale(
-                        ids_B[b],
-                        example.problem_id,
-                        self.prompt(example),
-                        text,
-                        example.is_positive,
-                        outcome.value,
-                    )
-                )
+                written.append((text, outcome))
+            prompt, label = self.prompt(example), example.is_positive
+            rationales += rationales_of(example, prompt, label, written)
         return rationales
 
 
-def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[SftExample]:
-    """The examples that are learned. Raises UserError where there are none."""
+class CritiqueWriter:
+    """Solutions of one block -> `samples` critiques of each, with what becomes of them."""
+
+    def __init__(self, config: Rationalize, loaded: Loaded, engine: Engine):
+        """Raises UserError where code cannot be confined on this machine."""
+        assert config.genprm is not None
+        self.config = config
+        sampling = config.sampling.model_dump()
+        self.params = SamplingParams(**sampling, stop_ids=loaded.tokenizer.eos_ids)
+        settings: dict[str, Any] = {
+            "name": "rationalize",
+            "genprm": config.genprm,
+            "max_new_tokens": config.sampling.max_new_tokens,
+            "key": jax.random.key(config.seed),
+        }
+        if config.genprm.turn_by_turn:
+            settings["prompt_style"] = config.prompt_style
+            self.teacher = GenPrmJudge(loaded, engine, **settings)
+        else:
+            self.teacher = Synthesizer(loaded, engine, **settings)
+
+    def check_lengths(self, examples: Sequence[ClassifierExample]) -> None:
+        self.teacher.check_lengths([solution_of(example) for example in examples])
+
+    def __call__(self, block: Sequence[ClassifierExample]) -> list[Rationale]:
+        solutions = [solution_of(example) for example in block]
+        suffixes = [f"/{k}" for k in range(self.config.samples)]
+        found = self.teacher.critiques(solutions, self.params, suffixes)
+        rationales = []
+        for example, critiques in zip(block, found, strict=True):
+            written = []
+            for text, finished in critiques:
+                critique = critique_of(self.config, example, text)
+                written.append((text, critique_outcome(critique, finished, example)))
+            prompt, label = asked(self.config, example), all(example.is_positive)
+            rationales += rationales_of(example, prompt, label, written)
+        return rationales
+
+
+def asked(config: Rationalize, example: ClassifierExample) -> str:
+    """What the teacher is asked about a solution, or asked first."""
+    if config.genprm is not None and config.genprm.turn_by_turn:
+        return FORMS[config.prompt_style].user_turn(example.question, example.chunks, 0)
+    return synthesis_prompt(example.question, example.chunks)
+
+
+def critique_of(config: Rationalize, example: ClassifierExample, text: str) -> Critique | None:
+    if config.genprm is not None and config.genprm.turn_by_turn:
+        return parse_turns(text, FORMS[config.prompt_style], len(example.chunks))
+    return parse_critique(text, len(example.chunks))
+
+
+def solution_of(example: ClassifierExample) -> Solution:
+    return Solution(example.solution_id, example.question, example.chunks)
+
+
+def rationales_of(
+    example: Example, prompt: str, is_positive: bool, written: Sequence[tuple[str, Outcome]]
+) -> list[Rationale]:
+    """Records of (text, outcome) of all samples of one example; equal texts are kept once."""
+    rationales, seen = [], set()
+    for k, (text, outcome) in enumerate(written):
+        if outcome is Outcome.KEPT and text in seen:
+            outcome = Outcome.REPEATED
+        seen.add(text)
+        name = f"{example.record_id}/{k}"
+        rationales.append(
+            Rationale(name, example.problem_id, prompt, text, is_positive, outcome.value)
+        )
+    return rationales
+
+
+def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[Rationale]:
+    """Those that are learned. Raises UserError where there are none."""
     kept = [r for r in rationales if r.outcome == Outcome.KEPT.value]
     chosen = balanced(kept, config.seed) if config.balance else kept
     if not chosen:
@@ -167,7 +259,24 @@ def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[SftExam
             f"positive and {found[False]} of negative labels. Sample more, let a stronger judge "
             "write, or set balance to false"
         )
-    return [SftExample(r.rationale_id, r.problem_id, r.prompt, r.completion) for r in chosen]
+    return chosen
+
+
+def to_learn(
+    config: Rationalize, examples: Sequence[Any], chosen: Sequence[Rationale]
+) -> list[SftExample] | list[Dialogue]:
+    """What `sft` reads."""
+    if config.genprm is None:
+        return [SftExample(r.rationale_id, r.problem_id, r.prompt, r.completion) for r in chosen]
+    example_of = {id_: e for e in examples for id_ in rationale_ids(config, [e])}
+    dialogues = []
+    for rationale in chosen:
+        example = example_of[rationale.rationale_id]
+        critique = critique_of(config, example, rationale.completion)
+        assert critique is not None, f"{rationale.rationale_id} was kept"
+        form = FORMS[config.prompt_style]
+        dialogues.append(dialogue_of(rationale.rationale_id, example, critique, form))
+    return dialogues
 
 
 def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """Supervised fine-tuning (StepWiser 3.1): a policy learns to cut its thought into chunks, or a
-judge learns the form of a judgment before GRPO.
+judge learns the form of a judgment before GRPO, or GenPRM's and all that it knows.
 
-    SftExample -> prompt ids + completion ids -> packed TokenBatch -> masked cross-entropy -> AdamW
+    SftExample | Dialogue -> ids, which are learned -> packed TokenBatch -> masked cross-entropy
+                                                                                         -> AdamW
+Learned are completions, and of dialogues what the assistant says, with the end tokens. What its
+code printed is read and not learned: at inference the interpreter writes it. (GenPRM's paper does
+not say.)
 
 Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face directory).
 """
@@ -20,6 +24,7 @@ from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.records import (
     KIND,
+    Dialogue,
     Segmentation,
     Selection,
     SftExample,
@@ -35,7 +40,7 @@ from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
 from stepwiser_jax.runtime.training_run import TrainingRun
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.prompts import PromptStyle, encode_message, solve_prompt
+from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
 from stepwiser_jax.text.segmentation import tagged
 from stepwiser_jax.text.tokenizer import Tokenizer
 
@@ -109,9 +114,9 @@ def sft_loss(
     )
 
 
-def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
-    """Demonstrations from a file, of a `segment` or `select` run, or of the embedded task. Raises
-    UserError for an empty set."""
+def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
+    """Demonstrations from a file, of a `segment`, `select` or `rationalize` run, or of the embedded
+    task. Raises UserError for an empty set."""
     if not data.source.startswith("arithmetic-"):
         examples = read_examples(data.source, style)
         if not examples:
@@ -119,12 +124,13 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
         return examples[: data.count]
     if data.count is None:
         raise UserError(f"data.count must say how many examples of {data.source} to generate")
-    makers: dict[str, Callable[..., list[SftExample]]] = {
+    makers: dict[str, Callable[..., list[SftExample] | list[Dialogue]]] = {
         "arithmetic-policy": arithmetic.policy_demonstrations,
         "arithmetic-untagged": arithmetic.untagged_demonstrations,
         "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
         "arithmetic-judge": arithmetic.judge_demonstrations,
         "arithmetic-verdicts": arithmetic.verdict_demonstrations,
+        "arithmetic-genprm": arithmetic.genprm_demonstrations,
     }
     if data.source not in makers:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
@@ -132,9 +138,12 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample]:
     return makers[data.source](problems, data.seed)
 
 
-def read_examples(source: str, style: PromptStyle) -> list[SftExample]:
-    """SftExample records; of a `segment` run each solution that was cut, of a `select` run each
-    response that was selected, behind the question in the words in which `rollout` asks it."""
+def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
+    """SftExample or Dialogue records; of a `segment` run each solution that was cut, of a `select`
+    run each response that was selected, behind the question in the words in which `rollout` asks
+    it."""
+    if holds_dialogues(source):
+        return read_records(source, Dialogue)
     kinds = read_manifest(source)["records"] if Path(source).is_dir() else {}
     if KIND[Selection] in kinds:
         return [
@@ -160,9 +169,33 @@ def read_examples(source: str, style: PromptStyle) -> list[SftExample]:
     ]
 
 
+def holds_dialogues(source: str) -> bool:
+    """Of a finished run by its manifest, of a file by its first line."""
+    path = Path(source)
+    if path.is_dir():
+        return KIND[Dialogue] in read_manifest(path)["records"]
+    if not path.is_file():
+        return False
+    with open(path, "rb") as lines:
+        return b'"roles":' in lines.readline()
+
+
 def render(
-    example: SftExample, tokenizer: Tokenizer, style: PromptStyle
-) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids with the end token): the loss is on the completion."""
-    prompt_ids = encode_message(tokenizer, example.prompt, style)
-    return prompt_ids, [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]
+    example: SftExample | Dialogue, tokenizer: Tokenizer, style: PromptStyle
+) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are learned), the end token last. Raises UserError for a dialogue that
+    cannot be rendered, or that does not end with what the assistant says."""
+    if isinstance(example, SftExample):
+        ids = encode_message(tokenizer, example.prompt, style)
+        completion = [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]
+        return [*ids, *completion], [False] * len(ids) + [True] * len(completion)
+    try:
+        ids, learned = encode_dialogue(tokenizer, example.roles, example.texts, style)
+    except UserError as error:
+        raise UserError(f"{example.example_id}: {error}") from None
+    if example.roles[-1] != "assistant":
+        raise UserError(
+            f"{example.example_id}: expected a conversation that ends with the assistant, found "
+            f"{example.roles[-1]!r} last"
+        )
+    return [*ids, tokenizer.eos_ids[0]], [*learned, True]

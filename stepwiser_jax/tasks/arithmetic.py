@@ -36,8 +36,9 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.records import Problem, ProcessBenchItem, SftExample, UserError
+from stepwiser_jax.records import Dialogue, Problem, ProcessBenchItem, SftExample, UserError
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
+from stepwiser_jax.text.genprm import BARE
 from stepwiser_jax.text.prompts import bare_judge_prompt, segment_prompt
 
 SUBSET = "arithmetic"
@@ -333,23 +334,34 @@ def processbench_item(
 # --- the judge's cold start ---------------------------------------------------------------------
 
 
-def judge_demonstrations(
-    problems: Sequence[Problem],
-    seed: int,
+def demonstrate_judgment(
+    question: str,
+    chunks: Sequence[str],
+    teacher: Teacher,
+    rng: np.random.Generator,
     *,
     full: float = 0.40,
     partial: float = 0.45,
     flip: float = 0.1,
     error_scale: float = 0.4,
-    wrong_share: float = 0.5,
+) -> str:
+    """What the judge's teacher says of the last chunk.
+
+    With probability `full` it recomputes every line, with `partial` the last line only, else it
+    glances and says Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of
+    verdicts turned round. `error_scale`: how much of the policy teacher's misbelief it shares.
+    """
+    mode = rng.choice(["full", "partial", "glance"], p=[full, partial, 1 - full - partial])
+    analysis, positive = judge_chunk(question, chunks, mode, teacher, rng, error_scale)
+    verdict = "Positive" if positive != (rng.random() < flip) else "Negative"
+    return f"{analysis} \\boxed{{ {verdict} }}"
+
+
+def judge_demonstrations(
+    problems: Sequence[Problem], seed: int, *, wrong_share: float = 0.5
 ) -> list[SftExample]:
     """One judgment per problem, of a random chunk of an imperfect solution; where the solution has
-    a wrong chunk, with probability `wrong_share` of one of those.
-
-    A share `full` recomputes every line, `partial` the last line only, the rest glances and says
-    Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of verdicts turned round.
-    `error_scale`: how much of the policy teacher's misbelief the judge's teacher shares.
-    """
+    a wrong chunk, with probability `wrong_share` of one of those."""
     teacher, rng = Teacher(seed), np.random.default_rng((seed, 3))
     examples = []
     for problem in problems:
@@ -358,18 +370,14 @@ def judge_demonstrations(
         chosen = int(rng.integers(len(chunks)))
         if wrong and rng.random() < wrong_share:
             chosen = int(rng.choice(wrong))
-        mode = rng.choice(["full", "partial", "glance"], p=[full, partial, 1 - full - partial])
-        analysis, positive = judge_chunk(
-            problem.question, chunks[: chosen + 1], mode, teacher, rng, error_scale
-        )
-        verdict = "Positive" if positive != (rng.random() < flip) else "Negative"
+        judgment = demonstrate_judgment(problem.question, chunks[: chosen + 1], teacher, rng)
         history = " ".join(chunks[:chosen])
         examples.append(
             SftExample(
                 example_id=f"{problem.problem_id}/judgment",
                 problem_id=problem.problem_id,
                 prompt=bare_judge_prompt(problem.question, history, chunks[chosen]),
-                completion=f"{analysis} \\boxed{{ {verdict} }}",
+                completion=judgment,
             )
         )
     return examples
@@ -383,6 +391,23 @@ def verdict_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftEx
         )
         for example in judge_demonstrations(problems, seed)
     ]
+
+
+def genprm_demonstrations(problems: Sequence[Problem], seed: int) -> list[Dialogue]:
+    """One conversation per problem, in GenPRM's form: a judgment of every chunk of an imperfect
+    solution in its turn."""
+    teacher, rng = Teacher(seed), np.random.default_rng((seed, 5))
+    dialogues = []
+    for problem in problems:
+        chunks = demonstrate(problem.question, teacher, rng)
+        roles, texts = [], []
+        for t in range(len(chunks)):
+            judgment = demonstrate_judgment(problem.question, chunks[: t + 1], teacher, rng)
+            roles += ["user", "assistant"]
+            texts += [BARE.user_turn(problem.question, chunks, t), judgment]
+        name = f"{problem.problem_id}/dialogue"
+        dialogues.append(Dialogue(name, problem.problem_id, tuple(roles), tuple(texts)))
+    return dialogues
 
 
 def judge_chunk(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
 from stepwiser_jax.records import UserError, Verdict
@@ -202,6 +203,61 @@ def encode_solution(
         places.append(len(read))
         ids = [*read, plus if sign else minus]
     return ids, places
+
+
+SAYS = ("system", "user", "assistant", "output")
+"""Roles of a `Dialogue`; the last two are of the assistant's turns."""
+
+
+def encode_dialogue(
+    tokenizer: Tokenizer, roles: Sequence[str], texts: Sequence[str], style: JudgePromptStyle
+) -> tuple[list[int], list[bool]]:
+    """A conversation (`records.Dialogue`) up to and including its last text, and which of its ids
+    are learned: what the assistant says, and the end tokens between its turns.
+
+    Every text is encoded by itself, exactly as it stands, and what stands between turns is taken
+    from the chat template: so the tokens of a turn do not depend on what follows. Bare, the texts
+    follow one another, with an end token behind a turn of the assistant's.
+
+    Raises UserError for roles in no such order, or where the template does not keep the beginning
+    of a conversation when it goes on.
+    """
+    if not roles or not set(roles) <= set(SAYS) or roles[0] in SAYS[2:]:
+        raise UserError(
+            f"expected a conversation of {', '.join(SAYS)}, which one of the first two begins, "
+            f"found {list(roles)}"
+        )
+    ids: list[int] = []
+    learned: list[bool] = []
+    messages: list[dict[str, str]] = []  # with a + in the place of the assistant's turns
+    rendered: list[int] = []
+    parts = zip(roles, texts, strict=True)
+    for in_turn, group in groupby(parts, lambda part: part[0] in SAYS[2:]):
+        if in_turn:
+            for role, text in group:
+                new = tokenizer.encode(text)
+                ids += new
+                learned += [role == "assistant"] * len(new)
+            continue
+        if style != "bare":
+            messages += [{"role": role, "content": text} for role, text in group]
+            read = tokenizer.render_chat(messages)
+            if read[: len(rendered)] != rendered:
+                raise UserError(
+                    "the chat template does not keep the beginning of a conversation when it goes "
+                    "on: set prompt_style to 'bare', or use another model's tokenizer"
+                )
+            new = read[len(rendered) :]
+            messages.append({"role": "assistant", "content": "+"})
+            rendered = read + tokenizer.encode("+")
+        else:
+            text = " ".join(text for _, text in group)
+            new = encode_message(tokenizer, text, style)
+            if ids:
+                new = [tokenizer.eos_ids[0], *tokenizer.encode(text)]
+        learned += [bool(ids) and new[0] in tokenizer.eos_ids] + [False] * (len(new) - 1)
+        ids += new
+    return ids, learned
 
 
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")

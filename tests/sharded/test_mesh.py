@@ -244,12 +244,13 @@ def sample(checkpoint, sampler_class, sizes):
     sampler = sampler_class(model, rows=(64, 128), buckets=(16,), mesh=mesh)
     params = SamplingParams(8, stop_ids=(1, 2, 3, 4, 5))
     key = jax.random.key(0)
-    return mesh, model, sampler.generate(PROMPTS, params, key=key, row_ids=ROW_IDS, group_size=8)
+    found = sampler.generate(PROMPTS, params, key=key, row_ids=ROW_IDS, group_size=8)
+    return mesh, model, found, sampler.log_odds(PROMPTS, (5, 3))
 
 
 @functools.cache
 def sampled_on_one_device(checkpoint):
-    return sample(checkpoint, Sampler, (1, 1, 1))[2]
+    return sample(checkpoint, Sampler, (1, 1, 1))[2:]
 
 
 @one_family
@@ -261,8 +262,9 @@ def sampled_on_one_device(checkpoint):
 def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
     """The noise is the same: only a row whose uniform lies within rounding of a token's edge may
     differ. Log-probs are those of the same model reading the row."""
-    one = sampled_on_one_device(checkpoint)
-    mesh, model, many = sample(checkpoint, sampler_class, sizes)
+    one, log_odds_of_one_P = sampled_on_one_device(checkpoint)
+    mesh, model, many, log_odds_P = sample(checkpoint, sampler_class, sizes)
+    np.testing.assert_allclose(log_odds_P, log_odds_of_one_P, atol=1e-4)
     same = [b for b in range(len(ROW_IDS)) if one.ids(b) == many.ids(b)]
     assert len(same) >= 0.99 * len(ROW_IDS)
     for b in same:

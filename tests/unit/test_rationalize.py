@@ -4,7 +4,7 @@ import pytest
 
 from stepwiser_jax.records import Rationale, UserError
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages.rationalize import choose, summarize
+from stepwiser_jax.stages.rationalize import choose, summarize, to_learn
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 
 
@@ -40,10 +40,13 @@ def config(request, *sets):
 def test_what_is_learned_is_kept_and_balanced(request):
     written = rationales((True, "kept", 7), (False, "kept", 3), (False, "disagrees", 5))
     everything = choose(config(request), written)
-    assert [e.example_id for e in everything] == [r.rationale_id for r in written[:10]]
-    assert {(e.prompt, e.problem_id) for e in everything} == {("asked", "p")}
+    assert everything == written[:10]
+    learned = to_learn(config(request), [], everything)
+    assert [e.example_id for e in learned] == [r.rationale_id for r in everything]
+    assert [e.completion for e in learned] == [r.completion for r in everything]
+    assert {(e.prompt, e.problem_id) for e in learned} == {("asked", "p")}
     chosen = choose(config(request, "balance=true"), written)
-    of_class = [e.example_id.startswith("True") for e in chosen]
+    of_class = [rationale.is_positive for rationale in chosen]
     assert (sum(of_class), len(of_class)) == (3, 6)
     assert choose(config(request, "balance=true"), written) == chosen
     assert summarize(written)["rationales"] == {

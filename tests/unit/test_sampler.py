@@ -87,6 +87,26 @@ def test_greedy_is_the_argmax_of_the_full_forward(tiny_model):
         assert out.ids(b) == best[b, len(prompt) - 1 : len(prompt) + 7].tolist()
 
 
+@pytest.mark.parametrize("sampler_class", [Sampler, Engine])
+def test_log_odds_are_those_of_the_full_forward(tiny_model, sampler_class):
+    """Of prompts of several lengths, buckets and batches, each in its place."""
+    lengths = [1, 7, 16, 31, 3, 32, 8, *[5] * 300]
+    prompts = [[(3 * p + t) % 60 + 1 for t in range(n)] for p, n in enumerate(lengths)]
+    sampler = sampler_class(tiny_model, rows=(8,), buckets=(16, 32))
+    found_P = sampler.log_odds(prompts, (11, 3))
+    rows = np.zeros((len(prompts), 32), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    logits_BTV = np.asarray(jax.nn.log_softmax(tiny_model(rows)))
+    last_B = logits_BTV[np.arange(len(rows)), np.array(lengths) - 1]
+    np.testing.assert_allclose(found_P, last_B[:, 11] - last_B[:, 3], atol=1e-4)
+    assert len(sampler.compiled_shapes) == 2
+    with pytest.raises(UserError, match="prompt 1: expected a prompt of at least one token"):
+        sampler.log_odds([[5], []], (11, 3))
+    with pytest.raises(UserError, match="prompt 0: prompt of 33 tokens"):
+        sampler.log_odds([[5] * 33], (11, 3))
+
+
 def test_rewound_row_equals_a_fresh_one(tiny_model):
     """Reject and resample: after the rewind a row is as if the rejected tokens had never been."""
     sampler = make(tiny_model, rows=(4,))

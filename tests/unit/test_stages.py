@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.config import AdaptiveRollouts
+from stepwiser_jax.config import AdaptiveRollouts, Label
 from stepwiser_jax.records import (
     JudgeExample,
+    PrefixValue,
     Problem,
     Trajectory,
     UserError,
@@ -24,7 +25,12 @@ from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, rollout
-from stepwiser_jax.stages.annotate import check_trajectories, estimate_prefix_values
+from stepwiser_jax.stages.annotate import (
+    check_trajectories,
+    estimate_prefix_values,
+    rollouts_by_problem,
+)
+from stepwiser_jax.stages.label import label_trajectories
 from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
@@ -146,6 +152,44 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
     adaptive, some_rollouts = label(AdaptiveRollouts(rule=rule))
     assert adaptive == fixed
     assert some_rollouts < all_rollouts == 2 * 5 * 12
+
+
+def outcomes(problem, right, count):
+    """Trajectories of a problem, the first `right` of them right."""
+    return [
+        Trajectory(f"{problem}#{i}", problem, "", (1,), (2, 3), (0.0,) * 2, (1, 2), "", i < right)
+        for i in range(count)
+    ]
+
+
+def test_rollouts_by_pass_rate(request):
+    """GenPRM's K: of all sampled trajectories, whichever of them are annotated."""
+    file = request.config.rootpath / "configs" / "smoke_values.yaml"
+    by_rate = "rollouts_by_pass_rate=[[0.1, 128], [0.9, 64], [1, 32]]"
+    config = load_config("annotate", file, (by_rate,))
+    rates = {"a": 0, "b": 9, "c": 10, "d": 89, "e": 90, "f": 100}
+    sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 100)]
+    found = rollouts_by_problem(config, sampled)
+    assert found == {"a": 128, "b": 128, "c": 64, "d": 64, "e": 32, "f": 32}
+    assert config.most_rollouts == 128
+    assert set(rollouts_by_problem(load_config("annotate", file), sampled).values()) == {4}
+
+
+def test_labels_of_trajectories_that_were_sampled_differently(request):
+    """Each from its own M: what is 2 of 4 for one is 2 of 64 for another."""
+    config = Label(annotations="", rollouts="", tokenizer="", rule="relative_progress")
+    values = [
+        PrefixValue(f"t{M}", j, M, right, M, "")
+        for M in (4, 64)
+        for j, right in enumerate([4, 2 * M // 4, M])
+    ]
+    labels, _ = label_trajectories(config, values)
+    assert [(label.trajectory_id, label.is_positive) for label in labels] == [
+        ("t4", False),
+        ("t4", True),
+        ("t64", True),
+        ("t64", True),
+    ]
 
 
 def test_no_update_is_made_of_nothing(config, tiny_model):

@@ -42,8 +42,9 @@ EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i
 
 
 def render(example):
-    number = int(example.example_id[1:]) + 2
-    return [number] * len(example.prompt), [number] * len(example.completion)
+    number, prompt, completion = int(example.example_id[1:]) + 2, example.prompt, example.completion
+    ids = [number] * len(prompt + completion)
+    return ids, [False] * len(prompt) + [True] * len(completion)
 
 
 def loader(packing, seed=0):
@@ -79,8 +80,7 @@ def test_every_document_is_whole_and_learned_where_it_should(packing):
             for segment in set(segments.tolist()) - {0}:
                 inside = segments == segment
                 (number,) = set(batch.tokens_BT[row][inside].tolist())
-                prompt, completion = render(EXAMPLES[number - 2])
-                expected = [False] * len(prompt) + [True] * len(completion)
+                _, expected = render(EXAMPLES[number - 2])
                 assert batch.loss_mask_BT[row][inside].tolist() == expected
                 assert batch.positions_BT[row][inside].tolist() == list(range(len(expected)))
                 seen.append(number)
@@ -94,7 +94,7 @@ def test_examples_that_cannot_be_learned_are_refused():
     with pytest.raises(UserError, match="no example fits max_length 1"):
         sft_documents(EXAMPLES, render, max_length=1)
     with pytest.raises(UserError, match="e0 has an empty completion"):
-        sft_documents(EXAMPLES, lambda e: ([1], []), max_length=9)
+        sft_documents(EXAMPLES, lambda e: ([1], [False]), max_length=9)
 
 
 def test_example_loader_shows_everything_once_per_epoch_in_new_orders():

@@ -1,0 +1,415 @@
+"""GenPRM: the form of its conversations, which critiques are kept, and code that is run on the
+way."""
+
+import random
+from itertools import product
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.config import GenPrm, GenPrmVerdicts
+from stepwiser_jax.records import ClassifierExample, Dialogue, UserError, Verdict
+from stepwiser_jax.runtime.engine import Completion
+from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
+from stepwiser_jax.runtime.judging import Solution
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.runtime.sandbox import Sandbox
+from stepwiser_jax.stages.sft import render
+from stepwiser_jax.text.genprm import (
+    BARE,
+    CODE_OUTPUT,
+    FORMS,
+    INSTRUCT,
+    SYNTHESIS_OPENING,
+    agrees,
+    code_to_run,
+    critique_outcome,
+    dialogue_of,
+    join_turns,
+    output_text,
+    parse_critique,
+    parse_turns,
+    split_outputs,
+    with_memory,
+)
+from stepwiser_jax.text.prompts import encode_dialogue
+from stepwiser_jax.text.rationales import Outcome
+
+KEY = jax.random.key(0)
+
+
+def example(num_chunks, labels):
+    """`labels`: one for every chunk, None where there is none."""
+    labelled = tuple(t for t, label in enumerate(labels) if label is not None)
+    positive = tuple(labels[t] for t in labelled)
+    chunks = tuple(f"Step {t} of it." for t in range(num_chunks))
+    return ClassifierExample(
+        "s", "p", "How many?", chunks, labelled, positive, tuple(map(float, positive))
+    )
+
+
+# --- critiques ----------------------------------------------------------------------------------
+
+
+def verification(rng):
+    """What stands in <verify>: code with and without output, and text."""
+    parts = []
+    for _ in range(rng.randrange(3)):
+        parts.append(f"```python\nprint({rng.randrange(99)})\n```\n{CODE_OUTPUT}")
+        parts.append(output_text(rng.choice(["42", "", "two\nlines", "a ``` fence", "`` \\d"])))
+        parts.append(rng.choice(["So it is.\n", "\nNo:\n\nthink again.\n"]))
+    return "".join(parts)
+
+
+def written_in_one_go(sections, boxed):
+    text = "".join(
+        f"### Paragraph {t}\n<analyze>\n{analysis}\n</analyze>\n"
+        + (f"<verify>\n{check}</verify>\n\n" if check else "\n")
+        for t, (analysis, check) in enumerate(sections, 1)
+    )
+    assert text.startswith(SYNTHESIS_OPENING)
+    return f"{text}The first wrong one: \\boxed{{{boxed}}}."
+
+
+def undone(dialogue):
+    """(analysis, verification, verdict) of every assistant's turn, by other means."""
+    text = "".join(
+        f"|{role}|{text}" if role in ("system", "user") else text
+        for role, text in zip(dialogue.roles, dialogue.texts, strict=True)
+    )
+    found = []
+    for turn in text.split("|user|")[1:]:
+        _, _, rest = turn.partition("step by step: ")
+        analysis, _, rest = rest.partition("</analyze>\n")
+        check, _, judged = rest.rpartition("<output>\n")
+        check = check.removeprefix("<verify>\nLet's use python code to find any potential error:\n")
+        found.append((analysis, check.removesuffix("</verify>\n"), judged))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_critique_in_one_go_becomes_the_conversation_that_says_the_same(seed):
+    rng = random.Random(seed)
+    num_chunks = rng.randrange(1, 6)
+    wrong = rng.choice([-1, *range(num_chunks)])
+    count = num_chunks if wrong == -1 else rng.randrange(wrong + 1, num_chunks + 1)
+    sections = [(f"It says {rng.random()}.\nRight?", verification(rng)) for _ in range(count)]
+    text = written_in_one_go(sections, -1 if wrong == -1 else wrong + 1)
+    critique = parse_critique(text, num_chunks)
+    assert critique is not None and critique.first_wrong == wrong
+    of = example(num_chunks, [True] * num_chunks)
+    dialogue = dialogue_of("d", of, critique, INSTRUCT)
+    kept = sections if wrong == -1 else sections[: wrong + 1]
+    words = ["No" if t == wrong else "Yes" for t in range(len(kept))]
+    verdicts = [f"**Judgement**: $\\boxed{{{word}}}$\n</output>\n" for word in words]
+    assert undone(dialogue) == [(*s, v) for s, v in zip(kept, verdicts, strict=True)]
+    asked = [x for r, x in zip(dialogue.roles, dialogue.texts, strict=True) if r == "user"]
+    assert asked == [f"How many?\n{of.chunks[0]}", *of.chunks[1:]][: len(kept)]
+    printed = [x for r, x in zip(dialogue.roles, dialogue.texts, strict=True) if r == "output"]
+    assert len(printed) == sum(check.count(CODE_OUTPUT) for _, check in kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_chunks"),
+    [
+        ("", 1),
+        ("All is right: \\boxed{-1}", 1),
+        (written_in_one_go([("fine", "")], "-1"), 2),  # silent about the second
+        (written_in_one_go([("fine", "")], "2"), 2),
+        (written_in_one_go([("fine", "")], "0"), 1),  # counted from 1
+        (written_in_one_go([("fine", "")], "-2"), 1),
+        (written_in_one_go([("fine", "")] * 3, "3"), 2),
+        (written_in_one_go([("fine", "")], "-1").replace("</analyze>", ""), 1),
+        (written_in_one_go([("is it \\boxed{-1}?", "")], "-1").replace("one: \\boxed", ""), 1),
+        (written_in_one_go([("fine", "")] * 2, "-1").replace("Paragraph 2", "Paragraph 3"), 2),
+    ],
+)
+def test_a_critique_of_another_form_is_none(text, num_chunks):
+    assert parse_critique(text, num_chunks) is None
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_turns_are_parsed_up_to_the_first_wrong_one(form):
+    def turn(word):
+        return f"some\n\n{form.gap}{form.stop}{form.lead}{word}"
+
+    right, wrong, cut = turn(form.verdict(True)), turn(form.verdict(False)), turn("")
+    for verdicts in product([right, wrong, cut], repeat=3):
+        critique = parse_turns(join_turns(verdicts), form, 3)
+        decisive = next((v for v in verdicts if v != right), right)
+        if decisive == cut:
+            assert critique is None
+            continue
+        assert critique is not None
+        covered = verdicts.index(wrong) + 1 if decisive == wrong else 3
+        assert critique.turns == verdicts[:covered]
+        assert critique.first_wrong == (covered - 1 if decisive == wrong else -1)
+    assert parse_turns(right, form, 2) is None
+
+
+def test_consensus_against_an_oracle():
+    """A verdict says of every step whether it is right, up to the first wrong one; a label must say
+    the same, and there must be one of the wrong step."""
+    for labels in product([True, False, None], repeat=4):
+        if labels == (None,) * 4:
+            continue
+        for first_wrong in range(-1, 4):
+            says = [True] * (4 if first_wrong == -1 else first_wrong)
+            says += [] if first_wrong == -1 else [False]
+            expected = first_wrong == -1 or labels[first_wrong] is not None
+            for said, label in zip(says, labels, strict=False):
+                expected = expected and label in (None, said)
+            of = example(4, labels)
+            assert agrees(first_wrong, of) is expected, (labels, first_wrong)
+    text = written_in_one_go([("fine", "")] * 2, "2")
+    critique, of = parse_critique(text, 2), example(2, [True, False])
+    assert critique_outcome(critique, True, of) is Outcome.KEPT
+    assert critique_outcome(critique, False, of) is Outcome.UNFINISHED
+    assert critique_outcome(None, True, of) is Outcome.UNPARSED
+    assert critique_outcome(critique, True, example(2, [True, True])) is Outcome.DISAGREES
+
+
+# --- conversations ------------------------------------------------------------------------------
+
+SAID = [
+    ("system", "You are a teacher."),
+    ("user", "How many?\nStep 1."),
+    ("assistant", "<analyze>\nLet's see: 2</analyze>\n[Code Output]"),
+    ("output", "\n\n```\n2\n```\n"),
+    ("assistant", " Right.\n</output>\n"),
+    ("user", "Step 2."),
+    ("assistant", "Wrong.\n"),
+]
+
+
+@pytest.mark.parametrize("style", ["instruct", "bare"])
+def test_what_the_assistant_says_is_learned_and_nothing_else(bpe_tokenizer, style):
+    roles, texts = zip(*SAID, strict=True)
+    ids, learned = render(Dialogue("d", "p", roles, texts), bpe_tokenizer, style)
+    end = bpe_tokenizer.decode(bpe_tokenizer.eos_ids)
+    told = bpe_tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
+    assert told == f"{texts[2]}{texts[4]}{end}{texts[6]}{end}"
+    whole = bpe_tokenizer.decode(ids)
+    assert "\n\n```\n2\n```\n Right." in whole
+    if style == "instruct":
+        messages = [
+            {"role": "system", "content": texts[0]},
+            {"role": "user", "content": texts[1]},
+            {"role": "assistant", "content": "".join(texts[2:5])},
+            {"role": "user", "content": texts[5]},
+        ]
+        assert whole == bpe_tokenizer.decode(bpe_tokenizer.render_chat(messages)) + texts[6] + end
+    for n in range(2, len(SAID)):
+        if roles[n] != "user" or style == "bare":
+            start, _ = encode_dialogue(bpe_tokenizer, roles[:n], texts[:n], style)
+            assert ids[: len(start)] == start, "inference reads what was learned"
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ((), "found \\[\\]"),
+        (("assistant",), "found \\['assistant'\\]"),
+        (("user", "tool", "assistant"), "'tool'"),
+        (("user", "assistant", "user"), "d: expected a conversation that ends with the assistant"),
+    ],
+)
+def test_no_conversation(bpe_tokenizer, roles, message):
+    with pytest.raises(UserError, match=message):
+        render(Dialogue("d", "p", roles, roles), bpe_tokenizer, "bare")
+
+
+def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
+    hf = bpe_tokenizer._hf
+    monkeypatch.setattr(
+        hf,
+        "chat_template",
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}|{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}",
+    )
+    roles, texts = zip(*SAID[1:], strict=True)
+    with pytest.raises(UserError, match="does not keep the beginning of a conversation"):
+        encode_dialogue(bpe_tokenizer, roles, texts, "instruct")
+
+
+def test_verdicts_are_one_token_each(word_tokenizer, bpe_tokenizer):
+    yes, no = verdict_ids(word_tokenizer, BARE)
+    assert word_tokenizer.decode([yes, no]).split() == ["Positive", "Negative"]
+    with pytest.raises(UserError, match="a verdict is one token, Yes or No"):
+        verdict_ids(bpe_tokenizer, INSTRUCT)
+
+
+# --- code ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    return Sandbox()
+
+
+def test_code_finds_what_earlier_blocks_left_and_nothing_of_what_they_printed(sandbox):
+    earlier = ["x = 20\nprint('unseen')", "y = 1\nraise ValueError\ny = 2", "not python", "exit()"]
+    runs = sandbox.run(
+        [with_memory(earlier, "print(x + y)"), "print(x)", with_memory(earlier, "1 / 0")]
+    )
+    assert [run.output for run in runs] == [
+        "21",
+        "Code execute Error: NameError: name 'x' is not defined",
+        "Code execute Error: ZeroDivisionError: division by zero",
+    ]
+
+
+def test_the_last_block_is_run():
+    assert code_to_run("```python\na\n```\nthen\n```python\nb\nc\n```\nso") == "b\nc\n"
+    assert code_to_run("```\na\n```") is None
+    said = split_outputs(f"a{CODE_OUTPUT}{output_text('x ``` y')}b{CODE_OUTPUT}{output_text('')}")
+    assert [role for role, _ in said] == ["assistant", "output"] * 2
+    assert said[1][1] == "\n\n```\nx ''' y\n```\n"
+
+
+class ScriptedEngine:
+    """Says what `script` has for a row, cut after the first stop string and one character behind
+    it, as a token may hold it; all verdicts are Yes with odds of 3 to 1."""
+
+    def __init__(self, tokenizer, script, max_length=4000):
+        self.tokenizer, self.script = tokenizer, script
+        self.shapes = SimpleNamespace(max_length=max_length)
+        self.prompts, self.asked = {}, []
+
+    def sample(self, trunks, params, *, key):
+        for trunk in trunks:
+            for fork in trunk.forks:
+                assert fork.num_tokens == len(trunk.ids)
+                assert fork.num_tokens + fork.max_new_tokens <= self.shapes.max_length
+                self.prompts[fork.row_id] = self.tokenizer.decode(trunk.ids)
+                text, reason = self.script(fork.row_id), StopReason.STOP_ID
+                ends = [text.index(s) + len(s) for s in params.stop_strings if s in text]
+                if ends:
+                    text, reason = text[: min(ends) + 1], StopReason.STOP_STRING
+                ids = self.tokenizer.encode(text)
+                if len(ids) > fork.max_new_tokens:
+                    ids, reason = ids[: fork.max_new_tokens], StopReason.LENGTH
+                yield [Completion(fork.row_id, ids, [0.0] * len(ids), reason)]
+
+    def log_odds(self, prompts, pair):
+        self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
+        return np.full((len(prompts),), np.log(3.0), np.float32)
+
+    def check_length(self, *arguments):
+        pass
+
+
+def code(block):
+    return f"```python\n{block}\n```\n{CODE_OUTPUT}"
+
+
+def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, **genprm):
+    monkeypatch.setattr("stepwiser_jax.runtime.genprm.verdict_ids", lambda tokenizer, form: (1, 2))
+    engine = ScriptedEngine(bpe_tokenizer, script, max_length)
+    loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
+    return GenPrmJudge(
+        loaded,
+        engine,
+        name="judge",
+        genprm=GenPrmVerdicts(**genprm),
+        prompt_style="instruct",
+        max_new_tokens=max_new_tokens,
+        key=KEY,
+    )
+
+
+SOLUTION = Solution("s", "How many?", ["It is 42.", "And one more: 43."])
+
+
+def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
+    says = {
+        "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}",
+        "judge/s/0/1": " It is.</verify>\n<output>",
+        "judge/s/1/0": f" one more.</analyze>\n<verify>\n{code('print(x + 1)')}",
+        "judge/s/1/1": f" And now:\n{code('y = 1; raise ValueError(x)')}",
+        "judge/s/1/2": f" Once more:\n{code('print(y)')}",
+        "judge/s/1/3": " Good.",
+    }
+    judge = judge_of(bpe_tokenizer, monkeypatch, says.__getitem__)
+    ((first, second),) = judge([SOLUTION])
+    assert first.completion == (
+        "<analyze>\nLet's analyze the Paragraph 1 step by step: let me see.</analyze>\n<verify>\n"
+        "```python\nx = 6 * 7; print(x)\n```\n[Code Output]\n\n```\n42\n```\n It is.</verify>\n"
+        "<output>\n**Judgement**: $\\boxed{Yes}$\n</output>\n"
+    )
+    printed = [text for role, text in split_outputs(second.completion) if role == "output"]
+    assert printed == [*map(output_text, ["43", "Code execute Error: ValueError: 42", "1"])]
+    assert second.completion.endswith(
+        " Good.</verify>\n<output>\n**Judgement**: $\\boxed{Yes}$\n</output>\n"
+    ), "what is open is closed"
+    assert judge.writer.measured == {"code_runs": 4, "code_failures": {"error": 1}}
+    assert (first.verdict, first.p_positive) == (Verdict.POSITIVE, pytest.approx(0.75))
+    assert first.completion in judge.engine.prompts["judge/s/1/0"], "its own rationale is history"
+    assert all(prompt.endswith("$\\boxed{") for prompt in judge.engine.asked)
+    sampled = [len(bpe_tokenizer.encode(says[f"judge/s/0/{n}"])) for n in (0, 1)]
+    assert first.num_tokens == sum(sampled)
+
+
+def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
+    judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), max_code_rounds=2)
+    ((first, _),) = judge([SOLUTION])
+    assert first.completion.count(CODE_OUTPUT) == 3 and first.completion.count("```\n1\n```") == 2
+    assert first.verdict is Verdict.POSITIVE
+    assert judge.writer.code_runs == 4
+
+
+def test_paths_keep_their_own_rationales_and_one_may_ask_for_code(bpe_tokenizer, monkeypatch):
+    def says(row):
+        _, _, step, number, path = row.split("/")
+        if (step, number, path) == ("0", "0", "a"):
+            return f" {code('print(11)')}"
+        return f" said by {path} of {step}.</analyze>\n<output>"
+
+    judge = judge_of(bpe_tokenizer, monkeypatch, says)
+    late = Solution("t", "Which?", ["One.", "Two.", "Three."], start=2)
+    found = judge.sample([SOLUTION, late], 0.6, ["/a", "/b"])
+    assert [[len(path) for path in paths] for paths in found] == [[2, 2], [1, 1]]
+    prompts = judge.engine.prompts
+    assert "said by b of 0" in prompts["judge/s/1/0/b"]
+    assert "said by a" not in prompts["judge/s/1/0/b"]
+    assert "```\n11\n```" in prompts["judge/s/0/1/a"] and "judge/s/0/1/b" not in prompts
+    assert "said by a of 1" in prompts["judge/t/2/0/a"]
+
+
+def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, monkeypatch):
+    """And what fits beside it is judged; a turn that is cut is closed and judged."""
+    long = Solution("long", "How many?", ["One.", "x" * 3000, "Three."])
+    says = lambda row: " fine " * 40  # noqa: E731
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=1500, max_new_tokens=100)
+    judge.check_lengths([SOLUTION, long])
+    (two, three) = judge([SOLUTION, long])
+    assert [opinion.p_positive for opinion in two] == [pytest.approx(0.75)] * 2
+    assert [opinion.num_tokens for opinion in two] == [100, 100]
+    assert "</analyze>\n<output>" in two[0].completion
+    assert [opinion.p_positive for opinion in three] == [pytest.approx(0.75), 0.5, 0.5]
+    assert [opinion.verdict for opinion in three[1:]] == [Verdict.UNPARSED] * 2
+    with pytest.raises(UserError, match="no solution's first step fits the context of 1500"):
+        judge.check_lengths([Solution("longer", "x" * 3000, ["One."])])
+
+
+def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
+    says = {
+        "t/s/0/k": f"fine\n</analyze>\n<verify>\n{code('z = 5')}",
+        "t/s/1/k": f"</verify>\n### Paragraph 2\n<analyze>\nno\n</analyze>\n<verify>\n"
+        f"{code('print(z)')}",
+        "t/s/2/k": "</verify>\nSo \\boxed{2}",
+    }
+    loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
+    engine = ScriptedEngine(bpe_tokenizer, says.__getitem__)
+    settings = {"name": "t", "genprm": GenPrm(max_code_rounds=1), "key": KEY}
+    teacher = Synthesizer(loaded, engine, **settings, max_new_tokens=500)
+    params = SamplingParams(500, stop_ids=bpe_tokenizer.eos_ids)
+    (((text, finished),),) = teacher.critiques([SOLUTION], params, ["/k"])
+    assert (
+        finished and "<paragraph_2>\nAnd one more: 43.\n</paragraph_2>" in engine.prompts["t/s/0/k"]
+    )
+    critique = parse_critique(text, 2)
+    assert critique is not None and critique.first_wrong == 1
+    assert output_text("5") in critique.turns[1]
