@@ -195,13 +195,6 @@ def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextFor
     )
 
 
-def learned_text(config: Rationalize, rationale: Rationale) -> str:
-    """What `sft` imitates."""
-    if config.thinkprm is None:
-        return rationale.completion
-    return thinkprm.FORMS[config.prompt_style].whole(rationale.completion, rationale.is_positive)
-
-
 class TextWriter:
     """Examples of one block -> `samples` texts about each, with what becomes of them."""
 
@@ -360,6 +353,13 @@ def to_learn(
         form = FORMS[config.prompt_style]
         dialogues.append(dialogue_of(rationale.rationale_id, example, critique, form))
     return dialogues
+
+
+def learned_text(config: Rationalize, rationale: Rationale) -> str:
+    """The completion that `sft` imitates."""
+    if config.thinkprm is None:
+        return rationale.completion
+    return thinkprm.FORMS[config.prompt_style].whole(rationale.completion, rationale.is_positive)
 
 
 def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_what_is_learned_is_kept_and_balanced(request):
     chosen = choose(config(request, "balance=true"), written)
     of_class = [rationale.is_positive for rationale in chosen]
     assert (sum(of_class), len(of_class)) == (3, 6)
-    assert chosen_of(config(request, "balance=true"), written) == chosen
+    assert choose(config(request, "balance=true"), written) == chosen
     assert summarize(written)["rationales"] == {
         "kept": 10,
         "unfinished": 0,
