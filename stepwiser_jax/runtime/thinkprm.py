@@ -11,6 +11,7 @@ and selection, the score of every prefix is asked for (`ThinkPrmJudge.__call__`)
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -67,6 +68,17 @@ class ThinkPrmJudge:
     def prompt_ids(self, solution: Solution) -> list[int]:
         text = verify_prompt(solution.question, solution.chunks, self.prompt_style)
         return encode_message(self.loaded.tokenizer, text, self.prompt_style)
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        return self.engine.compiled_shapes
+
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError where the context might not hold a verification of so many tokens; the
+        headings of their steps are not counted."""
+        empty = self.prompt_ids(Solution(problem_id, question, [""]))
+        name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
+        self.engine.check_length(len(empty), num_tokens + self._room(self.rounds), name)
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError where the context does not hold a verification."""

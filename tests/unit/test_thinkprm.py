@@ -325,6 +325,9 @@ def test_no_text_exceeds_the_room_that_was_checked(loaded):
     assert length <= len(judge.prompt_ids(SOLUTIONS[1])) + judge._room(1)
     with pytest.raises(UserError, match=r"a: prompt of 20 tokens .* exceeds the context of 96"):
         make_judge(loaded, real, max_new_tokens=80).check_lengths(SOLUTIONS[:1])
+    make_judge(loaded, real).check_room("p", "start 4 ; * 7 + 5 ?", 40)
+    with pytest.raises(UserError, match="the judge of p, with a solution of 60 tokens: prompt"):
+        make_judge(loaded, real).check_room("p", "start 4 ; * 7 + 5 ?", 60)
 
 
 def test_answers_are_one_token_each(word_tokenizer, bpe_tokenizer):
