@@ -70,6 +70,10 @@ STAGES = {
         "Chunk-reset search beside greedy decoding, plain sampling and majority vote.",
         "Reads problems, a policy and a judge. Writes search results.",
     ),
+    "refine": (
+        "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",
+        "Reads problems, a policy and a judge. Writes search results, one a turn.",
+    ),
 }
 
 

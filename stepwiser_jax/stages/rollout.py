@@ -28,16 +28,15 @@ from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
-from stepwiser_jax.text.chunks import BLANK_LINE, CHUNK_CLOSE, TokenMatcher, check_tags, chunk_ends
+from stepwiser_jax.text.chunks import (
+    CHUNK_CLOSE,
+    TokenMatcher,
+    check_tags,
+    chunk_ends,
+    end_patterns,
+)
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import completion_text
-
-
-def end_patterns(config: Rollout) -> tuple[str, ...]:
-    """The strings that end a chunk."""
-    if isinstance(config.chunking, tuple):
-        return config.chunking
-    return {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}[config.chunking]
 
 
 def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def sample_blocks(
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    if CHUNK_CLOSE in end_patterns(config):
+    if CHUNK_CLOSE in end_patterns(config.chunking):
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
     sample.check_lengths(problems)
@@ -126,7 +125,9 @@ class BlockSampler:
         self.engine = Engine(
             loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
         )
-        self.matcher = TokenMatcher.build(loaded.tokenizer.token_bytes(), end_patterns(config))
+        self.matcher = TokenMatcher.build(
+            loaded.tokenizer.token_bytes(), end_patterns(config.chunking)
+        )
         self.params = SamplingParams(
             **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
         )
@@ -137,7 +138,7 @@ class BlockSampler:
             self.loaded.tokenizer,
             problem.question,
             self.config.prompt_style,
-            tags=CHUNK_CLOSE in end_patterns(self.config),
+            tags=CHUNK_CLOSE in end_patterns(self.config.chunking),
         )
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:

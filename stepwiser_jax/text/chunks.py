@@ -23,6 +23,13 @@ CHUNK_CLOSE = "</chunk>"
 BLANK_LINE = "\n\n"
 
 
+def end_patterns(chunking: str | Sequence[str]) -> tuple[str, ...]:
+    """The strings that end a chunk: those that are listed, or those of `tags` or `blank_lines`."""
+    if isinstance(chunking, str):
+        return {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}[chunking]
+    return tuple(chunking)
+
+
 @dataclass(frozen=True)
 class TokenMatcher:
     """Aho-Corasick over bytes, compiled to tokens: `table_SV[state, token]` is the next state.

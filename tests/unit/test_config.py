@@ -31,6 +31,7 @@ STAGE_OF = {
     "genprm_rationales": "rationalize",
     "genprm": "sft",
     "genprm_evaluate": "evaluate",
+    "genprm_refine": "refine",
     "judge": "judge",
     "classifier": "classifier",
     "evaluate": "evaluate",

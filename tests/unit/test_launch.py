@@ -179,7 +179,8 @@ MISTAKES = {
         *[*JOBSET, "--topology", "v6e:4x4"],
         *["--shards", "2", *ANNOTATE],
     ],
-    "--shards: expected a stage of rollout segment annotate rationalize evaluate classify search": [
+    "--shards: expected a stage of rollout segment annotate rationalize evaluate classify search "
+    "refine": [
         *ONE_HOST,
         "--shards",
         "2",
