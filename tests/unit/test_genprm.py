@@ -330,8 +330,8 @@ SOLUTION = Solution("s", "How many?", ["It is 42.", "And one more: 43."])
 
 def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     says = {
-        "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}",
-        "judge/s/0/1": " It is.</verify>\n<output>",
+        "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}\n41",
+        "judge/s/0/1": " It is.</verify>\n<output>\nNo",
         "judge/s/1/0": f" one more.</analyze>\n<verify>\n{code('print(x + 1)')}",
         "judge/s/1/1": f" And now:\n{code('y = 1; raise ValueError(x)')}",
         "judge/s/1/2": f" Once more:\n{code('print(y)')}",
@@ -353,8 +353,8 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert (first.verdict, first.p_positive) == (Verdict.POSITIVE, pytest.approx(0.75))
     assert first.completion in judge.engine.prompts["judge/s/1/0"], "its own rationale is history"
     assert all(prompt.endswith("$\\boxed{") for prompt in judge.engine.asked)
-    sampled = [len(bpe_tokenizer.encode(says[f"judge/s/0/{n}"])) for n in (0, 1)]
-    assert first.num_tokens == sum(sampled)
+    sampled = [says["judge/s/0/0"][:-2], says["judge/s/0/1"][:-2]]
+    assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
 
 
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
@@ -395,6 +395,13 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
     assert "</analyze>\n<output>" in two[0].completion
     assert [opinion.p_positive for opinion in three] == [pytest.approx(0.75), 0.5, 0.5]
     assert [opinion.verdict for opinion in three[1:]] == [Verdict.UNPARSED] * 2
+    prompt = bpe_tokenizer.encode(judge.engine.prompts["judge/s/0/0"])
+    full = len(prompt) + judge.reserve + 5
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=100)
+    ((first, second),) = judge([SOLUTION])
+    assert (first.p_positive, first.num_tokens) == (pytest.approx(0.75), 5), "room for a verdict"
+    assert second.p_positive == 0.5
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=1500)
     with pytest.raises(UserError, match="no solution's first step fits the context of 1500"):
         judge.check_lengths([Solution("longer", "x" * 3000, ["One."])])
 
@@ -439,7 +446,7 @@ def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
     """Right at once; right after one critique; never, and out of room at last."""
     file = Path(__file__).parents[2] / "configs" / "smoke_genprm_refine.yaml"
     sets = ("prompt_style=instruct", "chunking=blank_lines", "turns=3")
-    sets += ("sampling.max_new_tokens=200",)
+    sets += ("sampling.max_new_tokens=200", "judge_prompt_style=instruct")
     config = load_config("refine", file, sets)
     right, wrong = "All well.\n\nSo \\boxed{4}.", "Well.\n\nNot well.\n\nSo \\boxed{5}."
     says = {"refine/a/policy0/0": right, "refine/b/policy0/0": wrong, "refine/b/policy1/0": right}
