@@ -37,8 +37,10 @@ stage judge judge --set model.path="$runs/cold_start" --set examples="$runs/labe
 stage rollout heldout --set policy.path="$runs/policy"
 stage evaluate evaluate --set judge.path="$runs/judge" --set items="$runs/heldout"
 
-# 7. ... and steers generation.
+# 7. ... steers generation, and chooses responses to learn from.
 stage search search --set policy.path="$runs/policy" --set judge.path="$runs/judge"
+stage select select --set rollouts="$runs/rollouts" --set tokenizer="$runs/policy" \
+  --set judge.path="$runs/judge"
 
 # 8. The baseline: a classifier learns the same labels, and judges a solution in one pass.
 stage classifier classifier --set model.path="$runs/policy" --set examples="$runs/labels"
@@ -51,8 +53,8 @@ stage rationalize rationales --set judge.path="$runs/cold_start" --set examples=
 "$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
 
 # Every stage left a manifest and a summary; a finished stage started again does nothing.
-for run in policy rollouts values labels cold_start judge heldout evaluate search classifier classify \
-  rationales; do
+for run in policy rollouts values labels cold_start judge heldout evaluate search select classifier \
+  classify rationales; do
   test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
 done
 test -s "$runs/judge_hf/model.safetensors"

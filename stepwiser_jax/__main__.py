@@ -67,8 +67,12 @@ STAGES = {
         "Reads items (as evaluate does) and a classifier. Writes judgments.",
     ),
     "search": (
-        "Chunk-reset search beside greedy decoding, plain sampling and majority vote.",
-        "Reads problems, a policy and a judge. Writes search results.",
+        "Chunk-reset, beam search, DVTS and best-of-N beside greedy decoding, sampling and votes.",
+        "Reads problems, a policy, and a judge or a classifier. Writes search results.",
+    ),
+    "select": (
+        "Choose the best response to every problem by its chunks' mean score, for sft.",
+        "Reads a rollout run, and a judge or a classifier. Writes selections.",
     ),
     "refine": (
         "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",

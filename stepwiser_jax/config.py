@@ -135,6 +135,29 @@ class Engine(Config):
     weights: Literal["model", "int8"] = "model"
 
 
+class GenerativeJudge(Model):
+    """A judge that reasons about a chunk before its verdict. A chunk's score is 1 where the verdict
+    is Positive, else 0; with `votes` it is the share of so many judgments that say Positive,
+    sampled at `vote_temperature`, and the verdict is the majority's."""
+
+    prompt_style: JudgePromptStyle = "instruct"
+    max_new_tokens: int = Field(ge=1)
+    votes: int = Field(0, ge=0)
+    vote_temperature: float = Field(1.0, gt=0)
+    engine: Engine
+
+
+class ClassifierJudge(Model):
+    """A classifier as a judge: a chunk's score is P(+), and its verdict is Negative where that is
+    below `threshold`. `rows` of `max_length` tokens are scored at once; a row must hold the longest
+    solution with what its prompt puts around every chunk."""
+
+    prompt_style: PromptStyle = "instruct"
+    threshold: float = Field(0.5, gt=0, lt=1)
+    rows: int = Field(8, ge=1)
+    max_length: int = Field(ge=2)
+
+
 class Optimizer(Config):
     """AdamW. `warmup_steps` rise linearly, then `schedule` falls to `end_fraction` of the peak."""
 
@@ -177,10 +200,17 @@ class ComputeStage(Config):
         name = "mesh" if getattr(self, "sampling_mesh", None) is None else "sampling_mesh"
         mesh = getattr(self, name)
         shards = mesh.data * mesh.fsdp
-        for engine, value in self:
-            if isinstance(value, Engine) and any(rows % shards for rows in value.rows):
+        for part, value in self:
+            sizes: tuple[int, ...] = ()
+            if isinstance(value, Engine):
+                sizes = value.rows
+            elif isinstance(value, GenerativeJudge):
+                part, sizes = f"{part}.engine", value.engine.rows
+            elif isinstance(value, ClassifierJudge):
+                sizes = (value.rows,)
+            if any(rows % shards for rows in sizes):
                 raise ValueError(
-                    f"{engine}.rows {list(value.rows)} must be multiples of {name}.data x "
+                    f"{part}.rows {list(sizes)} must be multiples of {name}.data x "
                     f"{name}.fsdp = {shards}"
                 )
         return self
@@ -198,10 +228,11 @@ class ComputeStage(Config):
 
 class SftData(Config):
     """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
-    a finished `segment` run; or of the embedded task `arithmetic-policy` (its solutions),
-    `arithmetic-untagged` (without chunks), `arithmetic-segmenter` (from those to these),
-    `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis) or `arithmetic-genprm`
-    (conversations); then `count` and `seed` say which demonstrations are generated."""
+    a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
+    solutions), `arithmetic-untagged` (without chunks), `arithmetic-segmenter` (from those to
+    these), `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis) or
+    `arithmetic-genprm` (conversations); then `count` and `seed` say which demonstrations are
+    generated."""
 
     source: str
     count: int | None = Field(None, ge=1)
@@ -678,41 +709,87 @@ class Classify(ComputeStage):
         return self
 
 
-class Search(ComputeStage):
-    """Chunk-reset search (paper 4.3) beside greedy decoding, plain sampling and majority vote.
+class JudgedStage(ComputeStage):
+    """What asks for opinions of chunks: of a `judge` that reasons, or of a `classifier`."""
 
-    `max_chunk_tokens` bounds one chunk, `sampling.max_new_tokens` the whole solution.
+    judge: GenerativeJudge | None = None
+    classifier: ClassifierJudge | None = None
+
+    @model_validator(mode="after")
+    def _one_judge_at_most(self) -> JudgedStage:
+        if self.judge is not None and self.classifier is not None:
+            raise ValueError("expected a judge or a classifier, found both: set one to null")
+        return self
+
+
+class Beams(Config):
+    """`beams` rows a problem: after every chunk one of `width` goes on, as `width` copies. Rows are
+    ranked, and solutions weighed, by the `aggregate` of their chunks' scores."""
+
+    beams: int = Field(ge=1)
+    width: int = Field(ge=1)
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Beams:
+        if self.beams % self.width:
+            raise ValueError(f"beams ({self.beams}) must be a multiple of width ({self.width})")
+        return self
+
+
+class Search(JudgedStage):
+    """Ways to spend tokens on a problem, with a judge (paper 4.3) and without.
+
+    Greedy decoding, plain sampling and chunk-reset search always; on top the `majority` vote of so
+    many samples, the best and the weighted majority of so many (`best_of`: their chunks are then
+    judged), `beam` search and `dvts`. `chunking` is that of `Rollout`; `max_chunk_tokens` bounds
+    one chunk, `sampling.max_new_tokens` the whole solution, `token_budget` what policy and judge
+    write for one problem (`stages.search` says what each method does then).
     """
 
     policy: Model
-    judge: Model
     problems: Problems
     prompt_style: PromptStyle = "instruct"
-    judge_prompt_style: JudgePromptStyle = "instruct"
-    max_attempts: int = Field(5, ge=1)
-    max_chunk_tokens: int = Field(ge=1)
+    chunking: Chunking = "tags"
     majority: tuple[PositiveInt, ...] = (2, 4, 8)
+    best_of: tuple[PositiveInt, ...] = ()
+    max_attempts: int = Field(5, ge=1)
+    beam: Beams | None = None
+    dvts: Beams | None = None
+    token_budget: int | None = Field(None, ge=1)
+    max_chunk_tokens: int = Field(ge=1)
     sampling: Sampling
-    judge_max_new_tokens: int = Field(ge=1)
-    policy_engine: Engine
-    judge_engine: Engine
+    engine: Engine
     problems_per_block: int = Field(32, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
+        if self.judge is None and self.classifier is None:
+            raise ValueError("expected a judge or a classifier, found neither")
         if self.max_chunk_tokens > self.sampling.max_new_tokens:
             raise ValueError(
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
-        if self.problems_per_block > max(self.policy_engine.rows):
-            raise ValueError(
-                f"the problems of a block are searched at once: problems_per_block "
-                f"({self.problems_per_block}) must not exceed the largest of policy_engine.rows "
-                f"({max(self.policy_engine.rows)})"
-            )
+        for name, method in (("beam", self.beam), ("dvts", self.dvts)):
+            if method is not None and method.beams > max(self.engine.rows):
+                raise ValueError(
+                    f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "
+                    f"must not exceed the largest of engine.rows ({max(self.engine.rows)})"
+                )
         return self
+
+
+class Select(JudgedStage):
+    """The best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one with
+    the highest mean score of its chunks, among right ones unless `only_correct` is false. Without a
+    judge it is any of them. `tokenizer` is that of the policy which wrote the responses."""
+
+    rollouts: str
+    tokenizer: str
+    only_correct: bool = True
+    problems_per_block: int = Field(64, ge=1)
 
 
 class Refine(ComputeStage):
@@ -757,5 +834,6 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "evaluate": Evaluate,
     "classify": Classify,
     "search": Search,
+    "select": Select,
     "refine": Refine,
 }

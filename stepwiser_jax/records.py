@@ -315,8 +315,13 @@ class ProcessBenchItem:
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """One problem solved by one method. `accepted_tokens` + `rejected_tokens` are the policy's;
-    `forced_chunks` counts chunks kept although every attempt at them was rejected."""
+    """One problem solved by one method. The policy wrote `accepted_tokens`, which are part of a
+    solution that was found, and `rejected_tokens`, which are not; `judge_tokens` steered it.
+    `forced_chunks` counts chunks kept although they were judged Negative.
+
+    `chunk_scores` are of the chunks of `completion` that were judged. Those of a sample are known
+    when it is written, from a judgment of `scoring_tokens`, a cost of methods that use them only.
+    """
 
     search_id: str
     problem_id: str
@@ -328,6 +333,8 @@ class SearchResult:
     rejected_tokens: int
     judge_tokens: int
     forced_chunks: int
+    chunk_scores: tuple[float, ...]
+    scoring_tokens: int
 
     @property
     def record_id(self) -> str:
@@ -336,6 +343,32 @@ class SearchResult:
     @property
     def policy_tokens(self) -> int:
         return self.accepted_tokens + self.rejected_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The response to a problem that was selected of `candidates`, by the mean scores of their
+    chunks; without a judge there are no `scores`. `completion` is the policy's own text, `tagged`
+    says whether it was asked to mark its chunks."""
+
+    trajectory_id: str
+    problem_id: str
+    question: str
+    completion: str
+    tagged: bool
+    is_correct: bool
+    candidates: tuple[str, ...]
+    scores: tuple[float, ...]
+    judge_tokens: int
+
+    @property
+    def record_id(self) -> str:
+        return self.problem_id
+
+    @property
+    def score(self) -> float:
+        """Of the response selected."""
+        return self.scores[self.candidates.index(self.trajectory_id)]
 
 
 Record = (
@@ -354,6 +387,7 @@ Record = (
     | LabelledSolution
     | ProcessBenchItem
     | SearchResult
+    | Selection
 )
 R = TypeVar("R", bound=Record)
 
@@ -371,6 +405,7 @@ KIND: dict[type, str] = {
     Judgment: "judgments",
     ProcessBenchItem: "processbench_items",
     SearchResult: "search_results",
+    Selection: "selections",
 }
 """Folder of each record type below `<run_dir>/records`."""
 

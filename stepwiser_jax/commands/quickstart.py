@@ -150,15 +150,17 @@ def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
     }
     search = {
         "policy": policy,
-        "judge": {"path": str(run_dir / "judge")},
+        "judge": {
+            "path": str(run_dir / "judge"),
+            "prompt_style": "bare",
+            "max_new_tokens": 32,
+            "engine": JUDGE_ENGINE,
+        },
         "problems": problems,
-        "judge_prompt_style": "bare",
         "majority": [2, 4, 8],
         "sampling": SOLVE,
         "max_chunk_tokens": 24,
-        "judge_max_new_tokens": 32,
-        "policy_engine": POLICY_ENGINE,
-        "judge_engine": JUDGE_ENGINE,
+        "engine": POLICY_ENGINE,
         "problems_per_block": 256,
     }
     return [

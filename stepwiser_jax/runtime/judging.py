@@ -3,16 +3,19 @@
     Solution -> one prompt a chunk -> judgments of all chunks together -> Opinions
 
 A classifier (`runtime.scorer`) gives the same opinions from one pass over a whole solution.
+`runtime.judges` makes either of its settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 
+from stepwiser_jax.algo.processbench import majority_verdict
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime.engine import Engine
@@ -48,11 +51,30 @@ class Opinion:
     p_positive: float
     num_tokens: int
 
+    @classmethod
+    def of_votes(cls, votes: Sequence[Opinion]) -> Opinion:
+        """The majority's, in the words of the first; `p_positive` is the share of Positive."""
+        return cls(
+            votes[0].completion,
+            majority_verdict([vote.verdict for vote in votes]),
+            sum(vote.p_positive for vote in votes) / len(votes),
+            sum(vote.num_tokens for vote in votes),
+        )
+
 
 class SolutionJudge(Protocol):
     """What search and selection ask: one opinion of every chunk to be judged, in order."""
 
     loaded: Loaded
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        """Programs by their shape, and how often each ran."""
+        ...
+
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError, naming the problem, where a solution of so many tokens has no room."""
+        ...
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError, naming it, for a solution that the judge has no room for."""
@@ -89,10 +111,17 @@ class ChunkJudge:
         prompt_style: JudgePromptStyle,
         max_new_tokens: int,
         key: jax.Array,
+        votes: int = 0,
+        vote_temperature: float = 1.0,
     ):
         self.loaded, self.engine, self.name, self.key = loaded, engine, name, key
         self.prompt_style: JudgePromptStyle = prompt_style
         self.max_new_tokens = max_new_tokens
+        self.votes, self.vote_temperature = votes, vote_temperature
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        return self.engine.compiled_shapes
 
     def prompt_ids(self, solution: Solution, j: int) -> list[int]:
         """What is asked about chunk j."""
@@ -105,6 +134,13 @@ class ChunkJudge:
             self.prompt_style,
         )
 
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError where the context might not hold a judgment of the last chunk, whose
+        prompt is all of the solution."""
+        empty = self.prompt_ids(Solution(problem_id, question, [""]), 0)
+        name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
+        self.engine.check_length(len(empty), num_tokens + self.max_new_tokens, name)
+
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError where the context does not hold a judgment of the last chunk."""
         for solution in solutions:
@@ -116,8 +152,14 @@ class ChunkJudge:
             )
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]:
-        """The greedy judgment of every chunk."""
-        return [opinions for (opinions,) in self.sample(solutions, 0.0, ("",))]
+        """The greedy judgment of every chunk, or what the majority of its `votes` says."""
+        if not self.votes:
+            return [opinions for (opinions,) in self.sample(solutions, 0.0, ("",))]
+        suffixes = [f"/vote{k}" for k in range(self.votes)]
+        return [
+            [Opinion.of_votes(votes) for votes in zip(*found, strict=True)]
+            for found in self.sample(solutions, self.vote_temperature, suffixes)
+        ]
 
     def sample(
         self,

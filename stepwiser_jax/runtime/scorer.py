@@ -9,6 +9,7 @@ Attention is causal, so that what a chunk is given does not depend on those behi
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -27,7 +28,8 @@ from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
 
 
 class Scorer:
-    """A classifier, its program compiled for `rows` of `max_length` tokens."""
+    """A classifier, its program compiled for `rows` of `max_length` tokens. The verdict is Negative
+    where P(+) is below `threshold`: by default it is the likelier sign."""
 
     def __init__(
         self,
@@ -37,11 +39,24 @@ class Scorer:
         rows: int,
         max_length: int,
         prompt_style: PromptStyle,
+        threshold: float = 0.5,
     ):
         self.loaded, self.mesh = loaded, mesh
         self.rows, self.max_length = rows, max_length
         self.prompt_style: PromptStyle = prompt_style
+        self.threshold = threshold
         self.signs = sign_ids(loaded.tokenizer)
+        self.compiled_shapes: Counter[str] = Counter()
+
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError where a row does not hold even a solution of a single chunk; what the
+        prompt puts around further ones is known when they are."""
+        ids, _ = self._encode(Solution(problem_id, question, [""]))
+        if len(ids) + num_tokens > self.max_length:
+            raise UserError(
+                f"the classifier of {problem_id}, with a solution of {num_tokens} tokens: "
+                f"max_length must be at least {len(ids) + num_tokens}, found {self.max_length}"
+            )
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError for a solution that is longer than a row."""
@@ -61,7 +76,7 @@ class Scorer:
         return ids, places
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]:
-        """The likelier sign of every chunk to be judged, and P(+)."""
+        """The verdict on every chunk to be judged, and P(+)."""
         encoded = [self._encode(solution) for solution in solutions]
         scores: list[list[float]] = [[] for _ in solutions]
         packed = first_fit([len(ids) for ids, _ in encoded], self.max_length)
@@ -80,22 +95,21 @@ class Scorer:
                     scores[i] = (1 / (1 + np.exp(-log_odds_J))).tolist()
                     offset += len(ids)
         return [
-            [opinion_of(p_positive) for p_positive in scores[i][solution.start :]]
+            [opinion_of(p, self.threshold) for p in scores[i][solution.start :]]
             for i, solution in enumerate(solutions)
         ]
 
     def _score(self, batch: TokenBatch) -> np.ndarray:
-        with (
-            jax.set_mesh(self.mesh),
-            compilation.compiling(f"score {self.rows}x{self.max_length}"),
-        ):
+        shape = f"score {self.rows}x{self.max_length}"
+        self.compiled_shapes[shape] += 1
+        with jax.set_mesh(self.mesh), compilation.compiling(shape):
             batch = shard_batch(batch, self.mesh)
             return np.asarray(score(self.loaded.model, batch, signs=self.signs))
 
 
-def opinion_of(p_positive: float) -> Opinion:
-    """One token: the likelier sign."""
-    (verdict,) = verdicts_at(0.5, [p_positive])
+def opinion_of(p_positive: float, threshold: float) -> Opinion:
+    """One token: + or -."""
+    (verdict,) = verdicts_at(threshold, [p_positive])
     sign = "+" if verdict is Verdict.POSITIVE else "-"
     return Opinion(sign, verdict, p_positive, num_tokens=1)
 

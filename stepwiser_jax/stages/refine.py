@@ -216,6 +216,8 @@ class Refiner:
                 rejected_tokens=attempt.rejected_tokens,
                 judge_tokens=attempt.judge_tokens,
                 forced_chunks=0,
+                chunk_scores=(),
+                scoring_tokens=0,
             )
             for attempt, answer, is_right in zip(attempts, answers, right, strict=True)
         ]

@@ -1,174 +1,76 @@
-"""Chunk-reset search (StepWiser 4.3) beside the ways to spend tokens without a judge.
+"""Ways to spend tokens on a problem, with a judge (StepWiser 4.3) and without, side by side.
 
-    policy writes one chunk -> judge -> Positive: keep it and go on
-                                     -> Negative: rewind to where it began and write it anew
+    greedy, plain samples                    no judge
+    majority of k                            votes of the first k samples
+    best of k, weighted majority of k        the first k samples, their chunks judged
+    chunk-reset, beam search, DVTS           the judge steers the policy (`runtime.chunk_search`)
+
+Every sample is judged once, for all that uses it. Best of k takes the sample with the highest min,
+mean, last or product of its chunks' scores, the earliest of equals; the weighted majority sums that
+score over the samples of an answer. Beam search and DVTS answer by the weighted majority of the
+solutions that they find, each weighed by the aggregate of its chunks' scores that ranked it.
 
 Where the paper is silent:
 
 1. After `max_attempts` rejections the last attempt is kept (and counted as a forced chunk).
-2. The judge answers greedily; a judgment that cannot be parsed accepts the chunk: it is no reason
-   to spend more tokens.
-3. Token cost counts what is generated: accepted and rejected policy tokens, and judge tokens.
+2. A judgment that cannot be parsed accepts the chunk: it is no reason to spend more tokens.
+3. Token cost counts what is generated: by the policy, accepted or rejected, and by the judge. Of
+   a classifier that is its sign, one token a chunk. Rejected is what stands in no solution that is
+   chosen or votes: a chunk taken back, a beam that was pruned, every sample but the best of k.
 
-Baselines on the same problems: greedy decoding; plain sampling, averaged over as many samples as
-the largest majority vote needs; majority vote over the first k of those samples (the answer given
-most often, the earliest of equals; a sample without an answer has no vote).
+With a `token_budget` B, of policy and judge together, per problem:
 
-Reads `problems`, `policy` and `judge`. Writes search results.
+    majority, best of k, weighted majority   the first samples that fit B, judgments included where
+                                             they are used; at least one, at most k
+    chunk-reset, beam search, DVTS           judge and branch until B is spent, and finish
+
+Samples never overrun B but for the first, the steered methods by one step and the rest of one
+solution at most: compare the tokens that `summary.json` gives, not B. Where a row's `samples` is k,
+B was not what limited it: for an equal budget ask for more samples.
+
+Reads `problems`, `policy`, and `judge` or `classifier`. Writes search results.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.algo.statistics import bootstrap_interval
-from stepwiser_jax.config import Search
+from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runtime.chunk_search import (
+    Method,
+    Policy,
+    Tree,
+    beam_search,
+    chunk_reset,
+    dvts,
+    search_chunks,
+)
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import ChunkJudge, Solution
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
+from stepwiser_jax.runtime.judges import load_judge
+from stepwiser_jax.runtime.judging import Solution, SolutionJudge
+from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, strip_tags
-from stepwiser_jax.text.prompts import (
-    PromptStyle,
-    encode_solve_prompt,
-)
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import completion_text
-
-
-@dataclass
-class Policy:
-    """A model with its sampler, prompt style and settings."""
-
-    loaded: Loaded
-    engine: Engine
-    prompt_style: PromptStyle
-    params: SamplingParams
-    key: jax.Array
-
-
-@dataclass
-class Attempt:
-    """Where the search of one problem stands. `ids` are prompt and accepted chunks."""
-
-    problem: Problem
-    prompt_length: int
-    ids: list[int]
-    chunk_index: int = 0
-    attempt: int = 0
-    accepted_tokens: int = 0
-    rejected_tokens: int = 0
-    judge_tokens: int = 0
-    forced_chunks: int = 0
-    finished: bool = False
-
-    @property
-    def completion_ids(self) -> list[int]:
-        return self.ids[self.prompt_length :]
-
-    @property
-    def row_id(self) -> str:
-        return f"search/{self.problem.problem_id}/c{self.chunk_index}/a{self.attempt}"
-
-
-def chunk_reset_search(
-    policy: Policy,
-    judge: ChunkJudge,
-    problems: Sequence[Problem],
-    *,
-    max_attempts: int = 5,
-    max_completion_tokens: int | None = None,
-) -> list[Attempt]:
-    """Solve all problems at once, chunk by chunk; at most as many as the policy has rows.
-
-    `policy.params` samples one chunk: its `max_new_tokens` bounds a chunk, its `stop_strings` end
-    it. A solution ends where the policy ends it, or when another chunk might not fit into
-    `max_completion_tokens` (by default into the policy's context).
-
-    A row of the policy's cache is one problem. A kept chunk stays in the cache; a rejected one is a
-    rewind of its row. Rows of finished problems are dropped when a smaller batch holds the rest.
-    """
-    tokenizer = policy.loaded.tokenizer
-    attempts = []
-    for problem in problems:
-        ids = encode_solve_prompt(tokenizer, problem.question, policy.prompt_style)
-        attempts.append(Attempt(problem, len(ids), ids))
-    longest = max(attempt.prompt_length for attempt in attempts)
-    room = policy.engine.shapes.max_length - longest
-    budget = (max_completion_tokens or room) - policy.params.max_new_tokens
-    active = list(attempts)
-    slots = longest + budget + policy.params.max_new_tokens
-    state = policy.engine.prefill([attempt.ids for attempt in active], slots)
-    while active:
-        output, state = policy.engine.decode(
-            state, policy.params, key=policy.key, row_ids=[a.row_id for a in active]
-        )
-        chunks = [output.ids(b) for b in range(len(active))]
-        accepted = judge_chunks(policy, judge, active, chunks)
-        for b, attempt in enumerate(active):
-            keep_or_reset(attempt, chunks[b], accepted[b], max_attempts)
-            if attempt.attempt == 0:
-                ended = output.stop_reason_B[b] == StopReason.STOP_ID
-                attempt.finished = ended or len(attempt.completion_ids) > budget
-        rows = np.array([b for b, attempt in enumerate(active) if not attempt.finished], int)
-        active = [active[b] for b in rows]
-        if active:
-            state = policy.engine.fork(state, rows, np.array([len(a.ids) for a in active]))
-    return attempts
-
-
-def judge_chunks(
-    policy: Policy, judge: ChunkJudge, active: Sequence[Attempt], chunks: Sequence[list[int]]
-) -> list[bool]:
-    """One greedy judgment of every new chunk. An end token with no text needs none."""
-    tokenizer = policy.loaded.tokenizer
-    texts = [completion_text(tokenizer, chunk) for chunk in chunks]
-    rows = [b for b, text in enumerate(texts) if strip_tags(text).strip()]
-    accepted = [True] * len(active)
-    solutions = [
-        Solution(
-            active[b].row_id,
-            active[b].problem.question,
-            (completion_text(tokenizer, active[b].completion_ids), texts[b]),
-            start=1,
-            separator="",
-        )
-        for b in rows
-    ]
-    for b, (opinion,) in zip(rows, judge(solutions) if rows else [], strict=True):
-        active[b].judge_tokens += opinion.num_tokens
-        accepted[b] = opinion.verdict is not Verdict.NEGATIVE
-    return accepted
-
-
-def keep_or_reset(attempt: Attempt, chunk: list[int], accepted: bool, max_attempts: int) -> None:
-    """Keep the chunk, or throw it away; the last attempt is kept whatever the judge says."""
-    if not accepted and attempt.attempt < max_attempts - 1:
-        attempt.rejected_tokens += len(chunk)
-        attempt.attempt += 1
-        return
-    attempt.forced_chunks += not accepted
-    attempt.accepted_tokens += len(chunk)
-    attempt.ids = attempt.ids + chunk
-    attempt.attempt = 0
-    attempt.chunk_index += 1
-
-
-# --- the stage ----------------------------------------------------------------------------------
 
 
 def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -204,8 +106,8 @@ def search_blocks(
         progress("search", len(work)) as advance,
     ):
         for block in work:
-            results = search_block(config, policy, judge, block, verifier)
-            writer.append(results)
+            results = search_block(config, policy, judge, block)
+            writer.append(verified(results, block, verifier))
             found += len(results)
             advance(1)
             stop.check()
@@ -215,147 +117,192 @@ def search_blocks(
         "verifier_failures": verifier.failures,
         "compiled": {
             "policy": policy.engine.compiled_shapes,
-            "judge": judge.engine.compiled_shapes,
+            "judge": judge.compiled_shapes,
         },
     }
 
 
 def check_lengths(
-    config: Search, policy: Policy, judge: ChunkJudge, problems: Sequence[Problem]
+    config: Search, policy: Policy, judge: SolutionJudge, problems: Sequence[Problem]
 ) -> None:
-    """Raises UserError where a solution does not fit the policy's context, or a judgment of its
-    last chunk, whose prompt holds all of it, not the judge's."""
+    """Raises UserError where a solution does not fit the policy's context, or a judgment of it not
+    the judge's."""
     room = config.sampling.max_new_tokens
     for problem in problems:
-        ids = encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
+        ids = policy.prompt_ids(problem)
         policy.engine.check_length(len(ids), room, problem.problem_id)
-        empty = judge.prompt_ids(Solution(problem.problem_id, problem.question, [""]), 0)
-        name = f"the judge of {problem.problem_id}, with a solution of {room} tokens"
-        judge.engine.check_length(len(empty), room + judge.max_new_tokens, name)
+        judge.check_room(problem.problem_id, problem.question, room)
 
 
-def load_solvers(config: Search) -> tuple[Policy, ChunkJudge]:
-    """The policy, writing one chunk at a time, and the greedy judge."""
+def load_solvers(config: Search) -> tuple[Policy, SolutionJudge]:
+    """The policy, writing one chunk at a time, and the judge."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    key = jax.random.key(config.seed)
-    policy = load_for_decoding(
-        **config.policy.model_dump(),
-        weights=config.policy_engine.weights,
-        mesh=mesh,
-        seed=config.seed,
+    loaded = load_for_decoding(
+        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
-    check_tags(policy.tokenizer)
-    judge = load_for_decoding(
-        **config.judge.model_dump(),
-        weights=config.judge_engine.weights,
-        mesh=mesh,
-        seed=config.seed,
-    )
+    stop_strings = end_patterns(config.chunking)
+    if CHUNK_CLOSE in stop_strings:
+        check_tags(loaded.tokenizer)
     chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
-    chunk_params = SamplingParams(
-        **chunk_sampling.model_dump(),
-        stop_ids=policy.tokenizer.eos_ids,
-        stop_strings=(CHUNK_CLOSE,),
-    )
-    return (
-        Policy(
-            policy,
-            Engine(policy.model, policy.tokenizer, mesh=mesh, **config.policy_engine.model_dump()),
-            config.prompt_style,
-            chunk_params,
-            key,
+    policy = Policy(
+        loaded,
+        Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()),
+        config.prompt_style,
+        SamplingParams(
+            **chunk_sampling.model_dump(),
+            stop_ids=loaded.tokenizer.eos_ids,
+            stop_strings=stop_strings,
         ),
-        ChunkJudge(
-            judge,
-            Engine(judge.model, judge.tokenizer, mesh=mesh, **config.judge_engine.model_dump()),
-            name="judge",
-            prompt_style=config.judge_prompt_style,
-            max_new_tokens=config.judge_max_new_tokens,
-            key=key,
-        ),
+        jax.random.key(config.seed),
     )
+    settings = config.judge or config.classifier
+    assert settings is not None
+    return policy, load_judge(settings, mesh=mesh, seed=config.seed)
+
+
+# --- a block ------------------------------------------------------------------------------------
 
 
 def sample_names(config: Search) -> list[str]:
-    return [f"sample{k}" for k in range(max(config.majority, default=1))]
+    return [f"sample{k}" for k in range(max((*config.majority, *config.best_of), default=1))]
+
+
+def steered_methods(config: Search) -> dict[str, tuple[Method, Beams]]:
+    """What the judge steers, each with its rows a problem."""
+    one = Beams(beams=1, width=1)
+    methods = {"chunk_reset": (chunk_reset(config.max_attempts), one)}
+    for name, method, sizes in (("beam", beam_search, config.beam), ("dvts", dvts, config.dvts)):
+        if sizes is not None:
+            methods[name] = (method(sizes.beams, sizes.width), sizes)
+    return methods
 
 
 def search_ids(config: Search, block: Sequence[Problem]) -> list[str]:
-    names = ["greedy", "chunk_reset", *sample_names(config)]
+    names = ["greedy", *steered_methods(config), *sample_names(config)]
     return [f"{problem.problem_id}/{name}" for problem in block for name in names]
 
 
 def search_block(
-    config: Search,
-    policy: Policy,
-    judge: ChunkJudge,
-    block: Sequence[Problem],
-    verifier: AnswerVerifier,
+    config: Search, policy: Policy, judge: SolutionJudge, block: Sequence[Problem]
 ) -> list[SearchResult]:
-    """Every method on every problem of the block."""
-    attempts = chunk_reset_search(
-        policy,
-        judge,
-        block,
-        max_attempts=config.max_attempts,
-        max_completion_tokens=config.sampling.max_new_tokens,
-    )
-    solutions = [(attempt, "chunk_reset") for attempt in attempts]
-    solutions += whole_solutions(config, policy, block, 0.0, ["greedy"])
-    solutions += whole_solutions(
-        config, policy, block, config.sampling.temperature, sample_names(config)
-    )
-    texts = [
-        completion_text(policy.loaded.tokenizer, attempt.completion_ids) for attempt, _ in solutions
-    ]
-    answers = [extract_answer(text) for text in texts]
-    references = [attempt.problem.answer for attempt, _ in solutions]
-    correct = verifier.verify(list(zip(answers, references, strict=True)))
-    return [
-        SearchResult(
-            search_id=f"{attempt.problem.problem_id}/{method}",
-            problem_id=attempt.problem.problem_id,
-            method=method,
-            answer=answers[i] or "",
-            is_correct=correct[i],
-            completion=texts[i],
-            accepted_tokens=attempt.accepted_tokens,
-            rejected_tokens=attempt.rejected_tokens,
-            judge_tokens=attempt.judge_tokens,
-            forced_chunks=attempt.forced_chunks,
+    """Every method on every problem of the block, not yet verified."""
+    results = []
+    for name, (method, sizes) in steered_methods(config).items():
+        trees = search_chunks(
+            policy,
+            judge,
+            block,
+            method,
+            rows_per_problem=sizes.beams,
+            aggregate=sizes.aggregate,
+            max_new_tokens=config.sampling.max_new_tokens,
+            token_budget=config.token_budget,
         )
-        for i, (attempt, method) in enumerate(solutions)
+        results += [steered_result(policy, name, tree) for tree in trees]
+    greedy = config.sampling.model_copy(update={"temperature": 0.0})
+    results += whole_solutions(greedy, policy, judge, block, ["greedy"], 0)
+    num_judged = max(config.best_of, default=0)
+    names = sample_names(config)
+    return results + whole_solutions(config.sampling, policy, judge, block, names, num_judged)
+
+
+def verified(
+    results: Sequence[SearchResult], block: Sequence[Problem], verifier: AnswerVerifier
+) -> list[SearchResult]:
+    """With `is_correct` as it is."""
+    references = {problem.problem_id: problem.answer for problem in block}
+    pairs = [(result.answer or None, references[result.problem_id]) for result in results]
+    return [
+        dataclasses.replace(result, is_correct=is_correct)
+        for result, is_correct in zip(results, verifier.verify(pairs), strict=True)
     ]
+
+
+def steered_result(policy: Policy, method: str, tree: Tree) -> SearchResult:
+    """The answer of the weighted majority, in the words of the best solution that gives it."""
+    texts = [completion_text(policy.loaded.tokenizer, path.ids) for path in tree.solutions]
+    answers = [extract_answer(text) or "" for text in texts]
+    scores = [path.score for path in tree.solutions]
+    voted = vote(answers, scores)
+    giving = [i for i, answer in enumerate(answers) if answer == voted]
+    chosen = giving[best([scores[i] for i in giving])]
+    opinions = tree.solutions[chosen].opinions
+    return SearchResult(
+        search_id=f"{tree.problem.problem_id}/{method}",
+        problem_id=tree.problem.problem_id,
+        method=method,
+        answer=voted,
+        is_correct=False,
+        completion=texts[chosen],
+        accepted_tokens=tree.accepted_tokens,
+        rejected_tokens=tree.policy_tokens - tree.accepted_tokens,
+        judge_tokens=tree.judge_tokens,
+        forced_chunks=sum(opinion.verdict is Verdict.NEGATIVE for opinion in opinions),
+        chunk_scores=tuple(opinion.p_positive for opinion in opinions),
+        scoring_tokens=0,
+    )
 
 
 def whole_solutions(
-    config: Search,
+    sampling: Sampling,
     policy: Policy,
+    judge: SolutionJudge,
     block: Sequence[Problem],
-    temperature: float,
     names: Sequence[str],
-) -> list[tuple[Attempt, str]]:
-    """Solutions written in one go, one per problem and name."""
-    prompts = [
-        encode_solve_prompt(policy.loaded.tokenizer, problem.question, policy.prompt_style)
-        for problem in block
-    ]
-    sampling = config.sampling.model_copy(update={"temperature": temperature})
-    params = SamplingParams(**sampling.model_dump(), stop_ids=policy.loaded.tokenizer.eos_ids)
+    num_judged: int,
+) -> list[SearchResult]:
+    """Solutions written in one go, one per problem and name, of which the first `num_judged` of a
+    problem are judged."""
+    tokenizer = policy.loaded.tokenizer
+    ids = [f"{problem.problem_id}/{name}" for problem in block for name in names]
     output = policy.engine.generate(
-        prompts,
-        params,
+        [policy.prompt_ids(problem) for problem in block],
+        SamplingParams(**sampling.model_dump(), stop_ids=tokenizer.eos_ids),
         key=policy.key,
-        row_ids=[f"search/{problem.problem_id}/{name}" for problem in block for name in names],
+        row_ids=[f"search/{search_id}" for search_id in ids],
         group_size=len(names),
     )
+    judged = [b for b in range(len(ids)) if b % len(names) < num_judged]
     solutions = []
-    for p, problem in enumerate(block):
-        for g, name in enumerate(names):
-            ids = output.ids(p * len(names) + g)
-            attempt = Attempt(problem, len(prompts[p]), prompts[p] + ids, accepted_tokens=len(ids))
-            solutions.append((attempt, name))
-    return solutions
+    for b in judged:
+        ends = chunk_ends(output.ids(b), policy.chunk_matcher, tokenizer)
+        texts = chunk_texts(tokenizer, output.ids(b), ends)
+        solutions.append(Solution(ids[b], block[b // len(names)].question, texts, separator=""))
+    opinions = dict(zip(judged, judge(solutions) if judged else [], strict=True))
+    results = []
+    for b, search_id in enumerate(ids):
+        text = completion_text(tokenizer, output.ids(b))
+        results.append(
+            SearchResult(
+                search_id=search_id,
+                problem_id=block[b // len(names)].problem_id,
+                method=names[b % len(names)],
+                answer=extract_answer(text) or "",
+                is_correct=False,
+                completion=text,
+                accepted_tokens=len(output.ids(b)),
+                rejected_tokens=0,
+                judge_tokens=0,
+                forced_chunks=0,
+                chunk_scores=tuple(opinion.p_positive for opinion in opinions.get(b, ())),
+                scoring_tokens=sum(opinion.num_tokens for opinion in opinions.get(b, ())),
+            )
+        )
+    return results
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A problem by one method: how right its answer is (0 to 1), and what it cost."""
+
+    right: float
+    policy_tokens: float
+    judge_tokens: float = 0.0
+    rejected_tokens: float = 0.0
+    samples: int = 1
 
 
 def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]:
@@ -364,47 +311,108 @@ def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]
     for result in results:
         of_problem[result.problem_id][result.method] = result
     groups = list(of_problem.values())
-    names = sample_names(config)
-    plain = [[group[name] for name in names] for group in groups]
-    reset = [group["chunk_reset"] for group in groups]
-    summary: dict[str, Any] = {
-        "greedy": method_row(config, [[group["greedy"]] for group in groups]),
-        "plain": method_row(config, plain),
-        "chunk_reset": method_row(config, [[result] for result in reset]),
-        "majority": {
-            str(k): majority_row(config, [samples[:k] for samples in plain])
-            for k in config.majority
+    samples = [[group[name] for name in sample_names(config)] for group in groups]
+
+    def rows(sizes: Sequence[int], solve: Callable[..., Solved], *how: Any) -> dict[str, Any]:
+        return {
+            str(k): method_row(config, [solve(config.token_budget, s[:k], *how) for s in samples])
+            for k in sizes
+        }
+
+    return {
+        "greedy": method_row(config, [steered(group["greedy"]) for group in groups]),
+        "plain": method_row(config, [averaged(of_one) for of_one in samples]),
+        **{
+            name: steered_row(config, [group[name] for group in groups])
+            for name in steered_methods(config)
         },
+        "majority": rows(config.majority, by_majority),
+        "best_of": {name: rows(config.best_of, by_best, name) for name in AGGREGATES},
+        "weighted_majority": {name: rows(config.best_of, by_weight, name) for name in AGGREGATES},
     }
-    for name in ("accepted_tokens", "rejected_tokens", "forced_chunks"):
-        value = float(np.mean([getattr(result, name) for result in reset]))
-        summary["chunk_reset"][name] = value
-    return summary
 
 
-def method_row(config: Search, results: Sequence[Sequence[SearchResult]]) -> dict[str, Any]:
-    """`results`: per problem, the samples that accuracy and cost are averaged over."""
-    flat = [result for samples in results for result in samples]
-    right = [float(np.mean([result.is_correct for result in samples])) for samples in results]
+def method_row(config: Search, solved: Sequence[Solved]) -> dict[str, Any]:
+    right = [problem.right for problem in solved]
     return {
         "accuracy": float(np.mean(right)),
         "accuracy_interval": list(bootstrap_interval(right, np.mean, seed=config.seed)),
-        "policy_tokens": float(np.mean([result.policy_tokens for result in flat])),
-        "judge_tokens": float(np.mean([result.judge_tokens for result in flat])),
+        "policy_tokens": float(np.mean([problem.policy_tokens for problem in solved])),
+        "judge_tokens": float(np.mean([problem.judge_tokens for problem in solved])),
+        "rejected_tokens": float(np.mean([problem.rejected_tokens for problem in solved])),
+        "samples": float(np.mean([problem.samples for problem in solved])),
     }
 
 
-def majority_row(config: Search, results: Sequence[Sequence[SearchResult]]) -> dict[str, Any]:
-    """The most frequent answer of a problem's samples (the earliest of equals) is its answer."""
-    right, tokens = [], []
-    for samples in results:
-        votes = Counter(sample.answer for sample in samples if sample.answer)
-        voted = votes.most_common(1)[0][0] if votes else ""
-        right.append(float(next(s.is_correct for s in samples if s.answer == voted)))
-        tokens.append(sum(sample.policy_tokens for sample in samples))
-    return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_interval": list(bootstrap_interval(right, np.mean, seed=config.seed)),
-        "policy_tokens": float(np.mean(tokens)),
-        "judge_tokens": 0.0,
+def steered_row(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]:
+    return method_row(config, [steered(result) for result in results]) | {
+        "accepted_tokens": float(np.mean([result.accepted_tokens for result in results])),
+        "forced_chunks": float(np.mean([result.forced_chunks for result in results])),
     }
+
+
+def steered(result: SearchResult) -> Solved:
+    return Solved(
+        float(result.is_correct),
+        result.policy_tokens,
+        result.judge_tokens,
+        result.rejected_tokens,
+    )
+
+
+def averaged(samples: Sequence[SearchResult]) -> Solved:
+    """One sample, on average."""
+    right = float(np.mean([sample.is_correct for sample in samples]))
+    return Solved(right, float(np.mean([sample.policy_tokens for sample in samples])))
+
+
+def by_majority(budget: int | None, samples: Sequence[SearchResult]) -> Solved:
+    """The answer that is given most often."""
+    used = affordable(budget, samples, [sample.policy_tokens for sample in samples])
+    return answered(used, vote([sample.answer for sample in used]))
+
+
+def by_best(budget: int | None, samples: Sequence[SearchResult], aggregate: str) -> Solved:
+    """The answer of the sample with the highest score."""
+    used, scores = scored(budget, samples, aggregate)
+    chosen = used[best(scores)]
+    policy_tokens = sum(sample.policy_tokens for sample in used)
+    return Solved(
+        float(chosen.is_correct),
+        policy_tokens,
+        sum(sample.scoring_tokens for sample in used),
+        policy_tokens - chosen.policy_tokens,
+        len(used),
+    )
+
+
+def by_weight(budget: int | None, samples: Sequence[SearchResult], aggregate: str) -> Solved:
+    """The answer whose samples have the largest sum of scores."""
+    used, scores = scored(budget, samples, aggregate)
+    solved = answered(used, vote([sample.answer for sample in used], scores))
+    return dataclasses.replace(solved, judge_tokens=sum(sample.scoring_tokens for sample in used))
+
+
+def scored(
+    budget: int | None, samples: Sequence[SearchResult], aggregate: str
+) -> tuple[Sequence[SearchResult], list[float]]:
+    """Samples that can be paid with their judgments, and their scores."""
+    costs = [sample.policy_tokens + sample.scoring_tokens for sample in samples]
+    used = affordable(budget, samples, costs)
+    return used, [AGGREGATES[aggregate](sample.chunk_scores) for sample in used]
+
+
+def answered(samples: Sequence[SearchResult], answer: str) -> Solved:
+    """By the answer that samples voted for."""
+    right = next(sample.is_correct for sample in samples if sample.answer == answer)
+    policy_tokens = sum(sample.policy_tokens for sample in samples)
+    return Solved(float(right), policy_tokens, samples=len(samples))
+
+
+def affordable(
+    budget: int | None, samples: Sequence[SearchResult], costs: Sequence[int]
+) -> Sequence[SearchResult]:
+    """The first samples that the budget pays for, at least one; all without a budget."""
+    if budget is None:
+        return samples
+    return samples[: max(1, sum(spent <= budget for spent in accumulate(costs)))]

@@ -26,6 +26,7 @@ from stepwiser_jax.records import (
     KIND,
     Dialogue,
     Segmentation,
+    Selection,
     SftExample,
     UserError,
     read_manifest,
@@ -114,8 +115,8 @@ def sft_loss(
 
 
 def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
-    """Demonstrations from a file, of a `segment` or `rationalize` run, or of the embedded task.
-    Raises UserError for an empty set."""
+    """Demonstrations from a file, of a `segment`, `select` or `rationalize` run, or of the embedded
+    task. Raises UserError for an empty set."""
     if not data.source.startswith("arithmetic-"):
         examples = read_examples(data.source, style)
         if not examples:
@@ -138,11 +139,23 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
 
 
 def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
-    """SftExample or Dialogue records; of a `segment` run, each solution that was cut, behind the
-    question in the words in which `rollout` asks it."""
+    """SftExample or Dialogue records; of a `segment` run each solution that was cut, of a `select`
+    run each response that was selected, behind the question in the words in which `rollout` asks
+    it."""
     if holds_dialogues(source):
         return read_records(source, Dialogue)
-    if not (Path(source).is_dir() and KIND[Segmentation] in read_manifest(source)["records"]):
+    kinds = read_manifest(source)["records"] if Path(source).is_dir() else {}
+    if KIND[Selection] in kinds:
+        return [
+            SftExample(
+                example_id=selection.trajectory_id,
+                problem_id=selection.problem_id,
+                prompt=solve_prompt(selection.question, style, tags=selection.tagged),
+                completion=selection.completion,
+            )
+            for selection in read_records(source, Selection)
+        ]
+    if KIND[Segmentation] not in kinds:
         return read_records(source, SftExample)
     return [
         SftExample(

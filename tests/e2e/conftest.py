@@ -20,6 +20,7 @@ INPUTS = {
     "evaluate": ("judge.path=judge", "items=heldout"),
     "classify": ("classifier.path=classifier", "items=heldout"),
     "search": ("policy.path=policy", "judge.path=judge"),
+    "select": ("rollouts=rollouts", "tokenizer=policy", "judge.path=judge"),
 }
 STAGE_OF = {
     "policy": "sft",
@@ -34,6 +35,7 @@ STAGE_OF = {
     "evaluate": "evaluate",
     "classify": "classify",
     "search": "search",
+    "select": "select",
 }
 
 

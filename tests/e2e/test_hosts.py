@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.records import Judgment, PrefixValue, SearchResult, Trajectory, read_records
+from stepwiser_jax.records import (
+    Judgment,
+    PrefixValue,
+    SearchResult,
+    Selection,
+    Trajectory,
+    read_records,
+)
 
 from .conftest import command
 from .test_kill import everything
@@ -25,6 +32,7 @@ BLOCKS = {
     "evaluate": ("items_per_block=3",),
     "classify": ("items_per_block=3",),
     "search": ("problems_per_block=2",),
+    "select": ("problems_per_block=2",),
 }
 
 
@@ -135,6 +143,7 @@ SAMPLED = {
     "evaluate": Judgment,
     "classify": Judgment,
     "search": SearchResult,
+    "select": Selection,
 }
 
 

@@ -19,6 +19,7 @@ from stepwiser_jax.records import (
     Rationale,
     RecordWriter,
     SearchResult,
+    Selection,
     SftExample,
     Trajectory,
     read_records,
@@ -70,9 +71,39 @@ def test_every_stage_finishes_and_hands_over(runs):
     assert {r.method for r in results} == {
         "greedy",
         "chunk_reset",
+        "beam",
+        "dvts",
         *(f"sample{k}" for k in range(4)),
     }
-    assert any(r.judge_tokens for r in results if r.method == "chunk_reset")
+    for method in ("chunk_reset", "beam", "dvts"):
+        assert all(r.judge_tokens for r in results if r.method == method)
+    judged = {r.method for r in results if r.scoring_tokens}
+    assert judged == {"sample0", "sample1"}, "best_of: [2]"
+    selections = read_records(runs / "select", Selection)
+    assert [s.problem_id for s in selections] == [p.problem_id for p in problems]
+    assert all(len(s.candidates) == len(s.scores) == 4 for s in selections)
+
+
+def test_a_classifier_steers_and_selects(runs, tmp_path):
+    """In the judge's place, with one token for each chunk."""
+    classifier = f"{{path: {runs / 'classifier'}, prompt_style: bare, rows: 4, max_length: 320}}"
+    extra = ("judge=null", f"classifier={classifier}")
+
+    def run(name, *more):
+        words = command(name, runs, out=tmp_path / name, extra=(*extra, *more))
+        given = words.index(f"judge.path={runs / 'judge'}")
+        assert main(words[: given - 1] + words[given + 1 :]) == 0
+        return json.loads((tmp_path / name / "summary.json").read_text())
+
+    summary = run("search", "problems.limit=2", "token_budget=150")
+    assert list(summary["compiled"]["judge"]) == ["score 4x320"]
+    for result in read_records(tmp_path / "search", SearchResult):
+        assert all(0 < score < 1 for score in result.chunk_scores)
+        assert result.method != "chunk_reset" or result.judge_tokens >= len(result.chunk_scores)
+    run("select")
+    for selection in read_records(tmp_path / "select", Selection):
+        assert all(0 < score < 1 for score in selection.scores)
+        assert selection.score == max(selection.scores)
 
 
 def test_summaries_tell_what_was_compiled(runs):
@@ -102,7 +133,11 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
         search["plain"],
         search["greedy"],
         search["chunk_reset"],
+        search["beam"],
+        search["dvts"],
         *search["majority"].values(),
+        *(row for rows in search["best_of"].values() for row in rows.values()),
+        *(row for rows in search["weighted_majority"].values() for row in rows.values()),
     ):
         assert 0 <= row["accuracy"] <= 1
         assert row["policy_tokens"] > 0
@@ -177,10 +212,10 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it and go on."""
 
 
-@pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "classify", "search"])
+@pytest.mark.parametrize("name", ["rollouts", "values", "evaluate", "classify", "search", "select"])
 def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, monkeypatch):
     append = RecordWriter.append
-    half = {"rollouts": 5, "values": 7, "evaluate": 9, "classify": 9, "search": 11}[name]
+    half = {"values": 7, "evaluate": 9, "classify": 9, "search": 11}.get(name, 3)
 
     def dying(self, records):
         if self.record_type is Problem:
@@ -348,7 +383,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     assert_fails(capsys, ["rolout"], "No such command")
     latest = ["--checkpoint", str(runs / "judge" / "checkpoints" / "latest")]
     assert_fails(capsys, ["convert", *latest, "--output", str(out)], "checkpoints/N", out)
-    mistake("search", "the judge of", "judge_engine.buckets=[160]")
+    mistake("search", "the judge of", "judge.engine.buckets=[160]")
 
 
 def test_unfinished_input_is_refused(runs, tmp_path, capsys):

@@ -37,6 +37,7 @@ STAGE_OF = {
     "evaluate": "evaluate",
     "classify": "classify",
     "search": "search",
+    "select": "select",
 }
 
 
@@ -209,7 +210,12 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ("rationales", "rationalize", "genprm.code=false", "set genprm.turn_by_turn to true"),
         ("evaluate", "evaluate", "genprm.code=true", "set genprm.code to false"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
-        ("search", "search", "problems_per_block=64", "problems_per_block .64. must not exceed"),
+        ("search", "search", "beam={beams: 64, width: 4}", r"beam.beams \(64\) must not exceed"),
+        ("search", "search", "dvts={beams: 6, width: 4}", r"beams \(6\) must be a multiple of wid"),
+        ("search", "search", "judge=null", "expected a judge or a classifier, found neither"),
+        ("search", "search", "token_budget=0", "token_budget: .* greater than or equal to 1"),
+        ("search", "search", "mesh.data=5", r"judge.engine.rows \[32\] must be multiples"),
+        ("select", "select", "classifier={path: c, max_length: 9}", "or a classifier, found both"),
     ],
 )
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):

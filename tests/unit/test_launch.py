@@ -180,7 +180,7 @@ MISTAKES = {
         *["--shards", "2", *ANNOTATE],
     ],
     "--shards: expected a stage of rollout segment annotate rationalize evaluate classify search "
-    "refine": [
+    "select refine": [
         *ONE_HOST,
         "--shards",
         "2",

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Label
@@ -14,7 +13,6 @@ from stepwiser_jax.records import (
     JudgeExample,
     PrefixValue,
     Problem,
-    SearchResult,
     Trajectory,
     UserError,
     Verdict,
@@ -26,14 +24,14 @@ from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge, rollout, search
+from stepwiser_jax.stages import judge, rollout
 from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
     rollouts_by_problem,
 )
 from stepwiser_jax.stages.label import label_trajectories
-from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts
+from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
 
@@ -241,7 +239,7 @@ def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
     )
     text = "<chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> <chunk> \\boxed{ 3 } </chunk>"
     ids = [*word_tokenizer.encode(text), word_tokenizer.eos_ids[0]]
-    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), rollout.end_patterns(config))
+    matcher = TokenMatcher.build(word_tokenizer.token_bytes(), end_patterns(config.chunking))
     texts = chunk_texts(word_tokenizer, ids, chunk_ends(ids, matcher, word_tokenizer))
     assert texts == ["<chunk> 4 * 7 = 8 ;", "8 + 5 = 3 </chunk>", "<chunk> \\boxed{ 3 } </chunk>"]
 
@@ -270,18 +268,3 @@ def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
     parts = judge.score(tiny_model, batch, 1.0, micro_batches=2)
     np.testing.assert_allclose(whole, parts, atol=1e-5)
     assert float(jnp.min(whole)) < -0.5
-
-
-def result(answer, is_correct, tokens=10):
-    return SearchResult("s", "p", "m", answer, is_correct, "", tokens, 0, 0, 0)
-
-
-def test_majority_ignores_samples_without_an_answer(request):
-    file = request.config.rootpath / "configs" / "smoke_search.yaml"
-    config = load_config("search", file)
-    none, right, wrong = result("", False), result("3", True), result("4", False)
-    rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
-    row = search.majority_row(config, rows)
-    assert row["accuracy"] == (1 + 1 + 0 + 0) / 4
-    assert row["policy_tokens"] == 30
-    assert yaml.safe_load(file.read_text())["majority"] == [2, 4]

@@ -1,0 +1,24 @@
+"""Settings -> a judge of chunks: one that reasons, or a classifier."""
+
+from __future__ import annotations
+
+import jax
+
+from stepwiser_jax.config import ClassifierJudge, GenerativeJudge, Model
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.judging import ChunkJudge, SolutionJudge
+from stepwiser_jax.runtime.loading import load_for_decoding, load_model
+from stepwiser_jax.runtime.scorer import Scorer
+
+
+def load_judge(
+    config: GenerativeJudge | ClassifierJudge, *, mesh: jax.sharding.Mesh, seed: int
+) -> SolutionJudge:
+    """The model, loaded, with its compiled shapes."""
+    path = config.model_dump(include=set(Model.model_fields))
+    settings = config.model_dump(exclude={*Model.model_fields, "engine"})
+    if isinstance(config, ClassifierJudge):
+        return Scorer(load_model(**path, mesh=mesh, seed=seed, classifier=True), mesh, **settings)
+    loaded = load_for_decoding(**path, weights=config.engine.weights, mesh=mesh, seed=seed)
+    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+    return ChunkJudge(loaded, engine, name="judge", key=jax.random.key(seed), **settings)

@@ -1,0 +1,521 @@
+"""Search with planted policies and judges, on the embedded task, whose truth is exact."""
+
+import itertools
+import re
+import zlib
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from stepwiser_jax.algo.selection import AGGREGATES, best, vote
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import SearchResult, Verdict
+from stepwiser_jax.runtime.chunk_search import (
+    Chunk,
+    Path,
+    Policy,
+    Row,
+    Tree,
+    beam_search,
+    chunk_reset,
+    dvts,
+    search_chunks,
+)
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.judging import Opinion
+from stepwiser_jax.runtime.loading import Loaded
+from stepwiser_jax.runtime.sampler import Sampler
+from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams, Shapes, StopReason
+from stepwiser_jax.settings import load_config
+from stepwiser_jax.stages import search
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.answers import extract_answer
+from stepwiser_jax.text.chunks import CHUNK_CLOSE
+from tiny import tiny_config
+
+ROOM, CHUNK, JUDGE_TOKENS = 112, 24, 3
+PROBLEMS = arithmetic.generate_problems(12, 0, "dev")
+
+
+def rng_of(*parts):
+    return np.random.default_rng(zlib.crc32(" ".join(map(str, parts)).encode()))
+
+
+class Rows:
+    """In place of an engine: rows are lists of ids; `write(row id, ids)` says what comes next."""
+
+    def __init__(self, write, rows):
+        self.write, self.shapes, self.most = write, Shapes((rows,), (400,), 400), 0
+
+    def prefill(self, prompts, slots):
+        return [list(prompt) for prompt in prompts]
+
+    def fork(self, state, source_B, num_tokens_B):
+        assert len(source_B) <= self.shapes.max_rows
+        self.most = max(self.most, len(source_B))
+        return [state[s][:n] for s, n in zip(source_B, num_tokens_B, strict=True)]
+
+    def decode(self, state, params, *, key, row_ids):
+        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        for b, row_id in enumerate(row_ids):
+            ids, reason = self.write(row_id, state[b])
+            output.tokens_BC[b, : len(ids)] = ids
+            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
+            state[b] = state[b] + ids
+        return output, state
+
+
+@pytest.fixture
+def solver(word_tokenizer):
+    """Writes a wrong result in two of five chunks, answers too early in one of ten, then ends."""
+
+    def write(row_id, ids):
+        question, _, solution = word_tokenizer.decode(ids[1:]).partition(" ?")
+        value, operations = arithmetic.parse_question(question + " ?")
+        state = arithmetic.State(operations, value)
+        for chunk in re.findall(r"<chunk>.*?</chunk>", solution):
+            state.advance(chunk)
+        if "boxed" in solution:
+            return [word_tokenizer.eos_ids[0]], StopReason.STOP_ID
+        rng = rng_of(row_id, len(ids))
+        if state.done == len(operations) or rng.random() < 0.1:
+            text = arithmetic.answer_text(state.value)
+        else:
+            lines = list(arithmetic.exact_lines(state.value, operations[state.done]))
+            if rng.random() < 0.4:
+                last = lines[-1]
+                lines[-1] = arithmetic.Line(last.left, last.op, last.right, (last.result + 1) % 10)
+            text = arithmetic.chunk_text(lines)
+        return word_tokenizer.encode(text), StopReason.STOP_STRING
+
+    return write
+
+
+def policy_of(tokenizer, engine):
+    params = SamplingParams(CHUNK, stop_ids=tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
+    return Policy(Loaded(None, tokenizer, "fake"), engine, "bare", params, jax.random.key(3))
+
+
+class Planted:
+    """A judge whose P(+) of the last chunk is what `score(question, chunks)` says."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, solutions):
+        found = []
+        for solution in solutions:
+            assert solution.start == len(solution.chunks) - 1
+            p = self.score(solution.question, solution.chunks)
+            verdict = Verdict.POSITIVE if p >= 0.5 else Verdict.NEGATIVE
+            found.append([Opinion("", verdict, p, JUDGE_TOKENS)])
+        return found
+
+
+def oracle(question, chunks):
+    return float(arithmetic.chunk_truth(question, chunks)[-1])
+
+
+def noisy(question, chunks):
+    """Leans to the truth; equal for equal solutions, and coarse, so that there are ties."""
+    noise = rng_of(question, *chunks).random()
+    return round(0.6 * noise + 0.4 * oracle(question, chunks), 1)
+
+
+def accepts(question, chunks):
+    return 1.0
+
+
+def solve(tokenizer, write, judge, method, *, beams=1, rows=32, budget=None, aggregate="last"):
+    engine = Rows(write, rows)
+    trees = search_chunks(
+        policy_of(tokenizer, engine),
+        Planted(judge),
+        PROBLEMS,
+        method,
+        rows_per_problem=beams,
+        aggregate=aggregate,
+        max_new_tokens=ROOM,
+        token_budget=budget,
+    )
+    assert [tree.problem for tree in trees] == PROBLEMS
+    assert engine.most == min(rows // beams, len(PROBLEMS)) * beams, "rows are idle"
+    return trees
+
+
+def solutions_of(trees):
+    return [[path.ids for path in tree.solutions] for tree in trees]
+
+
+def accuracy(tokenizer, trees):
+    policy = policy_of(tokenizer, None)
+    answers = [search.steered_result(policy, "m", tree).answer for tree in trees]
+    return np.mean([a == tree.problem.answer for a, tree in zip(answers, trees, strict=True)])
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_accepts_all_discards_nothing_and_one_beam_is_one_row(word_tokenizer, solver):
+    plain = solve(word_tokenizer, solver, accepts, chunk_reset(5))
+    for tree in plain:
+        (path,) = tree.solutions
+        assert tree.accepted_tokens == tree.policy_tokens == len(path.ids)
+        assert tree.judge_tokens == JUDGE_TOKENS * len(path.spoken)
+    for method in (beam_search(1, 1), dvts(1, 1)):
+        alone = solve(word_tokenizer, solver, accepts, method)
+        assert solutions_of(alone) == solutions_of(plain)
+        assert [t.judge_tokens for t in alone] == [t.judge_tokens for t in plain]
+
+
+def test_a_judge_that_knows_the_truth_never_loses_to_one_that_accepts_all(word_tokenizer, solver):
+    plain = solve(word_tokenizer, solver, accepts, chunk_reset(5))
+    steered = solve(word_tokenizer, solver, oracle, chunk_reset(5))
+    for before, after in zip(plain, steered, strict=True):
+        texts = before.solutions[0].texts(word_tokenizer)
+        if arithmetic.first_error(before.problem.question, texts) == -1:
+            assert solutions_of([after]) == solutions_of([before])
+    assert accuracy(word_tokenizer, plain) < 0.5 < accuracy(word_tokenizer, steered)
+    for method in (beam_search(8, 4), dvts(8, 4)):
+        found = solve(word_tokenizer, solver, oracle, method, beams=8, aggregate="product")
+        assert accuracy(word_tokenizer, found) > 0.8
+        for tree in found:
+            if any(path.score == 1 for path in tree.solutions):
+                assert accuracy(word_tokenizer, [tree]) == 1
+
+
+def test_the_last_attempt_is_kept(word_tokenizer, solver):
+    def rejects(question, chunks):
+        return 0.0
+
+    for attempts in (1, 3):
+        for tree in solve(word_tokenizer, solver, rejects, chunk_reset(attempts)):
+            (path,) = tree.solutions
+            assert tree.judge_tokens == JUDGE_TOKENS * attempts * len(path.spoken)
+            assert (tree.policy_tokens > tree.accepted_tokens) == (attempts > 1)
+            assert all(opinion.verdict is Verdict.NEGATIVE for opinion in path.opinions)
+
+
+def test_a_policy_that_does_not_end_is_ended_while_a_chunk_fits(word_tokenizer):
+    """All chunks are of one length, at which one more would be over."""
+    text = word_tokenizer.encode("1 + " * 5 + CHUNK_CLOSE)
+    for method, beams in ((chunk_reset(2), 1), (beam_search(4, 2), 4), (dvts(4, 2), 4)):
+        trees = solve(
+            word_tokenizer,
+            lambda row_id, ids: (text, StopReason.STOP_STRING),
+            lambda question, chunks: float(len(chunks) % 2),
+            method,
+            beams=beams,
+        )
+        for path in [path for tree in trees for path in tree.solutions]:
+            assert ROOM - CHUNK < len(path.ids) <= ROOM - CHUNK + len(text)
+
+
+# --- oracles: one problem at a time, on lists ---------------------------------------------------
+
+
+def grow(write, prompt, tokenizer, judge, problem, parents):
+    """(ids, chunk texts, score, is over, names of its chunks) of every parent with one more chunk;
+    the score of one that adds no text is its parent's."""
+    grown = []
+    for k, (ids, texts, score, _, names) in enumerate(parents):
+        row_id = f"search/{problem.problem_id}/c{len(texts)}/a{k}"
+        new, reason = write(row_id, prompt + ids)
+        over = reason == StopReason.STOP_ID
+        if not over:
+            texts, names = [*texts, tokenizer.decode(new)], [*names, object()]
+            score = judge(problem.question, texts)
+        ids = ids + new
+        grown.append((ids, texts, score, over or len(ids) + CHUNK > ROOM, names))
+    return grown
+
+
+def add(found, grown):
+    """Solutions of copies that end together are one."""
+    for row in grown:
+        if row[3] and all(row[4] != other[4] for other in found):
+            found.append(row)
+
+
+def slow_beams(write, prompt, tokenizer, judge, problem, beams, width):
+    rows, found = [([], [], 0.0, False, [])] * beams, []
+    while rows:
+        grown = grow(write, prompt, tokenizer, judge, problem, rows)
+        add(found, grown)
+        alive = [row for row in grown if not row[3]]
+        order = sorted(range(len(alive)), key=lambda i: (-alive[i][2], i))
+        kept = [alive[i] for i in order[: beams // width]] if len(found) < beams else []
+        rows = [row for _ in range(width) for row in kept]
+    return [ids for ids, *_ in found]
+
+
+def slow_subtrees(write, prompt, tokenizer, judge, problem, beams, width):
+    subtrees = beams // width
+    rows, found = {k: ([], [], 0.0, False, []) for k in range(beams)}, []
+    while rows:
+        grown = {}
+        for k, row in rows.items():  # named by its place among all
+            (grown[k],) = grow(
+                lambda row_id, ids, k=k: write(row_id.replace("/a0", f"/a{k}"), ids),
+                prompt, tokenizer, judge, problem, [row],
+            )  # fmt: skip
+        rows = {}
+        for tree in range(subtrees):
+            members = [grown[k] for k in range(tree, beams, subtrees) if k in grown]
+            leader = max(members, key=lambda row: row[2], default=None)
+            if leader is not None and leader[3]:
+                add(found, members)
+            elif leader is not None:
+                rows |= {tree + copy * subtrees: leader for copy in range(width)}
+        rows = dict(sorted(rows.items()))
+    return [ids for ids, *_ in found]
+
+
+@pytest.mark.parametrize(
+    ("beams", "width", "aggregate"),
+    [(4, 2, "last"), (8, 4, "product"), (6, 1, "min"), (2, 2, "mean")],
+)
+@pytest.mark.parametrize(
+    ("method", "slow"), [(beam_search, slow_beams), (dvts, slow_subtrees)], ids=["beam", "dvts"]
+)
+def test_beams_are_those_of_one_problem_at_a_time(
+    word_tokenizer, solver, method, slow, beams, width, aggregate
+):
+    def score(question, texts):
+        scores = [noisy(question, texts[:end]) for end in range(1, len(texts) + 1)]
+        return AGGREGATES[aggregate](scores)
+
+    how = {"beams": beams, "rows": 20, "aggregate": aggregate}
+    trees = solve(word_tokenizer, solver, noisy, method(beams, width), **how)
+    for tree, found in zip(trees, solutions_of(trees), strict=True):
+        arguments = (solver, tree.prompt_ids, word_tokenizer, score, tree.problem, beams, width)
+        assert found == slow(*arguments)
+        assert tree.accepted_tokens <= sum(map(len, found))
+        assert tree.accepted_tokens <= tree.policy_tokens
+    assert width == beams or max(len(tree.solutions) for tree in trees) > 1
+
+
+def row(score, *, over, attempt):
+    chunk = Chunk([1], True, Opinion("", Verdict.POSITIVE, score, 1))
+    return Row(Path("last", (chunk,), over), attempt, source=attempt)
+
+
+def test_when_beams_end():
+    """A beam search with enough solutions, whatever goes on; a subtree with its best row alone."""
+    rows = [
+        row(0.2, over=True, attempt=0),
+        row(0.9, over=False, attempt=1),
+        row(0.3, over=True, attempt=2),
+    ]
+    for beams, going_on in ((4, 2), (2, 0)):
+        tree = Tree(PROBLEMS[0], [1], [])
+        assert len(beam_search(beams, 2)(tree, rows)) == going_on
+        assert len(tree.solutions) == 2
+    tree = Tree(PROBLEMS[0], [1], [])
+    assert [(r.source, r.attempt) for r in dvts(3, 3)(tree, rows)] == [(1, 0), (1, 1), (1, 2)]
+    assert not tree.solutions
+    assert dvts(3, 3)(tree, [*rows[:2], row(0.9, over=True, attempt=2)])[0].source == 1
+    assert dvts(3, 3)(tree, [*rows[:2], row(1.0, over=True, attempt=2)]) == []
+    assert [path.score for path in tree.solutions] == [0.2, 1.0]
+
+
+def test_rows_of_equal_scores_stay_different(word_tokenizer, solver):
+    """Of two rows that are kept, copies take turns, so that the next two are not of one parent."""
+    trees = solve(word_tokenizer, solver, accepts, beam_search(8, 4), beams=8)
+    first = [{path.chunks[0] for path in tree.solutions} for tree in trees]
+    assert max(map(len, first)) == 2, "what two rows began"
+    for tree in trees:
+        written = sum(len(path.ids) for path in tree.solutions)
+        assert (tree.accepted_tokens < written) == (len(tree.solutions) > len(first[0]))
+
+
+@pytest.mark.parametrize(
+    ("method", "beams"), [(chunk_reset(3), 1), (beam_search(4, 2), 4)], ids=["reset", "beam"]
+)
+def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
+    word_tokenizer, method, beams
+):
+    """With a model: what a row writes is what a fresh row with its name and its tokens writes."""
+    vocabulary = len(word_tokenizer.token_bytes())
+    model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
+    sampler = Sampler(model, word_tokenizer, rows=(1,), buckets=(96,))
+
+    def write(row_id, ids):
+        out = sampler.generate([ids], params, key=jax.random.key(3), row_ids=[row_id])
+        return out.ids(0), out.stop_reason_B[0]
+
+    def judge(question, chunks):
+        return round(rng_of(*chunks).random(), 1)
+
+    engine = Engine(model, word_tokenizer, rows=(4, 8), buckets=(96,))
+    policies = [policy_of(word_tokenizer, e) for e in (engine, Rows(write, 8))]
+    params = SamplingParams(8, stop_ids=word_tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
+    found = []
+    for policy in policies:
+        policy.params = params
+        trees = search_chunks(
+            policy, Planted(judge), PROBLEMS[:3], method, rows_per_problem=beams, max_new_tokens=40
+        )
+        found.append(solutions_of(trees))
+        assert sum(tree.policy_tokens - tree.accepted_tokens for tree in trees) > 0
+    assert found[0] == found[1]
+    assert len(engine.compiled_shapes) <= 1 + 3 + 2, "prefill, forks, decodes"
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "beams"),
+    [(chunk_reset(5), 1), (beam_search(4, 2), 4), (dvts(4, 2), 4)],
+    ids=["reset", "beam", "dvts"],
+)
+def test_a_larger_budget_judges_and_discards_no_less(word_tokenizer, solver, method, beams):
+    budgets = [1, 20, 60, 120, 240, 10**6, None]
+    runs = [solve(word_tokenizer, solver, noisy, method, beams=beams, budget=b) for b in budgets]
+    assert solutions_of(runs[-1]) == solutions_of(runs[-2])
+    for budget, trees in zip(budgets, runs, strict=True):
+        for tree in trees:
+            assert tree.solutions, "there always is one"
+            step = beams * (CHUNK + JUDGE_TOKENS)
+            if budget:
+                assert tree.policy_tokens + tree.judge_tokens <= budget + step + ROOM
+    for less, more in itertools.pairwise(runs):
+        for a, b in zip(less, more, strict=True):
+            assert a.judge_tokens <= b.judge_tokens
+            if beams == 1:
+                assert a.policy_tokens - a.accepted_tokens <= b.policy_tokens - b.accepted_tokens
+    assert all(tree.judge_tokens == JUDGE_TOKENS * beams for tree in runs[0]), "one step"
+    assert all(len(tree.solutions) == 1 for tree in runs[0])
+
+
+def result(answer, is_correct, tokens=10, scores=(), scoring=0, method="m"):
+    return SearchResult(
+        "s", "p", method, answer, is_correct, "", tokens, 0, 0, 0, tuple(scores), scoring
+    )
+
+
+def test_samples_that_a_budget_pays_for():
+    samples = [result(str(k), False, tokens=10 * (k + 1)) for k in range(4)]
+    costs = [sample.policy_tokens for sample in samples]
+    used = {b: len(search.affordable(b, samples, costs)) for b in (1, 10, 29, 30, 99, 100, None)}
+    assert used == {1: 1, 10: 1, 29: 1, 30: 2, 99: 3, 100: 4, None: 4}
+
+
+# --- votes and best-of-N ------------------------------------------------------------------------
+
+
+def test_votes_and_the_best_of_random_samples():
+    """Against a count by hand, over samples with ties and without answers."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(1, 8))
+        answers = [str(a) if a else "" for a in rng.integers(0, 4, n)]
+        weights = (rng.integers(0, 5, n) / 4).tolist()
+        sums = {a: sum(w for b, w in zip(answers, weights, strict=True) if b == a)
+                for a in answers if a}  # fmt: skip
+        voted = vote(answers, weights)
+        assert voted == next((a for a in sums if sums[a] == max(sums.values())), "")
+        counts = Counter(a for a in answers if a)
+        assert vote(answers) == vote(answers, [0.25] * n)
+        assert counts[vote(answers)] == max(counts.values(), default=0)
+        assert best(weights) == weights.index(max(weights))
+    scores = [0.5, 0.25, 0.75]
+    found = {name: aggregate(scores) for name, aggregate in AGGREGATES.items()}
+    assert found == {"min": 0.25, "mean": 0.5, "last": 0.75, "product": 0.5 * 0.25 * 0.75}
+
+
+def test_best_of_one_is_the_first_sample_and_costs_its_judgment():
+    samples = [result("1", False, 10, [0.1, 0.9], 6), result("2", True, 20, [0.4, 0.4], 7)]
+    for name in AGGREGATES:
+        first = search.by_best(None, samples[:1], name)
+        assert (first.right, first.policy_tokens, first.judge_tokens) == (0.0, 10, 6)
+        assert first.rejected_tokens == 0
+    right = {name: search.by_best(None, samples, name).right for name in AGGREGATES}
+    assert right == {"min": 1.0, "mean": 0.0, "last": 0.0, "product": 1.0}
+    both = search.by_best(None, samples, "min")
+    assert (both.policy_tokens, both.judge_tokens, both.rejected_tokens) == (30, 13, 10)
+    voted = search.by_weight(None, samples, "mean")
+    assert (voted.right, voted.judge_tokens, voted.rejected_tokens) == (0.0, 13, 0)
+    assert search.by_weight(42, samples, "min").samples == 1, "30 + 13 tokens are too many"
+    assert search.by_weight(43, samples, "min").samples == 2
+    plain = search.by_majority(30, samples)
+    assert (plain.judge_tokens, plain.samples) == (0, 2), "votes alone are not judged"
+
+
+def test_majority_ignores_samples_without_an_answer():
+    none, right, wrong = result("", False), result("3", True), result("4", False)
+    rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
+    voted = [search.by_majority(None, samples) for samples in rows]
+    assert [solved.right for solved in voted] == [1, 1, 0, 0]
+    assert {solved.policy_tokens for solved in voted} == {30}
+
+
+def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer, solver):
+    trees = solve(word_tokenizer, solver, noisy, dvts(8, 2), beams=8)
+    policy = policy_of(word_tokenizer, None)
+    results = [search.steered_result(policy, "dvts", tree) for tree in trees]
+    for tree, found in zip(trees, results, strict=True):
+        texts = [word_tokenizer.decode(path.ids) for path in tree.solutions]
+        sums = Counter()
+        for text, path in zip(texts, tree.solutions, strict=True):
+            sums[extract_answer(text)] += path.score
+        assert sums[found.answer] == max(sums.values())
+        assert extract_answer(found.completion) == found.answer
+        assert found.policy_tokens == tree.policy_tokens > found.accepted_tokens
+        assert len(found.chunk_scores) == found.completion.count(CHUNK_CLOSE)
+    assert max(len(tree.solutions) for tree in trees) > 1
+
+
+def test_summary_compares_methods_on_all_problems(request):
+    file = request.config.rootpath / "configs" / "smoke_search.yaml"
+    config = load_config("search", file, ("majority=[2]", "best_of=[1, 2]", "dvts=null"))
+    assert search.search_ids(config, PROBLEMS[:1]) == [
+        f"{PROBLEMS[0].problem_id}/{name}"
+        for name in ("greedy", "chunk_reset", "beam", "sample0", "sample1")
+    ]
+
+    def problem(name, *right):
+        return [
+            SearchResult(
+                f"{name}/{method}", name, method, str(is_right), is_right, "",
+                10, 5 * steered, 7 * steered, 0, (0.5 + i / 10,), 3,
+            )
+            for i, (method, is_right, steered) in enumerate(
+                zip(
+                    ("greedy", "chunk_reset", "beam", "sample0", "sample1"),
+                    right,
+                    (0, 1, 1, 0, 0),
+                    strict=True,
+                )
+            )
+        ]  # fmt: skip
+
+    results = problem("a", True, True, False, False, True)
+    results += problem("b", False, True, True, True, False)
+    summary = search.summarize(config, results)
+    accuracies = {name: summary[name]["accuracy"] for name in ("greedy", "chunk_reset", "beam")}
+    assert accuracies == {"greedy": 0.5, "chunk_reset": 1.0, "beam": 0.5}
+    assert summary["plain"]["accuracy"] == 0.5 == summary["majority"]["2"]["accuracy"]
+    assert summary["chunk_reset"]["rejected_tokens"] == 5
+    assert summary["chunk_reset"]["policy_tokens"] == 15
+    for aggregate in AGGREGATES:
+        assert summary["best_of"][aggregate]["1"]["accuracy"] == 0.5
+        assert summary["best_of"][aggregate]["2"]["accuracy"] == 0.5
+        assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
+        assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
+    assert summary["majority"]["2"]["judge_tokens"] == 0
+
+
+# --- opinions -----------------------------------------------------------------------------------
+
+
+def test_votes_make_one_opinion():
+    kinds = (Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.POSITIVE)
+    votes = [Opinion(kind.value, kind, float(kind is Verdict.POSITIVE), 4) for kind in kinds]
+    opinion = Opinion.of_votes(votes)
+    assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
+    assert Opinion.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
