@@ -49,12 +49,19 @@ stage classify classify --set classifier.path="$runs/classifier" --set items="$r
 # 9. The offline judge: the cold start's own judgments, where they agree with the labels.
 stage rationalize rationales --set judge.path="$runs/cold_start" --set examples="$runs/labels"
 
-# 10. A checkpoint becomes a Hugging Face directory.
+# 10. ThinkPRM: chains about whole solutions are sampled, filtered by the labels and learned.
+stage sft thinkprm_start --set model.path="$runs/policy"
+stage rationalize thinkprm_chains --set judge.path="$runs/thinkprm_start" \
+  --set examples="$runs/labels"
+stage sft thinkprm --set model.path="$runs/thinkprm_start" --set data.source="$runs/thinkprm_chains"
+stage evaluate thinkprm_evaluate --set judge.path="$runs/thinkprm" --set items="$runs/heldout"
+
+# 11. A checkpoint becomes a Hugging Face directory.
 "$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
 
 # Every stage left a manifest and a summary; a finished stage started again does nothing.
 for run in policy rollouts values labels cold_start judge heldout evaluate search select classifier \
-  classify rationales; do
+  classify rationales thinkprm_start thinkprm_chains thinkprm thinkprm_evaluate; do
   test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
 done
 test -s "$runs/judge_hf/model.safetensors"

@@ -230,9 +230,9 @@ class SftData(Config):
     """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
     a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
     solutions), `arithmetic-untagged` (without chunks), `arithmetic-segmenter` (from those to
-    these), `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis) or
-    `arithmetic-genprm` (conversations); then `count` and `seed` say which demonstrations are
-    generated."""
+    these), `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis),
+    `arithmetic-genprm` (conversations) or `arithmetic-thinkprm` (chains); then `count` and `seed`
+    say which demonstrations are generated."""
 
     source: str
     count: int | None = Field(None, ge=1)
@@ -358,6 +358,34 @@ class GenPrmCritiques(GenPrm):
     judge of this form, whose verdicts are then those of its own P(right)."""
 
     turn_by_turn: bool = False
+
+
+class ThinkPrmVerdicts(Config):
+    """A judge in ThinkPRM's form (arXiv 2504.16828): one chain about a whole solution, then P(yes).
+
+    Its thought has `rounds`, one after another (sequential scaling), each of at most
+    `max_new_tokens`.
+    """
+
+    rounds: int = Field(1, ge=1, le=4)
+
+
+class ThinkPrmChains(Config):
+    """How chains for ThinkPRM's training are kept: those of at most `max_tokens`, question and
+    answer included."""
+
+    max_tokens: int = Field(4096, ge=1)
+
+
+def check_one_form(config: Rationalize | Evaluate) -> None:
+    """Raises ValueError where it names two forms of judge, or a style that a form is not known
+    in."""
+    if config.thinkprm is not None and config.prompt_style == "verdict":
+        raise ValueError("prompt_style verdict is StepWiser's: with thinkprm, instruct or bare")
+    if config.genprm is not None and config.thinkprm is not None:
+        raise ValueError(
+            "expected one form of judge, found genprm and thinkprm: leave one of them out"
+        )
 
 
 class LabelRule(Config):
@@ -574,9 +602,10 @@ class Rationalize(ComputeStage):
 
     `judge` writes `samples` judgments of every one of the first `limit` `examples`, which are read
     as `judge` reads them, with `on_malformed` and `exclude`. `balance`: as many of positive as of
-    negative labels.
+    negative labels; of what is then left, `max_examples` are drawn.
 
-    `genprm`: it writes critiques of whole solutions, which are read as `classifier` reads them, and
+    `thinkprm`: it verifies whole solutions, which are read as `classifier` reads them. `genprm`: it
+    writes critiques of whole solutions, which are read as `classifier` reads them, and
     what is kept are conversations. `sampling.max_new_tokens` are of a critique, or of a turn.
     """
 
@@ -587,8 +616,10 @@ class Rationalize(ComputeStage):
     limit: int | None = Field(None, ge=1)
     prompt_style: PromptStyle = "instruct"
     genprm: GenPrmCritiques | None = None
+    thinkprm: ThinkPrmChains | None = None
     samples: int = Field(4, ge=1)
     balance: bool = True
+    max_examples: int | None = Field(None, ge=1)
     sampling: Sampling
     engine: Engine
     examples_per_block: int = Field(64, ge=1)
@@ -596,10 +627,11 @@ class Rationalize(ComputeStage):
     @property
     def of_solutions(self) -> bool:
         """Whether the examples are whole solutions, not chunks."""
-        return self.genprm is not None
+        return self.genprm is not None or self.thinkprm is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> Rationalize:
+        check_one_form(self)
         if self.genprm is not None:
             self.genprm.check_style(self.prompt_style)
             if self.prompt_style == "bare" and not self.genprm.turn_by_turn:
@@ -648,6 +680,8 @@ class Evaluate(ComputeStage):
     per chunk are sampled for Maj@votes, with the settings that begin with `vote_`; 0: greedy only.
     `on_malformed` as in `Problems`. `genprm`: the judge is of its form; then Maj@votes is the mean
     of P(right), and `max_new_tokens` are those of a step, all its rounds of code together.
+    `thinkprm`: the judge verifies whole solutions, `votes` are chains about one (parallel scaling),
+    and it is scored besides how well right solutions are told from wrong ones.
     """
 
     judge: Model
@@ -657,6 +691,7 @@ class Evaluate(ComputeStage):
     on_malformed: OnMalformed = "stop"
     prompt_style: JudgePromptStyle = "instruct"
     genprm: GenPrmVerdicts | None = None
+    thinkprm: ThinkPrmVerdicts | None = None
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)
     vote_temperature: float = Field(1.0, gt=0)
@@ -668,6 +703,7 @@ class Evaluate(ComputeStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
+        check_one_form(self)
         if self.genprm is not None:
             self.genprm.check_style(self.prompt_style)
         return self

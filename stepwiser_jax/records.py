@@ -243,8 +243,9 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What a judge wrote about one chunk. `p_positive` is 1 or 0 for a written verdict, Positive or
-    not; a classifier, which writes nothing but the likelier sign, says more."""
+    """What a judge wrote about one chunk, or ThinkPRM's about a whole solution. `p_positive` is 1
+    or 0 for a written verdict, Positive or not; a judge that knows how sure it is says more, as a
+    classifier does, which writes nothing but the likelier sign."""
 
     example_id: str
     judge_id: str

@@ -94,7 +94,59 @@ def best_threshold(p_positive: Sequence[Sequence[float]], labels: Sequence[int])
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
+# --- of whole solutions -------------------------------------------------------------------------
+
+
+def solution_scores(
+    p_correct: Sequence[float], is_correct: Sequence[bool], *, threshold: float = 0.5
+) -> dict[str, float]:
+    """How well solutions without an error are told from those with one, in fractions. They are the
+    positive class, and predicted where the probability is at least the threshold. A precision or
+    recall over nothing is 0, as is the F1 of two zeros.
+
+    This is the F1 of ThinkPRM's tables, another quantity than ProcessBench's. The paper does not
+    name the positive class; its random baselines (39.1 of OlympiadBench, 32.7 of Omni-MATH, of
+    which about 34% and 24% are correct) are those of this one.
+    """
+    predicted = [p >= threshold for p in p_correct]
+    pairs = list(zip(predicted, is_correct, strict=True))
+    hits = pairs.count((True, True))
+    precision = hits / max(1, sum(predicted))
+    recall = hits / max(1, sum(is_correct))
+    total = precision + recall
+    return {
+        "binary_f1": 2 * precision * recall / total if total else 0.0,
+        "precision": precision,
+        "recall": recall,
+        "accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs)),
+    }
+
+
 # --- of all subsets -----------------------------------------------------------------------------
+
+
+def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, item in enumerate(items):
+        rows_of[item.subset].append(row)
+    return rows_of
+
+
+def solutions_by_subset(
+    items: Sequence[ProcessBenchItem], p_correct: Sequence[float], bad_outputs: Sequence[float]
+) -> dict[str, Any]:
+    """Scores of whole solutions per subset, and their plain average. `bad_outputs`: the share of
+    each one's outputs that are bad."""
+    scores = {
+        subset: solution_scores(
+            [p_correct[r] for r in rows], [items[r].first_error == -1 for r in rows]
+        )
+        | {"bad_outputs": sum(bad_outputs[r] for r in rows) / len(rows)}
+        for subset, rows in rows_of_subsets(items).items()
+    }
+    names = next(iter(scores.values()))
+    average = {n: float(np.mean([score[n] for score in scores.values()])) for n in names}
+    return {"subsets": scores, "average": average}
 
 
 def score_by_subset(
@@ -105,9 +157,6 @@ def score_by_subset(
     unparsed_as: Literal["negative", "positive"] = "negative",
 ) -> dict[str, Any]:
     """Scores per subset, and their plain average as ProcessBench reports it."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        rows_of[item.subset].append(row)
     scores = {
         subset: score_items(
             [items[r] for r in rows],
@@ -115,7 +164,7 @@ def score_by_subset(
             seed=seed,
             unparsed_as=unparsed_as,
         )
-        for subset, rows in rows_of.items()
+        for subset, rows in rows_of_subsets(items).items()
     }
     average = {
         split: {

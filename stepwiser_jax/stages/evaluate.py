@@ -10,6 +10,10 @@ With `genprm` a path of judgments is a conversation about the item (`runtime/gen
 wrong whose P(right), or its mean over the sampled paths, is below a threshold. A step without a
 verdict has 1/2.
 
+With `thinkprm` a path is one chain about all steps of the item, and `<item>/solution` is a judgment
+too: of the whole solution, with the probability that it is right. How well that tells right
+solutions from wrong ones is scored apart, in `solution`: its F1 is binary, and not ProcessBench's.
+
 Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
 `<item>/<step>/vote<k>` the sampled ones.
 """
@@ -23,19 +27,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from stepwiser_jax.algo.processbench import majority_verdict, score_by_subset, verdicts_at
+from stepwiser_jax.algo.processbench import (
+    majority_verdict,
+    score_by_subset,
+    solutions_by_subset,
+    verdicts_at,
+)
+from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import ChunkJudge, Solution, judgment_of
+from stepwiser_jax.runtime.judging import ChunkJudge, Opinion, Solution, judgment_of
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge, Verification
+
+AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
 
 
 def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def judge_blocks(
     } | (judge.writer.measured if isinstance(judge, GenPrmJudge) else {})
 
 
-def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> ChunkJudge | GenPrmJudge:
+def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> AnyJudge:
     settings: dict[str, Any] = {
         "name": "evaluate",
         "prompt_style": config.prompt_style,
@@ -106,16 +120,19 @@ def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> ChunkJudge |
     }
     if config.genprm is not None:
         return GenPrmJudge(loaded, engine, genprm=config.genprm, **settings)
+    if config.thinkprm is not None:
+        return ThinkPrmJudge(loaded, engine, rounds=config.thinkprm.rounds, **settings)
     return ChunkJudge(loaded, engine, **settings)
 
 
 def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[str]:
-    ids = [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
+    whole = [] if config.thinkprm is None else ["solution"]
+    ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
     return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
 
 
 def judge_block(
-    config: Evaluate, judge: ChunkJudge | GenPrmJudge, block: Sequence[ProcessBenchItem]
+    config: Evaluate, judge: AnyJudge, block: Sequence[ProcessBenchItem]
 ) -> list[Judgment]:
     """Judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
@@ -126,12 +143,30 @@ def judge_block(
         sampled = judge.sample(solutions, config.vote_temperature, suffixes, **truncation)
         passes.append((suffixes, sampled))
     return [
-        judgment_of(item, step, opinion, judge.loaded.model_id, suffix)
+        judgment
         for suffixes, found_of in passes
         for item, found in zip(block, found_of, strict=True)
-        for suffix, opinions in zip(suffixes, found, strict=True)
-        for step, opinion in enumerate(opinions)
+        for suffix, said in zip(suffixes, found, strict=True)
+        for judgment in judgments_of(item, said, judge.loaded.model_id, suffix)
     ]
+
+
+def judgments_of(
+    item: ProcessBenchItem, said: list[Opinion] | Verification, judge_id: str, suffix: str
+) -> list[Judgment]:
+    """Records of what was said of an item's steps and, if it was, of all of it."""
+    if isinstance(said, Verification):
+        whole = said.solution
+        of_solution = Judgment(
+            example_id=f"{item.item_id}/solution{suffix}",
+            judge_id=judge_id,
+            completion=whole.completion,
+            verdict=whole.verdict,
+            p_positive=whole.p_positive,
+            reward=judge_reward(whole.verdict, item.first_error == -1),
+        )
+        return [*judgments_of(item, said.steps, judge_id, suffix), of_solution]
+    return [judgment_of(item, step, opinion, judge_id, suffix) for step, opinion in enumerate(said)]
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -150,10 +185,7 @@ def summarize(
         mean = sum(vote.p_positive for vote in votes) / len(votes)
         return verdicts_at(config.genprm.threshold, [mean])[0]
 
-    voters = {"greedy": [""]}
-    if config.votes:
-        name = "majority" if config.genprm is None else "mean"
-        voters[f"{name}_{config.votes}"] = [f"/vote{k}" for k in range(config.votes)]
+    voters = voters_of(config, "majority" if config.genprm is None else "mean")
     unparsed_as = config.unparsed_as
     if config.genprm is not None:  # a step without a verdict has 1/2
         unparsed_as = "negative" if config.genprm.threshold > 0.5 else "positive"
@@ -161,4 +193,37 @@ def summarize(
     for name, suffixes in voters.items():
         verdicts = [[together(item, s, suffixes) for s in range(len(item.steps))] for item in items]
         summary[name] = score_by_subset(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
+    if config.thinkprm is not None:
+        summary["solution"] = score_solutions(config, items, judgments)
     return summary
+
+
+def voters_of(config: Evaluate, together: str) -> dict[str, list[str]]:
+    """The suffixes of the judgments that are scored together, by name."""
+    voters = {"greedy": [""]}
+    if config.votes:
+        voters[f"{together}_{config.votes}"] = [f"/vote{k}" for k in range(config.votes)]
+    return voters
+
+
+def score_solutions(
+    config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+) -> dict[str, Any]:
+    """Of the greedy chain and, with votes, of the mean of the sampled ones' probabilities. An
+    output is bad that lacks the verdict on a step up to its first incorrect one."""
+
+    def p_correct(item: ProcessBenchItem, suffix: str) -> float:
+        return judgments[f"{item.item_id}/solution{suffix}"].p_positive
+
+    def is_bad(item: ProcessBenchItem, suffix: str) -> bool:
+        steps = range(len(item.steps))
+        return Verdict.UNPARSED in {judgments[f"{item.item_id}/{s}{suffix}"].verdict for s in steps}
+
+    return {
+        name: solutions_by_subset(
+            items,
+            [float(np.mean([p_correct(item, x) for x in suffixes])) for item in items],
+            [float(np.mean([is_bad(item, x) for x in suffixes])) for item in items],
+        )
+        for name, suffixes in voters_of(config, "mean").items()
+    }

@@ -13,19 +13,27 @@ With `genprm`, critiques of whole solutions (arXiv 2504.00891; `text/genprm.py`)
     labelled solution -> `samples` critiques, their code run on the way -> those that agree with all
                                                                       labels -> dialogues for `sft`
 
+With `thinkprm`, verification chains about whole solutions, or prefixes (arXiv 2504.16828;
+`text/thinkprm.py`):
+
+    labelled solution -> `samples` chains -> those with a verdict on every step, that agree with the
+                         labels up to the first error, and are not too long -> examples for `sft`
+
 Reads `examples` and the judge that writes. Writes rationales, all of them with what became of them,
 and of those that are kept the examples, or the dialogues.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.algo.labels import balanced
 from stepwiser_jax.config import Rationalize
@@ -46,6 +54,7 @@ from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.text import thinkprm
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_classifier_examples, load_judge_examples
 from stepwiser_jax.text.genprm import (
@@ -57,7 +66,7 @@ from stepwiser_jax.text.genprm import (
     parse_turns,
     synthesis_prompt,
 )
-from stepwiser_jax.text.prompts import encode_message, judge_prompt
+from stepwiser_jax.text.prompts import PromptStyle, encode_message, judge_prompt
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -89,11 +98,10 @@ def load_examples(config: Rationalize) -> tuple[list[Any], dict[str, int]]:
     """Examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
     load = load_classifier_examples if config.of_solutions else load_judge_examples
-    examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)[
-        : config.limit
-    ]
+    examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)
     if not examples:
-        raise UserError(f"expected judge examples in {config.examples}, found none")
+        raise UserError(f"expected labelled examples in {config.examples}, found none")
+    examples = examples[: config.limit]
     return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
 
 
@@ -115,7 +123,7 @@ def write_blocks(
     )
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
     if config.genprm is None:
-        write = JudgmentWriter(config, loaded.tokenizer, engine)
+        write = TextWriter(config, loaded.tokenizer, engine)
     else:
         write = CritiqueWriter(config, loaded, engine)
     write.check_lengths(examples)
@@ -133,28 +141,84 @@ def write_blocks(
     } | (write.teacher.writer.measured if isinstance(write, CritiqueWriter) else {})
 
 
-class JudgmentWriter:
-    """Examples of one block -> `samples` judgments of each, with what becomes of them."""
+# --- one text about an example ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TextForm:
+    """What is written about an example in one go, as functions of the example: what the writer is
+    asked, and given as the `opening` of its answer; whether what it judges is right (`label`); and
+    what is kept of a text, finished or not, with what becomes of it (`read`)."""
+
+    prompt: Callable[[Any], str]
+    label: Callable[[Any], bool]
+    read: Callable[[Any, str, bool], tuple[str, Outcome]]
+    opening: str = ""
+    stop_strings: tuple[str, ...] = ()
+
+
+def text_form(config: Rationalize, tokenizer: Tokenizer) -> TextForm:
+    if config.thinkprm is not None:
+        return chains(config.prompt_style, tokenizer, config.thinkprm.max_tokens)
+    return judgments(config.prompt_style)
+
+
+def judgments(style: PromptStyle) -> TextForm:
+    """StepWiser's, of single chunks."""
+    return TextForm(
+        prompt=lambda e: judge_prompt(e.question, e.history, e.chunk, style),
+        label=lambda e: e.is_positive,
+        read=lambda e, text, finished: (text, judgment_outcome(text, finished, e.is_positive)),
+    )
+
+
+def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextForm:
+    """ThinkPRM's, of solutions."""
+    form = thinkprm.FORMS[style]
+
+    def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, Outcome]:
+        chunks, labels = thinkprm.to_verify(example)
+        chain = thinkprm.cut_chain(text, form, len(chunks))
+        outcome = thinkprm.chain_outcome(chain, finished, labels, len(chunks), form)
+        if outcome is not Outcome.KEPT:
+            return chain, outcome
+        chain = thinkprm.cleaned(chain, form)
+        is_long = len(tokenizer.encode(form.whole(chain, labels[-1]))) > max_tokens
+        return chain, Outcome.TOO_LONG if is_long else Outcome.KEPT
+
+    return TextForm(
+        prompt=lambda e: thinkprm.verify_prompt(e.question, thinkprm.to_verify(e)[0], style),
+        label=lambda e: thinkprm.to_verify(e)[1][-1],
+        read=read,
+        opening=form.opening,
+        stop_strings=form.stops,
+    )
+
+
+class TextWriter:
+    """Examples of one block -> `samples` texts about each, with what becomes of them."""
 
     def __init__(self, config: Rationalize, tokenizer: Tokenizer, engine: Engine):
         self.config, self.tokenizer, self.engine = config, tokenizer, engine
-        self.params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
+        self.form = text_form(config, tokenizer)
+        self.params = SamplingParams(
+            **config.sampling.model_dump(),
+            stop_ids=tokenizer.eos_ids,
+            stop_strings=self.form.stop_strings,
+        )
         self.key = jax.random.key(config.seed)
 
-    def prompt(self, example: JudgeExample) -> str:
-        style = self.config.prompt_style
-        return judge_prompt(example.question, example.history, example.chunk, style)
+    def prompt_ids(self, example: Example) -> list[int]:
+        asked = encode_message(self.tokenizer, self.form.prompt(example), self.config.prompt_style)
+        return asked + self.tokenizer.encode(self.form.opening)
 
-    def prompt_ids(self, example: JudgeExample) -> list[int]:
-        return encode_message(self.tokenizer, self.prompt(example), self.config.prompt_style)
-
-    def check_lengths(self, examples: Sequence[JudgeExample]) -> None:
+    def check_lengths(self, examples: Sequence[Example]) -> None:
         for example in examples:
             self.engine.check_length(
-                len(self.prompt_ids(example)), self.params.max_new_tokens, example.example_id
+                len(self.prompt_ids(example)), self.params.max_new_tokens, example.record_id
             )
 
-    def __call__(self, block: Sequence[JudgeExample]) -> list[Rationale]:
+    def __call__(self, block: Sequence[Example]) -> list[Rationale]:
         ids_B = rationale_ids(self.config, block)
         output = self.engine.generate(
             [self.prompt_ids(example) for example in block],
@@ -169,11 +233,13 @@ class JudgmentWriter:
             for b in range(p * self.config.samples, (p + 1) * self.config.samples):
                 text = completion_text(self.tokenizer, output.ids(b))
                 finished = output.stop_reason_B[b] != StopReason.LENGTH
-                outcome = judgment_outcome(text, finished, example.is_positive)
-                written.append((text, outcome))
-            prompt, label = self.prompt(example), example.is_positive
+                written.append(self.form.read(example, text, finished))
+            prompt, label = self.form.prompt(example), self.form.label(example)
             rationales += rationales_of(example, prompt, label, written)
         return rationales
+
+
+# --- a conversation about a solution ------------------------------------------------------------
 
 
 class CritiqueWriter:
@@ -232,6 +298,9 @@ def solution_of(example: ClassifierExample) -> Solution:
     return Solution(example.solution_id, example.question, example.chunks)
 
 
+# --- what is kept, and what is learned of it ----------------------------------------------------
+
+
 def rationales_of(
     example: Example, prompt: str, is_positive: bool, written: Sequence[tuple[str, Outcome]]
 ) -> list[Rationale]:
@@ -259,6 +328,10 @@ def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[Rationa
             f"positive and {found[False]} of negative labels. Sample more, let a stronger judge "
             "write, or set balance to false"
         )
+    if config.max_examples is not None and config.max_examples < len(chosen):
+        rng = np.random.default_rng((config.seed, 1))
+        drawn = rng.choice(len(chosen), config.max_examples, replace=False)
+        chosen = [chosen[i] for i in sorted(drawn)]
     return chosen
 
 
@@ -267,7 +340,10 @@ def to_learn(
 ) -> list[SftExample] | list[Dialogue]:
     """What `sft` reads."""
     if config.genprm is None:
-        return [SftExample(r.rationale_id, r.problem_id, r.prompt, r.completion) for r in chosen]
+        return [
+            SftExample(r.rationale_id, r.problem_id, r.prompt, learned_text(config, r))
+            for r in chosen
+        ]
     example_of = {id_: e for e in examples for id_ in rationale_ids(config, [e])}
     dialogues = []
     for rationale in chosen:
@@ -277,6 +353,13 @@ def to_learn(
         form = FORMS[config.prompt_style]
         dialogues.append(dialogue_of(rationale.rationale_id, example, critique, form))
     return dialogues
+
+
+def learned_text(config: Rationalize, rationale: Rationale) -> str:
+    """The completion that `sft` imitates."""
+    if config.thinkprm is None:
+        return rationale.completion
+    return thinkprm.FORMS[config.prompt_style].whole(rationale.completion, rationale.is_positive)
 
 
 def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
         "arithmetic-judge": arithmetic.judge_demonstrations,
         "arithmetic-verdicts": arithmetic.verdict_demonstrations,
         "arithmetic-genprm": arithmetic.genprm_demonstrations,
+        "arithmetic-thinkprm": functools.partial(arithmetic.thinkprm_demonstrations, style=style),
     }
     if data.source not in makers:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")

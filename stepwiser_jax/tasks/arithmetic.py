@@ -4,6 +4,7 @@
     solution    <chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> ... <chunk> \\boxed{ 5 } </chunk>
     repair      <chunk> fix ; 4 * 7 = 8 ; 8 + 5 = 3 </chunk>      does the operation before it again
     judgment    4 * 7 = 8 8 same ; 8 + 5 = 3 3 same | \\boxed{ Positive }
+    chain       such judgments, one behind another, then <judge> Positive
 
 Every number is one digit and one token; all arithmetic is modulo 10. A chunk is one compound
 operation of two lines. The judge recomputes a line, repeats the value that the chunk claims, and
@@ -36,10 +37,23 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.records import Dialogue, Problem, ProcessBenchItem, SftExample, UserError
+from stepwiser_jax.records import (
+    Dialogue,
+    Problem,
+    ProcessBenchItem,
+    SftExample,
+    UserError,
+    Verdict,
+)
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
 from stepwiser_jax.text.genprm import BARE
-from stepwiser_jax.text.prompts import bare_judge_prompt, segment_prompt
+from stepwiser_jax.text.prompts import (
+    PromptStyle,
+    bare_judge_prompt,
+    parse_verdict,
+    segment_prompt,
+)
+from stepwiser_jax.text.thinkprm import FORMS, verify_prompt
 
 SUBSET = "arithmetic"
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
@@ -408,6 +422,34 @@ def genprm_demonstrations(problems: Sequence[Problem], seed: int) -> list[Dialog
         name = f"{problem.problem_id}/dialogue"
         dialogues.append(Dialogue(name, problem.problem_id, tuple(roles), tuple(texts)))
     return dialogues
+
+
+def thinkprm_demonstrations(
+    problems: Sequence[Problem], seed: int, style: PromptStyle
+) -> list[SftExample]:
+    """One verification chain per problem, in ThinkPRM's form: a judgment of one chunk of an
+    imperfect solution after another, until one is wrong; then the question, and yes where none
+    was."""
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), FORMS[style]
+    examples = []
+    for problem in problems:
+        chunks = demonstrate(problem.question, teacher, rng)
+        analyses, verdicts = [], []
+        while len(verdicts) < len(chunks) and Verdict.NEGATIVE not in verdicts:
+            so_far = chunks[: len(verdicts) + 1]
+            judgment = demonstrate_judgment(problem.question, so_far, teacher, rng)
+            analyses.append(judgment.split(" \\boxed")[0])
+            verdicts.append(parse_verdict(judgment))
+        chain, is_correct = form.chain(analyses, verdicts), Verdict.NEGATIVE not in verdicts
+        examples.append(
+            SftExample(
+                example_id=f"{problem.problem_id}/verification",
+                problem_id=problem.problem_id,
+                prompt=verify_prompt(problem.question, chunks, style),
+                completion=form.whole(chain, is_correct),
+            )
+        )
+    return examples
 
 
 def judge_chunk(

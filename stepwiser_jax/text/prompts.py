@@ -260,18 +260,21 @@ def encode_dialogue(
     return ids, learned
 
 
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+
+
+def boxed_word(box: str) -> str:
+    """The word in a \\boxed{}, small; \\text{}, stars and spaces around it do not matter."""
+    return re.sub(r"\\boxed|\\text\w*|[\s{}*$.]", "", box).lower()
 
 
 def parse_verdict(text: str) -> Verdict:
-    """The last \\boxed{} decides; \\text{}, stars and spaces around the word do not matter."""
-    boxes = _BOXED.findall(text)
-    if not boxes:
-        return Verdict.UNPARSED
-    word = re.sub(r"\\text\w*|[\s{}*$.]", "", boxes[-1]).lower()
+    """The last \\boxed{} decides."""
+    boxes = BOXED.findall(text)
+    word = boxed_word(boxes[-1]) if boxes else ""
     return {"positive": Verdict.POSITIVE, "negative": Verdict.NEGATIVE}.get(word, Verdict.UNPARSED)
 
 
 def is_bare_verdict(text: str) -> bool:
     """Nothing but one \\boxed{} with a verdict, and white space around it."""
-    return bool(_BOXED.fullmatch(text.strip())) and parse_verdict(text) is not Verdict.UNPARSED
+    return bool(BOXED.fullmatch(text.strip())) and parse_verdict(text) is not Verdict.UNPARSED

@@ -15,6 +15,7 @@ class Outcome(enum.Enum):
     UNFINISHED = "unfinished"
     UNPARSED = "unparsed"
     DISAGREES = "disagrees"
+    TOO_LONG = "too_long"
     REPEATED = "repeated"
 
 

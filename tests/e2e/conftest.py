@@ -21,6 +21,10 @@ INPUTS = {
     "classify": ("classifier.path=classifier", "items=heldout"),
     "search": ("policy.path=policy", "judge.path=judge"),
     "select": ("rollouts=rollouts", "tokenizer=policy", "judge.path=judge"),
+    "thinkprm_start": ("model.path=policy",),
+    "thinkprm_chains": ("judge.path=thinkprm_start", "examples=labels"),
+    "thinkprm": ("model.path=thinkprm_start", "data.source=thinkprm_chains"),
+    "thinkprm_evaluate": ("judge.path=thinkprm", "items=heldout"),
 }
 STAGE_OF = {
     "policy": "sft",
@@ -36,6 +40,10 @@ STAGE_OF = {
     "classify": "classify",
     "search": "search",
     "select": "select",
+    "thinkprm_start": "sft",
+    "thinkprm_chains": "rationalize",
+    "thinkprm": "sft",
+    "thinkprm_evaluate": "evaluate",
 }
 
 
@@ -52,7 +60,7 @@ def command(name, runs, *, out=None, extra=()):
 def runs(tmp_path_factory):
     """Every stage, run once."""
     directory = tmp_path_factory.mktemp("runs")
-    small = {"policy": ("steps=20",), "cold_start": ("steps=20",)}
+    small = dict.fromkeys(("policy", "cold_start"), ("steps=20",))
     for name in INPUTS:
         assert main(command(name, directory, extra=small.get(name, ()))) == 0, name
     return directory

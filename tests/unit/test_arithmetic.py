@@ -7,8 +7,10 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.tasks import arithmetic as task
+from stepwiser_jax.text.prompts import parse_verdict
+from stepwiser_jax.text.thinkprm import FORMS, cleaned, step_verdicts
 
 PROBLEMS = task.generate_problems(300, 0, "train")
 
@@ -133,9 +135,6 @@ def test_an_exact_full_judgment_is_the_truth():
 
 
 def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
-    from stepwiser_jax.records import Verdict
-    from stepwiser_jax.text.prompts import parse_verdict
-
     examples = task.judge_demonstrations(PROBLEMS, 0) + task.policy_demonstrations(PROBLEMS, 0)
     for example in examples:
         text = f"{example.prompt} {example.completion}"
@@ -149,7 +148,7 @@ def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
 
 
 def test_verdicts_are_the_judgments_without_their_analysis():
-    from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
+    from stepwiser_jax.text.prompts import is_bare_verdict
 
     whole, verdicts = (
         task.judge_demonstrations(PROBLEMS, 0),
@@ -160,6 +159,34 @@ def test_verdicts_are_the_judgments_without_their_analysis():
         assert parse_verdict(verdict.completion) is parse_verdict(judgment.completion)
         assert verdict.prompt == judgment.prompt
         assert judgment.completion.endswith(verdict.completion)
+
+
+@pytest.mark.parametrize("style", ["bare", "instruct"])
+def test_verification_demonstrations_are_chains_that_stop_at_the_first_error(style, word_tokenizer):
+    form = FORMS[style]
+    examples = task.thinkprm_demonstrations(PROBLEMS, 0, style)
+    assert len(examples) == len(PROBLEMS)
+    answers = Counter()
+    for example in examples:
+        text = f"{example.prompt} {example.completion}"
+        if style == "bare":
+            ids = word_tokenizer.encode(text)
+            assert word_tokenizer.decode(ids) == text
+            assert word_tokenizer.encode("<unk>")[0] not in ids
+            assert len(ids) <= 285
+        written = step_verdicts(example.completion, form)
+        assert [v.step for v in written] == list(range(len(written)))
+        *before, last = [v.verdict for v in written]
+        assert set(before) <= {Verdict.POSITIVE}
+        num_chunks = example.prompt.count("<chunk>") or example.prompt.split("Review")[0].count(
+            "Step "
+        )
+        is_correct = last is Verdict.POSITIVE
+        assert len(written) == num_chunks if is_correct else len(written) <= num_chunks
+        chain = example.completion.removeprefix(form.opening).split(form.question)[0]
+        assert example.completion == form.whole(cleaned(chain, form), is_correct)
+        answers[is_correct] += 1
+    assert min(answers.values()) > len(PROBLEMS) / 10
 
 
 def test_bad_questions_and_splits_are_refused():

@@ -12,6 +12,8 @@ from stepwiser_jax.algo.processbench import (
     majority_verdict,
     processbench_f1,
     processbench_f1_by_final_answer,
+    solution_scores,
+    solutions_by_subset,
 )
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.algo.statistics import (
@@ -81,6 +83,49 @@ def test_majority_verdict_for_every_small_vote():
             assert found is U
         else:
             assert found is (P if positive > negative else N)
+
+
+def slow_solution_scores(p_correct, is_correct):
+    """Counted solution by solution, in a table of four."""
+    table = dict.fromkeys(itertools.product([True, False], repeat=2), 0)
+    for p, correct in zip(p_correct, is_correct, strict=True):
+        table[bool(p >= 0.5), correct] += 1
+    hits, false, missed = table[True, True], table[True, False], table[False, True]
+    return {
+        "binary_f1": 2 * hits / (2 * hits + false + missed) if hits else 0.0,
+        "precision": hits / (hits + false) if hits else 0.0,
+        "recall": hits / (hits + missed) if hits else 0.0,
+        "accuracy": (hits + table[False, False]) / len(is_correct),
+    }
+
+
+def test_scores_of_whole_solutions_against_counting():
+    rng = np.random.default_rng(0)
+    for n in [1, 1, 2, 2, 3, *[30] * 40]:
+        p_correct = rng.choice([0.0, 0.2, 0.5, 0.8, 1.0], n).tolist()
+        is_correct = [bool(x) for x in rng.integers(0, 2, n)]
+        found = solution_scores(p_correct, is_correct)
+        assert found == pytest.approx(slow_solution_scores(p_correct, is_correct))
+    assert set(solution_scores([], []).values()) == {0.0}
+    # The paper's random baselines: half of all, of which 34% and 24% are correct.
+    for share, f1 in ((339, 0.404), (241, 0.325)):
+        labels = [True] * share + [False] * (1000 - share)
+        found = solution_scores([1.0, 0.0] * 500, labels)
+        assert found["binary_f1"] == pytest.approx(f1, abs=2e-3)
+
+
+def test_scores_of_whole_solutions_by_subset():
+    items = [
+        ProcessBenchItem(f"{i}", subset, "q", ("s",), error, True)
+        for i, (subset, error) in enumerate([("a", -1), ("b", 0), ("a", 0), ("b", -1)])
+    ]
+    found = solutions_by_subset(items, [0.9, 0.9, 0.1, 0.1], [0.0, 0.5, 0.0, 1.0])
+    assert found["subsets"]["a"] == slow_solution_scores([1, 0], [True, False]) | {"bad_outputs": 0}
+    assert found["subsets"]["b"] == slow_solution_scores([1, 0], [False, True]) | {
+        "bad_outputs": 0.75
+    }
+    assert found["average"]["binary_f1"] == 0.5
+    assert found["average"]["bad_outputs"] == 0.375
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from stepwiser_jax.records import Rationale, UserError
+from stepwiser_jax.records import ClassifierExample, Rationale, UserError
+from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages.rationalize import choose, summarize, to_learn
+from stepwiser_jax.stages.rationalize import TextWriter, choose, summarize, to_learn
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 
 
@@ -37,6 +38,10 @@ def config(request, *sets):
     return load_config("rationalize", file, sets)
 
 
+def chosen_of(settings, written):
+    return to_learn(settings, [], choose(settings, written))
+
+
 def test_what_is_learned_is_kept_and_balanced(request):
     written = rationales((True, "kept", 7), (False, "kept", 3), (False, "disagrees", 5))
     everything = choose(config(request), written)
@@ -54,6 +59,7 @@ def test_what_is_learned_is_kept_and_balanced(request):
         "unfinished": 0,
         "unparsed": 0,
         "disagrees": 5,
+        "too_long": 0,
         "repeated": 0,
     }
     assert summarize(written)["kept_positive_share"] == 0.7
@@ -61,6 +67,94 @@ def test_what_is_learned_is_kept_and_balanced(request):
 
 def test_nothing_to_learn_is_refused(request):
     written = rationales((True, "kept", 7), (False, "disagrees", 5))
-    assert len(choose(config(request), written)) == 7
+    assert len(chosen_of(config(request), written)) == 7
     with pytest.raises(UserError, match="kept were 7 of positive and 0 of negative labels"):
-        choose(config(request, "balance=true"), written)
+        chosen_of(config(request, "balance=true"), written)
+
+
+def test_of_what_is_kept_so_many_are_drawn(request):
+    written = rationales((True, "kept", 40), (False, "kept", 30))
+    settings = config(request, "balance=true", "max_examples=20")
+    chosen = chosen_of(settings, written)
+    order = [r.rationale_id for r in written]
+    places = [order.index(e.example_id) for e in chosen]
+    assert len(places) == 20 and places == sorted(set(places))
+    assert 0 < sum(e.example_id.startswith("True") for e in chosen) < 20
+    assert chosen_of(settings, written) == chosen
+    assert len(chosen_of(config(request, "max_examples=100"), written)) == 70
+
+
+# --- verification chains ------------------------------------------------------------------------
+
+
+class Scripted:
+    """An engine that writes these texts, and a tokenizer of characters, with which it does."""
+
+    eos_ids, bos_id = (0,), None
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def encode(self, text):
+        return [ord(char) for char in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def render_chat(self, messages):
+        return self.encode(messages[0]["content"])
+
+    def generate(self, prompts, params, *, key, row_ids, group_size):
+        self.prompts, self.params = [self.decode(ids) for ids in prompts], params
+        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        for b, text in enumerate(self.texts):
+            ids = self.encode(text)
+            output.tokens_BC[b, : len(ids)] = ids
+            output.length_B[b] = len(ids)
+            output.stop_reason_B[b] = StopReason.STOP_ID
+        return output
+
+
+def test_chains_are_cut_filtered_and_learned_with_the_answer(request):
+    settings = load_config(
+        "rationalize",
+        request.config.rootpath / "configs" / "smoke_thinkprm_chains.yaml",
+        (
+            "prompt_style=instruct",
+            "samples=4",
+            "thinkprm.max_tokens=200",
+            "sampling.max_new_tokens=300",
+        ),
+    )
+    first, second = "Step 1: a. The step is ", "\nStep 2: b. The step is "
+    good, bad = "\\boxed{correct}", "\\boxed{incorrect}"
+    wrong = [
+        first + "\\boxed{\\text{correct}}" + second + bad + ".\n</think>",
+        first + good + second + bad + "\nStep 3: \\boxed{correct}",  # there is no step 3
+        first + bad,
+        "Step 1: " + "a" * 199 + good + second + bad,
+    ]
+    right = [first + good + second + good + " So all is well.", first + good, "", "Yes"]
+    scripted = Scripted(wrong + right)
+    block = [
+        ClassifierExample("w", "p", "1?", ("x", "y"), (0, 1), (True, False), (1.0, 0.0)),
+        ClassifierExample("r", "p", "1?", ("x", "y", "z"), (0, 1), (True, True), (1.0, 1.0)),
+    ]
+    written = TextWriter(settings, scripted, scripted)(block)
+    opening = "<think>\nLet's verify step by step:\n"
+    assert all(prompt.endswith(opening) for prompt in scripted.prompts)
+    assert "Step 2: y\n" in scripted.prompts[1] and "Step 3" not in scripted.prompts[1]
+    assert scripted.params.stop_strings == ("Is the solution correct?", "</think>")
+    assert [r.outcome for r in written] == [
+        *("kept", "repeated", "disagrees", "too_long"),
+        *("kept", "unparsed", "unparsed", "unparsed"),
+    ]
+    assert [r.is_positive for r in written] == [False] * 4 + [True] * 4
+    assert written[0].completion == first + good + second + bad
+    assert written[2].completion == wrong[2]
+    learned = [(e.example_id, e.completion) for e in chosen_of(settings, written)]
+    end = "\n</think>\nIs the solution correct? "
+    assert learned == [
+        ("w/0", f"{opening}{first}{good}{second}{bad}{end}No"),
+        ("r/0", f"{opening}{first}{good}{second}{good}{end}Yes"),
+    ]

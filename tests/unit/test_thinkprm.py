@@ -1,0 +1,334 @@
+"""ThinkPRM: chains made are read back, the filter, rounds of thought, the forced question."""
+
+import dataclasses
+import itertools
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.records import ClassifierExample, UserError, Verdict
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.judging import Solution
+from stepwiser_jax.runtime.loading import load_for_decoding, load_model
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.sampling import SampleOutput
+from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge, answer_ids
+from stepwiser_jax.text.rationales import Outcome
+from stepwiser_jax.text.thinkprm import (
+    FORMS,
+    chain_outcome,
+    cleaned,
+    cut_chain,
+    step_verdicts,
+    to_verify,
+    verdicts_of,
+    verify_prompt,
+)
+
+P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
+INSTRUCT, BARE = FORMS["instruct"], FORMS["bare"]
+CRITIQUES = {
+    "instruct": (
+        "Step 1 gave 4, so this is \\boxed{42}.",
+        "Wait.\n\nIt follows from Step 2: and from what stands above.",
+        "",
+    ),
+    "bare": ("4 * 7 = 8 8 same ; 8 + 5 = 3 3 same |", "looks fine", "? diff |"),
+}
+
+
+def made_chains(style, count=100):
+    """(chain, its verdicts) with all sorts of critiques."""
+    rng = random.Random(0)
+    for _ in range(count):
+        verdicts = [rng.choice([P, N]) for _ in range(rng.randint(1, 6))]
+        critiques = [rng.choice(CRITIQUES[style]) for _ in verdicts]
+        yield FORMS[style].chain(critiques, verdicts), verdicts
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", FORMS)
+def test_what_is_made_is_read_back(style):
+    form = FORMS[style]
+    for chain, verdicts in made_chains(style):
+        assert [v.verdict for v in step_verdicts(chain, form)] == verdicts
+        assert [v.step for v in step_verdicts(chain, form)] == list(range(len(verdicts)))
+        assert "".join(v.text for v in step_verdicts(chain, form)) == chain
+        assert cleaned(chain, form) == chain
+        assert cut_chain(chain, form, len(verdicts)) == chain.strip()
+        whole = form.whole(chain, is_correct=N not in verdicts)
+        after = whole.removeprefix(form.opening)
+        assert cut_chain(after, form, len(verdicts)) == chain.strip()
+        assert whole.endswith(form.answers[N in verdicts])
+
+
+@pytest.mark.parametrize("style", FORMS)
+def test_a_chain_cut_anywhere_says_no_more_than_it_said(style):
+    form = FORMS[style]
+    for chain, verdicts in made_chains(style, 10):
+        counts = []
+        for end in range(len(chain) + 1):
+            found = [v.verdict for v in step_verdicts(chain[:end], form)]
+            assert found == verdicts[: len(found)]
+            counts.append(len(found))
+        assert counts == sorted(counts) and counts[-1] == len(verdicts)
+
+
+@pytest.mark.parametrize("style", FORMS)
+def test_other_spellings_are_read_alike_and_made_alike(style):
+    form = FORMS[style]
+    for chain, verdicts in made_chains(style, 20):
+        other = re.sub(r"\\boxed{ ?([a-zA-Z]+) ?}", r"\\boxed {\\textbf{ **\1**. }}", chain)
+        other = other.replace("correct", "Correct")
+        if form.numbered:
+            other = other.replace("\nStep", "\n\n### **Step")
+        assert [v.verdict for v in step_verdicts(other, form)] == verdicts
+        again = cleaned(other + "\nSo much for that.", form)
+        assert [v.verdict for v in step_verdicts(again, form)] == verdicts
+        assert again.count("\\boxed{") == chain.count("\\boxed{") and "text" not in again
+        assert other != chain
+        assert again.endswith(form.boxed(verdicts[-1]))
+        assert cleaned(again, form) == again
+
+
+def test_a_chain_ends_before_the_question_and_before_steps_that_are_not_there():
+    chain = INSTRUCT.chain(["a"] * 3, [P] * 3)
+    for rest in ("\n</think>\nno", "\nIs the solution correct? No", "\nStep 4: \\boxed{incorrect}"):
+        assert cut_chain(chain + rest, INSTRUCT, 3) == chain
+    assert cut_chain(chain, INSTRUCT, 2) == INSTRUCT.chain(["a"] * 2, [P] * 2)
+    assert cut_chain(chain + " Step 7: no heading", INSTRUCT, 3).endswith("no heading")
+    assert cut_chain("looks fine \\boxed{ Positive } <judge>", BARE, 9).endswith("}")
+
+
+def test_the_last_word_about_a_step_counts():
+    first = INSTRUCT.chain("abc", [P, N, P])
+    assert verdicts_of([first], INSTRUCT, 4) == [P, N, P, N]
+    again = INSTRUCT.chain("ab", [P, P])
+    assert verdicts_of([first, again], INSTRUCT, 4) == [P, P, P, U]
+    changed = "Step 1: \\boxed{correct}, no: \\boxed{incorrect}\nStep 3: \\boxed{correct}"
+    assert verdicts_of([changed], INSTRUCT, 3) == [N, N, P]
+    missing = "Step 1: \\boxed{correct}\nStep 3: \\boxed{incorrect}"
+    assert verdicts_of([missing], INSTRUCT, 4) == [P, U, N, N]
+    assert verdicts_of(["It is \\boxed{4}."], INSTRUCT, 2) == [U, U]
+    assert verdicts_of([BARE.chain("ab", [P, N])], BARE, 3) == [P, N, N]
+
+
+def test_the_prompt_numbers_steps_anew():
+    prompt = verify_prompt("1 + 1?", ["<chunk> Step 1: Add.</chunk>", "It is 2."], "instruct")
+    assert "[Math Problem]\n\n1 + 1?\n\n[Solution]\n\nStep 1: Add.\nStep 2: It is 2.\n\n" in prompt
+    assert verify_prompt("q ?", ["a", "b"], "bare") == "q ? a b <judge>"
+
+
+# --- the filter ---------------------------------------------------------------------------------
+
+
+def slow_kept(said, labels, num_steps):
+    """As the paper's code has it: a count of decisions, then one after another."""
+    if len(said) != len(labels) and len(said) != num_steps:
+        return False
+    return all(a == b for a, b in zip(said, labels, strict=False))
+
+
+@pytest.mark.parametrize("style", FORMS)
+def test_the_filter_against_brute_force(style):
+    form, kept = FORMS[style], 0
+    for num_steps in (1, 2, 3):
+        all_labels = [(True,) * num_steps]
+        all_labels += [(True,) * k + (False,) for k in range(num_steps)]
+        for labels, count in itertools.product(all_labels, range(num_steps + 2)):
+            for said in itertools.product([True, False], repeat=count):
+                chain = form.chain(["so"] * count, [P if good else N for good in said])
+                expected = slow_kept(said, labels, num_steps)
+                for finished in (True, False):
+                    found = chain_outcome(chain, finished, labels, num_steps, form)
+                    assert (found is Outcome.KEPT) == expected, (labels, said)
+                    agrees = slow_kept(said[: len(labels)], labels[:count], min(count, num_steps))
+                    if not expected and agrees:
+                        short = Outcome.UNPARSED if finished else Outcome.UNFINISHED
+                        assert found is short
+                    elif not expected:
+                        assert found is Outcome.DISAGREES
+                    kept += expected
+    assert kept > 20
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "Step 1: \\boxed{correct}\nStep 3: \\boxed{correct}",
+        "Step 2: \\boxed{correct}\nStep 1: \\boxed{correct}",
+        "Step 1: \\boxed{correct}, \\boxed{correct}",
+        "Step 1: \\boxed{correct}\nStep 1: \\boxed{correct}\nStep 2: \\boxed{correct}",
+        "Both are right.",
+    ],
+)
+def test_chains_out_of_order_are_not_kept(chain):
+    assert chain_outcome(chain, True, (True, True), 2, INSTRUCT) is Outcome.UNPARSED
+
+
+def example(labelled, is_positive):
+    q = tuple(map(float, is_positive))
+    return ClassifierExample("s", "p", "1?", ("a", "b", "c", "d"), labelled, is_positive, q)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "is_positive", "num_chunks", "labels"),
+    [
+        ((0, 1, 2, 3), (True,) * 4, 4, (True,) * 4),
+        ((0, 1), (True, True), 2, (True, True)),  # nobody judged the rest
+        ((0, 1), (True, False), 4, (True, False)),  # the rest follows an error
+        ((2,), (False,), 4, (True, True, False)),  # a branch: shared steps are right
+        ((0, 1, 2), (False, True, False), 4, (False,)),
+    ],
+)
+def test_what_is_verified_of_a_labelled_solution(labelled, is_positive, num_chunks, labels):
+    chunks, found = to_verify(example(labelled, is_positive))
+    assert (chunks, found) == (("a", "b", "c", "d")[:num_chunks], labels)
+
+
+# --- the judge ----------------------------------------------------------------------------------
+
+
+class Scripted:
+    """An engine that says one text after another, and has seen what it was asked."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, iter(texts)
+        self.generated, self.asked = [], []
+
+    def generate(self, prompts, params, *, key, row_ids, group_size):
+        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        for b, row_id in enumerate(row_ids):
+            prompt = self.tokenizer.decode(prompts[b // group_size])
+            self.generated.append((row_id, prompt, params))
+            ids = self.tokenizer.encode(next(self.texts))[: params.max_new_tokens]
+            output.tokens_BC[b, : len(ids)] = ids
+            output.length_B[b] = len(ids)
+        return output
+
+    def log_odds(self, prompts, pair):
+        self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
+        return np.arange(len(prompts), dtype=np.float32)
+
+
+@pytest.fixture
+def loaded():
+    mesh = make_mesh()
+    return load_for_decoding("arithmetic", weights="model", mesh=mesh, seed=1)
+
+
+def make_judge(loaded, engine, **settings):
+    settings = {"max_new_tokens": 24, "rounds": 1} | settings
+    key = jax.random.key(0)
+    return ThinkPrmJudge(loaded, engine, name="t", prompt_style="bare", key=key, **settings)
+
+
+SOLUTIONS = [
+    Solution("a", "start 4 ; * 7 + 5 ?", ["<chunk> 4 * 7 = 8 </chunk>", "<chunk> 5 </chunk>"]),
+    Solution("b", "start 1 ; * 2 + 3 ?", ["<chunk> 1 * 2 = 2 </chunk>"]),
+]
+PROMPTS = [
+    "<bos> start 4 ; * 7 + 5 ? <chunk> 4 * 7 = 8 </chunk> <chunk> 5 </chunk> <judge>",
+    "<bos> start 1 ; * 2 + 3 ? <chunk> 1 * 2 = 2 </chunk> <judge>",
+]
+
+
+def test_rounds_of_thought_go_on_from_one_another(loaded):
+    good, bad = "looks fine \\boxed{ Positive }", "? diff | \\boxed{ Negative }"
+    texts = [f"{good} {good} <judge> 7 <eos>", f"{good} <eos>"]  # round 0 of a, b
+    texts += [f"{good} {bad} <judge>", "same", f"4 {good}", bad]
+    engine = Scripted(loaded.tokenizer, texts)
+    (a,), (b,) = make_judge(loaded, engine, rounds=3).sample(SOLUTIONS, 0.0, ("/v",))
+    assert [row_id for row_id, _, _ in engine.generated] == [
+        *("t/a/v", "t/b/v"),
+        *("t/a/v/round1", "t/b/v/round1"),
+        *("t/a/v/round2", "t/b/v/round2"),
+    ]
+    assert {params.stop_strings for _, _, params in engine.generated} == {("<judge>",)}
+    thought = [f"{good} {good} fix {good} {bad} fix 4 {good}", f"{good} fix same fix {bad}"]
+    assert [prompt for _, prompt, _ in engine.generated] == [
+        PROMPTS[0],
+        PROMPTS[1],
+        f"{PROMPTS[0]} {good} {good} fix",
+        f"{PROMPTS[1]} {good} fix",
+        f"{PROMPTS[0]} {good} {good} fix {good} {bad} fix",
+        f"{PROMPTS[1]} {good} fix same fix",
+    ]
+    assert engine.asked == [f"{PROMPTS[i]} {thought[i]} <judge>" for i in (0, 1)]
+    assert [o.verdict for o in a.steps] == [P, N]
+    assert [o.verdict for o in b.steps] == [N]
+    assert [o.p_positive for o in a.steps + b.steps] == [1.0, 0.0, 0.0]
+    assert (a.solution.p_positive, b.solution.p_positive) == (0.5, pytest.approx(0.7310586))
+    assert a.solution.completion == f"{thought[0]} <judge> Positive"
+    assert a.solution.num_tokens == sum(len(texts[i].split()) for i in (0, 2, 4))
+
+
+def test_draws_of_a_solution_are_kept_apart_and_in_place(loaded):
+    texts = [f"{i} \\boxed{{ Positive }}" for i in range(6)]
+    engine = Scripted(loaded.tokenizer, texts)
+    found = make_judge(loaded, engine).sample(SOLUTIONS, 1.0, ("/0", "/1", "/2"))
+    assert [row_id for row_id, _, _ in engine.generated] == [
+        f"t/{s}/{k}" for s in "ab" for k in range(3)
+    ]
+    said = [[v.solution.completion.split()[0] for v in of_solution] for of_solution in found]
+    assert said == [["0", "1", "2"], ["3", "4", "5"]]
+    assert [o.verdict for o in found[0][0].steps] == [P, U]
+
+
+def test_a_process_reward_is_the_score_of_every_prefix(loaded):
+    engine = Scripted(loaded.tokenizer, ["looks fine \\boxed{ Negative }"] * 3)
+    found = make_judge(loaded, engine)(
+        [SOLUTIONS[0], dataclasses.replace(SOLUTIONS[0], solution_id="c", start=1)]
+    )
+    assert [len(opinions) for opinions in found] == [2, 1]
+    assert [row_id for row_id, _, _ in engine.generated] == ["t/a/0", "t/a/1", "t/c/1"]
+    assert "<chunk> 5" not in engine.generated[0][1] and "<chunk> 5" in engine.generated[1][1]
+    p = [opinion.p_positive for opinions in found for opinion in opinions]
+    np.testing.assert_allclose(p, 1 / (1 + np.exp([0, -1, -2])), rtol=1e-6)
+
+
+def test_the_forced_question_against_the_full_forward(loaded):
+    """P(yes) by hand: the text with the answer, one pass, a softmax over two tokens."""
+    engine = Engine(loaded.model, loaded.tokenizer, rows=(4,), buckets=(96, 128))
+    judge = make_judge(loaded, engine, rounds=2)
+    judge.check_lengths(SOLUTIONS)
+    model, encode = (
+        load_model("arithmetic", mesh=make_mesh(), seed=1).model,
+        loaded.tokenizer.encode,
+    )
+    for prompt, (found,) in zip(PROMPTS, judge.sample(SOLUTIONS, 1.0, ("",)), strict=True):
+        ids = encode(f"{prompt} {found.solution.completion}")
+        answers = [encode("Positive")[0], encode("Negative")[0]]
+        assert ids[-1] == answers[found.solution.p_positive < 0.5]
+        assert ids[-2] == encode("<judge>")[0] and encode("fix")[0] in ids
+        logits = np.asarray(model(np.array([ids[:-1]])))[0, -1][answers]
+        expected = np.exp(logits[0]) / np.exp(logits).sum()
+        assert found.solution.p_positive == pytest.approx(expected, abs=1e-5)
+        assert expected != pytest.approx(0.5, abs=1e-3)
+
+
+def test_no_text_exceeds_the_room_that_was_checked(loaded):
+    """A sampled text that grows when it is written again is cut before the question."""
+    engine = Scripted(loaded.tokenizer, ["1"])
+    judge = make_judge(loaded, engine, max_new_tokens=4)
+    chain = " ".join("123456789")
+    judge._p_correct([judge.prompt_ids(SOLUTIONS[1])], [chain])
+    (asked,) = engine.asked
+    assert asked == f"{PROMPTS[1]} 1 2 3 4 5 <judge>"
+    real = Engine(loaded.model, loaded.tokenizer, rows=(4,), buckets=(96,))
+    length = len(loaded.tokenizer.encode(asked))
+    assert length <= len(judge.prompt_ids(SOLUTIONS[1])) + judge._room(1)
+    with pytest.raises(UserError, match=r"a: prompt of 20 tokens .* exceeds the context of 96"):
+        make_judge(loaded, real, max_new_tokens=80).check_lengths(SOLUTIONS[:1])
+
+
+def test_answers_are_one_token_each(word_tokenizer, bpe_tokenizer):
+    yes, no = answer_ids(word_tokenizer, BARE)
+    assert (word_tokenizer.decode([yes]), word_tokenizer.decode([no])) == ("Positive", "Negative")
+    with pytest.raises(UserError, match="expected a vocabulary that has both"):
+        answer_ids(word_tokenizer, INSTRUCT)
