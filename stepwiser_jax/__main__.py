@@ -74,6 +74,10 @@ STAGES = {
         "Choose the best response to every problem by its chunks' mean score, for sft.",
         "Reads a rollout run, and a judge or a classifier. Writes selections.",
     ),
+    "refine": (
+        "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",
+        "Reads problems, a policy and a judge. Writes search results, one a turn.",
+    ),
 }
 
 

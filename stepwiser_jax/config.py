@@ -828,6 +828,36 @@ class Select(JudgedStage):
     problems_per_block: int = Field(64, ge=1)
 
 
+class Refine(ComputeStage):
+    """A policy thinks again where a judge of GenPRM's form finds its first wrong step, up to
+    `turns` times (arXiv 2504.00891).
+
+    `chunking` is that of `Rollout`. `sampling.max_new_tokens` are of one solution; a conversation
+    of all of them has to fit the largest of `policy_engine.buckets`, or ends before. The judge
+    writes `judge_max_new_tokens` about a step at most, greedily.
+    """
+
+    policy: Model
+    judge: Model
+    problems: Problems
+    prompt_style: PromptStyle = "instruct"
+    chunking: Chunking = "tags"
+    turns: int = Field(3, ge=1)
+    sampling: Sampling
+    judge_prompt_style: PromptStyle = "instruct"
+    judge_max_new_tokens: int = Field(ge=1)
+    genprm: GenPrmVerdicts = Field(default_factory=lambda: GenPrmVerdicts.model_validate({}))
+    policy_engine: Engine
+    judge_engine: Engine
+    problems_per_block: int = Field(32, ge=1)
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Refine:
+        self.genprm.check_style(self.judge_prompt_style)
+        return self
+
+
 STAGE_CONFIGS: dict[str, type[Config]] = {
     "sft": Sft,
     "rollout": Rollout,
@@ -841,4 +871,5 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "classify": Classify,
     "search": Search,
     "select": Select,
+    "refine": Refine,
 }

@@ -60,7 +60,7 @@ class Draft:
 
     name: str
     suffix: str
-    rounds: int
+    rounds: int = 0
     roles: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     codes: list[str] = field(default_factory=list)
@@ -89,30 +89,22 @@ class Draft:
         return self.why is StopReason.STOP_STRING and self.texts[-1].endswith(CODE_OUTPUT)
 
 
-class CodeWriter:
-    """Writes turns of many conversations at once; what code they ask for is run in between."""
+class Writer:
+    """Writes turns of many conversations at once; what code they ask for is run in between, where
+    there is a `sandbox`."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         engine: Engine,
         *,
-        genprm: GenPrm,
         prompt_style: JudgePromptStyle,
         key: jax.Array,
+        sandbox: Sandbox | None = None,
     ):
-        """Raises UserError where this machine cannot confine code that is to be run."""
         self.tokenizer, self.engine, self.key = tokenizer, engine, key
         self.prompt_style: JudgePromptStyle = prompt_style
-        self.code_runs = 0
-        self.sandbox = None
-        if genprm.code:
-            limits = Limits(
-                seconds=genprm.code_seconds,
-                memory_bytes=genprm.code_memory_bytes,
-                output_bytes=genprm.code_output_bytes,
-            )
-            self.sandbox = Sandbox(limits, worker_count())
+        self.sandbox, self.code_runs = sandbox, 0
 
     def encode(self, draft: Draft) -> list[int]:
         return encode_dialogue(self.tokenizer, draft.roles, draft.texts, self.prompt_style)[0]
@@ -193,6 +185,18 @@ def first_end(text: str, stops: Sequence[str]) -> int:
     return min(text.index(stop) + len(stop) for stop in stops if stop in text)
 
 
+def sandbox_of(genprm: GenPrm) -> Sandbox | None:
+    """Raises UserError where this machine cannot confine code that is to be run."""
+    if not genprm.code:
+        return None
+    limits = Limits(
+        seconds=genprm.code_seconds,
+        memory_bytes=genprm.code_memory_bytes,
+        output_bytes=genprm.code_output_bytes,
+    )
+    return Sandbox(limits, worker_count())
+
+
 class GenPrmJudge:
     """Opinions of the steps of solutions, as `runtime.judging` has them. `max_new_tokens` bounds
     what is written about one step."""
@@ -208,13 +212,17 @@ class GenPrmJudge:
         max_new_tokens: int,
         key: jax.Array,
     ):
-        """Raises UserError where a verdict is no token of its own, or as `CodeWriter` does."""
+        """Raises UserError where a verdict is no token of its own, or as `sandbox_of` does."""
         self.loaded, self.engine, self.name = loaded, engine, name
         self.genprm, self.max_new_tokens = genprm, max_new_tokens
         self.form = FORMS[prompt_style]
         self.word_ids = verdict_ids(loaded.tokenizer, self.form)
-        self.writer = CodeWriter(
-            loaded.tokenizer, engine, genprm=genprm, prompt_style=prompt_style, key=key
+        self.writer = Writer(
+            loaded.tokenizer,
+            engine,
+            prompt_style=prompt_style,
+            key=key,
+            sandbox=sandbox_of(genprm),
         )
         longest = self.form.to_verdict("<analyze><verify>") + self.form.verdict(True)
         self.reserve = len(loaded.tokenizer.encode(longest)) + 4
@@ -352,10 +360,14 @@ class Synthesizer:
         max_new_tokens: int,
         key: jax.Array,
     ):
-        """Raises UserError as `CodeWriter` does."""
+        """Raises UserError as `sandbox_of` does."""
         self.name, self.genprm, self.max_new_tokens = name, genprm, max_new_tokens
-        self.writer = CodeWriter(
-            loaded.tokenizer, engine, genprm=genprm, prompt_style="instruct", key=key
+        self.writer = Writer(
+            loaded.tokenizer,
+            engine,
+            prompt_style="instruct",
+            key=key,
+            sandbox=sandbox_of(genprm),
         )
 
     def _begin(self, solution: Solution, suffix: str) -> Draft:

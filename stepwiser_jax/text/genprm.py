@@ -57,6 +57,15 @@ there is none.
 
 {solution}"""
 
+RETHINK_PROMPT = """\
+A reviewer finds fault with this step of your solution:
+
+{step}
+
+The reviewer says: {analysis}
+
+Think the problem through again, and give a whole new solution in the same form."""
+
 SYNTHESIS_OPENING = "### Paragraph 1\n<analyze>\n"
 """What the teacher's critique begins with."""
 
@@ -132,6 +141,21 @@ BARE = Form(
     style="bare",
 )
 FORMS: dict[JudgePromptStyle, Form] = {"instruct": INSTRUCT, "bare": BARE}
+
+
+def analysis_of(turn: str, style: JudgePromptStyle) -> str:
+    """What a judge's turn says of its paragraph before any code and its verdict."""
+    if style == "bare":
+        return turn.partition(BARE.stop)[0].strip()
+    analysis, _, _ = turn.partition(":")[2].partition("</analyze>")
+    return analysis.strip()
+
+
+def rethink_prompt(step: str, analysis: str, style: JudgePromptStyle) -> str:
+    """What a policy is told of the first step that is wrong; bare, step and analysis alone."""
+    if style == "bare":
+        return f"{step} {analysis} ?"
+    return RETHINK_PROMPT.format(step=strip_tags(step).strip(), analysis=analysis)
 
 
 # --- code -----------------------------------------------------------------------------------------

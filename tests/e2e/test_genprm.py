@@ -13,6 +13,7 @@ from stepwiser_jax.records import (
     ProcessBenchItem,
     Rationale,
     RecordWriter,
+    SearchResult,
     read_records,
     write_records,
 )
@@ -25,6 +26,7 @@ STAGES = {
     "genprm": "sft",
     "genprm_rationales": "rationalize",
     "genprm_evaluate": "evaluate",
+    "genprm_refine": "refine",
 }
 
 
@@ -129,3 +131,20 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
     capsys.readouterr()
     assert main(command("genprm_rationales", tmp_path / "x", "genprm.code=true")) == 2
     assert "bare has no code in it: set genprm.code to false" in capsys.readouterr().err
+
+
+def test_a_policy_thinks_again(trained, tmp_path):
+    """The judge that has learned the rule, as a policy of no use, and as itself."""
+    sets = (f"policy.path={trained}", f"judge.path={trained}", "chunking=[diff, same]")
+    sets += ("problems.limit=4", "turns=1", "sampling.max_new_tokens=8", "judge_max_new_tokens=8")
+    sets += ("policy_engine.buckets=[96]", "judge_engine.buckets=[96]")
+    assert main(command("genprm_refine", tmp_path / "run", *sets)) == 0
+    results = {r.search_id: r for r in read_records(tmp_path / "run", SearchResult)}
+    assert len(results) == 4 * 2
+    before, after = (
+        [r for r in results.values() if r.method == method] for method in ("turn0", "turn1")
+    )
+    assert all(0 < r.accepted_tokens <= 8 and r.judge_tokens == 0 for r in before)
+    assert all(r.judge_tokens > 0 for r in after)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["turn1"]["rethought"] == sum(r.rejected_tokens > 0 for r in after)

@@ -31,6 +31,7 @@ STAGE_OF = {
     "genprm_rationales": "rationalize",
     "genprm": "sft",
     "genprm_evaluate": "evaluate",
+    "genprm_refine": "refine",
     "thinkprm_start": "sft",
     "thinkprm_chains": "rationalize",
     "thinkprm": "sft",

@@ -3,6 +3,7 @@ way."""
 
 import random
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.config import GenPrm, GenPrmVerdicts
-from stepwiser_jax.records import ClassifierExample, Dialogue, UserError, Verdict
+from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, UserError, Verdict
 from stepwiser_jax.runtime.engine import Completion
 from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
-from stepwiser_jax.runtime.judging import Solution
+from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.runtime.sandbox import Sandbox
+from stepwiser_jax.settings import load_config
+from stepwiser_jax.stages.refine import Refiner, summarize
 from stepwiser_jax.stages.sft import render
 from stepwiser_jax.text.genprm import (
     BARE,
@@ -24,6 +27,7 @@ from stepwiser_jax.text.genprm import (
     INSTRUCT,
     SYNTHESIS_OPENING,
     agrees,
+    analysis_of,
     code_to_run,
     critique_outcome,
     dialogue_of,
@@ -31,6 +35,7 @@ from stepwiser_jax.text.genprm import (
     output_text,
     parse_critique,
     parse_turns,
+    rethink_prompt,
     split_outputs,
     with_memory,
 )
@@ -325,8 +330,8 @@ SOLUTION = Solution("s", "How many?", ["It is 42.", "And one more: 43."])
 
 def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     says = {
-        "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}",
-        "judge/s/0/1": " It is.</verify>\n<output>",
+        "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}\n41",
+        "judge/s/0/1": " It is.</verify>\n<output>\nNo",
         "judge/s/1/0": f" one more.</analyze>\n<verify>\n{code('print(x + 1)')}",
         "judge/s/1/1": f" And now:\n{code('y = 1; raise ValueError(x)')}",
         "judge/s/1/2": f" Once more:\n{code('print(y)')}",
@@ -348,8 +353,8 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert (first.verdict, first.p_positive) == (Verdict.POSITIVE, pytest.approx(0.75))
     assert first.completion in judge.engine.prompts["judge/s/1/0"], "its own rationale is history"
     assert all(prompt.endswith("$\\boxed{") for prompt in judge.engine.asked)
-    sampled = [len(bpe_tokenizer.encode(says[f"judge/s/0/{n}"])) for n in (0, 1)]
-    assert first.num_tokens == sum(sampled)
+    sampled = [says["judge/s/0/0"][:-2], says["judge/s/0/1"][:-2]]
+    assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
 
 
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
@@ -390,6 +395,13 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
     assert "</analyze>\n<output>" in two[0].completion
     assert [opinion.p_positive for opinion in three] == [pytest.approx(0.75), 0.5, 0.5]
     assert [opinion.verdict for opinion in three[1:]] == [Verdict.UNPARSED] * 2
+    prompt = bpe_tokenizer.encode(judge.engine.prompts["judge/s/0/0"])
+    full = len(prompt) + judge.reserve + 5
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=100)
+    ((first, second),) = judge([SOLUTION])
+    assert (first.p_positive, first.num_tokens) == (pytest.approx(0.75), 5), "room for a verdict"
+    assert second.p_positive == 0.5
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=1500)
     with pytest.raises(UserError, match="no solution's first step fits the context of 1500"):
         judge.check_lengths([Solution("longer", "x" * 3000, ["One."])])
 
@@ -413,3 +425,60 @@ def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
     critique = parse_critique(text, 2)
     assert critique is not None and critique.first_wrong == 1
     assert output_text("5") in critique.turns[1]
+
+
+# --- thinking again -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["instruct", "bare"])
+def test_the_analysis_is_what_stands_before_code_and_verdict(style):
+    said = "Because 2 + 2: it is 5."
+    turn = {
+        "instruct": f"<analyze>\nLet's analyze the Paragraph 3 step by step: {said}</analyze>\n"
+        f"<verify>\n{code('print(1)')}</verify>\n<output>\n**Judgement**: $\\boxed{{No}}$",
+        "bare": f"{said} \\boxed{{ Negative }}",
+    }[style]
+    assert analysis_of(turn, style) == said
+    assert f"Step.\n\nThe reviewer says: {said}" in rethink_prompt("<chunk>Step.", said, "instruct")
+
+
+def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
+    """Right at once; right after one critique; never, and out of room at last."""
+    file = Path(__file__).parents[2] / "configs" / "smoke_genprm_refine.yaml"
+    sets = ("prompt_style=instruct", "chunking=blank_lines", "turns=3")
+    sets += ("sampling.max_new_tokens=200", "judge_prompt_style=instruct")
+    config = load_config("refine", file, sets)
+    right, wrong = "All well.\n\nSo \\boxed{4}.", "Well.\n\nNot well.\n\nSo \\boxed{5}."
+    says = {"refine/a/policy0/0": right, "refine/b/policy0/0": wrong, "refine/b/policy1/0": right}
+    engine = ScriptedEngine(bpe_tokenizer, lambda row: says.get(row, "Not well." + "?" * 90), 900)
+    judged = []
+
+    def judge(solutions):
+        judged.append([solution.solution_id for solution in solutions])
+        return [
+            [
+                Opinion(f"It: {chunk.strip()}?</analyze>", Verdict.NEGATIVE, p, 10)
+                for chunk in solution.chunks
+                for p in [0.2 if chunk.startswith("Not") else 0.8]
+            ]
+            for solution in solutions
+        ]
+
+    problems = [Problem(name, f"What is {name}?", "4", "") for name in "abc"]
+    refiner = Refiner(config, bpe_tokenizer, engine, judge)
+    verifier = SimpleNamespace(verify=lambda pairs: [a == b for a, b in pairs])
+    results = refiner(problems, verifier)
+    assert [r.search_id for r in results] == [f"{p}/turn{t}" for t in range(4) for p in "abc"]
+    assert [r.is_correct for r in results] == [True, False, False] + [True, True, False] * 3
+    assert judged == [["a/turn0", "b/turn0", "c/turn0"], ["b/turn1", "c/turn1"], []]
+    asked = engine.prompts["refine/b/policy1/0"]
+    assert wrong in asked and "Not well.\n\nThe reviewer says: Not well.?" in asked
+    assert "refine/a/policy1/0" not in engine.prompts
+    of_b = [r for r in results if r.problem_id == "b"]
+    assert [(r.accepted_tokens, r.rejected_tokens) for r in of_b][1:] == [
+        (of_b[1].accepted_tokens, of_b[0].accepted_tokens)
+    ] * 3
+    assert [r.judge_tokens for r in of_b] == [0, 30, 50, 50]
+    summary = summarize(config, results)
+    assert [summary[f"turn{t}"]["accuracy"] for t in range(4)] == [1 / 3, 2 / 3, 2 / 3, 2 / 3]
+    assert [summary[f"turn{t}"]["rethought"] for t in range(4)] == [0, 2, 0, 0]

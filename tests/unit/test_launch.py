@@ -180,7 +180,7 @@ MISTAKES = {
         *["--shards", "2", *ANNOTATE],
     ],
     "--shards: expected a stage of rollout segment annotate rationalize evaluate classify search "
-    "select": [
+    "select refine": [
         *ONE_HOST,
         "--shards",
         "2",
