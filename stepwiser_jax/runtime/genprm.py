@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.algo.processbench import verdicts_at
+from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.config import GenPrm
 from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
@@ -87,6 +87,11 @@ class Draft:
     @property
     def asks_for_code(self) -> bool:
         return self.why is StopReason.STOP_STRING and self.texts[-1].endswith(CODE_OUTPUT)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the turn came to its own end: it was not cut, and asks for nothing more."""
+        return self.why is not StopReason.LENGTH and not self.asks_for_code
 
 
 class Writer:
@@ -272,8 +277,28 @@ class GenPrmJudge:
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.loaded.tokenizer.eos_ids,
         )
+        found = self._converse(solutions, params, suffixes)
+        return [
+            [[opinion for opinion, _ in path[x.start :]] for path in paths]
+            for x, paths in zip(solutions, found, strict=True)
+        ]
+
+    def critiques(
+        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+    ) -> list[list[tuple[str, bool]]]:
+        """Of every solution, for each of `suffixes`: (the turns of a path up to the first that does
+        not say right, joined; whether each of them came to its end), as `Synthesizer` gives
+        them."""
+        found = self._converse(solutions, params, suffixes)
+        return [[_critique(path) for path in paths] for paths in found]
+
+    def _converse(
+        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+    ) -> list[list[list[tuple[Opinion, bool]]]]:
+        """Of every solution, for each of `suffixes`, of every chunk: the opinion, and whether its
+        turn came to its end."""
         paths = [[self._begin(suffix) for suffix in suffixes] for _ in solutions]
-        found: list[list[list[Opinion]]] = [[[] for _ in suffixes] for _ in solutions]
+        found: list[list[list[tuple[Opinion, bool]]]] = [[[] for _ in suffixes] for _ in solutions]
         for t in range(max((len(x.chunks) for x in solutions), default=0)):
             at = [
                 (s, k)
@@ -283,34 +308,18 @@ class GenPrmJudge:
             ]
             for s, k in at:
                 self._ask(paths[s][k], solutions[s], t)
-            opinions = self._judge([paths[s][k] for s, k in at], params)
-            for (s, k), opinion in zip(at, opinions, strict=True):
-                if t >= solutions[s].start:
-                    found[s][k].append(opinion)
+            said = self._judge([paths[s][k] for s, k in at], params)
+            for (s, k), opinion_and_end in zip(at, said, strict=True):
+                found[s][k].append(opinion_and_end)
         return found
 
-    def critiques(
-        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
-    ) -> list[list[tuple[str, bool]]]:
-        """Of every solution, for each of `suffixes`: (the turns of a path, joined, whether each
-        of them came to its end), as `Synthesizer` gives them."""
-        found = self.sample(
-            solutions, params.temperature, suffixes, top_p=params.top_p, top_k=params.top_k
-        )
-        return [
-            [
-                (join_turns([o.completion for o in path]), all(map(self._is_finished, path)))
-                for path in paths
-            ]
-            for paths in found
-        ]
-
-    def _is_finished(self, opinion: Opinion) -> bool:
-        return opinion.num_tokens < self.max_new_tokens
-
-    def _judge(self, drafts: Sequence[Draft], params: SamplingParams) -> list[Opinion]:
-        """The turn that every draft has begun, up to its end."""
+    def _judge(
+        self, drafts: Sequence[Draft], params: SamplingParams
+    ) -> list[tuple[Opinion, bool]]:
+        """The turn that every draft has begun, up to its verdict, and whether it came to its end
+        before anything was closed for it."""
         self.writer.write(drafts, params, stops=[self.form.stop], reserve=self.reserve)
+        finished = [draft.is_finished for draft in drafts]
         prompts: dict[int, list[int]] = {}
         for i, draft in enumerate(drafts):
             if draft.num_tokens:  # else there was no room
@@ -320,7 +329,8 @@ class GenPrmJudge:
                     prompts[i] = ids
         log_odds = self.engine.log_odds(list(prompts.values()), self.word_ids).astype(np.float64)
         p_right = dict(zip(prompts, (1 / (1 + np.exp(-log_odds))).tolist(), strict=True))
-        return [self._opinion(draft, p_right.get(i)) for i, draft in enumerate(drafts)]
+        opinions = [self._opinion(draft, p_right.get(i)) for i, draft in enumerate(drafts)]
+        return list(zip(opinions, finished, strict=True))
 
     def _opinion(self, draft: Draft, p_right: float | None) -> Opinion:
         if p_right is None:
@@ -328,6 +338,12 @@ class GenPrmJudge:
         (verdict,) = verdicts_at(0.5, [p_right])
         draft.say("assistant", self.form.verdict(verdict is Verdict.POSITIVE))
         return Opinion(draft.turn, verdict, p_right, draft.num_tokens)
+
+
+def _critique(path: Sequence[tuple[Opinion, bool]]) -> tuple[str, bool]:
+    last = first_predicted_error([opinion.verdict for opinion, _ in path])
+    told = path if last == -1 else path[: last + 1]
+    return join_turns([opinion.completion for opinion, _ in told]), all(end for _, end in told)
 
 
 def verdict_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:

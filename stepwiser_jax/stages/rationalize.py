@@ -44,6 +44,7 @@ from stepwiser_jax.records import (
     Rationale,
     SftExample,
     UserError,
+    natural_key,
 )
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.engine import Engine
@@ -318,8 +319,10 @@ def rationales_of(
 
 
 def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[Rationale]:
-    """Those that are learned. Raises UserError where there are none."""
-    kept = [r for r in rationales if r.outcome == Outcome.KEPT.value]
+    """Those that are learned, in id order: draws must not depend on who wrote which part. Raises
+    UserError where there are none."""
+    ordered = sorted(rationales, key=lambda r: natural_key(r.rationale_id))
+    kept = [r for r in ordered if r.outcome == Outcome.KEPT.value]
     chosen = balanced(kept, config.seed) if config.balance else kept
     if not chosen:
         found = Counter(rationale.is_positive for rationale in kept)

@@ -406,6 +406,72 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
         judge.check_lengths([Solution("longer", "x" * 3000, ["One."])])
 
 
+@pytest.mark.parametrize(
+    ("says", "finished"),
+    [
+        (" fine.</analyze>\n<output>", True),
+        (" fine.</analyze>", True),  # an end token: tags are closed for it, nothing is cut off
+        (" fine" * 200, False),
+        (code("print(1)"), False),  # once more than it may
+    ],
+)
+def test_a_critique_is_finished_whose_turns_came_to_their_end(
+    bpe_tokenizer, monkeypatch, says, finished
+):
+    """And it ends with the first wrong paragraph, whatever a turn behind that came to."""
+    rows = {"/k": lambda t: says if t == "1" else " so.</analyze>\n<output>"}
+    rows["/m"] = lambda t: says if t == "2" else " so.</analyze>\n<output>"
+
+    def script(row):
+        _, _, t, _, path = row.split("/")
+        return rows[f"/{path}"](t)
+
+    judge = judge_of(
+        bpe_tokenizer, monkeypatch, script, max_new_tokens=300, max_code_rounds=1, code=True
+    )
+    monkeypatch.setattr(judge.engine, "log_odds", second_is_wrong(bpe_tokenizer))
+    params = SamplingParams(300, stop_ids=bpe_tokenizer.eos_ids)
+    three = Solution("s", "How many?", ["One.", "Two.", "Three."])
+    ((at_error, behind),) = judge.critiques([three], params, ["/k", "/m"])
+    assert at_error[1] is finished and behind[1] is True
+    for text, _ in (at_error, behind):
+        critique = parse_turns(text, INSTRUCT, 3)
+        assert critique is not None and critique.first_wrong == 1
+        assert "Paragraph 3" not in text
+
+
+def second_is_wrong(tokenizer):
+    def log_odds(prompts, pair):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        odds = [-2.0 if "Paragraph 2" in text and "3 step" not in text else 2.0 for text in texts]
+        return np.array(odds, np.float32)
+
+    return log_odds
+
+
+def test_a_turn_is_finished_whose_last_allowed_token_completes_it(bpe_tokenizer, monkeypatch):
+    says = " fine.</analyze>\n<output>"
+    length = len(bpe_tokenizer.encode(says))
+    for allowed in (length - 1, length):
+        judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: says, max_new_tokens=allowed)
+        params = SamplingParams(allowed, stop_ids=bpe_tokenizer.eos_ids)
+        (((_, finished),),) = judge.critiques([SOLUTION], params, [""])
+        assert finished is (allowed == length)
+
+
+def test_a_turn_that_the_context_cuts_is_not_finished(bpe_tokenizer, monkeypatch):
+    says = lambda row: " fine " * 40  # noqa: E731
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_new_tokens=9999)
+    one = Solution("s", "How many?", ["It is 42."])
+    begun = judge._begin("")
+    judge._ask(begun, one, 0)
+    full = len(judge.writer.encode(begun)) + judge.reserve + 20
+    judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=9999)
+    params = SamplingParams(9999, stop_ids=bpe_tokenizer.eos_ids)
+    (((text, finished),),) = judge.critiques([one], params, [""])
+    assert parse_turns(text, INSTRUCT, 1) is not None and not finished
+
+
 def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
     says = {
         "t/s/0/k": f"fine\n</analyze>\n<verify>\n{code('z = 5')}",

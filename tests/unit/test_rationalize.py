@@ -28,7 +28,7 @@ def rationales(*counts):
     """(label, outcome, how many)."""
     return [
         Rationale(f"{label}-{outcome}/{i}", "p", "asked", f"said {i}", label, outcome)
-        for label, outcome, count in counts
+        for label, outcome, count in sorted(counts)
         for i in range(count)
     ]
 
@@ -45,7 +45,7 @@ def chosen_of(settings, written):
 def test_what_is_learned_is_kept_and_balanced(request):
     written = rationales((True, "kept", 7), (False, "kept", 3), (False, "disagrees", 5))
     everything = choose(config(request), written)
-    assert everything == written[:10]
+    assert everything == [rationale for rationale in written if rationale.outcome == "kept"]
     learned = to_learn(config(request), [], everything)
     assert [e.example_id for e in learned] == [r.rationale_id for r in everything]
     assert [e.completion for e in learned] == [r.completion for r in everything]
@@ -82,6 +82,8 @@ def test_of_what_is_kept_so_many_are_drawn(request):
     assert 0 < sum(e.example_id.startswith("True") for e in chosen) < 20
     assert chosen_of(settings, written) == chosen
     assert len(chosen_of(config(request, "max_examples=100"), written)) == 70
+    for shuffled in (written[::-1], written[1::2] + written[::2]):
+        assert chosen_of(settings, shuffled) == chosen, "it depends on who wrote which part"
 
 
 # --- verification chains ------------------------------------------------------------------------
@@ -155,6 +157,6 @@ def test_chains_are_cut_filtered_and_learned_with_the_answer(request):
     learned = [(e.example_id, e.completion) for e in chosen_of(settings, written)]
     end = "\n</think>\nIs the solution correct? "
     assert learned == [
-        ("w/0", f"{opening}{first}{good}{second}{bad}{end}No"),
         ("r/0", f"{opening}{first}{good}{second}{good}{end}Yes"),
+        ("w/0", f"{opening}{first}{good}{second}{bad}{end}No"),
     ]
