@@ -109,16 +109,18 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
 
 def restrict_files(readable: list[str], scratch: str) -> None:
     """Landlock: of all that its version on this kernel can forbid, `readable` is left for reading
-    and the files in `scratch` for everything."""
+    and the files in `scratch` for everything. Raises OSError before version 3 (Linux 6.2): what can
+    be opened for reading could be emptied by that, with O_TRUNC."""
     version = _landlock(_CREATE_RULESET, None, 0, 1)
-    rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)  # on files, one bit each
+    if version < 3:
+        raise OSError(f"Landlock: its version {version} does not control truncation")
+    rights = 15 + (version >= 5)  # on files, one bit each
     network = scopes = 0b11  # bind, connect; abstract sockets, signals
     size = 8 if version < 4 else 16 if version < 6 else 24
     attributes = struct.pack("=QQQ", (1 << rights) - 1, network, scopes)
     ruleset = _landlock(_CREATE_RULESET, attributes[:size], size, 0)
     reading = _READ_FILE | _READ_DIR
-    writing = _READ_FILE | _WRITE_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_REG
-    writing |= _TRUNCATE if version >= 3 else 0
+    writing = _READ_FILE | _WRITE_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
     for path in [*readable, scratch]:
         with contextlib.suppress(FileNotFoundError):
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -106,7 +106,7 @@ class Sandbox:
 def _refusal(reason: str) -> UserError:
     return UserError(
         f"code that a model wrote cannot be confined on this machine ({reason}): expected Linux "
-        "5.13 or later on x86_64 or aarch64, with Landlock among the security modules and seccomp; "
+        "6.2 or later on x86_64 or aarch64, with Landlock among the security modules and seccomp; "
         "run there, or switch the execution of code off"
     )
 
