@@ -602,7 +602,8 @@ class Rationalize(ComputeStage):
 
     `judge` writes `samples` judgments of every one of the first `limit` `examples`, which are read
     as `judge` reads them, with `on_malformed` and `exclude`. `balance`: as many of positive as of
-    negative labels; of what is then left, `max_examples` are drawn.
+    negative labels; of what is then left, `max_examples` are drawn. Both may still be changed where
+    nothing was left.
 
     `thinkprm`: it verifies whole solutions, which are read as `classifier` reads them. `genprm`: it
     writes critiques of whole solutions, which are read as `classifier` reads them, and

@@ -1,7 +1,7 @@
 """A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
 
-<run_dir>/config.yaml     the resolved config; with another one, but for where it computes, the
-                          directory is refused
+<run_dir>/config.yaml     the resolved config; with another one, but for where it computes and what
+                          is still to be decided, the directory is refused
 <run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
 <run_dir>/records/        what the stage hands on
 <run_dir>/summary.json    the numbers a person would quote
@@ -33,8 +33,10 @@ from rich.progress import (
 from stepwiser_jax.config import ComputeStage, Config
 from stepwiser_jax.records import (
     KIND,
+    Dialogue,
     Record,
     RecordWriter,
+    SftExample,
     UserError,
     atomic_write,
     read_written,
@@ -55,6 +57,11 @@ WHERE = (
     "server.retries",
 )
 """Settings that say where a run computes, not what: it may go on with others."""
+
+DECIDED_LAST: dict[str, tuple[tuple[str, ...], tuple[type[Record], ...]]] = {
+    "rationalize": (("balance", "max_examples"), (SftExample, Dialogue)),
+}
+"""By stage, settings that decide no record but these: they may change until there are any."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -88,11 +95,14 @@ class RunDirectory:
                 )
             return
         found = read_settings(self.path / "config.yaml")
-        elsewhere = tuple(f"{key}{end}" for key in WHERE for end in (":", "."))
+        undecided, kinds = DECIDED_LAST.get(self.stage, ((), ()))
+        if any(read_written(self.path, kind) for kind in kinds):
+            undecided = ()
+        free = tuple(f"{key}{end}" for key in (*WHERE, *undecided) for end in (":", "."))
         differences = [
             difference
             for difference in differing_keys(found, self._settings)
-            if not difference.startswith(elsewhere)
+            if not difference.startswith(free)
         ]
         if differences:
             raise UserError(

@@ -87,8 +87,10 @@ def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[
     writer = directory.writer(Rationale)
     chosen = directory.writer(SftExample if config.genprm is None else Dialogue)
     hosts.barrier("rationalize: rationales are written")
-    if hosts.is_first() and shard == WHOLE:
-        chosen.append(to_learn(config, examples, choose(config, writer.read())))
+    if shard == WHOLE:
+        learned = choose(config, writer.read())  # by all: every process must refuse what one would
+        if hosts.is_first():
+            chosen.append(to_learn(config, examples, learned))
     counts = {"examples": len(examples), "dropped": dropped}
     return directory.finish(
         lambda: counts | summarize(writer.read()) | {"chosen": len(chosen.read())} | measured
@@ -328,8 +330,8 @@ def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[Rationa
         found = Counter(rationale.is_positive for rationale in kept)
         raise UserError(
             f"nothing is left to learn of {len(rationales)} rationales: kept were {found[True]} of "
-            f"positive and {found[False]} of negative labels. Sample more, let a stronger judge "
-            "write, or set balance to false"
+            f"positive and {found[False]} of negative labels. Set balance to false and go on from them "
+            "in the same run directory; or in a new one sample more, or let a stronger judge write"
         )
     if config.max_examples is not None and config.max_examples < len(chosen):
         rng = np.random.default_rng((config.seed, 1))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from stepwiser_jax.records import ClassifierExample, Rationale, UserError
+from stepwiser_jax.records import ClassifierExample, Rationale, SftExample, UserError
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages.rationalize import TextWriter, choose, summarize, to_learn
@@ -70,6 +71,20 @@ def test_nothing_to_learn_is_refused(request):
     assert len(chosen_of(config(request), written)) == 7
     with pytest.raises(UserError, match="kept were 7 of positive and 0 of negative labels"):
         chosen_of(config(request, "balance=true"), written)
+
+
+def test_where_nothing_was_chosen_yet_the_choice_may_change(request, tmp_path):
+    """Of the run directory that the error leaves behind."""
+    directory = RunDirectory(tmp_path / "run", "rationalize", config(request, "balance=true"))
+    directory.writer(Rationale).append(rationales((True, "kept", 7)))
+    directory.writer(SftExample).append([])
+    RunDirectory(tmp_path / "run", "rationalize", config(request, "max_examples=3"))
+    with pytest.raises(UserError, match="another config, which differs in samples: 4 -> 5"):
+        RunDirectory(tmp_path / "run", "rationalize", config(request, "samples=5"))
+    directory.writer(SftExample).append([SftExample("a", "p", "asked", "said")])
+    RunDirectory(tmp_path / "run", "rationalize", config(request, "balance=true"))
+    with pytest.raises(UserError, match="differs in balance: True -> False"):
+        RunDirectory(tmp_path / "run", "rationalize", config(request))
 
 
 def test_of_what_is_kept_so_many_are_drawn(request):
