@@ -135,16 +135,36 @@ class Engine(Config):
     weights: Literal["model", "int8"] = "model"
 
 
+class ThinkPrmVerdicts(Config):
+    """A judge in ThinkPRM's form (arXiv 2504.16828): one chain about a whole solution, then P(yes).
+
+    Its thought has `rounds`, one after another (sequential scaling), each of at most
+    `max_new_tokens`.
+    """
+
+    rounds: int = Field(1, ge=1, le=4)
+
+
 class GenerativeJudge(Model):
     """A judge that reasons about a chunk before its verdict. A chunk's score is 1 where the verdict
     is Positive, else 0; with `votes` it is the share of so many judgments that say Positive,
-    sampled at `vote_temperature`, and the verdict is the majority's."""
+    sampled at `vote_temperature`, and the verdict is the majority's.
+
+    `thinkprm`: it verifies the prefix that ends with the chunk, whose score is then P(yes), or the
+    mean of `votes` chains (parallel scaling). A judge of GenPRM's form would write its whole
+    conversation anew for every chunk: it judges in `evaluate` and `refine` only."""
 
     prompt_style: JudgePromptStyle = "instruct"
+    thinkprm: ThinkPrmVerdicts | None = None
     max_new_tokens: int = Field(ge=1)
     votes: int = Field(0, ge=0)
     vote_temperature: float = Field(1.0, gt=0)
     engine: Engine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerativeJudge:
+        check_thinkprm_style(self)
+        return self
 
 
 class ClassifierJudge(Model):
@@ -360,16 +380,6 @@ class GenPrmCritiques(GenPrm):
     turn_by_turn: bool = False
 
 
-class ThinkPrmVerdicts(Config):
-    """A judge in ThinkPRM's form (arXiv 2504.16828): one chain about a whole solution, then P(yes).
-
-    Its thought has `rounds`, one after another (sequential scaling), each of at most
-    `max_new_tokens`.
-    """
-
-    rounds: int = Field(1, ge=1, le=4)
-
-
 class ThinkPrmChains(Config):
     """How chains for ThinkPRM's training are kept: those of at most `max_tokens`, question and
     answer included."""
@@ -377,11 +387,16 @@ class ThinkPrmChains(Config):
     max_tokens: int = Field(4096, ge=1)
 
 
+def check_thinkprm_style(config: GenerativeJudge | Rationalize | Evaluate) -> None:
+    """Raises ValueError for a style that the form is not known in."""
+    if config.thinkprm is not None and config.prompt_style == "verdict":
+        raise ValueError("prompt_style verdict is StepWiser's: with thinkprm, instruct or bare")
+
+
 def check_one_form(config: Rationalize | Evaluate) -> None:
     """Raises ValueError where it names two forms of judge, or a style that a form is not known
     in."""
-    if config.thinkprm is not None and config.prompt_style == "verdict":
-        raise ValueError("prompt_style verdict is StepWiser's: with thinkprm, instruct or bare")
+    check_thinkprm_style(config)
     if config.genprm is not None and config.thinkprm is not None:
         raise ValueError(
             "expected one form of judge, found genprm and thinkprm: leave one of them out"
@@ -430,7 +445,7 @@ class Annotate(ComputeStage):
     policy: Model
     rollouts: str
     num_rollouts: int = Field(16, ge=1)
-    rollouts_by_pass_rate: tuple[tuple[float, PositiveInt], ...] | None = None
+    rollouts_by_pass_rate: tuple[tuple[float, PositiveInt], ...] | None = Field(None, min_length=1)
     adaptive: AdaptiveRollouts | None = None
     drop_uniform_problems: bool = True
     max_trajectories_per_problem: int | None = Field(None, ge=1)
@@ -443,7 +458,7 @@ class Annotate(ComputeStage):
     @model_validator(mode="after")
     def _consistent(self) -> Annotate:
         bounds = [bound for bound, _ in self.rollouts_by_pass_rate or [(1.0, 1)]]
-        if not bounds or bounds != sorted(set(bounds)) or bounds[0] <= 0 or bounds[-1] != 1:
+        if bounds != sorted(set(bounds)) or bounds[0] <= 0 or bounds[-1] != 1:
             raise ValueError(
                 f"rollouts_by_pass_rate: expected bounds above 0, ascending, the last of them 1, "
                 f"found {bounds}"

@@ -1,4 +1,5 @@
-"""Settings -> a judge of chunks: one that reasons, or a classifier."""
+"""Settings -> a judge of chunks: one that reasons, in StepWiser's form or ThinkPRM's, or a
+classifier."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.judging import ChunkJudge, SolutionJudge
 from stepwiser_jax.runtime.loading import load_for_decoding, load_model
 from stepwiser_jax.runtime.scorer import Scorer
+from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge
 
 
 def load_judge(
@@ -16,9 +18,12 @@ def load_judge(
 ) -> SolutionJudge:
     """The model, loaded, with its compiled shapes."""
     path = config.model_dump(include=set(Model.model_fields))
-    settings = config.model_dump(exclude={*Model.model_fields, "engine"})
+    settings = config.model_dump(exclude={*Model.model_fields, "engine", "thinkprm"})
     if isinstance(config, ClassifierJudge):
         return Scorer(load_model(**path, mesh=mesh, seed=seed, classifier=True), mesh, **settings)
     loaded = load_for_decoding(**path, weights=config.engine.weights, mesh=mesh, seed=seed)
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    return ChunkJudge(loaded, engine, name="judge", key=jax.random.key(seed), **settings)
+    settings |= {"name": "judge", "key": jax.random.key(seed)}
+    if config.thinkprm is not None:
+        return ThinkPrmJudge(loaded, engine, rounds=config.thinkprm.rounds, **settings)
+    return ChunkJudge(loaded, engine, **settings)

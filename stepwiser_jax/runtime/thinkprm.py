@@ -57,11 +57,14 @@ class ThinkPrmJudge:
         max_new_tokens: int,
         rounds: int,
         key: jax.Array,
+        votes: int = 0,
+        vote_temperature: float = 1.0,
     ):
         """Raises UserError where the two answers are not one token each."""
         self.loaded, self.engine, self.name, self.key = loaded, engine, name, key
         self.prompt_style: PromptStyle = prompt_style
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
+        self.votes, self.vote_temperature = votes, vote_temperature
         self.form = FORMS[prompt_style]
         self.answer_ids = answer_ids(loaded.tokenizer, self.form)
 
@@ -88,14 +91,20 @@ class ThinkPrmJudge:
             )
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Opinion]]:
-        """Of every chunk, the greedy verification of the prefix that ends with it."""
+        """Of every chunk, the greedy verification of the prefix that ends with it, or what its
+        `votes` say together."""
         prefixes = [
             dataclasses.replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
             for x in solutions
             for j in range(x.start, len(x.chunks))
         ]
-        found = iter(self.sample(prefixes, 0.0, ("",)))
-        return [[next(found)[0].solution for _ in x.chunks[x.start :]] for x in solutions]
+        suffixes = [f"/vote{k}" for k in range(self.votes)] or [""]
+        temperature = self.vote_temperature if self.votes else 0.0
+        found = iter(self.sample(prefixes, temperature, suffixes))
+        return [
+            [Opinion.of_votes([vote.solution for vote in next(found)]) for _ in x.chunks[x.start :]]
+            for x in solutions
+        ]
 
     def sample(
         self,

@@ -219,9 +219,13 @@ def encode_dialogue(
     from the chat template: so the tokens of a turn do not depend on what follows. Bare, the texts
     follow one another, with an end token behind a turn of the assistant's.
 
-    Raises UserError for roles in no such order, or where the template does not keep the beginning
-    of a conversation when it goes on.
+    Raises UserError for roles in no such order or of another number than the texts, or where the
+    template does not keep the beginning of a conversation when it goes on.
     """
+    if len(roles) != len(texts):
+        raise UserError(
+            f"expected a text of every role, found {len(texts)} texts of {len(roles)} roles"
+        )
     if not roles or not set(roles) <= set(SAYS) or roles[0] in SAYS[2:]:
         raise UserError(
             f"expected a conversation of {', '.join(SAYS)}, which one of the first two begins, "

@@ -214,6 +214,7 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ),
         ("values", "annotate", "rollouts_by_pass_rate=[[0.9, 8], [0.1, 4], [1, 2]]", "ascending"),
         ("values", "annotate", "rollouts_by_pass_rate=[[1, 0]]", "greater than 0"),
+        ("values", "annotate", "rollouts_by_pass_rate=[]", "rollouts_by_pass_rate.*at least 1"),
         ("rationales", "rationalize", "genprm={}", "bare has no code in it"),
         ("rationales", "rationalize", "genprm.code=false", "set genprm.turn_by_turn to true"),
         ("evaluate", "evaluate", "genprm.code=true", "set genprm.code to false"),

@@ -226,6 +226,12 @@ def test_no_conversation(bpe_tokenizer, roles, message):
         render(Dialogue("d", "p", roles, roles), bpe_tokenizer, "bare")
 
 
+@pytest.mark.parametrize("texts", [("asked",), ("asked", "said", "more")])
+def test_a_text_too_many_or_too_few(bpe_tokenizer, texts):
+    with pytest.raises(UserError, match=f"d: expected a text of .* found {len(texts)} texts of 2"):
+        render(Dialogue("d", "p", ("user", "assistant"), texts), bpe_tokenizer, "instruct")
+
+
 def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
     hf = bpe_tokenizer._hf
     monkeypatch.setattr(

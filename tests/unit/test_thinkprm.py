@@ -8,9 +8,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from stepwiser_jax.config import GenerativeJudge
 from stepwiser_jax.records import ClassifierExample, UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.judges import load_judge
 from stepwiser_jax.runtime.judging import Solution
 from stepwiser_jax.runtime.loading import load_for_decoding, load_model
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -290,6 +293,38 @@ def test_a_process_reward_is_the_score_of_every_prefix(loaded):
     assert "<chunk> 5" not in engine.generated[0][1] and "<chunk> 5" in engine.generated[1][1]
     p = [opinion.p_positive for opinions in found for opinion in opinions]
     np.testing.assert_allclose(p, 1 / (1 + np.exp([0, -1, -2])), rtol=1e-6)
+
+
+def test_votes_on_a_prefix_are_averaged(loaded):
+    engine = Scripted(loaded.tokenizer, ["looks fine \\boxed{ Positive }"] * 6)
+    judge = make_judge(loaded, engine, votes=3, vote_temperature=0.7)
+    (opinions,) = judge(SOLUTIONS[:1])
+    assert [row_id for row_id, _, _ in engine.generated] == [
+        f"t/a/{j}/vote{k}" for j in range(2) for k in range(3)
+    ]
+    assert {params.temperature for _, _, params in engine.generated} == {0.7}
+    p = 1 / (1 + np.exp(-np.arange(6.0)))
+    np.testing.assert_allclose([o.p_positive for o in opinions], p.reshape(2, 3).mean(1), rtol=1e-6)
+
+
+def test_search_and_selection_may_ask_it():
+    settings = {
+        "path": "arithmetic",
+        "prompt_style": "bare",
+        "thinkprm": {"rounds": 2},
+        "max_new_tokens": 8,
+        "votes": 2,
+        "engine": {"rows": [8], "buckets": [128]},
+    }
+    judge = load_judge(GenerativeJudge.model_validate(settings), mesh=make_mesh(), seed=0)
+    assert isinstance(judge, ThinkPrmJudge) and (judge.rounds, judge.votes) == (2, 2)
+    judge.check_room("a", SOLUTIONS[0].question, 20)
+    judge.check_lengths(SOLUTIONS)
+    found = judge([dataclasses.replace(SOLUTIONS[0], start=1), SOLUTIONS[1]])
+    assert [len(opinions) for opinions in found] == [1, 1] and judge.compiled_shapes
+    assert all(0 < opinion.p_positive < 1 for (opinion,) in found)
+    with pytest.raises(ValidationError, match="verdict is StepWiser's: with thinkprm"):
+        GenerativeJudge.model_validate(settings | {"prompt_style": "verdict"})
 
 
 def test_the_forced_question_against_the_full_forward(loaded):
