@@ -389,7 +389,7 @@ class Synthesizer:
     def _begin(self, solution: Solution, suffix: str) -> Draft:
         rounds = self.genprm.max_code_rounds * len(solution.chunks)
         draft = Draft(f"{self.name}/{solution.solution_id}", suffix, rounds)
-        draft.say("user", synthesis_prompt(solution.question, solution.chunks))
+        draft.say("user", synthesis_prompt(solution.question, solution.chunks, code=self.genprm.code))
         draft.begin_turn(SYNTHESIS_OPENING)
         return draft
 

@@ -59,6 +59,7 @@ from stepwiser_jax.text import thinkprm
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_classifier_examples, load_judge_examples
 from stepwiser_jax.text.genprm import (
+    CODE_OUTPUT,
     FORMS,
     Critique,
     critique_outcome,
@@ -286,13 +287,18 @@ class CritiqueWriter:
 
 def asked(config: Rationalize, example: ClassifierExample) -> str:
     """What the teacher is asked about a solution, or asked first."""
-    if config.genprm is not None and config.genprm.turn_by_turn:
+    assert config.genprm is not None
+    if config.genprm.turn_by_turn:
         return FORMS[config.prompt_style].user_turn(example.question, example.chunks, 0)
-    return synthesis_prompt(example.question, example.chunks)
+    return synthesis_prompt(example.question, example.chunks, code=config.genprm.code)
 
 
 def critique_of(config: Rationalize, example: ClassifierExample, text: str) -> Critique | None:
-    if config.genprm is not None and config.genprm.turn_by_turn:
+    """None also for one that tells what its code printed where none is run."""
+    assert config.genprm is not None
+    if not config.genprm.code and CODE_OUTPUT in text:
+        return None
+    if config.genprm.turn_by_turn:
         return parse_turns(text, FORMS[config.prompt_style], len(example.chunks))
     return parse_critique(text, len(example.chunks))
 

@@ -27,6 +27,9 @@ from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import JudgePromptStyle, bare_judge_prompt
 from stepwiser_jax.text.rationales import Outcome
 
+CODE_OUTPUT = "[Code Output]"
+"""What a judge writes to have the block before it run."""
+
 SYSTEM_PROMPT = """\
 You are a teacher of mathematics. You are given a problem and its solution, one paragraph at a \
 time. Review and critique the solution step by step: say of every paragraph whether it is right."""
@@ -39,12 +42,7 @@ that is wrong. Write about each of them in exactly this form:
 ### Paragraph ID
 <analyze>
 [What the paragraph sets out to do, and whether its reasoning and its calculations hold.]
-</analyze>
-<verify>
-[Python code that could expose an error, in a ```python block, followed by a line with \
-{code_output}. The code is then run and you are shown what it printed. Where that contradicts your \
-analysis, think again before you go on.]
-</verify>
+</analyze>{verify}
 
 At the end, give the number of the first wrong paragraph inside \\boxed{{}}, or \\boxed{{-1}} if \
 there is none.
@@ -56,6 +54,13 @@ there is none.
 [Solution]
 
 {solution}"""
+
+SYNTHESIS_VERIFY = f"""
+<verify>
+[Python code that could expose an error, in a ```python block, followed by a line with \
+{CODE_OUTPUT}. The code is then run and you are shown what it printed. Where that contradicts your \
+analysis, think again before you go on.]
+</verify>"""
 
 RETHINK_PROMPT = """\
 A reviewer finds fault with this step of your solution:
@@ -69,15 +74,12 @@ Think the problem through again, and give a whole new solution in the same form.
 SYNTHESIS_OPENING = "### Paragraph 1\n<analyze>\n"
 """What the teacher's critique begins with."""
 
-CODE_OUTPUT = "[Code Output]"
-"""What a judge writes to have the block before it run."""
-
 USE_CODE = "Let's use python code to find any potential error:\n"
 
 _BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _OUTPUT = re.compile(r"(?<=\[Code Output\])(\n\n```\n.*?\n```\n)", re.DOTALL)
 _PARAGRAPH = re.compile(r"^### Paragraph (\d+)[ \t]*\n", re.MULTILINE)
-_SECTION = re.compile(r"<analyze>\s*(.*?)\s*</analyze>(?:\s*<verify>\s*(.*?)</verify>)?", re.DOTALL)
+_SECTION = re.compile(r"\s*<analyze>\s*(.*?)\s*</analyze>(?:\s*<verify>\s*(.*?)</verify>)?", re.DOTALL)
 _INDEX = re.compile(r"\\boxed\s*\{\s*(-?\d+)\s*\}")
 
 
@@ -198,14 +200,15 @@ def split_outputs(turn: str) -> list[tuple[str, str]]:
 # --- critiques of whole solutions -----------------------------------------------------------------
 
 
-def synthesis_prompt(question: str, chunks: Sequence[str]) -> str:
-    """What a teacher is asked about a whole solution."""
+def synthesis_prompt(question: str, chunks: Sequence[str], *, code: bool) -> str:
+    """What a teacher is asked about a whole solution; of `code` only where it will be run."""
     paragraphs = [
         f"<paragraph_{number}>\n{strip_tags(chunk).strip()}\n</paragraph_{number}>"
         for number, chunk in enumerate(chunks, 1)
     ]
+    verify = SYNTHESIS_VERIFY if code else ""
     return SYNTHESIS_PROMPT.format(
-        question=question, solution="\n\n".join(paragraphs), code_output=CODE_OUTPUT
+        question=question, solution="\n\n".join(paragraphs), verify=verify
     )
 
 
@@ -244,10 +247,12 @@ def parse_turns(text: str, form: Form, num_chunks: int) -> Critique | None:
 
 def parse_critique(text: str, num_chunks: int) -> Critique | None:
     """Of a critique written in one go, as `SYNTHESIS_PROMPT` asks for it; None where it is not of
-    that form."""
+    that form, or says of a paragraph what stands in none of its tags: a turn would lack that."""
     bodies = _paragraphs(re.sub(r"</?think>", "", text))
-    matches = [_SECTION.search(body) for body in bodies]
+    matches = [_SECTION.match(body) for body in bodies]
     if not (matches and matches[-1] and all(matches)):
+        return None
+    if any(m and body[m.end() :].strip() for m, body in zip(matches[:-1], bodies, strict=False)):
         return None
     indices = _INDEX.findall(bodies[-1][matches[-1].end() :])
     if not indices or not (indices[-1] == "-1" or int(indices[-1]) >= 1):

@@ -140,12 +140,12 @@ _MARK = re.compile(f"{_HEADING.pattern}|(?P<box>{BOXED.pattern})", re.MULTILINE)
 
 def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
     """As they were written; under one heading there may be several. Boxes that hold no verdict do
-    not count."""
+    not count; a verdict before the first heading is of no step, -1."""
     verdict_of = dict(
         zip(map(str.lower, form.words), (Verdict.POSITIVE, Verdict.NEGATIVE), strict=True)
     )
     found: list[StepVerdict] = []
-    step = start = 0
+    step, start = -1 if form.numbered else 0, 0
     for mark in _MARK.finditer(chain):
         if mark["box"] is None:
             step = int(mark["number"]) - 1 if form.numbered else step

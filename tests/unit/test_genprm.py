@@ -18,6 +18,7 @@ from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.runtime.sandbox import Sandbox
 from stepwiser_jax.settings import load_config
+from stepwiser_jax.stages import rationalize
 from stepwiser_jax.stages.refine import Refiner, summarize
 from stepwiser_jax.stages.sft import render
 from stepwiser_jax.text.genprm import (
@@ -129,6 +130,11 @@ def test_a_critique_in_one_go_becomes_the_conversation_that_says_the_same(seed):
         (written_in_one_go([("fine", "")], "-1").replace("</analyze>", ""), 1),
         (written_in_one_go([("is it \\boxed{-1}?", "")], "-1").replace("one: \\boxed", ""), 1),
         (written_in_one_go([("fine", "")] * 2, "-1").replace("Paragraph 2", "Paragraph 3"), 2),
+        # said of the first, and in none of its tags
+        (written_in_one_go([("a", "b")] * 2, "-1").replace("</verify>", "</verify>\nBut!", 1), 2),
+        (written_in_one_go([("a", "")] * 2, "-1").replace("</analyze>", "</analyze> But!", 1), 2),
+        (written_in_one_go([("a", "b")] * 2, "-1").replace("<verify>", "But!\n<verify>", 1), 2),
+        (written_in_one_go([("a", "")] * 2, "-1").replace("2\n", "2\nBut!\n", 1), 2),
     ],
 )
 def test_a_critique_of_another_form_is_none(text, num_chunks):
@@ -152,6 +158,21 @@ def test_turns_are_parsed_up_to_the_first_wrong_one(form):
         assert critique.turns == verdicts[:covered]
         assert critique.first_wrong == (covered - 1 if decisive == wrong else -1)
     assert parse_turns(right, form, 2) is None
+
+
+def test_without_code_none_is_promised_and_no_output_believed(request):
+    config = request.config.rootpath / "configs" / "smoke_genprm_rationales.yaml"
+    one, check = example(1, [True]), f"```python\nprint(1)\n```\n{CODE_OUTPUT}{output_text('1')}"
+    told, plain = (written_in_one_go([("fine", part)], "-1") for part in (check, ""))
+    for code_is_run in (True, False):
+        sets = ("prompt_style=instruct", "genprm.turn_by_turn=false")
+        sets += (f"genprm.code={code_is_run}",)
+        settings = load_config("rationalize", config, sets)
+        asked = rationalize.asked(settings, one)
+        assert (CODE_OUTPUT in asked, "<verify>" in asked) == (code_is_run, code_is_run)
+        assert "</analyze>\n" in asked and "\n\nAt the end" in asked
+        assert (rationalize.critique_of(settings, one, told) is not None) is code_is_run
+        assert rationalize.critique_of(settings, one, plain) is not None
 
 
 def test_consensus_against_an_oracle():

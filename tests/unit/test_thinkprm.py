@@ -118,6 +118,7 @@ def test_the_last_word_about_a_step_counts():
     missing = "Step 1: \\boxed{correct}\nStep 3: \\boxed{incorrect}"
     assert verdicts_of([missing], INSTRUCT, 4) == [P, U, N, N]
     assert verdicts_of(["It is \\boxed{4}."], INSTRUCT, 2) == [U, U]
+    assert verdicts_of(["All is \\boxed{correct}."], INSTRUCT, 2) == [U, U]
     assert verdicts_of([BARE.chain("ab", [P, N])], BARE, 3) == [P, N, N]
 
 
@@ -168,6 +169,7 @@ def test_the_filter_against_brute_force(style):
         "Step 1: \\boxed{correct}, \\boxed{correct}",
         "Step 1: \\boxed{correct}\nStep 1: \\boxed{correct}\nStep 2: \\boxed{correct}",
         "Both are right.",
+        "All is \\boxed{correct}.\nStep 2: \\boxed{correct}",
     ],
 )
 def test_chains_out_of_order_are_not_kept(chain):
