@@ -238,9 +238,7 @@ def contrast(
     the average of the subsets' F1: both F1, and their difference with its interval and p (paired
     bootstrap); the numbers of items that one of them alone gets exactly right, with the p of
     McNemar's test. Fractions between 0 and 1. `seed` is of the bootstrap."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        rows_of[item.subset].append(row)
+    rows_of = rows_of_subsets(items)
     subset_of = {subset: s for s, subset in enumerate(rows_of)}
     subsets = np.array([subset_of[item.subset] for item in items])
     labels = np.array([item.first_error for item in items])

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -184,12 +185,22 @@ def confine(
     restrict_calls()
 
 
+def _seed(source: str) -> None:
+    """Draw the same random numbers in every process, of the modules that the code may use: when it
+    is run again, it has to leave the same."""
+    for module in ("random", "numpy.random"):
+        if module.partition(".")[0] in source:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module).seed(0)
+
+
 def _run(source: str) -> int:
     """Run the code as `__main__`; returns the exit status. An exception is said in the last line of
     the output, in the words that GenPRM's models were trained to read."""
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     status, message = 0, ""
     try:
+        _seed(source)
         exec(compile(source, "<code>", "exec"), module.__dict__)
     except SystemExit as end:
         status = FAILED if end.code else 0

@@ -12,7 +12,10 @@ more than it may, has its tags closed. A conversation that the context does not 
 in its remaining turns: p = 1/2.
 
 Code runs in fresh processes, which remember nothing: the blocks that a path ran before are run
-again, unseen, except those that were stopped.
+again, unseen, except those that were stopped, and draw the same random numbers as before (not with
+numpy's `default_rng`). All of them share one call's `code_seconds`; a
+block that ended its process at once, by `os._exit`, does so again, and what follows it prints
+nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from itertools import chain
 from typing import Any
 
 import jax
-import numpy as np
 
 from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.config import GenPrm
@@ -32,7 +34,7 @@ from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.run import worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.runtime.sampling import SamplingParams, StopReason, probabilities
 from stepwiser_jax.runtime.sandbox import Limits, Sandbox
 from stepwiser_jax.text.genprm import (
     CODE_OUTPUT,
@@ -313,9 +315,7 @@ class GenPrmJudge:
                 found[s][k].append(opinion_and_end)
         return found
 
-    def _judge(
-        self, drafts: Sequence[Draft], params: SamplingParams
-    ) -> list[tuple[Opinion, bool]]:
+    def _judge(self, drafts: Sequence[Draft], params: SamplingParams) -> list[tuple[Opinion, bool]]:
         """The turn that every draft has begun, up to its verdict, and whether it came to its end
         before anything was closed for it."""
         self.writer.write(drafts, params, stops=[self.form.stop], reserve=self.reserve)
@@ -327,8 +327,8 @@ class GenPrmJudge:
                 ids = self.writer.encode(draft)
                 if len(ids) < self.engine.shapes.max_length:
                     prompts[i] = ids
-        log_odds = self.engine.log_odds(list(prompts.values()), self.word_ids).astype(np.float64)
-        p_right = dict(zip(prompts, (1 / (1 + np.exp(-log_odds))).tolist(), strict=True))
+        log_odds = self.engine.log_odds(list(prompts.values()), self.word_ids)
+        p_right = dict(zip(prompts, probabilities(log_odds), strict=True))
         opinions = [self._opinion(draft, p_right.get(i)) for i, draft in enumerate(drafts)]
         return list(zip(opinions, finished, strict=True))
 
@@ -389,7 +389,9 @@ class Synthesizer:
     def _begin(self, solution: Solution, suffix: str) -> Draft:
         rounds = self.genprm.max_code_rounds * len(solution.chunks)
         draft = Draft(f"{self.name}/{solution.solution_id}", suffix, rounds)
-        draft.say("user", synthesis_prompt(solution.question, solution.chunks, code=self.genprm.code))
+        draft.say(
+            "user", synthesis_prompt(solution.question, solution.chunks, code=self.genprm.code)
+        )
         draft.begin_turn(SYNTHESIS_OPENING)
         return draft
 

@@ -74,6 +74,12 @@ def shortest_decimals(values: np.ndarray) -> list[float]:
     return [float(str(x)) for x in values]
 
 
+def probabilities(log_odds: np.ndarray) -> list[float]:
+    """Of what is that much likelier than its alternative; in 64 bits, in which those near 1
+    differ."""
+    return (1 / (1 + np.exp(-log_odds.astype(np.float64)))).tolist()
+
+
 class Shapes:
     """The allowed numbers of rows and of slots, ascending; the last bucket is the context."""
 

@@ -24,6 +24,7 @@ from stepwiser_jax.runtime.data import TokenBatch, first_fit, packed_batch
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.mesh import shard_batch
+from stepwiser_jax.runtime.sampling import probabilities
 from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
 
 
@@ -90,9 +91,7 @@ class Scorer:
                 offset = 0
                 for i in row:
                     ids, places = encoded[i]
-                    # In 64 bits, in which probabilities near 1 differ.
-                    log_odds_J = log_odds_T[offset + np.array(places)].astype(np.float64)
-                    scores[i] = (1 / (1 + np.exp(-log_odds_J))).tolist()
+                    scores[i] = probabilities(log_odds_T[offset + np.array(places)])
                     offset += len(ids)
         return [
             [opinion_of(p, self.threshold) for p in scores[i][solution.start :]]

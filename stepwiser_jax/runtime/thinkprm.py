@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import Loaded
-from stepwiser_jax.runtime.sampling import SamplingParams, shortest_decimals
+from stepwiser_jax.runtime.sampling import SamplingParams, probabilities
 from stepwiser_jax.text.prompts import PromptStyle, encode_message
 from stepwiser_jax.text.thinkprm import (
     FORMS,
@@ -189,8 +188,7 @@ class ThinkPrmJudge:
             prompt + self._encode(self.form.whole(chain, True), self.rounds, tail)[:-1]
             for prompt, chain in zip(prompts, chains, strict=True)
         ]
-        log_odds = self.engine.log_odds(asked, self.answer_ids)
-        return shortest_decimals(1 / (1 + np.exp(-log_odds)))
+        return probabilities(self.engine.log_odds(asked, self.answer_ids))
 
     def _opinion_of_solution(self, chain: str, p_correct: float, num_tokens: int) -> Opinion:
         is_correct = p_correct >= 0.5

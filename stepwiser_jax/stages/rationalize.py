@@ -336,8 +336,9 @@ def choose(config: Rationalize, rationales: Sequence[Rationale]) -> list[Rationa
         found = Counter(rationale.is_positive for rationale in kept)
         raise UserError(
             f"nothing is left to learn of {len(rationales)} rationales: kept were {found[True]} of "
-            f"positive and {found[False]} of negative labels. Set balance to false and go on from them "
-            "in the same run directory; or in a new one sample more, or let a stronger judge write"
+            f"positive and {found[False]} of negative labels. Set balance to false and go on "
+            "from them in the same run directory; or in a new one sample more, or let a stronger "
+            "judge write"
         )
     if config.max_examples is not None and config.max_examples < len(chosen):
         rng = np.random.default_rng((config.seed, 1))

@@ -79,7 +79,9 @@ USE_CODE = "Let's use python code to find any potential error:\n"
 _BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _OUTPUT = re.compile(r"(?<=\[Code Output\])(\n\n```\n.*?\n```\n)", re.DOTALL)
 _PARAGRAPH = re.compile(r"^### Paragraph (\d+)[ \t]*\n", re.MULTILINE)
-_SECTION = re.compile(r"\s*<analyze>\s*(.*?)\s*</analyze>(?:\s*<verify>\s*(.*?)</verify>)?", re.DOTALL)
+_SECTION = re.compile(
+    r"\s*<analyze>\s*(.*?)\s*</analyze>(?:\s*<verify>\s*(.*?)</verify>)?", re.DOTALL
+)
 _INDEX = re.compile(r"\\boxed\s*\{\s*(-?\d+)\s*\}")
 
 

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from landlock import needs_landlock
 from stepwiser_jax.config import GenPrm, GenPrmVerdicts
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, UserError, Verdict
-from stepwiser_jax.runtime.engine import Completion
+from stepwiser_jax.runtime.engine import Completion, Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
@@ -42,6 +45,8 @@ from stepwiser_jax.text.genprm import (
 )
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.rationales import Outcome
+from stepwiser_jax.text.tokenizer import load_tokenizer
+from tiny import tiny_config
 
 KEY = jax.random.key(0)
 
@@ -273,6 +278,48 @@ def test_verdicts_are_one_token_each(word_tokenizer, bpe_tokenizer):
         verdict_ids(bpe_tokenizer, INSTRUCT)
 
 
+@pytest.fixture
+def yes_no_tokenizer(bpe_directory):
+    tokenizer = load_tokenizer(bpe_directory)
+    tokenizer._hf.add_tokens(["Yes", "No"])
+    return tokenizer
+
+
+def test_p_right_against_the_full_forward(yes_no_tokenizer):
+    """By hand: the conversation up to the verdict's word, one pass, a softmax over Yes and No."""
+    words = yes_no_tokenizer._hf.convert_tokens_to_ids(["Yes", "No"])
+    assert verdict_ids(yes_no_tokenizer, INSTRUCT) == tuple(words)
+    config = tiny_config(vocab_size=yes_no_tokenizer.vocab_size, max_length=1024)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    judge = GenPrmJudge(
+        SimpleNamespace(tokenizer=yes_no_tokenizer),
+        Engine(model, yes_no_tokenizer, rows=(2,), buckets=(512,)),
+        name="judge",
+        genprm=GenPrmVerdicts(code=False),
+        prompt_style="instruct",
+        max_new_tokens=8,
+        key=KEY,
+    )
+    question = "How many?"
+    solutions = [Solution("s", question, ["It is 42."]), Solution("t", question, ["Or 43!"])]
+    for solution, (opinion,) in zip(solutions, judge(solutions), strict=True):
+        turn = opinion.completion.removesuffix(INSTRUCT.ending)
+        word = words[opinion.p_positive < 0.5]
+        assert turn.endswith(INSTRUCT.lead + ("Yes", "No")[opinion.p_positive < 0.5])
+        asked = INSTRUCT.user_turn(question, solution.chunks, 0)
+        ids, _ = encode_dialogue(
+            yes_no_tokenizer,
+            ["system", "user", "assistant"],
+            [INSTRUCT.system, asked, turn],
+            "instruct",
+        )
+        assert ids[-1] == word
+        logits = np.asarray(model(np.array([ids[:-1]])))[0, -1][words]
+        expected = np.exp(logits[0]) / np.exp(logits).sum()
+        assert opinion.p_positive == pytest.approx(expected, abs=1e-5)
+        assert expected != pytest.approx(0.5, abs=1e-3)
+
+
 # --- code ---------------------------------------------------------------------------------------
 
 
@@ -281,6 +328,7 @@ def sandbox():
     return Sandbox()
 
 
+@needs_landlock
 def test_code_finds_what_earlier_blocks_left_and_nothing_of_what_they_printed(sandbox):
     earlier = ["x = 20\nprint('unseen')", "y = 1\nraise ValueError\ny = 2", "not python", "exit()"]
     runs = sandbox.run(
@@ -355,6 +403,7 @@ def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tok
 SOLUTION = Solution("s", "How many?", ["It is 42.", "And one more: 43."])
 
 
+@needs_landlock
 def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     says = {
         "judge/s/0/0": f" let me see.</analyze>\n<verify>\n{code('x = 6 * 7; print(x)')}\n41",
@@ -384,6 +433,7 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
 
 
+@needs_landlock
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
     judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), max_code_rounds=2)
     ((first, _),) = judge([SOLUTION])
@@ -392,6 +442,7 @@ def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
     assert judge.writer.code_runs == 4
 
 
+@needs_landlock
 def test_paths_keep_their_own_rationales_and_one_may_ask_for_code(bpe_tokenizer, monkeypatch):
     def says(row):
         _, _, step, number, path = row.split("/")
@@ -410,6 +461,7 @@ def test_paths_keep_their_own_rationales_and_one_may_ask_for_code(bpe_tokenizer,
     assert "said by a of 1" in prompts["judge/t/2/0/a"]
 
 
+@needs_landlock
 def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, monkeypatch):
     """And what fits beside it is judged; a turn that is cut is closed and judged."""
     long = Solution("long", "How many?", ["One.", "x" * 3000, "Three."])
@@ -433,6 +485,7 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
         judge.check_lengths([Solution("longer", "x" * 3000, ["One."])])
 
 
+@needs_landlock
 @pytest.mark.parametrize(
     ("says", "finished"),
     [
@@ -476,6 +529,7 @@ def second_is_wrong(tokenizer):
     return log_odds
 
 
+@needs_landlock
 def test_a_turn_is_finished_whose_last_allowed_token_completes_it(bpe_tokenizer, monkeypatch):
     says = " fine.</analyze>\n<output>"
     length = len(bpe_tokenizer.encode(says))
@@ -486,6 +540,7 @@ def test_a_turn_is_finished_whose_last_allowed_token_completes_it(bpe_tokenizer,
         assert finished is (allowed == length)
 
 
+@needs_landlock
 def test_a_turn_that_the_context_cuts_is_not_finished(bpe_tokenizer, monkeypatch):
     says = lambda row: " fine " * 40  # noqa: E731
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_new_tokens=9999)
@@ -499,6 +554,7 @@ def test_a_turn_that_the_context_cuts_is_not_finished(bpe_tokenizer, monkeypatch
     assert parse_turns(text, INSTRUCT, 1) is not None and not finished
 
 
+@needs_landlock
 def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
     says = {
         "t/s/0/k": f"fine\n</analyze>\n<verify>\n{code('z = 5')}",
