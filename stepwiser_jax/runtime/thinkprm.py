@@ -69,7 +69,8 @@ class ThinkPrmJudge:
 
     def prompt_ids(self, solution: Solution) -> list[int]:
         text = verify_prompt(solution.question, solution.chunks, self.prompt_style)
-        return encode_message(self.loaded.tokenizer, text, self.prompt_style)
+        tokenizer, opening = self.loaded.tokenizer, self.form.opening
+        return encode_message(tokenizer, text, self.prompt_style, answer=opening)
 
     @property
     def compiled_shapes(self) -> Counter[str]:

@@ -213,8 +213,9 @@ class TextWriter:
         self.key = jax.random.key(config.seed)
 
     def prompt_ids(self, example: Example) -> list[int]:
-        asked = encode_message(self.tokenizer, self.form.prompt(example), self.config.prompt_style)
-        return asked + self.tokenizer.encode(self.form.opening)
+        opening, style = self.form.opening, self.config.prompt_style
+        asked = encode_message(self.tokenizer, self.form.prompt(example), style, answer=opening)
+        return asked + self.tokenizer.encode(opening)
 
     def check_lengths(self, examples: Sequence[Example]) -> None:
         for example in examples:

@@ -187,7 +187,7 @@ def render(
     """(ids, which of them are learned), the end token last. Raises UserError for a dialogue that
     cannot be rendered, or that does not end with what the assistant says."""
     if isinstance(example, SftExample):
-        ids = encode_message(tokenizer, example.prompt, style)
+        ids = encode_message(tokenizer, example.prompt, style, answer=example.completion)
         completion = [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]
         return [*ids, *completion], [False] * len(ids) + [True] * len(completion)
     try:

@@ -72,7 +72,8 @@ The reviewer says: {analysis}
 Think the problem through again, and give a whole new solution in the same form."""
 
 SYNTHESIS_OPENING = "### Paragraph 1\n<analyze>\n"
-"""What the teacher's critique begins with."""
+"""What the teacher's critique begins with. The paper's stands in a thought, behind `<think>`; here
+it is the answer itself, which models that do not think write too."""
 
 USE_CODE = "Let's use python code to find any potential error:\n"
 
@@ -249,14 +250,16 @@ def parse_turns(text: str, form: Form, num_chunks: int) -> Critique | None:
 
 def parse_critique(text: str, num_chunks: int) -> Critique | None:
     """Of a critique written in one go, as `SYNTHESIS_PROMPT` asks for it; None where it is not of
-    that form, or says of a paragraph what stands in none of its tags: a turn would lack that."""
-    bodies = _paragraphs(re.sub(r"</?think>", "", text))
+    that form, or says of a paragraph what stands in none of its tags: a turn would lack that.
+    Where it was a thought, what is said behind that may repeat it, and give the number."""
+    critique, _, answer = re.sub(r"<think>", "", text).partition("</think>")
+    bodies = _paragraphs(critique)
     matches = [_SECTION.match(body) for body in bodies]
     if not (matches and matches[-1] and all(matches)):
         return None
     if any(m and body[m.end() :].strip() for m, body in zip(matches[:-1], bodies, strict=False)):
         return None
-    indices = _INDEX.findall(bodies[-1][matches[-1].end() :])
+    indices = _INDEX.findall(bodies[-1][matches[-1].end() :] + answer)
     if not indices or not (indices[-1] == "-1" or int(indices[-1]) >= 1):
         return None
     first_wrong = int(indices[-1]) - (indices[-1] != "-1")

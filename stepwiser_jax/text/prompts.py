@@ -125,14 +125,28 @@ def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[st
     return [{"role": "user", "content": judge_prompt(question, history, chunk, "instruct")}]
 
 
-def encode_message(tokenizer: Tokenizer, text: str, style: JudgePromptStyle) -> list[int]:
-    """One user message: through the chat template, or bare, as it stands behind the start token."""
+def encode_message(
+    tokenizer: Tokenizer, text: str, style: JudgePromptStyle, *, answer: str = ""
+) -> list[int]:
+    """One user message: through the chat template, or bare, as it stands behind the start token.
+    A thought that both the template and the `answer` begin is begun by the answer."""
     if style != "bare":
-        return tokenizer.render_chat([{"role": "user", "content": text}])
+        ids = tokenizer.render_chat([{"role": "user", "content": text}])
+        return without_thought(tokenizer, ids) if answer.startswith(THOUGHT) else ids
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError("expected a prompt, found an empty text")
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+
+THOUGHT = "<think>\n"
+
+
+def without_thought(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """A rendered conversation, without the thought that the template of a model such as
+    DeepSeek-R1's distilled ones begins for the assistant."""
+    begun = tokenizer.encode(THOUGHT)
+    return ids[: -len(begun)] if ids[-len(begun) :] == begun else ids
 
 
 def encode_solve_prompt(
@@ -216,8 +230,9 @@ def encode_dialogue(
     are learned: what the assistant says, and the end tokens between its turns.
 
     Every text is encoded by itself, exactly as it stands, and what stands between turns is taken
-    from the chat template: so the tokens of a turn do not depend on what follows. Bare, the texts
-    follow one another, with an end token behind a turn of the assistant's.
+    from the chat template, but for a thought that it begins: so the tokens of a turn do not depend
+    on what follows. Bare, the texts follow one another, with an end token behind a turn of the
+    assistant's.
 
     Raises UserError for roles in no such order or of another number than the texts, or where the
     template does not keep the beginning of a conversation when it goes on.
@@ -245,7 +260,7 @@ def encode_dialogue(
             continue
         if style != "bare":
             messages += [{"role": role, "content": text} for role, text in group]
-            read = tokenizer.render_chat(messages)
+            read = without_thought(tokenizer, tokenizer.render_chat(messages))
             if read[: len(rendered)] != rendered:
                 raise UserError(
                     "the chat template does not keep the beginning of a conversation when it goes "

@@ -14,7 +14,14 @@ from flax import nnx
 from landlock import needs_landlock
 from stepwiser_jax.config import GenPrm, GenPrmVerdicts
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, UserError, Verdict
+from stepwiser_jax.records import (
+    ClassifierExample,
+    Dialogue,
+    Problem,
+    SftExample,
+    UserError,
+    Verdict,
+)
 from stepwiser_jax.runtime.engine import Completion, Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
 from stepwiser_jax.runtime.judging import Opinion, Solution
@@ -146,6 +153,16 @@ def test_a_critique_of_another_form_is_none(text, num_chunks):
     assert parse_critique(text, num_chunks) is None
 
 
+def test_a_thought_may_be_repeated_in_the_answer():
+    text = written_in_one_go([("fine", "check"), ("no", "")], "2")
+    told, _, conclusion = text.rpartition("The first")
+    expected = parse_critique(text, 2)
+    assert expected is not None and expected.first_wrong == 1
+    for answer in (f"The first{conclusion}", text, f"In short:\n{text}"):
+        assert parse_critique(f"{told}</think>\n{answer}", 2) == expected
+        assert parse_critique(f"{text}</think>\n{answer}", 2) == expected
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_turns_are_parsed_up_to_the_first_wrong_one(form):
     def turn(word):
@@ -256,6 +273,45 @@ def test_no_conversation(bpe_tokenizer, roles, message):
 def test_a_text_too_many_or_too_few(bpe_tokenizer, texts):
     with pytest.raises(UserError, match=f"d: expected a text of .* found {len(texts)} texts of 2"):
         render(Dialogue("d", "p", ("user", "assistant"), texts), bpe_tokenizer, "instruct")
+
+
+@pytest.fixture
+def thinking_tokenizer(bpe_directory):
+    """With a template as DeepSeek-R1's distilled models have it: it begins a thought for the
+    assistant, and forgets those of earlier turns."""
+    tokenizer = load_tokenizer(bpe_directory)
+    tokenizer._hf.add_tokens(["<think>", "</think>"])
+    tokenizer._hf.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_thought_that_the_template_begins_is_no_part_of_a_conversation(
+    thinking_tokenizer, bpe_tokenizer
+):
+    roles, texts = zip(*SAID, strict=True)
+    for n in (2, len(SAID)):
+        ids, learned = encode_dialogue(thinking_tokenizer, roles[:n], texts[:n], "instruct")
+        expected = encode_dialogue(bpe_tokenizer, roles[:n], texts[:n], "instruct")
+        assert (ids, learned) == expected
+
+
+def test_a_thought_is_begun_once(thinking_tokenizer):
+    """By the template where the answer does not, else by the answer, which learns to."""
+
+    def rendered(answer):
+        ids, learned = render(SftExample("e", "p", "How?", answer), thinking_tokenizer, "instruct")
+        told = [i for i, x in zip(ids, learned, strict=True) if x]
+        return thinking_tokenizer.decode(ids), thinking_tokenizer.decode(told)
+
+    whole, told = rendered("<think>\nWell.\n</think>\nSo.")
+    assert whole.endswith("How?<|im_end|>\n<|im_start|>assistant\n" + told)
+    assert told == "<think>\nWell.\n</think>\nSo.<|im_end|>"
+    whole, told = rendered("So.")
+    assert whole.endswith("<|im_start|>assistant\n<think>\nSo.<|im_end|>")
 
 
 def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
