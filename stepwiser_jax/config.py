@@ -350,7 +350,7 @@ class GenPrm(Config):
     """A judge in GenPRM's form (arXiv 2504.00891): a turn of a conversation for every step.
 
     `code`: it may have Python code run, at most `max_code_rounds` times a step, in a process of its
-    own with these limits (`runtime.sandbox`).
+    own with these limits (`runtime.sandbox`), in which earlier steps' code is run again.
     """
 
     code: bool = True
