@@ -5,6 +5,7 @@ import itertools
 import re
 import zlib
 from collections import Counter
+from typing import get_args
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
+from stepwiser_jax.config import Beams
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.runtime.chunk_search import (
@@ -543,6 +545,10 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
     monkeypatch.setattr(search, "bootstrap_interval", lambda right, *_, seed: right)
     backwards = search.summarize(config, results[::-1])
     assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
+
+
+def test_every_aggregate_has_its_setting():
+    assert get_args(Beams.model_fields["aggregate"].annotation) == tuple(AGGREGATES)
 
 
 # --- opinions -----------------------------------------------------------------------------------
