@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import GenPrm, GenPrmVerdicts
+from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, UserError, Verdict
 from stepwiser_jax.runtime.engine import Completion
 from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
@@ -19,13 +19,14 @@ from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.runtime.sandbox import Sandbox
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages.refine import Refiner, summarize
-from stepwiser_jax.stages.sft import render
+from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.text.genprm import (
     BARE,
     CODE_OUTPUT,
     FORMS,
     INSTRUCT,
     SYNTHESIS_OPENING,
+    SYSTEM_PROMPT,
     agrees,
     analysis_of,
     code_to_run,
@@ -224,6 +225,13 @@ def test_what_the_assistant_says_is_learned_and_nothing_else(bpe_tokenizer, styl
 def test_no_conversation(bpe_tokenizer, roles, message):
     with pytest.raises(UserError, match=message):
         render(Dialogue("d", "p", roles, roles), bpe_tokenizer, "bare")
+
+
+@pytest.mark.parametrize("style", ["instruct", "bare"])
+def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
+    (dialogue,) = load_examples(SftData(source="arithmetic-genprm", count=1), style)
+    assert dialogue.texts[-1].endswith(FORMS[style].ending)
+    assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 
 
 def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
