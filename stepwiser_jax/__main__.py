@@ -72,7 +72,7 @@ STAGES = {
     ),
     "select": (
         "Choose the best response to every problem by its chunks' mean score, for sft.",
-        "Reads a rollout run, and a judge or a classifier. Writes selections.",
+        "Reads a rollout run and, if given, a judge or a classifier. Writes selections.",
     ),
     "refine": (
         "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",
@@ -155,6 +155,9 @@ def quickstart(
 def contrast(
     run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate or classify.")],
     run_b: Annotated[Path, typer.Argument(help="Another one over the same items.")],
+    votes: Annotated[
+        bool, typer.Option("--votes", help="Of evaluate runs with votes, what these say together.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="The same as JSON, in fractions.")] = False,
 ) -> None:
     """What the judge of RUN_B has over that of RUN_A on the same items, and how sure that is.
@@ -162,11 +165,12 @@ def contrast(
     Official F1 of both; the difference with its 95% interval and p by paired bootstrap; the items
     that one of them alone gets exactly right, with the p of McNemar's exact test. All of it is of
     the choice of items; what another seed of training would change it does not know. Of evaluate
-    the greedy judgments count, of classify the run's threshold. Writes nothing.
+    the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
+    votes, of classify the run's threshold. Writes nothing.
     """
     from stepwiser_jax.commands.contrast import print_contrast
 
-    print_contrast(run_a, run_b, as_json=json)
+    print_contrast(run_a, run_b, votes=votes, as_json=json)
 
 
 @app.command()

@@ -204,7 +204,7 @@ class ComputeStage(Config):
             sizes: tuple[int, ...] = ()
             if isinstance(value, Engine):
                 sizes = value.rows
-            elif isinstance(value, GenerativeJudge):
+            elif isinstance(value, GenerativeJudge | GenPrmJudge):
                 part, sizes = f"{part}.engine", value.engine.rows
             elif isinstance(value, ClassifierJudge):
                 sizes = (value.rows,)
@@ -828,34 +828,38 @@ class Select(JudgedStage):
     problems_per_block: int = Field(64, ge=1)
 
 
+class GenPrmJudge(Model):
+    """A judge of GenPRM's form, which writes `max_new_tokens` about a step at most, greedily."""
+
+    prompt_style: PromptStyle = "instruct"
+    max_new_tokens: int = Field(ge=1)
+    genprm: GenPrmVerdicts = Field(default_factory=lambda: GenPrmVerdicts.model_validate({}))
+    engine: Engine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenPrmJudge:
+        self.genprm.check_style(self.prompt_style)
+        return self
+
+
 class Refine(ComputeStage):
     """A policy thinks again where a judge of GenPRM's form finds its first wrong step, up to
     `turns` times (arXiv 2504.00891).
 
     `chunking` is that of `Rollout`. `sampling.max_new_tokens` are of one solution; a conversation
-    of all of them has to fit the largest of `policy_engine.buckets`, or ends before. The judge
-    writes `judge_max_new_tokens` about a step at most, greedily.
+    ends before its last turn where the largest of `engine.buckets` has no room for as many again.
     """
 
     policy: Model
-    judge: Model
+    judge: GenPrmJudge
     problems: Problems
     prompt_style: PromptStyle = "instruct"
     chunking: Chunking = "tags"
     turns: int = Field(3, ge=1)
     sampling: Sampling
-    judge_prompt_style: PromptStyle = "instruct"
-    judge_max_new_tokens: int = Field(ge=1)
-    genprm: GenPrmVerdicts = Field(default_factory=lambda: GenPrmVerdicts.model_validate({}))
-    policy_engine: Engine
-    judge_engine: Engine
+    engine: Engine
     problems_per_block: int = Field(32, ge=1)
     answer_timeout_seconds: float = Field(5.0, gt=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Refine:
-        self.genprm.check_style(self.judge_prompt_style)
-        return self
 
 
 STAGE_CONFIGS: dict[str, type[Config]] = {

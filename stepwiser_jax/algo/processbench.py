@@ -236,11 +236,9 @@ def contrast(
 ) -> dict[str, Any]:
     """What judge b has over judge a on the same items, by the official split, per subset and for
     the average of the subsets' F1: both F1, and their difference with its interval and p (paired
-    bootstrap); the numbers of items that one of them alone gets exactly right, with the p of
-    McNemar's test. Fractions between 0 and 1. `seed` is of the bootstrap."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        rows_of[item.subset].append(row)
+    bootstrap, within each subset); the numbers of items that one of them alone gets exactly right,
+    with the p of McNemar's test. Fractions between 0 and 1. `seed` is of the bootstrap."""
+    rows_of = rows_of_subsets(items)
     subset_of = {subset: s for s, subset in enumerate(rows_of)}
     subsets = np.array([subset_of[item.subset] for item in items])
     labels = np.array([item.first_error for item in items])
@@ -260,7 +258,7 @@ def contrast(
 
 def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[str, Any]:
     mean_f1 = functools.partial(_mean_f1, subsets=subsets)
-    difference = paired_bootstrap(a, b, mean_f1, seed=seed)
+    difference = paired_bootstrap(a, b, mean_f1, seed=seed, strata=a // 4)
     only_a, only_b = (int(np.sum(better % 2 > worse % 2)) for better, worse in ((a, b), (b, a)))
     return {
         "items": len(a),

@@ -44,17 +44,21 @@ def paired_bootstrap(
     statistic: Callable[[np.ndarray], float],
     *,
     seed: int,
+    strata: np.ndarray | None = None,
     samples: int = 10_000,
     level: float = 0.95,
 ) -> Difference:
     """`statistic(b) - statistic(a)`, where row i of both is of the same item: each resample draws
-    items, the same ones for both. p is the least level at which the interval reaches 0: twice the
-    smaller share of resampled differences on either side of 0, equality counted on both, and the
-    observed one as one more (so that p is never 0)."""
+    items, the same ones for both, and of each of the `strata` (one an item) as many as it has. p is
+    the least level at which the interval reaches 0: twice the smaller share of resampled
+    differences on either side of 0, equality counted on both, and the observed one as one more (so
+    that p is never 0)."""
     rng = np.random.default_rng(seed)
+    strata = np.zeros(len(a), int) if strata is None else strata
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
     differences = np.empty(samples)
     for s in range(samples):
-        rows = rng.integers(len(a), size=len(a))
+        rows = np.concatenate([rng.choice(of_one, len(of_one)) for of_one in members])
         differences[s] = statistic(b[rows]) - statistic(a[rows])
     tail = min(np.sum(differences <= 0), np.sum(differences >= 0))
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])

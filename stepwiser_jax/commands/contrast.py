@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,41 @@ from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError, read_ma
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import read_settings, validate
+from stepwiser_jax.stages.evaluate import counts_unparsed_as, verdicts_of, voters_of
 
 SEED = 0
 """Of the bootstrap: the same two runs give the same numbers."""
 
 
-def contrast_runs(run_a: Path, run_b: Path) -> dict[str, Any]:
-    """`algo.processbench.contrast` of two finished runs. Raises UserError for runs of other stages,
-    unfinished ones, and different items."""
-    (items_a, predictions_a), (items_b, predictions_b) = map(read_predictions, (run_a, run_b))
-    check_same_items(run_a, items_a, run_b, items_b)
-    return contrast(items_a, predictions_a, predictions_b, seed=SEED)
+@dataclass(frozen=True)
+class Judged:
+    """A run: its items, the first error that its judge found in each, what of it counts, and the
+    number of votes that it has."""
+
+    items: list[ProcessBenchItem]
+    predictions: list[int]
+    counted: str
+    votes: int
 
 
-def read_predictions(run: Path) -> tuple[list[ProcessBenchItem], list[int]]:
-    """The items of a run, and the first error that its judge found in each, counted as it counted:
-    with the run's `unparsed_as`, or its threshold."""
+def contrast_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
+    """`algo.processbench.contrast` of two finished runs, and what of each was `counted`. Raises
+    UserError for runs of other stages, unfinished ones, different items, and `votes` where neither
+    has any."""
+    a, b = (read_judged(run, votes=votes) for run in (run_a, run_b))
+    check_same_items(run_a, a.items, run_b, b.items)
+    if votes and not a.votes and not b.votes:
+        raise UserError(
+            f"--votes: expected an evaluate run with votes, found {run_a} ({a.counted}) and "
+            f"{run_b} ({b.counted}); leave --votes out, or evaluate with `votes`"
+        )
+    counted = {"counted_a": a.counted, "counted_b": b.counted}
+    return counted | contrast(a.items, a.predictions, b.predictions, seed=SEED)
+
+
+def read_judged(run: Path, *, votes: bool) -> Judged:
+    """A run, counted as it counted itself: with its `unparsed_as`, or its threshold. Of one with
+    votes the greedy judgments, or what `votes` say together."""
     stage = read_manifest(run)["stage"]
     if stage not in ("evaluate", "classify"):
         raise UserError(f"expected a run of evaluate or classify, found one of {stage} in {run}")
@@ -40,25 +60,22 @@ def read_predictions(run: Path) -> tuple[list[ProcessBenchItem], list[int]]:
     if stage == "evaluate":
         config = validate(Evaluate, read_settings(file), str(file))
         items = items_of(config, config.judge.path)
-        if config.genprm is None:
-            return items, [
-                first_predicted_error(
-                    [j.verdict for j in of_item(run, judgments, item)],
-                    unparsed_as=config.unparsed_as,
-                )
-                for item in items
-            ]
-        threshold = config.genprm.threshold
+        counted, suffixes = list(voters_of(config).items())[-1 if votes else 0]
+        check_judged(run, judgments, items, suffixes)
+        unparsed_as = counts_unparsed_as(config)
+        verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
     else:
         config = validate(Classify, read_settings(file), str(file))
         items = items_of(config, config.classifier.path)
         threshold = json.loads((run / "summary.json").read_text(encoding="utf-8"))["threshold"]
-    return items, [
-        first_predicted_error(
-            verdicts_at(threshold, [j.p_positive for j in of_item(run, judgments, item)])
-        )
-        for item in items
-    ]
+        counted, unparsed_as = f"threshold {threshold:.3g}", "negative"
+        check_judged(run, judgments, items, [""])
+        verdicts = [
+            verdicts_at(threshold, [judgments[i].p_positive for i in step_ids(item, "")])
+            for item in items
+        ]
+    found = [first_predicted_error(of_item, unparsed_as=unparsed_as) for of_item in verdicts]
+    return Judged(items, found, counted, config.votes if isinstance(config, Evaluate) else 0)
 
 
 def items_of(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
@@ -71,16 +88,24 @@ def items_of(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
     )
 
 
-def of_item(run: Path, judgments: dict[str, Judgment], item: ProcessBenchItem) -> list[Judgment]:
-    """Of every step; of a judge, the greedy ones."""
-    ids = [f"{item.item_id}/{step}" for step in range(len(item.steps))]
-    missing = [judgment_id for judgment_id in ids if judgment_id not in judgments]
-    if missing:
-        raise UserError(
-            f"{run} has no judgment {missing[0]}: the items that its config.yaml names are not "
-            "those it has judged; put them back"
-        )
-    return [judgments[judgment_id] for judgment_id in ids]
+def step_ids(item: ProcessBenchItem, suffix: str) -> list[str]:
+    return [f"{item.item_id}/{step}{suffix}" for step in range(len(item.steps))]
+
+
+def check_judged(
+    run: Path,
+    judgments: dict[str, Judgment],
+    items: Sequence[ProcessBenchItem],
+    suffixes: Sequence[str],
+) -> None:
+    """Raises UserError where a step has none of these judgments."""
+    for item in items:
+        for judgment_id in [i for suffix in suffixes for i in step_ids(item, suffix)]:
+            if judgment_id not in judgments:
+                raise UserError(
+                    f"{run} has no judgment {judgment_id}: the items that its config.yaml names "
+                    "are not those it has judged; put them back"
+                )
 
 
 def check_same_items(
@@ -105,13 +130,13 @@ def check_same_items(
         )
 
 
-def print_contrast(run_a: Path, run_b: Path, *, as_json: bool) -> None:
+def print_contrast(run_a: Path, run_b: Path, *, votes: bool, as_json: bool) -> None:
     """The command itself."""
-    found = contrast_runs(run_a, run_b)
+    found = contrast_runs(run_a, run_b, votes=votes)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print(f"A: {run_a}\nB: {run_b}")
+        print(f"A: {run_a} ({found['counted_a']})\nB: {run_b} ({found['counted_b']})")
         Console().print(contrast_table(found))
 
 

@@ -19,6 +19,9 @@ Beam search and DVTS are those of Hugging Face's search-and-learn, but:
    all rows end, and then uses the first n. Where fewer than n / M rows are left, each still has M
    copies.
 3. Copies that end without another word, as behind a finished answer, are one solution.
+4. Of a subtree of DVTS whose best row ends, the rows that ended with it are solutions. In the
+   reference all M continuations of a subtree's last step are, finished or not, and a subtree also
+   ends where its best row says "boxed{".
 
 With a `token_budget`, of what policy and judge write for a problem, the step in which it is spent
 is the last that is judged. The solutions found by then are all there are; where there are none, the
@@ -45,7 +48,7 @@ from stepwiser_jax.runtime.judging import Opinion, Solution, SolutionJudge
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.run import blocks
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, strip_tags
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, TokenMatcher, strip_tags
 from stepwiser_jax.text.prompts import PromptStyle, encode_solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -78,12 +81,19 @@ class Policy:
 
 @dataclass(eq=False)
 class Chunk:
-    """What a row wrote in one step. It has no opinion where it has no text of its own, such as an
-    end token, or where the budget was spent before."""
+    """What a row wrote in one step. `is_tail`: it stands behind the last closed chunk and opens
+    none, as an answer may. It has no opinion where it joins another, or where the budget was spent
+    before."""
 
     ids: list[int]
     has_text: bool
+    is_tail: bool = False
     opinion: Opinion | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is no chunk of its own, by the rules of `text.chunks.chunk_ends`."""
+        return self.is_tail or not self.has_text
 
 
 @dataclass(frozen=True)
@@ -114,12 +124,12 @@ class Path:
         return [chunk for chunk in self.chunks if chunk.has_text]
 
     def texts(self, tokenizer: Tokenizer) -> list[str]:
-        """Exact texts for a judge. A chunk without text joins the one before it, or the one after
-        it where it comes first."""
+        """Exact texts for a judge. What is no chunk of its own joins the one before it, or the one
+        after it where it comes first."""
         parts: list[list[int]] = []
         spoken = False
         for chunk in self.chunks:
-            if parts and not (chunk.has_text and spoken):
+            if parts and (chunk.joins or not spoken):
                 parts[-1] += chunk.ids
             else:
                 parts.append(list(chunk.ids))
@@ -307,10 +317,22 @@ def _search(
 
 def extend(policy: Policy, path: Path, ids: list[int], ended: bool, room: int) -> Path:
     """The path with one more chunk; it is over, too, where less than a chunk of `room` is left."""
-    text = completion_text(policy.loaded.tokenizer, ids)
-    chunks = (*path.chunks, Chunk(ids, bool(strip_tags(text).strip())))
-    over = ended or len(path.ids) + len(ids) + policy.params.max_new_tokens > room
-    return dataclasses.replace(path, chunks=chunks, over=over)
+    written = path.ids + ids
+    has_text = bool(strip_tags(completion_text(policy.loaded.tokenizer, ids)).strip())
+    chunk = Chunk(ids, has_text, is_tail=bool(path.spoken) and has_tail(policy, written))
+    over = ended or len(written) + policy.params.max_new_tokens > room
+    return dataclasses.replace(path, chunks=(*path.chunks, chunk), over=over)
+
+
+def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
+    """Whether a solution with tags ends with text that is in no chunk."""
+    tokenizer, ends = policy.loaded.tokenizer, policy.chunk_matcher.ends(ids)
+    return (
+        len(ends) > 0
+        and ends[-1] < len(ids)
+        and CHUNK_CLOSE in completion_text(tokenizer, ids)
+        and CHUNK_OPEN not in completion_text(tokenizer, ids[ends[-1] :])
+    )
 
 
 def judge_last_chunks(
@@ -319,11 +341,11 @@ def judge_last_chunks(
     rows: Sequence[tuple[Tree, Row]],
     row_ids: Sequence[str],
 ) -> None:
-    """One opinion of every new chunk with text, while the budget lasts."""
+    """One opinion of every new chunk, while the budget lasts."""
     asked: list[Chunk] = []
     solutions: list[Solution] = []
     for (tree, row), row_id in zip(rows, row_ids, strict=True):
-        if row.path.chunks[-1].has_text and not tree.spent:
+        if not row.path.chunks[-1].joins and not tree.spent:
             texts = row.path.texts(policy.loaded.tokenizer)
             question = tree.problem.question
             asked.append(row.path.chunks[-1])

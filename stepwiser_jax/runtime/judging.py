@@ -73,7 +73,8 @@ class SolutionJudge(Protocol):
         ...
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError, naming the problem, where a solution of so many tokens has no room."""
+        """Raises UserError, naming the problem, where a solution of so many of the policy's tokens
+        has no room: as far as that is known before there is one."""
         ...
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
@@ -136,7 +137,8 @@ class ChunkJudge:
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError where the context might not hold a judgment of the last chunk, whose
-        prompt is all of the solution."""
+        prompt is all of the solution. Where the policy's tokenizer is another one, a solution may
+        have more tokens here than it counted there."""
         empty = self.prompt_ids(Solution(problem_id, question, [""]), 0)
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.engine.check_length(len(empty), num_tokens + self.max_new_tokens, name)

@@ -53,8 +53,11 @@ WHERE = (
     "server.concurrent_requests",
     "server.timeout_seconds",
     "server.retries",
+    "classifier.rows",
+    "classifier.max_length",
 )
-"""Settings that say where a run computes, not what: it may go on with others."""
+"""Settings that say where a run computes, not what: it may go on with others. A longer row changes
+no score of a classifier but by rounding."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)

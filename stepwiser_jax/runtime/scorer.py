@@ -49,8 +49,9 @@ class Scorer:
         self.compiled_shapes: Counter[str] = Counter()
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError where a row does not hold even a solution of a single chunk; what the
-        prompt puts around further ones is known when they are."""
+        """Raises UserError where a row does not hold even a solution of a single chunk. What the
+        prompt puts around further ones is known when they are; where that is too much, the run can
+        go on with a larger `max_length`."""
         ids, _ = self._encode(Solution(problem_id, question, [""]))
         if len(ids) + num_tokens > self.max_length:
             raise UserError(

@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -176,30 +176,46 @@ def summarize(
     config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
     """Scores of the greedy judge and, with votes, of all of these; fractions between 0 and 1."""
-
-    def together(item: ProcessBenchItem, step: int, suffixes: Sequence[str]) -> Verdict:
-        votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
-        verdict = majority_verdict([vote.verdict for vote in votes])
-        if config.genprm is None or verdict is Verdict.UNPARSED:
-            return verdict
-        mean = sum(vote.p_positive for vote in votes) / len(votes)
-        return verdicts_at(config.genprm.threshold, [mean])[0]
-
-    voters = voters_of(config, "majority" if config.genprm is None else "mean")
-    unparsed_as = config.unparsed_as
-    if config.genprm is not None:  # a step without a verdict has 1/2
-        unparsed_as = "negative" if config.genprm.threshold > 0.5 else "positive"
+    unparsed_as = counts_unparsed_as(config)
     summary: dict[str, Any] = {"items": len(items), "unparsed_as": unparsed_as}
-    for name, suffixes in voters.items():
-        verdicts = [[together(item, s, suffixes) for s in range(len(item.steps))] for item in items]
+    for name, suffixes in voters_of(config).items():
+        verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
         summary[name] = score_by_subset(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
     if config.thinkprm is not None:
         summary["solution"] = score_solutions(config, items, judgments)
     return summary
 
 
-def voters_of(config: Evaluate, together: str) -> dict[str, list[str]]:
-    """The suffixes of the judgments that are scored together, by name."""
+def verdicts_of(
+    config: Evaluate,
+    item: ProcessBenchItem,
+    judgments: dict[str, Judgment],
+    suffixes: Sequence[str],
+) -> list[Verdict]:
+    """On every step what its judgments with these suffixes say together: the majority, or, of a
+    judge in GenPRM's form, the mean of P(right) where any of them has a verdict."""
+    verdicts = []
+    for step in range(len(item.steps)):
+        votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
+        verdict = majority_verdict([vote.verdict for vote in votes])
+        if config.genprm is not None and verdict is not Verdict.UNPARSED:
+            mean = sum(vote.p_positive for vote in votes) / len(votes)
+            (verdict,) = verdicts_at(config.genprm.threshold, [mean])
+        verdicts.append(verdict)
+    return verdicts
+
+
+def counts_unparsed_as(config: Evaluate) -> Literal["negative", "positive"]:
+    """How a step without a verdict counts: of a judge in GenPRM's form it has 1/2."""
+    if config.genprm is None:
+        return config.unparsed_as
+    return "negative" if config.genprm.threshold > 0.5 else "positive"
+
+
+def voters_of(config: Evaluate, together: str | None = None) -> dict[str, list[str]]:
+    """The suffixes of the judgments that are scored together, by name: `greedy`, and how votes
+    become one, with their number."""
+    together = together or ("majority" if config.genprm is None else "mean")
     voters = {"greedy": [""]}
     if config.votes:
         voters[f"{together}_{config.votes}"] = [f"/vote{k}" for k in range(config.votes)]

@@ -5,7 +5,8 @@
                |______________________________________________|             at most `turns` times
 
 The conversation goes on with all that was said before in it. A solution in which nothing is wrong
-stays; so does one after which the context holds no other, and one that has no step to be judged.
+stays; so does one after which the context has no room for another of `sampling.max_new_tokens`, so
+that none is replaced by one that was cut short; and one that has no step to be judged.
 
 Reads `problems`, `policy` and `judge`. Writes search results `<problem>/turn<r>`: the solution
 after r turns; `rejected_tokens` are those of the solutions before it.
@@ -14,6 +15,7 @@ after r turns; `rejected_tokens` are those of the solutions before it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,16 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.config import Refine
-from stepwiser_jax.records import Problem, SearchResult
+from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
+from stepwiser_jax.config import Engine as Shapes
+from stepwiser_jax.config import Model, Refine
+from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import Draft, GenPrmJudge, Writer
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import Opinion, Solution
-from stepwiser_jax.runtime.loading import load_for_decoding
+from stepwiser_jax.runtime.judging import Solution
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
@@ -52,12 +56,14 @@ def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     if directory.finished:
         return directory.summary()
     compilation.start(config.compilation_cache)
-    problems = read_problems(config.problems)
+    dropped: Counter[str] = Counter()
+    problems = read_problems(config.problems, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: result_ids(config, block))
     measured = refine_blocks(config, directory, problems, work) if work else {}
     writer = directory.writer(SearchResult)
-    return directory.finish(lambda: summarize(config, writer.read()) | measured)
+    counts = {"problems": len(problems), "dropped": dict(dropped)}
+    return directory.finish(lambda: counts | summarize(config, writer.read()) | measured)
 
 
 def result_ids(config: Refine, block: Sequence[Problem]) -> list[str]:
@@ -74,21 +80,21 @@ def refine_blocks(
     worker must refuse what one would."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
 
-    def load(model: Any, shapes: Any) -> Any:
-        settings = model.model_dump() | {"weights": shapes.weights}
-        loaded = load_for_decoding(**settings, mesh=mesh, seed=config.seed)
+    def load(model: Model, shapes: Shapes) -> tuple[Loaded, Engine]:
+        path = model.model_dump(include=set(Model.model_fields))
+        loaded = load_for_decoding(**path, weights=shapes.weights, mesh=mesh, seed=config.seed)
         return loaded, Engine(loaded.model, loaded.tokenizer, mesh=mesh, **shapes.model_dump())
 
-    policy, policy_engine = load(config.policy, config.policy_engine)
+    policy, engine = load(config.policy, config.engine)
     judge = GenPrmJudge(
-        *load(config.judge, config.judge_engine),
+        *load(config.judge, config.judge.engine),
         name="refine",
-        genprm=config.genprm,
-        prompt_style=config.judge_prompt_style,
-        max_new_tokens=config.judge_max_new_tokens,
+        genprm=config.judge.genprm,
+        prompt_style=config.judge.prompt_style,
+        max_new_tokens=config.judge.max_new_tokens,
         key=jax.random.key(config.seed),
     )
-    refine = Refiner(config, policy.tokenizer, policy_engine, judge)
+    refine = Refiner(config, policy.tokenizer, engine, judge)
     refine.check_lengths(problems)
     writer = directory.writer(SearchResult)
     start, refined = time.perf_counter(), 0
@@ -105,7 +111,8 @@ def refine_blocks(
         "seconds_per_problem": per_item(time.perf_counter() - start, refined),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
-        "compiled": policy_engine.compiled_shapes + judge.engine.compiled_shapes,
+        "steps_without_verdict": refine.steps_without_verdict,
+        "compiled": {"policy": engine.compiled_shapes, "judge": judge.engine.compiled_shapes},
     } | judge.writer.measured
 
 
@@ -123,10 +130,12 @@ class Attempt:
 
 
 class Refiner:
-    """Problems of one block -> the results of all turns."""
+    """Problems of one block -> the results of all turns. `steps_without_verdict`: so far, those at
+    which the judge's context was full."""
 
     def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: GenPrmJudge):
         self.config, self.tokenizer, self.judge = config, tokenizer, judge
+        self.steps_without_verdict = 0
         key = jax.random.key(config.seed)
         self.writer = Writer(tokenizer, engine, prompt_style=config.prompt_style, key=key)
         self.patterns = end_patterns(config.chunking)
@@ -142,10 +151,12 @@ class Refiner:
         return attempt
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
-        """Raises UserError where the context does not hold a first solution."""
+        """Raises UserError where the policy's context does not hold a first solution, or the
+        judge's the first step of none."""
         for problem in problems:
             length = len(self.writer.encode(self._begin(problem).draft))
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
+        self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
 
     def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[SearchResult]:
         attempts = [self._begin(problem) for problem in block]
@@ -158,17 +169,21 @@ class Refiner:
         return results
 
     def _solve(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
-        """The next solution; returns the attempts that had room for it."""
+        """The next solution; returns the attempts that have room for it."""
+        attempts = [attempt for attempt in attempts if self._has_room(attempt)]
         for attempt in attempts:
             attempt.draft.name = f"refine/{attempt.problem.problem_id}/policy{turn}"
             attempt.draft.begin_turn("")
         self.writer.write([a.draft for a in attempts], self.params, stops=[], reserve=0)
-        solved = [attempt for attempt in attempts if attempt.draft.num_tokens]
-        for attempt in solved:
+        for attempt in attempts:
             attempt.solution = attempt.draft.turn
             attempt.rejected_tokens += attempt.accepted_tokens
             attempt.accepted_tokens = attempt.draft.num_tokens
-        return solved
+        return attempts
+
+    def _has_room(self, attempt: Attempt) -> bool:
+        length = len(self.writer.encode(attempt.draft))
+        return length + self.params.max_new_tokens <= self.writer.engine.shapes.max_length
 
     def _criticise(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
         """Says what is wrong with a solution; returns the attempts of which something is."""
@@ -178,9 +193,12 @@ class Refiner:
             attempts, solutions, self.judge(solutions), strict=True
         ):
             attempt.judge_tokens += sum(opinion.num_tokens for opinion in opinions)
-            found = self._first_wrong(opinions)
-            if found is not None:
-                style = self.config.judge_prompt_style
+            verdicts = [opinion.verdict for opinion in opinions]
+            self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
+            p_right = [opinion.p_positive for opinion in opinions]
+            found = first_predicted_error(verdicts_at(self.config.judge.genprm.threshold, p_right))
+            if found != -1:
+                style = self.config.judge.prompt_style
                 analysis = analysis_of(opinions[found].completion, style)
                 message = rethink_prompt(solution.chunks[found], analysis, self.config.prompt_style)
                 attempt.draft.say("user", message)
@@ -193,10 +211,6 @@ class Refiner:
         chunks = chunk_texts(self.tokenizer, ids, ends) if ids else []
         name = f"{attempt.problem.problem_id}/turn{turn}"
         return Solution(name, attempt.problem.question, chunks, separator="")
-
-    def _first_wrong(self, opinions: Sequence[Opinion]) -> int | None:
-        wrong = (opinion.p_positive < self.config.genprm.threshold for opinion in opinions)
-        return next((t for t, is_wrong in enumerate(wrong) if is_wrong), None)
 
     def _results(
         self, attempts: Sequence[Attempt], turn: int, verifier: AnswerVerifier
@@ -238,4 +252,4 @@ def summarize(config: Refine, results: Sequence[SearchResult]) -> dict[str, Any]
             "judge_tokens": sum(result.judge_tokens for result in of_turn) / len(of_turn),
         }
         before = tokens
-    return {"problems": len(before)} | summary
+    return summary

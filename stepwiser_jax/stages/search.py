@@ -48,7 +48,7 @@ import numpy as np
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.algo.statistics import bootstrap_interval
 from stepwiser_jax.config import Beams, Sampling, Search
-from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.chunk_search import (
     Method,
@@ -310,7 +310,8 @@ def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]
     of_problem: dict[str, dict[str, SearchResult]] = defaultdict(dict)
     for result in results:
         of_problem[result.problem_id][result.method] = result
-    groups = list(of_problem.values())
+    # Resamples draw by place: in id order, whoever wrote which part.
+    groups = [of_problem[problem_id] for problem_id in sorted(of_problem, key=natural_key)]
     samples = [[group[name] for name in sample_names(config)] for group in groups]
 
     def rows(sizes: Sequence[int], solve: Callable[..., Solved], *how: Any) -> dict[str, Any]:

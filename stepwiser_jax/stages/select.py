@@ -7,8 +7,8 @@ share of its votes, or a classifier's P(+)). Of equals, which a judge without vo
 draw chooses one, the same whatever the judge. Without a judge all are equal: that is the paper's
 baseline, selection by the outcome alone, or at random with `only_correct: false`.
 
-Reads `rollouts`, and `judge` or `classifier`. Writes selections, one of every problem that has a
-response to choose.
+Reads `rollouts` and, if given, `judge` or `classifier`. Writes selections, one of every problem
+that has a response to choose.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
 def test_a_policy_thinks_again(trained, tmp_path):
     """The judge that has learned the rule, as a policy of no use, and as itself."""
     sets = (f"policy.path={trained}", f"judge.path={trained}", "chunking=[diff, same]")
-    sets += ("problems.limit=4", "turns=1", "sampling.max_new_tokens=8", "judge_max_new_tokens=8")
-    sets += ("policy_engine.buckets=[96]", "judge_engine.buckets=[96]")
+    sets += ("problems.limit=4", "turns=1", "sampling.max_new_tokens=8", "judge.max_new_tokens=8")
+    sets += ("engine.buckets=[96]", "judge.engine.buckets=[96]")
     assert main(command("genprm_refine", tmp_path / "run", *sets)) == 0
     results = {r.search_id: r for r in read_records(tmp_path / "run", SearchResult)}
     assert len(results) == 4 * 2

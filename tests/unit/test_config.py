@@ -63,27 +63,44 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
 
 
 def documented_commands(page):
-    """(stage, config, run directory, overrides) of every stage's command on a page of docs/."""
-    text = (CONFIGS.parent / "docs" / page).read_text().replace("\\\n", " ")
+    """(stage, config, run directory, overrides) of a page's commands that are written out."""
+    text = (CONFIGS.parent / page).read_text().replace("\\\n", " ")
     commands = [
-        shlex.split(line) for line in text.splitlines() if line.startswith("    stepwiser ")
+        shlex.split(line)
+        for line in text.splitlines()
+        if re.match(r"    stepwiser \w+ +--config (configs|quickstart)/", line)
     ]
     for _, stage, *words in commands:
-        if stage in STAGE_CONFIGS:
-            options = list(zip(words[::2], words[1::2], strict=True))
-            overrides = tuple(value for name, value in options if name == "--set")
-            yield stage, dict(options)["--config"], dict(options)["--run-dir"], overrides
+        options = list(zip(words[::2], words[1::2], strict=True))
+        overrides = tuple(value for name, value in options if name == "--set")
+        yield stage, dict(options)["--config"], dict(options)["--run-dir"], overrides
 
 
-def test_documented_ablations_load_and_follow_one_another(tmp_path):
-    """Of the quickstart's configs, the recipe; what a command reads, one before it has written."""
-    quickstart = {}
+@pytest.fixture
+def quickstart(tmp_path):
+    """The configs that the quickstart leaves in its run directories."""
+    files = {}
     for name, stage, tree in recipe(Path("quickstart"), 0):
-        quickstart[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
+        files[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
         config = validate(STAGE_CONFIGS[stage], tree, name)
-        quickstart[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
+        files[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
+    return files
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/search.md", "docs/segmentation.md"])
+def test_documented_commands_load_and_write_each_its_own_run(page, quickstart):
+    written = []
+    for stage, file, run_dir, overrides in documented_commands(page):
+        load_config(stage, quickstart.get(file, CONFIGS.parent / file), overrides)
+        written.append(run_dir)
+    assert written
+    assert len(set(written)) == len(written)
+
+
+def test_documented_ablations_load_and_follow_one_another(quickstart):
+    """What a command reads, one before it has written."""
     written, ablated = {"RUNS/policy"}, set()
-    for stage, file, run_dir, overrides in documented_commands("ablations.md"):
+    for stage, file, run_dir, overrides in documented_commands("docs/ablations.md"):
         load_config(stage, quickstart.get(file, CONFIGS.parent / file), overrides)
         read = [value for _, _, value in (setting.partition("=") for setting in overrides)]
         unknown = {x for x in read if x.startswith(("ablations/", "RUNS/"))} - written

@@ -9,7 +9,13 @@ import yaml
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.algo.processbench import processbench_f1
-from stepwiser_jax.records import Judgment, Verdict, write_manifest, write_records
+from stepwiser_jax.records import (
+    Judgment,
+    Verdict,
+    read_records,
+    write_manifest,
+    write_records,
+)
 
 LABELS = [2, 1, -1, -1, 0, -1]
 OF_A, OF_B = [2, -1, -1, 0, 1, -1], [2, 1, -1, 1, 0, -1]
@@ -128,6 +134,7 @@ def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys
     assert main(["contrast", *map(str, runs)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"gsm8k ┃ +math ┃ +average ┃", out)
+    assert f"B: {runs[1]} (greedy)" in out
     cells = {
         line.split("│")[1].strip(): line.split("│")[2] for line in out.splitlines() if "│" in line
     }
@@ -136,6 +143,31 @@ def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys
     assert float(cells["F1 of B"]) == pytest.approx(100 * after, abs=0.05)
     assert float(cells["B - A"]) == pytest.approx(100 * (after - before), abs=0.05)
     assert float(cells["95% from"]) <= float(cells["B - A"]) <= float(cells["to"])
+
+
+@pytest.mark.parametrize("genprm", [False, True])
+def test_votes_count_together(tmp_path, items, capsys, genprm):
+    """Greedy, everything is right; of three votes two, or the mean, say what B found."""
+    settings = {"votes": 3} | ({"genprm": {"threshold": 0.4}} if genprm else {})
+    b = evaluated(tmp_path / "b", items, [-1] * len(LABELS), **settings)
+    part = next((b / "records" / "judgments").iterdir())
+    judgments = read_records(b, Judgment)
+    for i, name in enumerate(IDS):
+        for step in range(3):
+            rejects = step == OF_B[i]
+            for k, p in enumerate([0.0, 0.9, 0.2] if rejects else [0.9, 0.9, 0.0]):
+                verdict = Verdict.POSITIVE if p > 0.5 else Verdict.NEGATIVE
+                judgments.append(Judgment(f"{name}/{step}/vote{k}", "judge", "", verdict, p, 0.0))
+    write_records(part, judgments)
+    write_manifest(b, "evaluate", "0", [Judgment])
+    a = classified(tmp_path / "a", items, OF_A, threshold=0.8)
+    greedy = contrasted(capsys, a, b)
+    assert (greedy["counted_a"], greedy["counted_b"]) == ("threshold 0.8", "greedy")
+    assert greedy["average"]["f1_b"] == 0
+    voted = contrasted(capsys, a, b, "--votes")
+    assert voted["counted_b"] == ("mean_3" if genprm else "majority_3")
+    assert voted["subsets"]["gsm8k"]["f1_b"] == pytest.approx(f1(OF_B, range(4)))
+    assert "--votes: expected an evaluate run with votes" in refused(capsys, a, a, "--votes")
 
 
 def refused(capsys, *runs):

@@ -450,35 +450,48 @@ def test_the_analysis_is_what_stands_before_code_and_verdict(style):
     assert f"Step.\n\nThe reviewer says: {said}" in rethink_prompt("<chunk>Step.", said, "instruct")
 
 
+VERIFIER = SimpleNamespace(verify=lambda pairs: [a == b for a, b in pairs])
+
+
+def refine_config(turns):
+    file = Path(__file__).parents[2] / "configs" / "smoke_genprm_refine.yaml"
+    sets = ("prompt_style=instruct", "chunking=blank_lines", f"turns={turns}")
+    sets += ("sampling.max_new_tokens=200", "judge.prompt_style=instruct")
+    return load_config("refine", file, sets)
+
+
+class Critic:
+    """A chunk that begins with Not is wrong; of one that begins with Hm it has no verdict."""
+
+    def __init__(self):
+        self.judged = []
+
+    def __call__(self, solutions):
+        self.judged.append([solution.solution_id for solution in solutions])
+        return [[self.opinion(chunk.strip()) for chunk in s.chunks] for s in solutions]
+
+    def opinion(self, chunk):
+        verdict, p = Verdict.POSITIVE, 0.8
+        if chunk.startswith("Not"):
+            verdict, p = Verdict.NEGATIVE, 0.2
+        elif chunk.startswith("Hm"):
+            verdict, p = Verdict.UNPARSED, 0.5
+        return Opinion(f"It: {chunk}?</analyze>", verdict, p, 10)
+
+
 def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
     """Right at once; right after one critique; never, and out of room at last."""
-    file = Path(__file__).parents[2] / "configs" / "smoke_genprm_refine.yaml"
-    sets = ("prompt_style=instruct", "chunking=blank_lines", "turns=3")
-    sets += ("sampling.max_new_tokens=200", "judge_prompt_style=instruct")
-    config = load_config("refine", file, sets)
+    config = refine_config(turns=3)
     right, wrong = "All well.\n\nSo \\boxed{4}.", "Well.\n\nNot well.\n\nSo \\boxed{5}."
     says = {"refine/a/policy0/0": right, "refine/b/policy0/0": wrong, "refine/b/policy1/0": right}
     engine = ScriptedEngine(bpe_tokenizer, lambda row: says.get(row, "Not well." + "?" * 90), 900)
-    judged = []
-
-    def judge(solutions):
-        judged.append([solution.solution_id for solution in solutions])
-        return [
-            [
-                Opinion(f"It: {chunk.strip()}?</analyze>", Verdict.NEGATIVE, p, 10)
-                for chunk in solution.chunks
-                for p in [0.2 if chunk.startswith("Not") else 0.8]
-            ]
-            for solution in solutions
-        ]
-
+    judge = Critic()
     problems = [Problem(name, f"What is {name}?", "4", "") for name in "abc"]
     refiner = Refiner(config, bpe_tokenizer, engine, judge)
-    verifier = SimpleNamespace(verify=lambda pairs: [a == b for a, b in pairs])
-    results = refiner(problems, verifier)
+    results = refiner(problems, VERIFIER)
     assert [r.search_id for r in results] == [f"{p}/turn{t}" for t in range(4) for p in "abc"]
     assert [r.is_correct for r in results] == [True, False, False] + [True, True, False] * 3
-    assert judged == [["a/turn0", "b/turn0", "c/turn0"], ["b/turn1", "c/turn1"], []]
+    assert judge.judged == [["a/turn0", "b/turn0", "c/turn0"], ["b/turn1", "c/turn1"], []]
     asked = engine.prompts["refine/b/policy1/0"]
     assert wrong in asked and "Not well.\n\nThe reviewer says: Not well.?" in asked
     assert "refine/a/policy1/0" not in engine.prompts
@@ -490,3 +503,32 @@ def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
     summary = summarize(config, results)
     assert [summary[f"turn{t}"]["accuracy"] for t in range(4)] == [1 / 3, 2 / 3, 2 / 3, 2 / 3]
     assert [summary[f"turn{t}"]["rethought"] for t in range(4)] == [0, 2, 0, 0]
+
+
+def test_a_solution_is_replaced_where_a_whole_one_has_room(bpe_tokenizer):
+    """Right first, and criticised: with one token less it stays, and nothing is spent on more."""
+    first, second = "Hm.\n\nNot bad.\n\nSo \\boxed{4}.", "Well, " * 300
+    says = {"refine/a/policy0/0": first, "refine/a/policy1/0": second}
+
+    def refined(context):
+        engine = ScriptedEngine(bpe_tokenizer, says.__getitem__, context)
+        refiner = Refiner(refine_config(turns=1), bpe_tokenizer, engine, Critic())
+        before, after = refiner([Problem("a", "What?", "4", "")], VERIFIER)
+        assert before.completion == first and before.is_correct
+        assert refiner.steps_without_verdict == 1
+        return after, engine.prompts.get("refine/a/policy1/0")
+
+    much, asked = refined(4000)
+    needed = len(bpe_tokenizer.encode(asked)) + 200
+    (enough, _), (little, _) = refined(needed), refined(needed - 1)
+    assert much == enough and much.accepted_tokens == 200 and not much.is_correct
+    assert (little.completion, little.is_correct, little.rejected_tokens) == (first, True, 0)
+
+
+def test_a_problem_that_the_judge_has_no_room_for_is_refused(bpe_tokenizer, monkeypatch):
+    judge = judge_of(bpe_tokenizer, monkeypatch, lambda row: "", max_length=1500)
+    engine = ScriptedEngine(bpe_tokenizer, lambda row: "", 9000)
+    refiner = Refiner(refine_config(turns=1), bpe_tokenizer, engine, judge)
+    refiner.check_lengths([Problem("a", "What?", "4", "")])
+    with pytest.raises(UserError, match="no solution's first step fits the context of 1500"):
+        refiner.check_lengths([Problem("a", "What? " * 500, "4", "")])

@@ -95,7 +95,7 @@ def test_reading_equals_extending_an_empty_cache(model):
     for length in (8, LONG_ROW + 20):
         padded = tokens(2, length)
         cache = KVCache.create(model.config, 2, length, jnp.dtype("float32"))
-        _, expected = decoder.extend(padded, jnp.full((2,), length), cache)
+        expected = decoder.extend(padded, jnp.full((2,), length), cache)
         found = jax.jit(type(decoder).read)(decoder, padded)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)

@@ -214,6 +214,23 @@ def test_a_paired_bootstrap_draws_the_same_items_for_both():
     assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, 0, 0, 1)
 
 
+def test_a_paired_bootstrap_draws_within_strata():
+    """As many of each as it has: a mean that depends on the stratum alone does not vary."""
+    strata = np.array([0, 2, 2, 0, 2, 1])
+    sizes = {tuple(np.bincount(strata))}
+
+    def counts(drawn):
+        sizes.add(tuple(np.bincount(drawn, minlength=3)))
+        return float(drawn.sum())
+
+    found = paired_bootstrap(strata, 2 * strata, np.mean, seed=0, samples=200, strata=strata)
+    assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
+    paired_bootstrap(strata, strata, counts, seed=0, samples=200, strata=strata)
+    assert len(sizes) == 1
+    free = paired_bootstrap(strata, 2 * strata, np.mean, seed=0, samples=200)
+    assert free.low < free.value < free.high
+
+
 def test_the_interval_and_p_of_a_paired_bootstrap_agree():
     """Near the border, p is below 5% where the interval leaves 0 out."""
     rng = np.random.default_rng(0)

@@ -192,6 +192,19 @@ def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):
         directory("group_size=2")
 
 
+def test_a_search_goes_on_with_longer_rows_of_a_classifier(tmp_path, request):
+    file = request.config.rootpath / "configs" / "smoke_search.yaml"
+
+    def directory(*classifier):
+        sets = ("judge=null", "classifier.path=c", *classifier)
+        return RunDirectory(tmp_path / "run", "search", load_config("search", file, sets))
+
+    directory("classifier.max_length=64").create()
+    directory("classifier.max_length=96", "classifier.rows=4").create()
+    with pytest.raises(UserError, match=r"differs in classifier.threshold: 0.5 -> 0.6: name a new"):
+        directory("classifier.max_length=96", "classifier.threshold=0.6")
+
+
 def test_write_records_round_trip(tmp_path):
     write_records(tmp_path / "x" / "problems.jsonl", PROBLEMS)
     assert read_records(tmp_path / "x" / "problems.jsonl", Problem) == PROBLEMS

@@ -1,9 +1,11 @@
 """Search with planted policies and judges, on the embedded task, whose truth is exact."""
 
+import dataclasses
 import itertools
 import re
 import zlib
 from collections import Counter
+from typing import get_args
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
+from stepwiser_jax.config import Beams
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.runtime.chunk_search import (
@@ -22,6 +25,7 @@ from stepwiser_jax.runtime.chunk_search import (
     beam_search,
     chunk_reset,
     dvts,
+    extend,
     search_chunks,
 )
 from stepwiser_jax.runtime.engine import Engine
@@ -33,7 +37,7 @@ from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import search
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.answers import extract_answer
-from stepwiser_jax.text.chunks import CHUNK_CLOSE
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_ends, chunk_texts
 from tiny import tiny_config
 
 ROOM, CHUNK, JUDGE_TOKENS = 112, 24, 3
@@ -214,6 +218,35 @@ def test_a_policy_that_does_not_end_is_ended_while_a_chunk_fits(word_tokenizer):
             assert ROOM - CHUNK < len(path.ids) <= ROOM - CHUNK + len(text)
 
 
+@pytest.mark.parametrize("patterns", [(CHUNK_CLOSE,), ("\n\n",), (CHUNK_CLOSE, ";")])
+def test_a_judge_sees_the_chunks_of_chunk_ends(bpe_tokenizer, patterns):
+    """Random solutions, written chunk by chunk: an answer behind the last tag joins a chunk, and is
+    judged nowhere, but solutions that differ by it stay two."""
+    policy = policy_of(bpe_tokenizer, None)
+    policy.params = SamplingParams(99, stop_strings=patterns)
+    words = ["<chunk> a; b </chunk>", " c; ", "\n\n", "\\boxed{4}.", "<chunk> d", " </chunk>"]
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        ids = bpe_tokenizer.encode("<chunk> x " + "".join(rng.choice(words, 4)))
+        path, start = Path("last"), 0
+        ends = policy.chunk_matcher.ends(ids)
+        for end in [*ends, *([len(ids)] if len(ids) not in ends else [])]:
+            path = extend(policy, path, ids[start:end], ended=end == len(ids), room=999)
+            start = end
+        ends = chunk_ends(ids, policy.chunk_matcher, bpe_tokenizer)
+        expected = chunk_texts(bpe_tokenizer, ids, ends)
+        assert path.texts(bpe_tokenizer) == expected
+        assert sum(not chunk.joins for chunk in path.chunks) == len(expected)
+        tree = Tree(PROBLEMS[0], [], [])
+        last = path.chunks[-1]
+        other = dataclasses.replace(path, chunks=(*path.chunks[:-1], dataclasses.replace(last)))
+        tree.go_on([Row(path, 0, 0), Row(other, 1, 1)])
+        assert len(tree.solutions) == 1 + last.has_text
+        seen.add((last.has_text, last.is_tail))
+    assert (True, True) in seen or patterns == ("\n\n",)
+    assert (True, False) in seen
+
+
 # --- oracles: one problem at a time, on lists ---------------------------------------------------
 
 
@@ -299,7 +332,7 @@ def test_beams_are_those_of_one_problem_at_a_time(
 
 
 def row(score, *, over, attempt):
-    chunk = Chunk([1], True, Opinion("", Verdict.POSITIVE, score, 1))
+    chunk = Chunk([1], True, opinion=Opinion("", Verdict.POSITIVE, score, 1))
     return Row(Path("last", (chunk,), over), attempt, source=attempt)
 
 
@@ -470,7 +503,7 @@ def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer
     assert max(len(tree.solutions) for tree in trees) > 1
 
 
-def test_summary_compares_methods_on_all_problems(request):
+def test_summary_compares_methods_on_all_problems(request, monkeypatch):
     file = request.config.rootpath / "configs" / "smoke_search.yaml"
     config = load_config("search", file, ("majority=[2]", "best_of=[1, 2]", "dvts=null"))
     assert search.search_ids(config, PROBLEMS[:1]) == [
@@ -494,20 +527,28 @@ def test_summary_compares_methods_on_all_problems(request):
             )
         ]  # fmt: skip
 
-    results = problem("a", True, True, False, False, True)
-    results += problem("b", False, True, True, True, False)
+    results = problem("a2", True, True, False, False, True)
+    results += problem("a10", False, True, True, False, True)
     summary = search.summarize(config, results)
     accuracies = {name: summary[name]["accuracy"] for name in ("greedy", "chunk_reset", "beam")}
     assert accuracies == {"greedy": 0.5, "chunk_reset": 1.0, "beam": 0.5}
-    assert summary["plain"]["accuracy"] == 0.5 == summary["majority"]["2"]["accuracy"]
+    assert summary["plain"]["accuracy"] == 0.5
+    assert summary["majority"]["2"]["accuracy"] == 0.0, "the first of equals"
     assert summary["chunk_reset"]["rejected_tokens"] == 5
     assert summary["chunk_reset"]["policy_tokens"] == 15
     for aggregate in AGGREGATES:
-        assert summary["best_of"][aggregate]["1"]["accuracy"] == 0.5
-        assert summary["best_of"][aggregate]["2"]["accuracy"] == 0.5
+        assert summary["best_of"][aggregate]["1"]["accuracy"] == 0.0
+        assert summary["best_of"][aggregate]["2"]["accuracy"] == 1.0
         assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
         assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
     assert summary["majority"]["2"]["judge_tokens"] == 0
+    monkeypatch.setattr(search, "bootstrap_interval", lambda right, *_, seed: right)
+    backwards = search.summarize(config, results[::-1])
+    assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
+
+
+def test_every_aggregate_has_its_setting():
+    assert get_args(Beams.model_fields["aggregate"].annotation) == tuple(AGGREGATES)
 
 
 # --- opinions -----------------------------------------------------------------------------------
