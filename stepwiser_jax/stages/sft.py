@@ -130,7 +130,7 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
         "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
         "arithmetic-judge": arithmetic.judge_demonstrations,
         "arithmetic-verdicts": arithmetic.verdict_demonstrations,
-        "arithmetic-genprm": arithmetic.genprm_demonstrations,
+        "arithmetic-genprm": functools.partial(arithmetic.genprm_demonstrations, style=style),
         "arithmetic-thinkprm": functools.partial(arithmetic.thinkprm_demonstrations, style=style),
     }
     if data.source not in makers:

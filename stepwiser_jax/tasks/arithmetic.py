@@ -29,6 +29,7 @@ Truth is local: a chunk is judged by the value that the chunk before it claims.
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,15 +46,14 @@ from stepwiser_jax.records import (
     UserError,
     Verdict,
 )
+from stepwiser_jax.text import genprm, thinkprm
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
-from stepwiser_jax.text.genprm import BARE
 from stepwiser_jax.text.prompts import (
     PromptStyle,
     bare_judge_prompt,
     parse_verdict,
     segment_prompt,
 )
-from stepwiser_jax.text.thinkprm import FORMS, verify_prompt
 
 SUBSET = "arithmetic"
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
@@ -348,27 +348,37 @@ def processbench_item(
 # --- the judge's cold start ---------------------------------------------------------------------
 
 
-def demonstrate_judgment(
+def demonstrate_opinion(
     question: str,
     chunks: Sequence[str],
     teacher: Teacher,
     rng: np.random.Generator,
     *,
+    runs_code: bool = False,
     full: float = 0.40,
     partial: float = 0.45,
     flip: float = 0.1,
     error_scale: float = 0.4,
-) -> str:
-    """What the judge's teacher says of the last chunk.
+) -> tuple[str, bool]:
+    """What the judge's teacher says of the last chunk: (analysis, verdict is Positive).
 
     With probability `full` it recomputes every line, with `partial` the last line only, else it
     glances and says Positive or Negative 60 to 40 whatever the chunk holds. `flip`: share of
-    verdicts turned round. `error_scale`: how much of the policy teacher's misbelief it shares.
+    verdicts turned round. `error_scale`: how much of the policy teacher's misbelief it shares;
+    where it `runs_code`, its verdict shares none, while its analysis still does.
     """
     mode = rng.choice(["full", "partial", "glance"], p=[full, partial, 1 - full - partial])
     analysis, positive = judge_chunk(question, chunks, mode, teacher, rng, error_scale)
-    verdict = "Positive" if positive != (rng.random() < flip) else "Negative"
-    return f"{analysis} \\boxed{{ {verdict} }}"
+    if runs_code:
+        _, positive = judge_chunk(question, chunks, mode, teacher, rng, 0.0)
+    return analysis, positive != (rng.random() < flip)
+
+
+def demonstrate_judgment(
+    question: str, chunks: Sequence[str], teacher: Teacher, rng: np.random.Generator
+) -> str:
+    analysis, positive = demonstrate_opinion(question, chunks, teacher, rng)
+    return f"{analysis} \\boxed{{ {'Positive' if positive else 'Negative'} }}"
 
 
 def judge_demonstrations(
@@ -407,20 +417,38 @@ def verdict_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftEx
     ]
 
 
-def genprm_demonstrations(problems: Sequence[Problem], seed: int) -> list[Dialogue]:
+_FACT = re.compile(r"(\d) ([*+-]) (\d) =")
+
+
+def demonstrate_turn(
+    question: str, chunks: Sequence[str], teacher: Teacher, rng: np.random.Generator
+) -> str:
+    """GenPRM's turn about the last chunk, with code: it recomputes the lines that the analysis
+    recomputed. What it prints is exact where the teacher may err, and the verdict follows it (a
+    tenth is flipped all the same). A teacher that recomputed nothing, such as one that glanced,
+    writes no code."""
+    analysis, positive = demonstrate_opinion(question, chunks, teacher, rng, runs_code=True)
+    facts = _FACT.findall(analysis)
+    code = "".join(f"print(({left} {op} {right}) % 10)\n" for left, op, right in facts)
+    printed = "\n".join(str(compute(int(left), op, int(right))) for left, op, right in facts)
+    verification = genprm.code_and_output(code, printed) if facts else ""
+    return genprm.whole_turn(len(chunks) - 1, analysis, verification, is_right=positive)
+
+
+def genprm_demonstrations(
+    problems: Sequence[Problem], seed: int, style: PromptStyle
+) -> list[Dialogue]:
     """One conversation per problem, in GenPRM's form: a judgment of every chunk of an imperfect
-    solution in its turn."""
-    teacher, rng = Teacher(seed), np.random.default_rng((seed, 5))
+    solution in its turn, in the instruct form with code."""
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm.FORMS[style]
+    say = demonstrate_judgment if style == "bare" else demonstrate_turn
     dialogues = []
     for problem in problems:
-        chunks = demonstrate(problem.question, teacher, rng)
-        roles, texts = [], []
-        for t in range(len(chunks)):
-            judgment = demonstrate_judgment(problem.question, chunks[: t + 1], teacher, rng)
-            roles += ["user", "assistant"]
-            texts += [BARE.user_turn(problem.question, chunks, t), judgment]
+        question, chunks = problem.question, demonstrate(problem.question, teacher, rng)
+        turns = [say(question, chunks[: t + 1], teacher, rng) for t in range(len(chunks))]
+        roles, texts = genprm.conversation(question, chunks, turns, form)
         name = f"{problem.problem_id}/dialogue"
-        dialogues.append(Dialogue(name, problem.problem_id, tuple(roles), tuple(texts)))
+        dialogues.append(Dialogue(name, problem.problem_id, roles, texts))
     return dialogues
 
 
@@ -430,7 +458,7 @@ def thinkprm_demonstrations(
     """One verification chain per problem, in ThinkPRM's form: a judgment of one chunk of an
     imperfect solution after another, until one is wrong; then the question, and yes where none
     was."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), FORMS[style]
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
@@ -445,7 +473,7 @@ def thinkprm_demonstrations(
             SftExample(
                 example_id=f"{problem.problem_id}/verification",
                 problem_id=problem.problem_id,
-                prompt=verify_prompt(problem.question, chunks, style),
+                prompt=thinkprm.verify_prompt(problem.question, chunks, style),
                 completion=form.whole(chain, is_correct),
             )
         )

@@ -194,6 +194,11 @@ def output_text(output: str) -> str:
     return f"\n\n```\n{output.replace('```', chr(39) * 3)}\n```\n"
 
 
+def code_and_output(code: str, output: str) -> str:
+    """A block that has run: what a judge says, and what it was shown."""
+    return f"```python\n{code}```\n{CODE_OUTPUT}{output_text(output)}"
+
+
 def split_outputs(turn: str) -> list[tuple[str, str]]:
     """An assistant's turn as (role, text): what it said, and what its code printed."""
     pieces = enumerate(_OUTPUT.split(turn))  # said, printed, said, ...
@@ -264,7 +269,7 @@ def parse_critique(text: str, num_chunks: int) -> Critique | None:
         return None
     first_wrong = int(indices[-1]) - (indices[-1] != "-1")
     turns = [
-        _turn(t, *match.groups(default=""), is_right=t != first_wrong)
+        whole_turn(t, *match.groups(default=""), is_right=t != first_wrong)
         for t, match in enumerate(matches)
         if match is not None
     ]
@@ -279,8 +284,8 @@ def _covering(turns: Sequence[str], first_wrong: int, num_chunks: int) -> Critiq
     return Critique(tuple(turns[:covered]), first_wrong)
 
 
-def _turn(t: int, analysis: str, verification: str, *, is_right: bool) -> str:
-    """The turn about paragraph t that says what a critique says of it."""
+def whole_turn(t: int, analysis: str, verification: str, *, is_right: bool) -> str:
+    """The instruct form's turn about paragraph t; without `verification` it has no code in it."""
     turn = f"{INSTRUCT.opening.format(number=t + 1)} {analysis}</analyze>\n"
     if verification:
         turn += f"<verify>\n{USE_CODE}{verification.removeprefix(USE_CODE)}</verify>\n"
@@ -312,9 +317,17 @@ def dialogue_of(
     example_id: str, example: ClassifierExample, critique: Critique, form: Form
 ) -> Dialogue:
     """The conversation that a critique becomes."""
+    roles, texts = conversation(example.question, example.chunks, critique.turns, form)
+    return Dialogue(example_id, example.problem_id, roles, texts)
+
+
+def conversation(
+    question: str, chunks: Sequence[str], turns: Sequence[str], form: Form
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(roles, texts) of the assistant's turns about the first paragraphs."""
     parts = [("system", form.system)] if form.system else []
-    for t, turn in enumerate(critique.turns):
-        parts.append(("user", form.user_turn(example.question, example.chunks, t)))
+    for t, turn in enumerate(turns):
+        parts.append(("user", form.user_turn(question, chunks, t)))
         parts += split_outputs(turn)
     roles, texts = zip(*parts, strict=True)
-    return Dialogue(example_id, example.problem_id, roles, texts)
+    return roles, texts

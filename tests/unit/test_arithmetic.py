@@ -9,6 +9,7 @@ import pytest
 
 from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.tasks import arithmetic as task
+from stepwiser_jax.text import genprm
 from stepwiser_jax.text.prompts import parse_verdict
 from stepwiser_jax.text.thinkprm import FORMS, cleaned, step_verdicts
 
@@ -187,6 +188,69 @@ def test_verification_demonstrations_are_chains_that_stop_at_the_first_error(sty
         assert example.completion == form.whole(cleaned(chain, form), is_correct)
         answers[is_correct] += 1
     assert min(answers.values()) > len(PROBLEMS) / 10
+
+
+def turns_of(dialogue):
+    """The assistant's turns as lists of (role, text), and the user's texts."""
+    turns, asked = [], []
+    for role, text in zip(dialogue.roles, dialogue.texts, strict=True):
+        if role == "user":
+            asked.append(text)
+            turns.append([])
+        elif role != "system":
+            turns[-1].append((role, text))
+    return turns, asked
+
+
+@pytest.mark.parametrize("style", ["bare", "instruct"])
+def test_conversation_demonstrations_are_what_a_judge_writes(style):
+    form, verdicts = genprm.FORMS[style], Counter()
+    dialogues = task.genprm_demonstrations(PROBLEMS, 0, style)
+    assert [d.problem_id for d in dialogues] == [p.problem_id for p in PROBLEMS]
+    for dialogue, problem in zip(dialogues, PROBLEMS, strict=True):
+        assert dialogue.roles[0] == ("user" if style == "bare" else "system")
+        parts, asked = turns_of(dialogue)
+        assert asked[0].startswith(problem.question) and "boxed" in asked[-1]
+        turns = ["".join(text for _, text in turn) for turn in parts]
+        for t, (turn, part) in enumerate(zip(turns, parts, strict=True)):
+            assert genprm.split_outputs(turn) == part
+            assert turn.startswith(form.opening.format(number=t + 1))
+            written = turn[: turn.index(form.stop) + len(form.stop)]
+            word = turn.removeprefix(written + form.to_verdict(written))
+            assert word in (form.verdict(True), form.verdict(False))
+            verdicts[word] += 1
+        critique = genprm.parse_turns(genprm.join_turns(turns), form, len(turns))
+        assert critique is not None
+        assert critique.turns == tuple(turns[: len(critique.turns)])
+    assert min(verdicts.values()) > sum(verdicts.values()) / 10
+
+
+def test_code_in_demonstrations_prints_what_follows_it_and_decides(capsys):
+    """Also where the analysis before it is wrong; but for the tenth that is flipped."""
+    agreeing, without_code = defaultdict(list), 0
+    for dialogue in task.genprm_demonstrations(PROBLEMS, 0, "instruct"):
+        for turn in turns_of(dialogue)[0]:
+            said = turn[0][1]
+            code = genprm.code_to_run(said)
+            if code is None:
+                without_code += 1
+                assert [role for role, _ in turn] == ["assistant"] and "[Code" not in said
+                continue
+            assert [role for role, _ in turn] == ["assistant", "output", "assistant"]
+            assert said.endswith(genprm.CODE_OUTPUT)
+            exec(code, {})
+            printed = capsys.readouterr().out.strip()
+            assert turn[1][1] == genprm.output_text(printed)
+            analysis = genprm.analysis_of(said, "instruct")
+            lines = re.findall(r"= (\d) (\S) (?:same|diff)", analysis)
+            if "?" not in analysis:
+                believed, claimed = ([line[i] for line in lines] for i in (0, 1))
+                is_right = genprm.INSTRUCT.verdict(True) in turn[2][1]
+                exact = printed.split("\n")
+                agreeing[believed == exact].append(is_right == (claimed == exact))
+    assert without_code and len(agreeing[False]) > 20
+    for agrees in agreeing.values():
+        assert 0.8 < np.mean(agrees) < 0.97
 
 
 def test_bad_questions_and_splits_are_refused():

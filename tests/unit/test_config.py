@@ -27,6 +27,7 @@ STAGE_OF = {
     "values": "annotate",
     "labels": "label",
     "rationales": "rationalize",
+    "genprm_start": "sft",
     "genprm_cold_start": "sft",
     "genprm_rationales": "rationalize",
     "genprm": "sft",

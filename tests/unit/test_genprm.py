@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import GenPrm, GenPrmVerdicts
+from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import (
     ClassifierExample,
@@ -30,13 +30,14 @@ from stepwiser_jax.runtime.sandbox import Sandbox
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import rationalize
 from stepwiser_jax.stages.refine import Refiner, summarize
-from stepwiser_jax.stages.sft import render
+from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.text.genprm import (
     BARE,
     CODE_OUTPUT,
     FORMS,
     INSTRUCT,
     SYNTHESIS_OPENING,
+    SYSTEM_PROMPT,
     agrees,
     analysis_of,
     code_to_run,
@@ -312,6 +313,13 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
     assert told == "<think>\nWell.\n</think>\nSo.<|im_end|>"
     whole, told = rendered("So.")
     assert whole.endswith("<|im_start|>assistant\n<think>\nSo.<|im_end|>")
+
+
+@pytest.mark.parametrize("style", ["instruct", "bare"])
+def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
+    (dialogue,) = load_examples(SftData(source="arithmetic-genprm", count=1), style)
+    assert dialogue.texts[-1].endswith(FORMS[style].ending)
+    assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 
 
 def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
