@@ -124,7 +124,7 @@ def test_summaries_tell_what_was_compiled(runs):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
         found = [p for p in warm_up["programs"] if p["program"] == program]
         assert found and all(p["shape"].startswith(shape) for p in found), (name, warm_up)
-        assert warm_up["compiled"] >= len(warm_up["programs"]) and warm_up["cached"] == 0
+        assert warm_up["compiled"] + warm_up["cached"] >= len(warm_up["programs"])
     assert "warm_up" not in json.loads((runs / "labels" / "summary.json").read_text())
 
 
