@@ -133,20 +133,31 @@ def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
 
 
 def solutions_by_subset(
-    items: Sequence[ProcessBenchItem], p_correct: Sequence[float], bad_outputs: Sequence[float]
+    items: Sequence[ProcessBenchItem],
+    p_correct: Sequence[float],
+    bad_outputs: Sequence[float],
+    *,
+    seed: int,
 ) -> dict[str, Any]:
-    """Scores of whole solutions per subset, and their plain average. `bad_outputs`: the share of
-    each one's outputs that are bad."""
-    scores = {
-        subset: solution_scores(
-            [p_correct[r] for r in rows], [items[r].first_error == -1 for r in rows]
-        )
-        | {"bad_outputs": sum(bad_outputs[r] for r in rows) / len(rows)}
-        for subset, rows in rows_of_subsets(items).items()
-    }
+    """Scores of whole solutions per subset, with the 95% interval of their F1, and their plain
+    average. `bad_outputs`: the share of each one's outputs that are bad."""
+    scores, intervals = {}, {}
+    for subset, rows in rows_of_subsets(items).items():
+        pairs = [(p_correct[r], items[r].first_error == -1) for r in rows]
+        low, high = bootstrap_interval(pairs, _binary_f1, seed=seed)
+        intervals[subset] = {"binary_f1_interval": [low, high]}
+        bad = sum(bad_outputs[r] for r in rows) / len(rows)
+        scores[subset] = solution_scores(*zip(*pairs, strict=True)) | {"bad_outputs": bad}
     names = next(iter(scores.values()))
     average = {n: float(np.mean([score[n] for score in scores.values()])) for n in names}
-    return {"subsets": scores, "average": average}
+    return {
+        "subsets": {subset: score | intervals[subset] for subset, score in scores.items()},
+        "average": average,
+    }
+
+
+def _binary_f1(pairs: Sequence[tuple[float, bool]]) -> float:
+    return solution_scores(*zip(*pairs, strict=True))["binary_f1"]
 
 
 def score_by_subset(
@@ -156,7 +167,9 @@ def score_by_subset(
     seed: int,
     unparsed_as: Literal["negative", "positive"] = "negative",
 ) -> dict[str, Any]:
-    """Scores per subset, and their plain average as ProcessBench reports it."""
+    """Scores per subset, and their plain average as ProcessBench reports it, with the intervals of
+    their F1."""
+    rows_of = rows_of_subsets(items)
     scores = {
         subset: score_items(
             [items[r] for r in rows],
@@ -164,16 +177,17 @@ def score_by_subset(
             seed=seed,
             unparsed_as=unparsed_as,
         )
-        for subset, rows in rows_of_subsets(items).items()
+        for subset, rows in rows_of.items()
     }
-    average = {
+    average: dict[str, Any] = {
         split: {
             name: float(np.mean([score[split][name] for score in scores.values()]))
             for name in ("f1", "acc_error", "acc_correct")
         }
         for split in ("official", "by_final_answer")
     }
-    return {"subsets": scores, "average": average}
+    predictions = [first_predicted_error(v, unparsed_as=unparsed_as) for v in verdicts]
+    return {"subsets": scores, "average": average | f1_intervals(items, predictions, seed=seed)}
 
 
 def score_items(
@@ -188,21 +202,41 @@ def score_items(
     labels = [item.first_error for item in items]
     final_correct = [item.final_answer_correct for item in items]
     flat = [verdict for row in verdicts for verdict in row]
-    low, high = bootstrap_interval(
-        list(zip(predictions, labels, strict=True)),
-        lambda pairs: processbench_f1(*zip(*pairs, strict=True))["f1"] / 100,
-        seed=seed,
-    )
     return {
         "items": len(items),
         "official": fractions(processbench_f1(predictions, labels)),
-        "official_f1_interval": [low, high],
         "by_final_answer": fractions(
             processbench_f1_by_final_answer(predictions, labels, final_correct)
         ),
+        **f1_intervals(items, predictions, seed=seed),
         "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
         "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
         "steps_right": step_accuracy(items, verdicts),
+    }
+
+
+def f1_intervals(
+    items: Sequence[ProcessBenchItem], predictions: Sequence[int], *, seed: int
+) -> dict[str, list[float]]:
+    """95% intervals of both F1, averaged over subsets, which keep their sizes in a resample."""
+    rows_of = rows_of_subsets(items)
+    subset_of = {subset: s for s, subset in enumerate(rows_of)}
+    subsets = np.array([subset_of[item.subset] for item in items])
+    found = np.array(predictions) == np.array([item.first_error for item in items])
+    is_error = {
+        "official": np.array([item.first_error != -1 for item in items]),
+        "by_final_answer": np.array([not item.final_answer_correct for item in items]),
+    }
+    return {
+        f"{split}_f1_interval": list(
+            bootstrap_interval(
+                (4 * subsets + 2 * error + found).tolist(),
+                lambda outcomes: _mean_f1(np.array(outcomes), subsets=len(rows_of)),
+                seed=seed,
+                strata=subsets.tolist(),
+            )
+        )
+        for split, error in is_error.items()
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,37 @@ def bootstrap_interval(
     statistic: Callable[[list[Any]], float],
     *,
     seed: int,
+    strata: Sequence[Any] | None = None,
     samples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of `statistic` over resamples of the items."""
-    rng = np.random.default_rng(seed)
+    """Percentile interval of `statistic` over resamples of the items, of each of the `strata` (one
+    an item) as many as it has."""
     values = [
-        float(statistic([items[i] for i in rng.integers(len(items), size=len(items))]))
-        for _ in range(samples)
+        float(statistic([items[i] for i in rows]))
+        for rows in _resamples(len(items), strata, samples, seed)
     ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _resamples(
+    count: int, strata: Sequence[Any] | np.ndarray | None, samples: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Rows of each resample."""
+    rng = np.random.default_rng(seed)
+    of_row = np.zeros(count, int) if strata is None else np.asarray(strata)
+    members = [np.flatnonzero(of_row == stratum) for stratum in np.unique(of_row)]
+    for _ in range(samples):
+        yield np.concatenate([rng.choice(of_one, len(of_one)) for of_one in members])
+
+
+def accuracy(right: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """Mean of what is right of each problem, a fraction, with its 95% interval over problems."""
+    return {
+        "accuracy": float(np.mean(right)),
+        "accuracy_interval": list(bootstrap_interval(right, np.mean, seed=seed)),
+    }
 
 
 @dataclass(frozen=True)
@@ -53,13 +73,12 @@ def paired_bootstrap(
     the least level at which the interval reaches 0: twice the smaller share of resampled
     differences on either side of 0, equality counted on both, and the observed one as one more (so
     that p is never 0)."""
-    rng = np.random.default_rng(seed)
-    strata = np.zeros(len(a), int) if strata is None else strata
-    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    differences = np.empty(samples)
-    for s in range(samples):
-        rows = np.concatenate([rng.choice(of_one, len(of_one)) for of_one in members])
-        differences[s] = statistic(b[rows]) - statistic(a[rows])
+    differences = np.array(
+        [
+            statistic(b[rows]) - statistic(a[rows])
+            for rows in _resamples(len(a), strata, samples, seed)
+        ]
+    )
     tail = min(np.sum(differences <= 0), np.sum(differences >= 0))
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     return Difference(

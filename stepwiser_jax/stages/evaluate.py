@@ -240,6 +240,7 @@ def score_solutions(
             items,
             [float(np.mean([p_correct(item, x) for x in suffixes])) for item in items],
             [float(np.mean([is_bad(item, x) for x in suffixes])) for item in items],
+            seed=config.seed,
         )
         for name, suffixes in voters_of(config, "mean").items()
     }

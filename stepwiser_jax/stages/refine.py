@@ -24,9 +24,10 @@ from typing import Any
 import jax
 
 from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
+from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Engine as Shapes
 from stepwiser_jax.config import Model, Refine
-from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import Draft, GenPrmJudge, Writer
@@ -238,15 +239,18 @@ class Refiner:
 
 
 def summarize(config: Refine, results: Sequence[SearchResult]) -> dict[str, Any]:
-    """After every turn: accuracy, how many problems were thought through again in it, and mean
-    tokens a problem so far."""
+    """After every turn: accuracy with its interval, how many problems were thought through again in
+    it, and mean tokens a problem so far."""
     summary: dict[str, Any] = {}
     before: dict[str, int] = {}
     for turn in range(config.turns + 1):
-        of_turn = [result for result in results if result.method == f"turn{turn}"]
+        of_turn = sorted(
+            (result for result in results if result.method == f"turn{turn}"),
+            key=lambda result: natural_key(result.problem_id),
+        )
         tokens = {result.problem_id: result.policy_tokens for result in of_turn}
         summary[f"turn{turn}"] = {
-            "accuracy": sum(result.is_correct for result in of_turn) / len(of_turn),
+            **accuracy([float(result.is_correct) for result in of_turn], seed=config.seed),
             "rethought": sum(tokens[p] > count for p, count in before.items()),
             "policy_tokens": sum(tokens.values()) / len(of_turn),
             "judge_tokens": sum(result.judge_tokens for result in of_turn) / len(of_turn),

@@ -10,15 +10,16 @@ Writes problems and trajectories.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
-from stepwiser_jax.records import Problem, Trajectory, UserError
+from stepwiser_jax.records import Problem, Trajectory, UserError, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -54,7 +55,7 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     if directory.worker == 0:
         problem_writer.append(problems)
     counts = {"problems": len(problems), "dropped": dropped | unread}
-    return directory.finish(lambda: summarize(writer.read()) | counts | measured)
+    return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
 
 
 def sample_blocks(
@@ -178,12 +179,15 @@ class BlockSampler:
         ]
 
 
-def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Counts, and shares as fractions between 0 and 1."""
+def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts, and shares as fractions between 0 and 1; the accuracy's interval is over problems."""
     count = len(trajectories)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
+        right[trajectory.problem_id].append(trajectory.is_correct)
     return {
         "trajectories": count,
-        "accuracy": sum(t.is_correct for t in trajectories) / count,
+        **accuracy([sum(found) / len(found) for found in right.values()], seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
         "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
         "stopped_by_length": sum(t.stop_reason == "length" for t in trajectories) / count,

@@ -46,7 +46,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
-from stepwiser_jax.algo.statistics import bootstrap_interval
+from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
@@ -334,10 +334,8 @@ def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]
 
 
 def method_row(config: Search, solved: Sequence[Solved]) -> dict[str, Any]:
-    right = [problem.right for problem in solved]
     return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_interval": list(bootstrap_interval(right, np.mean, seed=config.seed)),
+        **accuracy([problem.right for problem in solved], seed=config.seed),
         "policy_tokens": float(np.mean([problem.policy_tokens for problem in solved])),
         "judge_tokens": float(np.mean([problem.judge_tokens for problem in solved])),
         "rejected_tokens": float(np.mean([problem.rejected_tokens for problem in solved])),

@@ -12,6 +12,7 @@ from stepwiser_jax.algo.processbench import (
     majority_verdict,
     processbench_f1,
     processbench_f1_by_final_answer,
+    score_by_subset,
     solution_scores,
     solutions_by_subset,
 )
@@ -119,7 +120,9 @@ def test_scores_of_whole_solutions_by_subset():
         ProcessBenchItem(f"{i}", subset, "q", ("s",), error, True)
         for i, (subset, error) in enumerate([("a", -1), ("b", 0), ("a", 0), ("b", -1)])
     ]
-    found = solutions_by_subset(items, [0.9, 0.9, 0.1, 0.1], [0.0, 0.5, 0.0, 1.0])
+    found = solutions_by_subset(items, [0.9, 0.9, 0.1, 0.1], [0.0, 0.5, 0.0, 1.0], seed=0)
+    for subset, interval in (("a", [0, 1]), ("b", [0, 0])):
+        assert found["subsets"][subset].pop("binary_f1_interval") == interval
     assert found["subsets"]["a"] == slow_solution_scores([1, 0], [True, False]) | {"bad_outputs": 0}
     assert found["subsets"]["b"] == slow_solution_scores([1, 0], [False, True]) | {
         "bad_outputs": 0.75
@@ -299,3 +302,22 @@ def test_contrast_of_items_without_an_error_is_zero_not_nan():
     found = contrast(items_of([-1, -1], ["x", "x"]), [-1, 0], [-1, -1], seed=0)["average"]
     assert (found["f1_a"], found["f1_b"], found["difference_p"]) == (0, 0, 1)
     assert found["right_by_b_alone"] == 1
+
+
+def test_resamples_keep_the_size_of_every_stratum():
+    items, strata = ["a", *"bbbbbbbbb"], [0] + [1] * 9
+    assert bootstrap_interval(items, lambda x: x.count("a"), seed=0, strata=strata) == (1, 1)
+    assert bootstrap_interval(items, lambda x: x.count("a"), seed=0) == (0, 3)
+
+
+def test_f1_and_its_average_have_intervals():
+    """Subset `all` is always right; of the two items of `few` a resample may have one twice, and
+    then has no F1."""
+    items = [ProcessBenchItem(f"{i}", "all", "q", ("s",), i % 2 - 1, i % 2 == 0) for i in range(60)]
+    items += [ProcessBenchItem(f"few{i}", "few", "q", ("s",), i - 1, i == 0) for i in range(2)]
+    verdicts = [[P if item.first_error == -1 else N] for item in items]
+    scores = score_by_subset(items, verdicts, seed=0)
+    for split in ("official", "by_final_answer"):
+        intervals = [scores["subsets"][s][f"{split}_f1_interval"] for s in ("all", "few")]
+        assert intervals == [[1, 1], [0, 1]]
+        assert scores["average"][f"{split}_f1_interval"] == [0.5, 1]

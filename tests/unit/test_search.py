@@ -542,7 +542,7 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
         assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
         assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
     assert summary["majority"]["2"]["judge_tokens"] == 0
-    monkeypatch.setattr(search, "bootstrap_interval", lambda right, *_, seed: right)
+    monkeypatch.setattr(search, "accuracy", lambda right, seed: {"accuracy_interval": right})
     backwards = search.summarize(config, results[::-1])
     assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
 
