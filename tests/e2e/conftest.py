@@ -60,11 +60,24 @@ def command(name, runs, *, out=None, extra=()):
     return arguments + [word for setting in settings for word in ("--set", setting)]
 
 
+THINKPRM = ("thinkprm_start", "thinkprm_chains", "thinkprm", "thinkprm_evaluate")
+"""Of the slow tests."""
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Every stage, run once."""
     directory = tmp_path_factory.mktemp("runs")
     small = dict.fromkeys(("policy", "cold_start"), ("steps=20",))
     for name in INPUTS:
-        assert main(command(name, directory, extra=small.get(name, ()))) == 0, name
+        if name not in THINKPRM:
+            assert main(command(name, directory, extra=small.get(name, ()))) == 0, name
     return directory
+
+
+@pytest.fixture(scope="session")
+def thinkprm_runs(runs):
+    """And ThinkPRM's."""
+    for name in THINKPRM:
+        assert main(command(name, runs)) == 0, name
+    return runs

@@ -102,6 +102,7 @@ def test_it_finds_first_errors_and_goes_on_after_a_kill(trained, tmp_path, monke
     )
 
 
+@pytest.mark.slow
 def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_path, capsys):
     """Half of the solutions are labelled by the rule, half by its opposite."""
     rng = random.Random(2)

@@ -29,7 +29,7 @@ from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
 
-from .conftest import CONFIGS, INPUTS, command
+from .conftest import CONFIGS, INPUTS, THINKPRM, command
 
 
 def record_bytes(run):
@@ -38,7 +38,7 @@ def record_bytes(run):
 
 
 def test_every_stage_finishes_and_hands_over(runs):
-    for name in INPUTS:
+    for name in INPUTS.keys() - THINKPRM:
         assert json.loads((runs / name / "manifest.json").read_text())
         assert json.loads((runs / name / "summary.json").read_text())
     problems = read_records(runs / "rollouts", Problem)
@@ -64,15 +64,6 @@ def test_every_stage_finishes_and_hands_over(runs):
     assert len(rationales) == 4 * len(read_records(runs / "labels", JudgeExample))
     kept = [r.rationale_id for r in rationales if r.outcome == "kept"]
     assert [e.example_id for e in read_records(runs / "rationales", SftExample)] == kept
-    chains = {r.rationale_id: r for r in read_records(runs / "thinkprm_chains", Rationale)}
-    assert len(chains) == 64 * len(read_records(runs / "labels", ClassifierExample))
-    learned = read_records(runs / "thinkprm_chains", SftExample)
-    assert len(learned) == min(16, sum(r.outcome == "kept" for r in chains.values()))
-    for e in learned:
-        chain = chains[e.example_id]
-        answer = "Positive" if chain.is_positive else "Negative"
-        assert chain.outcome == "kept" and e.prompt == chain.prompt
-        assert e.completion.endswith(f"}} <judge> {answer}")
     judgments = read_records(runs / "evaluate", Judgment)
     greedy = [j for j in judgments if "vote" not in j.example_id]
     assert len(judgments) == 3 * len(greedy)
@@ -137,12 +128,6 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
             assert all(0 <= value <= 1 for value in subset[split].values())
             assert subset[split] == scores[voter]["average"][split]
         assert 0 <= subset["unparsed_rate"] <= 1
-    verified = json.loads((runs / "thinkprm_evaluate" / "summary.json").read_text())
-    assert set(verified["greedy"]["average"]["official"]) == {"f1", "acc_error", "acc_correct"}
-    of_solutions = {"binary_f1", "precision", "recall", "accuracy", "bad_outputs"}
-    for voter in ("greedy", "mean_2"):
-        assert set(verified["solution"][voter]["average"]) == of_solutions
-        assert all(0 <= x <= 1 for x in verified["solution"][voter]["average"].values())
     search = json.loads((runs / "search" / "summary.json").read_text())
     for row in (
         search["plain"],
@@ -168,21 +153,6 @@ def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
     classifier = json.loads((runs / "classify" / "summary.json").read_text())
     assert found["f1_a"] == pytest.approx(judge["subsets"]["arithmetic"]["official"]["f1"])
     assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
-
-
-def test_whole_solutions_are_judged_beside_their_steps(runs):
-    """One chain an item and path; its score is in no first-error metric."""
-    judgments = {j.example_id: j for j in read_records(runs / "thinkprm_evaluate", Judgment)}
-    steps = {j.example_id for j in read_records(runs / "evaluate", Judgment)}
-    wholes = [name for name in judgments if "/solution" in name]
-    assert set(judgments) - set(wholes) == steps
-    items = {name.split("/vote")[0].rsplit("/", 1)[0] for name in steps}
-    assert len(wholes) == 3 * len(items)
-    for name in wholes:
-        whole = judgments[name]
-        assert 0 < whole.p_positive < 1
-        assert (whole.verdict.value == "Positive") == (whole.p_positive >= 0.5)
-        assert whole.completion.endswith(f" <judge> {whole.verdict.value}")
 
 
 def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
@@ -243,9 +213,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "name", ["rollouts", "values", "evaluate", "classify", "search", "select", "thinkprm_evaluate"]
+    "name",
+    [
+        *("rollouts", "values", "evaluate", "classify", "search", "select"),
+        pytest.param("thinkprm_evaluate", marks=pytest.mark.slow),
+    ],
 )
-def test_cut_short_in_the_middle_of_a_line_and_run_again(runs, name, tmp_path, monkeypatch):
+def test_cut_short_in_the_middle_of_a_line_and_run_again(request, name, tmp_path, monkeypatch):
+    runs = request.getfixturevalue("thinkprm_runs" if name in THINKPRM else "runs")
     append = RecordWriter.append
     half = {"values": 7, "evaluate": 9, "classify": 9, "search": 11}.get(name, 3)
 
