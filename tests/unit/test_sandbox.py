@@ -239,7 +239,7 @@ def test_nothing_else_can_be_opened(strict, tmp_path):
         *("/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/urandom", "/proc/self/environ"),
         *("/proc/self/mem", "/proc/self/maps", "/proc/cpuinfo", "/proc/1/cmdline", "/proc/1/fd"),
         *(f"{parent}/environ", f"{parent}/cmdline", f"{parent}/mem", f"{parent}/cwd"),
-        *(f"{parent}/root/etc/passwd", f"{parent}/fd/0"),
+        *(os.path.join(parent, "root", "etc", "passwd"), f"{parent}/fd/0"),
     ]
     written = [
         *(os.__file__, pytest.__file__, confine.__file__, str(secret), str(tmp_path / "new")),
@@ -394,9 +394,10 @@ def test_a_killed_parent_takes_its_children_with_it(tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     child = _within(30, lambda: "".join(p.read_text() for p in tmp_path.glob("sandbox-*/pid")))
+    assert _state(child) not in ("Z", None), "it computes"
     parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    _within(10, lambda: _state(child) in ("Z", None))
+    assert parent.wait() == -signal.SIGKILL
+    assert _within(10, lambda: _state(child) in ("Z", None)), "it is dead"
 
 
 def _within(seconds, found):
