@@ -25,8 +25,16 @@ from typing import Any
 
 import jax
 
+from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Select
-from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, read_records
+from stepwiser_jax.records import (
+    Problem,
+    Selection,
+    Trajectory,
+    UserError,
+    natural_key,
+    read_records,
+)
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judges import load_judge
@@ -73,7 +81,7 @@ def run(config: Select, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     measured = select_blocks(config, directory, tokenizer, candidates, work) if work else {}
     writer = directory.writer(Selection)
     counts = {"problems": len(problems), "responses": len(responses)}
-    return directory.finish(lambda: counts | summarize(writer.read()) | measured)
+    return directory.finish(lambda: counts | summarize(config, writer.read()) | measured)
 
 
 def find_candidates(
@@ -174,13 +182,14 @@ def choose(responses: Sequence[Trajectory], scores: Sequence[float], seed: int) 
     return min(equals, key=draw)
 
 
-def summarize(selections: Sequence[Selection]) -> dict[str, Any]:
+def summarize(config: Select, selections: Sequence[Selection]) -> dict[str, Any]:
     """Shares and scores between 0 and 1; without a judge there are no scores."""
+    selections = sorted(selections, key=lambda selection: natural_key(selection.record_id))
     candidates = sum(len(selection.candidates) for selection in selections)
     summary: dict[str, Any] = {
         "selected": len(selections),
         "candidates": candidates,
-        "accuracy": sum(selection.is_correct for selection in selections) / len(selections),
+        **accuracy([float(s.is_correct) for s in selections], seed=config.seed),
     }
     scores = [score for selection in selections for score in selection.scores]
     if scores:

@@ -104,6 +104,8 @@ def test_the_right_response_with_the_best_mean_score_is_selected(rollouts, selec
         assert selection.is_correct and selection.tagged
     assert summary["accuracy"] == 1
     assert summary["mean_score_selected"] > summary["mean_score"]
+    low, high = summary["accuracy_interval"]
+    assert low <= summary["accuracy"] <= high
     assert (summary["problems"], summary["responses"]) == (COUNT, COUNT * RESPONSES)
     assert summary["candidates"] == (COUNT - 1) * (RESPONSES - 1)
     assert any(s.scores.count(max(s.scores)) == 1 for s in found), "the case shows nothing"
