@@ -70,16 +70,24 @@ def test_the_train_step_runs_splash_attention_on_tpu(head_dim, sizes, rows, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)], ids=str)
 def test_prompts_are_read_by_splash_attention_on_tpu(sizes):
-    """In every layer but the last, which computes keys and values alone."""
+    """In every layer; where the cache alone is wanted, the last computes keys and values alone."""
     config = tiny_config("qwen2", num_layers=3, head_dim=128, max_length=LENGTH)
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     attention = attention_of(config, mesh, "bfloat16")
     model = abstract_model(config, mesh, attention, param_dtype="bfloat16", decoding=True)
     decoder, _ = for_decoding(model, "model")
     tokens = abstract_rows(np.zeros((4, LENGTH), np.int32), mesh)
-    text = jax.jit(Transformer.read).lower(decoder, tokens).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == config.num_layers - 1
-    assert "splash_mha_fwd" in text and not with_two_axes_of_positions(text)
+
+    def text_of(read) -> str:
+        return jax.jit(read).lower(decoder, tokens).compile().as_text()
+
+    for_cache = text_of(lambda model, tokens: Transformer.read(model, tokens)[1])
+    for text, layers in (
+        (text_of(Transformer.read), config.num_layers),
+        (for_cache, config.num_layers - 1),
+    ):
+        assert text.count('custom_call_target="tpu_custom_call"') == layers
+        assert "splash_mha_fwd" in text and not with_two_axes_of_positions(text)
 
 
 @pytest.mark.slow
