@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
+from stepwiser_jax.algo.processbench import verdicts_at
 from stepwiser_jax.config import GenPrm
 from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
@@ -291,14 +291,19 @@ class GenPrmJudge:
         """Of every solution, for each of `suffixes`: (the turns of a path up to the first that does
         not say right, joined; whether each of them came to its end), as `Synthesizer` gives
         them."""
-        found = self._converse(solutions, params, suffixes)
+        found = self._converse(solutions, params, suffixes, to_first_no=True)
         return [[_critique(path) for path in paths] for paths in found]
 
     def _converse(
-        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+        self,
+        solutions: Sequence[Solution],
+        params: SamplingParams,
+        suffixes: Sequence[str],
+        *,
+        to_first_no: bool = False,
     ) -> list[list[list[tuple[Opinion, bool]]]]:
         """Of every solution, for each of `suffixes`, of every chunk: the opinion, and whether its
-        turn came to its end."""
+        turn came to its end. `to_first_no`: a path ends with the first that does not say right."""
         paths = [[self._begin(suffix) for suffix in suffixes] for _ in solutions]
         found: list[list[list[tuple[Opinion, bool]]]] = [[[] for _ in suffixes] for _ in solutions]
         for t in range(max((len(x.chunks) for x in solutions), default=0)):
@@ -306,7 +311,7 @@ class GenPrmJudge:
                 (s, k)
                 for s, x in enumerate(solutions)
                 for k in range(len(suffixes))
-                if t < len(x.chunks)
+                if t < len(x.chunks) and not (to_first_no and _ends_with_no(found[s][k]))
             ]
             for s, k in at:
                 self._ask(paths[s][k], solutions[s], t)
@@ -340,10 +345,12 @@ class GenPrmJudge:
         return Opinion(draft.turn, verdict, p_right, draft.num_tokens)
 
 
+def _ends_with_no(path: Sequence[tuple[Opinion, bool]]) -> bool:
+    return bool(path) and path[-1][0].verdict is not Verdict.POSITIVE
+
+
 def _critique(path: Sequence[tuple[Opinion, bool]]) -> tuple[str, bool]:
-    last = first_predicted_error([opinion.verdict for opinion, _ in path])
-    told = path if last == -1 else path[: last + 1]
-    return join_turns([opinion.completion for opinion, _ in told]), all(end for _, end in told)
+    return join_turns([opinion.completion for opinion, _ in path]), all(end for _, end in path)
 
 
 def verdict_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:

@@ -562,13 +562,10 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
 def test_a_critique_is_finished_whose_turns_came_to_their_end(
     bpe_tokenizer, monkeypatch, says, finished
 ):
-    """And it ends with the first wrong paragraph, whatever a turn behind that came to."""
-    rows = {"/k": lambda t: says if t == "1" else " so.</analyze>\n<output>"}
-    rows["/m"] = lambda t: says if t == "2" else " so.</analyze>\n<output>"
+    """And it ends with the first wrong paragraph: nothing is written behind that."""
 
     def script(row):
-        _, _, t, _, path = row.split("/")
-        return rows[f"/{path}"](t)
+        return says if row.split("/")[2] == "1" else " so.</analyze>\n<output>"
 
     judge = judge_of(
         bpe_tokenizer, monkeypatch, script, max_new_tokens=300, max_code_rounds=1, code=True
@@ -576,12 +573,11 @@ def test_a_critique_is_finished_whose_turns_came_to_their_end(
     monkeypatch.setattr(judge.engine, "log_odds", second_is_wrong(bpe_tokenizer))
     params = SamplingParams(300, stop_ids=bpe_tokenizer.eos_ids)
     three = Solution("s", "How many?", ["One.", "Two.", "Three."])
-    ((at_error, behind),) = judge.critiques([three], params, ["/k", "/m"])
-    assert at_error[1] is finished and behind[1] is True
-    for text, _ in (at_error, behind):
-        critique = parse_turns(text, INSTRUCT, 3)
-        assert critique is not None and critique.first_wrong == 1
-        assert "Paragraph 3" not in text
+    (((text, came_to_its_end),),) = judge.critiques([three], params, ["/k"])
+    assert came_to_its_end is finished
+    critique = parse_turns(text, INSTRUCT, 3)
+    assert critique is not None and critique.first_wrong == 1
+    assert {row.split("/")[2] for row in judge.engine.prompts} == {"0", "1"}
 
 
 def second_is_wrong(tokenizer):
