@@ -174,6 +174,31 @@ def contrast(
 
 
 @app.command()
+def compare(
+    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("compare"),
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=2**32 - 1, help="Once for each. [default: 0, 1, 2]"),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Instead, search the learning rates that are used.")
+    ] = False,
+) -> None:
+    """The paper's claims on the embedded task: every judge, search and selection, several seeds.
+
+    Reads nothing. Writes one run directory per stage and seed below --run-dir, compare.json and
+    compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
+    command with all of them then makes the table.
+    """
+    from stepwiser_jax.commands import compare as command
+
+    if tune:
+        command.tune(run_dir)
+    else:
+        command.run_compare(run_dir, seed or (0, 1, 2))
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[
         Path,

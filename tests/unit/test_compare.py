@@ -1,0 +1,151 @@
+"""The comparison's stages fit together, its tuning sees no test data, and what its numbers say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.commands import compare, compare_rows
+from stepwiser_jax.commands.compare_rows import Side
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.settings import validate
+
+JUDGES = [*compare_rows.JUDGES, *compare_rows.FEWER_LABELS]
+
+
+@pytest.fixture(autouse=True)
+def earlier_stages(monkeypatch):
+    """What settings are read from."""
+    found = {"classifier_examples": 850, "threshold": 0.4}
+    monkeypatch.setattr(Side, "summary", lambda side, name: found)
+
+
+def configs_of(side):
+    return [
+        (name, stage, validate(STAGE_CONFIGS[stage], settings(), name))
+        for name, stage, settings in compare_rows.every_stage(side)
+    ]
+
+
+def strings(value):
+    if isinstance(value, dict):
+        return [text for child in value.values() for text in strings(child)]
+    if isinstance(value, list | tuple):
+        return [text for child in value for text in strings(child)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_every_stage_reads_what_a_stage_before_it_wrote(tmp_path):
+    side = Side(tmp_path / "seed-3", 3)
+    seen = {}
+    for name, stage, config in configs_of(side):
+        read = [Path(text) for text in strings(config.model_dump()) if str(side.run_dir) in text]
+        assert {path.name for path in read} <= set(seen) and name not in {p.name for p in read}
+        assert seen.setdefault(name, (stage, config)) == (stage, config)
+        assert getattr(config, "seed", 3) == 3
+    assert {f"{judge}_score" for judge in JUDGES} <= set(seen)
+
+
+def test_tuning_sees_nothing_of_the_test_split(tmp_path):
+    splits = {
+        side.split: [s for _, _, c in configs_of(side) for s in strings(c.model_dump())]
+        for side in (Side(tmp_path, 0, "dev", length=0.5), Side(tmp_path, 0))
+    }
+    assert "test" not in splits["dev"] and {"dev", "test"} <= set(splits["test"])
+
+
+def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
+    for name, (row, rate) in compare_rows.JUDGES.items():
+        steps = [
+            next(settings() for run, _, settings in row(side, name, rate) if run == name)
+            for side in (Side(tmp_path, 0), Side(tmp_path, 0, length=0.5))
+        ]
+        key = "iterations" if "iterations" in steps[0] else "steps"
+        assert steps[0][key] == 2 * steps[1][key]
+        assert steps[0]["training"]["optimizer"]["learning_rate"] == rate
+
+
+def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
+    configs = {name: config for name, _, config in configs_of(Side(tmp_path, 0))}
+    for form in ("genprm", "thinkprm"):
+        runs = [configs[f"{form}_rationales_{share}"] for share in ("1", "0.1", "0.01")]
+        assert [run.limit for run in runs] == [850, 85, 8]
+
+
+def test_every_judge_has_as_many_trainings_to_find_its_rate():
+    assert set(compare_rows.CHOSEN) == set(compare_rows.JUDGES)
+    assert set(compare_rows.CHOSEN.values()) <= set(compare_rows.FACTORS)
+    assert {of for of, _ in compare_rows.FEWER_LABELS.values()} <= set(compare_rows.JUDGES)
+
+
+def test_settings_are_changed_in_a_copy():
+    tree = {"grpo": {"kl_coef": 0.2}, "seed": 0}
+    found = compare_rows.changed(tree, grpo__clip_eps_high=0.2, training__micro_batches=2, seed=1)
+    assert found == {
+        "grpo": {"kl_coef": 0.2, "clip_eps_high": 0.2},
+        "training": {"micro_batches": 2},
+        "seed": 1,
+    }
+    assert tree == {"grpo": {"kl_coef": 0.2}, "seed": 0}
+
+
+# --- what is made of the numbers ----------------------------------------------------------------
+
+
+def seeds_with(clipped, *pairs):
+    return [
+        {
+            "numbers": {"judge/clip_higher": better, "judge/clip": worse},
+            "paired_p": {"clip-higher > clip, 4 updates": 0.5},
+            "clipped_from_above": {"clip": clipped},
+        }
+        for better, worse in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clipped", "pairs", "verdict", "holds_in"),
+    [
+        (0.01, [(0.7, 0.6), (0.8, 0.5)], "holds", 2),
+        (0.01, [(0.7, 0.6), (0.5, 0.8)], "mixed", 1),
+        (0.01, [(0.6, 0.7), (0.5, 0.5)], "fails", 0),
+        (0.0, [(0.7, 0.6), (0.8, 0.5)], "not tested", 2),
+    ],
+)
+def test_a_claim_holds_where_it_does_in_every_seed(clipped, pairs, verdict, holds_in):
+    claim = next(claim for claim in compare.CLAIMS if claim.worse == "judge/clip")
+    found = compare.verdict_on(claim, seeds_with(clipped, *pairs))
+    assert (found["verdict"], found["holds_in"]) == (verdict, holds_in)
+    assert found["difference"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
+    assert found["paired_p"] == [0.5, 0.5]
+
+
+def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, capsys):
+    method = {"accuracy": 0.5, "policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0}
+    methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
+    summary = dict.fromkeys(methods, method) | {
+        "majority": {"8": method},
+        "best_of": {"mean": {"8": method}},
+        "weighted_majority": {"mean": {"8": method}},
+        "accuracy": 0.4,
+    }
+    score = {"subsets": {"arithmetic": {"official": {"f1": 0.7}}}}
+    found = lambda side, name: score if name.endswith("_score") else summary  # noqa: E731
+    monkeypatch.setattr(Side, "summary", found)
+    monkeypatch.setattr(compare, "run_stages", lambda side, stages, console: None)
+    quality = {rule: {"balanced_accuracy": 0.8} for rule in ("rel_effective", "abs_q")}
+    monkeypatch.setattr(compare, "label_quality", lambda run_dir: quality)
+    monkeypatch.setattr(compare, "contrast_runs", lambda a, b: {"average": {"difference_p": 0.3}})
+    monkeypatch.setattr(compare, "clip_share", lambda side, name: 0.01)
+    monkeypatch.setattr(compare, "seconds_of", lambda side, stages: 60.0)
+    assert main(["compare", "--run-dir", str(tmp_path), "--seed", "4", "--seed", "7"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert list(result["seeds"]) == ["4", "7"]
+    assert [claim["claim"] for claim in result["claims"]] == [c.says for c in compare.CLAIMS]
+    for claim in compare.CLAIMS:
+        assert claim.says in printed
+    for seed in result["seeds"].values():
+        assert {c.better for c in compare.CLAIMS} <= set(seed["numbers"])
+        assert {c.worse for c in compare.CLAIMS} <= set(seed["numbers"])
