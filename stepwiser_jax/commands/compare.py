@@ -168,7 +168,7 @@ def paired_p(side: Side, claim: Claim) -> float:
     """Of no difference in F1 on the same solutions (paired bootstrap)."""
     names = (name.removeprefix("judge/") for name in (claim.worse, claim.better))
     runs = (side.run_dir / f"{name}_score" for name in names)
-    return contrast_runs(*runs)["average"]["difference_p"]
+    return contrast_runs(*runs, votes=False)["average"]["difference_p"]
 
 
 def verdict_on(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:

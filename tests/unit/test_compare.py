@@ -136,7 +136,9 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     monkeypatch.setattr(compare, "run_stages", lambda side, stages, console: None)
     quality = {rule: {"balanced_accuracy": 0.8} for rule in ("rel_effective", "abs_q")}
     monkeypatch.setattr(compare, "label_quality", lambda run_dir: quality)
-    monkeypatch.setattr(compare, "contrast_runs", lambda a, b: {"average": {"difference_p": 0.3}})
+    monkeypatch.setattr(
+        compare, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
+    )
     monkeypatch.setattr(compare, "clip_share", lambda side, name: 0.01)
     monkeypatch.setattr(compare, "seconds_of", lambda side, stages: 60.0)
     assert main(["compare", "--run-dir", str(tmp_path), "--seed", "4", "--seed", "7"]) == 0
