@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import (
-    Classifier,
-    Classify,
-    Config,
-    Evaluate,
-    Judge,
-    Model,
-    Problems,
-    Rationalize,
-    Server,
-)
+from stepwiser_jax.config import Classifier, Classify, Evaluate, Judge, Rationalize, Server
+from stepwiser_jax.config_parts import Config, Model, Problems
 from stepwiser_jax.records import (
     ClassifierExample,
     JudgeExample,

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import STAGE_CONFIGS, LabelRule
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_parts import LabelRule
 from stepwiser_jax.records import (
     Judgment,
     PrefixValue,

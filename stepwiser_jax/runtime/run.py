@@ -30,7 +30,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import ComputeStage, Config
+from stepwiser_jax.config import ComputeStage
+from stepwiser_jax.config_parts import Config
 from stepwiser_jax.records import (
     KIND,
     Dialogue,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stepwiser_jax.config import Training
+from stepwiser_jax.config_parts import Training
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.records import UserError, atomic_write
 from stepwiser_jax.runtime import compilation, hosts

@@ -25,8 +25,9 @@ import jax
 
 from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Engine as Shapes
-from stepwiser_jax.config import Model, Refine
+from stepwiser_jax.config import Refine
+from stepwiser_jax.config_parts import Engine as Shapes
+from stepwiser_jax.config_parts import Model
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine

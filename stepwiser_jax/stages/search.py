@@ -47,7 +47,8 @@ import numpy as np
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Beams, Sampling, Search
+from stepwiser_jax.config import Beams, Search
+from stepwiser_jax.config_parts import Sampling
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.chunk_search import (

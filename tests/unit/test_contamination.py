@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config import Problems
+from stepwiser_jax.config_parts import Problems
 from stepwiser_jax.records import JudgeExample, Problem, UserError, write_records
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import read_problems
