@@ -32,17 +32,14 @@ from rich.progress import (
 
 from stepwiser_jax.config import ComputeStage
 from stepwiser_jax.config_parts import Config
-from stepwiser_jax.records import (
+from stepwiser_jax.record_files import (
     KIND,
-    Dialogue,
-    Record,
     RecordWriter,
-    SftExample,
-    UserError,
     atomic_write,
     read_written,
     write_manifest,
 )
+from stepwiser_jax.records import Dialogue, Record, SftExample, UserError
 from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard

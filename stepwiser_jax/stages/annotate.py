@@ -24,7 +24,8 @@ import jax
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.hosts import WHOLE, Shard

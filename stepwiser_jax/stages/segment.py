@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import Segment
-from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard

@@ -27,14 +27,8 @@ import jax
 
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Select
-from stepwiser_jax.records import (
-    Problem,
-    Selection,
-    Trajectory,
-    UserError,
-    natural_key,
-    read_records,
-)
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judges import load_judge

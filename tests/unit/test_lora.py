@@ -26,7 +26,8 @@ from stepwiser_jax.model.lora import (
     with_trained,
 )
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import JudgeExample, Verdict, write_records
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import JudgeExample, Verdict
 from stepwiser_jax.runtime.aot import abstract_model
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import TokenBatch

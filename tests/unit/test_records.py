@@ -5,21 +5,23 @@ import json
 import pytest
 
 from stepwiser_jax.config import Label
+from stepwiser_jax.record_files import (
+    RecordWriter,
+    from_json,
+    read_records,
+    to_json,
+    write_manifest,
+    write_records,
+)
 from stepwiser_jax.records import (
     ChunkLabel,
     Judgment,
     LabelledSolution,
     Problem,
-    RecordWriter,
     Trajectory,
     UserError,
     Verdict,
-    from_json,
     natural_key,
-    read_records,
-    to_json,
-    write_manifest,
-    write_records,
 )
 from stepwiser_jax.runtime.run import Metrics, RunDirectory
 from stepwiser_jax.settings import load_config

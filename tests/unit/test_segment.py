@@ -5,15 +5,8 @@ import json
 
 import pytest
 
-from stepwiser_jax.records import (
-    Problem,
-    Segmentation,
-    Trajectory,
-    UserError,
-    read_records,
-    write_manifest,
-    write_records,
-)
+from stepwiser_jax.record_files import read_records, write_manifest, write_records
+from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
