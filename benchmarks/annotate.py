@@ -144,7 +144,8 @@ def smollm2(model_dir: str, count: int) -> Work:
 def arithmetic(quickstart: Path, count: int) -> Work:
     import yaml
 
-    from stepwiser_jax.records import Problem, Trajectory, read_records
+    from stepwiser_jax.record_files import read_records
+    from stepwiser_jax.records import Problem, Trajectory
 
     config = yaml.safe_load((quickstart / "values" / "config.yaml").read_text())
     policy = str(quickstart / "policy")

@@ -34,7 +34,8 @@ from common import (
     write_json,
 )
 
-from stepwiser_jax.records import Problem, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh

@@ -1,6 +1,6 @@
 """A YAML file <-> a config: read, overridden, checked, written, compared.
 
-What may stand in one, and its defaults, is in `config.py`.
+What may stand in one, and its defaults, is in `config.py` and `config_parts.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from stepwiser_jax.config import STAGE_CONFIGS, Config
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_parts import Config
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from stepwiser_jax.algo.processbench import contrast, first_predicted_error, verdicts_at
 from stepwiser_jax.config import Classify, Evaluate
-from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError, read_manifest, read_records
+from stepwiser_jax.record_files import read_manifest, read_records
+from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import read_settings, validate

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import (
-    Classifier,
-    Classify,
-    Config,
-    Evaluate,
-    Judge,
-    Model,
-    Problems,
-    Rationalize,
-    Server,
-)
-from stepwiser_jax.records import (
-    ClassifierExample,
-    JudgeExample,
-    PrefixValue,
-    Trajectory,
-    read_parts,
-)
+from stepwiser_jax.config import Classifier, Classify, Evaluate, Judge, Rationalize, Server
+from stepwiser_jax.config_parts import Config, Model, Problems
+from stepwiser_jax.record_files import read_parts
+from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from stepwiser_jax.commands.programs import Programs, programs_of
-from stepwiser_jax.config import STAGE_CONFIGS, Classifier, Config, Judge, Sft
+from stepwiser_jax.config import STAGE_CONFIGS, Classifier, Judge, Sft
+from stepwiser_jax.config_parts import Config
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.aot import (
     GIB,

@@ -20,20 +20,9 @@ from flax import nnx
 
 from stepwiser_jax.algo.logprobs import default_slices
 from stepwiser_jax.algo.sampling import Draw
-from stepwiser_jax.config import (
-    Annotate,
-    Classifier,
-    ComputeStage,
-    Config,
-    Evaluate,
-    Judge,
-    Model,
-    Rollout,
-    Sampling,
-    Sft,
-    TrainedModel,
-)
-from stepwiser_jax.config import Engine as EngineConfig
+from stepwiser_jax.config import Annotate, Classifier, ComputeStage, Evaluate, Judge, Rollout, Sft
+from stepwiser_jax.config_parts import Config, Model, Sampling, TrainedModel
+from stepwiser_jax.config_parts import Engine as EngineConfig
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.model.splash import PRODUCTS, blocks_visited

@@ -20,16 +20,10 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import STAGE_CONFIGS, LabelRule
-from stepwiser_jax.records import (
-    Judgment,
-    PrefixValue,
-    Problem,
-    Trajectory,
-    Verdict,
-    atomic_write,
-    read_records,
-)
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_parts import LabelRule
+from stepwiser_jax.record_files import atomic_write, read_records
+from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory, Verdict
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import validate

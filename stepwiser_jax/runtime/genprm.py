@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from stepwiser_jax.algo.processbench import verdicts_at
-from stepwiser_jax.config import GenPrm
+from stepwiser_jax.config_parts import GenPrm
 from stepwiser_jax.records import UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.judging import Opinion, Solution

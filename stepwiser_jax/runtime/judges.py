@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import jax
 
-from stepwiser_jax.config import ClassifierJudge, GenerativeJudge, Model
+from stepwiser_jax.config_parts import ClassifierJudge, GenerativeJudge, Model
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.judging import ChunkJudge, SolutionJudge
 from stepwiser_jax.runtime.loading import load_for_decoding, load_model

@@ -27,7 +27,8 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Score, Transformer
-from stepwiser_jax.records import UserError, read_manifest
+from stepwiser_jax.record_files import read_manifest
+from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic

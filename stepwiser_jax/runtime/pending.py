@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepwiser_jax.records import Judged, read_jsonl, write_records
+from stepwiser_jax.record_files import read_jsonl, write_records
+from stepwiser_jax.records import Judged
 from stepwiser_jax.runtime import hosts
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from stepwiser_jax.config import Problems
-from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError, read_records
+from stepwiser_jax.config_parts import Problems
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts

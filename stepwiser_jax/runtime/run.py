@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,18 +31,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stepwiser_jax.config import ComputeStage, Config
-from stepwiser_jax.records import (
+from stepwiser_jax.config import ComputeStage
+from stepwiser_jax.config_parts import Config
+from stepwiser_jax.record_files import (
     KIND,
-    Dialogue,
-    Record,
     RecordWriter,
-    SftExample,
-    UserError,
     atomic_write,
     read_written,
     write_manifest,
 )
+from stepwiser_jax.records import Dialogue, Record, SftExample, UserError
 from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -75,8 +74,8 @@ class Interrupted(Exception):
 
 
 class RunDirectory:
-    """Nothing is written before the first of `writer`, `metrics` or `finish`: a stage reads and
-    checks its input first, so that a mistake leaves no directory behind."""
+    """Nothing is written before the first of `writer`, `write_blocks`, `metrics` or `finish`: a
+    stage reads and checks its input first, so that a mistake leaves no directory behind."""
 
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config."""
@@ -145,6 +144,25 @@ class RunDirectory:
         done = {record.record_id for record in read_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
         return [block for block in mine if not done.issuperset(ids_of(block))]
+
+    def write_blocks(
+        self,
+        work: Sequence[Sequence[T]],
+        record_type: type[R],
+        records_of: Callable[[Sequence[T]], Sequence[R]],
+    ) -> tuple[float, int]:
+        """Make the records of block after block and write them; between blocks the run can be
+        stopped, and nothing is lost. Returns seconds, and how many records were made."""
+        writer = self.writer(record_type)
+        start, made = time.perf_counter(), 0
+        with progress(self.stage, len(work)) as advance:
+            for block in work:
+                records = records_of(block)
+                writer.append(records)
+                made += len(records)
+                advance(1)
+                stop.check()
+        return time.perf_counter() - start, made
 
     def metrics(self) -> Metrics:
         return Metrics(self.create())

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stepwiser_jax.config import Training
+from stepwiser_jax.config_parts import Training
 from stepwiser_jax.model.hf import save_hf
-from stepwiser_jax.records import UserError, atomic_write
+from stepwiser_jax.record_files import atomic_write
+from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import Loaded

@@ -12,7 +12,6 @@ Reads `rollouts` and `policy`. Writes prefix values.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ import jax
 
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.tokenizer import completion_text
@@ -80,19 +80,14 @@ def annotate_blocks(
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
     check_trajectories(trajectories, engine, params)
 
-    writer = directory.writer(PrefixValue)
-    start, annotated = time.perf_counter(), 0
-    with (
-        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
-        progress("annotate", len(work)) as advance,
-    ):
+    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
             answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
             references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
             return verifier.verify(list(zip(answers, references, strict=True)))
 
-        for block in work:
+        def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
             values = []
             for num_rollouts in sorted({rollouts_of[t.problem_id] for t in block}):
                 values += estimate_prefix_values(
@@ -105,11 +100,9 @@ def annotate_blocks(
                     key=jax.random.key(config.seed),
                     policy_id=loaded.model_id,
                 )
-            writer.append(values)
-            annotated += len(values)
-            advance(1)
-            stop.check()
-    seconds = time.perf_counter() - start
+            return values
+
+        seconds, annotated = directory.write_blocks(work, PrefixValue, values_of)
     return {
         "sampled_tokens": engine.sampled_tokens,
         "tokens_per_second": engine.sampled_tokens / seconds,

@@ -13,7 +13,6 @@ whatever the threshold.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from stepwiser_jax.runtime.judging import Solution, judgment_of
 from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.runtime.scorer import Scorer
 
 
@@ -94,22 +93,17 @@ def score_blocks(
         prompt_style=config.prompt_style,
     )
     scorer.check_lengths([Solution.of_item(item) for item in items])
-    writer = directory.writer(Judgment)
-    start, scored = time.perf_counter(), 0
-    with progress("classify", len(work)) as advance:
-        for block in work:
-            found = scorer([Solution.of_item(item) for item in block])
-            writer.append(
-                [
-                    judgment_of(item, step, opinion, loaded.model_id)
-                    for item, opinions in zip(block, found, strict=True)
-                    for step, opinion in enumerate(opinions)
-                ]
-            )
-            scored += len(block)
-            advance(1)
-            stop.check()
-    return {"seconds_per_item": per_item(time.perf_counter() - start, scored)}
+
+    def judgments_of(block: Sequence[ProcessBenchItem]) -> list[Judgment]:
+        found = scorer([Solution.of_item(item) for item in block])
+        return [
+            judgment_of(item, step, opinion, loaded.model_id)
+            for item, opinions in zip(block, found, strict=True)
+            for step, opinion in enumerate(opinions)
+        ]
+
+    seconds, _ = directory.write_blocks(work, Judgment, judgments_of)
+    return {"seconds_per_item": per_item(seconds, sum(map(len, work)))}
 
 
 def summarize(

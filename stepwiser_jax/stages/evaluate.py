@@ -20,7 +20,6 @@ Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ from stepwiser_jax.runtime.judging import ChunkJudge, Opinion, Solution, judgmen
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge, Verification
 
 AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
@@ -95,17 +94,11 @@ def judge_blocks(
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
     judge = make_judge(config, loaded, engine)
     judge.check_lengths([Solution.of_item(item) for item in items])
-    writer = directory.writer(Judgment)
-    start, judged = time.perf_counter(), 0
-    with progress("evaluate", len(work)) as advance:
-        for block in work:
-            judgments = judge_block(config, judge, block)
-            writer.append(judgments)
-            judged += len(judgments)
-            advance(1)
-            stop.check()
+    seconds, judged = directory.write_blocks(
+        work, Judgment, lambda block: judge_block(config, judge, block)
+    )
     return {
-        "seconds_per_judgment": per_item(time.perf_counter() - start, judged),
+        "seconds_per_judgment": per_item(seconds, judged),
         "tokens_per_judgment": per_item(engine.sampled_tokens, judged),
         "compiled": engine.compiled_shapes,
     } | (judge.writer.measured if isinstance(judge, GenPrmJudge) else {})

@@ -19,6 +19,7 @@ from typing import Any
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.algo.labels import balanced
 from stepwiser_jax.config import AdaptiveRollouts, Label
+from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -27,7 +28,6 @@ from stepwiser_jax.records import (
     Problem,
     Trajectory,
     UserError,
-    read_records,
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.run import RunDirectory

@@ -26,7 +26,6 @@ and of those that are kept the examples, or the dialogues.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +52,7 @@ from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judging import Solution
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text import thinkprm
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
@@ -131,16 +130,9 @@ def write_blocks(
     else:
         write = CritiqueWriter(config, loaded, engine)
     write.check_lengths(examples)
-    writer = directory.writer(Rationale)
-    start, written = time.perf_counter(), 0
-    with progress("rationalize", len(work)) as advance:
-        for block in work:
-            writer.append(write(block))
-            written += len(block) * config.samples
-            advance(1)
-            stop.check()
+    seconds, written = directory.write_blocks(work, Rationale, write)
     return {
-        "seconds_per_rationale": per_item(time.perf_counter() - start, written),
+        "seconds_per_rationale": per_item(seconds, written),
         "compiled": engine.compiled_shapes,
     } | (write.teacher.writer.measured if isinstance(write, CritiqueWriter) else {})
 

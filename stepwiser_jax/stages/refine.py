@@ -14,7 +14,6 @@ after r turns; `rejected_tokens` are those of the solutions before it.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ import jax
 
 from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Engine as Shapes
-from stepwiser_jax.config import Model, Refine
+from stepwiser_jax.config import Refine
+from stepwiser_jax.config_parts import Engine as Shapes
+from stepwiser_jax.config_parts import Model
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
@@ -36,7 +36,7 @@ from stepwiser_jax.runtime.judging import Solution
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import (
@@ -97,19 +97,12 @@ def refine_blocks(
     )
     refine = Refiner(config, policy.tokenizer, engine, judge)
     refine.check_lengths(problems)
-    writer = directory.writer(SearchResult)
-    start, refined = time.perf_counter(), 0
-    with (
-        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
-        progress("refine", len(work)) as advance,
-    ):
-        for block in work:
-            writer.append(refine(block, verifier))
-            refined += len(block)
-            advance(1)
-            stop.check()
+    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+        seconds, _ = directory.write_blocks(
+            work, SearchResult, lambda block: refine(block, verifier)
+        )
     return {
-        "seconds_per_problem": per_item(time.perf_counter() - start, refined),
+        "seconds_per_problem": per_item(seconds, sum(map(len, work))),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "steps_without_verdict": refine.steps_without_verdict,

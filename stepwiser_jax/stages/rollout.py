@@ -9,7 +9,6 @@ Writes problems and trajectories.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
 from stepwiser_jax.text.chunks import (
@@ -74,20 +73,12 @@ def sample_blocks(
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
     sample.check_lengths(problems)
-
-    writer = directory.writer(Trajectory)
-    start, sampled = time.perf_counter(), 0
-    with (
-        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
-        progress("rollout", len(work)) as advance,
-    ):
-        for block in work:
-            writer.append(sample(block, verifier))
-            sampled += len(block) * config.group_size
-            advance(1)
-            stop.check()
+    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+        seconds, sampled = directory.write_blocks(
+            work, Trajectory, lambda block: sample(block, verifier)
+        )
     return {
-        "seconds_per_trajectory": per_item(time.perf_counter() - start, sampled),
+        "seconds_per_trajectory": per_item(seconds, sampled),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": sample.engine.compiled_shapes,

@@ -34,7 +34,6 @@ Reads `problems`, `policy`, and `judge` or `classifier`. Writes search results.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,8 @@ import numpy as np
 
 from stepwiser_jax.algo.selection import AGGREGATES, best, vote
 from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Beams, Sampling, Search
+from stepwiser_jax.config import Beams, Search
+from stepwiser_jax.config_parts import Sampling
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.chunk_search import (
@@ -66,7 +66,7 @@ from stepwiser_jax.runtime.judging import Solution, SolutionJudge
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop, worker_count
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts, end_patterns
@@ -99,20 +99,14 @@ def search_blocks(
     every worker must refuse what one would."""
     policy, judge = load_solvers(config)
     check_lengths(config, policy, judge, problems)
-    writer = directory.writer(SearchResult)
-    start, found = time.perf_counter(), 0
-    with (
-        AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier,
-        progress("search", len(work)) as advance,
-    ):
-        for block in work:
-            results = search_block(config, policy, judge, block)
-            writer.append(verified(results, block, verifier))
-            found += len(results)
-            advance(1)
-            stop.check()
+    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+        seconds, found = directory.write_blocks(
+            work,
+            SearchResult,
+            lambda block: verified(search_block(config, policy, judge, block), block, verifier),
+        )
     return {
-        "seconds_per_solution": per_item(time.perf_counter() - start, found),
+        "seconds_per_solution": per_item(seconds, found),
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": {

@@ -11,7 +11,6 @@ Reads `rollouts` and the teacher. Writes segmentations, also of solutions that n
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +20,15 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import Segment
-from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.remote import RemoteEngine
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import encode_message, segment_prompt
@@ -91,20 +91,15 @@ def cut_blocks(
 ) -> dict[str, Any]:
     """Segmentations of these blocks, written; returns what was measured."""
     propose, measured = make_proposer(config)
-    writer = directory.writer(Segmentation)
-    start, cut = time.perf_counter(), 0
-    with progress("segment", len(work)) as advance:
-        for block in work:
-            writer.append(
-                [
-                    choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
-                    for (trajectory, _), proposals in zip(block, propose(block), strict=True)
-                ]
-            )
-            cut += len(block)
-            advance(1)
-            stop.check()
-    return {"seconds_per_solution": per_item(time.perf_counter() - start, cut)} | measured
+
+    def cut(block: Solutions) -> list[Segmentation]:
+        return [
+            choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
+            for (trajectory, _), proposals in zip(block, propose(block), strict=True)
+        ]
+
+    seconds, solutions = directory.write_blocks(work, Segmentation, cut)
+    return {"seconds_per_solution": per_item(seconds, solutions)} | measured
 
 
 def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], dict[str, Any]]:

@@ -14,7 +14,6 @@ that has a response to choose.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,21 +26,15 @@ import jax
 
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Select
-from stepwiser_jax.records import (
-    Problem,
-    Selection,
-    Trajectory,
-    UserError,
-    natural_key,
-    read_records,
-)
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judges import load_judge
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, progress, stop
+from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -121,29 +114,25 @@ def select_blocks(
         judge = load_judge(settings, mesh=mesh, seed=config.seed)
         judge.check_lengths([s for each in candidates for s in each.solutions(tokenizer)])
     chunking = read_settings(Path(config.rollouts) / "config.yaml")["chunking"]
-    writer = directory.writer(Selection)
-    start, judged = time.perf_counter(), 0
-    with progress("select", len(work)) as advance:
-        for block in work:
-            solutions = [solution for each in block for solution in each.solutions(tokenizer)]
-            opinions = iter(judge(solutions) if judge else [])
-            writer.append(
-                [
-                    select(
-                        each,
-                        list(islice(opinions, len(each.responses))),
-                        tokenizer,
-                        tagged=CHUNK_CLOSE in end_patterns(chunking),
-                        seed=config.seed,
-                    )
-                    for each in block
-                ]
+
+    def selections_of(block: Sequence[Candidates]) -> list[Selection]:
+        solutions = [solution for each in block for solution in each.solutions(tokenizer)]
+        opinions = iter(judge(solutions) if judge else [])
+        return [
+            select(
+                each,
+                list(islice(opinions, len(each.responses))),
+                tokenizer,
+                tagged=CHUNK_CLOSE in end_patterns(chunking),
+                seed=config.seed,
             )
-            judged += len(solutions)
-            advance(1)
-            stop.check()
+            for each in block
+        ]
+
+    seconds, _ = directory.write_blocks(work, Selection, selections_of)
+    responses = sum(len(each.responses) for block in work for each in block)
     compiled = {} if judge is None else {"compiled": judge.compiled_shapes}
-    return {"seconds_per_response": per_item(time.perf_counter() - start, judged)} | compiled
+    return {"seconds_per_response": per_item(seconds, responses)} | compiled
 
 
 def select(

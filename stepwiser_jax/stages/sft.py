@@ -22,16 +22,8 @@ import optax
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
-from stepwiser_jax.records import (
-    KIND,
-    Dialogue,
-    Segmentation,
-    Selection,
-    SftExample,
-    UserError,
-    read_manifest,
-    read_records,
-)
+from stepwiser_jax.record_files import KIND, read_manifest, read_records
+from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training

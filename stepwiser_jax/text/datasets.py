@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from stepwiser_jax.record_files import from_fields, parse_json, read_records
 from stepwiser_jax.records import (
     ClassifierExample,
     JudgeExample,
@@ -25,9 +26,6 @@ from stepwiser_jax.records import (
     ProcessBenchItem,
     Record,
     UserError,
-    from_fields,
-    parse_json,
-    read_records,
 )
 from stepwiser_jax.text.answers import extract_answer
 from stepwiser_jax.text.solutions import (

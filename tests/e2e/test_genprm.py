@@ -6,16 +6,14 @@ import random
 import pytest
 
 from stepwiser_jax.__main__ import main
+from stepwiser_jax.record_files import RecordWriter, read_records, write_records
 from stepwiser_jax.records import (
     ClassifierExample,
     Dialogue,
     Judgment,
     ProcessBenchItem,
     Rationale,
-    RecordWriter,
     SearchResult,
-    read_records,
-    write_records,
 )
 from stepwiser_jax.text.genprm import BARE
 

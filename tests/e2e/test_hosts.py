@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.records import (
-    Judgment,
-    PrefixValue,
-    SearchResult,
-    Selection,
-    Trajectory,
-    read_records,
-)
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import Judgment, PrefixValue, SearchResult, Selection, Trajectory
 
 from .conftest import command
 from .test_kill import everything

@@ -9,6 +9,7 @@ import pytest
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.model.hf import load_hf
+from stepwiser_jax.record_files import RecordWriter, read_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -17,12 +18,10 @@ from stepwiser_jax.records import (
     PrefixValue,
     Problem,
     Rationale,
-    RecordWriter,
     SearchResult,
     Selection,
     SftExample,
     Trajectory,
-    read_records,
 )
 from stepwiser_jax.runtime import training_run
 from stepwiser_jax.runtime.checkpoint import Checkpointer

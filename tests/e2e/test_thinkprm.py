@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from stepwiser_jax.records import ClassifierExample, Judgment, Rationale, SftExample, read_records
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import ClassifierExample, Judgment, Rationale, SftExample
 
 pytestmark = pytest.mark.slow
 

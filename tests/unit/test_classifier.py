@@ -20,7 +20,8 @@ from stepwiser_jax.algo.processbench import (
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
 from stepwiser_jax.model.hf import named_tensors, save_hf
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import ClassifierExample, ProcessBenchItem, UserError, write_records
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import ClassifierExample, ProcessBenchItem, UserError
 from stepwiser_jax.runtime.data import (
     classifier_documents,
     classifier_loader,

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config import Problems
-from stepwiser_jax.records import JudgeExample, Problem, UserError, write_records
+from stepwiser_jax.config_parts import Problems
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import JudgeExample, Problem, UserError
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.settings import load_config

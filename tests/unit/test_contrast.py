@@ -9,13 +9,8 @@ import yaml
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.algo.processbench import processbench_f1
-from stepwiser_jax.records import (
-    Judgment,
-    Verdict,
-    read_records,
-    write_manifest,
-    write_records,
-)
+from stepwiser_jax.record_files import read_records, write_manifest, write_records
+from stepwiser_jax.records import Judgment, Verdict
 
 LABELS = [2, 1, -1, -1, 0, -1]
 OF_A, OF_B = [2, -1, -1, 0, 1, -1], [2, 1, -1, 1, 0, -1]

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from stepwiser_jax.records import JudgeExample, UserError, write_records
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import JudgeExample, UserError
 from stepwiser_jax.text.datasets import (
     load_judge_examples,
     load_problems,

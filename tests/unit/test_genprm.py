@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData
+from stepwiser_jax.config import SftData
+from stepwiser_jax.config_parts import GenPrm, GenPrmVerdicts
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import (
     ClassifierExample,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.algo.sft import cross_entropy_loss
 from stepwiser_jax.commands.programs import forward_flops, update_flops, weight_flops
-from stepwiser_jax.config import TrainedModel
+from stepwiser_jax.config_parts import TrainedModel
 from stepwiser_jax.model.attention import XLA
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
@@ -26,7 +26,8 @@ from stepwiser_jax.model.lora import (
     with_trained,
 )
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import JudgeExample, Verdict, write_records
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import JudgeExample, Verdict
 from stepwiser_jax.runtime.aot import abstract_model
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import TokenBatch

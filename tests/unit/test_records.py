@@ -5,23 +5,26 @@ import json
 import pytest
 
 from stepwiser_jax.config import Label
+from stepwiser_jax.record_files import (
+    RecordWriter,
+    from_json,
+    read_records,
+    read_written,
+    to_json,
+    write_manifest,
+    write_records,
+)
 from stepwiser_jax.records import (
     ChunkLabel,
     Judgment,
     LabelledSolution,
     Problem,
-    RecordWriter,
     Trajectory,
     UserError,
     Verdict,
-    from_json,
     natural_key,
-    read_records,
-    to_json,
-    write_manifest,
-    write_records,
 )
-from stepwiser_jax.runtime.run import Metrics, RunDirectory
+from stepwiser_jax.runtime.run import Interrupted, Metrics, RunDirectory, blocks, stop
 from stepwiser_jax.settings import load_config
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
@@ -143,6 +146,30 @@ def test_run_directory_writes_nothing_before_it_must(tmp_path):
     assert directory.finished
     assert directory.summary()["x"] == 1
     assert directory.summary()["peak_host_memory_bytes"] > 0
+
+
+def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(tmp_path, monkeypatch):
+    done = []
+
+    def copied(block):
+        monkeypatch.setattr(stop, "requested", not done)  # in the first block
+        done.append(list(block))
+        return block
+
+    def work_off():
+        directory = RunDirectory(tmp_path, "label", label_config())
+        work = blocks(PROBLEMS, 2)
+        work = directory.pending(work, Problem, lambda block: [p.problem_id for p in block])
+        return directory.write_blocks(work, Problem, copied)
+
+    with pytest.raises(Interrupted):
+        work_off()
+    assert read_written(tmp_path, Problem) == PROBLEMS[:2]
+    seconds, made = work_off()
+    assert seconds > 0 and made == 2
+    assert done == [PROBLEMS[:2], PROBLEMS[2:]]
+    assert read_written(tmp_path, Problem) == PROBLEMS
+    assert work_off()[1] == 0
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):

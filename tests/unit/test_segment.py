@@ -5,16 +5,9 @@ import json
 
 import pytest
 
-from stepwiser_jax.records import (
-    Problem,
-    Segmentation,
-    Trajectory,
-    UserError,
-    read_records,
-    write_manifest,
-    write_records,
-)
-from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.record_files import read_records, write_manifest, write_records
+from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
+from stepwiser_jax.runtime.run import RunDirectory, stop
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import segment, sft
@@ -153,7 +146,7 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
     settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 200}}
     config = config_of(tmp_path, rollouts, **settings)
     with pytest.MonkeyPatch.context() as patch:  # killed behind the second block
-        patch.setattr(segment.stop, "check", lambda: parrot.blocks == 2 and 1 / 0)
+        patch.setattr(stop, "check", lambda: parrot.blocks == 2 and 1 / 0)
         with pytest.raises(ZeroDivisionError):
             segment.run(config, tmp_path / "s")
     summary = segment.run(config, tmp_path / "s")

@@ -5,16 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import (
-    Problem,
-    Selection,
-    Trajectory,
-    UserError,
-    Verdict,
-    read_records,
-    write_manifest,
-    write_records,
-)
+from stepwiser_jax.record_files import read_records, write_manifest, write_records
+from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, Verdict
 from stepwiser_jax.runtime.judging import Opinion
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import select, sft

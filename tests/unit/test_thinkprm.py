@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config import GenerativeJudge
+from stepwiser_jax.config_parts import GenerativeJudge
 from stepwiser_jax.records import ClassifierExample, UserError, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.judges import load_judge
