@@ -32,7 +32,7 @@ from stepwiser_jax.commands.compare_rows import (
 from stepwiser_jax.commands.contrast import contrast_runs
 from stepwiser_jax.commands.quickstart import label_quality, timed
 from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.records import atomic_write
+from stepwiser_jax.record_files import atomic_write
 from stepwiser_jax.settings import validate
 from stepwiser_jax.tasks import arithmetic
 
