@@ -221,10 +221,16 @@ def by_classifier(side: Side, name: str, rate: float) -> list[Stage]:
     ]
 
 
+START_STEPS = {"genprm": 300, "thinkprm": 900}
+"""A chain must find in the solution what it verifies, where a turn has it before its eyes: behind
+300 steps ThinkPRM's looks at the wrong places."""
+
+
 def prm_start(side: Side, form: str) -> Stage:
     """A generative reward model's form, taught to the cold start by the same imperfect teacher."""
+    steps = START_STEPS[form]
     tree = changed(
-        fine_tuning(f"arithmetic-{form}", 2400, side.seed, 300),
+        fine_tuning(f"arithmetic-{form}", 8 * steps, side.seed, steps),
         model={"path": side.at("cold_start")},
         max_length=CHAIN,
     )
@@ -299,7 +305,19 @@ JUDGES: dict[str, tuple[Row, float]] = {
 """How each judge is trained, and the first guess of its learning rate."""
 
 FACTORS = (0.5, 1.0, 2.0)
-CHOSEN: dict[str, float] = dict.fromkeys(JUDGES, 1.0)
+CHOSEN = {
+    "stepwiser": 1.0,
+    "absolute_labels": 1.0,
+    "lines": 1.0,
+    "no_reasoning": 1.0,
+    "unbalanced": 0.5,
+    "clip_higher": 1.0,
+    "clip": 1.0,
+    "offline": 1.0,
+    "classifier": 2.0,
+    "genprm": 1.0,
+    "thinkprm": 1.0,
+}
 """The factor of `FACTORS` that `tune` chose for each."""
 
 FEWER_LABELS: dict[str, tuple[str, Row]] = {
