@@ -307,8 +307,8 @@ JUDGES: dict[str, tuple[Row, float]] = {
 FACTORS = (0.5, 1.0, 2.0)
 CHOSEN = {
     "stepwiser": 1.0,
-    "absolute_labels": 1.0,
-    "lines": 1.0,
+    "absolute_labels": 2.0,
+    "lines": 2.0,
     "no_reasoning": 1.0,
     "unbalanced": 0.5,
     "clip_higher": 1.0,

@@ -11,6 +11,7 @@ from stepwiser_jax.commands.compare_rows import Side
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.settings import validate
 
+REPOSITORY = Path(__file__).parents[2]
 JUDGES = [*compare_rows.JUDGES, *compare_rows.FEWER_LABELS]
 
 
@@ -74,8 +75,12 @@ def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
 
 
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
-    assert set(compare_rows.CHOSEN) == set(compare_rows.JUDGES)
-    assert set(compare_rows.CHOSEN.values()) <= set(compare_rows.FACTORS)
+    tuning = json.loads((REPOSITORY / "docs" / "comparison_tuning.json").read_text())
+    assert compare_rows.CHOSEN == tuning["chosen"]
+    assert set(tuning["scores"]) == set(compare_rows.JUDGES)
+    for name, scores in tuning["scores"].items():
+        assert list(map(float, scores)) == list(compare_rows.FACTORS)
+        assert scores[f"{tuning['chosen'][name]:g}"] == max(scores.values())
     assert {of for of, _ in compare_rows.FEWER_LABELS.values()} <= set(compare_rows.JUDGES)
 
 
