@@ -3,7 +3,7 @@
 `compare_rows` says what the rows are. Every judge has the same budget for its learning rate:
 `tune` trains it with each of `FACTORS` for half of its steps, with a seed of its own, and takes
 its F1 on the solutions of the development split. Run again after a stop, both go on where they
-were; seeds may run side by side, and the table of all of them is then made from what is finished.
+were; seeds may run runs by runs, and the table of all of them is then made from what is finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from stepwiser_jax.commands.compare_rows import (
     FEWER_LABELS,
     JUDGES,
     SELECTIONS,
-    Side,
+    STARTS,
+    SeedRuns,
     Stage,
     base,
     every_stage,
@@ -33,6 +34,7 @@ from stepwiser_jax.commands.contrast import contrast_runs
 from stepwiser_jax.commands.quickstart import label_quality, timed
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.record_files import atomic_write
+from stepwiser_jax.records import UserError
 from stepwiser_jax.settings import validate
 from stepwiser_jax.tasks import arithmetic
 
@@ -42,64 +44,81 @@ TUNING_SEED = 1000
 # --- one seed -----------------------------------------------------------------------------------
 
 
-def run_stages(side: Side, stages: Sequence[Stage], console: Console) -> None:
+def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> None:
     for name, stage, settings in stages:
-        console.print(f"[bold]{side.run_dir.name}/{name}[/bold] ({stage})")
+        console.print(f"[bold]{runs.run_dir.name}/{name}[/bold] ({stage})")
         config = validate(STAGE_CONFIGS[stage], settings(), f"compare {name}")
         module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
-        timed(side.run_dir / name, module.run, config)
+        timed(runs.run_dir / name, module.run, config)
 
 
-def f1_of(side: Side, name: str) -> float:
-    """Official F1 of a judge's greedy judgments, or of a classifier at its threshold."""
-    summary = side.summary(f"{name}_score")
+def score_of(runs: SeedRuns, name: str) -> dict[str, float]:
+    """Official F1, acc_error, acc_correct of greedy judgments, or of a classifier's threshold."""
+    summary = runs.summary(f"{name}_score")
     subsets = summary.get("greedy", summary)["subsets"]
-    return subsets[arithmetic.SUBSET]["official"]["f1"]
+    return subsets[arithmetic.SUBSET]["official"]
 
 
-def clip_share(side: Side, name: str) -> float:
-    """Share of tokens whose ratio was clipped from above, the mean over iterations."""
-    lines = (side.run_dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(np.mean([json.loads(line)["clip_fraction_high"] for line in lines]))
+def training_of(runs: SeedRuns, name: str) -> dict[str, float]:
+    """Of a training by GRPO: the share of tokens whose ratio was clipped from above, the mean over
+    iterations; and the mean reward of the last ten."""
+    lines = (runs.run_dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    return {
+        "clipped_from_above": float(np.mean([m["clip_fraction_high"] for m in metrics])),
+        "reward": float(np.mean([m["reward"] for m in metrics[-10:]])),
+    }
 
 
-def seconds_of(side: Side, stages: Sequence[Stage]) -> float:
-    runs = {name for name, _, _ in stages}
-    return sum(json.loads((side.run_dir / run / "seconds.json").read_text()) for run in runs)
-
-
-def run_seed(side: Side, console: Console) -> dict[str, Any]:
-    """Every row of one seed; returns its numbers, fractions between 0 and 1, and its seconds."""
-    stages = every_stage(side)
-    run_stages(side, stages, console)
-    search, with_classifier = side.summary("search"), side.summary("search_classifier")
-    methods = {
+def methods_of(search: dict[str, Any], by_classifier: dict[str, Any]) -> dict[str, Any]:
+    """Of the summaries of the two searches, what is compared."""
+    return {
         "plain": search["plain"],
         "greedy": search["greedy"],
         "majority": search["majority"]["8"],
         "best_of": search["best_of"]["mean"]["8"],
-        "weighted_majority": search["weighted_majority"]["mean"]["8"],
+        "weighted_majority": search["weighted_majority"]["product"]["8"],
         "beam": search["beam"],
         "dvts": search["dvts"],
         "chunk_reset": search["chunk_reset"],
-        "chunk_reset_classifier": with_classifier["chunk_reset"],
+        "chunk_reset_classifier": by_classifier["chunk_reset"],
     }
-    judges = ("cold_start", *JUDGES, *FEWER_LABELS)
-    numbers = {f"judge/{name}": f1_of(side, name) for name in judges}
-    for rule, quality in label_quality(side.run_dir).items():
-        numbers[f"labels/{rule}"] = quality["balanced_accuracy"]
-    for name, row in methods.items():
-        numbers[f"search/{name}"] = row["accuracy"]
-    numbers["selection/before"] = side.summary("policy_solves")["accuracy"]
-    for name in SELECTIONS:
-        numbers[f"selection/{name}"] = side.summary(f"selected_{name}_solves")["accuracy"]
+
+
+def seconds_of(runs: SeedRuns, stages: Sequence[Stage]) -> float:
+    names = {name for name, _, _ in stages}
+    return sum(json.loads((runs.run_dir / name / "seconds.json").read_text()) for name in names)
+
+
+def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
+    """Every row of one seed; returns its numbers, fractions between 0 and 1, and its seconds."""
+    stages = every_stage(runs)
+    run_stages(runs, stages, console)
+    scores = {name: score_of(runs, name) for name in (*STARTS, *JUDGES, *FEWER_LABELS)}
+    methods = methods_of(runs.summary("search"), runs.summary("search_classifier"))
+    clip_pair = {name: training_of(runs, name) for name in CLIP_PAIR}
+    numbers = {
+        **{
+            f"labels/{rule}": q["balanced_accuracy"]
+            for rule, q in label_quality(runs.run_dir).items()
+        },
+        **{f"judge/{name}": score["f1"] for name, score in scores.items()},
+        **{f"reward/{name}": training["reward"] for name, training in clip_pair.items()},
+        **{f"search/{name}": method["accuracy"] for name, method in methods.items()},
+        "selection/before": runs.summary("policy_solves")["accuracy"],
+        **{
+            f"selection/{name}": runs.summary(f"selected_{name}_solves")["accuracy"]
+            for name in SELECTIONS
+        },
+    }
     costs = ("policy_tokens", "judge_tokens", "rejected_tokens")
     return {
         "numbers": numbers,
-        "paired_p": {claim.says: paired_p(side, claim) for claim in CLAIMS if claim.is_of_judges},
+        "scores": scores,
         "tokens": {name: {key: row[key] for key in costs} for name, row in methods.items()},
-        "clipped_from_above": {name: clip_share(side, name) for name in ("clip_higher", "clip")},
-        "seconds": seconds_of(side, stages),
+        "clipped_from_above": {name: t["clipped_from_above"] for name, t in clip_pair.items()},
+        "paired_p": {claim.says: paired_p(runs, claim) for claim in CLAIMS if claim.is_of_judges},
+        "seconds": seconds_of(runs, stages),
     }
 
 
@@ -120,26 +139,30 @@ class Claim:
         return self.better.startswith("judge/") and self.worse.startswith("judge/")
 
 
+CLIP_PAIR = ("clip_higher", "clip")
 CLAIMS = (
     Claim("relative > absolute labels: judge", "judge/stepwiser", "judge/absolute_labels",
           "7B 61.9, 53.8; 1.5B 34.8, 36.1 (table 5)"),
     Claim("relative > absolute labels: against the truth", "labels/rel_effective", "labels/abs_q",
           "not measured"),
-    Claim("chunks > lines", "judge/stepwiser", "judge/lines",
+    Claim("chunks > lines, as many rollouts, both judge chunks", "judge/stepwiser", "judge/lines",
           "1.5B Rel-Ratio 36.2, 31.0 (table 9)"),
     Claim("RL > offline", "judge/stepwiser", "judge/offline", "1.5B 36.2, 23.1 (table 6)"),
     Claim("offline > classifier", "judge/offline", "judge/classifier",
-          "1.5B 23.1, 24.1 (table 6)"),
+          "1.5B 23.1, 24.1: fails there (table 6)"),
     Claim("RL > classifier", "judge/stepwiser", "judge/classifier",
           "7B 61.9, 39.7; 1.5B 34.8, 29.2 (table 5)"),
     Claim("reasoning > verdicts alone", "judge/stepwiser", "judge/no_reasoning",
           "7B 60.5, 47.9; 1.5B 36.2, 34.3 (table 6)"),
     Claim("balanced > unbalanced prompts", "judge/stepwiser", "judge/unbalanced",
           "7B 61.9, 49.4 (table 10)"),
-    Claim("clip-higher > clip, 4 updates", "judge/clip_higher", "judge/clip", "figure 4"),
+    Claim("clip-higher > clip, 4 updates: judge", "judge/clip_higher", "judge/clip", "no number"),
+    Claim("clip-higher > clip, 4 updates: last reward", "reward/clip_higher", "reward/clip",
+          "7B Rel-Ratio: higher (figure 4)"),
     Claim("chunk-reset > plain", "search/chunk_reset", "search/plain",
           "1.5B 36.7, 31.2; 7B 63.2, 57.4 (table 7)"),
-    Claim("chunk-reset > greedy", "search/chunk_reset", "search/greedy", "not measured"),
+    Claim("chunk-reset > greedy, which costs less", "search/chunk_reset", "search/greedy",
+          "not measured"),
     Claim("chunk-reset > majority, same budget", "search/chunk_reset", "search/majority",
           "not measured"),
     Claim("chunk-reset: judge > classifier", "search/chunk_reset",
@@ -151,7 +174,7 @@ CLAIMS = (
     Claim("selection: judge without answers > random", "selection/stepwiser_alone",
           "selection/random", "not measured"),
     Claim("GenPRM on all labels > classifier on all", "judge/genprm", "judge/classifier",
-          "GenPRM 7B 75.2, 60.0 without reasoning"),
+          "GenPRM 7B on 25, 50, 100%: 71.7, 74.5, 75.2"),
     Claim("GenPRM on 10% > classifier on all", "judge/genprm_10", "judge/classifier",
           "no number"),
     Claim("GenPRM on 1% > classifier on all", "judge/genprm_1", "judge/classifier", "no number"),
@@ -164,31 +187,34 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def paired_p(side: Side, claim: Claim) -> float:
+def paired_p(runs: SeedRuns, claim: Claim) -> float:
     """Of no difference in F1 on the same solutions (paired bootstrap)."""
     names = (name.removeprefix("judge/") for name in (claim.worse, claim.better))
-    runs = (side.run_dir / f"{name}_score" for name in names)
-    return contrast_runs(*runs, votes=False)["average"]["difference_p"]
+    worse, better = (runs.run_dir / f"{name}_score" for name in names)
+    return contrast_runs(worse, better, votes=False)["average"]["difference_p"]
+
+
+VERDICTS = {frozenset({1.0}): "holds", frozenset({-1.0}): "fails"}
 
 
 def verdict_on(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A claim holds where it does in every seed, fails where it does in none."""
+    """A claim holds where it does in every seed, and fails where its contrary does. A seed tells
+    nothing of the clip where both of the pair were clipped alike."""
+    is_of_clip = claim.better.endswith("/clip_higher")
+    tested = [s for s in seeds if not is_of_clip or len(set(s["clipped_from_above"].values())) > 1]
     better = [seed["numbers"][claim.better] for seed in seeds]
     worse = [seed["numbers"][claim.worse] for seed in seeds]
+    signs = {np.sign(s["numbers"][claim.better] - s["numbers"][claim.worse]) for s in tested}
     differences = np.subtract(better, worse)
-    holds = int(np.sum(differences > 0))
-    verdict = {len(seeds): "holds", 0: "fails"}.get(holds, "mixed")
-    if claim.worse == "judge/clip" and not any(s["clipped_from_above"]["clip"] for s in seeds):
-        verdict = "not tested"
     return {
         "claim": claim.says,
         "better": better,
         "worse": worse,
         "difference": float(np.mean(differences)),
         "spread": float(np.std(differences, ddof=1)) if len(seeds) > 1 else None,
-        "holds_in": holds,
+        "holds_in": int(np.sum(differences > 0)),
         "paired_p": [seed["paired_p"][claim.says] for seed in seeds if claim.is_of_judges],
-        "verdict": verdict,
+        "verdict": "not tested" if not tested else VERDICTS.get(frozenset(signs), "mixed"),
         "paper": claim.paper,
     }
 
@@ -197,11 +223,14 @@ def verdict_on(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_compare(run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """These seeds, one after another; writes compare.json and compare.md."""
+    """These seeds, one after another; writes compare.json and compare.md. Raises UserError for the
+    seed that rates were searched for with."""
+    if TUNING_SEED in seeds:
+        raise UserError(f"--seed {TUNING_SEED} is the one that --tune has used: choose another")
     console = Console()
-    found = {seed: run_seed(Side(run_dir / f"seed-{seed}", seed), console) for seed in seeds}
+    found = {seed: run_seed(SeedRuns(run_dir / f"seed-{seed}", seed), console) for seed in seeds}
     result = {
-        "command": "stepwiser compare " + " ".join(f"--seed {seed}" for seed in seeds),
+        "command": "stepwiser compare " + " ".join(f"--seed {seed}" for seed in found),
         "chosen_factors": CHOSEN,
         "seeds": found,
         "claims": [verdict_on(claim, list(found.values())) for claim in CLAIMS],
@@ -213,43 +242,78 @@ def run_compare(run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown, percent: the claims, and every number with its seeds."""
+    """Markdown: the claims, every number of every seed, and what they took."""
     seeds = list(result["seeds"].values())
+    clipped = [
+        ", ".join(f"{100 * seed['clipped_from_above'][name]:.3f}%" for seed in seeds)
+        for name in CLIP_PAIR
+    ]
+    minutes = ", ".join(f"{seed['seconds'] / 60:.0f}" for seed in seeds)
+    return "\n".join(
+        [
+            *claims_table(result["claims"], len(seeds)),
+            "",
+            "Percent, means over the seeds; the difference with its standard deviation. p: of no",
+            "difference in F1 on the same solutions, two-sided, by paired bootstrap, seed by seed.",
+            "",
+            *numbers_table(result["seeds"]),
+            "",
+            "Percent: balanced accuracy of labels; F1 of judges (and how many solutions are right",
+            "of those with an error, of those without); mean reward of the last ten iterations;",
+            "accuracy. Of a search: tokens of policy and judge a problem; and those rejected.",
+            "",
+            f"Tokens clipped from above: {clipped[0]} with clip-higher, {clipped[1]} without.",
+            f"Minutes: {minutes}.",
+            "",
+        ]
+    )
+
+
+def claims_table(claims: Sequence[dict[str, Any]], num_seeds: int) -> list[str]:
     lines = [
-        "| claim | here | difference | holds | p of each seed | the paper's |",
+        "| claim | here | difference | holds | p | the paper's |",
         "|---|---|---|---|---|---|",
     ]
-    for claim in result["claims"]:
-        better, worse = (100 * float(np.mean(claim[side])) for side in ("better", "worse"))
+    for claim in claims:
+        better, worse = (100 * float(np.mean(claim[key])) for key in ("better", "worse"))
         spread = "" if claim["spread"] is None else f" ± {100 * claim['spread']:.1f}"
+        p = ", ".join(f"{p:.2g}" for p in claim["paired_p"])
         lines.append(
             f"| {claim['claim']} | {better:.1f}, {worse:.1f} | "
-            f"{100 * claim['difference']:+.1f}{spread} | {claim['verdict']}: "
-            f"{claim['holds_in']} of {len(seeds)} | "
-            f"{', '.join(f'{p:.2g}' for p in claim['paired_p'])} | {claim['paper']} |"
+            f"{100 * claim['difference']:+.1f}{spread} | "
+            f"{claim['verdict']}: {claim['holds_in']} of {num_seeds} | {p} | {claim['paper']} |"
         )
-    numbers = [f"seed {seed}" for seed in result["seeds"]]
-    lines += ["", f"| | {' | '.join(numbers)} | mean | sd |", "|---" * (len(seeds) + 3) + "|"]
-    for name in seeds[0]["numbers"]:
-        values = np.array([100 * seed["numbers"][name] for seed in seeds])
+    return lines
+
+
+def numbers_table(seeds: dict[int, dict[str, Any]]) -> list[str]:
+    heads = " | ".join(f"seed {seed}" for seed in seeds)
+    lines = [f"| | {heads} | mean | sd | |", "|---" * (len(seeds) + 4) + "|"]
+    found = list(seeds.values())
+    for name in found[0]["numbers"]:
+        values = np.array([100 * seed["numbers"][name] for seed in found])
         sd = f"{values.std(ddof=1):.1f}" if len(values) > 1 else ""
         cells = " | ".join(f"{value:.1f}" for value in values)
-        tokens = [seed["tokens"].get(name.removeprefix("search/")) for seed in seeds]
-        if name.startswith("search/"):
-            policy, judge, rejected = (
-                float(np.mean([of_seed[key] for of_seed in tokens]))
-                for key in ("policy_tokens", "judge_tokens", "rejected_tokens")
-            )
-            name += f" ({policy:.0f} + {judge:.0f}, {rejected:.0f} rejected)"
-        lines.append(f"| {name} | {cells} | {values.mean():.1f} | {sd} |")
-    minutes = ", ".join(f"{seed['seconds'] / 60:.0f}" for seed in seeds)
-    clipped = [seed["clipped_from_above"]["clip"] for seed in seeds]
-    shares = ", ".join(f"{100 * share:.2f}%" for share in clipped)
-    lines += [
-        "",
-        f"Minutes a seed: {minutes}. Tokens clipped from above without clip-higher: {shares}.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines.append(
+            f"| {name} | {cells} | {values.mean():.1f} | {sd} | {details_of(name, found)} |"
+        )
+    return lines
+
+
+def details_of(name: str, seeds: Sequence[dict[str, Any]]) -> str:
+    """What stands behind a number, means over the seeds."""
+    kind, row = name.split("/")
+
+    def mean(table: str, key: str) -> float:
+        return float(np.mean([seed[table][row][key] for seed in seeds]))
+
+    if kind == "judge":
+        error, correct = (100 * mean("scores", f"acc_{side}") for side in ("error", "correct"))
+        return f"({error:.1f}, {correct:.1f})"
+    if kind == "search":
+        policy, judge = mean("tokens", "policy_tokens"), mean("tokens", "judge_tokens")
+        return f"({policy:.0f} + {judge:.0f}; {mean('tokens', 'rejected_tokens'):.0f})"
+    return ""
 
 
 def tune(run_dir: Path) -> dict[str, Any]:
@@ -257,16 +321,16 @@ def tune(run_dir: Path) -> dict[str, Any]:
     half of its steps; the best, the earliest of equals, is what `CHOSEN` should hold. Writes
     tuning.json."""
     console = Console()
-    side = Side(run_dir / "tuning", TUNING_SEED, split="dev", length=0.5)
-    run_stages(side, base(side), console)
+    runs = SeedRuns(run_dir / "tuning", TUNING_SEED, split="dev", share_of_steps=0.5)
+    run_stages(runs, base(runs), console)
     scores: dict[str, dict[str, float]] = {}
     for name, (row, rate) in JUDGES.items():
         scores[name] = {}
         for factor in FACTORS:
             run = f"{name}_x{factor:g}"
-            run_stages(side, row(side, run, rate * factor), console)
-            scores[name][f"{factor:g}"] = f1_of(side, run)
-    runs = sorted(side.run_dir.glob("*/seconds.json"))
+            run_stages(runs, row(runs, run, rate * factor), console)
+            scores[name][f"{factor:g}"] = score_of(runs, run)["f1"]
+    runs = sorted(runs.run_dir.glob("*/seconds.json"))
     result = {
         "scores": scores,
         "chosen": {name: float(max(of, key=of.__getitem__)) for name, of in scores.items()},

@@ -42,20 +42,20 @@ Stage = tuple[str, str, Callable[[], Settings]]
 
 
 @dataclass(frozen=True)
-class Side:
-    """Where the runs of one seed are, on which split they are evaluated, and the share of its steps
-    that every judge is trained for."""
+class SeedRuns:
+    """Where the runs of one seed are, on which split they are evaluated, and for which share of its
+    steps every judge is trained."""
 
     run_dir: Path
     seed: int
     split: str = "test"
-    length: float = 1.0
+    share_of_steps: float = 1.0
 
     def at(self, name: str) -> str:
         return str(self.run_dir / name)
 
     def steps(self, of_a_whole_training: int) -> int:
-        return round(self.length * of_a_whole_training)
+        return round(self.share_of_steps * of_a_whole_training)
 
     def summary(self, name: str) -> dict[str, Any]:
         return json.loads((self.run_dir / name / "summary.json").read_text(encoding="utf-8"))
@@ -91,62 +91,62 @@ def changed(tree: Settings, **changes: Any) -> Settings:
 # --- what all rows of a seed share --------------------------------------------------------------
 
 
-def base(side: Side) -> list[Stage]:
+def base(runs: SeedRuns) -> list[Stage]:
     """Policy, values and labels under every rule that is trained on; the cold start, and the same
     taught to answer at once; held-out solutions for tests and for thresholds."""
     shared = {
-        name: (stage, tree) for name, stage, tree in policy_and_labels(side.run_dir, side.seed)
+        name: (stage, tree) for name, stage, tree in policy_and_labels(runs.run_dir, runs.seed)
     }
     label, rollouts, values = (shared[name][1] for name in ("labels", "rollouts", "values"))
-    lines = {"rollouts": side.at("rollouts_lines")}
-    cold_start = judge_training(side.run_dir, side.seed)[0][2]
+    lines = {"rollouts": runs.at("rollouts_lines")}
+    cold_start = judge_training(runs.run_dir, runs.seed)[0][2]
     verdicts = changed(
         cold_start,
-        model={"path": side.at("cold_start")},
-        data={"source": "arithmetic-verdicts", "count": 3000, "seed": side.seed},
+        model={"path": runs.at("cold_start")},
+        data={"source": "arithmetic-verdicts", "count": 3000, "seed": runs.seed},
         steps=300,
     )
     heldout = changed(
         rollouts,
-        problems={"source": "arithmetic", "limit": PROBLEMS, "seed": side.seed},
+        problems={"source": "arithmetic", "limit": PROBLEMS, "seed": runs.seed},
         group_size=1,
         problems_per_block=256,
     )
     return [
-        *(side.stage(name, stage, tree) for name, (stage, tree) in shared.items()),
-        side.stage("labels_absolute", "label", changed(label, rule="abs_q")),
-        side.stage("labels_unbalanced", "label", changed(label, balance=False)),
+        *(runs.stage(name, stage, tree) for name, (stage, tree) in shared.items()),
+        runs.stage("labels_absolute", "label", changed(label, rule="abs_q")),
+        runs.stage("labels_unbalanced", "label", changed(label, balance=False)),
         # The same completions, cut at every line; half as many of them, so that the rollouts that
         # label them are as many.
-        side.stage("rollouts_lines", "rollout", changed(rollouts, chunking=[";", "</chunk>"])),
-        side.stage("values_lines", "annotate", changed(values | lines, limit=500)),
-        side.stage(
-            "labels_lines", "label", label | lines | {"annotations": side.at("values_lines")}
+        runs.stage("rollouts_lines", "rollout", changed(rollouts, chunking=[";", "</chunk>"])),
+        runs.stage("values_lines", "annotate", changed(values | lines, limit=500)),
+        runs.stage(
+            "labels_lines", "label", label | lines | {"annotations": runs.at("values_lines")}
         ),
-        side.stage("cold_start", "sft", cold_start),
-        side.stage("cold_start_verdicts", "sft", verdicts),
-        side.stage("heldout", "rollout", changed(heldout, problems__split=side.split)),
-        side.stage("heldout_dev", "rollout", changed(heldout, problems__split="dev")),
+        runs.stage("cold_start", "sft", cold_start),
+        runs.stage("cold_start_verdicts", "sft", verdicts),
+        runs.stage("heldout", "rollout", changed(heldout, problems__split=runs.split)),
+        runs.stage("heldout_dev", "rollout", changed(heldout, problems__split="dev")),
     ]
 
 
 # --- the judges that are compared ---------------------------------------------------------------
 
 
-def scored(side: Side, name: str, **changes: Any) -> Stage:
+def scored(runs: SeedRuns, name: str, **changes: Any) -> Stage:
     """A judge on the held-out solutions."""
     tree = {
-        "judge": {"path": side.at(name)},
-        "items": side.at("heldout"),
+        "judge": {"path": runs.at(name)},
+        "items": runs.at("heldout"),
         "max_new_tokens": 32,
         "engine": JUDGE_ENGINE,
         "items_per_block": 256,
     }
-    return side.stage(f"{name}_score", "evaluate", changed(tree, **changes))
+    return runs.stage(f"{name}_score", "evaluate", changed(tree, **changes))
 
 
 def by_grpo(
-    side: Side,
+    runs: SeedRuns,
     name: str,
     rate: float,
     labels: str = "labels",
@@ -154,138 +154,141 @@ def by_grpo(
     **changes: Any,
 ) -> list[Stage]:
     tree = changed(
-        judge_training(side.run_dir, side.seed)[1][2],
-        model={"path": side.at(cold_start)},
-        examples=side.at(labels),
-        iterations=side.steps(60),
+        judge_training(runs.run_dir, runs.seed)[1][2],
+        model={"path": runs.at(cold_start)},
+        examples=runs.at(labels),
+        iterations=runs.steps(60),
         training__optimizer__learning_rate=rate,
         **changes,
     )
-    return [side.stage(name, "judge", tree), scored(side, name)]
+    return [runs.stage(name, "judge", tree), scored(runs, name)]
 
 
-def learned(side: Side, name: str, rate: float, start: str, source: str) -> Stage:
+def learned(runs: SeedRuns, name: str, rate: float, start: str, source: str) -> Stage:
     """Fine-tuned on judgments that were kept, from the model that wrote them."""
     tree = changed(
-        fine_tuning(source, 1, side.seed, side.steps(150)),
-        model={"path": side.at(start)},
-        data={"source": side.at(source)},
+        fine_tuning(source, 1, runs.seed, runs.steps(150)),
+        model={"path": runs.at(start)},
+        data={"source": runs.at(source)},
         max_length=CHAIN,
         training__optimizer=optimizer(rate, 10, 0.1),
     )
-    return side.stage(name, "sft", tree)
+    return runs.stage(name, "sft", tree)
 
 
-def rationales(side: Side, name: str, start: str, **changes: Any) -> Stage:
+def rationales(runs: SeedRuns, name: str, start: str, **changes: Any) -> Stage:
     tree = {
-        "judge": {"path": side.at(start)},
-        "examples": side.at("labels"),
+        "judge": {"path": runs.at(start)},
+        "examples": runs.at("labels"),
         "samples": 8,
         "sampling": {"max_new_tokens": 32},
         "engine": JUDGE_ENGINE,
         "examples_per_block": 256,
     }
-    return side.stage(name, "rationalize", changed(tree, **changes))
+    return runs.stage(name, "rationalize", changed(tree, **changes))
 
 
-def offline(side: Side, name: str, rate: float) -> list[Stage]:
+def offline(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
     """Rejection-sampled fine-tuning (StepWiser A.1, RS-FT)."""
     return [
-        rationales(side, "rationales", "cold_start"),
-        learned(side, name, rate, "cold_start", "rationales"),
-        scored(side, name),
+        rationales(runs, "rationales", "cold_start"),
+        learned(runs, name, rate, "cold_start", "rationales"),
+        scored(runs, name),
     ]
 
 
-def by_classifier(side: Side, name: str, rate: float) -> list[Stage]:
+def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
     """From the same model and on the same labels; the threshold is chosen on other solutions."""
     tree = {
-        "model": {"path": side.at("cold_start")},
-        "examples": side.at("labels"),
-        "steps": side.steps(160),
+        "model": {"path": runs.at("cold_start")},
+        "examples": runs.at("labels"),
+        "steps": runs.steps(160),
         "batch_size": 8,
         "max_length": 320,
         "training": {"optimizer": optimizer(rate, 30, 0.1)},
     }
-    classify = {"classifier": {"path": side.at(name)}, "max_length": 320}
-    dev = classify | {"items": side.at("heldout_dev"), "threshold_subset": arithmetic.SUBSET}
+    classify = {"classifier": {"path": runs.at(name)}, "max_length": 320}
+    dev = classify | {"items": runs.at("heldout_dev"), "threshold_subset": arithmetic.SUBSET}
 
     def at_the_threshold() -> Settings:
-        threshold = side.summary(f"{name}_threshold")["threshold"]
-        return classify | {"items": side.at("heldout"), "threshold": threshold}
+        threshold = runs.summary(f"{name}_threshold")["threshold"]
+        return classify | {"items": runs.at("heldout"), "threshold": threshold}
 
     return [
-        side.stage(name, "classifier", tree),
-        side.stage(f"{name}_threshold", "classify", dev),
-        side.stage(f"{name}_score", "classify", at_the_threshold),
+        runs.stage(name, "classifier", tree),
+        runs.stage(f"{name}_threshold", "classify", dev),
+        runs.stage(f"{name}_score", "classify", at_the_threshold),
     ]
 
 
-START_STEPS = {"genprm": 300, "thinkprm": 900}
-"""A chain must find in the solution what it verifies, where a turn has it before its eyes: behind
-300 steps ThinkPRM's looks at the wrong places."""
+@dataclass(frozen=True)
+class PrmForm:
+    """A generative reward model's: steps that its start takes to learn it, how it is asked for
+    rationales, how it judges, and the tokens of a turn, or of a chain."""
+
+    start_steps: int
+    asked_for: Settings
+    judges_by: Settings
+    max_new_tokens: int
 
 
-def prm_start(side: Side, form: str) -> Stage:
-    """A generative reward model's form, taught to the cold start by the same imperfect teacher."""
-    steps = START_STEPS[form]
+PRM_FORMS = {
+    # Without code, for which the task has no words.
+    "genprm": PrmForm(300, {"code": False, "turn_by_turn": True}, {"code": False}, 32),
+    # A chain must find in the solution what it verifies, where a turn has it before its eyes:
+    # behind 300 steps it looks at the wrong places (dev split: F1 19 in place of 67).
+    "thinkprm": PrmForm(900, {}, {}, CHAIN - 160),
+}
+PRM_ENGINE = JUDGE_ENGINE | {"buckets": [160, 288, CHAIN]}
+SAMPLES = {1.0: 2, 0.1: 8, 0.01: 32}
+"""Rationales of each solution, by the share of the labelled solutions, the first ones, that is
+asked about: of few labels more is made."""
+
+
+def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
+    """The cold start, taught a form by the same imperfect teacher; it has not seen a label."""
+    steps = PRM_FORMS[form].start_steps
     tree = changed(
-        fine_tuning(f"arithmetic-{form}", 8 * steps, side.seed, steps),
-        model={"path": side.at("cold_start")},
+        fine_tuning(f"arithmetic-{form}", 8 * steps, runs.seed, steps),
+        model={"path": runs.at("cold_start")},
         max_length=CHAIN,
     )
-    return side.stage(f"{form}_start", "sft", tree)
+    return [runs.stage(f"{form}_start", "sft", tree), prm_scored(runs, form, f"{form}_start")]
 
 
-SAMPLES = {1.0: 2, 0.1: 8, 0.01: 32}
-"""Of each solution, by the share of them that is asked about: of few labels more is made."""
+def prm_scored(runs: SeedRuns, form: str, name: str) -> Stage:
+    tokens = PRM_FORMS[form].max_new_tokens
+    judges_by = {form: PRM_FORMS[form].judges_by}
+    return scored(runs, name, **judges_by, max_new_tokens=tokens, engine=PRM_ENGINE)
 
 
-def by_genprm(side: Side, name: str, rate: float, share: float = 1.0) -> list[Stage]:
-    """GenPRM, without code, for which the task has no words; a share of the labelled solutions."""
-    asked = {"code": False, "turn_by_turn": True}
-    return prm(side, name, rate, share, "genprm", asked, {"code": False}, max_new_tokens=32)
-
-
-def by_thinkprm(side: Side, name: str, rate: float, share: float = 1.0) -> list[Stage]:
-    return prm(side, name, rate, share, "thinkprm", {}, {}, max_new_tokens=CHAIN - 160)
-
-
-def prm(
-    side: Side,
-    name: str,
-    rate: float,
-    share: float,
-    form: str,
-    asked_for: Settings,
-    judges_by: Settings,
-    max_new_tokens: int,
-) -> list[Stage]:
+def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0) -> list[Stage]:
     """Sampled from its start, kept where it agrees with the labels, learned."""
-    engine, kept = JUDGE_ENGINE | {"buckets": [160, 288, CHAIN]}, f"{form}_rationales_{share:g}"
+    kept = f"{form}_rationales_{share:g}"
 
     def asked() -> Settings:
-        solutions = side.summary("labels")["classifier_examples"]
+        solutions = runs.summary("labels")["classifier_examples"]
         return {
-            "judge": {"path": side.at(f"{form}_start")},
-            "examples": side.at("labels"),
-            form: asked_for,
+            "judge": {"path": runs.at(f"{form}_start")},
+            "examples": runs.at("labels"),
+            form: PRM_FORMS[form].asked_for,
             "limit": max(1, round(share * solutions)),
             "samples": SAMPLES[share],
-            "sampling": {"max_new_tokens": max_new_tokens},
-            "engine": engine,
+            "balance": share > 0.01,  # what is kept of a handful may be all of one kind
+            "sampling": {"max_new_tokens": PRM_FORMS[form].max_new_tokens},
+            "engine": PRM_ENGINE,
             "examples_per_block": 256,
         }
 
     return [
-        prm_start(side, form),
-        side.stage(kept, "rationalize", asked),
-        learned(side, name, rate, f"{form}_start", kept),
-        scored(side, name, **{form: judges_by}, max_new_tokens=max_new_tokens, engine=engine),
+        *prm_start(runs, form),
+        runs.stage(kept, "rationalize", asked),
+        learned(runs, name, rate, f"{form}_start", kept),
+        prm_scored(runs, form, name),
     ]
 
 
-Row = Callable[[Side, str, float], list[Stage]]
+Row = Callable[[SeedRuns, str, float], list[Stage]]
 JUDGES: dict[str, tuple[Row, float]] = {
     "stepwiser": (by_grpo, 2e-4),
     "absolute_labels": (partial(by_grpo, labels="labels_absolute"), 2e-4),
@@ -299,8 +302,8 @@ JUDGES: dict[str, tuple[Row, float]] = {
     "clip": (partial(by_grpo, updates_per_iteration=4, grpo__clip_eps_high=0.2), 1e-4),
     "offline": (offline, 6e-4),
     "classifier": (by_classifier, 1e-3),
-    "genprm": (by_genprm, 3e-4),
-    "thinkprm": (by_thinkprm, 3e-4),
+    "genprm": (partial(by_prm, "genprm"), 3e-4),
+    "thinkprm": (partial(by_prm, "thinkprm"), 3e-4),
 }
 """How each judge is trained, and the first guess of its learning rate."""
 
@@ -318,22 +321,27 @@ CHOSEN = {
     "genprm": 1.0,
     "thinkprm": 1.0,
 }
-"""The factor of `FACTORS` that `tune` chose for each."""
+"""The factor of `FACTORS` that `tune` chose for each. After a change of it, begin a new run
+directory: what was made with a row's judge does not know its rate."""
 
 FEWER_LABELS: dict[str, tuple[str, Row]] = {
-    "genprm_10": ("genprm", partial(by_genprm, share=0.1)),
-    "genprm_1": ("genprm", partial(by_genprm, share=0.01)),
-    "thinkprm_10": ("thinkprm", partial(by_thinkprm, share=0.1)),
-    "thinkprm_1": ("thinkprm", partial(by_thinkprm, share=0.01)),
+    "genprm_10": ("genprm", partial(by_prm, "genprm", share=0.1)),
+    "genprm_1": ("genprm", partial(by_prm, "genprm", share=0.01)),
+    "thinkprm_10": ("thinkprm", partial(by_prm, "thinkprm", share=0.1)),
+    "thinkprm_1": ("thinkprm", partial(by_prm, "thinkprm", share=0.01)),
 }
 """The same on 10% and 1% of the labelled solutions, at the rate of all."""
 
 
-def judges(side: Side) -> dict[str, list[Stage]]:
+STARTS = ("cold_start", *(f"{form}_start" for form in PRM_FORMS))
+"""What these judges are before they have seen a label."""
+
+
+def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
     """The stages of every judge, at its chosen rate."""
     rates = {name: rate * CHOSEN[name] for name, (_, rate) in JUDGES.items()}
-    rows = {name: row(side, name, rates[name]) for name, (row, _) in JUDGES.items()}
-    return rows | {name: row(side, name, rates[of]) for name, (of, row) in FEWER_LABELS.items()}
+    rows = {name: row(runs, name, rates[name]) for name, (row, _) in JUDGES.items()}
+    return rows | {name: row(runs, name, rates[of]) for name, (of, row) in FEWER_LABELS.items()}
 
 
 # --- what judges are used for -------------------------------------------------------------------
@@ -344,15 +352,15 @@ STEPWISER = {
 CLASSIFIER = {"classifier": {"prompt_style": "bare", "max_length": 320}}
 
 
-def searches(side: Side) -> list[Stage]:
+def searches(runs: SeedRuns) -> list[Stage]:
     """Every method on the same problems and under the same budget of tokens."""
     shared = {
-        "policy": {"path": side.at("policy")},
+        "policy": {"path": runs.at("policy")},
         "problems": {
             "source": "arithmetic",
-            "split": side.split,
+            "split": runs.split,
             "limit": PROBLEMS,
-            "seed": side.seed,
+            "seed": runs.seed,
         },
         "majority": [8],
         "best_of": [8],
@@ -364,20 +372,24 @@ def searches(side: Side) -> list[Stage]:
         "engine": POLICY_ENGINE,
         "problems_per_block": 64,
     }
-    classifier = changed(
+    by_classifier = changed(
         shared | CLASSIFIER,
-        classifier__path=side.at("classifier"),
+        classifier__path=runs.at("classifier"),
+        majority=[],
+        best_of=[],
+        beam=None,
+        dvts=None,
     )
     return [
-        side.stage(
-            "search", "search", changed(shared | STEPWISER, judge__path=side.at("stepwiser"))
+        runs.stage(
+            "search", "search", changed(shared | STEPWISER, judge__path=runs.at("stepwiser"))
         ),
-        side.stage("search_classifier", "search", lambda: with_threshold(side, classifier)),
+        runs.stage("search_classifier", "search", lambda: with_threshold(runs, by_classifier)),
     ]
 
 
-def with_threshold(side: Side, tree: Settings) -> Settings:
-    threshold = side.summary("classifier_threshold")["threshold"]
+def with_threshold(runs: SeedRuns, tree: Settings) -> Settings:
+    threshold = runs.summary("classifier_threshold")["threshold"]
     return changed(tree, classifier__threshold=threshold)
 
 
@@ -391,58 +403,63 @@ SELECTIONS: dict[str, tuple[str | None, bool]] = {
 """By whose scores a solution of each problem is chosen, and whether among right ones only."""
 
 
-def selections(side: Side) -> list[Stage]:
-    """The policy's own solutions, one a problem, learned by the policy."""
-    stages = []
+def selections(runs: SeedRuns) -> list[Stage]:
+    """The policy's own solutions, one a problem, learned by the policy. The problems are not those
+    that the judges were trained on."""
+    _, (_, _, rollouts), *_ = policy_and_labels(runs.run_dir, runs.seed)
+    candidates = changed(
+        rollouts, problems__seed=runs.seed + 10_000, problems__limit=300, group_size=8
+    )
+    stages = [runs.stage("candidates", "rollout", candidates)]
     for name, (scorer, only_correct) in SELECTIONS.items():
         tree = {
-            "rollouts": side.at("rollouts"),
-            "tokenizer": side.at("policy"),
+            "rollouts": runs.at("candidates"),
+            "tokenizer": runs.at("policy"),
             "only_correct": only_correct,
         }
         if scorer == "stepwiser":
-            tree = changed(tree | STEPWISER, judge__path=side.at(scorer))
+            tree = changed(tree | STEPWISER, judge__path=runs.at(scorer))
         elif scorer == "classifier":
-            tree = changed(tree | CLASSIFIER, classifier__path=side.at(scorer))
+            tree = changed(tree | CLASSIFIER, classifier__path=runs.at(scorer))
         sft = changed(
-            fine_tuning(f"select_{name}", 1, side.seed, 150),
-            model={"path": side.at("policy")},
-            data={"source": side.at(f"select_{name}")},
+            fine_tuning(f"select_{name}", 1, runs.seed, 150),
+            model={"path": runs.at("policy")},
+            data={"source": runs.at(f"select_{name}")},
             batch_size=8,
             training__optimizer=optimizer(3e-4, 10, 0.1),
         )
         stages += [
-            side.stage(f"select_{name}", "select", tree),
-            side.stage(f"selected_{name}", "sft", sft),
-            solved(side, f"selected_{name}"),
+            runs.stage(f"select_{name}", "select", tree),
+            runs.stage(f"selected_{name}", "sft", sft),
+            solved(runs, f"selected_{name}"),
         ]
-    return [*stages, solved(side, "policy")]
+    return [*stages, solved(runs, "policy")]
 
 
-def solved(side: Side, policy: str) -> Stage:
+def solved(runs: SeedRuns, policy: str) -> Stage:
     """How often a policy is right, sampled."""
     tree = {
-        "policy": {"path": side.at(policy)},
+        "policy": {"path": runs.at(policy)},
         "problems": {
             "source": "arithmetic",
-            "split": side.split,
+            "split": runs.split,
             "limit": PROBLEMS,
-            "seed": side.seed,
+            "seed": runs.seed,
         },
         "group_size": 4,
         "sampling": SOLVE,
         "engine": POLICY_ENGINE,
         "problems_per_block": 256,
     }
-    return side.stage(f"{policy}_solves", "rollout", tree)
+    return runs.stage(f"{policy}_solves", "rollout", tree)
 
 
-def every_stage(side: Side) -> list[Stage]:
+def every_stage(runs: SeedRuns) -> list[Stage]:
     """Of one seed, in order; what several rows need is named by each of them."""
     return [
-        *base(side),
-        scored(side, "cold_start"),
-        *(stage for row in judges(side).values() for stage in row),
-        *searches(side),
-        *selections(side),
+        *base(runs),
+        scored(runs, "cold_start"),
+        *(stage for row in judges(runs).values() for stage in row),
+        *searches(runs),
+        *selections(runs),
     ]

@@ -189,14 +189,14 @@ def run_quickstart(
 def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
     """Run a stage; its wall seconds, restarts added up, are kept beside it in seconds.json."""
     file = directory / "seconds.json"
-    if (directory / "manifest.json").is_file():
-        return run(config, directory) | {"seconds": json.loads(file.read_text())}
-    before = json.loads(file.read_text()) if file.is_file() else 0.0
+    seconds = json.loads(file.read_text()) if file.is_file() else 0.0
+    is_finished = (directory / "manifest.json").is_file()
     start = time.perf_counter()
     try:
         summary = run(config, directory)
     finally:
-        seconds = before + time.perf_counter() - start
+        if not is_finished:
+            seconds += time.perf_counter() - start
         if directory.is_dir():
             atomic_write(file, json.dumps(seconds))
     return summary | {"seconds": seconds}

@@ -7,7 +7,7 @@ import pytest
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import compare, compare_rows
-from stepwiser_jax.commands.compare_rows import Side
+from stepwiser_jax.commands.compare_rows import SeedRuns
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.settings import validate
 
@@ -19,13 +19,13 @@ JUDGES = [*compare_rows.JUDGES, *compare_rows.FEWER_LABELS]
 def earlier_stages(monkeypatch):
     """What settings are read from."""
     found = {"classifier_examples": 850, "threshold": 0.4}
-    monkeypatch.setattr(Side, "summary", lambda side, name: found)
+    monkeypatch.setattr(SeedRuns, "summary", lambda runs, name: found)
 
 
-def configs_of(side):
+def configs_of(runs):
     return [
         (name, stage, validate(STAGE_CONFIGS[stage], settings(), name))
-        for name, stage, settings in compare_rows.every_stage(side)
+        for name, stage, settings in compare_rows.every_stage(runs)
     ]
 
 
@@ -38,10 +38,10 @@ def strings(value):
 
 
 def test_every_stage_reads_what_a_stage_before_it_wrote(tmp_path):
-    side = Side(tmp_path / "seed-3", 3)
+    runs = SeedRuns(tmp_path / "seed-3", 3)
     seen = {}
-    for name, stage, config in configs_of(side):
-        read = [Path(text) for text in strings(config.model_dump()) if str(side.run_dir) in text]
+    for name, stage, config in configs_of(runs):
+        read = [Path(text) for text in strings(config.model_dump()) if str(runs.run_dir) in text]
         assert {path.name for path in read} <= set(seen) and name not in {p.name for p in read}
         assert seen.setdefault(name, (stage, config)) == (stage, config)
         assert getattr(config, "seed", 3) == 3
@@ -50,8 +50,8 @@ def test_every_stage_reads_what_a_stage_before_it_wrote(tmp_path):
 
 def test_tuning_sees_nothing_of_the_test_split(tmp_path):
     splits = {
-        side.split: [s for _, _, c in configs_of(side) for s in strings(c.model_dump())]
-        for side in (Side(tmp_path, 0, "dev", length=0.5), Side(tmp_path, 0))
+        runs.split: [s for _, _, c in configs_of(runs) for s in strings(c.model_dump())]
+        for runs in (SeedRuns(tmp_path, 0, "dev", share_of_steps=0.5), SeedRuns(tmp_path, 0))
     }
     assert "test" not in splits["dev"] and {"dev", "test"} <= set(splits["test"])
 
@@ -59,8 +59,8 @@ def test_tuning_sees_nothing_of_the_test_split(tmp_path):
 def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
     for name, (row, rate) in compare_rows.JUDGES.items():
         steps = [
-            next(settings() for run, _, settings in row(side, name, rate) if run == name)
-            for side in (Side(tmp_path, 0), Side(tmp_path, 0, length=0.5))
+            next(settings() for run, _, settings in row(runs, name, rate) if run == name)
+            for runs in (SeedRuns(tmp_path, 0), SeedRuns(tmp_path, 0, share_of_steps=0.5))
         ]
         key = "iterations" if "iterations" in steps[0] else "steps"
         assert steps[0][key] == 2 * steps[1][key]
@@ -68,7 +68,7 @@ def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
 
 
 def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
-    configs = {name: config for name, _, config in configs_of(Side(tmp_path, 0))}
+    configs = {name: config for name, _, config in configs_of(SeedRuns(tmp_path, 0))}
     for form in ("genprm", "thinkprm"):
         runs = [configs[f"{form}_rationales_{share}"] for share in ("1", "0.1", "0.01")]
         assert [run.limit for run in runs] == [850, 85, 8]
@@ -76,7 +76,7 @@ def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
 
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
     tuning = json.loads((REPOSITORY / "docs" / "comparison_tuning.json").read_text())
-    assert compare_rows.CHOSEN == tuning["chosen"]
+    assert tuning["chosen"] == compare_rows.CHOSEN
     assert set(tuning["scores"]) == set(compare_rows.JUDGES)
     for name, scores in tuning["scores"].items():
         assert list(map(float, scores)) == list(compare_rows.FACTORS)
@@ -98,29 +98,32 @@ def test_settings_are_changed_in_a_copy():
 # --- what is made of the numbers ----------------------------------------------------------------
 
 
-def seeds_with(clipped, *pairs):
+def seeds_with(shares, *pairs):
     return [
         {
             "numbers": {"judge/clip_higher": better, "judge/clip": worse},
-            "paired_p": {"clip-higher > clip, 4 updates": 0.5},
-            "clipped_from_above": {"clip": clipped},
+            "paired_p": {"clip-higher > clip, 4 updates: judge": 0.5},
+            "clipped_from_above": {"clip_higher": share, "clip": 0.01},
         }
-        for better, worse in pairs
+        for share, (better, worse) in zip(shares, pairs, strict=True)
     ]
 
 
 @pytest.mark.parametrize(
-    ("clipped", "pairs", "verdict", "holds_in"),
+    ("shares", "pairs", "verdict", "holds_in"),
     [
-        (0.01, [(0.7, 0.6), (0.8, 0.5)], "holds", 2),
-        (0.01, [(0.7, 0.6), (0.5, 0.8)], "mixed", 1),
-        (0.01, [(0.6, 0.7), (0.5, 0.5)], "fails", 0),
-        (0.0, [(0.7, 0.6), (0.8, 0.5)], "not tested", 2),
+        ((0.0, 0.0), [(0.7, 0.6), (0.8, 0.5)], "holds", 2),
+        ((0.0, 0.0), [(0.7, 0.6), (0.5, 0.8)], "mixed", 1),
+        ((0.0, 0.0), [(0.6, 0.7), (0.5, 0.6)], "fails", 0),
+        ((0.0, 0.0), [(0.6, 0.7), (0.5, 0.5)], "mixed", 0),
+        ((0.0, 0.01), [(0.6, 0.7), (0.5, 0.5)], "fails", 0),
+        ((0.01, 0.01), [(0.7, 0.7), (0.5, 0.5)], "not tested", 0),
     ],
 )
-def test_a_claim_holds_where_it_does_in_every_seed(clipped, pairs, verdict, holds_in):
+def test_a_claim_holds_where_it_does_in_every_seed(shares, pairs, verdict, holds_in):
+    """And the clip is tested where the two were not clipped alike."""
     claim = next(claim for claim in compare.CLAIMS if claim.worse == "judge/clip")
-    found = compare.verdict_on(claim, seeds_with(clipped, *pairs))
+    found = compare.verdict_on(claim, seeds_with(shares, *pairs))
     assert (found["verdict"], found["holds_in"]) == (verdict, holds_in)
     assert found["difference"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
     assert found["paired_p"] == [0.5, 0.5]
@@ -132,20 +135,22 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     summary = dict.fromkeys(methods, method) | {
         "majority": {"8": method},
         "best_of": {"mean": {"8": method}},
-        "weighted_majority": {"mean": {"8": method}},
+        "weighted_majority": {"product": {"8": method}},
         "accuracy": 0.4,
     }
-    score = {"subsets": {"arithmetic": {"official": {"f1": 0.7}}}}
-    found = lambda side, name: score if name.endswith("_score") else summary  # noqa: E731
-    monkeypatch.setattr(Side, "summary", found)
-    monkeypatch.setattr(compare, "run_stages", lambda side, stages, console: None)
+    official = {"f1": 0.7, "acc_error": 0.6, "acc_correct": 0.8}
+    score = {"subsets": {"arithmetic": {"official": official}}}
+    found = lambda runs, name: score if name.endswith("_score") else summary  # noqa: E731
+    monkeypatch.setattr(SeedRuns, "summary", found)
+    monkeypatch.setattr(compare, "run_stages", lambda runs, stages, console: None)
     quality = {rule: {"balanced_accuracy": 0.8} for rule in ("rel_effective", "abs_q")}
     monkeypatch.setattr(compare, "label_quality", lambda run_dir: quality)
     monkeypatch.setattr(
         compare, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
     )
-    monkeypatch.setattr(compare, "clip_share", lambda side, name: 0.01)
-    monkeypatch.setattr(compare, "seconds_of", lambda side, stages: 60.0)
+    training = {"clipped_from_above": 0.01, "reward": 0.6}
+    monkeypatch.setattr(compare, "training_of", lambda runs, name: training)
+    monkeypatch.setattr(compare, "seconds_of", lambda runs, stages: 60.0)
     assert main(["compare", "--run-dir", str(tmp_path), "--seed", "4", "--seed", "7"]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "compare.json").read_text())
@@ -156,3 +161,9 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     for seed in result["seeds"].values():
         assert {c.better for c in compare.CLAIMS} <= set(seed["numbers"])
         assert {c.worse for c in compare.CLAIMS} <= set(seed["numbers"])
+
+
+def test_the_seed_of_the_tuning_is_refused(tmp_path, capsys):
+    assert main(["compare", "--run-dir", str(tmp_path / "c"), "--seed", "1000"]) == 2
+    assert "--tune" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
