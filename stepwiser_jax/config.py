@@ -473,12 +473,13 @@ class Evaluate(ComputeStage):
     """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
 
     `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`), or a
-    finished `rollout` run of the embedded task, whose exact truth is then used. `votes` judgments
-    per chunk are sampled for Maj@votes, with the settings that begin with `vote_`; 0: greedy only.
-    `on_malformed` as in `Problems`. `genprm`: the judge is of its form; then Maj@votes is the mean
-    of P(right), and `max_new_tokens` are those of a step, all its rounds of code together.
-    `thinkprm`: the judge verifies whole solutions, `votes` are chains about one (parallel scaling),
-    and it is scored besides how well right solutions are told from wrong ones.
+    finished `rollout` run of the embedded task, whose exact truth is then used; `limit` of them,
+    the same random ones every time. `votes` judgments per chunk are sampled for Maj@votes, with the
+    settings that begin with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the
+    judge is of its form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of
+    a step, all its rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes`
+    are chains about one (parallel scaling), and it is scored besides how well right solutions are
+    told from wrong ones.
     """
 
     judge: Model

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from stepwiser_jax.config_parts import Problems
 from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError
@@ -48,11 +50,22 @@ def load_items(
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[ProcessBenchItem]:
-    """ProcessBench items, or a rollout run of the embedded task with its exact truth."""
-    if not (Path(source) / "config.yaml").is_file():
-        return load_processbench(
-            source, split=split, limit=limit, on_malformed=on_malformed, dropped=dropped
-        )
+    """ProcessBench items, or a rollout run of the embedded task with its exact truth; `limit` of
+    them, drawn at random, the same ones every time and in their order: ProcessBench's files begin
+    with solutions that hold an error."""
+    if (Path(source) / "config.yaml").is_file():
+        items = items_of_run(source, tokenizer, split)
+    else:
+        items = load_processbench(source, split=split, on_malformed=on_malformed, dropped=dropped)
+    if limit is None or limit >= len(items):
+        return items
+    drawn = np.random.default_rng(0).choice(len(items), limit, replace=False)
+    return [items[i] for i in sorted(drawn)]
+
+
+def items_of_run(source: str, tokenizer: Tokenizer, split: str | None) -> list[ProcessBenchItem]:
+    """All trajectories of a rollout run of the embedded task. Raises UserError where their chunks
+    are not the task's own, and for a split."""
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
     chunking = read_settings(Path(source) / "config.yaml").get("chunking", "tags")
@@ -62,7 +75,6 @@ def load_items(
             f"chunking 'tags', found {chunking!r} in {source}"
         )
     problems = {p.problem_id: p for p in read_records(source, Problem)}
-    trajectories = read_records(source, Trajectory)[:limit]
     return [
         arithmetic.processbench_item(
             problems[t.problem_id],
@@ -70,5 +82,5 @@ def load_items(
             chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
             t.is_correct,
         )
-        for t in trajectories
+        for t in read_records(source, Trajectory)
     ]

@@ -263,7 +263,6 @@ def load_processbench(
     source: str,
     *,
     split: str | None = None,
-    limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[ProcessBenchItem]:
@@ -274,7 +273,6 @@ def load_processbench(
         source,
         lambda row, number: processbench_items(parse_solutions(row, f"{stem}/{part}/{number:06d}")),
         split=split or "train",
-        limit=limit,
         on_malformed=on_malformed,
         dropped=dropped,
     )

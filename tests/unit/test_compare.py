@@ -1,6 +1,7 @@
 """The comparison's stages fit together, its tuning sees no test data, and what its numbers say."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import compare, compare_rows
 from stepwiser_jax.commands.compare_rows import SeedRuns
+from stepwiser_jax.commands.quickstart import timed
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.settings import validate
 
@@ -93,6 +95,21 @@ def test_settings_are_changed_in_a_copy():
         "seed": 1,
     }
     assert tree == {"grpo": {"kl_coef": 0.2}, "seed": 0}
+
+
+def test_seconds_are_added_up_until_a_stage_is_finished(tmp_path):
+    def run(config, directory):
+        time.sleep(0.01)
+        return {"value": 1}
+
+    first = timed(tmp_path, run, None)["seconds"]
+    second = timed(tmp_path, run, None)["seconds"]
+    assert 0 < first < second
+    (tmp_path / "manifest.json").write_text("{}")
+    assert timed(tmp_path, run, None) == {"value": 1, "seconds": second}
+    (tmp_path / "seconds.json").unlink()  # killed before it was written
+    assert timed(tmp_path, run, None)["seconds"] == 0
+    assert json.loads((tmp_path / "seconds.json").read_text()) == 0
 
 
 # --- what is made of the numbers ----------------------------------------------------------------

@@ -189,8 +189,10 @@ def test_other_items_are_refused_by_the_first_that_differs(
 
 
 def test_fewer_items_are_refused(tmp_path, items, capsys):
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps([item(i) for i in range(4)]))
     runs = [
-        evaluated(tmp_path / "a", items, OF_A[:4], limit=4),
+        evaluated(tmp_path / "a", fewer, OF_A[:4]),
         evaluated(tmp_path / "b", items, OF_B),
     ]
     message = refused(capsys, *runs)

@@ -1,5 +1,6 @@
 """Parts of stages that no whole run would show to be wrong."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -254,6 +255,22 @@ def test_a_policy_is_asked_for_tags_where_they_end_a_chunk(request, bpe_tokenize
     sampler = SimpleNamespace(config=config, loaded=SimpleNamespace(tokenizer=bpe_tokenizer))
     ids = rollout.BlockSampler.prompt_ids(sampler, Problem("p", "What is 1+1?", "2", "s"))
     assert ("<chunk>" in bpe_tokenizer.decode(ids)) == asked
+
+
+def test_limited_items_are_the_same_random_ones_every_time(tmp_path, word_tokenizer):
+    rows = [
+        {"id": f"gsm8k-{i}", "problem": "p", "steps": ["a"], "label": -1 if i >= 20 else 0}
+        | {"final_answer_correct": i >= 20}
+        for i in range(40)
+    ]
+    file = tmp_path / "gsm8k.json"
+    file.write_text(json.dumps(rows))
+    few, again, whole, more = (
+        load_items(str(file), word_tokenizer, limit=limit) for limit in (10, 10, None, 99)
+    )
+    assert few == again and len(few) == 10 and whole == more and len(whole) == 40
+    assert [item for item in whole if item in few] == few
+    assert {item.first_error for item in few} == {-1, 0}
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
