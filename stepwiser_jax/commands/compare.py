@@ -85,13 +85,14 @@ def methods_of(search: dict[str, Any], by_classifier: dict[str, Any]) -> dict[st
     }
 
 
-def seconds_of(runs: SeedRuns, stages: Sequence[Stage]) -> float:
-    names = {name for name, _, _ in stages}
-    return sum(json.loads((runs.run_dir / name / "seconds.json").read_text()) for name in names)
+def seconds_of(runs: SeedRuns, stages: Sequence[Stage]) -> dict[str, float]:
+    files = {name: runs.run_dir / name / "seconds.json" for name, _, _ in stages}
+    return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
 def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
-    """Every row of one seed; returns its numbers, fractions between 0 and 1, and its seconds."""
+    """Every row of one seed; returns its numbers, fractions between 0 and 1, and the seconds of its
+    stages."""
     stages = every_stage(runs)
     run_stages(runs, stages, console)
     scores = {name: score_of(runs, name) for name in (*STARTS, *JUDGES, *FEWER_LABELS)}
@@ -248,7 +249,7 @@ def tables(result: dict[str, Any]) -> str:
         ", ".join(f"{100 * seed['clipped_from_above'][name]:.3f}%" for seed in seeds)
         for name in CLIP_PAIR
     ]
-    minutes = ", ".join(f"{seed['seconds'] / 60:.0f}" for seed in seeds)
+    minutes = ", ".join(f"{sum(seed['seconds'].values()) / 60:.0f}" for seed in seeds)
     return "\n".join(
         [
             *claims_table(result["claims"], len(seeds)),

@@ -167,11 +167,11 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     )
     training = {"clipped_from_above": 0.01, "reward": 0.6}
     monkeypatch.setattr(compare, "training_of", lambda runs, name: training)
-    monkeypatch.setattr(compare, "seconds_of", lambda runs, stages: 60.0)
+    monkeypatch.setattr(compare, "seconds_of", lambda runs, stages: {"policy": 60.0})
     assert main(["compare", "--run-dir", str(tmp_path), "--seed", "4", "--seed", "7"]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "compare.json").read_text())
-    assert list(result["seeds"]) == ["4", "7"]
+    assert list(result["seeds"]) == ["4", "7"] and "Minutes: 1, 1." in printed
     assert [claim["claim"] for claim in result["claims"]] == [c.says for c in compare.CLAIMS]
     for claim in compare.CLAIMS:
         assert claim.says in printed
