@@ -238,7 +238,7 @@ def run_compare(run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
     }
     atomic_write(run_dir / "compare.json", json.dumps(result, indent=2) + "\n")
     atomic_write(run_dir / "compare.md", tables(result))
-    console.print((run_dir / "compare.md").read_text(encoding="utf-8"), markup=False)
+    print(tables(result))
     return result
 
 
