@@ -22,10 +22,9 @@ from .test_kill import everything
 BLOCKS = {
     "rollouts": ("problems_per_block=2",),
     "values": ("trajectories_per_block=6",),
-    "heldout": ("problems_per_block=2",),
     "evaluate": ("items_per_block=3",),
     "classify": ("items_per_block=3",),
-    "search": ("problems_per_block=2",),
+    "search": ("problems_per_block=2", "beam=null", "dvts=null"),
     "select": ("problems_per_block=2",),
 }
 
