@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -243,7 +244,8 @@ def test_nothing_else_can_be_opened(strict, tmp_path):
     ]
     written = [
         *(os.__file__, pytest.__file__, confine.__file__, str(secret), str(tmp_path / "new")),
-        *("/dev/null", "/dev/shm/new", "/tmp/new", f"{parent}/oom_score_adj"),
+        *("/dev/null", "/dev/shm/new", f"{parent}/oom_score_adj"),
+        os.path.join(tempfile.gettempdir(), "new"),
     ]
     code = f"""
 import os
