@@ -3,13 +3,15 @@
 `compare_rows` says what the rows are. Every judge has the same budget for its learning rate:
 `tune` trains it with each of `FACTORS` for half of its steps, with a seed of its own, and takes
 its F1 on the solutions of the development split. Run again after a stop, both go on where they
-were; seeds may run runs by runs, and the table of all of them is then made from what is finished.
+were. Seeds may be run one by one: named together afterwards, they are only read.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from stepwiser_jax.algo.statistics import paired_bootstrap
 from stepwiser_jax.commands.compare_rows import (
     CHOSEN,
     FACTORS,
@@ -32,10 +35,12 @@ from stepwiser_jax.commands.compare_rows import (
 )
 from stepwiser_jax.commands.contrast import contrast_runs
 from stepwiser_jax.commands.quickstart import label_quality, timed
-from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.record_files import atomic_write
-from stepwiser_jax.records import UserError
-from stepwiser_jax.settings import validate
+from stepwiser_jax.config import STAGE_CONFIGS, Search
+from stepwiser_jax.record_files import atomic_write, read_records
+from stepwiser_jax.records import SearchResult, Trajectory, UserError
+from stepwiser_jax.settings import read_settings, validate
+from stepwiser_jax.stages.rollout import right_by_problem
+from stepwiser_jax.stages.search import solved_by_method
 from stepwiser_jax.tasks import arithmetic
 
 TUNING_SEED = 1000
@@ -52,11 +57,12 @@ def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> Non
         timed(runs.run_dir / name, module.run, config)
 
 
-def score_of(runs: SeedRuns, name: str) -> dict[str, float]:
-    """Official F1, acc_error, acc_correct of greedy judgments, or of a classifier's threshold."""
+def score_of(runs: SeedRuns, name: str) -> dict[str, Any]:
+    """Official F1 with its interval, acc_error and acc_correct: of greedy judgments, or of a
+    classifier's threshold."""
     summary = runs.summary(f"{name}_score")
-    subsets = summary.get("greedy", summary)["subsets"]
-    return subsets[arithmetic.SUBSET]["official"]
+    subset = summary.get("greedy", summary)["subsets"][arithmetic.SUBSET]
+    return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
 
 
 def training_of(runs: SeedRuns, name: str) -> dict[str, float]:
@@ -70,19 +76,37 @@ def training_of(runs: SeedRuns, name: str) -> dict[str, float]:
     }
 
 
-def methods_of(search: dict[str, Any], by_classifier: dict[str, Any]) -> dict[str, Any]:
-    """Of the summaries of the two searches, what is compared."""
-    return {
-        "plain": search["plain"],
-        "greedy": search["greedy"],
-        "majority": search["majority"]["8"],
-        "best_of": search["best_of"]["mean"]["8"],
-        "weighted_majority": search["weighted_majority"]["product"]["8"],
-        "beam": search["beam"],
-        "dvts": search["dvts"],
-        "chunk_reset": search["chunk_reset"],
-        "chunk_reset_classifier": by_classifier["chunk_reset"],
-    }
+METHODS = {
+    "plain": ("search", "plain"),
+    "greedy": ("search", "greedy"),
+    "majority": ("search", "majority/8"),
+    "best_of": ("search", "best_of/mean/8"),
+    "weighted_majority": ("search", "weighted_majority/product/8"),
+    "beam": ("search", "beam"),
+    "dvts": ("search", "dvts"),
+    "chunk_reset": ("search", "chunk_reset"),
+    "chunk_reset_classifier": ("search_classifier", "chunk_reset"),
+}
+"""Of the two searches, what is compared: a run, and a method of `search.solved_by_method`."""
+
+
+def method_of(runs: SeedRuns, name: str) -> dict[str, Any]:
+    """Accuracy with its interval, and tokens a problem."""
+    run, path = METHODS[name]
+    return functools.reduce(operator.getitem, path.split("/"), runs.summary(run))
+
+
+def right_of(runs: SeedRuns, number: str) -> np.ndarray:
+    """How right every problem's answer is, 0 to 1, by `search/` a method or by the policy of
+    `selection/`."""
+    kind, name = number.split("/")
+    if kind == "selection":
+        run = runs.run_dir / f"selected_{name}_solves"
+        return np.array(right_by_problem(read_records(run, Trajectory)))
+    run, method = runs.run_dir / METHODS[name][0], METHODS[name][1]
+    config = validate(Search, read_settings(run / "config.yaml"), str(run))
+    solved = solved_by_method(config, read_records(run, SearchResult))[method]
+    return np.array([problem.right for problem in solved])
 
 
 def seconds_of(runs: SeedRuns, stages: Sequence[Stage]) -> dict[str, float]:
@@ -91,12 +115,13 @@ def seconds_of(runs: SeedRuns, stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
-    """Every row of one seed; returns its numbers, fractions between 0 and 1, and the seconds of its
-    stages."""
+    """Every row of one seed; returns its numbers, fractions between 0 and 1, with 95% intervals
+    over solutions or problems, and the seconds of its stages."""
     stages = every_stage(runs)
     run_stages(runs, stages, console)
     scores = {name: score_of(runs, name) for name in (*STARTS, *JUDGES, *FEWER_LABELS)}
-    methods = methods_of(runs.summary("search"), runs.summary("search_classifier"))
+    methods = {name: method_of(runs, name) for name in METHODS}
+    solves = {name: runs.summary(f"selected_{name}_solves") for name in SELECTIONS}
     clip_pair = {name: training_of(runs, name) for name in CLIP_PAIR}
     numbers = {
         **{
@@ -107,18 +132,22 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         **{f"reward/{name}": training["reward"] for name, training in clip_pair.items()},
         **{f"search/{name}": method["accuracy"] for name, method in methods.items()},
         "selection/before": runs.summary("policy_solves")["accuracy"],
-        **{
-            f"selection/{name}": runs.summary(f"selected_{name}_solves")["accuracy"]
-            for name in SELECTIONS
-        },
+        **{f"selection/{name}": summary["accuracy"] for name, summary in solves.items()},
+    }
+    intervals = {
+        **{f"judge/{name}": score["f1_interval"] for name, score in scores.items()},
+        **{f"search/{name}": method["accuracy_interval"] for name, method in methods.items()},
+        "selection/before": runs.summary("policy_solves")["accuracy_interval"],
+        **{f"selection/{name}": summary["accuracy_interval"] for name, summary in solves.items()},
     }
     costs = ("policy_tokens", "judge_tokens", "rejected_tokens")
     return {
         "numbers": numbers,
+        "intervals": intervals,
         "scores": scores,
         "tokens": {name: {key: row[key] for key in costs} for name, row in methods.items()},
         "clipped_from_above": {name: t["clipped_from_above"] for name, t in clip_pair.items()},
-        "paired_p": {claim.says: paired_p(runs, claim) for claim in CLAIMS if claim.is_of_judges},
+        "paired_p": {claim.says: paired_p(runs, claim) for claim in CLAIMS if claim.is_paired},
         "seconds": seconds_of(runs, stages),
     }
 
@@ -128,7 +157,8 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one number is above another; `paper`: what the paper has for the two."""
+    """That one number is above another; `paper`: what the paper has for the two. Paired: of the
+    same solutions, or problems."""
 
     says: str
     better: str
@@ -136,8 +166,8 @@ class Claim:
     paper: str
 
     @property
-    def is_of_judges(self) -> bool:
-        return self.better.startswith("judge/") and self.worse.startswith("judge/")
+    def is_paired(self) -> bool:
+        return self.better.startswith(("judge/", "search/", "selection/"))
 
 
 CLIP_PAIR = ("clip_higher", "clip")
@@ -175,7 +205,7 @@ CLAIMS = (
     Claim("selection: judge without answers > random", "selection/stepwiser_alone",
           "selection/random", "not measured"),
     Claim("GenPRM on all labels > classifier on all", "judge/genprm", "judge/classifier",
-          "GenPRM 7B on 25, 50, 100%: 71.7, 74.5, 75.2"),
+          "GenPRM 7B 75.2, Qwen2.5-Math-PRM-7B 73.5"),
     Claim("GenPRM on 10% > classifier on all", "judge/genprm_10", "judge/classifier",
           "no number"),
     Claim("GenPRM on 1% > classifier on all", "judge/genprm_1", "judge/classifier", "no number"),
@@ -189,23 +219,35 @@ CLAIMS = (
 
 
 def paired_p(runs: SeedRuns, claim: Claim) -> float:
-    """Of no difference in F1 on the same solutions (paired bootstrap)."""
+    """Of no difference in F1 on the same solutions, or in accuracy on the same problems (paired
+    bootstrap)."""
+    if not claim.better.startswith("judge/"):
+        worse, better = (right_of(runs, number) for number in (claim.worse, claim.better))
+        return paired_bootstrap(worse, better, np.mean, seed=0).p
     names = (name.removeprefix("judge/") for name in (claim.worse, claim.better))
     worse, better = (runs.run_dir / f"{name}_score" for name in names)
     return contrast_runs(worse, better, votes=False)["average"]["difference_p"]
 
 
-VERDICTS = {frozenset({1.0}): "holds", frozenset({-1.0}): "fails"}
+VERDICTS = {frozenset({1}): "holds", frozenset({-1}): "fails", frozenset({0}): "not told apart"}
+
+
+def told_by(claim: Claim, seed: dict[str, Any]) -> int:
+    """1 where the claim holds in this seed, -1 where its contrary does; 0 for a difference that the
+    choice of solutions, or problems, may have made (p of 0.05 or more)."""
+    if seed["paired_p"].get(claim.says, 0.0) >= 0.05:
+        return 0
+    return int(np.sign(seed["numbers"][claim.better] - seed["numbers"][claim.worse]))
 
 
 def verdict_on(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A claim holds where it does in every seed, and fails where its contrary does. A seed tells
-    nothing of the clip where both of the pair were clipped alike."""
+    """A claim holds where it does in every seed, and fails where its contrary does. A seed does not
+    test the clip where both of the pair were clipped alike."""
     is_of_clip = claim.better.endswith("/clip_higher")
     tested = [s for s in seeds if not is_of_clip or len(set(s["clipped_from_above"].values())) > 1]
     better = [seed["numbers"][claim.better] for seed in seeds]
     worse = [seed["numbers"][claim.worse] for seed in seeds]
-    signs = {np.sign(s["numbers"][claim.better] - s["numbers"][claim.worse]) for s in tested}
+    told = [told_by(claim, seed) for seed in tested]
     differences = np.subtract(better, worse)
     return {
         "claim": claim.says,
@@ -213,9 +255,10 @@ def verdict_on(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "worse": worse,
         "difference": float(np.mean(differences)),
         "spread": float(np.std(differences, ddof=1)) if len(seeds) > 1 else None,
-        "holds_in": int(np.sum(differences > 0)),
-        "paired_p": [seed["paired_p"][claim.says] for seed in seeds if claim.is_of_judges],
-        "verdict": "not tested" if not tested else VERDICTS.get(frozenset(signs), "mixed"),
+        "holds_in": told.count(1),
+        "tested_in": len(tested),
+        "paired_p": [seed["paired_p"][claim.says] for seed in seeds if claim.is_paired],
+        "verdict": "not tested" if not tested else VERDICTS.get(frozenset(told), "mixed"),
         "paper": claim.paper,
     }
 
@@ -252,16 +295,19 @@ def tables(result: dict[str, Any]) -> str:
     minutes = ", ".join(f"{sum(seed['seconds'].values()) / 60:.0f}" for seed in seeds)
     return "\n".join(
         [
-            *claims_table(result["claims"], len(seeds)),
+            *claims_table(result["claims"]),
             "",
             "Percent, means over the seeds; the difference with its standard deviation. p: of no",
-            "difference in F1 on the same solutions, two-sided, by paired bootstrap, seed by seed.",
+            "difference in F1 on the same solutions, or in accuracy on the same problems: paired",
+            "bootstrap, two-sided, seed by seed. A claim holds in a seed where the difference has",
+            "its sign and p, if there is one, is below 0.05, and as a whole where it does in all.",
             "",
             *numbers_table(result["seeds"]),
             "",
-            "Percent: balanced accuracy of labels; F1 of judges (and how many solutions are right",
-            "of those with an error, of those without); mean reward of the last ten iterations;",
-            "accuracy. Of a search: tokens of policy and judge a problem; and those rejected.",
+            "Percent, with 95% intervals over solutions or problems: balanced accuracy of labels;",
+            "F1 of judges (and how many solutions are right of those with an error, of those",
+            "without); mean reward of the last ten iterations; accuracy. Of a search: tokens of",
+            "policy and judge a problem; and those rejected.",
             "",
             f"Tokens clipped from above: {clipped[0]} with clip-higher, {clipped[1]} without.",
             f"Minutes: {minutes}.",
@@ -270,7 +316,7 @@ def tables(result: dict[str, Any]) -> str:
     )
 
 
-def claims_table(claims: Sequence[dict[str, Any]], num_seeds: int) -> list[str]:
+def claims_table(claims: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "| claim | here | difference | holds | p | the paper's |",
         "|---|---|---|---|---|---|",
@@ -279,10 +325,11 @@ def claims_table(claims: Sequence[dict[str, Any]], num_seeds: int) -> list[str]:
         better, worse = (100 * float(np.mean(claim[key])) for key in ("better", "worse"))
         spread = "" if claim["spread"] is None else f" ± {100 * claim['spread']:.1f}"
         p = ", ".join(f"{p:.2g}" for p in claim["paired_p"])
+        verdict = f"{claim['verdict']}: {claim['holds_in']} of {claim['tested_in']}"
         lines.append(
             f"| {claim['claim']} | {better:.1f}, {worse:.1f} | "
             f"{100 * claim['difference']:+.1f}{spread} | "
-            f"{claim['verdict']}: {claim['holds_in']} of {num_seeds} | {p} | {claim['paper']} |"
+            f"{verdict} | {p} | {claim['paper']} |"
         )
     return lines
 
@@ -294,11 +341,21 @@ def numbers_table(seeds: dict[int, dict[str, Any]]) -> list[str]:
     for name in found[0]["numbers"]:
         values = np.array([100 * seed["numbers"][name] for seed in found])
         sd = f"{values.std(ddof=1):.1f}" if len(values) > 1 else ""
-        cells = " | ".join(f"{value:.1f}" for value in values)
+        cells = " | ".join(
+            " ".join([f"{value:.1f}", *interval_of(name, seed)])
+            for value, seed in zip(values, found, strict=True)
+        )
         lines.append(
             f"| {name} | {cells} | {values.mean():.1f} | {sd} | {details_of(name, found)} |"
         )
     return lines
+
+
+def interval_of(name: str, seed: dict[str, Any]) -> list[str]:
+    if name not in seed["intervals"]:
+        return []
+    low, high = (100 * end for end in seed["intervals"][name])
+    return [f"[{low:.1f}, {high:.1f}]"]
 
 
 def details_of(name: str, seeds: Sequence[dict[str, Any]]) -> str:
@@ -331,11 +388,11 @@ def tune(run_dir: Path) -> dict[str, Any]:
             run = f"{name}_x{factor:g}"
             run_stages(runs, row(runs, run, rate * factor), console)
             scores[name][f"{factor:g}"] = score_of(runs, run)["f1"]
-    runs = sorted(runs.run_dir.glob("*/seconds.json"))
+    finished = runs.run_dir.glob("*/seconds.json")
     result = {
         "scores": scores,
         "chosen": {name: float(max(of, key=of.__getitem__)) for name, of in scores.items()},
-        "seconds": sum(json.loads(file.read_text()) for file in runs),
+        "seconds": sum(json.loads(file.read_text()) for file in sorted(finished)),
     }
     atomic_write(run_dir / "tuning.json", json.dumps(result, indent=2) + "\n")
     console.print(result)

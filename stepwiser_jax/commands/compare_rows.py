@@ -333,7 +333,7 @@ FEWER_LABELS: dict[str, tuple[str, Row]] = {
 """The same on 10% and 1% of the labelled solutions, at the rate of all."""
 
 
-STARTS = ("cold_start", *(f"{form}_start" for form in PRM_FORMS))
+STARTS = ("cold_start", "cold_start_verdicts", *(f"{form}_start" for form in PRM_FORMS))
 """What these judges are before they have seen a label."""
 
 
@@ -459,6 +459,7 @@ def every_stage(runs: SeedRuns) -> list[Stage]:
     return [
         *base(runs),
         scored(runs, "cold_start"),
+        scored(runs, "cold_start_verdicts"),
         *(stage for row in judges(runs).values() for stage in row),
         *searches(runs),
         *selections(runs),

@@ -173,13 +173,19 @@ class BlockSampler:
 def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Counts, and shares as fractions between 0 and 1; the accuracy's interval is over problems."""
     count = len(trajectories)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
-        right[trajectory.problem_id].append(trajectory.is_correct)
     return {
         "trajectories": count,
-        **accuracy([sum(found) / len(found) for found in right.values()], seed=config.seed),
+        **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
         "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
         "stopped_by_length": sum(t.stop_reason == "length" for t in trajectories) / count,
     }
+
+
+def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
+    """The share of each problem's trajectories that is right, in the order of their ids, whoever
+    wrote which part."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
+        right[trajectory.problem_id].append(trajectory.is_correct)
+    return [sum(found) / len(found) for found in right.values()]

@@ -34,10 +34,10 @@ Reads `problems`, `policy`, and `judge` or `classifier`. Writes search results.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -300,31 +300,44 @@ class Solved:
 
 
 def summarize(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]:
-    """Per method: accuracy with its 95% interval, and mean tokens per problem."""
+    """Per method: accuracy with its 95% interval, and mean tokens per problem. `majority/4` of
+    `solved_by_method` is 4 of majority."""
+    summary: dict[str, Any] = {}
+    for name, solved in solved_by_method(config, results).items():
+        *groups, last = name.split("/")
+        rows = summary
+        for group in groups:
+            rows = rows.setdefault(group, {})
+        rows[last] = method_row(config, solved)
+    for name in steered_methods(config):
+        of_method = [result for result in results if result.method == name]
+        summary[name] |= {
+            "accepted_tokens": float(np.mean([result.accepted_tokens for result in of_method])),
+            "forced_chunks": float(np.mean([result.forced_chunks for result in of_method])),
+        }
+    return summary
+
+
+def solved_by_method(config: Search, results: Sequence[SearchResult]) -> dict[str, list[Solved]]:
+    """Every problem by every method, in the order of their ids, whoever wrote which part: greedy,
+    plain, chunk_reset, ..., majority/K, best_of/AGGREGATE/K and weighted_majority/AGGREGATE/K."""
     of_problem: dict[str, dict[str, SearchResult]] = defaultdict(dict)
     for result in results:
         of_problem[result.problem_id][result.method] = result
-    # Resamples draw by place: in id order, whoever wrote which part.
     groups = [of_problem[problem_id] for problem_id in sorted(of_problem, key=natural_key)]
     samples = [[group[name] for name in sample_names(config)] for group in groups]
-
-    def rows(sizes: Sequence[int], solve: Callable[..., Solved], *how: Any) -> dict[str, Any]:
-        return {
-            str(k): method_row(config, [solve(config.token_budget, s[:k], *how) for s in samples])
-            for k in sizes
-        }
-
-    return {
-        "greedy": method_row(config, [steered(group["greedy"]) for group in groups]),
-        "plain": method_row(config, [averaged(of_one) for of_one in samples]),
-        **{
-            name: steered_row(config, [group[name] for group in groups])
-            for name in steered_methods(config)
-        },
-        "majority": rows(config.majority, by_majority),
-        "best_of": {name: rows(config.best_of, by_best, name) for name in AGGREGATES},
-        "weighted_majority": {name: rows(config.best_of, by_weight, name) for name in AGGREGATES},
+    budget = config.token_budget
+    found = {
+        name: [steered(group[name]) for group in groups]
+        for name in ("greedy", *steered_methods(config))
     }
+    found["plain"] = [averaged(of_one) for of_one in samples]
+    for k in config.majority:
+        found[f"majority/{k}"] = [by_majority(budget, of_one[:k]) for of_one in samples]
+    for name, k in itertools.product(AGGREGATES, config.best_of):
+        found[f"best_of/{name}/{k}"] = [by_best(budget, s[:k], name) for s in samples]
+        found[f"weighted_majority/{name}/{k}"] = [by_weight(budget, s[:k], name) for s in samples]
+    return found
 
 
 def method_row(config: Search, solved: Sequence[Solved]) -> dict[str, Any]:
@@ -334,13 +347,6 @@ def method_row(config: Search, solved: Sequence[Solved]) -> dict[str, Any]:
         "judge_tokens": float(np.mean([problem.judge_tokens for problem in solved])),
         "rejected_tokens": float(np.mean([problem.rejected_tokens for problem in solved])),
         "samples": float(np.mean([problem.samples for problem in solved])),
-    }
-
-
-def steered_row(config: Search, results: Sequence[SearchResult]) -> dict[str, Any]:
-    return method_row(config, [steered(result) for result in results]) | {
-        "accepted_tokens": float(np.mean([result.accepted_tokens for result in results])),
-        "forced_chunks": float(np.mean([result.forced_chunks for result in results])),
     }
 
 
@@ -408,4 +414,4 @@ def affordable(
     """The first samples that the budget pays for, at least one; all without a budget."""
     if budget is None:
         return samples
-    return samples[: max(1, sum(spent <= budget for spent in accumulate(costs)))]
+    return samples[: max(1, sum(spent <= budget for spent in itertools.accumulate(costs)))]

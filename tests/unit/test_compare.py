@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
@@ -11,6 +12,8 @@ from stepwiser_jax.commands import compare, compare_rows
 from stepwiser_jax.commands.compare_rows import SeedRuns
 from stepwiser_jax.commands.quickstart import timed
 from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.records import SearchResult
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.settings import validate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -119,44 +122,108 @@ def seeds_with(shares, *pairs):
     return [
         {
             "numbers": {"judge/clip_higher": better, "judge/clip": worse},
-            "paired_p": {"clip-higher > clip, 4 updates: judge": 0.5},
+            "paired_p": {"clip-higher > clip, 4 updates: judge": p},
             "clipped_from_above": {"clip_higher": share, "clip": 0.01},
         }
-        for share, (better, worse) in zip(shares, pairs, strict=True)
+        for share, (better, worse, p) in zip(shares, pairs, strict=True)
     ]
 
 
 @pytest.mark.parametrize(
-    ("shares", "pairs", "verdict", "holds_in"),
+    ("shares", "pairs", "verdict", "holds_in", "tested_in"),
     [
-        ((0.0, 0.0), [(0.7, 0.6), (0.8, 0.5)], "holds", 2),
-        ((0.0, 0.0), [(0.7, 0.6), (0.5, 0.8)], "mixed", 1),
-        ((0.0, 0.0), [(0.6, 0.7), (0.5, 0.6)], "fails", 0),
-        ((0.0, 0.0), [(0.6, 0.7), (0.5, 0.5)], "mixed", 0),
-        ((0.0, 0.01), [(0.6, 0.7), (0.5, 0.5)], "fails", 0),
-        ((0.01, 0.01), [(0.7, 0.7), (0.5, 0.5)], "not tested", 0),
+        ((0.0, 0.0), [(0.7, 0.6, 0.01), (0.8, 0.5, 0.01)], "holds", 2, 2),
+        ((0.0, 0.0), [(0.7, 0.6, 0.01), (0.8, 0.5, 0.05)], "mixed", 1, 2),
+        ((0.0, 0.0), [(0.7, 0.6, 0.01), (0.5, 0.8, 0.01)], "mixed", 1, 2),
+        ((0.0, 0.0), [(0.6, 0.7, 0.01), (0.5, 0.6, 0.01)], "fails", 0, 2),
+        ((0.0, 0.0), [(0.6, 0.7, 0.01), (0.5, 0.6, 0.9)], "mixed", 0, 2),
+        ((0.0, 0.0), [(0.7, 0.6, 0.06), (0.5, 0.6, 0.9)], "not told apart", 0, 2),
+        ((0.0, 0.01), [(0.6, 0.7, 0.01), (0.7, 0.5, 0.01)], "fails", 0, 1),
+        ((0.01, 0.01), [(0.7, 0.6, 0.01), (0.7, 0.5, 0.01)], "not tested", 0, 0),
     ],
 )
-def test_a_claim_holds_where_it_does_in_every_seed(shares, pairs, verdict, holds_in):
+def test_a_claim_holds_where_it_does_in_every_seed(shares, pairs, verdict, holds_in, tested_in):
     """And the clip is tested where the two were not clipped alike."""
     claim = next(claim for claim in compare.CLAIMS if claim.worse == "judge/clip")
     found = compare.verdict_on(claim, seeds_with(shares, *pairs))
     assert (found["verdict"], found["holds_in"]) == (verdict, holds_in)
-    assert found["difference"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
-    assert found["paired_p"] == [0.5, 0.5]
+    assert found["tested_in"] == tested_in
+    assert found["difference"] == pytest.approx(sum(a - b for a, b, _ in pairs) / 2)
+    assert found["paired_p"] == [p for _, _, p in pairs]
+
+
+def test_without_a_test_of_its_own_a_difference_counts_by_its_sign():
+    claim = next(claim for claim in compare.CLAIMS if claim.worse == "labels/abs_q")
+    seed = {"numbers": {claim.better: 0.7, claim.worse: 0.6}, "paired_p": {}}
+    assert compare.told_by(claim, seed) == 1
+
+
+def result_of(problem, method, is_correct):
+    return SearchResult(
+        search_id=f"{problem}/{method}", problem_id=problem, method=method, answer=str(is_correct),
+        is_correct=is_correct, completion="", accepted_tokens=10, rejected_tokens=0,
+        judge_tokens=0, forced_chunks=0, chunk_scores=(0.5,), scoring_tokens=9,
+    )  # fmt: skip
+
+
+def test_searches_are_compared_problem_by_problem(tmp_path):
+    """In the order of the problems' ids, whatever order they were written in."""
+    runs = SeedRuns(tmp_path, 0)
+    _, stage, settings = compare_rows.searches(runs)[0]
+    config = validate(STAGE_CONFIGS[stage], settings(), stage)
+    directory = RunDirectory(tmp_path / "search", stage, config)
+    rights = {"p-10": (True, False, False), "p-2": (False, True, True)}
+    results = [
+        result_of(problem, method, is_correct)
+        for problem, (reset, *samples) in rights.items()
+        for method, is_correct in {
+            "greedy": False,
+            **dict.fromkeys(("chunk_reset", "beam", "dvts"), reset),
+            **{f"sample{k}": samples[k % 2] for k in range(8)},
+        }.items()
+    ]
+    directory.writer(SearchResult).append(results)
+    directory.finish(dict)
+    assert compare.right_of(runs, "search/chunk_reset").tolist() == [0, 1]
+    assert compare.right_of(runs, "search/plain").tolist() == [1, 0]
+    assert compare.right_of(runs, "search/majority").tolist() == [1, 0]
+
+
+def test_tuning_takes_the_best_factor_of_each_judge(tmp_path, monkeypatch):
+    trained = []
+
+    def run_stages(runs, stages, console):
+        assert (runs.seed, runs.split, runs.share_of_steps) == (compare.TUNING_SEED, "dev", 0.5)
+        trained.extend(name for name, _, _ in stages)
+
+    def score_of(runs, name):
+        judge, factor = name.rsplit("_x", 1)
+        return {"f1": 0.5 if judge == "offline" else float(factor) / 10}
+
+    monkeypatch.setattr(compare, "run_stages", run_stages)
+    monkeypatch.setattr(compare, "score_of", score_of)
+    assert main(["compare", "--run-dir", str(tmp_path), "--tune"]) == 0
+    found = json.loads((tmp_path / "tuning.json").read_text())
+    expected = dict.fromkeys(compare_rows.JUDGES, 2.0) | {"offline": 0.5}
+    assert found["chosen"] == expected
+    assert {f"{name}_x{f:g}" for name in expected for f in compare_rows.FACTORS} <= set(trained)
 
 
 def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, capsys):
     method = {"accuracy": 0.5, "policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0}
+    method["accuracy_interval"] = [0.45, 0.55]
     methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
     summary = dict.fromkeys(methods, method) | {
         "majority": {"8": method},
         "best_of": {"mean": {"8": method}},
         "weighted_majority": {"product": {"8": method}},
         "accuracy": 0.4,
+        "accuracy_interval": [0.35, 0.45],
     }
     official = {"f1": 0.7, "acc_error": 0.6, "acc_correct": 0.8}
-    score = {"subsets": {"arithmetic": {"official": official}}}
+    score = {
+        "subsets": {"arithmetic": {"official": official, "official_f1_interval": [0.65, 0.75]}}
+    }
     found = lambda runs, name: score if name.endswith("_score") else summary  # noqa: E731
     monkeypatch.setattr(SeedRuns, "summary", found)
     monkeypatch.setattr(compare, "run_stages", lambda runs, stages, console: None)
@@ -165,6 +232,7 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         compare, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
     )
+    monkeypatch.setattr(compare, "right_of", lambda runs, number: np.arange(8) % 2)
     training = {"clipped_from_above": 0.01, "reward": 0.6}
     monkeypatch.setattr(compare, "training_of", lambda runs, name: training)
     monkeypatch.setattr(compare, "seconds_of", lambda runs, stages: {"policy": 60.0})
@@ -175,6 +243,9 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     assert [claim["claim"] for claim in result["claims"]] == [c.says for c in compare.CLAIMS]
     for claim in compare.CLAIMS:
         assert claim.says in printed
+    assert "| judge/stepwiser | 70.0 [65.0, 75.0] | 70.0 [65.0, 75.0] |" in printed
+    assert "| search/plain | 50.0 [45.0, 55.0] |" in printed
+    assert "| selection/before | 40.0 [35.0, 45.0] |" in printed
     for seed in result["seeds"].values():
         assert {c.better for c in compare.CLAIMS} <= set(seed["numbers"])
         assert {c.worse for c in compare.CLAIMS} <= set(seed["numbers"])
