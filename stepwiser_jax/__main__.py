@@ -1,4 +1,4 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `contrast`, `plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `contrast`, `compare`, `plan`, `convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
 save and exit with 130; the same command goes on from there.

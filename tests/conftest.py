@@ -9,6 +9,8 @@ flags += [
     # By default XLA starts independent operations of a program in any order, collectives too: two
     # CPU devices can then wait for one another in different ones, for ever.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # Most of the time goes into compiling programs that then run for milliseconds.
+    "--xla_backend_optimization_level=0",
 ]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,9 +6,9 @@ split by the final answer; both are here. Percentages, as the official scorer pr
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -139,25 +139,43 @@ def solutions_by_subset(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores of whole solutions per subset, with the 95% interval of their F1, and their plain
-    average. `bad_outputs`: the share of each one's outputs that are bad."""
-    scores, intervals = {}, {}
-    for subset, rows in rows_of_subsets(items).items():
-        pairs = [(p_correct[r], items[r].first_error == -1) for r in rows]
-        low, high = bootstrap_interval(pairs, _binary_f1, seed=seed)
-        intervals[subset] = {"binary_f1_interval": [low, high]}
+    """Scores of whole solutions per subset, and their plain average, with the 95% intervals of F1
+    and accuracy. `bad_outputs`: the share of each one's outputs that are bad."""
+    rows_of = rows_of_subsets(items)
+    scores = {}
+    for subset, rows in rows_of.items():
+        is_correct = [items[r].first_error == -1 for r in rows]
         bad = sum(bad_outputs[r] for r in rows) / len(rows)
-        scores[subset] = solution_scores(*zip(*pairs, strict=True)) | {"bad_outputs": bad}
+        scores[subset] = solution_scores([p_correct[r] for r in rows], is_correct)
+        scores[subset]["bad_outputs"] = bad
     names = next(iter(scores.values()))
     average = {n: float(np.mean([score[n] for score in scores.values()])) for n in names}
+
+    def intervals(rows: Sequence[int]) -> dict[str, list[float]]:
+        outcomes = [(items[r].subset, p_correct[r], items[r].first_error == -1) for r in rows]
+        strata = [subset for subset, _, _ in outcomes]
+        return {
+            f"{name}_interval": list(
+                bootstrap_interval(
+                    outcomes, partial(_mean_solution_score, name=name), seed=seed, strata=strata
+                )
+            )
+            for name in ("binary_f1", "accuracy")
+        }
+
     return {
-        "subsets": {subset: score | intervals[subset] for subset, score in scores.items()},
-        "average": average,
+        "subsets": {name: score | intervals(rows_of[name]) for name, score in scores.items()},
+        "average": average | intervals(range(len(items))),
     }
 
 
-def _binary_f1(pairs: Sequence[tuple[float, bool]]) -> float:
-    return solution_scores(*zip(*pairs, strict=True))["binary_f1"]
+def _mean_solution_score(outcomes: Sequence[tuple[str, float, bool]], *, name: str) -> float:
+    """Of (subset, p_correct, is correct), averaged over subsets."""
+    of_subset: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    for subset, p_correct, is_correct in outcomes:
+        of_subset[subset].append((p_correct, is_correct))
+    found = [solution_scores(*zip(*pairs, strict=True)) for pairs in of_subset.values()]
+    return float(np.mean([scores[name] for scores in found]))
 
 
 def score_by_subset(
@@ -167,8 +185,8 @@ def score_by_subset(
     seed: int,
     unparsed_as: Literal["negative", "positive"] = "negative",
 ) -> dict[str, Any]:
-    """Scores per subset, and their plain average as ProcessBench reports it, with the intervals of
-    their F1."""
+    """Scores per subset, and their plain average as ProcessBench reports it, with their 95%
+    intervals."""
     rows_of = rows_of_subsets(items)
     scores = {
         subset: score_items(
@@ -187,7 +205,7 @@ def score_by_subset(
         for split in ("official", "by_final_answer")
     }
     predictions = [first_predicted_error(v, unparsed_as=unparsed_as) for v in verdicts]
-    return {"subsets": scores, "average": average | f1_intervals(items, predictions, seed=seed)}
+    return {"subsets": scores, "average": average | score_intervals(items, predictions, seed=seed)}
 
 
 def score_items(
@@ -208,17 +226,18 @@ def score_items(
         "by_final_answer": fractions(
             processbench_f1_by_final_answer(predictions, labels, final_correct)
         ),
-        **f1_intervals(items, predictions, seed=seed),
+        **score_intervals(items, predictions, seed=seed),
         "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
         "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
         "steps_right": step_accuracy(items, verdicts),
     }
 
 
-def f1_intervals(
+def score_intervals(
     items: Sequence[ProcessBenchItem], predictions: Sequence[int], *, seed: int
 ) -> dict[str, list[float]]:
-    """95% intervals of both F1, averaged over subsets, which keep their sizes in a resample."""
+    """95% intervals of both F1 and of their accuracies, averaged over subsets, which keep their
+    sizes in a resample."""
     rows_of = rows_of_subsets(items)
     subset_of = {subset: s for s, subset in enumerate(rows_of)}
     subsets = np.array([subset_of[item.subset] for item in items])
@@ -228,15 +247,16 @@ def f1_intervals(
         "by_final_answer": np.array([not item.final_answer_correct for item in items]),
     }
     return {
-        f"{split}_f1_interval": list(
+        f"{split}_{name}_interval": list(
             bootstrap_interval(
                 (4 * subsets + 2 * error + found).tolist(),
-                lambda outcomes: _mean_f1(np.array(outcomes), subsets=len(rows_of)),
+                partial(_mean_score, subsets=len(rows_of), name=name),
                 seed=seed,
                 strata=subsets.tolist(),
             )
         )
         for split, error in is_error.items()
+        for name in ("f1", "acc_error", "acc_correct")
     }
 
 
@@ -291,7 +311,7 @@ def contrast(
 
 
 def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[str, Any]:
-    mean_f1 = functools.partial(_mean_f1, subsets=subsets)
+    mean_f1 = partial(_mean_score, subsets=subsets, name="f1")
     difference = paired_bootstrap(a, b, mean_f1, seed=seed, strata=a // 4)
     only_a, only_b = (int(np.sum(better % 2 > worse % 2)) for better, worse in ((a, b), (b, a)))
     return {
@@ -307,10 +327,12 @@ def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[
     }
 
 
-def _mean_f1(outcomes: np.ndarray, *, subsets: int) -> float:
-    """Official F1, averaged over subsets, of items that are 4 * subset + 2 * has an error + right;
-    as in `processbench_f1`, what is undefined is 0."""
+def _mean_score(outcomes: Sequence[int] | np.ndarray, *, subsets: int, name: str) -> float:
+    """F1, acc_error or acc_correct, averaged over subsets, of items that are 4 * subset + 2 * has
+    an error + right; as in `processbench_f1`, what is undefined is 0."""
     wrong_and_right = np.bincount(outcomes, minlength=4 * subsets).reshape(subsets, 2, 2)
     accuracies = wrong_and_right[..., 1] / np.maximum(1, wrong_and_right.sum(axis=-1))
-    total = accuracies.sum(axis=-1)
-    return float(np.mean(2 * accuracies.prod(axis=-1) / np.where(total > 0, total, 1)))
+    acc_correct, acc_error = accuracies.T
+    total = acc_correct + acc_error
+    f1 = 2 * acc_correct * acc_error / np.where(total > 0, total, 1)
+    return float(np.mean({"f1": f1, "acc_error": acc_error, "acc_correct": acc_correct}[name]))

@@ -72,7 +72,13 @@ def rows(run):
     return sorted(found)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rollouts", "evaluate", "classify"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("values", "search", "select")),
+    ],
+)
 def test_shards_that_never_meet_are_one_run(runs, tmp_path, name):
     """Of which the second is run again after it was lost halfway, and the last merges."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"

@@ -121,8 +121,11 @@ def test_scores_of_whole_solutions_by_subset():
         for i, (subset, error) in enumerate([("a", -1), ("b", 0), ("a", 0), ("b", -1)])
     ]
     found = solutions_by_subset(items, [0.9, 0.9, 0.1, 0.1], [0.0, 0.5, 0.0, 1.0], seed=0)
-    for subset, interval in (("a", [0, 1]), ("b", [0, 0])):
-        assert found["subsets"][subset].pop("binary_f1_interval") == interval
+    for subset, f1, accuracy in (("a", [0, 1], [1, 1]), ("b", [0, 0], [0, 0])):
+        assert found["subsets"][subset].pop("binary_f1_interval") == f1
+        assert found["subsets"][subset].pop("accuracy_interval") == accuracy
+    assert found["average"]["binary_f1_interval"] == [0, 0.5]
+    assert found["average"]["accuracy_interval"] == [0.5, 0.5]
     assert found["subsets"]["a"] == slow_solution_scores([1, 0], [True, False]) | {"bad_outputs": 0}
     assert found["subsets"]["b"] == slow_solution_scores([1, 0], [False, True]) | {
         "bad_outputs": 0.75
@@ -310,7 +313,7 @@ def test_resamples_keep_the_size_of_every_stratum():
     assert bootstrap_interval(items, lambda x: x.count("a"), seed=0) == (0, 3)
 
 
-def test_f1_and_its_average_have_intervals():
+def test_f1_accuracies_and_their_averages_have_intervals():
     """Subset `all` is always right; of the two items of `few` a resample may have one twice, and
     then has no F1."""
     items = [ProcessBenchItem(f"{i}", "all", "q", ("s",), i % 2 - 1, i % 2 == 0) for i in range(60)]
@@ -318,6 +321,7 @@ def test_f1_and_its_average_have_intervals():
     verdicts = [[P if item.first_error == -1 else N] for item in items]
     scores = score_by_subset(items, verdicts, seed=0)
     for split in ("official", "by_final_answer"):
-        intervals = [scores["subsets"][s][f"{split}_f1_interval"] for s in ("all", "few")]
-        assert intervals == [[1, 1], [0, 1]]
-        assert scores["average"][f"{split}_f1_interval"] == [0.5, 1]
+        for name in ("f1", "acc_error", "acc_correct"):
+            key = f"{split}_{name}_interval"
+            assert [scores["subsets"][s][key] for s in ("all", "few")] == [[1, 1], [0, 1]]
+            assert scores["average"][key] == [0.5, 1]

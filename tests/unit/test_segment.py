@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from stepwiser_jax.__main__ import main
 from stepwiser_jax.record_files import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
 from stepwiser_jax.runtime.run import RunDirectory, stop
@@ -16,6 +18,7 @@ from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.segmentation import read_segmentation
 
 COUNT = 6
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -201,6 +204,34 @@ def test_a_server_may_move(tmp_path, rollouts):
                 RunDirectory(tmp_path / "s", "segment", config)
         else:
             RunDirectory(tmp_path / "s", "segment", config)
+
+
+@pytest.mark.slow
+def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
+    """The whole path, with a teacher that knows these solutions by heart."""
+    problems = arithmetic.generate_problems(COUNT, 0, "rollout")
+    write_records(tmp_path / "cuts.jsonl", arithmetic.segmenter_demonstrations(problems, 0))
+    words = ["sft", "--config", str(CONFIGS / "arithmetic_segmenter.yaml")]
+    words += ["--run-dir", str(tmp_path / "teacher")]
+    for setting in (f"data.source={tmp_path / 'cuts.jsonl'}", "data.count=null", "steps=100"):
+        words += ["--set", setting]
+    assert main(words) == 0
+    config = config_of(
+        tmp_path,
+        rollouts,
+        teacher={"path": str(tmp_path / "teacher")},
+        num_segmentations=2,
+        sampling={"max_new_tokens": 120, "temperature": 0.3},
+        engine={"rows": [8], "buckets": [256]},
+    )
+    summary = segment.run(config, tmp_path / "s")
+    assert sum(summary["proposals"].values()) == 2 * 2 * COUNT
+    assert summary["proposals"]["kept"] > 2 * COUNT and summary["mean_chunks"] > 2
+    assert summary["compiled"]
+    known = {e.completion for e in arithmetic.segmenter_demonstrations(problems, 0)}
+    learned = sft.read_examples(str(tmp_path / "s"), "bare")
+    assert len(learned) == summary["cut"] > COUNT
+    assert {" ".join(e.completion.split()) for e in learned} <= {" ".join(k.split()) for k in known}
 
 
 def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
