@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pipeline, stage by stage, as a person types it: tiny model, embedded task, about a minute on a
+# The pipeline, stage by stage, as a person types it: tiny model, embedded task, some minutes on a
 # laptop CPU. Nothing is learned here that is worth a number; it shows that every stage runs, stops,
 # resumes and hands over.
 #

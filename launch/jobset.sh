@@ -5,7 +5,7 @@
 #   launch/jobset.sh --name judge-7b --topology v5p:4x4x4 --image REPOSITORY/stepwiser --claim runs \
 #       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge
 #   launch/jobset.sh --name values --topology v6e:2x4 --image REPOSITORY/stepwiser --claim runs \
-#       --shards 32 --at-once 8 -- annotate --config configs/values.yaml --run-dir /runs/values
+#       --shards 32 --at-once 8 -- annotate --config configs/qwen2.5-7b_values.yaml --run-dir /runs/values
 #
 #   --name NAME         of the JobSet
 #   --topology T        of one slice, as `stepwiser plan` takes it: v4, v5e, v5p, v6e or tpu7x, a

@@ -5,7 +5,7 @@
 #   launch/slurm.sh --name judge --nodes 2 --gpus 8 --time 12:00:00 \
 #       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /shared/runs/judge
 #   launch/slurm.sh --name values --gpus 8 --time 4:00:00 --shards 32 --at-once 8 \
-#       -- annotate --config configs/values.yaml --run-dir /shared/runs/values
+#       -- annotate --config configs/qwen2.5-7b_values.yaml --run-dir /shared/runs/values
 #
 #   --name NAME         of the job
 #   --nodes N           nodes that make one run (1)

@@ -178,7 +178,7 @@ def compare(
     run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("compare"),
     seed: Annotated[
         list[int] | None,
-        typer.Option(min=0, max=2**32 - 1, help="Once for each. [default: 0, 1, 2]"),
+        typer.Option(min=0, max=2**32 - 1, help="Once for each; 0, 1 and 2 without it."),
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Instead, search the learning rates that are used.")

@@ -174,7 +174,9 @@ class Segment(ComputeStage):
         }[given[0]]
         found = [name for name in ("sampling", "engine") if getattr(self, name)]
         if found != wanted:
-            raise ValueError(f"a {given[0]} takes the settings {wanted}, found {found}")
+            raise ValueError(
+                f"a {given[0]} takes the settings {wanted}, found {found}: set others to null"
+            )
         return self
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepwiser_jax.config import Classifier, Classify, Evaluate, Judge, Rationalize, Server
+from stepwiser_jax.config import (
+    Classifier,
+    Classify,
+    Evaluate,
+    Judge,
+    Rationalize,
+    Server,
+    Sft,
+)
 from stepwiser_jax.config_parts import Config, Model, Problems
 from stepwiser_jax.record_files import read_parts
 from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
@@ -12,6 +20,7 @@ from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
 from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.contamination import held_out_questions
 from stepwiser_jax.text.datasets import (
     load_classifier_examples,
@@ -38,7 +47,7 @@ def reads_solutions(config: Config) -> bool:
 def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
     that is not there, an input run that is unfinished or holds other records, or problems,
-    examples, items or evaluation sets that cannot be read."""
+    demonstrations, examples, items or evaluation sets that cannot be read."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
         if isinstance(value, Model):
@@ -46,6 +55,8 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
             load_tokenizer_of(value.path)
         elif isinstance(value, Problems):
             read_problems(value)
+        elif name == "data" and isinstance(config, Sft):
+            load_examples(config.data, config.prompt_style)
         elif name == "mesh":
             make_mesh(**value.model_dump())
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):

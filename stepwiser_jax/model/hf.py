@@ -98,7 +98,7 @@ def resolve(path_or_id: str) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"expected a directory or a hub id, found {path_or_id!r}: {error}"
+            f"there is no directory {path_or_id} here, and as a hub id it leads to: {error}"
         ) from None
 
 

@@ -4,6 +4,7 @@ ProcessBench, or a rollout run of the embedded task."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,25 @@ def load_items(
         return items
     drawn = np.random.default_rng(0).choice(len(items), limit, replace=False)
     return [items[i] for i in sorted(drawn)]
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, problems: Sequence[Problem], trajectories: Sequence[Trajectory]
+) -> None:
+    """Raises UserError where the first prompts, read by `tokenizer`, do not hold their questions:
+    it is not the one that the trajectories were sampled with, and would make other text of them."""
+    questions = {problem.problem_id: problem.question for problem in problems}
+
+    def reads(trajectory: Trajectory) -> bool:
+        prompt = tokenizer.decode(trajectory.prompt_ids)
+        return "".join(questions[trajectory.problem_id].split()) in "".join(prompt.split())
+
+    if not any(map(reads, trajectories[:16])):
+        raise UserError(
+            "tokenizer: expected that of the policy that sampled the rollouts; by this one the "
+            f"prompt of {trajectories[0].trajectory_id} is "
+            f"{tokenizer.decode(trajectories[0].prompt_ids)[:80]!r}"
+        )
 
 
 def items_of_run(source: str, tokenizer: Tokenizer, split: str | None) -> list[ProcessBenchItem]:

@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,6 +96,7 @@ class TrainingRun:
         self.schedule, self.optimizer = optimizer_of(settings, total_updates)
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
+        self._lock_others_out()
         self._write_template()
         self._checkpointer = Checkpointer(
             directory.path / "checkpoints", keep=settings.keep_checkpoints
@@ -105,6 +109,23 @@ class TrainingRun:
         self.last_metrics = self._metrics.resume_at(self.step)
         self._unlogged: tuple[int, dict[str, Any]] | None = None
         self._skipped_in_a_row = 0
+
+    def _lock_others_out(self) -> None:
+        """Until this run is let go, or its process ends, however it ends: two trainings in one
+        directory would write into one another's files. Raises UserError for the second."""
+        if not hosts.is_first():
+            return
+        lock = os.open(self._directory.create() / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is training in {self._directory.path}: wait for its end, or give "
+                "this one its own --run-dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     def _write_template(self) -> None:
         template = self._directory.create() / "template"

@@ -30,6 +30,7 @@ from stepwiser_jax.records import (
     UserError,
 )
 from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.text.chunks import chunk_texts
@@ -52,6 +53,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.rollouts}: name the rollout run that was annotated"
         )
     tokenizer = load_tokenizer_of(config.tokenizer)
+    check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values()))
     telling = [label for label in labels if label.v >= config.min_prefix_value]
     examples = judge_examples(telling, trajectories, problems, tokenizer)
     fitting, dropped = filter_length(config, examples, tokenizer)

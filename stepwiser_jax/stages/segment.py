@@ -27,6 +27,7 @@ from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.remote import RemoteEngine
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
@@ -56,6 +57,7 @@ def run(config: Segment, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     tokenizer = load_tokenizer_of(config.tokenizer)
     problems = {problem.problem_id: problem for problem in read_records(config.rollouts, Problem)}
     trajectories = read_records(config.rollouts, Trajectory)
+    check_tokenizer(tokenizer, list(problems.values()), trajectories)
     right = right_trajectories(trajectories, config.max_per_problem)
     if not right:
         raise UserError(

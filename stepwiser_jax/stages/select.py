@@ -34,6 +34,7 @@ from stepwiser_jax.runtime.judges import load_judge
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
@@ -68,6 +69,7 @@ def run(config: Select, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     tokenizer = load_tokenizer_of(config.tokenizer)
     problems = read_records(config.rollouts, Problem)
     responses = read_records(config.rollouts, Trajectory)
+    check_tokenizer(tokenizer, problems, responses)
     candidates = find_candidates(config, problems, responses)
     work = blocks(candidates, config.problems_per_block)
     work = directory.pending(work, Selection, lambda block: [c.problem.problem_id for c in block])

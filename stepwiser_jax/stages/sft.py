@@ -114,8 +114,6 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
         if not examples:
             raise UserError(f"expected examples in {data.source}, found none")
         return examples[: data.count]
-    if data.count is None:
-        raise UserError(f"data.count must say how many examples of {data.source} to generate")
     makers: dict[str, Callable[..., list[SftExample] | list[Dialogue]]] = {
         "arithmetic-policy": arithmetic.policy_demonstrations,
         "arithmetic-untagged": arithmetic.untagged_demonstrations,
@@ -127,6 +125,8 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
     }
     if data.source not in makers:
         raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
+    if data.count is None:
+        raise UserError(f"data.count must say how many examples of {data.source} to generate")
     problems = arithmetic.generate_problems(data.count, data.seed, "train")
     return makers[data.source](problems, data.seed)
 

@@ -55,7 +55,8 @@ def read_rows(
     """
     path = Path(source)
     if not path.is_file() and (path.suffix in _SUFFIXES or source.startswith((".", "/"))):
-        raise UserError(f"expected a data file at {source}, found nothing")
+        found = "a directory" if path.is_dir() else "nothing"
+        raise UserError(f"expected a data file at {source}, found {found}")
     if path.is_file() and path.suffix not in _SUFFIXES:
         raise UserError(f"expected a {sorted(_SUFFIXES)} file, found {source}")
     is_json = path.is_file() and path.suffix != ".parquet"

@@ -1,7 +1,10 @@
 """All stages through the command line, and what happens when they are cut short or misused."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -320,6 +323,31 @@ def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_
     assert summary["seconds_per_step"] is None
 
 
+def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypatch, capsys):
+    """Until the first process ends, by whatever means."""
+    out = tmp_path / "run"
+    arguments = command("cold_start", runs, out=out, extra=("steps=2",))
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.stop, "requested", True)
+        assert main(arguments) == 130
+    gc.collect()  # this process lets go of it
+    script = (
+        f"import fcntl, time; file = open({str(out / 'lock')!r}, 'r+'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    before = (out / "metrics.jsonl").read_bytes()
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "locked\n"
+        assert main(arguments) == 2
+        assert f"another process is training in {out}" in capsys.readouterr().err
+        assert (out / "metrics.jsonl").read_bytes() == before
+    finally:
+        first.kill()
+        first.wait()
+    assert main(arguments) == 0
+
+
 def test_a_finished_run_is_not_done_again(runs, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
     assert main(command("values", runs)) == 0
@@ -444,6 +472,8 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     ):
         arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))
         assert_fails(capsys, [*arguments, "--dry-run"], f"no records, not {kind}", out)
+    arguments = command("cold_start", runs, out=out, extra=(f"data.source={tmp_path / 'none'}",))
+    assert_fails(capsys, [*arguments, "--dry-run"], "none", out)
     for name in ("evaluate", "classify"):
         arguments = command(name, runs, out=out, extra=[f"items={tmp_path / 'none.json'}"])
         assert_fails(capsys, [*arguments, "--dry-run"], "a data file at", out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ def rollouts(tmp_path, word_tokenizer):
             name = f"{problem.problem_id}#{g}"
             trajectories.append(
                 Trajectory(
-                    name, problem.problem_id, "p", (1,), ids, (0.0,) * len(ids), (len(ids),),
-                    "stop_id", is_correct,
+                    name, problem.problem_id, "p", tuple(word_tokenizer.encode(problem.question)),
+                    ids, (0.0,) * len(ids), (len(ids),), "stop_id", is_correct,
                 )
             )  # fmt: skip
     run = tmp_path / "rollouts"
@@ -232,6 +233,15 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     learned = sft.read_examples(str(tmp_path / "s"), "bare")
     assert len(learned) == summary["cut"] > COUNT
     assert {" ".join(e.completion.split()) for e in learned} <= {" ".join(k.split()) for k in known}
+
+
+def test_another_tokenizer_than_the_policys_is_refused(tmp_path, rollouts, bpe_directory):
+    other = shutil.copytree(bpe_directory, tmp_path / "other")
+    (other / "config.json").write_text("{}")
+    config = config_of(tmp_path, rollouts, splitter="steps", tokenizer=str(other))
+    with pytest.raises(UserError, match="of the policy that sampled the rollouts; by this one"):
+        segment.run(config, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):

@@ -27,7 +27,8 @@ def rollouts(tmp_path, word_tokenizer):
             ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
             trajectories.append(
                 Trajectory(
-                    f"{example.problem_id}#{g}", example.problem_id, "p", (1,), ids,
+                    f"{example.problem_id}#{g}", example.problem_id, "p",
+                    tuple(word_tokenizer.encode(problems[p].question)), ids,
                     (0.0,) * len(ids), chunk_ends(ids, matcher, word_tokenizer), "stop_id",
                     p > 0 and g < RESPONSES - 1,
                 )
