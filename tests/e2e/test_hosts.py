@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,10 +35,7 @@ def start(arguments, *, processes, devices=1):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     words = [sys.executable, "-m", "stepwiser_jax", *arguments]
     words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
     return [
