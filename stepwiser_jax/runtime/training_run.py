@@ -79,6 +79,10 @@ def check_base(template: Path, model_id: str) -> None:
         )
 
 
+LOCK_SECONDS = 120
+"""A machine that was lost keeps its locks on a shared file system for about a minute and a half."""
+
+
 class TrainingRun:
     """The state of a training stage and everything that happens to it between two steps."""
 
@@ -117,15 +121,20 @@ class TrainingRun:
             return
         lock = os.open(self._directory.create() / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, lock)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"another process is training in {self._directory.path}: wait for its end, or give "
-                "this one its own --run-dir"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() - began >= LOCK_SECONDS:
+                    raise UserError(
+                        f"another process is training in {self._directory.path}: wait for its "
+                        "end, or give this one its own --run-dir"
+                    ) from None
+                time.sleep(1)
+            except OSError:  # a file system without locks
+                return
 
     def _write_template(self) -> None:
         template = self._directory.create() / "template"

@@ -331,6 +331,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
         patch.setattr(training_run.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
+    monkeypatch.setattr(training_run, "LOCK_SECONDS", 0)
     script = (
         f"import fcntl, time; file = open({str(out / 'lock')!r}, 'r+'); "
         "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
