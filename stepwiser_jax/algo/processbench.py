@@ -154,14 +154,8 @@ def solutions_by_subset(
     def intervals(rows: Sequence[int]) -> dict[str, list[float]]:
         outcomes = [(items[r].subset, p_correct[r], items[r].first_error == -1) for r in rows]
         strata = [subset for subset, _, _ in outcomes]
-        return {
-            f"{name}_interval": list(
-                bootstrap_interval(
-                    outcomes, partial(_mean_solution_score, name=name), seed=seed, strata=strata
-                )
-            )
-            for name in ("binary_f1", "accuracy")
-        }
+        found = bootstrap_interval(outcomes, _mean_solution_scores, seed=seed, strata=strata)
+        return dict(zip(("binary_f1_interval", "accuracy_interval"), found, strict=True))
 
     return {
         "subsets": {name: score | intervals(rows_of[name]) for name, score in scores.items()},
@@ -169,13 +163,13 @@ def solutions_by_subset(
     }
 
 
-def _mean_solution_score(outcomes: Sequence[tuple[str, float, bool]], *, name: str) -> float:
-    """Of (subset, p_correct, is correct), averaged over subsets."""
+def _mean_solution_scores(outcomes: Sequence[tuple[str, float, bool]]) -> np.ndarray:
+    """F1 and accuracy [2] of (subset, p_correct, is correct), averaged over subsets."""
     of_subset: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for subset, p_correct, is_correct in outcomes:
         of_subset[subset].append((p_correct, is_correct))
     found = [solution_scores(*zip(*pairs, strict=True)) for pairs in of_subset.values()]
-    return float(np.mean([scores[name] for scores in found]))
+    return np.mean([(scores["binary_f1"], scores["accuracy"]) for scores in found], axis=0)
 
 
 def score_by_subset(
@@ -246,17 +240,19 @@ def score_intervals(
         "official": np.array([item.first_error != -1 for item in items]),
         "by_final_answer": np.array([not item.final_answer_correct for item in items]),
     }
-    return {
-        f"{split}_{name}_interval": list(
-            bootstrap_interval(
-                (4 * subsets + 2 * error + found).tolist(),
-                partial(_mean_score, subsets=len(rows_of), name=name),
-                seed=seed,
-                strata=subsets.tolist(),
-            )
+    intervals = {
+        split: bootstrap_interval(
+            (4 * subsets + 2 * error + found).tolist(),
+            partial(_mean_scores, subsets=len(rows_of)),
+            seed=seed,
+            strata=subsets.tolist(),
         )
         for split, error in is_error.items()
-        for name in ("f1", "acc_error", "acc_correct")
+    }
+    return {
+        f"{split}_{name}_interval": interval
+        for split, of_split in intervals.items()
+        for name, interval in zip(("f1", "acc_error", "acc_correct"), of_split, strict=True)
     }
 
 
@@ -311,7 +307,10 @@ def contrast(
 
 
 def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[str, Any]:
-    mean_f1 = partial(_mean_score, subsets=subsets, name="f1")
+
+    def mean_f1(outcomes: np.ndarray) -> float:
+        return float(_mean_scores(outcomes, subsets=subsets)[0])
+
     difference = paired_bootstrap(a, b, mean_f1, seed=seed, strata=a // 4)
     only_a, only_b = (int(np.sum(better % 2 > worse % 2)) for better, worse in ((a, b), (b, a)))
     return {
@@ -327,12 +326,12 @@ def _contrast(a: np.ndarray, b: np.ndarray, *, subsets: int, seed: int) -> dict[
     }
 
 
-def _mean_score(outcomes: Sequence[int] | np.ndarray, *, subsets: int, name: str) -> float:
-    """F1, acc_error or acc_correct, averaged over subsets, of items that are 4 * subset + 2 * has
-    an error + right; as in `processbench_f1`, what is undefined is 0."""
+def _mean_scores(outcomes: Sequence[int] | np.ndarray, *, subsets: int) -> np.ndarray:
+    """F1, acc_error and acc_correct [3], averaged over subsets, of items that are 4 * subset + 2 *
+    has an error + right; as in `processbench_f1`, what is undefined is 0."""
     wrong_and_right = np.bincount(outcomes, minlength=4 * subsets).reshape(subsets, 2, 2)
     accuracies = wrong_and_right[..., 1] / np.maximum(1, wrong_and_right.sum(axis=-1))
     acc_correct, acc_error = accuracies.T
     total = acc_correct + acc_error
     f1 = 2 * acc_correct * acc_error / np.where(total > 0, total, 1)
-    return float(np.mean({"f1": f1, "acc_error": acc_error, "acc_correct": acc_correct}[name]))
+    return np.array([f1, acc_error, acc_correct]).mean(axis=1)

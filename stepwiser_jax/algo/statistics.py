@@ -12,21 +12,20 @@ import numpy as np
 
 def bootstrap_interval(
     items: Sequence[Any],
-    statistic: Callable[[list[Any]], float],
+    statistic: Callable[[list[Any]], Any],
     *,
     seed: int,
     strata: Sequence[Any] | None = None,
     samples: int = 1000,
     level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of `statistic` over resamples of the items, of each of the `strata` (one
-    an item) as many as it has."""
+) -> list[Any]:
+    """Percentile interval [low, high] of `statistic` over resamples of the items, of each of the
+    `strata` (one an item) as many as it has; of a statistic of n numbers n intervals."""
     values = [
-        float(statistic([items[i] for i in rows]))
+        statistic([items[i] for i in rows])
         for rows in _resamples(len(items), strata, samples, seed)
     ]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist()
 
 
 def _resamples(
@@ -44,7 +43,7 @@ def accuracy(right: Sequence[float], *, seed: int) -> dict[str, Any]:
     """Mean of what is right of each problem, a fraction, with its 95% interval over problems."""
     return {
         "accuracy": float(np.mean(right)),
-        "accuracy_interval": list(bootstrap_interval(right, np.mean, seed=seed)),
+        "accuracy_interval": bootstrap_interval(right, np.mean, seed=seed),
     }
 
 

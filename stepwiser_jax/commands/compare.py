@@ -123,11 +123,9 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
     methods = {name: method_of(runs, name) for name in METHODS}
     solves = {name: runs.summary(f"selected_{name}_solves") for name in SELECTIONS}
     clip_pair = {name: training_of(runs, name) for name in CLIP_PAIR}
+    labels = label_quality(runs.run_dir)
     numbers = {
-        **{
-            f"labels/{rule}": q["balanced_accuracy"]
-            for rule, q in label_quality(runs.run_dir).items()
-        },
+        **{f"labels/{rule}": quality["balanced_accuracy"] for rule, quality in labels.items()},
         **{f"judge/{name}": score["f1"] for name, score in scores.items()},
         **{f"reward/{name}": training["reward"] for name, training in clip_pair.items()},
         **{f"search/{name}": method["accuracy"] for name, method in methods.items()},
@@ -135,6 +133,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         **{f"selection/{name}": summary["accuracy"] for name, summary in solves.items()},
     }
     intervals = {
+        **{f"labels/{rule}": q["balanced_accuracy_interval"] for rule, q in labels.items()},
         **{f"judge/{name}": score["f1_interval"] for name, score in scores.items()},
         **{f"search/{name}": method["accuracy_interval"] for name, method in methods.items()},
         "selection/before": runs.summary("policy_solves")["accuracy_interval"],
@@ -304,10 +303,10 @@ def tables(result: dict[str, Any]) -> str:
             "",
             *numbers_table(result["seeds"]),
             "",
-            "Percent, with 95% intervals over solutions or problems: balanced accuracy of labels;",
-            "F1 of judges (and how many solutions are right of those with an error, of those",
-            "without); mean reward of the last ten iterations; accuracy. Of a search: tokens of",
-            "policy and judge a problem; and those rejected.",
+            "Percent: balanced accuracy of labels; F1 of judges (and how many solutions are right",
+            "of those with an error, of those without); mean reward of the last ten iterations;",
+            "accuracy; but for the reward with 95% intervals over solutions or problems. Of a",
+            "search: tokens of policy and judge a problem; and those rejected.",
             "",
             f"Tokens clipped from above: {clipped[0]} with clip-higher, {clipped[1]} without.",
             f"Minutes: {minutes}.",

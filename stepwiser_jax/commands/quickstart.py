@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
-from stepwiser_jax.algo.statistics import balanced_accuracy
+from stepwiser_jax.algo.statistics import balanced_accuracy, bootstrap_interval
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import LabelRule
 from stepwiser_jax.record_files import atomic_write, read_records
@@ -236,10 +236,14 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
     }
 
 
+LabelsAndTruths = list[tuple[bool, bool]]
+"""Of chunks: the label, and whether it is right."""
+
+
 def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
-    first error, where the prefix before the chunk has a value above 0. Parameters are the defaults:
-    the paper's for 7B (4.1), and GenPRM's."""
+    first error, where the prefix before the chunk has a value above 0, with the 95% interval over
+    problems. Parameters are the defaults: the paper's for 7B (4.1), and GenPRM's."""
     parameters = {
         rule: LabelRule.model_validate({"rule": rule}).parameters
         for rule in get_args(LabelRule.model_fields["rule"].annotation)
@@ -250,8 +254,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     for value in read_records(run_dir / "values", PrefixValue):
         values.setdefault(value.trajectory_id, []).append(value.value)
     tokenizer = load_tokenizer_of(str(run_dir / "policy"))
-    truths: list[bool] = []
-    labels: dict[str, list[bool]] = {rule: [] for rule in parameters}
+    found: dict[str, dict[str, LabelsAndTruths]] = {rule: {} for rule in parameters}
     for trajectory_id, q in values.items():
         trajectory = trajectories[trajectory_id]
         texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
@@ -259,13 +262,26 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
         truth = arithmetic.chunk_truth(question, texts)
         end = truth.index(False) + 1 if False in truth else len(truth)
         scope = [j for j in range(end) if q[j] > 0]
-        truths += [truth[j] for j in scope]
         for rule in parameters:
             given = label_chunks(q, rule, **parameters[rule])
-            labels[rule] += [bool(given[j]) for j in scope]
-    return {
-        rule: balanced_accuracy(given, truths) | {"chunks": len(truths)}
-        for rule, given in labels.items()
+            of_problem = found[rule].setdefault(trajectory.problem_id, [])
+            of_problem += [(bool(given[j]), truth[j]) for j in scope]
+    return {rule: label_scores(list(of_rule.values())) for rule, of_rule in found.items()}
+
+
+def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
+    """`balanced_accuracy` of all chunks, its 95% interval over problems, and how many chunks."""
+
+    def scores(problems: list[LabelsAndTruths]) -> dict[str, float]:
+        pairs = [pair for of_problem in problems for pair in of_problem]
+        return balanced_accuracy([label for label, _ in pairs], [truth for _, truth in pairs])
+
+    interval = bootstrap_interval(
+        of_problems, lambda problems: scores(problems)["balanced_accuracy"], seed=0
+    )
+    return scores(of_problems) | {
+        "balanced_accuracy_interval": interval,
+        "chunks": sum(map(len, of_problems)),
     }
 
 
@@ -286,8 +302,8 @@ def results_table(summary: dict[str, Any]) -> Table:
     table.add_row("policy accuracy, sampled", percent(policy["accuracy_sampled"]))
     table.add_row("policy accuracy, greedy", percent(policy["accuracy_greedy"]), end_section=True)
     for rule, quality in summary["labels"].items():
-        accuracy = f"{percent(quality['balanced_accuracy'])} balanced accuracy"
-        table.add_row(f"labels, {rule}", accuracy)
+        accuracy = percent(quality["balanced_accuracy"], quality["balanced_accuracy_interval"])
+        table.add_row(f"labels, {rule}: balanced accuracy", accuracy)
     table.add_section()
     for name, title in (("cold_start", "judge F1, cold start"), ("grpo", "judge F1, after GRPO")):
         scores = judge[name]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -121,20 +122,19 @@ class TrainingRun:
             return
         lock = os.open(self._directory.create() / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, lock)
-        began = time.monotonic()
-        while True:
+        others = f"another process is training in {self._directory.path}"
+        for second in range(LOCK_SECONDS + 1):
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except (BlockingIOError, PermissionError):
-                if time.monotonic() - began >= LOCK_SECONDS:
-                    raise UserError(
-                        f"another process is training in {self._directory.path}: wait for its "
-                        "end, or give this one its own --run-dir"
-                    ) from None
-                time.sleep(1)
+                if second == 0:
+                    waits = f"{others}: this one waits for it, {LOCK_SECONDS} seconds at most"
+                    print(waits, file=sys.stderr, flush=True)
+                time.sleep(second < LOCK_SECONDS)
             except OSError:  # a file system without locks
                 return
+        raise UserError(f"{others}: wait for its end, or give this one its own --run-dir")
 
     def _write_template(self) -> None:
         template = self._directory.create() / "template"

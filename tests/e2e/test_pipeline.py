@@ -458,6 +458,15 @@ def test_a_tokenizer_without_tags_is_refused(runs, tmp_path, capsys):
     assert_fails(capsys, arguments, "cannot round-trip the chunk tags", out)
 
 
+@pytest.mark.parametrize("name", ["labels", "select"])
+def test_another_tokenizer_than_the_policys_is_refused(runs, tmp_path, bpe_directory, name, capsys):
+    other = shutil.copytree(bpe_directory, tmp_path / "other")
+    (other / "config.json").write_text("{}")
+    out = tmp_path / "run"
+    arguments = command(name, runs, out=out, extra=(f"tokenizer={other}",))
+    assert_fails(capsys, arguments, "of the policy that sampled the rollouts; by this one", out)
+
+
 def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     out = tmp_path / "run"
     assert main([*command("values", runs, out=out), "--dry-run"]) == 0

@@ -43,7 +43,8 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
     assert 0 <= summary["policy"]["accuracy_greedy"] <= 1
     assert set(summary["labels"]) == {"abs_q", "rel_effective", "rel_ratio", "relative_progress"}
     for quality in summary["labels"].values():
-        assert 0 <= quality["balanced_accuracy"] <= 1
+        low, high = quality["balanced_accuracy_interval"]
+        assert 0 <= low <= quality["balanced_accuracy"] <= high <= 1
     for judge in ("cold_start", "grpo"):
         assert 0 <= summary["judge"][judge]["f1"] <= 1
     search = summary["search"]

@@ -15,6 +15,7 @@ from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.records import SearchResult
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.settings import validate
+from stepwiser_jax.stages.search import solved_by_method
 
 REPOSITORY = Path(__file__).parents[2]
 JUDGES = [*compare_rows.JUDGES, *compare_rows.FEWER_LABELS]
@@ -182,6 +183,7 @@ def test_searches_are_compared_problem_by_problem(tmp_path):
             **{f"sample{k}": samples[k % 2] for k in range(8)},
         }.items()
     ]
+    assert [problem.right for problem in solved_by_method(config, results)["beam"]] == [0, 1]
     directory.writer(SearchResult).append(results)
     directory.finish(dict)
     assert compare.right_of(runs, "search/chunk_reset").tolist() == [0, 1]
@@ -227,7 +229,8 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     found = lambda runs, name: score if name.endswith("_score") else summary  # noqa: E731
     monkeypatch.setattr(SeedRuns, "summary", found)
     monkeypatch.setattr(compare, "run_stages", lambda runs, stages, console: None)
-    quality = {rule: {"balanced_accuracy": 0.8} for rule in ("rel_effective", "abs_q")}
+    quality = {"balanced_accuracy": 0.8, "balanced_accuracy_interval": [0.75, 0.85]}
+    quality = dict.fromkeys(("rel_effective", "abs_q"), quality)
     monkeypatch.setattr(compare, "label_quality", lambda run_dir: quality)
     monkeypatch.setattr(
         compare, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
@@ -245,6 +248,7 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
         assert claim.says in printed
     assert "| judge/stepwiser | 70.0 [65.0, 75.0] | 70.0 [65.0, 75.0] |" in printed
     assert "| search/plain | 50.0 [45.0, 55.0] |" in printed
+    assert "| labels/abs_q | 80.0 [75.0, 85.0] |" in printed
     assert "| selection/before | 40.0 [35.0, 45.0] |" in printed
     for seed in result["seeds"].values():
         assert {c.better for c in compare.CLAIMS} <= set(seed["numbers"])
