@@ -27,8 +27,12 @@ def test_two_metrics_stand_apart(thinkprm_runs):
     assert set(verified["greedy"]["average"]["official"]) == {"f1", "acc_error", "acc_correct"}
     of_solutions = {"binary_f1", "precision", "recall", "accuracy", "bad_outputs"}
     for voter in ("greedy", "mean_2"):
-        assert set(verified["solution"][voter]["average"]) == of_solutions
-        assert all(0 <= x <= 1 for x in verified["solution"][voter]["average"].values())
+        average = verified["solution"][voter]["average"]
+        intervals = {name: average.pop(f"{name}_interval") for name in ("binary_f1", "accuracy")}
+        assert set(average) == of_solutions
+        assert all(0 <= x <= 1 for x in average.values())
+        for name, (low, high) in intervals.items():
+            assert 0 <= low <= average[name] <= high <= 1
 
 
 def test_whole_solutions_are_judged_beside_their_steps(thinkprm_runs):
