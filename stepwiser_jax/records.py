@@ -294,6 +294,37 @@ class ProcessBenchItem:
     def record_id(self) -> str:
         return self.item_id
 
+    def is_right(self, step: int) -> bool:
+        """Returns whether the solution is right up to `step` (0-based)."""
+        return self.first_error == -1 or step < self.first_error
+
+
+@dataclasses.dataclass(frozen=True)
+class PrmBenchItem:
+    """A solution in steps that are right or wrong each on its own; `wrong_steps` are 0-based and
+    ascend. `subset` is PRMBench's class of error, in its spelling, or `correct`."""
+
+    item_id: str
+    subset: str
+    question: str
+    steps: tuple[str, ...]
+    wrong_steps: tuple[int, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.item_id
+
+    @property
+    def first_error(self) -> int:
+        return min(self.wrong_steps, default=-1)
+
+    def is_right(self, step: int) -> bool:
+        """Returns whether `step` (0-based) is right, whatever came before it."""
+        return step not in self.wrong_steps
+
+
+BenchmarkItem = ProcessBenchItem | PrmBenchItem
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
@@ -368,6 +399,7 @@ Record = (
     | Judgment
     | LabelledSolution
     | ProcessBenchItem
+    | PrmBenchItem
     | SearchResult
     | Selection
 )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stepwiser_jax.algo.statistics import bootstrap_interval, mcnemar, paired_bootstrap
-from stepwiser_jax.records import ProcessBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
 
 
 def first_predicted_error(
@@ -125,7 +125,7 @@ def solution_scores(
 # --- of all subsets -----------------------------------------------------------------------------
 
 
-def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
+def rows_of_subsets(items: Sequence[BenchmarkItem]) -> dict[str, list[int]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, item in enumerate(items):
         rows_of[item.subset].append(row)
@@ -133,7 +133,7 @@ def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
 
 
 def solutions_by_subset(
-    items: Sequence[ProcessBenchItem],
+    items: Sequence[BenchmarkItem],
     p_correct: Sequence[float],
     bad_outputs: Sequence[float],
     *,

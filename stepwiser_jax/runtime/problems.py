@@ -11,12 +11,18 @@ import numpy as np
 
 from stepwiser_jax.config_parts import Problems
 from stepwiser_jax.record_files import read_records
-from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError
+from stepwiser_jax.records import (
+    BenchmarkItem,
+    Problem,
+    ProcessBenchItem,
+    Trajectory,
+    UserError,
+)
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
-from stepwiser_jax.text.datasets import OnMalformed, load_problems, load_processbench
+from stepwiser_jax.text.datasets import OnMalformed, load_benchmark, load_problems
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
@@ -50,14 +56,14 @@ def load_items(
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
-) -> list[ProcessBenchItem]:
-    """ProcessBench items, or a rollout run of the embedded task with its exact truth; `limit` of
-    them, drawn at random, the same ones every time and in their order: ProcessBench's files begin
-    with solutions that hold an error."""
+) -> list[BenchmarkItem]:
+    """Returns items of ProcessBench or PRMBench, or a rollout run of the embedded task with its
+    exact truth. `limit` of them are drawn at random, the same ones every time and in their order:
+    ProcessBench's files begin with solutions that hold an error."""
     if (Path(source) / "config.yaml").is_file():
-        items = items_of_run(source, tokenizer, split)
+        items: list[BenchmarkItem] = [*items_of_run(source, tokenizer, split)]
     else:
-        items = load_processbench(source, split=split, on_malformed=on_malformed, dropped=dropped)
+        items = load_benchmark(source, split=split, on_malformed=on_malformed, dropped=dropped)
     if limit is None or limit >= len(items):
         return items
     drawn = np.random.default_rng(0).choice(len(items), limit, replace=False)
