@@ -16,11 +16,17 @@ class UserError(ValueError):
 
 
 class Verdict(enum.Enum):
-    """What a judge said about a chunk. UNPARSED is a counted value, never a silent default."""
+    """What a judge said about a chunk, POSITIVE or NEGATIVE. The others are counted, never a silent
+    default: UNPARSED has no \\boxed{} that is finished, in OTHER it holds no verdict."""
 
     POSITIVE = "Positive"
     NEGATIVE = "Negative"
     UNPARSED = "Unparsed"
+    OTHER = "Other"
+
+    @property
+    def is_given(self) -> bool:
+        return self in (Verdict.POSITIVE, Verdict.NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,16 +23,28 @@ MAX_ANSWER_CHARACTERS = 1000
 TASKS_PER_WORKER = 1000
 """A worker is replaced after so many answers, since sympy's caches only grow."""
 
+BOX = re.compile(r"\\boxed\s*(?:\{|\Z)")
+"""How a box begins, if the text goes on so far."""
+_BRACE = re.compile(r"(?<!\\)\\[{}]|[{}]")
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last \\boxed{}, None where there is no box or the last one is unfinished:
+    what stands in an earlier one was given up. Braces that are escaped are text."""
+    start = max((match.end() for match in BOX.finditer(text)), default=None)
+    depth = 1
+    for brace in _BRACE.finditer(text, len(text) if start is None else start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : brace.start()].strip()
+    return None
+
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last complete \\boxed{}, else what stands behind GSM8K's last `####`, else
-    the number in the last "answer is ..." (as Minerva's prompt ends)."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start:position].strip()
+    """The content of the last \\boxed{}, which has to be finished; without any box, what follows
+    GSM8K's last `####`, else the number in the last "answer is ..." (as Minerva's prompt ends)."""
+    if BOX.search(text):
+        return last_box(text)
     marked = re.findall(r"####[ \t]*([^\n]+)", text) or re.findall(
         r"(?i)\banswer is:?[ \t]*\$?([+-]?\d[\d,]*(?:\.\d+)?)", text
     )

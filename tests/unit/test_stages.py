@@ -228,7 +228,14 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
     assert groups[0].rewards_G == rewards
     metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
-    assert metrics["unparsed_rate"] == 0
+    assert metrics["unparsed_rate"] == metrics["other_box_rate"] == 0
+
+
+def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
+    verdicts = (Verdict.POSITIVE, Verdict.UNPARSED, Verdict.OTHER, Verdict.OTHER)
+    group = judge.Judged("g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0))
+    metrics = judge.rollout_metrics([group], 1, penalized=False)
+    assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
 
 
 def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
