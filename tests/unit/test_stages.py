@@ -1,6 +1,7 @@
 """Parts of stages that no whole run would show to be wrong."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -21,7 +22,7 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import load_model
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.problems import load_items
+from stepwiser_jax.runtime.problems import keep_verifiable, load_items
 from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
@@ -278,6 +279,23 @@ def test_limited_items_are_the_same_random_ones_every_time(tmp_path, word_tokeni
     assert few == again and len(few) == 10 and whole == more and len(whole) == 40
     assert [item for item in whole if item in few] == few
     assert {item.first_error for item in few} == {-1, 0}
+
+
+def problems_with(*references):
+    return [Problem(f"p{i}", "q", reference, "s") for i, reference in enumerate(references)]
+
+
+def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
+    dropped = Counter()
+    found = problems_with("5", "assert double(2) == 4", "x+1", "")
+    kept = keep_verifiable(found, 5.0, dropped)
+    assert kept == [found[0], found[2]] and dropped == {"unverifiable": 2}
+    assert "2 of 4 problems" in caplog.text and "'assert double(2) == 4' of p1" in caplog.text
+
+
+def test_a_data_set_without_mathematics_is_refused():
+    with pytest.raises(UserError, match=r"2 of 2 problems .* 'assert f\(1\) == 1' of p0"):
+        keep_verifiable(problems_with("assert f(1) == 1", "assert f(2) == 4"), 5.0, Counter())
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
