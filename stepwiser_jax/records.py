@@ -63,6 +63,11 @@ class Trajectory:
     def record_id(self) -> str:
         return self.trajectory_id
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the length limit ended it: its outcome then says nothing about its last chunk."""
+        return self.stop_reason == "length"
+
 
 @dataclasses.dataclass(frozen=True)
 class SftExample:

@@ -168,7 +168,7 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
         "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
-        "stopped_by_length": sum(t.stop_reason == "length" for t in trajectories) / count,
+        "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }
 
 
