@@ -16,11 +16,17 @@ class UserError(ValueError):
 
 
 class Verdict(enum.Enum):
-    """What a judge said about a chunk. UNPARSED is a counted value, never a silent default."""
+    """What a judge said about a chunk, POSITIVE or NEGATIVE. The others are counted, never a silent
+    default: UNPARSED has no \\boxed{} that is finished, in OTHER it holds no verdict."""
 
     POSITIVE = "Positive"
     NEGATIVE = "Negative"
     UNPARSED = "Unparsed"
+    OTHER = "Other"
+
+    @property
+    def is_given(self) -> bool:
+        return self in (Verdict.POSITIVE, Verdict.NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Trajectory:
     @property
     def record_id(self) -> str:
         return self.trajectory_id
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the length limit ended it: its outcome then says nothing about its last chunk."""
+        return self.stop_reason == "length"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ their mean. In the class `multi_solutions`, which has no wrong steps, it is F1 a
 PRMScore is the plain mean of its classes'. Original solutions (`correct`) count in no total.
 
 Two things differ from the official scorer: what is undefined is 0, not -1, and a judgment that
-cannot be parsed counts as `unparsed_as` says, while the scorer leaves out the whole solution.
+gives no verdict counts as `unparsed_as` says, while the scorer leaves out the whole solution.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def score_prmbench(
         items: solutions with their wrong steps.
         verdicts: what was judged of each step, [item][step].
         seed: of the bootstrap.
-        unparsed_as: how a judgment counts that cannot be parsed.
+        unparsed_as: how a judgment counts that gives no verdict.
     """
     class_names = sorted({item.subset for item in items})
     class_of_item = np.array([class_names.index(item.subset) for item in items])
@@ -83,7 +83,8 @@ def score_prmbench(
             name: {"items": int(np.sum(class_of_item == c))} | of_class[name] | rates(sums)
             for c, (name, sums) in enumerate(zip(class_names, of_classes(everything), strict=True))
         },
-        "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
+        "unparsed_rate": sum(not verdict.is_given for verdict in flat) / len(flat),
+        "other_box_rate": flat.count(Verdict.OTHER) / len(flat),
         "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
     }
 
@@ -93,8 +94,9 @@ def count_steps(
 ) -> tuple[int, int, int, int]:
     """Returns the numbers of an item's steps that are (right and called right, wrong and called
     right, right and called wrong, wrong and called wrong)."""
-    accepting = {Verdict.POSITIVE} | ({Verdict.UNPARSED} if unparsed_as == "positive" else set())
-    pairs = [(item.is_right(step), v in accepting) for step, v in enumerate(verdicts)]
+    undecided = unparsed_as == "positive"
+    accepted = [v is Verdict.POSITIVE if v.is_given else undecided for v in verdicts]
+    pairs = [(item.is_right(step), accepts) for step, accepts in enumerate(accepted)]
     cells = [(True, True), (False, True), (True, False), (False, False)]
     found = [pairs.count(cell) for cell in cells]
     return found[0], found[1], found[2], found[3]

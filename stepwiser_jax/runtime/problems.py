@@ -3,6 +3,7 @@ ProcessBench, or a rollout run of the embedded task."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,16 @@ from stepwiser_jax.records import (
     Trajectory,
     UserError,
 )
+from stepwiser_jax.runtime.run import worker_count
 from stepwiser_jax.settings import read_settings
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.answers import AnswerVerifier
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import OnMalformed, load_benchmark, load_problems
 from stepwiser_jax.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> list[Problem]:
@@ -46,6 +51,28 @@ def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> li
     else:
         found = arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
     return drop_held_out(found, held_out_questions(problems.exclude), dropped)
+
+
+def keep_verifiable(
+    problems: Sequence[Problem], timeout_seconds: float, dropped: Counter[str]
+) -> list[Problem]:
+    """Problems against whose reference an answer can be checked (paper 4.1). The others are counted
+    in `dropped` and told of. Raises UserError where no problem is left, or no worker starts."""
+    with AnswerVerifier(worker_count(), timeout_seconds) as verifier:
+        are_verifiable = verifier.verifiable([problem.answer for problem in problems])
+    kept = [p for p, is_verifiable in zip(problems, are_verifiable, strict=True) if is_verifiable]
+    if len(kept) == len(problems):
+        return kept
+    first = problems[are_verifiable.index(False)]
+    unverifiable = (
+        f"{len(problems) - len(kept)} of {len(problems)} problems have a reference answer that "
+        f"cannot be verified as mathematics, such as {first.answer[:80]!r} of {first.problem_id}"
+    )
+    if not kept:
+        raise UserError(f"{unverifiable}: name a data set with mathematical answers")
+    _log.warning("left out: %s", unverifiable)
+    dropped["unverifiable"] += len(problems) - len(kept)
+    return kept
 
 
 def load_items(

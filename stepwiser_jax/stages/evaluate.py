@@ -195,7 +195,7 @@ def verdicts_of(
     for step in range(len(item.steps)):
         votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
         verdict = majority_verdict([vote.verdict for vote in votes])
-        if config.genprm is not None and verdict is not Verdict.UNPARSED:
+        if config.genprm is not None and verdict.is_given:
             mean = sum(vote.p_positive for vote in votes) / len(votes)
             (verdict,) = verdicts_at(config.genprm.threshold, [mean])
         verdicts.append(verdict)
