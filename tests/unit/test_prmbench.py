@@ -60,7 +60,9 @@ def test_error_steps_past_the_end_are_ignored_and_counted(tmp_path):
 @pytest.mark.parametrize("steps", [[0], [-1], [1.0], ["2"], [True], 3])
 def test_error_steps_that_cannot_be_are_refused(tmp_path, steps):
     source = write(tmp_path / "items.jsonl", [ROW | {"error_steps": steps}])
-    with pytest.raises(UserError, match=r"line 1: expected 'error_steps', (integers from 1|a list)"):
+    with pytest.raises(
+        UserError, match=r"line 1: expected 'error_steps', (integers from 1|a list)"
+    ):
         load_benchmark(source)
 
 
