@@ -163,6 +163,8 @@ def test_stop_ids(tiny_model):
 class Letters:
     """64 tokens, each a letter or two of `ab`: stop strings lie across and inside tokens."""
 
+    known_ids = frozenset(range(64))
+
     def token_bytes(self):
         words = ["a", "b", "ab", "ba", "bb", "aab", "x", "y"]
         return [words[i % 8].encode() for i in range(64)]
