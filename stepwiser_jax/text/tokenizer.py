@@ -103,6 +103,7 @@ class HuggingFaceTokenizer:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a tokenizer from {path_or_id}: {error}") from None
         self._eos_ids = end_ids(local, self._hf.eos_token_id)
+        self.known_ids = frozenset(self._hf.get_vocab().values())
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -116,10 +117,6 @@ class HuggingFaceTokenizer:
     def pad_id(self) -> int:
         pad = self._hf.pad_token_id
         return self.eos_ids[0] if pad is None else pad
-
-    @functools.cached_property
-    def known_ids(self) -> frozenset[int]:
-        return frozenset(self._hf.get_vocab().values())
 
     @property
     def vocab_size(self) -> int:
