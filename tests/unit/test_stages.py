@@ -97,7 +97,7 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
     ("completion_ids", "message"),
     [
         ((7,) * 21, "max_new_tokens = 20, found a trajectory of 21 tokens"),
-        ((7,) * 3 + (64,), "below the policy's vocab_size 64, found 64"),
+        ((7,) * 3 + (64,), r"the policy's vocabulary \(the largest is 63\), found 64"),
     ],
 )
 def test_trajectories_that_cannot_be_annotated_are_named(tiny_model, completion_ids, message):
