@@ -97,7 +97,20 @@ def _decode(value: Any, to: Any) -> Any:
         return float(value)
     if type(value) is not to:
         raise TypeError(f"expected {to.__name__}, found {value!r}")
+    if to is str:
+        check_text(value)
     return value
+
+
+def check_text(text: str) -> None:
+    """Raises UserError for half of a surrogate pair: no file and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(0, error.start - 20) : error.start + 20]
+        raise UserError(
+            f"expected text that UTF-8 can hold, found half of a surrogate pair in {place!r}"
+        ) from None
 
 
 def from_json(line: str, record_type: type[R]) -> R:
