@@ -418,8 +418,7 @@ Record = (
 
 def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key in which `p#2` stands before `p#10`."""
+    parts = re.split(r"0*([0-9]+)", record_id)  # texts, and between them numbers
     return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.split(r"(\d+)", record_id)
-        if part
+        (0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part
     )

@@ -17,7 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from stepwiser_jax.record_files import from_fields, parse_json, read_records
+from stepwiser_jax.record_files import (
+    check_text,
+    from_fields,
+    parse_json,
+    read_records,
+    to_json,
+)
 from stepwiser_jax.records import (
     BenchmarkItem,
     ClassifierExample,
@@ -137,8 +143,8 @@ def parse_rows(
     """The records that `parse` makes of each row and its number, from 0; of the first `limit` good
     rows. What is left out is counted in `dropped`.
 
-    A row is malformed if `parse` raises UserError, or an id was there before: ids name records and
-    noise, and two of the same would be taken for one.
+    A row is malformed if `parse` raises UserError, if a text of it cannot be written, or if an id
+    was there before: ids name records and noise, and two of the same would be taken for one.
     """
     records: dict[str, R] = {}
     good, last_error = 0, None
@@ -150,6 +156,7 @@ def parse_rows(
             for record in new:
                 if record.record_id in records:
                     raise UserError(f"the id {record.record_id!r} is there twice")
+                check_text(to_json(record))
         except UserError as error:
             last_error = UserError(f"{where}: {error}")
             if on_malformed == "stop":

@@ -124,6 +124,8 @@ def test_numina_math(tmp_path):
         (b"[3]", r"with named columns, found \[3\]"),
         (b'{"problem": "Half', "expected one JSON object a line, .* at column 13"),
         (b'{"problem": "\xff"}', "expected UTF-8"),
+        (b'{"problem": "\\ud800", "answer": "3"}', "half of a surrogate pair in .*ud800"),
+        (b'{"problem": "3?", "answer": "3", "problem_id": "\\udc00"}', "half of a surrogate pair"),
     ],
 )
 def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, bad, message):
