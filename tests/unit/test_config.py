@@ -175,6 +175,8 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("grpo.clip_esp_low=0.1",), "did you mean 'clip_eps_low'"),
         ({}, ("iterations=many",), "iterations.*found 'many'"),
         ({}, ("iterations",), "key=value"),
+        ({}, ("epochs=1",), "either iterations or epochs, found iterations and epochs: .* to null"),
+        ({}, ("iterations=null",), "either iterations or epochs, found neither"),
         ({}, ("iterations.x=1",), "is a value"),
         ({"prompts_per_iteration": 7}, (), "multiple of updates_per_iteration"),
         ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
@@ -214,6 +216,9 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     ("name", "stage", "override", "message"),
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
+        ("policy", "sft", "epochs=1", "either steps or epochs, found steps and epochs"),
+        ("classifier", "classifier", "epochs=null", "either steps or epochs, found neither"),
+        ("classifier", "classifier", "epochs=0", "epochs: .* greater than or equal to 1"),
         ("search", "search", "majority=[0]", "majority"),
         ("rollouts", "rollout", "prompt_style=verdict", "'instruct' or 'bare' .found 'verdict'"),
         ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),
