@@ -16,7 +16,13 @@ from stepwiser_jax.settings import read_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions, is_held_out
-from stepwiser_jax.text.datasets import OnMalformed, load_problems, load_processbench, shuffled
+from stepwiser_jax.text.datasets import (
+    OnMalformed,
+    Split,
+    load_problems,
+    load_processbench,
+    shuffled,
+)
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
@@ -55,7 +61,7 @@ def load_items(
     source: str,
     tokenizer: Tokenizer,
     *,
-    split: str | None = None,
+    split: Split = None,
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
@@ -92,7 +98,7 @@ def check_tokenizer(
         )
 
 
-def items_of_run(source: str, tokenizer: Tokenizer, split: str | None) -> list[ProcessBenchItem]:
+def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[ProcessBenchItem]:
     """All trajectories of a rollout run of the embedded task. Raises UserError where their chunks
     are not the task's own, and for a split."""
     if split is not None:

@@ -44,6 +44,7 @@ from stepwiser_jax.text.solutions import (
 N = TypeVar("N", int, str)
 R = TypeVar("R", bound=Record)
 OnMalformed = Literal["stop", "skip"]
+Split = str | Sequence[str] | None
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _log = logging.getLogger(__name__)
 
@@ -60,12 +61,12 @@ def shuffled(names: Iterable[N], seed: int) -> list[N]:
 def read_rows(
     source: str,
     *,
-    split: str | None = None,
+    split: Split = None,
     subset: str | None = None,
     shuffle_seed: int | None = None,
 ) -> Iterator[tuple[int, str, Any]]:
-    """(number from 0, where, row) of a local file, or of `split` (None: all of them, one after
-    another) and `subset` of a hub data set; with `shuffle_seed` the rows of a split are shuffled. A
+    """(number from 0, where, row) of a local file, or of `split` (several: one after another; None:
+    all) and `subset` of a hub data set; with `shuffle_seed` the rows of a split are shuffled. A
     line of JSON comes as it is, unparsed. A hub data set is read row by row, never as a whole.
 
     Raises UserError for a missing, unreadable or empty source, and an unknown split.
@@ -134,16 +135,18 @@ def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table_rows(
-    source: str, split: str | None, subset: str | None, shuffle_seed: int | None
+    source: str, split: Split, subset: str | None, shuffle_seed: int | None
 ) -> Iterator[tuple[int, str, Any]]:
     import datasets
 
     try:
         if Path(source).is_file():
             tables = {"train": datasets.load_dataset("parquet", data_files=source, split="train")}
+        elif split is None:
+            tables: Any = datasets.load_dataset(source, subset, split=None)
         else:
-            tables: Any = datasets.load_dataset(source, subset, split=split)
-            tables = tables if split is None else {split: tables}
+            names = [split] if isinstance(split, str) else split
+            tables = {name: datasets.load_dataset(source, subset, split=name) for name in names}
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
         kind = "file" if Path(source).is_file() else "data set (no file or run is there)"
         raise UserError(f"cannot read the {kind} {source}: {error.__cause__ or error}") from None
@@ -163,7 +166,7 @@ def parse_rows(
     source: str,
     parse: Callable[[dict[str, Any], int], list[R]],
     *,
-    split: str | None = None,
+    split: Split = None,
     subset: str | None = None,
     shuffle_seed: int | None = None,
     is_excluded: Callable[[R], bool] = lambda record: False,
@@ -269,12 +272,13 @@ def load_problems(
     )
 
 
-def _name(source: str, split: str | None) -> tuple[str, str]:
+def _name(source: str, split: Split) -> tuple[str, str]:
     """What ids begin with: (data set, part of it)."""
     path = Path(source)
     if path.is_file():
         return path.parent.name, path.stem
-    return source.rsplit("/", 1)[-1], split or "train"
+    part = split if isinstance(split, str) else "+".join(split or ["train"])
+    return source.rsplit("/", 1)[-1], part
 
 
 def _reference(row: dict[str, Any]) -> str:
@@ -318,7 +322,7 @@ def load_solutions(
 def load_processbench(
     source: str,
     *,
-    split: str | None = None,
+    split: Split = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[ProcessBenchItem]:

@@ -271,11 +271,14 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [i.item_id for i in load_processbench("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    items = load_processbench("Qwen/PB", split=("gsm8k", "math"), on_malformed="skip")
+    assert [(i.item_id, i.subset) for i in items] == [("gsm8k-7", "gsm8k"), ("math-1", "math")]
     dropped = Counter()
     examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)
     assert {e.problem_id for e in examples} == {"gsm8k-7", "math-1"} and dropped["malformed"] == 1
     with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
         load_judge_examples("Qwen/PB")
-    assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
+    splits = ("gsm8k", "gsm8k", "math", None, None)
+    assert asked == [("Qwen/PB", None, split) for split in splits]
     with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
         load_problems("Qwen/PB")
