@@ -90,21 +90,35 @@ class TrainedModel(Model):
 
 
 class Problems(Config):
-    """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
-    and `seed` say which problems are generated). `subset` is a hub data set's configuration, such
-    as `main`.
+    """`source`: a hub id, a local jsonl/json/parquet file, a finished `rollout` run (its problems),
+    or `arithmetic` (then `limit`, `split` and `seed` say which problems are generated). `subset` is
+    a hub data set's configuration, such as `main`.
 
-    `on_malformed`: a row that cannot be read stops the stage, or is named, counted and left out.
-    `exclude`: evaluation sets (local files, or hub data sets of one configuration, with all their
-    splits) whose problems are left out, of the first `limit`."""
+    Rows are taken in this order, here and wherever these settings stand:
+
+    1. `shuffle`: in an order that `seed` decides, the same on every machine; else as they stand.
+    2. `on_malformed`: a row that cannot be read stops the stage, or is named, counted, left out.
+    3. `exclude`: problems of these evaluation sets are left out (local files, finished `rollout`
+       runs, or hub data sets of one configuration, with all their splits).
+    4. `limit`: the first so many of what is left are used."""
 
     source: str
     split: str | None = None
     subset: str | None = None
+    shuffle: bool = False
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Problems:
+        if self.source == "arithmetic" and (self.shuffle or self.exclude):
+            raise ValueError(
+                "shuffle and exclude are of data sets, and arithmetic generates its problems at "
+                "random, each split apart: leave them out"
+            )
+        return self
 
 
 class Sampling(Config):

@@ -66,6 +66,13 @@ def optimizer_of(
     )
 
 
+def tell_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
+    """Print what `epochs` of this many examples have become, if the training is given in epochs."""
+    if epochs is not None and hosts.is_first():
+        line = f"{stage}: {epochs} epochs of {examples} examples are {length}"
+        print(line, file=sys.stderr, flush=True)
+
+
 def check_base(template: Path, model_id: str) -> None:
     """Adapters fit the model that they were trained on. Raises UserError where a run's are of one
     with another id."""

@@ -304,6 +304,10 @@ def die_at(step, monkeypatch):
     monkeypatch.setattr(TrainingRun, "finish_step", dying)
 
 
+def steps_of(run):
+    return json.loads((run / "summary.json").read_text())["steps"]
+
+
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
@@ -313,9 +317,17 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
-    extra = ("steps=20", "training.checkpoint_every=8")
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("cold_start", ("steps=null", "epochs=1", "packing=true", "batch_size=16")),
+        pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
+    ],
+)
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
+    runs, name, extra, tmp_path, monkeypatch, capsys
+):
+    extra += ("training.checkpoint_every=8",)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(name, runs, out=whole, extra=extra)) == 0
     arguments = command(name, runs, out=cut, extra=extra)
@@ -326,6 +338,9 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
     assert main(arguments) == 0
     assert_same_training(cut, whole)
+    assert 11 < steps_of(whole) == steps_of(cut)
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
+    assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
