@@ -181,9 +181,9 @@ class TrainingRun:
         self._forget_pending()
 
     def stop_if_asked(self) -> None:
-        """Save the state behind the last step and raise Interrupted, if any process was asked to
-        stop. All must call this, at the same point."""
-        if hosts.any_of(stop.requested):
+        """Save the state behind the last step and raise Interrupted, if all processes stop here.
+        They must call this at the same points."""
+        if hosts.all_stop_here(stop.requested):
             self.save()
             self._checkpointer.wait()
             raise Interrupted

@@ -17,7 +17,7 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import Judgment, PrefixValue, SearchResult, Selection, Trajectory
 
-from .conftest import command
+from .conftest import CONFIGS, command
 from .test_kill import everything
 
 BLOCKS = {
@@ -30,13 +30,13 @@ BLOCKS = {
 }
 
 
-def start(arguments, *, processes, devices=1):
+def start(arguments, *, processes, devices=1, program=("-m", "stepwiser_jax")):
     """The command in several processes on loopback, each with its own fake devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    words = [sys.executable, "-m", "stepwiser_jax", *arguments]
+    words = [sys.executable, *program, *arguments]
     words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
     return [
         subprocess.Popen(
@@ -191,6 +191,39 @@ def stop_after_a_checkpoint(processes, run):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 130, errors[-3000:]
     assert not (run / "manifest.json").exists(), "it was done before it could be stopped"
+
+
+COUNTING = """
+import sys
+from jax.experimental import multihost_utils
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.runtime.training_run import TrainingRun
+
+gather, fit, gathers = multihost_utils.process_allgather, TrainingRun.fit, []
+
+def counting_gather(*args, **kwargs):
+    gathers.append(1)
+    return gather(*args, **kwargs)
+
+def counting_fit(*args):
+    before = len(gathers)
+    seconds = fit(*args)
+    print("gathers in the loop:", len(gathers) - before, file=sys.stderr)
+    return seconds
+
+multihost_utils.process_allgather, TrainingRun.fit = counting_gather, counting_fit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_loop_of_two_processes_gathers_nothing_on_their_hosts(tmp_path):
+    arguments = ["sft", "--config", str(CONFIGS / "smoke_policy.yaml")]
+    arguments += ["--run-dir", str(tmp_path / "run"), "--set", "steps=12", "--set", "mesh.data=2"]
+    for process in start(arguments, processes=2, program=("-c", COUNTING)):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        assert "gathers in the loop: 0\n" in errors
 
 
 @pytest.mark.slow
