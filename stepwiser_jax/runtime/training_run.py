@@ -189,6 +189,7 @@ class TrainingRun:
         """Save the state behind the last step and raise Interrupted."""
         self.save()
         self._checkpointer.wait()
+        hosts.barrier("the run is stopped")  # one that has left would look like one that died
         raise Interrupted
 
     def save(self) -> None:
