@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -188,12 +188,16 @@ class TrainingRun:
         self._forget_pending()
 
     def stop_if_asked(self) -> None:
-        """Save the state behind the last step and raise Interrupted, if any process was asked to
-        stop. All must call this, at the same point."""
-        if hosts.any_of(stop.requested):
-            self.save()
-            self._checkpointer.wait()
-            raise Interrupted
+        """Stop, if all processes stop here. They must call this at the same points."""
+        if hosts.all_stop_here(stop.requested):
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save the state behind the last step and raise Interrupted."""
+        self.save()
+        self._checkpointer.wait()
+        hosts.barrier("the run is stopped")  # one that has left would look like one that died
+        raise Interrupted
 
     def save(self) -> None:
         """Save the state behind the last step, unless that is done."""

@@ -344,20 +344,23 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
-    """Asked to stop while it samples, it leaves behind the draw; killed before an iteration is
-    over, it reads what it had sampled; and the end is the same to the bit."""
-    run, sampled, generate = tmp_path / "run", [], Engine.generate
+    """Asked to stop while it samples, it keeps the rows that are finished, here all of them; killed
+    before an iteration is over, it reads what it had sampled; and the end is the same to the bit.
+    """
+    run, sampled, sample = tmp_path / "run", [], Engine.sample
 
-    def counting(self, *args, row_ids, **settings):
-        sampled.extend(row_ids)
-        return generate(self, *args, row_ids=row_ids, **settings)
+    def counting(self, *args, **settings):
+        for ended in sample(self, *args, **settings):
+            sampled.extend(done.row_id for done in ended)
+            yield ended
 
-    monkeypatch.setattr(Engine, "generate", counting)
+    monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
         patch.setattr(training_run.stop, "requested", True)
         assert main(arguments) == 130
-    assert len(sampled) == 8 * 4 and len(list((run / "pending").iterdir())) == 1
+    (left,) = (run / "pending").iterdir()
+    assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
     assert Checkpointer(run / "checkpoints").latest_step() == 0
     with monkeypatch.context() as patch:
         die_at(3, patch)

@@ -16,15 +16,16 @@ from stepwiser_jax.records import (
     JudgeExample,
     PrefixValue,
     Problem,
+    SampledRow,
     Trajectory,
     UserError,
     Verdict,
 )
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
+from stepwiser_jax.runtime.loading import decoding_copy, load_model, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.problems import keep_verifiable, load_items
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, rollout
@@ -309,17 +310,14 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
     texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
     texts += [f"looks fine {text}" for text in texts]
 
-    class Scripted:
-        def generate(self, prompts_P, params, *, key, row_ids, group_size):
-            output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
-            for b, text in enumerate(texts):
-                ids = [*loaded.tokenizer.encode(text), loaded.tokenizer.eos_ids[0]]
-                output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
-            return output
-
+    end = loaded.tokenizer.eos_ids[0]
+    rows = {
+        f"g/{i}": SampledRow(f"g/{i}", (*loaded.tokenizer.encode(text), end), ())
+        for i, text in enumerate(texts)
+    }
     collect = judge.GroupCollector(config, loaded, make_mesh())
     example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
-    groups = collect.sample(Scripted(), [example], ["g"])
+    groups = collect.judged([example], ["g"], rows)
     assert groups[0].rewards_G == rewards
     metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
@@ -331,6 +329,36 @@ def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
     group = judge.Judged("g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0))
     metrics = judge.rollout_metrics([group], 1, penalized=False)
     assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
+
+
+def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, monkeypatch):
+    """After one segment; what it had finished is kept as it is, and the rest is what it would have
+    been."""
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+    config = load_config("judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
+    loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
+    collect = judge.GroupCollector(config, loaded, make_mesh())
+    engine = collect.engine.with_model(decoding_copy(loaded.model, make_mesh()))
+    prompts = [f"start {n} ; * 7 + 5 ?" for n in range(5)]
+    examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
+
+    def sample(rows):
+        return collect.sample(engine, examples, prompts, rows)
+
+    whole, rows = {}, {}
+    assert sample(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.stop, "requested", True)
+        assert not sample(rows)
+    kept = dict(rows)
+    assert 0 < len(kept) < len(whole) == 5 * config.group_size
+    assert sample(rows) and rows.keys() == whole.keys()
+    for row_id, row in rows.items():
+        assert row is kept.get(row_id, row)
+        assert row.completion_ids == whole[row_id].completion_ids
+        np.testing.assert_allclose(row.logprobs, whole[row_id].logprobs, atol=1e-4)
+    groups = [collect.judged(examples, prompts, found) for found in (rows, whole)]
+    assert [g.rewards_G for g in groups[0]] == [g.rewards_G for g in groups[1]]
 
 
 def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample, UserError
+from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import (
     Group,
@@ -430,6 +432,18 @@ def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
             stopped = step
             break
     assert stopped == stops_at
+
+
+def test_no_step_of_several_processes_waits_for_the_devices_of_all(training, monkeypatch):
+    def gather(*_, **__):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    for step in (1, 2):
+        training.finish_step(step, {"loss": jnp.ones(())})
+    with pytest.raises(AssertionError, match="a collective"):
+        hosts.any_of(False)
 
 
 def test_parameters_that_are_not_finite_are_not_exported(training):
