@@ -139,7 +139,7 @@ def load_tokenizer_of(path: str) -> Tokenizer:
     """The tokenizer of the model that `load_model(path)` would load."""
     if path == "arithmetic":
         return _arithmetic_tokenizer()
-    return load_tokenizer(str(resolve(_resolve(path))))
+    return load_tokenizer(_resolve(path))
 
 
 def check_model_exists(path: str) -> None:

@@ -58,7 +58,8 @@ class SentencePieceTokenizer:
         self.eos_ids = end_ids(file.parent, self._named("eos", self._vocabulary.eos_id))
         pad_id = self._named("pad", self._vocabulary.pad_id)
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
-        self.vocab_size = 1 + max(len(self._vocabulary.pieces) - 1, *self._special.values())
+        last = len(self._vocabulary.pieces) - 1
+        self.vocab_size = 1 + max([last, *self._special.values()])
         self._first, self._next = self._encoders(path)
 
     def _encoders(self, path: str) -> tuple[Any, Any]:

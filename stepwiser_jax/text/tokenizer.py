@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text.hub import local_directory
+
+FILES = ("*.json", "*.jinja", "*.model")
+"""Of a hub id, what a tokenizer needs."""
 
 
 class Tokenizer(Protocol):
@@ -39,16 +43,17 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(path_or_id: str) -> Tokenizer:
     """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file, also a
-    directory with a tokenizer.model and no tokenizer.json (which need the extra `tf-text`). Raises
-    UserError where there is none."""
+    directory or hub id with a tokenizer.model and no tokenizer.json (which need the extra
+    `tf-text`). Raises UserError where there is none."""
     from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
 
-    directory = Path(path_or_id)
     if path_or_id.endswith(".model"):
         return SentencePieceTokenizer(path_or_id)
-    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(str(directory / "tokenizer.model"))
-    return HuggingFaceTokenizer(path_or_id)
+    directory = local_directory(path_or_id, FILES)
+    model = directory / "tokenizer.model"
+    if model.is_file() and not (directory / "tokenizer.json").is_file():
+        return SentencePieceTokenizer(str(model))
+    return HuggingFaceTokenizer(directory)
 
 
 def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -59,21 +64,20 @@ def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 class HuggingFaceTokenizer:
     """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
 
-    def __init__(self, path_or_id: str):
+    def __init__(self, directory: Path):
         # Nobody needs to hear that there is no PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        local = Path(path_or_id)
-        if local.is_dir() and not (local / "tokenizer.json").is_file():
+        if not (directory / "tokenizer.json").is_file():
             raise UserError(
-                f"expected a tokenizer.json or a tokenizer.model in {path_or_id}, found neither"
+                f"expected a tokenizer.json or a tokenizer.model in {directory}, found neither"
             )
         try:
-            self._hf: Any = AutoTokenizer.from_pretrained(path_or_id, use_fast=True)
+            self._hf: Any = AutoTokenizer.from_pretrained(str(directory), use_fast=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load a tokenizer from {path_or_id}: {error}") from None
-        self._eos_ids = end_ids(local, self._hf.eos_token_id)
+            raise UserError(f"cannot load a tokenizer from {directory}: {error}") from None
+        self._eos_ids = end_ids(directory, self._hf.eos_token_id)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
