@@ -52,7 +52,7 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
     for name, value in config:
         if isinstance(value, Model):
             check_model_exists(value.path)
-            load_tokenizer_of(value.path)
+            load_tokenizer_of(value.path, value.chat_template_args)
         elif isinstance(value, Problems):
             read_problems(value)
         elif name == "data" and isinstance(config, Sft):
@@ -72,6 +72,6 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name == "exclude":
             held_out_questions(value)
         elif name == "tokenizer":
-            load_tokenizer_of(value)
+            load_tokenizer_of(value, getattr(config, "chat_template_args", None))
         elif isinstance(value, Server):
-            load_tokenizer(value.tokenizer)
+            load_tokenizer(value.tokenizer, value.chat_template_args)

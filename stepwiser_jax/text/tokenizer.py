@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text import chat
 from stepwiser_jax.text.hub import local_directory
 
 FILES = ("*.json", "*.jinja", "*.model")
@@ -17,8 +18,9 @@ FILES = ("*.json", "*.jinja", "*.model")
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids. `encode` adds no special tokens; special tokens spelled out in the text
-    become their ids. `decode` keeps special tokens and cleans nothing up."""
+    """Text <-> token ids. `encode` adds no special tokens, and control tokens (`text.chat`) that
+    are spelled out in the text stay text; only `render_chat` gives some, where the chat template
+    has them. `decode` keeps special tokens and cleans nothing up."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -28,6 +30,8 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def control(self) -> chat.ControlTokens: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def render_chat(
@@ -41,19 +45,35 @@ class Tokenizer(Protocol):
     def save(self, path: str) -> None: ...
 
 
-def load_tokenizer(path_or_id: str) -> Tokenizer:
+def load_tokenizer(
+    path_or_id: str,
+    chat_template_args: Mapping[str, chat.Argument] | None = None,
+    *,
+    trained: bool = False,
+) -> Tokenizer:
     """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file, also a
     directory or hub id with a tokenizer.model and no tokenizer.json (which need the extra
-    `tf-text`). Raises UserError where there is none."""
+    `tf-text`).
+
+    Args:
+        path_or_id: where it is. Without a network, a hub id has to be in the cache.
+        chat_template_args: what `render_chat` hands to the template; `save` writes them into it.
+        trained: whether it is of a model that a run of this project trained, whose arguments can
+            be repeated and not changed.
+
+    Raises:
+        UserError: there is no tokenizer, or its chat template does not take the arguments.
+    """
     from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
 
+    arguments = chat_template_args or {}
     if path_or_id.endswith(".model"):
-        return SentencePieceTokenizer(path_or_id)
+        return SentencePieceTokenizer(path_or_id, arguments, trained=trained)
     directory = local_directory(path_or_id, FILES)
     model = directory / "tokenizer.model"
     if model.is_file() and not (directory / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(str(model))
-    return HuggingFaceTokenizer(directory)
+        return SentencePieceTokenizer(str(model), arguments, trained=trained)
+    return HuggingFaceTokenizer(directory, arguments, trained=trained)
 
 
 def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -64,7 +84,9 @@ def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 class HuggingFaceTokenizer:
     """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
 
-    def __init__(self, directory: Path):
+    def __init__(
+        self, directory: Path, arguments: Mapping[str, chat.Argument], *, trained: bool = False
+    ):
         # Nobody needs to hear that there is no PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
@@ -78,6 +100,15 @@ class HuggingFaceTokenizer:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a tokenizer from {directory}: {error}") from None
         self._eos_ids = end_ids(directory, self._hf.eos_token_id)
+        template = chat.default_template(self._hf.chat_template)
+        template = chat.with_arguments(template, arguments, str(directory), trained=trained)
+        if arguments:
+            self._hf.chat_template = template  # what is saved
+        added = self._hf.added_tokens_decoder
+        ends = [token.content for i, token in added.items() if i in self._eos_ids]
+        special = [token.content for token in added.values() if token.special]
+        other = [token.content for token in added.values()]
+        self.control = chat.ControlTokens([*special, *ends], other, template)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -97,7 +128,15 @@ class HuggingFaceTokenizer:
         return len(self._hf)
 
     def encode(self, text: str) -> list[int]:
-        return self._hf.encode(text, add_special_tokens=False)
+        return self._encode(self.control.broken(text))
+
+    def _encode(self, text: str) -> list[int]:
+        """Of a text with breaks. (A tokenizer that begins every text with a space, as Llama 2's
+        does, puts one behind every break.)"""
+        ids: list[int] = []
+        for part in text.split(chat.BREAK):
+            ids += self._hf.encode(part, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._hf.decode(
@@ -107,16 +146,16 @@ class HuggingFaceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError where the tokenizer has no chat template."""
-        if self._hf.chat_template is None:
-            raise UserError(
-                "the tokenizer has no chat template: set prompt_style to 'bare', or use an "
-                "instruction-tuned model's tokenizer"
+        """Raises UserError where the tokenizer has no chat template, or it fails."""
+        return self._encode(
+            chat.render(
+                chat.default_template(self._hf.chat_template),
+                messages,
+                self.control,
+                add_generation_prompt=add_generation_prompt,
+                **self._hf.special_tokens_map,
             )
-        text = self._hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        return self.encode(text)
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
     def token_bytes(self) -> list[bytes]:
