@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from stepwiser_jax.config_parts import (
+    ChatTemplateArgs,
     Chunking,
     ClassifierJudge,
     Config,
@@ -144,11 +145,12 @@ class Rollout(ComputeStage):
 class Server(Config):
     """An OpenAI-compatible server, such as vLLM's, that takes and returns token ids: see
     `runtime.remote`. `model` is its name there, `tokenizer` that of the same model, a directory or
-    hub id."""
+    hub id; `chat_template_args` as in `Model`."""
 
     url: str
     model: str
     tokenizer: str
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
     context: int = Field(ge=2)
     concurrent_requests: int = Field(64, ge=1)
     timeout_seconds: float = Field(600.0, gt=0)
@@ -259,12 +261,15 @@ class Label(LabelRule):
     `min_prefix_value`: chunks whose prefix was worth less give no judge example. With M rollouts a
     prefix worth v is followed by no right answer with probability (1 - v)^M though nothing is wrong
     with the chunk; 0 keeps them all, as the paper does.
+
+    `chat_template_args` as in `Model`, for the lengths of prompts.
     """
 
     seed: Seed = 0
     annotations: str
     rollouts: str
     tokenizer: str
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
     prompt_style: JudgePromptStyle = "instruct"
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 
@@ -40,6 +41,9 @@ Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_l
 Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
 
 
+ChatTemplateArgs = dict[str, Argument]
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -54,11 +58,15 @@ class Mesh(Config):
 
 class Model(Config):
     """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
-    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh."""
+    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh.
+    `chat_template_args`: what its chat template is told in every prompt, such as
+    `{enable_thinking: false}` for Qwen3. The trained model keeps them: stages that name its run
+    leave them out, or repeat them."""
 
     path: str
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
 
 
 class Lora(Config):

@@ -66,7 +66,7 @@ def check_inputs(
             continue
         if isinstance(value, Model):
             check_model_exists(value.path)
-            load_tokenizer_of(value.path)
+            load_tokenizer_of(value.path, value.chat_template_args)
         elif isinstance(value, Problems):
             exclude = tuple(source for source in value.exclude if source not in awaited)
             read_problems(value.model_copy(update={"exclude": exclude}))
@@ -87,6 +87,6 @@ def check_inputs(
         elif name == "exclude":
             held_out_questions(source for source in value if source not in awaited)
         elif name == "tokenizer":
-            load_tokenizer_of(value)
+            load_tokenizer_of(value, getattr(config, "chat_template_args", None))
         elif isinstance(value, Server):
-            load_tokenizer(value.tokenizer)
+            load_tokenizer(value.tokenizer, value.chat_template_args)

@@ -70,6 +70,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     summary = {
         "examples": len(documents),
         "dropped_too_long": too_long,
+        "with_control_tokens": sum(spells_control(x, loaded.tokenizer) for x in examples),
         "steps": steps,
         "loss": training.last("loss"),
         "seconds_per_step": seconds_per_step,
@@ -174,6 +175,14 @@ def holds_dialogues(source: str) -> bool:
         return False
     with open(path, "rb") as lines:
         return b'"roles":' in lines.readline()
+
+
+def spells_control(example: SftExample | Dialogue, tokenizer: Tokenizer) -> bool:
+    """Whether a text of it holds a control token. It is learned as the text that it is: turns are
+    those of a Dialogue, and are not spelled out."""
+    is_dialogue = isinstance(example, Dialogue)
+    texts = example.texts if is_dialogue else (example.prompt, example.completion)
+    return any(map(tokenizer.control.spelled_in, texts))
 
 
 def render(
