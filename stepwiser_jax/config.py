@@ -494,17 +494,18 @@ class Classifier(ComputeStage):
 
 
 class Evaluate(ComputeStage):
-    """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2).
+    """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2). PRMBench: a
+    chunk judged Negative is a predicted error.
 
-    `items`: a ProcessBench file or hub id (then `split` is its subset, such as `gsm8k`, or a list
-    of subsets, which are scored one by one and averaged), or a finished `rollout` run of the
-    embedded task, whose exact truth is then used; `limit` of them, the same random ones every time.
-    `votes` judgments per chunk are sampled for Maj@votes, with the settings that begin with
-    `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the
-    judge is of its form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of
-    a step, all its rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes`
-    are chains about one (parallel scaling), and it is scored besides how well right solutions are
-    told from wrong ones.
+    `items`: a file or hub id of ProcessBench (then `split` is its subset, such as `gsm8k`, or a
+    list of subsets, which are scored one by one and averaged) or of PRMBench, or a finished
+    `rollout` run of the embedded task, whose exact truth is then used; `limit` of them, the same random ones
+    every time. `votes` judgments per chunk are sampled for Maj@votes, with the settings that begin
+    with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the judge is of its
+    form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of a step, all its
+    rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes` are chains
+    about one (parallel scaling), and on ProcessBench it is also scored on how well it tells right
+    solutions from wrong ones.
     """
 
     judge: Model
@@ -532,11 +533,11 @@ class Evaluate(ComputeStage):
 
 class Classify(ComputeStage):
     """ProcessBench with a classifier: the first chunk whose P(+) is below a threshold is the
-    predicted error.
+    predicted error. PRMBench: every such chunk is.
 
     `items` to `on_malformed` are those of `evaluate`. The threshold is given, or it is the one
-    with the best official F1 on the items of `threshold_subset`, and is used for all. `rows` of
-    `max_length` tokens are scored at once, several solutions to a row.
+    with the best official F1 on the items of `threshold_subset` (ProcessBench only), and is used
+    for all. `rows` of `max_length` tokens are scored at once, several solutions to a row.
     """
 
     classifier: Model

@@ -1,5 +1,5 @@
-"""Matrix products with operands in the compute type and sums in float32, forward and backward; and
-with weights of 8-bit integers, for sampling."""
+"""Matrix products with operands in the compute type and sums in float32, forward and backward; with
+weights of 8-bit integers, for sampling; and with the output matrix, which gives logits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,26 @@ def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
     if isinstance(weight_OI, qwix.QArray):
         return _quantised_linear(x, weight_OI)
     return _linear(x, weight_OI)
+
+
+# --- logits -------------------------------------------------------------------------------------
+
+NEVER = -1e30
+"""The logit of an id that no token has: probability 0, and still finite in what is multiplied by
+0, as in an entropy."""
+
+
+def output_logits(
+    hidden: jax.Array, head_VD: jax.Array, unknown_ids: tuple[range, ...]
+) -> jax.Array:
+    """Logits (..., V), float32, of hidden states (..., D); `NEVER` at `unknown_ids`, those of no
+    token. Without unknown ids this is the product alone."""
+    logits = product(hidden, head_VD.astype(hidden.dtype), (hidden.ndim - 1, 1))
+    for unknown in unknown_ids:
+        # Compared, not indexed: the vocabulary may be split over devices.
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where((ids >= unknown.start) & (ids < unknown.stop), NEVER, logits)
+    return logits
 
 
 # --- int8 weights -------------------------------------------------------------------------------

@@ -97,7 +97,20 @@ def _decode(value: Any, to: Any) -> Any:
         return float(value)
     if type(value) is not to:
         raise TypeError(f"expected {to.__name__}, found {value!r}")
+    if isinstance(value, str):
+        check_text(value)
     return value
+
+
+def check_text(text: str) -> None:
+    """Raises UserError for half of a surrogate pair: no file and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(0, error.start - 20) : error.start + 20]
+        raise UserError(
+            f"expected text that UTF-8 can hold, found half of a surrogate pair in {place!r}"
+        ) from None
 
 
 def from_json(line: str, record_type: type[R]) -> R:
@@ -140,11 +153,15 @@ def atomic_write(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # the disk is full, maybe: half a file is in the way
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:

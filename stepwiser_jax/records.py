@@ -16,11 +16,17 @@ class UserError(ValueError):
 
 
 class Verdict(enum.Enum):
-    """What a judge said about a chunk. UNPARSED is a counted value, never a silent default."""
+    """What a judge said about a chunk, POSITIVE or NEGATIVE. The others are counted, never a silent
+    default: UNPARSED has no \\boxed{} that is finished, in OTHER it holds no verdict."""
 
     POSITIVE = "Positive"
     NEGATIVE = "Negative"
     UNPARSED = "Unparsed"
+    OTHER = "Other"
+
+    @property
+    def is_given(self) -> bool:
+        return self in (Verdict.POSITIVE, Verdict.NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Trajectory:
     @property
     def record_id(self) -> str:
         return self.trajectory_id
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the length limit ended it: its outcome then says nothing about its last chunk."""
+        return self.stop_reason == "length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +305,37 @@ class ProcessBenchItem:
     def record_id(self) -> str:
         return self.item_id
 
+    def is_right(self, step: int) -> bool:
+        """Returns whether the solution is right up to `step` (0-based)."""
+        return self.first_error == -1 or step < self.first_error
+
+
+@dataclasses.dataclass(frozen=True)
+class PrmBenchItem:
+    """A solution in steps that are right or wrong each on its own; `wrong_steps` are 0-based and
+    ascend. `subset` is PRMBench's class of error, in its spelling, or `correct`."""
+
+    item_id: str
+    subset: str
+    question: str
+    steps: tuple[str, ...]
+    wrong_steps: tuple[int, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.item_id
+
+    @property
+    def first_error(self) -> int:
+        return min(self.wrong_steps, default=-1)
+
+    def is_right(self, step: int) -> bool:
+        """Returns whether `step` (0-based) is right, whatever came before it."""
+        return step not in self.wrong_steps
+
+
+BenchmarkItem = ProcessBenchItem | PrmBenchItem
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
@@ -368,6 +410,7 @@ Record = (
     | Judgment
     | LabelledSolution
     | ProcessBenchItem
+    | PrmBenchItem
     | SearchResult
     | Selection
 )
@@ -375,8 +418,7 @@ Record = (
 
 def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key in which `p#2` stands before `p#10`."""
+    parts = re.split(r"0*([0-9]+)", record_id)  # texts, and between them numbers
     return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.split(r"(\d+)", record_id)
-        if part
+        (0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part
     )

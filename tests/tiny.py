@@ -1,6 +1,13 @@
 """A decoder of a few thousand parameters, of each family."""
 
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
+from stepwiser_jax.model.transformer import Transformer
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:
@@ -24,3 +31,21 @@ def tiny_config(family: str = "llama", **changes) -> ModelConfig:
         "initializer_range": 0.3,
     }
     return ModelConfig(**{**fields, **changes})
+
+
+def with_unknown_ids(model: Transformer, more: int, *, known: bool = False) -> Transformer:
+    """The model with logits of `more` ids that no token has. Their embeddings are those of the
+    first tokens, twice as long, so that they would often be drawn. `known`: it does not know."""
+
+    def pad(table_VD: jax.Array) -> jax.Array:
+        return jnp.concatenate([table_VD, 2 * table_VD[:more]])
+
+    padded, size = copy.copy(model), model.config.vocab_size
+    unknown_ids = () if known else (range(size, size + more),)
+    padded.config = dataclasses.replace(
+        model.config, vocab_size=size + more, unknown_ids=unknown_ids
+    )
+    for name in ("embed", "head"):
+        if hasattr(model, name):
+            setattr(padded, name, jax.tree.map(pad, getattr(model, name)))
+    return padded

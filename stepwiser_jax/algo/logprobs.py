@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stepwiser_jax.products import product, product_over_rows
+from stepwiser_jax.products import output_logits, product, product_over_rows
 from stepwiser_jax.segments import sees
 
 Stats = tuple[jax.Array, jax.Array]
@@ -32,11 +32,14 @@ SLICE_ELEMENTS = 1 << 22
 
 
 class LanguageModel(Protocol):
-    """What is asked of a model: hidden states after the final norm, the output matrix, and logits
-    of two tokens alone."""
+    """What is asked of a model: hidden states after the final norm, the output matrix, which ids no
+    token has, and logits of two tokens alone."""
 
     @property
     def head_VD(self) -> jax.Array: ...
+
+    @property
+    def unknown_ids(self) -> tuple[range, ...]: ...
 
     def hidden(
         self,
@@ -127,6 +130,7 @@ def token_logprobs_and_entropy(
             jnp.asarray(temperature, jnp.float32),
             jnp.max(jnp.sum(scored_BT, axis=1)),
             num_slices,
+            model.unknown_ids,
         )
         logprobs_BT = jnp.take_along_axis(logprobs_BT, place_BT, axis=1)
         entropy_BT = jnp.take_along_axis(entropy_BT, place_BT, axis=1)
@@ -213,7 +217,7 @@ def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
     return lax.broadcasted_iota(targets_BC.dtype, shape, 2) == targets_BC[:, :, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _score(
     features_BTD: jax.Array,
     head_VD: jax.Array,
@@ -221,10 +225,15 @@ def _score(
     temperature: jax.Array,
     count: jax.Array,
     num_slices: int,
+    unknown_ids: tuple[range, ...],
 ) -> Stats:
     """Log-prob of each target and entropy under softmax(features @ head.T / temperature), of the
-    first `count` positions of each row; what the others get is not to be used."""
-    return _score_forward(features_BTD, head_VD, targets_BT, temperature, count, num_slices)[0]
+    first `count` positions of each row; what the others get is not to be used. `unknown_ids` are
+    outside of the softmax, and no targets."""
+    stats, _ = _score_forward(
+        features_BTD, head_VD, targets_BT, temperature, count, num_slices, unknown_ids
+    )
+    return stats
 
 
 def _score_forward(
@@ -234,12 +243,13 @@ def _score_forward(
     temperature: jax.Array,
     count: jax.Array,
     num_slices: int,
+    unknown_ids: tuple[range, ...],
 ) -> tuple[Stats, Residuals]:
     cast_head_VD = head_VD.astype(features_BTD.dtype)
     features, targets = _split(features_BTD, num_slices), _split(targets_BT, num_slices)
 
     def score_slice(i: jax.Array, stats: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        logits_BCV = product(features[i], cast_head_VD, (2, 1)) / temperature
+        logits_BCV = output_logits(features[i], cast_head_VD, unknown_ids) / temperature
         peak_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
         shifted_BCV = logits_BCV - peak_BC1
         weights_BCV = jnp.exp(shifted_BCV)
@@ -268,10 +278,11 @@ def _used(count: jax.Array, slices: jax.Array) -> jax.Array:
 
 
 def _score_backward(
-    num_slices: int, residuals: Residuals, cotangents: Stats
+    num_slices: int, unknown_ids: tuple[range, ...], residuals: Residuals, cotangents: Stats
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
     """With p = softmax(z), z the logits over the temperature:
-    d log p_target / dz = [target] - p,    d entropy / dz = -p (log p + entropy)."""
+    d log p_target / dz = [target] - p,    d entropy / dz = -p (log p + entropy).
+    Both are 0 at unknown ids, which have p = 0."""
     features_BTD, head_VD, targets_BT, temperature, count, entropy_BT, normaliser_BT = residuals
     cast_head_VD = head_VD.astype(features_BTD.dtype)
     per_position = (features_BTD, targets_BT, entropy_BT, normaliser_BT, *cotangents)
@@ -284,7 +295,7 @@ def _score_backward(
         entropy_BC1, normaliser_BC1, logprob_grad_BC1, entropy_grad_BC1 = (
             x[:, :, None] for x in rest
         )
-        logits_BCV = product(features_BCD, cast_head_VD, (2, 1)) / temperature
+        logits_BCV = output_logits(features_BCD, cast_head_VD, unknown_ids) / temperature
         logprobs_BCV = logits_BCV - normaliser_BC1
         probs_BCV = jnp.exp(logprobs_BCV)
         from_logprob_BCV = _is_target(targets_BC, head_VD.shape[0]).astype(jnp.float32) - probs_BCV

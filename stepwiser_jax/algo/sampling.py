@@ -109,9 +109,10 @@ def _pass(mass_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array
     N = mass_BN.shape[-1]
     cumulative_BN = jnp.cumsum(mass_BN, axis=-1)
     index_B = jnp.sum(cumulative_BN <= target_B[:, None], axis=-1)
-    # Rounding can put the target at the very end: take the last entry that has mass.
-    last_B = N - 1 - jnp.argmax(mass_BN[:, ::-1] > 0, axis=-1)
-    index_B = jnp.minimum(index_B, last_B)
+    # Rounding can put the target at the very end, or make the sum grow where there is no mass: take
+    # the last entry with mass up to there.
+    passed_BN = jnp.arange(N)[None] <= index_B[:, None]
+    index_B = jnp.max(jnp.where(passed_BN & (mass_BN > 0), jnp.arange(N)[None], 0), axis=-1)
     before_B = jnp.take_along_axis(cumulative_BN - mass_BN, index_B[:, None], axis=-1)[:, 0]
     # Rounding can put the entry's start behind the target, and a target below 0 would pass entries
     # without mass.

@@ -80,13 +80,20 @@ def read_judged(run: Path, *, votes: bool) -> Judged:
 
 
 def items_of(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
-    return load_items(
+    items = load_items(
         config.items,
         load_tokenizer_of(model),
         split=config.split,
         limit=config.limit,
         on_malformed=config.on_malformed,
     )
+    found = [item for item in items if isinstance(item, ProcessBenchItem)]
+    if len(found) < len(items):
+        raise UserError(
+            f"two judges are compared by ProcessBench's F1: expected its items, found those of "
+            f"PRMBench in {config.items}"
+        )
+    return found
 
 
 def step_ids(item: ProcessBenchItem, suffix: str) -> list[str]:

@@ -25,9 +25,9 @@ from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.contamination import held_out_questions
 from stepwiser_jax.text.datasets import (
+    load_benchmark,
     load_classifier_examples,
     load_judge_examples,
-    load_processbench,
 )
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
@@ -83,7 +83,7 @@ def check_inputs(
             load = load_classifier_examples if reads_solutions(config) else load_judge_examples
             load(value, on_malformed=config.on_malformed)
         elif name == "items" and isinstance(config, Evaluate | Classify):
-            load_processbench(value, split=config.split, on_malformed=config.on_malformed)
+            load_benchmark(value, split=config.split, on_malformed=config.on_malformed)
         elif name == "exclude":
             held_out_questions(source for source in value if source not in awaited)
         elif name == "tokenizer":

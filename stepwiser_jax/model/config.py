@@ -63,8 +63,14 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder; hashable, so that it can be static under jit. `classifier`:
-    it scores two classes, 0 for wrong and 1 for right, in place of a vocabulary."""
+    """Sizes and switches of a decoder; hashable, so that it can be static under jit.
+
+    `classifier`: it scores two classes, 0 for wrong and 1 for right, in place of a vocabulary.
+    `unknown_ids`: ids below `vocab_size` that no token of the tokenizer has. Many models have more
+    logits than tokens, for the sake of round sizes. Such ids have probability 0 wherever logits
+    become probabilities. They follow from the tokenizer that a model is loaded with, and are not
+    written to config.json.
+    """
 
     model_type: str
     vocab_size: int
@@ -86,6 +92,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     classifier: bool = False
+    unknown_ids: tuple[range, ...] = ()
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:

@@ -8,6 +8,7 @@ written shard file by shard file; the model is never in memory twice. Our layout
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
@@ -105,6 +107,7 @@ def resolve(path_or_id: str) -> Path:
 def load_hf(
     path_or_id: str,
     *,
+    tokenizer: Tokenizer | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
     attention: Attention = XLA,
@@ -112,11 +115,16 @@ def load_hf(
 ) -> Transformer:
     """A checkpoint's model with parameters of `dtype`.
 
+    `tokenizer` says which ids have a token: the others are never sampled, and stand outside of the
+    softmax (`ModelConfig.unknown_ids`). None: all count.
     `sharding_for(axes, shape)` says where each parameter lives; None: on the default device.
     Raises UserError naming the file or the tensor that is wrong.
     """
     directory = resolve(path_or_id)
     config = read_config(str(directory))
+    if tokenizer is not None:
+        unknown = unknown_ids(tokenizer, config.vocab_size)
+        config = dataclasses.replace(config, unknown_ids=unknown)
     abstract = nnx.eval_shape(
         lambda: Transformer(
             config,

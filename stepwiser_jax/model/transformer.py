@@ -27,7 +27,7 @@ from stepwiser_jax.model.attention import (
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
 from stepwiser_jax.model.lora import Adapter, merge_layer
-from stepwiser_jax.products import linear, product, quantise
+from stepwiser_jax.products import linear, output_logits, product, quantise
 
 
 def _parameter(
@@ -191,6 +191,11 @@ class Transformer(nnx.Module):
         return self.embed[...] if self.config.tie_embeddings else self.head[...]
 
     @property
+    def unknown_ids(self) -> tuple[range, ...]:
+        """Of no token, see `ModelConfig`."""
+        return self.config.unknown_ids
+
+    @property
     def adapters(self) -> nnx.Dict[Adapter]:
         """By the name of their matrix; none in a model for_decoding, where they are merged."""
         return self.blocks.adapters if isinstance(self.blocks, Block) else nnx.Dict()
@@ -240,14 +245,8 @@ class Transformer(nnx.Module):
         return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> (..., V): accumulated and returned in float32."""
-        head_VD = self.head_VD.astype(hidden.dtype)
-        return jax.lax.dot_general(
-            hidden,
-            head_VD,
-            (((hidden.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        """(..., D) -> (..., V): accumulated and returned in float32; see `output_logits`."""
+        return output_logits(hidden, self.head_VD, self.unknown_ids)
 
     def pair_logits(self, hidden_BTD: jax.Array, pair: tuple[int, int]) -> jax.Array:
         """Logits (B, T, 2), float32, of two tokens alone; of a classifier, of right and wrong,

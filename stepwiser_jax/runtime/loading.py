@@ -69,14 +69,16 @@ def load_model(
             f"expected a language model in {path}, found one that scores two classes in place of a "
             "vocabulary: only classify reads it, and classifier with head: scalar"
         )
+    tokenizer = load_tokenizer(directory)
     model = load_hf(
         directory,
+        tokenizer=tokenizer,
         dtype=param_dtype,
         compute_dtype=compute_dtype,
         attention=attention_of(config, mesh, compute_dtype),
         sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
-    return Loaded(model, load_tokenizer(directory), f"{Path(path).name}@{_fingerprint(directory)}")
+    return Loaded(model, tokenizer, f"{Path(path).name}@{_fingerprint(directory)}")
 
 
 def load_for_training(

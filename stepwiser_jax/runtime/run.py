@@ -44,6 +44,7 @@ from stepwiser_jax.records import Dialogue, Record, SftExample, UserError
 from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.storage import check_writable
 from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_settings
 
 WHERE = (
@@ -78,12 +79,15 @@ class RunDirectory:
     stage reads and checks its input first, so that a mistake leaves no directory behind."""
 
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
-        """Raises UserError where `path` holds another stage's run or one of another config."""
+        """Raises UserError where `path` holds another stage's run or one of another config, or
+        cannot be written."""
         self.path, self.stage, self.config, self.shard = Path(path), stage, config, shard
         self.worker = shard.index * jax.process_count() + jax.process_index()
         self.num_workers = shard.count * jax.process_count()
         self._writers: dict[type, RecordWriter[Any]] = {}
         self._refuse_other_run()
+        if not self.finished:
+            check_writable(self.path)
 
     def _refuse_other_run(self) -> None:
         for path in (self.path, *self.path.parents):
@@ -200,9 +204,13 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         self._tensorboard = None
         if hosts.is_first():
-            from tensorboardX import SummaryWriter
+            # Not its SummaryWriter: when the disk is full, the thread that writes for it dies, and
+            # who adds to its queue then waits for ever.
+            from tensorboardX.event_file_writer import EventsWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30)
+            folder = run_dir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self._tensorboard = EventsWriter(str(folder / "events"))
 
     def resume_at(self, step: int) -> dict[str, float]:
         """Forget what a killed run logged after the checkpoint it resumes from; returns the last
@@ -227,8 +235,13 @@ class Metrics:
         values = {name: float(value) for name, value in values.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        event = Event(wall_time=time.time(), step=step)
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            event.summary.value.add(tag=name, simple_value=value)
+        self._tensorboard.write_event(event)
+        self._tensorboard.flush()
 
     def sync(self) -> None:
         """Until everything written is on disk: before a checkpoint that counts on it."""

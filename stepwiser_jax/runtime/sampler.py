@@ -39,7 +39,7 @@ from stepwiser_jax.runtime.sampling import (
     decoding_layout,
     find_stops,
 )
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 READ_TOKENS = 4096
 """Tokens that go through the network at once where prompts are read, on each device that rows are
@@ -76,7 +76,16 @@ class Sampler:
         weights: Weights = "model",
         mesh: jax.sharding.Mesh | None = None,
     ):
-        """Raises UserError if the largest bucket exceeds the model's context."""
+        """Raises UserError if the largest bucket exceeds the model's context, and ValueError for a
+        model that was loaded without this tokenizer and would sample ids that it does not know."""
+        if tokenizer is not None:
+            unknown = unknown_ids(tokenizer, model.config.vocab_size)
+            if unknown != model.config.unknown_ids:
+                raise ValueError(
+                    f"expected a model that knows the ids without a token, {unknown}, found one "
+                    f"with {model.config.unknown_ids}: load it with load_hf(path, "
+                    "tokenizer=tokenizer)"
+                )
         self.shapes = Shapes(rows, buckets, model.config.max_length)
         self.weights: Weights = weights
         self.model, self.mesh = decoding_layout(model, weights), mesh

@@ -175,7 +175,8 @@ def check_trajectories(
     """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
     `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
     or one with token ids that the policy's vocabulary lacks."""
-    vocab_size = engine.model.config.vocab_size
+    config = engine.model.config
+    known = frozenset(range(config.vocab_size)).difference(*config.unknown_ids)
     for trajectory in trajectories:
         name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
         if length > params.max_new_tokens:
@@ -185,11 +186,12 @@ def check_trajectories(
                 "that of the rollouts"
             )
         engine.check_length(len(trajectory.prompt_ids), params.max_new_tokens, name)
-        largest = max([*trajectory.prompt_ids, *trajectory.completion_ids])
-        if largest >= vocab_size:
+        unknown = {*trajectory.prompt_ids, *trajectory.completion_ids} - known
+        if unknown:
             raise UserError(
-                f"{name}: expected token ids below the policy's vocab_size {vocab_size}, found "
-                f"{largest}: name the policy that sampled the rollouts, or one with its tokenizer"
+                f"{name}: expected token ids of the policy's vocabulary (the largest is "
+                f"{max(known)}), found {max(unknown)}: name the policy that sampled the rollouts, "
+                "or one with its tokenizer"
             )
 
 

@@ -243,7 +243,8 @@ class GroupCollector:
 
 def rollout_metrics(sampled: Sequence[Judged], kept: int, penalized: bool) -> dict[str, float]:
     """Shares are fractions of all judgments sampled, kept groups or not. Where breaks of the format
-    are penalized, they are what earned less than 0."""
+    are penalized, they are what earned less than 0. `unparsed_rate` is of judgments without a
+    verdict, `other_box_rate` of those among them whose last box holds something else."""
     verdicts = [verdict for group in sampled for verdict in group.verdicts_G]
     lengths = [len(ids) for group in sampled for ids in group.completions_G]
     rewards_PG = np.array([group.rewards_G for group in sampled])
@@ -253,7 +254,8 @@ def rollout_metrics(sampled: Sequence[Judged], kept: int, penalized: bool) -> di
         "groups_sampled": len(sampled),
         "groups_kept_share": kept / len(sampled),
         "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
-        "unparsed_rate": verdicts.count(Verdict.UNPARSED) / len(verdicts),
+        "unparsed_rate": sum(not verdict.is_given for verdict in verdicts) / len(verdicts),
+        "other_box_rate": verdicts.count(Verdict.OTHER) / len(verdicts),
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(np.max(lengths)),
     }

@@ -22,13 +22,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from stepwiser_jax.record_files import from_fields, parse_json, read_records
+from stepwiser_jax.record_files import (
+    check_text,
+    from_fields,
+    parse_json,
+    read_records,
+    to_json,
+)
 from stepwiser_jax.records import (
+    BenchmarkItem,
     ClassifierExample,
     JudgeExample,
     LabelledSolution,
     Problem,
-    ProcessBenchItem,
     Record,
     UserError,
 )
@@ -36,8 +42,11 @@ from stepwiser_jax.text.answers import extract_answer
 from stepwiser_jax.text.solutions import (
     BAD_PROBLEM,
     classifier_examples,
+    error_steps_past_the_end,
+    is_prmbench,
     judge_examples,
     parse_solutions,
+    prmbench_items,
     processbench_items,
 )
 
@@ -177,8 +186,8 @@ def parse_rows(
     """The records that `parse` makes of each row and its number, from 0, as the head of this module
     says; `limit` counts rows. What is left out is counted in `dropped`.
 
-    A row is malformed if `parse` raises UserError, or an id was there before: ids name records and
-    noise, and two of the same would be taken for one.
+    A row is malformed if `parse` raises UserError, if a text of it cannot be written, or if an id
+    was there before: ids name records and noise, and two of the same would be taken for one.
     """
     records: dict[str, R] = {}
     good, excluded, last_error = 0, 0, None
@@ -191,6 +200,7 @@ def parse_rows(
             for record in new:
                 if record.record_id in records:
                     raise UserError(f"the id {record.record_id!r} is there twice")
+                check_text(to_json(record))
         except UserError as error:
             last_error = UserError(f"{where}: {error}")
             if on_malformed == "stop":
@@ -311,7 +321,7 @@ def load_solutions(
     stem, part = _name(source, split)
     return parse_rows(
         source,
-        lambda row, number: parse_solutions(row, f"{stem}/{part}/{number:06d}"),
+        lambda row, number: _solutions(row, f"{stem}/{part}/{number:06d}", dropped),
         split=split,
         limit=limit,
         on_malformed=on_malformed,
@@ -319,23 +329,61 @@ def load_solutions(
     )
 
 
-def load_processbench(
+def load_benchmark(
     source: str,
     *,
     split: Split = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
-) -> list[ProcessBenchItem]:
-    """ProcessBench's own files (label = index of the first wrong step, -1: none), our records, and
-    the whole solutions of other formats; a row without one is malformed."""
+) -> list[BenchmarkItem]:
+    """Returns solutions whose judge is scored: PRMBench's, or ProcessBench's own (label = index of
+    the first wrong step, -1: none), our records, and the whole solutions of other formats; a row
+    without one is malformed.
+
+    PRMBench has five solutions under an id that was there before. As its own loader does, this one
+    leaves them out; `dropped` counts them as `repeated`.
+
+    Raises UserError for a source that holds both benchmarks: they have different scores.
+    """
     stem, part = _name(source, split)
-    return parse_rows(
-        source,
-        lambda row, number: processbench_items(parse_solutions(row, f"{stem}/{part}/{number:06d}")),
-        split=split or "train",
-        on_malformed=on_malformed,
-        dropped=dropped,
+    seen: set[str] = set()
+
+    def parse(row: dict[str, Any], number: int) -> list[BenchmarkItem]:
+        if not is_prmbench(row):
+            solutions = _solutions(row, f"{stem}/{part}/{number:06d}", dropped)
+            return list(processbench_items(solutions))
+        _count_past_the_end(row, dropped)
+        items = [item for item in prmbench_items(row) if item.item_id not in seen]
+        if not items and dropped is not None:
+            dropped["repeated"] += 1
+        seen.update(item.item_id for item in items)
+        return list(items)
+
+    items = parse_rows(
+        source, parse, split=split or "train", on_malformed=on_malformed, dropped=dropped
     )
+    if len({type(item) for item in items}) > 1:
+        raise UserError(
+            f"{source}: expected rows of PRMBench or of ProcessBench, found both; their scores are "
+            "different ones: make a file of each"
+        )
+    return items
+
+
+def _solutions(
+    row: dict[str, Any], row_id: str, dropped: Counter[str] | None
+) -> list[LabelledSolution]:
+    """`parse_solutions`; what is ignored in a row is counted."""
+    solutions = parse_solutions(row, row_id)
+    if is_prmbench(row):
+        _count_past_the_end(row, dropped)
+    return solutions
+
+
+def _count_past_the_end(row: dict[str, Any], dropped: Counter[str] | None) -> None:
+    past_the_end = error_steps_past_the_end(row)
+    if past_the_end and dropped is not None:
+        dropped["error_steps_past_the_end"] += past_the_end
 
 
 def load_judge_examples(
@@ -351,7 +399,7 @@ def load_judge_examples(
     def parse(row: dict[str, Any], number: int) -> list[JudgeExample]:
         if "example_id" in row:
             return [from_fields(row, JudgeExample)]
-        solutions = parse_solutions(row, f"{stem}/{part}/{number:06d}")
+        solutions = _solutions(row, f"{stem}/{part}/{number:06d}", dropped)
         return list(judge_examples(_of_sound_problems(solutions, dropped)))
 
     return parse_rows(source, parse, on_malformed=on_malformed, dropped=dropped)
@@ -370,7 +418,7 @@ def load_classifier_examples(
     def parse(row: dict[str, Any], number: int) -> list[ClassifierExample]:
         if "labelled" in row:
             return [_checked(from_fields(row, ClassifierExample))]
-        solutions = parse_solutions(row, f"{stem}/{part}/{number:06d}")
+        solutions = _solutions(row, f"{stem}/{part}/{number:06d}", dropped)
         return list(classifier_examples(_of_sound_problems(solutions, dropped)))
 
     return parse_rows(source, parse, on_malformed=on_malformed, dropped=dropped)

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 from stepwiser_jax.records import UserError, Verdict
+from stepwiser_jax.text.answers import last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.tokenizer import Tokenizer
 
@@ -280,20 +281,25 @@ def encode_dialogue(
 
 
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+"""A box with braces in it, but none within these: enough for every verdict."""
+
+_DECORATION = re.compile(r"\\boxed|\\(?:text|math|bf|rm|bold)[a-z]*|[\s{}*_$.]")
 
 
 def boxed_word(box: str) -> str:
-    """The word in a \\boxed{}, small; \\text{}, stars and spaces around it do not matter."""
-    return re.sub(r"\\boxed|\\text\w*|[\s{}*$.]", "", box).lower()
+    """The word in a \\boxed{}, small; LaTeX's and Markdown's fonts and spaces do not matter."""
+    return _DECORATION.sub("", box).lower()
 
 
 def parse_verdict(text: str) -> Verdict:
-    """The last \\boxed{} decides."""
-    boxes = BOXED.findall(text)
-    word = boxed_word(boxes[-1]) if boxes else ""
-    return {"positive": Verdict.POSITIVE, "negative": Verdict.NEGATIVE}.get(word, Verdict.UNPARSED)
+    """The last \\boxed{} decides, which has to be finished."""
+    box = last_box(text)
+    if box is None:
+        return Verdict.UNPARSED
+    verdicts = {"positive": Verdict.POSITIVE, "negative": Verdict.NEGATIVE}
+    return verdicts.get(boxed_word(box), Verdict.OTHER)
 
 
 def is_bare_verdict(text: str) -> bool:
     """Nothing but one \\boxed{} with a verdict, and white space around it."""
-    return bool(BOXED.fullmatch(text.strip())) and parse_verdict(text) is not Verdict.UNPARSED
+    return bool(BOXED.fullmatch(text.strip())) and parse_verdict(text).is_given

@@ -24,7 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.records import UserError
-from stepwiser_jax.text.tokenizer import end_ids, sentencepiece_bytes, write_end_ids
+from stepwiser_jax.text.tokenizer import (
+    check_ids,
+    end_ids,
+    sentencepiece_bytes,
+    write_end_ids,
+)
 
 UNKNOWN, CONTROL = 2, 3  # ModelProto.SentencePiece.Type
 FILES = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
@@ -58,7 +63,10 @@ class SentencePieceTokenizer:
         self.eos_ids = end_ids(file.parent, self._named("eos", self._vocabulary.eos_id))
         pad_id = self._named("pad", self._vocabulary.pad_id)
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
-        self.vocab_size = 1 + max(len(self._vocabulary.pieces) - 1, *self._special.values())
+        self.known_ids = frozenset(range(len(self._vocabulary.pieces))) | set(
+            self._special.values()
+        )
+        self.vocab_size = 1 + max(self.known_ids)
         self._first, self._next = self._encoders(path)
 
     def _encoders(self, path: str) -> tuple[Any, Any]:
@@ -119,6 +127,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        check_ids(ids, self.known_ids)
         spelled = self.token_bytes()
         text = b"".join(spelled[i] for i in ids).decode(errors="replace")
         return text.removeprefix(" ") if self._begins_with_space else text

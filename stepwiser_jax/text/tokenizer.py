@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,11 @@ from stepwiser_jax.records import UserError
 
 class Tokenizer(Protocol):
     """Text <-> token ids. `encode` adds no special tokens; special tokens spelled out in the text
-    become their ids. `decode` keeps special tokens and cleans nothing up."""
+    become their ids. `decode` keeps special tokens and cleans nothing up; it raises UserError for
+    an id that no token has.
+
+    `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
+    than the largest."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -23,6 +28,8 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
     @property
+    def known_ids(self) -> frozenset[int]: ...
+    @property
     def vocab_size(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -30,8 +37,8 @@ class Tokenizer(Protocol):
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]: ...
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for; joined over ids they are the decoded text, up to one
-        leading space in vocabularies whose words carry their own space."""
+        """The bytes each id stands for, none in gaps; joined over ids they are the decoded text, up
+        to one leading space in vocabularies whose words carry their own space."""
         ...
 
     def save(self, path: str) -> None: ...
@@ -49,6 +56,28 @@ def load_tokenizer(path_or_id: str) -> Tokenizer:
     if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
         return SentencePieceTokenizer(str(directory / "tokenizer.model"))
     return HuggingFaceTokenizer(path_or_id)
+
+
+def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
+    """Returns the ids below `size`, a model's number of logits, that no token has, as runs in
+    ascending order. Raises UserError where a token's id is not below it."""
+    known = [-1, *sorted(tokenizer.known_ids), size]
+    if known[-2] >= size:
+        raise UserError(
+            f"expected a tokenizer whose ids are below the model's vocab_size {size}, found "
+            f"{known[-2]}: use the model's own tokenizer, or a model whose embeddings were resized "
+            "to this one"
+        )
+    return tuple(range(a + 1, b) for a, b in itertools.pairwise(known) if a + 1 < b)
+
+
+def check_ids(ids: Sequence[int], known: frozenset[int]) -> None:
+    """Raises UserError where one of the ids is of no token."""
+    if not known.issuperset(ids):
+        raise UserError(
+            f"expected ids of the tokenizer's tokens (the largest is {max(known)}), found "
+            f"{max(set(ids) - known)}: name the tokenizer of the model that sampled them"
+        )
 
 
 def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -74,6 +103,7 @@ class HuggingFaceTokenizer:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a tokenizer from {path_or_id}: {error}") from None
         self._eos_ids = end_ids(local, self._hf.eos_token_id)
+        self.known_ids = frozenset(self._hf.get_vocab().values())
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -90,12 +120,13 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self._hf)
+        return max(self.known_ids) + 1  # where there are gaps, len(self._hf) is less
 
     def encode(self, text: str) -> list[int]:
         return self._hf.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
+        check_ids(ids, self.known_ids)  # the library leaves such ids out without a word
         return self._hf.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -119,8 +150,9 @@ class HuggingFaceTokenizer:
         backend = json.loads(self._hf.backend_tokenizer.to_str())
         added = {token["id"]: token["content"].encode() for token in backend["added_tokens"]}
         to_bytes = _bytes_of_token(backend)
-        tokens = self._hf.convert_ids_to_tokens(list(range(self.vocab_size)))
-        return [added[i] if i in added else to_bytes(token) for i, token in enumerate(tokens)]
+        others = self._hf.get_vocab().items()
+        spelled = {i: to_bytes(token) for token, i in others if i not in added} | added
+        return [spelled.get(i, b"") for i in range(self.vocab_size)]
 
     def save(self, path: str) -> None:
         """With all end tokens, which the tokenizer's own files cannot name."""

@@ -25,6 +25,7 @@ from stepwiser_jax.records import (
     Selection,
     SftExample,
     Trajectory,
+    Verdict,
 )
 from stepwiser_jax.runtime import training_run
 from stepwiser_jax.runtime.checkpoint import Checkpointer
@@ -155,6 +156,52 @@ def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
     classifier = json.loads((runs / "classify" / "summary.json").read_text())
     assert found["f1_a"] == pytest.approx(judge["subsets"]["arithmetic"]["official"]["f1"])
     assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
+
+
+def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
+    solutions = [s for s in read_records(runs / "labels", ClassifierExample) if len(s.chunks) > 1]
+    source = tmp_path / "prmbench.jsonl"
+    rows = [
+        {
+            "idx": str(n),
+            "classification": ("circular", "redundency")[n % 2],
+            "modified_question": solution.question,
+            "original_question": solution.question,
+            "modified_process": solution.chunks,
+            "original_process": solution.chunks,
+            "error_steps": [2],
+        }
+        for n, solution in enumerate(solutions[:2])
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, *extra):
+        extra = (f"items={source}", *extra)
+        assert main(command(name, runs, out=tmp_path / name, extra=extra)) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        return summary, {j.example_id: j for j in read_records(tmp_path / name, Judgment)}
+
+    summary, judgments = run("evaluate", "votes=0")
+    assert summary["items"] == 3 and judgments.keys() >= {"circular_0/1", "correct_1/0"}
+    for step, expected in enumerate([Verdict.POSITIVE, Verdict.NEGATIVE]):
+        judgment = judgments[f"circular_0/{step}"]
+        assert judgment.reward == (judgment.verdict is expected)
+    circular = [judgments[f"circular_0/{s}"].verdict for s in range(len(solutions[0].chunks))]
+    accepted = [verdict is Verdict.POSITIVE for verdict in circular]
+    right = [step != 1 for step in range(len(circular))]
+    kept = sum(a and r for a, r in zip(accepted, right, strict=True))
+    found = summary["greedy"]["classes"]["circular"]
+    assert found["right_step_accuracy"] == pytest.approx(kept / sum(right))
+    summary, judgments = run("classify", "threshold=0.5", "threshold_subset=null")
+    assert set(summary["categories"]) == {"simplicity"}
+    caught = judgments["circular_0/1"].p_positive < 0.5
+    assert summary["classes"]["circular"]["wrong_step_accuracy"] == caught
+
+    capsys.readouterr()
+    arguments = command("classify", runs, out=tmp_path / "other", extra=(f"items={source}",))
+    assert_fails(capsys, arguments, "is for ProcessBench", tmp_path / "other")
+    assert main(["contrast", str(tmp_path / "evaluate"), str(tmp_path / "classify")]) == 2
+    assert "found those of PRMBench" in capsys.readouterr().err
 
 
 def test_classifier_examples_are_the_judge_examples_told_at_once(runs):

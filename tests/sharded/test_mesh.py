@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import assert_drawn
 from flax import nnx
 
 from stepwiser_jax.algo.logprobs import token_logprobs
@@ -24,7 +25,12 @@ from stepwiser_jax.runtime import engine as engine_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import cast_model, sharded_adapters, sharding_of
+from stepwiser_jax.runtime.loading import (
+    cast_model,
+    sharded_adapters,
+    sharding_of,
+    shardings_of,
+)
 from stepwiser_jax.runtime.mesh import (
     attention_on,
     make_mesh,
@@ -39,7 +45,7 @@ from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge
-from tiny import tiny_config
+from tiny import tiny_config, with_unknown_ids
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 CONFIG = load_config("judge", Path(__file__).parents[2] / "configs" / "smoke_judge.yaml")
@@ -236,21 +242,21 @@ def test_checkpoints_move_between_all_meshes(checkpoint, tmp_path):
 
 PROMPTS = [[3 + p % 5, 4, 5 + p][: 1 + p % 3] for p in range(16)]
 ROW_IDS = [f"{p}/{g}" for p in range(16) for g in range(8)]
+SAMPLED = SamplingParams(8, stop_ids=(1, 2, 3, 4, 5))
 
 
 def sample(checkpoint, sampler_class, sizes):
     mesh = make_mesh(*sizes)
     model = load(checkpoint, mesh)
     sampler = sampler_class(model, rows=(64, 128), buckets=(16,), mesh=mesh)
-    params = SamplingParams(8, stop_ids=(1, 2, 3, 4, 5))
     key = jax.random.key(0)
-    found = sampler.generate(PROMPTS, params, key=key, row_ids=ROW_IDS, group_size=8)
+    found = sampler.generate(PROMPTS, SAMPLED, key=key, row_ids=ROW_IDS, group_size=8)
     return mesh, model, found, sampler.log_odds(PROMPTS, (5, 3))
 
 
 @functools.cache
-def sampled_on_one_device(checkpoint):
-    return sample(checkpoint, Sampler, (1, 1, 1))[2:]
+def log_odds_on_one_device(checkpoint):
+    return sample(checkpoint, Sampler, (1, 1, 1))[3]
 
 
 @one_family
@@ -260,19 +266,17 @@ def sampled_on_one_device(checkpoint):
     ids=str,
 )
 def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
-    """The noise is the same: only a row whose uniform lies within rounding of a token's edge may
-    differ. Log-probs are those of the same model reading the row."""
-    one, log_odds_of_one_P = sampled_on_one_device(checkpoint)
+    """What one device draws; log-probs are also those of the same model reading the row on the
+    mesh."""
     mesh, model, many, log_odds_P = sample(checkpoint, sampler_class, sizes)
-    np.testing.assert_allclose(log_odds_P, log_odds_of_one_P, atol=1e-4)
-    same = [b for b in range(len(ROW_IDS)) if one.ids(b) == many.ids(b)]
-    assert len(same) >= 0.99 * len(ROW_IDS)
-    for b in same:
-        np.testing.assert_allclose(one.logprobs(b), many.logprobs(b), atol=1e-4)
+    np.testing.assert_allclose(log_odds_P, log_odds_on_one_device(checkpoint), atol=1e-4)
+    prompts_B = [PROMPTS[b // 8] for b in range(len(ROW_IDS))]
+    one = load(checkpoint, make_mesh())
+    assert_drawn(one, prompts_B, ROW_IDS, SAMPLED, jax.random.key(0), many)
     groups = [
         Group(prompt, [many.ids(b)], [many.logprobs(b)], [0.0])
         for b in range(len(ROW_IDS))
-        for prompt in [PROMPTS[b // 8]]
+        for prompt in [prompts_B[b]]
     ]
     rows = shard_batch(rollout_batch(groups, num_rows=len(groups), row_length=16), mesh)
     with jax.set_mesh(mesh):
@@ -285,6 +289,29 @@ def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
         )
     mask_BT = rows.completion_mask_BT
     np.testing.assert_allclose(found_BT[mask_BT], rows.sampler_logprobs_BT[mask_BT], atol=1e-4)
+
+
+@one_family
+def test_ids_without_a_token_are_left_out_on_every_mesh(checkpoint):
+    """The vocabulary is split over devices: some hold logits of such ids alone."""
+    mesh = make_mesh(1, 2, 4)
+    model = with_unknown_ids(load(checkpoint, make_mesh()), 64)
+    sharding_for = sharding_of(model.config, mesh)
+    model = jax.device_put(model, shardings_of(model, sharding_for))
+    shard = model.head_VD.addressable_shards[-1]
+    assert shard.index[0].start >= 64 and shard.data.shape[0] == 32
+    _, found, metrics = gradients_of(model, mesh)
+    _, expected, expected_metrics = gradients_on_one_device(checkpoint)
+    for name in ("embed", "head"):
+        grad_VD = getattr(found, name)[...]
+        assert not grad_VD[64:].any()
+        setattr(found, name, getattr(found, name).replace(grad_VD[:64]))
+    assert_equal_gradients((None, found, metrics), (None, expected, expected_metrics))
+    engine = Engine(model, rows=(64, 128), buckets=(16,), mesh=mesh)
+    key = jax.random.key(0)
+    output = engine.generate(PROMPTS, SAMPLED, key=key, row_ids=ROW_IDS, group_size=8)
+    prompts_B = [PROMPTS[b // 8] for b in range(len(ROW_IDS))]
+    assert_drawn(load(checkpoint, make_mesh()), prompts_B, ROW_IDS, SAMPLED, key, output)
 
 
 def test_noise_is_identical_on_every_mesh():

@@ -8,9 +8,9 @@ import pytest
 from stepwiser_jax.record_files import write_records
 from stepwiser_jax.records import JudgeExample, UserError
 from stepwiser_jax.text.datasets import (
+    load_benchmark,
     load_judge_examples,
     load_problems,
-    load_processbench,
     load_solutions,
 )
 
@@ -50,7 +50,7 @@ def test_answers_come_from_the_columns_of_gsm8k_and_math(tmp_path):
 def test_processbench_items_and_the_judge_examples_made_of_them(tmp_path):
     right = ITEM | {"id": "gsm8k-8", "label": -1, "final_answer_correct": True}
     source = write(tmp_path / "gsm8k.json", [ITEM, right])
-    items = load_processbench(source)
+    items = load_benchmark(source)
     assert [(i.item_id, i.subset, i.first_error) for i in items] == [
         ("gsm8k-7", "gsm8k", 1),
         ("gsm8k-8", "gsm8k", -1),
@@ -86,7 +86,7 @@ def test_judge_examples_from_records(tmp_path):
 def test_a_broken_processbench_row_is_named(tmp_path, change, message):
     source = write(tmp_path / "items.json", [ITEM, ITEM | change])
     with pytest.raises(UserError, match="row 2") as error:
-        load_processbench(source)
+        load_benchmark(source)
     assert message in str(error.value)
 
 
@@ -124,6 +124,8 @@ def test_numina_math(tmp_path):
         (b"[3]", r"with named columns, found \[3\]"),
         (b'{"problem": "Half', "expected one JSON object a line, .* at column 13"),
         (b'{"problem": "\xff"}', "expected UTF-8"),
+        (b'{"problem": "\\ud800", "answer": "3"}', "half of a surrogate pair in .*ud800"),
+        (b'{"problem": "3?", "answer": "3", "problem_id": "\\udc00"}', "half of a surrogate pair"),
     ],
 )
 def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, bad, message):
@@ -224,7 +226,7 @@ def test_rows_of_several_formats_lie_in_one_file(tmp_path):
     ]
     assert [e.is_positive for e in examples] == [True, False, True, False, True, True, False]
     dropped = Counter()
-    items = load_processbench(source, on_malformed="skip", dropped=dropped)
+    items = load_benchmark(source, on_malformed="skip", dropped=dropped)
     assert [i.first_error for i in items] == [1, 1] and dropped == {"malformed": 1}
 
 
@@ -270,8 +272,8 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
         return hub if split is None else hub[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [i.item_id for i in load_processbench("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
-    items = load_processbench("Qwen/PB", split=("gsm8k", "math"), on_malformed="skip")
+    assert [i.item_id for i in load_benchmark("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    items = load_benchmark("Qwen/PB", split=("gsm8k", "math"), on_malformed="skip")
     assert [(i.item_id, i.subset) for i in items] == [("gsm8k-7", "gsm8k"), ("math-1", "math")]
     dropped = Counter()
     examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)

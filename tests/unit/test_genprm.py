@@ -140,6 +140,8 @@ def test_a_critique_in_one_go_becomes_the_conversation_that_says_the_same(seed):
         (written_in_one_go([("fine", "")], "2"), 2),
         (written_in_one_go([("fine", "")], "0"), 1),  # counted from 1
         (written_in_one_go([("fine", "")], "-2"), 1),
+        (written_in_one_go([("fine", "")], "-1") + " No, it is \\boxed{", 1),
+        (written_in_one_go([("fine", "")], "-1") + " No, it is \\boxed{none}", 1),
         (written_in_one_go([("fine", "")] * 3, "3"), 2),
         (written_in_one_go([("fine", "")], "-1").replace("</analyze>", ""), 1),
         (written_in_one_go([("is it \\boxed{-1}?", "")], "-1").replace("one: \\boxed", ""), 1),

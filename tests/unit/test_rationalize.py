@@ -25,6 +25,8 @@ from stepwiser_jax.text.rationales import Outcome, judgment_outcome
         (r"2 + 2 = 4. \boxed{Positive}", True, False, Outcome.DISAGREES),
         (r"2 + 2 = 5. \boxed{Negative}", True, True, Outcome.DISAGREES),
         ("It is right.", True, True, Outcome.UNPARSED),
+        (r"\boxed{Positive}, or \boxed{Pos", True, True, Outcome.UNPARSED),
+        (r"\boxed{Positive}, since it is \boxed{4}", True, True, Outcome.OTHER_BOX),
         (r"2 + 2 = 4. \boxed{Positive}", False, True, Outcome.UNFINISHED),
     ],
 )
@@ -66,6 +68,7 @@ def test_what_is_learned_is_kept_and_balanced(request):
         "kept": 10,
         "unfinished": 0,
         "unparsed": 0,
+        "other_box": 0,
         "disagrees": 5,
         "too_long": 0,
         "repeated": 0,

@@ -46,6 +46,7 @@ def test_every_kind_of_field_survives():
         ({"answer": None}, "Problem.answer"),
         ({"extra": 1}, "has the fields"),
         ({"question": 3}, "Problem.question"),
+        ({"question": "a\ud800b"}, "Problem.question: .* half of a surrogate pair"),
     ],
 )
 def test_bad_fields_are_named(change, message):
@@ -69,6 +70,15 @@ def test_natural_order():
         "p#2/2",
         "p#2/11",
         "p#10/1",
+    ]
+
+
+def test_every_id_has_its_place():
+    """What is a digit elsewhere, and numbers that `int` refuses."""
+    huge = "9" * 5000
+    ids = ["p#10²", "p#²", f"p#{huge}0", f"p#{huge}", "p#٣", "p#007", "p#7x", "p#6", ""]
+    assert sorted(ids, key=natural_key) == [
+        *("", "p#6", "p#007", "p#7x", "p#10²", f"p#{huge}", f"p#{huge}0", "p#²", "p#٣"),
     ]
 
 

@@ -82,6 +82,26 @@ def test_a_chain_cut_anywhere_says_no_more_than_it_said(style):
         assert counts == sorted(counts) and counts[-1] == len(verdicts)
 
 
+@pytest.mark.parametrize(
+    ("rest", "verdicts"),
+    [
+        (" No, it is \\boxed{incor", [P, U]),
+        (" No, it is \\boxed", [P, U]),
+        ("\nStep 3: \\boxed{corr", [P, P]),
+        ("\nStep 1: again, it is \\boxed{", [U, P]),
+        (" It is \\boxed{\\frac{1}{\\sqrt{2}}}.", [P, P]),
+        (" It is \\boxed{4, no: \\boxed{correct}", [P, P]),
+    ],
+)
+def test_an_unfinished_last_box_takes_back_what_was_said_of_its_step(rest, verdicts):
+    chain = INSTRUCT.chain("ab", [P, P])
+    assert verdicts_of([chain + rest], INSTRUCT, 2) == verdicts
+    kept = chain_outcome(chain + rest, True, (True, True), 2, INSTRUCT) is Outcome.KEPT
+    assert kept == (verdicts == [P, P] and "no:" not in rest)
+    # the next round of thought may say it after all
+    assert verdicts_of([chain + rest, chain], INSTRUCT, 2) == [P, P]
+
+
 @pytest.mark.parametrize("style", FORMS)
 def test_other_spellings_are_read_alike_and_made_alike(style):
     form = FORMS[style]

@@ -1,0 +1,115 @@
+"""Models with more logits than their tokenizer has tokens, through the command line: every stage
+gives what it gives for the same model without them."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.model.hf import load_hf, save_hf
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import PrefixValue, SearchResult, Trajectory
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.text.tokenizer import load_tokenizer
+from tiny import with_unknown_ids
+
+from .conftest import CONFIGS, command
+
+
+@pytest.fixture(scope="module")
+def padded(runs, tmp_path_factory):
+    """The models of `runs` with as many logits again, of no token, each twice a token's: left to
+    itself, the sampler draws little else."""
+    directory = tmp_path_factory.mktemp("padded")
+    for name in ("policy", "cold_start", "judge"):
+        tokenizer = load_tokenizer(str(runs / name / "model"))
+        model = load_hf(str(runs / name / "model"), tokenizer=tokenizer)
+        size = model.config.vocab_size
+        assert model.unknown_ids == ()
+        save_hf(with_unknown_ids(model, size), tokenizer, str(directory / name))
+        engine = Engine(load_hf(str(directory / name)), rows=(8,), buckets=(64,))
+        ids = [str(b) for b in range(8)]
+        output = engine.generate(
+            [[2, 14, 5, 15]], SamplingParams(24), key=jax.random.key(0), row_ids=ids, group_size=8
+        )
+        assert (output.tokens_BC >= size).any(axis=1).all()
+    return directory
+
+
+def run(name, runs, padded, out, *inputs):
+    """The run `name` with its models from `padded`."""
+    extra = [f"{key}={padded / path}" for key, path in inputs]
+    assert main(command(name, runs, out=out, extra=extra)) == 0
+    return out
+
+
+def without_id(record):
+    return dataclasses.replace(record, policy_id="")
+
+
+@pytest.fixture(scope="module")
+def rollouts(runs, padded, tmp_path_factory):
+    out = tmp_path_factory.mktemp("of_padded") / "rollouts"
+    return run("rollouts", runs, padded, out, ("policy.path", "policy"))
+
+
+def test_rollouts(runs, rollouts):
+    expected, found = (read_records(run, Trajectory) for run in (runs / "rollouts", rollouts))
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        assert without_id(dataclasses.replace(a, logprobs=b.logprobs)) == without_id(b)
+
+
+@pytest.mark.slow
+def test_values(runs, padded, rollouts, tmp_path):
+    out = tmp_path / "values"
+    extra = [f"policy.path={padded / 'policy'}", f"rollouts={rollouts}"]
+    assert main(command("values", runs, out=out, extra=extra)) == 0
+    expected, found = (read_records(run, PrefixValue) for run in (runs / "values", out))
+    assert list(map(without_id, expected)) == list(map(without_id, found))
+
+
+@pytest.mark.slow
+def test_search(runs, padded, tmp_path):
+    models = ("policy.path", "policy"), ("judge.path", "judge")
+    out = run("search", runs, padded, tmp_path / "search", *models)
+    expected, found = (read_records(run, SearchResult) for run in (runs / "search", out))
+    assert expected == found
+
+
+@pytest.mark.slow
+def test_refine(runs, padded, tmp_path):
+    results = []
+    for source in (runs, padded):
+        arguments = ["refine", "--config", str(CONFIGS / "smoke_genprm_refine.yaml")]
+        arguments += ["--run-dir", str(tmp_path / source.name)]
+        sets = (f"policy.path={source / 'policy'}", f"judge.path={source / 'cold_start'}")
+        sets += ("problems.limit=4", "turns=1")
+        assert main(arguments + [word for setting in sets for word in ("--set", setting)]) == 0
+        results.append(read_records(tmp_path / source.name, SearchResult))
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_judge(runs, padded, tmp_path):
+    """With a reference (a KL term) and old log-probs (several updates an iteration)."""
+    out = run("judge", runs, padded, tmp_path / "judge", ("model.path", "cold_start"))
+
+    def metrics(run):
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    for expected, found in zip(metrics(runs / "judge"), metrics(out), strict=True):
+        assert found["logprob_gap_max"] < 1e-4
+        for name, value in expected.items():
+            if not name.endswith("seconds"):
+                np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    tokenizer = load_tokenizer(str(out / "model"))
+    model = load_hf(str(out / "model"), tokenizer=tokenizer)
+    size = len(tokenizer.known_ids)
+    assert model.config.vocab_size == 2 * size and model.unknown_ids == (range(size, 2 * size),)
+    trained = load_hf(str(runs / "judge" / "model"))
+    np.testing.assert_allclose(model.embed[:size], trained.embed[...], atol=1e-4)

@@ -1,0 +1,149 @@
+"""GRPO teaches: from a planted start a tiny judge comes to reason before it gives its verdict, and
+with advantages of the wrong sign it does not.
+
+The embedded task, with exact labels: does a solution's last chunk name the value that the chunk
+before it came to? The start compares the two in some judgments, and in the others it guesses.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from stepwiser_jax.algo.rewards import judge_reward
+from stepwiser_jax.config import Judge, Sft
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import JudgeExample, SftExample
+from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.loading import load_for_decoding
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.stages import judge, sft
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.prompts import bare_judge_prompt, encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import completion_text
+
+COMPARES = 0.4
+"""Share of the start's judgments that compare."""
+
+ENGINE = {"rows": [256], "buckets": [128]}
+
+
+def conclusions(count, split):
+    """Solutions with a right or a wrong last chunk, one as often as the other."""
+    rng = np.random.default_rng(0)
+    for problem in arithmetic.generate_problems(count, 0, split):
+        value, operations = arithmetic.parse_question(problem.question)
+        chunks = []
+        for operation in operations:
+            lines = arithmetic.exact_lines(value, operation)
+            chunks.append(arithmetic.chunk_text(lines))
+            value = lines[-1].result
+        claimed = value if rng.random() < 0.5 else (value + rng.integers(1, 10)) % 10
+        yield problem, [*chunks, arithmetic.answer_text(claimed)]
+
+
+def examples(count, split):
+    return [
+        JudgeExample(
+            example_id=f"{problem.problem_id}/last",
+            problem_id=problem.problem_id,
+            question=problem.question,
+            history=" ".join(chunks[:-1]),
+            chunk=chunks[-1],
+            is_positive=arithmetic.chunk_truth(problem.question, chunks)[-1],
+        )
+        for problem, chunks in conclusions(count, split)
+    ]
+
+
+def demonstrations(count):
+    teacher, rng = arithmetic.Teacher(0), np.random.default_rng(1)
+    for problem, chunks in conclusions(count, "train"):
+        analysis, positive = arithmetic.demonstrate_opinion(
+            problem.question, chunks, teacher, rng, full=COMPARES, partial=0.0, flip=0.0
+        )
+        yield SftExample(
+            example_id=problem.problem_id,
+            problem_id=problem.problem_id,
+            prompt=bare_judge_prompt(problem.question, " ".join(chunks[:-1]), chunks[-1]),
+            completion=f"{analysis} \\boxed{{ {'Positive' if positive else 'Negative'} }}",
+        )
+
+
+def optimizer(learning_rate):
+    return {"optimizer": {"learning_rate": learning_rate, "warmup_steps": 8, "b2": 0.98}}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The planted start, and the examples that it is to learn from."""
+    directory = tmp_path_factory.mktemp("learning")
+    write_records(directory / "demonstrations.jsonl", list(demonstrations(3200)))
+    write_records(directory / "examples.jsonl", examples(512, "rollout"))
+    config = Sft.model_validate(
+        {
+            "model": {"path": "arithmetic"},
+            "data": {"source": str(directory / "demonstrations.jsonl"), "count": None},
+            "prompt_style": "bare",
+            "batch_size": 8,
+            "max_length": 128,
+            "steps": 400,
+            "training": optimizer(1e-3),
+        }
+    )
+    sft.run(config, directory / "start")
+    return directory
+
+
+def train(start, run_dir):
+    config = Judge.model_validate(
+        {
+            "model": {"path": str(start / "start")},
+            "examples": str(start / "examples.jsonl"),
+            "prompt_style": "bare",
+            "iterations": 24,
+            "prompts_per_iteration": 16,
+            "group_size": 8,
+            "max_prompt_tokens": 112,
+            "row_lengths": [192],
+            "sampling": {"max_new_tokens": 12},
+            "engine": ENGINE,
+            "training": optimizer(2e-4),
+        }
+    )
+    judge.run(config, run_dir)
+
+
+def held_out_reward(run_dir):
+    """The mean reward of 4 judgments of each of 128 solutions that were not trained on."""
+    mesh = make_mesh()
+    loaded = load_for_decoding(str(run_dir), weights="model", mesh=mesh)
+    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **ENGINE)
+    held_out = examples(128, "test")
+    prompts = [
+        encode_judge_prompt(loaded.tokenizer, e.question, e.history, e.chunk, "bare")
+        for e in held_out
+    ]
+    ids = [f"{e.example_id}/{g}" for e in held_out for g in range(4)]
+    params = SamplingParams(12, stop_ids=loaded.tokenizer.eos_ids)
+    output = engine.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
+    verdicts = [
+        parse_verdict(completion_text(loaded.tokenizer, output.ids(b))) for b in range(len(ids))
+    ]
+    rewards = [judge_reward(v, held_out[b // 4].is_positive) for b, v in enumerate(verdicts)]
+    return float(np.mean(rewards))
+
+
+@pytest.mark.slow
+def test_grpo_raises_the_held_out_reward(start, tmp_path, monkeypatch):
+    before = held_out_reward(start / "start")
+    train(start, tmp_path / "judge")
+    after = held_out_reward(tmp_path / "judge")
+    with monkeypatch.context() as patch:
+        right = judge.group_advantages
+        patch.setattr(judge, "group_advantages", lambda *a, **k: -right(*a, **k))
+        train(start, tmp_path / "turned")
+    turned = held_out_reward(tmp_path / "turned")
+    print(f"{before=:.3f} {after=:.3f} {turned=:.3f}")
+    assert after > before + 0.15
+    assert turned < before
