@@ -499,13 +499,13 @@ class Evaluate(ComputeStage):
 
     `items`: a file or hub id of ProcessBench (then `split` is its subset, such as `gsm8k`, or a
     list of subsets, which are scored one by one and averaged) or of PRMBench, or a finished
-    `rollout` run of the embedded task, whose exact truth is then used; `limit` of them, the same random ones
-    every time. `votes` judgments per chunk are sampled for Maj@votes, with the settings that begin
-    with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the judge is of its
-    form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of a step, all its
-    rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes` are chains
-    about one (parallel scaling), and on ProcessBench it is also scored on how well it tells right
-    solutions from wrong ones.
+    `rollout` run of the embedded task, whose exact truth is then used; `limit` of them, the same
+    random ones every time. `votes` judgments per chunk are sampled for Maj@votes, with the settings
+    that begin with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the judge is
+    of its form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of a step,
+    all its rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes` are
+    chains about one (parallel scaling), and on ProcessBench it is also scored on how well it tells
+    right solutions from wrong ones.
     """
 
     judge: Model
