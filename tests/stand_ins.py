@@ -50,6 +50,9 @@ CHAIN = {
 }
 """What follows a token, as the tokenizer spells it (a line break is Ċ, a space Ġ)."""
 
+UNKNOWN = "an id that the tokenizer does not have"
+"""It follows every token, if the model has a logit for it."""
+
 LOUDNESS = 25.0
 """Logit of what is certain; all tokens outside of the chain have 0."""
 
@@ -99,8 +102,9 @@ def write_model(directory: Path, *, family: str = "qwen2", vocab_size: int | Non
     tokenizer = load_tokenizer(str(directory))
     spelled = json.loads((directory / "tokenizer.json").read_text())
     ids = spelled["model"]["vocab"] | {t["content"]: t["id"] for t in spelled["added_tokens"]}
-    tokens = [*CHAIN, END]
+    tokens = [*CHAIN, END, UNKNOWN]
     vocab_size = vocab_size or tokenizer.vocab_size
+    ids[UNKNOWN] = vocab_size - 1
     width, slack = 32, len(tokens)  # one axis a token, one that makes all states equally long
     assert slack < width
     embedding = np.zeros((vocab_size, width), np.float32)
@@ -109,7 +113,8 @@ def write_model(directory: Path, *, family: str = "qwen2", vocab_size: int | Non
     targets = np.zeros((width, width), np.float32)
     length = 2 * LOUDNESS
     for axis, follows in enumerate(CHAIN.values()):
-        for token, share in follows.items():
+        often = {UNKNOWN: 0.2} if vocab_size > tokenizer.vocab_size else {}
+        for token, share in (follows | often).items():
             targets[tokens.index(token), axis] = LOUDNESS + math.log(share)
         targets[slack, axis] = math.sqrt(length**2 - np.sum(targets[:, axis] ** 2))
     root = math.sqrt(width)
