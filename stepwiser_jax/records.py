@@ -268,6 +268,19 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """One finished row of a draw that was stopped before its other rows had ended."""
+
+    row_id: str
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.row_id
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk, or ThinkPRM's about a whole solution. `p_positive` is 1
     or 0 for a written verdict, Positive or not; a judge that knows how sure it is says more, as a
@@ -457,6 +470,7 @@ Record = (
     | JudgeExample
     | ClassifierExample
     | Judged
+    | SampledRow
     | Judgment
     | LabelledSolution
     | ProcessBenchItem

@@ -1,6 +1,8 @@
 """A YAML file <-> a config: read, overridden, checked, written, compared.
 
-What may stand in one, and its defaults, is in `config.py` and `config_parts.py`.
+What may stand in one, and its defaults, is in `config.py` and `config_parts.py`. Beside its
+settings a file may name its `stage`; and in a path `RUNS/` is the directory that the run's own lies
+in, so that runs that lie side by side find one another by name.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ from stepwiser_jax.record_files import check_run_file
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)
+RUNS = "RUNS/"
 
 
-def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+def load_config(
+    stage: str,
+    path: str | Path,
+    overrides: tuple[str, ...] = (),
+    run_dir: str | Path | None = None,
+) -> Config:
     """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
+    `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
 
-    Raises UserError for a missing or broken file, an unknown key (the closest real one is named), a
-    wrong type or an inconsistent combination; all problems in one message.
+    Raises UserError for a missing or broken file, one that names another stage, an unknown key (the
+    closest real one is named), a wrong type or an inconsistent combination; all problems in one
+    message.
     """
     if stage not in STAGE_CONFIGS:
         raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
@@ -39,6 +49,11 @@ def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -
     if not found:
         raise UserError(f"expected a config file at {path}, found none")
     tree = read_settings(path)
+    named = tree.pop("stage", stage)
+    if named != stage:
+        raise UserError(f"expected a config of {stage}, found one of {named} in {path}")
+    if run_dir is not None:
+        tree = beside(run_dir, tree)
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
@@ -67,6 +82,17 @@ _NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
 
 def _load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
+
+
+def beside(run_dir: str | Path, value: Any) -> Any:
+    """Settings whose paths that begin with `RUNS/` are in the directory that `run_dir` lies in."""
+    if isinstance(value, dict):
+        return {key: beside(run_dir, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [beside(run_dir, part) for part in value]
+    if isinstance(value, str) and value.startswith(RUNS):
+        return str(Path(run_dir).parent / value.removeprefix(RUNS))
+    return value
 
 
 def read_settings(path: Path) -> dict[str, Any]:

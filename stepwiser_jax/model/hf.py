@@ -29,6 +29,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text.hub import local_directory
 from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -91,18 +92,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def resolve(path_or_id: str) -> Path:
     """A local directory, or a hub id's snapshot."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        raise UserError(
-            f"there is no directory {path_or_id} here, and as a hub id it leads to: {error}"
-        ) from None
+    return local_directory(path_or_id, patterns)
 
 
 def load_hf(

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,6 +51,7 @@ def load_model(
     mesh: Mesh,
     param_dtype: str = "float32",
     compute_dtype: str = "float32",
+    chat_template_args: Mapping[str, Argument] | None = None,
     seed: int = 0,
     decoding: bool = False,
     classifier: bool = False,
@@ -58,11 +61,12 @@ def load_model(
     `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
     `classifier`: whether a model that scores classes in place of a vocabulary will do.
     """
+    tokenizer = load_tokenizer_of(path, chat_template_args)
     if path == "arithmetic":
         config = ModelConfig.from_hf(arithmetic.hf_config())
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
-        return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
+        return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
     _check_export(Path(directory), mesh)
     config = read_config(directory)
@@ -157,13 +161,19 @@ def config_of(path: str) -> ModelConfig:
         ) from None
 
 
-def load_tokenizer_of(path: str) -> Tokenizer:
-    """The tokenizer of the model that `load_model(path)` would load."""
+def load_tokenizer_of(
+    path: str, chat_template_args: Mapping[str, Argument] | None = None
+) -> Tokenizer:
+    """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
+    that the chat template does not take, or with which a run did not train its model."""
     if path == "arithmetic":
-        return _arithmetic_tokenizer()
-    directory = resolve(_resolve(path))
-    _check_export(directory)
-    return load_tokenizer(str(directory))
+        with tempfile.TemporaryDirectory() as directory:
+            arithmetic.write_tokenizer(directory)
+            return load_tokenizer(directory, chat_template_args)
+    trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
+    if Path(local).is_dir():
+        _check_export(Path(local))
+    return load_tokenizer(local, chat_template_args, trained=trained)
 
 
 def check_model_exists(path: str) -> None:
@@ -269,12 +279,6 @@ def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
         if hasattr(model, name):
             setattr(merged, name, cast(getattr(model, name)))
     return merged
-
-
-def _arithmetic_tokenizer() -> Tokenizer:
-    with tempfile.TemporaryDirectory() as directory:
-        arithmetic.write_tokenizer(directory)
-        return load_tokenizer(directory)
 
 
 def _fingerprint(directory: str) -> str:

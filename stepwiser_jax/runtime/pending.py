@@ -1,6 +1,12 @@
 """Groups that are sampled but not yet part of a checkpoint: a killed run reads them again.
 
     <run_dir>/pending/000012-draw0-9f86d081884c-60303ae22b99.jsonl
+    <run_dir>/pending/000012-draw1-9f86d081884c.rows-0b5e3d2a7c41.jsonl
+
+A run that is asked to stop leaves the finished rows of the draw in progress, as the second file;
+when it goes on it samples the other rows alone, and their company is another. So they are what they
+would have been but for rounding: log-probs in the last digits, a token if its draw lay that close
+to another one. A run that is killed leaves whole draws only, and the same bytes.
 
 The name of a draw says for which iteration it was sampled, and by which parameters: its groups are
 used again only by the same parameters, to the bit, however a run came back to them. The end of the
@@ -12,12 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from stepwiser_jax.checksums import sha256_of
 from stepwiser_jax.record_files import atomic_write, read_jsonl, to_json
-from stepwiser_jax.records import Judged
+from stepwiser_jax.records import Judged, Record, SampledRow
 from stepwiser_jax.runtime import hosts
+
+R = TypeVar("R", bound=Record)
 
 
 class PendingGroups:
@@ -28,25 +38,49 @@ class PendingGroups:
 
     def read(self, iteration: int, draw: int, sampled_by: str) -> list[Judged] | None:
         """Those of a draw that the parameters with this fingerprint sampled; None without any."""
-        for file in self._directory.glob(f"{_name(iteration, draw, sampled_by)}-*.jsonl"):
-            if file.stem.endswith(f"-{sha256_of(file)[:12]}"):
-                return read_jsonl(file, Judged)
-            print(f"{file} is damaged: its judgments are sampled again", file=sys.stderr)
-        return None
+        return self._read(_name(iteration, draw, sampled_by), Judged)
 
     def write(self, iteration: int, draw: int, sampled_by: str, groups: list[Judged]) -> None:
         """A draw, whole or not at all."""
         if hosts.is_first():
-            text = "".join(to_json(group) + "\n" for group in groups)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            name = f"{_name(iteration, draw, sampled_by)}-{digest}.jsonl"
-            atomic_write(self._directory / name, text)
+            name = _name(iteration, draw, sampled_by)
+            self._write(name, groups)
+            self._remove(f"{name}.rows")
+
+    def read_rows(self, iteration: int, draw: int, sampled_by: str) -> dict[str, SampledRow]:
+        """Returns the finished rows of a draw that was stopped, by their ids; empty without any."""
+        rows = self._read(f"{_name(iteration, draw, sampled_by)}.rows", SampledRow)
+        return {row.row_id: row for row in rows or ()}
+
+    def write_rows(
+        self, iteration: int, draw: int, sampled_by: str, rows: Iterable[SampledRow]
+    ) -> None:
+        """Writes the finished rows of a draw that is stopped, whole or not at all."""
+        if hosts.is_first():
+            self._write(f"{_name(iteration, draw, sampled_by)}.rows", rows)
 
     def forget_before(self, iteration: int) -> None:
         """Remove what a checkpoint of this step has made part of the parameters."""
         for file in self._directory.glob("*-draw*.jsonl") if hosts.is_first() else ():
             if int(file.name.partition("-")[0]) < iteration:
                 file.unlink()
+
+    def _read(self, name: str, record_type: type[R]) -> list[R] | None:
+        for file in self._directory.glob(f"{name}-*.jsonl"):
+            if file.stem.endswith(f"-{sha256_of(file)[:12]}"):
+                return read_jsonl(file, record_type)
+            print(f"{file} is damaged: its judgments are sampled again", file=sys.stderr)
+        return None
+
+    def _write(self, name: str, records: Iterable[Record]) -> None:
+        text = "".join(to_json(record) + "\n" for record in records)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._remove(name)
+        atomic_write(self._directory / f"{name}-{digest}.jsonl", text)
+
+    def _remove(self, name: str) -> None:
+        for file in self._directory.glob(f"{name}-*.jsonl"):
+            file.unlink()
 
 
 def _name(iteration: int, draw: int, sampled_by: str) -> str:

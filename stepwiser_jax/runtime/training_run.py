@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import optax
@@ -60,6 +61,13 @@ def optimizer_of(
         b1=optimizer.b1,
         b2=optimizer.b2,
     )
+
+
+def tell_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
+    """Print what `epochs` of this many examples have become, if the training is given in epochs."""
+    if epochs is not None and hosts.is_first():
+        line = f"{stage}: {epochs} epochs of {examples} examples are {length}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def check_base(template: Path, model_id: str) -> None:
@@ -154,12 +162,16 @@ class TrainingRun:
         self._forget_pending()
 
     def stop_if_asked(self) -> None:
-        """Save the state behind the last step and raise Interrupted, if any process was asked to
-        stop. All must call this, at the same point."""
-        if hosts.any_of(stop.requested):
-            self.save()
-            self._checkpointer.wait()
-            raise Interrupted
+        """Stop, if all processes stop here. They must call this at the same points."""
+        if hosts.all_stop_here(stop.requested):
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save the state behind the last step and raise Interrupted."""
+        self.save()
+        self._checkpointer.wait()
+        hosts.barrier("the run is stopped")  # one that has left would look like one that died
+        raise Interrupted
 
     def save(self) -> None:
         """Save the state behind the last step, unless that is done."""

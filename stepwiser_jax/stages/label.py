@@ -56,7 +56,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
-    tokenizer = load_tokenizer_of(config.tokenizer)
+    tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
     check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values()))
     labels, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     telling = [label for label in labels if label.v >= config.min_prefix_value]

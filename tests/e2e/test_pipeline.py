@@ -304,6 +304,10 @@ def die_at(step, monkeypatch):
     monkeypatch.setattr(TrainingRun, "finish_step", dying)
 
 
+def steps_of(run):
+    return json.loads((run / "summary.json").read_text())["steps"]
+
+
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
@@ -313,9 +317,17 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
-    extra = ("steps=20", "training.checkpoint_every=8")
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("cold_start", ("steps=null", "epochs=1", "packing=true", "batch_size=16")),
+        pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
+    ],
+)
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
+    runs, name, extra, tmp_path, monkeypatch, capsys
+):
+    extra += ("training.checkpoint_every=8",)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(name, runs, out=whole, extra=extra)) == 0
     arguments = command(name, runs, out=cut, extra=extra)
@@ -326,23 +338,29 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
     assert main(arguments) == 0
     assert_same_training(cut, whole)
+    assert 11 < steps_of(whole) == steps_of(cut)
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
+    assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
-    """Asked to stop while it samples, it leaves behind the draw; killed before an iteration is
-    over, it reads what it had sampled; and the end is the same to the bit."""
-    run, sampled, generate = tmp_path / "run", [], Engine.generate
+    """Asked to stop while it samples, it keeps the rows that are finished, here all of them; killed
+    before an iteration is over, it reads what it had sampled; and the end is the same to the bit.
+    """
+    run, sampled, sample = tmp_path / "run", [], Engine.sample
 
-    def counting(self, *args, row_ids, **settings):
-        sampled.extend(row_ids)
-        return generate(self, *args, row_ids=row_ids, **settings)
+    def counting(self, *args, **settings):
+        for ended in sample(self, *args, **settings):
+            sampled.extend(done.row_id for done in ended)
+            yield ended
 
-    monkeypatch.setattr(Engine, "generate", counting)
+    monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
         patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
-    assert len(sampled) == 8 * 4 and len(list((run / "pending").iterdir())) == 1
+    (left,) = (run / "pending").iterdir()
+    assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
     assert Checkpointer(run / "checkpoints").latest_step() == 0
     with monkeypatch.context() as patch:
         die_at(3, patch)

@@ -16,15 +16,16 @@ from stepwiser_jax.records import (
     JudgeExample,
     PrefixValue,
     Problem,
+    SampledRow,
     Trajectory,
     UserError,
     Verdict,
 )
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
+from stepwiser_jax.runtime.loading import decoding_copy, load_model, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
 from stepwiser_jax.runtime.problems import keep_verifiable, load_items
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, rollout
@@ -32,6 +33,7 @@ from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
     rollouts_by_problem,
+    select_trajectories,
 )
 from stepwiser_jax.stages.label import (
     classifier_examples,
@@ -46,6 +48,13 @@ PROMPT = (5, 9, 11)
 @pytest.fixture
 def config(request):
     return load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+
+
+def test_iterations_of_epochs(config):
+    """Of 20 examples, 8 an iteration."""
+    for epochs, iterations in ((1, 3), (2, 5), (4, 10)):
+        changed = config.model_copy(update={"iterations": None, "epochs": epochs})
+        assert judge.iterations_of(changed, 20) == iterations
 
 
 def groups(count):
@@ -244,6 +253,25 @@ def test_where_no_tags_are_expected_a_response_may_be_one_chunk(
     assert ("p#0/0" in kept) != untagged
 
 
+def test_problems_to_annotate_are_drawn_by_the_seed_alone(request):
+    """Of those that are solved sometimes, whatever others there are."""
+    rates = {f"p{i}": (0, 4, 2)[i % 3] for i in range(30)}
+    sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 4)]
+    file = request.config.rootpath / "configs" / "smoke_values.yaml"
+
+    def drawn(trajectories, *settings):
+        settings = ("drop_uniform_problems=true", "max_problems=4", *settings)
+        kept, dropped = select_trajectories(load_config("annotate", file, settings), trajectories)
+        assert len(kept) == 16, "all trajectories of each"
+        return list(dict.fromkeys(t.problem_id for t in kept)), dropped
+
+    found, dropped = drawn(sampled)
+    assert found == ["p2", "p5", "p23", "p29"]
+    assert dropped == {"all_correct": 10, "all_wrong": 10, "not_drawn": 6}
+    assert drawn([t for t in sampled if t.problem_id != "p8"])[0] == found
+    assert drawn(sampled, "seed=1")[0] != found
+
+
 def test_labels_of_trajectories_that_were_sampled_differently(request):
     """Each from its own M: what is 2 of 4 for one is 2 of 64 for another."""
     config = Label(annotations="", rollouts="", tokenizer="", rule="relative_progress")
@@ -282,17 +310,14 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
     texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
     texts += [f"looks fine {text}" for text in texts]
 
-    class Scripted:
-        def generate(self, prompts_P, params, *, key, row_ids, group_size):
-            output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
-            for b, text in enumerate(texts):
-                ids = [*loaded.tokenizer.encode(text), loaded.tokenizer.eos_ids[0]]
-                output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
-            return output
-
+    end = loaded.tokenizer.eos_ids[0]
+    rows = {
+        f"g/{i}": SampledRow(f"g/{i}", (*loaded.tokenizer.encode(text), end), ())
+        for i, text in enumerate(texts)
+    }
     collect = judge.GroupCollector(config, loaded, make_mesh())
     example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
-    groups = collect.sample(Scripted(), [example], ["g"])
+    groups = collect.judged([example], ["g"], rows)
     assert groups[0].rewards_G == rewards
     metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
@@ -304,6 +329,36 @@ def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
     group = judge.Judged("g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0))
     metrics = judge.rollout_metrics([group], 1, penalized=False)
     assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
+
+
+def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, monkeypatch):
+    """After one segment; what it had finished is kept as it is, and the rest is what it would have
+    been."""
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+    config = load_config("judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
+    loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
+    collect = judge.GroupCollector(config, loaded, make_mesh())
+    engine = collect.engine.with_model(decoding_copy(loaded.model, make_mesh()))
+    prompts = [f"start {n} ; * 7 + 5 ?" for n in range(5)]
+    examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
+
+    def sample(rows):
+        return collect.sample(engine, examples, prompts, rows)
+
+    whole, rows = {}, {}
+    assert sample(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.stop, "requested", True)
+        assert not sample(rows)
+    kept = dict(rows)
+    assert 0 < len(kept) < len(whole) == 5 * config.group_size
+    assert sample(rows) and rows.keys() == whole.keys()
+    for row_id, row in rows.items():
+        assert row is kept.get(row_id, row)
+        assert row.completion_ids == whole[row_id].completion_ids
+        np.testing.assert_allclose(row.logprobs, whole[row_id].logprobs, atol=1e-4)
+    groups = [collect.judged(examples, prompts, found) for found in (rows, whole)]
+    assert [g.rewards_G for g in groups[0]] == [g.rewards_G for g in groups[1]]
 
 
 def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
