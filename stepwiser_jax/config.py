@@ -8,7 +8,7 @@ the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -33,9 +33,12 @@ from stepwiser_jax.config_parts import (
     TrainedModel,
     Training,
 )
+from stepwiser_jax.records import MAX_ROLLOUTS
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 from stepwiser_jax.text.segmentation import Splitter
+
+Rollouts = Annotated[int, Field(gt=0, le=MAX_ROLLOUTS)]
 
 
 class ComputeStage(Config):
@@ -219,8 +222,8 @@ class Annotate(ComputeStage):
 
     policy: Model
     rollouts: str
-    num_rollouts: int = Field(16, ge=1)
-    rollouts_by_pass_rate: tuple[tuple[float, PositiveInt], ...] | None = Field(None, min_length=1)
+    num_rollouts: Rollouts = 16
+    rollouts_by_pass_rate: tuple[tuple[float, Rollouts], ...] | None = Field(None, min_length=1)
     adaptive: AdaptiveRollouts | None = None
     drop_uniform_problems: bool = True
     max_problems: int | None = Field(None, ge=1)

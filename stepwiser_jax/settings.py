@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import Config
+from stepwiser_jax.record_files import check_run_file
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)
@@ -41,7 +42,11 @@ def load_config(
     if stage not in STAGE_CONFIGS:
         raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
     path = Path(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
+    if not found:
         raise UserError(f"expected a config file at {path}, found none")
     tree = read_settings(path)
     named = tree.pop("stage", stage)
@@ -52,6 +57,31 @@ def load_config(
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is a mistake: of two values one would be
+    lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
+"""What is raised for text that is no YAML, or holds more than can be read."""
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def beside(run_dir: str | Path, value: Any) -> Any:
@@ -68,12 +98,21 @@ def beside(run_dir: str | Path, value: Any) -> Any:
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError where it holds something else."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
+    except _NO_YAML as error:
         raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     return tree
+
+
+def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The settings of a run. Raises UserError if its config.yaml is missing or damaged."""
+    file = Path(run_dir) / "config.yaml"
+    check_run_file(Path(run_dir), file.name)
+    if not file.is_file():
+        raise UserError(f"expected a run directory at {run_dir}, found no {file.name} in it")
+    return read_settings(file)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -91,8 +130,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        node[last] = _load_yaml(value)
+    except _NO_YAML as error:
         raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
 
 

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.hf import load_hf, read_config, resolve
+from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Score, Transformer
 from stepwiser_jax.record_files import read_manifest
@@ -67,6 +68,7 @@ def load_model(
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
         return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
+    _check_export(Path(directory), mesh)
     config = read_config(directory)
     if config.classifier and not classifier:
         raise UserError(
@@ -82,7 +84,24 @@ def load_model(
         attention=attention_of(config, mesh, compute_dtype),
         sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
+    if names := non_finite(model):
+        raise UserError(
+            f"{path} holds NaN or infinity in {', '.join(names)}: fetch or train it again"
+        )
     return Loaded(model, tokenizer, f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def _check_export(directory: Path, mesh: Mesh | None = None) -> None:
+    """Raises UserError if files of an exported model are not those that were written. Weights are
+    read with a mesh only; if it spans several processes, each of them reads some of the files, as
+    each loads a part of the model."""
+    sums = read_checksums(directory)
+    weights = sorted(name for name in sums if name.endswith(".safetensors"))
+    names = sums.keys() - set(weights)
+    if mesh is not None:
+        share = slice(jax.process_index(), None, jax.process_count())
+        names |= set(weights[share] if mesh.is_multi_process else weights)
+    check_files(directory, names, sums)
 
 
 def load_for_training(
@@ -127,6 +146,7 @@ def config_of(path: str) -> ModelConfig:
         return ModelConfig.from_hf(arithmetic.hf_config())
     local = _resolve(path)
     if Path(local).is_dir():
+        _check_export(Path(local))
         return read_config(local)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -150,8 +170,10 @@ def load_tokenizer_of(
         with tempfile.TemporaryDirectory() as directory:
             arithmetic.write_tokenizer(directory)
             return load_tokenizer(directory, chat_template_args)
-    trained = (Path(path) / "config.yaml").is_file()
-    return load_tokenizer(_resolve(path), chat_template_args, trained=trained)
+    trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
+    if Path(local).is_dir():
+        _check_export(Path(local))
+    return load_tokenizer(local, chat_template_args, trained=trained)
 
 
 def check_model_exists(path: str) -> None:

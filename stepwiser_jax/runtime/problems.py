@@ -20,7 +20,7 @@ from stepwiser_jax.records import (
     UserError,
 )
 from stepwiser_jax.runtime.run import worker_count
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.answers import AnswerVerifier
 from stepwiser_jax.text.chunks import chunk_texts
@@ -136,7 +136,7 @@ def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[Proces
     are not the task's own, and for a split."""
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
-    chunking = read_settings(Path(source) / "config.yaml").get("chunking", "tags")
+    chunking = read_run_settings(source).get("chunking", "tags")
     if chunking != "tags":
         raise UserError(
             f"the embedded task knows the truth of its own chunks: expected a rollout run with "

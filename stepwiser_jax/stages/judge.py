@@ -47,11 +47,11 @@ from stepwiser_jax.config import Judge
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.records import Judged, JudgeExample, SampledRow, UserError, Verdict
 from stepwiser_jax.runtime import compilation, hosts
+from stepwiser_jax.runtime.bits import fingerprint
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
-from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (

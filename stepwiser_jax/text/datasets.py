@@ -127,7 +127,7 @@ def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)  # the whole of it, so that what follows need not look at commas
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a list in JSON: {error}") from None
     position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
     while True:
@@ -412,7 +412,7 @@ def load_classifier_examples(
     `load_judge_examples` reads them. Raises UserError where an example's labels are not of its
     chunks."""
     if Path(source).is_dir():
-        return read_records(source, ClassifierExample)
+        return [_checked(example) for example in read_records(source, ClassifierExample)]
     stem, part = _name(source, None)
 
     def parse(row: dict[str, Any], number: int) -> list[ClassifierExample]:

@@ -130,6 +130,11 @@ class HuggingFaceTokenizer:
             raise UserError(f"cannot load a tokenizer from {directory}: {error}") from None
         self._eos_ids = end_ids(directory, self._hf.eos_token_id)
         self.known_ids = frozenset(self._hf.get_vocab().values())
+        if not self.known_ids.issuperset(self._eos_ids):
+            raise UserError(
+                f"{directory}: expected end tokens among the tokenizer's ids, up to "
+                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}"
+            )
         template = chat.default_template(self._hf.chat_template)
         template = chat.with_arguments(template, arguments, str(directory), trained=trained)
         if arguments:
@@ -209,12 +214,27 @@ def end_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
     ids = [eos_id]
     generation = directory / "generation_config.json"
     if generation.is_file():
-        listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += listed if isinstance(listed, list) else [listed]
+        ids += _listed_end_ids(generation)
     unique = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not unique:
         raise UserError(f"the tokenizer of {directory} defines no end token (eos_token)")
     return unique
+
+
+def _listed_end_ids(file: Path) -> list[int | None]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON in UTF-8: {error}") from None
+    listed = fields.get("eos_token_id") if isinstance(fields, dict) else fields
+    ids = listed if isinstance(listed, list) else [listed]
+    if not isinstance(fields, dict) or any(
+        i is not None and (type(i) is not int or i < 0) for i in ids
+    ):
+        raise UserError(
+            f"{file}: expected eos_token_id to be token ids from 0, found {listed!r:.80}"
+        )
+    return ids
 
 
 def write_end_ids(directory: Path, eos_ids: Sequence[int], pad_id: int) -> None:

@@ -27,7 +27,7 @@ from stepwiser_jax.records import (
     Trajectory,
     Verdict,
 )
-from stepwiser_jax.runtime import training_run
+from stepwiser_jax.runtime import run as run_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
@@ -357,7 +357,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
     assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
@@ -378,7 +378,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
     arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
         assert main(arguments) == 130
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -393,10 +393,10 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     out = tmp_path / "run"
     arguments = command("cold_start", runs, out=out, extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
-    monkeypatch.setattr(training_run, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
     script = (
         f"import fcntl, time; file = open({str(out / 'lock')!r}, 'r+'); "
         "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
@@ -406,7 +406,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
         assert main(arguments) == 2
-        assert f"another process is training in {out}" in capsys.readouterr().err
+        assert f"another process works in {out}" in capsys.readouterr().err
         assert (out / "metrics.jsonl").read_bytes() == before
     finally:
         first.kill()
