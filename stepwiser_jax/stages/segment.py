@@ -114,7 +114,8 @@ def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], di
     assert config.sampling is not None
     if config.server is not None:
         settings = config.server.model_dump(exclude={"tokenizer", "context"})
-        tokenizer, engine = load_tokenizer(config.server.tokenizer), RemoteEngine(**settings)
+        tokenizer = load_tokenizer(config.server.tokenizer)
+        engine = RemoteEngine(**settings, vocab_size=tokenizer.vocab_size)
         return Teacher(config, tokenizer, engine, config.server.context), {}
     assert config.teacher is not None and config.engine is not None
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
