@@ -52,7 +52,7 @@ def _number(answer: str) -> Fraction | None:
 
 def compare_plainly(answer: str | None, reference: str) -> bool | None:
     """True or False where no mathematics is needed, None where math-verify must decide."""
-    if answer is None or len(answer) > MAX_ANSWER_CHARACTERS:
+    if answer is None or max(len(answer), len(reference)) > MAX_ANSWER_CHARACTERS:
         return False
     answer, reference = _normalize(answer), _normalize(reference)
     if answer == reference:

@@ -195,6 +195,10 @@ def test_is_equivalent(answer, reference, equal):
     assert is_equivalent(answer, reference) is equal
 
 
+def test_a_number_too_long_for_python_is_no_reference():
+    assert not is_equivalent("1", "9" * 4301)
+
+
 def test_is_verifiable():
     assert is_verifiable("42")
     assert is_verifiable("\\frac{3}{4}")
