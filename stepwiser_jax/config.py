@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import (
+    AnyHttpUrl,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from stepwiser_jax.config_parts import (
     ChatTemplateArgs,
@@ -158,6 +165,12 @@ class Server(Config):
     concurrent_requests: int = Field(64, ge=1)
     timeout_seconds: float = Field(600.0, gt=0)
     retries: int = Field(5, ge=0)
+
+    @field_validator("url")
+    @classmethod
+    def _is_of_http(cls, url: str) -> str:
+        TypeAdapter(AnyHttpUrl).validate_python(url)
+        return url
 
 
 class Segment(ComputeStage):

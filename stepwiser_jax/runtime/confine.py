@@ -8,8 +8,9 @@ library. The locks, for root as well:
 
 - resource limits: address space, CPU time, processes, open files, bytes a file;
 - Landlock: files can be opened for reading where the interpreter, its packages and the system's
-  libraries are, and in the scratch folder for everything; nowhere else. That folder is flat: code
-  makes files there, but no folders, links or devices;
+  libraries are, and in the scratch folder for writing; nowhere else. That folder is flat and only
+  grows: code makes files there, but no folders, links or devices, renames none and removes none. A
+  file without a name would hold its blocks while nobody can count them;
 - seccomp: an allow-list of system calls, those that computing, printing and files need. No socket,
   no process, no thread, no signal to anybody, nothing of other processes. A list of what is
   forbidden would miss what later kernels add;
@@ -50,18 +51,17 @@ _CAPABILITY_VERSION_3 = 0x20080522
 
 # linux/landlock.h; the numbers of its calls are the same on all processors.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = (
-    *(1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14),
+_WRITE_FILE, _READ_FILE, _READ_DIR, _MAKE_REG, _TRUNCATE = (
+    *(1 << 1, 1 << 2, 1 << 3, 1 << 8, 1 << 14),
 )
 
 # linux/audit.h, and the numbers of the calls that are allowed: on x86_64, on arm64 (- is none).
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _ALLOWED = """
 read 0 63  write 1 64  readv 19 65  writev 20 66  pread64 17 67  pwrite64 18 68  lseek 8 62
-open 2 -  openat 257 56  close 3 57  dup 32 23  dup2 33 -  dup3 292 24  ftruncate 77 46
+close 3 57  dup 32 23  dup2 33 -  dup3 292 24  ftruncate 77 46
 stat 4 -  lstat 6 -  fstat 5 80  newfstatat 262 79  statx 332 291  getdents64 217 61  getcwd 79 17
 access 21 -  faccessat 269 48  faccessat2 439 439
-rename 82 -  renameat 264 38  renameat2 316 276  unlink 87 -  unlinkat 263 35
 mmap 9 222  munmap 11 215  mprotect 10 226  mremap 25 216  madvise 28 233  brk 12 214
 futex 202 98  sched_yield 24 124  sched_getaffinity 204 123  getcpu 309 168
 getpid 39 172  getppid 110 173  gettid 186 178
@@ -72,6 +72,12 @@ alarm 37 -  setitimer 38 103  getitimer 36 102
 rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  sigaltstack 131 132
 restart_syscall 219 128  getrandom 318 278  exit 60 93  exit_group 231 94
 """
+# Calls that remove a file seem to succeed and do nothing: Python's temporary files need them.
+_IGNORED = ("unlink 87 -", "unlinkat 263 35")
+# Calls that open files, each with the place of its flags among the arguments: without O_TMPFILE,
+# which makes a file that has no name.
+_OPENING = {"open 2 -": 1, "openat 257 56": 2}
+_TMPFILE = 0o20000000  # include/uapi/asm-generic/fcntl.h
 # Calls of which the second argument decides. Of fcntl, duplicates and flags: others could make the
 # kernel send a signal to the parent. Of ioctl, TCGETS (is this a terminal?) and FIOCLEX.
 _ALLOWED_WITH = {
@@ -110,8 +116,8 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
 
 def restrict_files(readable: list[str], scratch: str) -> None:
     """Landlock: of all that its version on this kernel can forbid, `readable` is left for reading
-    and the files in `scratch` for everything. Raises OSError before version 3 (Linux 6.2): what can
-    be opened for reading could be emptied by that, with O_TRUNC."""
+    and the files in `scratch` for reading and writing. Raises OSError before version 3 (Linux 6.2):
+    what can be opened for reading could be emptied by that, with O_TRUNC."""
     version = _landlock(_CREATE_RULESET, None, 0, 1)
     if version < 3:
         raise OSError(f"Landlock: its version {version} does not control truncation")
@@ -121,7 +127,7 @@ def restrict_files(readable: list[str], scratch: str) -> None:
     attributes = struct.pack("=QQQ", (1 << rights) - 1, network, scopes)
     ruleset = _landlock(_CREATE_RULESET, attributes[:size], size, 0)
     reading = _READ_FILE | _READ_DIR
-    writing = _READ_FILE | _WRITE_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
+    writing = _READ_FILE | _WRITE_FILE | _READ_DIR | _MAKE_REG | _TRUNCATE
     for path in [*readable, scratch]:
         with contextlib.suppress(FileNotFoundError):
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -144,10 +150,10 @@ def restrict_calls() -> None:
     so that the C library falls back to what it knows. Calls of another processor mode (32 bits on
     a kernel of 64) kill; those of x32 have numbers of their own, which are not on the list."""
     column = 1 + list(_ARCHITECTURES).index(os.uname().machine)
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 0x80000000
-    # linux/bpf_common.h. The word at 0 is the call's number, at 4 the architecture, at 24 the lower
-    # half of its second argument (both processors are little-endian).
-    load, equal, end = 0x20, 0x15, 0x06
+    allow, kill, ignore, refuse = 0x7FFF0000, 0x80000000, 0x00050000, 0x00050000 | errno.ENOSYS
+    # linux/bpf_common.h. The word at 0 is the call's number, at 4 the architecture, at 16 + 8 * i
+    # the lower half of argument i (both processors are little-endian).
+    load, equal, has, end = 0x20, 0x15, 0x45, 0x06
     program = [
         (load, 0, 0, 4),
         (equal, 1, 0, _ARCHITECTURES[os.uname().machine]),
@@ -157,6 +163,13 @@ def restrict_calls() -> None:
     for number in _ALLOWED.split()[column::3]:
         if number != "-":
             program += [(equal, 0, 1, int(number)), (end, 0, 0, allow)]
+    for number in (call.split()[column] for call in _IGNORED):
+        if number != "-":
+            program += [(equal, 0, 1, int(number)), (end, 0, 0, ignore)]
+    for call, place in _OPENING.items():
+        if (number := call.split()[column]) != "-":
+            program += [(equal, 0, 4, int(number)), (load, 0, 0, 16 + 8 * place)]
+            program += [(has, 0, 1, _TMPFILE), (end, 0, 0, refuse), (end, 0, 0, allow)]
     for call, values in _ALLOWED_WITH.items():
         program += [(equal, 0, 2 + 2 * len(values), int(call.split()[column])), (load, 0, 0, 24)]
         for value in values:

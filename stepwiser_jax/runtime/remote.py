@@ -6,21 +6,20 @@ Ids go in and come back, and no text: a server that returns none is refused, sin
 tokenised anew may be other ids. vLLM has both from 0.10.2 on (`return_token_ids`). Its log-probs
 are of the distribution sampled from only with `--logprobs-mode processed_logprobs`, or at
 temperature 1 without truncation; noise is the server's, with a seed for each row.
+
+A server is not trusted: an answer has the types of `_Answer`, ids that the tokenizer knows and
+log-probs that can be; a time it must be there by, and a size it may have. No redirect is followed.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import time
-import urllib.error
-import urllib.request
+import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
+import httpx2
 import jax
-import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from stepwiser_jax.algo.sampling import row_hash
 from stepwiser_jax.records import UserError
@@ -32,22 +31,47 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS = 1.0
 """Before the first retry; every further pause is twice as long."""
 
+BYTES, BYTES_PER_TOKEN = 2**20, 2**10
+"""Of an answer, at most: in all, and more for each token of the prompt and of the completion, which
+may be told four times (text, token, alternatives, id)."""
+
+ERROR_BYTES = 300
+"""Of what a server says when it refuses, the part that is read."""
+
+
+class _Logprobs(BaseModel, strict=True):
+    token_logprobs: list[Annotated[float, Field(le=1e-3, allow_inf_nan=False)]]  # 0, but rounded
+
+
+class _Choice(BaseModel, strict=True):
+    token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: str | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Answer(BaseModel, strict=True):
+    """What is read of an answer. JSON has more types than these, and more depth."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+
 
 class RemoteEngine:
     """`generate` as `Engine`'s, by the model called `model` of the server at `url`, such as
-    `http://localhost:8000/v1`. A request that finds nobody, no time or a busy server is sent again,
-    `retries` times."""
+    `http://localhost:8000/v1`; its tokenizer has `vocab_size` ids. A request that finds nobody, no
+    whole answer in `timeout_seconds` or a busy server is sent again, `retries` times."""
 
     def __init__(
         self,
         url: str,
         model: str,
         *,
+        vocab_size: int,
         concurrent_requests: int = 64,
         timeout_seconds: float = 600.0,
         retries: int = 5,
     ):
-        self.url, self.model = url.rstrip("/") + "/completions", model
+        self.url, self.model, self.vocab_size = url.rstrip("/") + "/completions", model, vocab_size
         self.concurrent_requests, self.retries = concurrent_requests, retries
         self.timeout_seconds = timeout_seconds
 
@@ -63,27 +87,31 @@ class RemoteEngine:
         """`group_size` completions of every prompt; row b = p * group_size + g. `key` and the id of
         a row give the seed of its request.
 
-        Raises UserError where the server cannot be reached, refuses, or returns no token ids or no
-        log-probs.
+        Raises UserError where the server cannot be reached, refuses, or gives an answer that cannot
+        be used.
         """
         output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
         of_run = int(jax.random.bits(key))
 
-        def sample(b: int) -> None:
+        async def sample(b: int) -> None:
             prompt = list(prompts_P[b // group_size])
             body = self._body(prompt, params, seed=(of_run ^ row_hash(row_ids[b])) & 0x7FFFFFFF)
-            ids, logprobs, reason = self._read(self._post(body), prompt, params)
-            output.tokens_BC[b, : len(ids)] = ids
-            output.logprobs_BC[b, : len(ids)] = logprobs
-            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
+            async with free:
+                choice = await self._post(client, body)
+            output.stop_reason_B[b] = self._checked(choice, prompt, params)
+            ids = choice.token_ids
+            output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
+            output.logprobs_BC[b, : len(ids)] = choice.logprobs.token_logprobs
 
-        with ThreadPoolExecutor(self.concurrent_requests) as pool:
-            try:
-                for _ in pool.map(sample, range(len(row_ids))):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # nobody wants the rest
-                raise
+        async def sample_all() -> None:
+            async with client:
+                await asyncio.gather(*map(sample, range(len(row_ids))))
+
+        free = asyncio.Semaphore(self.concurrent_requests)
+        # The deadline is of the whole answer: a time-out of each read would wait for ever for a
+        # server that sends a byte now and then.
+        client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits())
+        asyncio.run(sample_all())
         return output
 
     def _body(self, prompt: list[int], params: SamplingParams, *, seed: int) -> dict[str, Any]:
@@ -102,60 +130,93 @@ class RemoteEngine:
             "return_token_ids": True,
         }
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        pause, reason = FIRST_PAUSE_SECONDS, ""
+    async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Choice:
+        pause, found = FIRST_PAUSE_SECONDS, ""
         for attempt in range(1 + self.retries):
             if attempt:
-                time.sleep(pause)
+                await asyncio.sleep(pause)
                 pause *= 2
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.read().decode(errors='replace')[:300]}"
-                if error.code not in BUSY:
-                    raise UserError(f"the server at {self.url} refuses: {reason}") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(error) or repr(error)  # nobody there, no time, half an answer
+            found = await self._attempt(client, body)
+            if isinstance(found, _Choice):
+                return found
         raise UserError(
-            f"the server at {self.url} gave no answer in {1 + self.retries} attempts ({reason}): "
+            f"the server at {self.url} gave no answer in {1 + self.retries} attempts ({found}): "
             "start it, or correct server.url; what is written so far is kept"
         )
 
-    def _read(
-        self, answer: dict[str, Any], prompt: list[int], params: SamplingParams
-    ) -> tuple[list[int], np.ndarray, StopReason]:
-        choice = next(iter(answer.get("choices", [])), {})
-        ids = choice.get("token_ids")
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        if ids is None or logprobs is None:
-            missing = "token_ids" if ids is None else "logprobs.token_logprobs"
-            raise UserError(
-                f"the server at {self.url} returns no {missing}: expected token ids and their "
-                f"log-probs, as vLLM 0.10.2 and later return them, found {str(answer)[:200]}"
-            )
+    async def _attempt(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Choice | str:
+        """The answer, or why to ask again. Raises UserError where that would not help."""
+        try:
+            async with asyncio.timeout(self.timeout_seconds):
+                status, content = await self._answer(client, body)
+        except TimeoutError:
+            return f"not the whole of one in {self.timeout_seconds:g} seconds"
+        except httpx2.HTTPError as error:  # nobody there, or half an answer
+            return str(error) or repr(error)
+        if status in BUSY:
+            return f"{status} {content.decode(errors='replace')}"
+        if not httpx2.codes.is_success(status):
+            refusal = f"{status} {content.decode(errors='replace')}"
+            raise UserError(f"the server at {self.url} refuses: {refusal}")
+        try:
+            return _Answer.model_validate_json(content).choices[0]
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            if first["type"] == "json_invalid":
+                return reason
+            found = content[:200].decode(errors="replace")
+            raise self._unusable(f"{reason}, found {found}") from None
+
+    async def _answer(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and content. Raises UserError for more than an answer can have."""
+        most = BYTES + BYTES_PER_TOKEN * (len(body["prompt"]) + body["max_tokens"])
+        content = bytearray()
+        async with client.stream("POST", self.url, json=body) as response:
+            async for piece in response.aiter_bytes():
+                content += piece
+                if not response.is_success and len(content) >= ERROR_BYTES:
+                    break
+                if len(content) > most:
+                    raise self._unusable(f"more than {most} bytes")
+        if response.is_success:
+            return response.status_code, bytes(content)
+        moved = f"to {response.headers['location']} " if response.has_redirect_location else ""
+        return response.status_code, moved.encode() + content[:ERROR_BYTES]
+
+    def _unusable(self, reason: str) -> UserError:
+        return UserError(
+            f"the server at {self.url} gave an answer that cannot be used ({reason}): expected "
+            "token ids of its tokenizer and their log-probs, as vLLM 0.10.2 and later return them"
+        )
+
+    def _checked(self, choice: _Choice, prompt: list[int], params: SamplingParams) -> StopReason:
+        """Why the completion ends. Raises UserError for one that no sampler could have drawn."""
+        ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
         if len(ids) != len(logprobs) or not 0 < len(ids) <= params.max_new_tokens:
-            raise UserError(
-                f"the server at {self.url} returned {len(ids)} token ids and {len(logprobs)} "
-                f"log-probs: expected as many of each, from 1 to {params.max_new_tokens}"
+            raise self._unusable(
+                f"{len(ids)} token ids and {len(logprobs)} log-probs, expected as many of each, "
+                f"from 1 to {params.max_new_tokens}"
             )
-        if choice.get("prompt_token_ids") not in (None, prompt):
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise self._unusable(
+                f"token ids from {min(ids)} to {max(ids)}, server.tokenizer has those below "
+                f"{self.vocab_size}"
+            )
+        if set(ids[:-1]) & set(params.stop_ids):
+            raise self._unusable(f"one of the end tokens {list(params.stop_ids)} before the end")
+        if choice.prompt_token_ids not in (None, prompt):
             raise UserError(
                 f"the server at {self.url} read another prompt than it was sent: it adds tokens of "
                 "its own, switch that off"
             )
         if ids[-1] in params.stop_ids:
-            reason = StopReason.STOP_ID
-        elif choice.get("finish_reason") == "length":
-            reason = StopReason.LENGTH
-        elif params.stop_strings:
-            reason = StopReason.STOP_STRING
-        else:
-            raise UserError(
-                f"the server at {self.url} stopped ({choice.get('finish_reason')}) without one of "
-                f"the end tokens {list(params.stop_ids)}: expected the ids of the model's own end"
-            )
-        return ids, np.asarray(logprobs, np.float32), reason
+            return StopReason.STOP_ID
+        if choice.finish_reason == "length":
+            return StopReason.LENGTH
+        if params.stop_strings:
+            return StopReason.STOP_STRING
+        raise UserError(
+            f"the server at {self.url} stopped ({choice.finish_reason}) without one of the end "
+            f"tokens {list(params.stop_ids)}: expected the ids of the model's own end"
+        )

@@ -116,7 +116,8 @@ def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], di
         server = config.server
         tokenizer = load_tokenizer(server.tokenizer, server.chat_template_args)
         settings = server.model_dump(exclude={"tokenizer", "chat_template_args", "context"})
-        return Teacher(config, tokenizer, RemoteEngine(**settings), server.context), {}
+        engine = RemoteEngine(**settings, vocab_size=tokenizer.vocab_size)
+        return Teacher(config, tokenizer, engine, server.context), {}
     assert config.teacher is not None and config.engine is not None
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(

@@ -110,7 +110,7 @@ def teacher(monkeypatch, word_tokenizer):
     return install
 
 
-SAMPLED = {"server": {"url": "", "model": "", "tokenizer": "", "context": 512}}
+SAMPLED = {"server": {"url": "http://a", "model": "", "tokenizer": "", "context": 512}}
 
 
 def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teacher):
@@ -262,6 +262,7 @@ def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
     ("settings", "message"),
     [
         ({}, r"one of teacher, server and splitter, found \[\]"),
+        ({"server": SAMPLED["server"] | {"url": "x"}}, r"server\.url: Input should be a valid URL"),
         ({"splitter": "steps", **SAMPLED}, r"found \['server', 'splitter'\]"),
         (SAMPLED, r"a server takes the settings \['sampling'\], found \[\]"),
         (
