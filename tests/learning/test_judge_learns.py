@@ -135,6 +135,5 @@ def test_grpo_raises_the_held_out_reward(start, tmp_path, monkeypatch):
         patch.setattr(judge, "group_advantages", lambda *a, **k: -right(*a, **k))
         train(start, tmp_path / "turned")
     turned = held_out_reward(tmp_path / "turned")
-    print(f"{before=:.3f} {after=:.3f} {turned=:.3f}")
-    assert after > before + 0.15
-    assert turned < before
+    assert after > before + 0.2, f"{before} before, {after} after"
+    assert turned < before - 0.05, f"{before} before, {turned} with the sign turned"
