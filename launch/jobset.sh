@@ -17,6 +17,9 @@
 #   --claim NAME        PersistentVolumeClaim (ReadWriteMany), mounted as /runs
 #   --namespace NAME    (default)
 #   --max-restarts N    of the run, or of each shard (20)
+#   --grace SECONDS     between Kubernetes' notice and the end of a pod (300): what a run needs to end a
+#                       segment of sampling, or an iteration's updates, and to save. Spot machines
+#                       may be gone sooner
 #   --dry-run           print what would be sent, send nothing
 #
 # A Hugging Face token, where one is needed, is the key HF_TOKEN of the Secret hf-token:
@@ -25,11 +28,11 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
 
-topology='' shards='' at_once='' image='' claim='' namespace=default max_restarts=20
-parse "name topology slices shards at_once image claim namespace max_restarts" "" "$@"
+topology='' shards='' at_once='' image='' claim='' namespace=default max_restarts=20 grace=300
+parse "name topology slices shards at_once image claim namespace max_restarts grace" "" "$@"
 need name topology image claim
 need_names name claim namespace
-need_counts slices max_restarts ${shards:+shards} ${at_once:+at_once}
+need_counts slices max_restarts grace ${shards:+shards} ${at_once:+at_once}
 [[ $topology =~ ^(v5e|v6e):[1-9][0-9]*x[1-9][0-9]*$ ||
   $topology =~ ^(v4|v5p|tpu7x):[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*$ ]] ||
   fail "--topology: expected as v5e:8x8 (v6e) or v5p:4x4x4 (v4, tpu7x), found '$topology'"
@@ -52,7 +55,7 @@ directory=$(run_dir)
 
 folder=$(dirname "$0")
 values=(NAME="$name" ACCELERATOR="$accelerator" SHAPE="$shape" IMAGE="$image" CLAIM="$claim"
-  CHIPS=$((chips / hosts)) MAX_RESTARTS="$max_restarts")
+  CHIPS=$((chips / hosts)) MAX_RESTARTS="$max_restarts" GRACE="$grace")
 if [[ $shards ]]; then
   need_sharded
   ((hosts == 1 && slices == 1)) ||

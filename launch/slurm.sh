@@ -15,6 +15,9 @@
 #   --at-once N         shards that run at a time (all)
 #   --port PORT         of the coordinator, on the first node (8476)
 #   --max-restarts N    times a run is queued again (20)
+#   --grace SECONDS     between SLURM's warning and the end of the time (300): what a run needs to end
+#                       a segment of sampling, or an iteration's updates, and to save. When SLURM
+#                       preempts a job, the partition's GraceTime holds instead
 #   --dry-run           print what would be sent, send nothing
 #
 # Partition and account are sbatch's own variables SBATCH_PARTITION and SBATCH_ACCOUNT. The job sees
@@ -23,11 +26,11 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
 
-nodes=1 gpus=8 time='' shards='' at_once='' port=8476 max_restarts=20
-parse "name nodes gpus time shards at_once port max_restarts" "" "$@"
+nodes=1 gpus=8 time='' shards='' at_once='' port=8476 max_restarts=20 grace=300
+parse "name nodes gpus time shards at_once port max_restarts grace" "" "$@"
 need name time
 need_names name
-need_counts nodes gpus port max_restarts ${shards:+shards} ${at_once:+at_once}
+need_counts nodes gpus port max_restarts grace ${shards:+shards} ${at_once:+at_once}
 ((port < 65536)) || fail "--port: expected a number below 65536, found '$port'"
 [[ $time =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ ]] ||
   fail "--time: expected minutes, H:MM:SS or D-H:MM:SS, found '$time'"
@@ -36,7 +39,7 @@ directory=$(run_dir)
 [[ $directory == /* ]] || fail "--run-dir: expected a path from / on, found '$directory'"
 
 submit=(sbatch --parsable --job-name="$name" --nodes="$nodes" --gpus-per-node="$gpus" --time="$time"
-  ${shards:+--array="0-$((shards - 1))${at_once:+%$at_once}"}
+  --signal="B:TERM@$grace" ${shards:+--array="0-$((shards - 1))${at_once:+%$at_once}"}
   "$(dirname "$0")/slurm_job.sh" "${shards:-0}" "$max_restarts" "$port" "${run[@]}")
 if [[ $dry_run ]]; then
   quote "${submit[@]}"

@@ -4,7 +4,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-#SBATCH --signal=B:TERM@120
 # What launch/slurm.sh submits: slurm_job.sh SHARDS MAX_RESTARTS PORT STAGE --config FILE ...
 # One process on each node holds all its GPUs. SHARDS is 0 but for an array.
 set -euo pipefail
@@ -23,7 +22,7 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
   command=(bash -c 'exec "$@" --process-id "$SLURM_PROCID"' task "${command[@]}")
 fi
 
-# SLURM sends TERM 120 seconds before the end, and when it preempts. It goes to the processes by
+# SLURM sends TERM --grace seconds before the end, and when it preempts. It goes to the processes by
 # scancel: srun itself would answer it by killing them.
 srun --cpu-bind=none "${command[@]}" &
 step=$!

@@ -18,6 +18,8 @@
 #   --poll SECONDS      between two looks at the queue (30)
 #   --dry-run           print what would be sent, send nothing
 #
+# How long a preempted TPU VM leaves its run cannot be set: the run goes on from its last checkpoint,
+# and a judge from the draws that it had finished.
 # gcloud reaches several hosts only with a key in the agent: ssh-add ~/.ssh/google_compute_engine.
 # The run directory must lie on storage that all hosts share and that outlives them. A Hugging Face
 # token is read by the hosts:

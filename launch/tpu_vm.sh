@@ -17,6 +17,8 @@
 #   --poll SECONDS      between two looks at its state (30)
 #   --dry-run           print what would be sent, send nothing
 #
+# How long a preempted TPU VM leaves its run cannot be set: the run goes on from its last checkpoint,
+# and a judge from the draws that it had finished.
 # The run directory must lie on storage that outlives the TPU VM. A Hugging Face token is read by the
 # host: --setup 'export HF_TOKEN=$(gcloud secrets versions access latest --secret hf-token)'.
 

@@ -13,6 +13,9 @@
 #   --image IMAGE       holds stepwiser and the config; not its secrets
 #   --storage NAME      xpk storage with the run directory
 #   --max-restarts N    (20)
+#   --grace SECONDS     between Kubernetes' notice and the end of a pod (300): what a run needs to end a
+#                       segment of sampling, or an iteration's updates, and to save. Spot machines
+#                       may be gone sooner
 #   --dry-run           print what would be sent, send nothing
 #
 # xpk writes environment variables into what it submits, so gated models are read from the storage, or
@@ -21,11 +24,11 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
 
-cluster='' zone='' project='' image='' storage='' max_restarts=20
-parse "name cluster zone project type slices image storage max_restarts" "" "$@"
+cluster='' zone='' project='' image='' storage='' max_restarts=20 grace=300
+parse "name cluster zone project type slices image storage max_restarts grace" "" "$@"
 need name cluster zone type image storage
 need_names name cluster
-need_counts slices max_restarts
+need_counts slices max_restarts grace
 need_type v4 v5litepod v5p v6e tpu7x
 ! several_hosts || run+=(--distributed)
 
@@ -33,5 +36,5 @@ need_type v4 v5litepod v5p v6e tpu7x
 send xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" \
   ${project:+--project="$project"} --tpu-type="$type" --num-slices="$slices" \
   --docker-image="$image" --storage="$storage" --max-restarts="$max_restarts" \
-  --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
+  --restart-on-exit-codes=1 --termination-grace-period-seconds="$grace" \
   --command="$(quote stepwiser "${run[@]}")"

@@ -52,6 +52,7 @@ _HOME = {
     "JudgeExample": "records",
     "Judgment": "records",
     "LabelledSolution": "records",
+    "PrmBenchItem": "records",
     "ProcessBenchItem": "records",
     "SearchResult": "records",
     "Verdict": "records",

@@ -1,4 +1,5 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `contrast`, `compare`, `plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `contrast`, `compare`, `plan`,
+`convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
 save and exit with 130; the same command goes on from there.
@@ -109,13 +110,15 @@ def _add_stage(name: str, does: str, files: str) -> None:
         ] = None,
     ) -> None:
         from stepwiser_jax.runtime import hosts
+        from stepwiser_jax.runtime.storage import writing_to
         from stepwiser_jax.settings import dump_config, load_config
 
-        settings = load_config(name, config, tuple(set_))
+        settings = load_config(name, config, tuple(set_), run_dir)
         if dry_run:
             from stepwiser_jax.commands.dry_run import check_inputs
 
-            check_inputs(name, settings, run_dir)
+            with writing_to(run_dir):
+                check_inputs(name, settings, run_dir)
             typer.echo(dump_config(settings), nl=False)
             return
         module = importlib.import_module(f"stepwiser_jax.stages.{name}")
@@ -126,7 +129,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             options["shard"] = hosts.Shard.parse(shard)
         if distributed or (coordinator, num_processes, process_id) != (None, None, None):
             hosts.connect(coordinator, num_processes, process_id)
-        with hosts.noticing_deaths():
+        with hosts.noticing_deaths(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
 
@@ -147,8 +150,10 @@ def quickstart(
     Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
     """
     from stepwiser_jax.commands.quickstart import run_quickstart
+    from stepwiser_jax.runtime.storage import writing_to
 
-    run_quickstart(run_dir, seed)
+    with writing_to(run_dir):
+        run_quickstart(run_dir, seed)
 
 
 @app.command()
@@ -191,11 +196,13 @@ def compare(
     command with all of them then makes the table.
     """
     from stepwiser_jax.commands import compare as command
+    from stepwiser_jax.runtime.storage import writing_to
 
-    if tune:
-        command.tune(run_dir)
-    else:
-        command.run_compare(run_dir, seed or (0, 1, 2))
+    with writing_to(run_dir):
+        if tune:
+            command.tune(run_dir)
+        else:
+            command.run_compare(run_dir, seed or (0, 1, 2))
 
 
 @app.command()
@@ -211,8 +218,32 @@ def convert(
     Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
+    from stepwiser_jax.runtime.storage import writing_to
 
-    convert_checkpoint(checkpoint, output)
+    with writing_to(output):
+        convert_checkpoint(checkpoint, output)
+
+
+@app.command()
+def recipe(
+    prefix: Annotated[
+        str, typer.Argument(help="What its configs begin with, such as configs/qwen2.5-1.5b.")
+    ],
+    runs: Annotated[Path, typer.Option(help="Directory of its runs.")] = Path("RUNS"),
+    dry_run: Annotated[
+        bool, typer.Option(help="Also check every stage as its own --dry-run does.")
+    ] = False,
+) -> None:
+    """The stages of a recipe, as commands in the order in which they run. Runs none of them.
+
+    PREFIX_NAME.yaml is the config of the run RUNS/NAME, for the stage that it names; RUNS/NAME in
+    another one is this run. Exits with 2 where a config reads what no other writes. --dry-run
+    checks models and data too, and of the runs between them those that are finished. Needs no
+    accelerator.
+    """
+    from stepwiser_jax.commands.recipe import print_recipe
+
+    print_recipe(prefix, runs, dry_run=dry_run)
 
 
 @app.command()

@@ -9,18 +9,37 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake of the user's: the CLI prints the message and exits with status 2."""
 
 
+def expect(holds: bool, what: str, record: Any) -> None:
+    """Raises UserError for a record that cannot be: one that says so of itself is refused wherever
+    it is made or read."""
+    if not holds:
+        fields = f"{record}"
+        raise UserError(f"expected {what}, found {fields[:400]}{'...' * (len(fields) > 400)}")
+
+
+MAX_ROLLOUTS = 1024
+"""Most Monte Carlo rollouts of one prefix: a table of labels has their number squared entries."""
+
+
 class Verdict(enum.Enum):
-    """What a judge said about a chunk. UNPARSED is a counted value, never a silent default."""
+    """What a judge said about a chunk, POSITIVE or NEGATIVE. The others are counted, never a silent
+    default: UNPARSED has no \\boxed{} that is finished, in OTHER it holds no verdict."""
 
     POSITIVE = "Positive"
     NEGATIVE = "Negative"
     UNPARSED = "Unparsed"
+    OTHER = "Other"
+
+    @property
+    def is_given(self) -> bool:
+        return self in (Verdict.POSITIVE, Verdict.NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +72,22 @@ class Trajectory:
     stop_reason: str
     is_correct: bool
 
+    def __post_init__(self) -> None:
+        ends, length = self.chunk_ends, len(self.completion_ids)
+        partition = list(ends) == sorted(set(ends)) and ends[-1:] == (length,) and ends[0] >= 0
+        expect(partition, "chunk_ends that ascend to the completion's length", self)
+        expect(len(self.logprobs) == length, "a log-prob for each token of the completion", self)
+        negative = min((*self.prompt_ids, *self.completion_ids), default=0) < 0
+        expect(not negative, "token ids from 0", self)
+
     @property
     def record_id(self) -> str:
         return self.trajectory_id
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the length limit ended it: its outcome then says nothing about its last chunk."""
+        return self.stop_reason == "length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +168,15 @@ class PrefixValue:
     max_rollouts: int
     policy_id: str
 
+    def __post_init__(self) -> None:
+        right, sampled, most = self.num_correct, self.num_rollouts, self.max_rollouts
+        expect(
+            0 <= right <= sampled <= most <= MAX_ROLLOUTS and sampled > 0 and self.num_chunks >= 0,
+            "0 <= num_correct <= num_rollouts <= max_rollouts, at least one rollout, at most "
+            f"{MAX_ROLLOUTS}, and num_chunks >= 0",
+            self,
+        )
+
     @property
     def record_id(self) -> str:
         return f"{self.trajectory_id}/{self.num_chunks}"
@@ -161,6 +202,10 @@ class ChunkLabel:
     v: float
     is_positive: bool
     rule: str
+
+    def __post_init__(self) -> None:
+        expect(0 <= self.q <= 1 and 0 <= self.v <= 1, "values from 0 to 1", self)
+        expect(self.chunk_index >= 0, "chunk_index >= 0", self)
 
     @property
     def record_id(self) -> str:
@@ -223,6 +268,19 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """One finished row of a draw that was stopped before its other rows had ended."""
+
+    row_id: str
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.row_id
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk, or ThinkPRM's about a whole solution. `p_positive` is 1
     or 0 for a written verdict, Positive or not; a judge that knows how sure it is says more, as a
@@ -234,6 +292,9 @@ class Judgment:
     verdict: Verdict
     p_positive: float
     reward: float
+
+    def __post_init__(self) -> None:
+        expect(0 <= self.p_positive <= 1, "a p_positive from 0 to 1", self)
 
     @property
     def record_id(self) -> str:
@@ -290,9 +351,43 @@ class ProcessBenchItem:
     first_error: int
     final_answer_correct: bool
 
+    def __post_init__(self) -> None:
+        expect(-1 <= self.first_error < len(self.steps), "first_error to be -1 or a step", self)
+
     @property
     def record_id(self) -> str:
         return self.item_id
+
+    def is_right(self, step: int) -> bool:
+        """Returns whether the solution is right up to `step` (0-based)."""
+        return self.first_error == -1 or step < self.first_error
+
+
+@dataclasses.dataclass(frozen=True)
+class PrmBenchItem:
+    """A solution in steps that are right or wrong each on its own; `wrong_steps` are 0-based and
+    ascend. `subset` is PRMBench's class of error, in its spelling, or `correct`."""
+
+    item_id: str
+    subset: str
+    question: str
+    steps: tuple[str, ...]
+    wrong_steps: tuple[int, ...]
+
+    @property
+    def record_id(self) -> str:
+        return self.item_id
+
+    @property
+    def first_error(self) -> int:
+        return min(self.wrong_steps, default=-1)
+
+    def is_right(self, step: int) -> bool:
+        """Returns whether `step` (0-based) is right, whatever came before it."""
+        return step not in self.wrong_steps
+
+
+BenchmarkItem = ProcessBenchItem | PrmBenchItem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +412,11 @@ class SearchResult:
     forced_chunks: int
     chunk_scores: tuple[float, ...]
     scoring_tokens: int
+
+    def __post_init__(self) -> None:
+        counts = (self.accepted_tokens, self.rejected_tokens, self.judge_tokens)
+        counts = (*counts, self.forced_chunks, self.scoring_tokens)
+        expect(min(counts) >= 0, "counts from 0", self)
 
     @property
     def record_id(self) -> str:
@@ -343,6 +443,11 @@ class Selection:
     scores: tuple[float, ...]
     judge_tokens: int
 
+    def __post_init__(self) -> None:
+        scored = len(self.scores) in (0, len(self.candidates))
+        known = self.trajectory_id in self.candidates
+        expect(scored and known, "the selected candidate, and no score or one for each", self)
+
     @property
     def record_id(self) -> str:
         return self.problem_id
@@ -365,9 +470,11 @@ Record = (
     | JudgeExample
     | ClassifierExample
     | Judged
+    | SampledRow
     | Judgment
     | LabelledSolution
     | ProcessBenchItem
+    | PrmBenchItem
     | SearchResult
     | Selection
 )
@@ -375,8 +482,7 @@ Record = (
 
 def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key in which `p#2` stands before `p#10`."""
+    parts = re.split(r"0*([0-9]+)", record_id)  # texts, and between them numbers
     return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.split(r"(\d+)", record_id)
-        if part
+        (0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part
     )

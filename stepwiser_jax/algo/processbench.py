@@ -14,24 +14,28 @@ from typing import Any, Literal
 import numpy as np
 
 from stepwiser_jax.algo.statistics import bootstrap_interval, mcnemar, paired_bootstrap
-from stepwiser_jax.records import ProcessBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
 
 
 def first_predicted_error(
     verdicts: Sequence[Verdict], *, unparsed_as: Literal["negative", "positive"] = "negative"
 ) -> int:
     """Index of the first step judged Negative, -1 where there is none. `unparsed_as` says how a
-    judgment counts that cannot be parsed; it shifts the balance between the two accuracies."""
-    rejecting = {Verdict.NEGATIVE} | ({Verdict.UNPARSED} if unparsed_as == "negative" else set())
-    return next((i for i, verdict in enumerate(verdicts) if verdict in rejecting), -1)
+    judgment counts that gives no verdict; it shifts the balance between the two accuracies."""
+
+    def rejects(verdict: Verdict) -> bool:
+        return verdict is Verdict.NEGATIVE or (unparsed_as == "negative" and not verdict.is_given)
+
+    return next((i for i, verdict in enumerate(verdicts) if rejects(verdict)), -1)
 
 
 def majority_verdict(votes: Sequence[Verdict]) -> Verdict:
-    """The more frequent of Positive and Negative among the votes that could be parsed; a tie is
-    Negative (a step that half of the votes reject is not accepted), no parsed vote is Unparsed."""
+    """The more frequent of Positive and Negative among the votes that give a verdict; a tie is
+    Negative (a step that half of the votes reject is not accepted). Where no vote gives one, it is
+    Other if a vote is, else Unparsed."""
     positive, negative = votes.count(Verdict.POSITIVE), votes.count(Verdict.NEGATIVE)
     if positive == negative == 0:
-        return Verdict.UNPARSED
+        return Verdict.OTHER if Verdict.OTHER in votes else Verdict.UNPARSED
     return Verdict.POSITIVE if positive > negative else Verdict.NEGATIVE
 
 
@@ -125,7 +129,7 @@ def solution_scores(
 # --- of all subsets -----------------------------------------------------------------------------
 
 
-def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
+def rows_of_subsets(items: Sequence[BenchmarkItem]) -> dict[str, list[int]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, item in enumerate(items):
         rows_of[item.subset].append(row)
@@ -133,7 +137,7 @@ def rows_of_subsets(items: Sequence[ProcessBenchItem]) -> dict[str, list[int]]:
 
 
 def solutions_by_subset(
-    items: Sequence[ProcessBenchItem],
+    items: Sequence[BenchmarkItem],
     p_correct: Sequence[float],
     bad_outputs: Sequence[float],
     *,
@@ -209,7 +213,8 @@ def score_items(
     seed: int,
     unparsed_as: Literal["negative", "positive"],
 ) -> dict[str, Any]:
-    """Fractions between 0 and 1. `seed` is of the bootstrap interval."""
+    """Fractions between 0 and 1. `seed` is of the bootstrap interval. `unparsed_rate` is of steps
+    without a verdict, `other_box_rate` of those among them whose last box holds something else."""
     predictions = [first_predicted_error(v, unparsed_as=unparsed_as) for v in verdicts]
     labels = [item.first_error for item in items]
     final_correct = [item.final_answer_correct for item in items]
@@ -221,7 +226,8 @@ def score_items(
             processbench_f1_by_final_answer(predictions, labels, final_correct)
         ),
         **score_intervals(items, predictions, seed=seed),
-        "unparsed_rate": flat.count(Verdict.UNPARSED) / len(flat),
+        "unparsed_rate": sum(not verdict.is_given for verdict in flat) / len(flat),
+        "other_box_rate": flat.count(Verdict.OTHER) / len(flat),
         "positive_share": flat.count(Verdict.POSITIVE) / len(flat),
         "steps_right": step_accuracy(items, verdicts),
     }

@@ -21,6 +21,20 @@ NOT_SEEN = -1e30
 """Score of a key that the mask hides. Not -inf: a row that sees nothing must not become NaN."""
 
 
+SAVED = "attention"
+"""How jax.checkpoint calls what attention's forward pass leaves for its backward pass."""
+
+
+def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name == "dot_product_attention_fwd_wrapper"  # jax gives its outputs no name
+
+
+save_attention = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(SAVED), _is_cudnn_forward
+)
+"""The policy, for jax.checkpoint, under which a block's attention does not run again."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """How the packed rows of a batch attend: their mask, made once, and what every layer does with
@@ -256,7 +270,7 @@ def _packed_forward(q, k, v, blocks):
     total = jnp.maximum(total, 1)  # of a block that is padding
     out = (out / total[:, :, :, None]).astype(q.dtype)
     log_total = peak + jnp.log(total)
-    out, log_total = checkpoint_name((out, log_total), "attention")
+    out, log_total = checkpoint_name((out, log_total), SAVED)
     return out, (q, k, v, blocks, out, log_total)
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from stepwiser_jax.model.attention import Attention
+from stepwiser_jax.model.attention import SAVED, Attention
 from stepwiser_jax.records import UserError
 from stepwiser_jax.segments import group_of, is_prefix
 
@@ -140,7 +140,7 @@ def _mask_of_row(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> Sp
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
     ids_of_keys = jnp.concatenate([jnp.where(is_prompt_T, group_T, NOBODY), group_T])

@@ -22,6 +22,7 @@ from stepwiser_jax.model.attention import (
     XLA,
     Attention,
     attention,
+    save_attention,
     shared_prefix_attention,
 )
 from stepwiser_jax.model.config import ModelConfig
@@ -220,7 +221,8 @@ class Transformer(nnx.Module):
         """The residual stream after the final norm (B, T, D).
 
         Without `positions_BT` positions count from 0; without `segment_ids_BT` the mask is causal,
-        else see `attention.segment_mask`. `remat` recomputes each block in the backward pass.
+        else see `attention.segment_mask`. `remat` recomputes each block in the backward pass,
+        all but its attention.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -238,8 +240,8 @@ class Transformer(nnx.Module):
             return finish_block(block, config, x_BTD, attended), None
 
         if remat:
-            saved = jax.checkpoint_policies.save_only_these_names("attention")
-            layer = jax.checkpoint(layer, policy=saved)
+            # XLA cannot merge the passes, which are two loops.
+            layer = jax.checkpoint(layer, policy=save_attention, prevent_cse=False)
         x_BTD = self.embed[...][tokens_BT].astype(self.compute_dtype)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks)
         return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps)

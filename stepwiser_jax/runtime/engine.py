@@ -54,6 +54,9 @@ its reading to cost little, few enough for a place not to wait long for its last
 REFILL_SHARE = 8
 """While forks wait, a segment ends when one in so many rows has ended."""
 
+SEGMENT_STEPS = 512
+"""The most tokens of a row in a segment: seconds of decoding, after which a run can be stopped."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
@@ -193,7 +196,8 @@ class Engine(Sampler):
     ) -> Iterator[list[Completion]]:
         """Completions of all forks, some at a time, in the order in which they end.
 
-        `wanted` is asked before a fork starts; one that is not wanted is left out. Up to
+        `wanted` is asked before a fork starts; one that is not wanted is left out. With it there is
+        a part, an empty one too, after each segment, while the device waits. Up to
         `rows_per_trunk` forks of a trunk run at the same time; more, where rows would stay idle.
         `params.max_new_tokens` is the most that any fork may sample. Before anything is sampled,
         raises UserError for a fork that does not fit the context or goes on from nothing, and
@@ -482,7 +486,8 @@ def decode_segment(
     stop_ids: jax.Array,
     stop_table_SV: jax.Array | None,
 ) -> EngineState:
-    """Start the new rows, then a step per token until at most `exit_at` rows are running."""
+    """Start the new rows, then a step per token until at most `exit_at` rows are running, and for
+    at most `SEGMENT_STEPS` steps."""
 
     def begin(new: Any, old: jax.Array) -> jax.Array:
         return jnp.where(start.starts_B, new, old)
@@ -502,7 +507,8 @@ def decode_segment(
     )
     rows_B = jnp.arange(state.running_B.shape[0])
 
-    def step(state: EngineState) -> EngineState:
+    def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
+        steps, state = carry
         running_B, place_B = state.running_B, state.own.length_B
         hidden_BD, own = model.extend_shared(state.last_token_B, running_B, state.prefix, state.own)
         position_B = state.prefix.length_B + 1 + place_B
@@ -512,7 +518,7 @@ def decode_segment(
         tokens_BC = state.tokens_BC.at[rows_B, place_B].set(token_B, mode="drop")
         logprobs_BC = state.logprobs_BC.at[rows_B, place_B].set(logprob_B, mode="drop")
         stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_SV)
-        return dataclasses.replace(
+        return steps + 1, dataclasses.replace(
             state,
             own=own,
             last_token_B=token_B,
@@ -523,7 +529,8 @@ def decode_segment(
             logprobs_BC=logprobs_BC,
         )
 
-    def go_on(state: EngineState) -> jax.Array:
-        return jnp.sum(state.running_B) > exit_at
+    def go_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
+        steps, state = carry
+        return (jnp.sum(state.running_B) > exit_at) & (steps < SEGMENT_STEPS)
 
-    return jax.lax.while_loop(go_on, step, state)
+    return jax.lax.while_loop(go_on, step, (jnp.int32(0), state))[1]

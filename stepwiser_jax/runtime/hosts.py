@@ -31,7 +31,7 @@ from stepwiser_jax.records import UserError
 CONNECT_SECONDS = 1800
 """How long processes wait for all others to start: nodes of a pod boot at different speeds."""
 
-BEAT_SECONDS, SILENCE_SECONDS = 5.0, 60.0
+BEAT_SECONDS, SILENCE_SECONDS = 1.0, 60.0
 """How often a process says that it is alive, and how long it may be silent."""
 
 BARRIER_SECONDS = 7 * 24 * 3600
@@ -68,6 +68,44 @@ class Shard:
 WHOLE = Shard()
 
 
+class Agreement:
+    """The point of the program at which all processes stop once one of them is asked to.
+
+    They call `here` at the same points, and count the calls. When one is asked to stop, each
+    publishes its count, and from then on waits in `here` until all have: they stop at the first
+    call that no process has made yet. `exchange`, in another thread, talks with the others. So no
+    call waits for a device, nor for another process before one is asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._asked = self._published = False
+        self._stop_at: int | None = None
+
+    def here(self, asked: bool) -> bool:
+        """Returns whether all processes stop at this point; `asked`: this one was asked to."""
+        with self._changed:
+            self._asked |= asked
+            self._changed.wait_for(lambda: not self._published or self._stop_at is not None)
+            self._calls += 1
+            return self._calls == self._stop_at
+
+    def exchange(self, client: Any, process: int, processes: int) -> None:
+        """Publish this process's count when a process was asked to stop, and read the others'."""
+        counts = [int(count) for _, count in client.key_value_dir_get("stop")]
+        with self._changed:
+            if (self._asked or counts) and not self._published:
+                client.key_value_set(f"stop/{process}", str(self._calls))
+                self._published = True
+            if len(counts) == processes:
+                self._stop_at = 1 + max(counts)
+                self._changed.notify_all()
+
+
+_agreement = Agreement()
+
+
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Find the other processes; returns when all are there. Without arguments the cluster is asked
     (Cloud TPU, GKE, SLURM). Must come before the first use of a device.
@@ -90,7 +128,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             )
         who = f"process {process_id} of {num_processes} waits for the others at {coordinator}"
     print(f"{who}, {CONNECT_SECONDS // 60} minutes at most", file=sys.stderr, flush=True)
-    # SIGTERM is handled by runtime.run: jax's own handler would take its place.
+    # SIGTERM and Ctrl-C are handled by runtime.run: jax's own handler, of SIGTERM alone, would take
+    # its place. See `Agreement`.
     jax.config.update("jax_enable_preemption_service", False)
     # jax's own time-out aborts the process with a stack trace.
     timer = threading.Timer(CONNECT_SECONDS, _give_up)
@@ -144,6 +183,7 @@ def _watch(over: threading.Event) -> None:
         beats += 1
         try:
             client.key_value_set(f"alive/{jax.process_index()}", str(beats), allow_overwrite=True)
+            _agreement.exchange(client, jax.process_index(), jax.process_count())
             now = time.monotonic()
             # Process 0 hears all; the others hear of a death when its service is gone.
             found = client.key_value_dir_get("alive") if is_first() else []
@@ -187,8 +227,15 @@ def barrier(name: str) -> None:
         _client().wait_at_barrier(name, BARRIER_SECONDS * 1000)
 
 
+def all_stop_here(asked: bool) -> bool:
+    """Whether this process, or any of several, was asked to stop, and all do so at this point. All
+    must call it, at the same points; it does not wait for a device."""
+    return asked if jax.process_count() == 1 else _agreement.here(asked)
+
+
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process. All must call it, at the same point."""
+    """Whether the flag is set in any process. All must call it, at the same point; it waits for the
+    devices of all."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

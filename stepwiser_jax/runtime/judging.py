@@ -17,7 +17,7 @@ import jax
 
 from stepwiser_jax.algo.processbench import majority_verdict
 from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, Judgment, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.sampling import SamplingParams
@@ -37,7 +37,7 @@ class Solution:
     separator: str = "\n\n"
 
     @classmethod
-    def of_item(cls, item: ProcessBenchItem) -> Solution:
+    def of_item(cls, item: BenchmarkItem) -> Solution:
         return cls(item.item_id, item.question, item.steps)
 
 
@@ -85,17 +85,16 @@ class SolutionJudge(Protocol):
 
 
 def judgment_of(
-    item: ProcessBenchItem, step: int, opinion: Opinion, judge_id: str, suffix: str = ""
+    item: BenchmarkItem, step: int, opinion: Opinion, judge_id: str, suffix: str = ""
 ) -> Judgment:
     """An opinion as the record `<item>/<step><suffix>`, with its reward by the item's label."""
-    is_positive = item.first_error == -1 or step < item.first_error
     return Judgment(
         example_id=f"{item.item_id}/{step}{suffix}",
         judge_id=judge_id,
         completion=opinion.completion,
         verdict=opinion.verdict,
         p_positive=opinion.p_positive,
-        reward=judge_reward(opinion.verdict, is_positive),
+        reward=judge_reward(opinion.verdict, item.is_right(step)),
     )
 
 

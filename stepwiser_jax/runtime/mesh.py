@@ -3,8 +3,9 @@
 Axes: `data` (outer; replicas), `fsdp` (parameters and batch), `tensor` (heads, MLP, vocabulary).
 Batches are split over data and fsdp. Changing the parallelism is changing this table.
 
-Several slices: devices come slice by slice, so where mesh.data is a multiple of their number, only
-what is summed over data, gradients and metrics, crosses the network between them.
+On a TPU the mesh follows the machine: neighbours on an axis are neighbours on the torus as far as
+the sizes allow, the last axes first, since they exchange most. Between slices only `data` crosses
+the network: what is summed over it, gradients and metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepwiser_jax.model.attention import XLA, Attention
@@ -47,26 +48,59 @@ ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of the first data x fsdp x tensor devices, by default of those of all processes,
-    ordered by their slices.
+    """Returns a mesh of the first data x fsdp x tensor devices, by default of those of all
+    processes.
 
-    Raises UserError where there are fewer, or where a process would be left without any.
+    GPUs come in the order of their global numbers, node after node: so the last axes stay within a
+    node if they fit there. Raises UserError if there are fewer devices, if a process would be left
+    without any, or if these sizes do not fit the slices or the grid of a TPU.
     """
-    devices = sorted(jax.devices() if devices is None else devices, key=slice_of)
     sizes = (data, fsdp, tensor)
-    needed = math.prod(sizes)
-    owners = processes_of(devices)
+    devices = _take(jax.devices() if devices is None else devices, sizes)
+    slices = len({slice_of(device) for device in devices})
+    try:
+        if devices[0].platform == "tpu" and slices > 1:
+            placed = mesh_utils.create_hybrid_device_mesh(
+                (data // slices, fsdp, tensor),
+                (slices, 1, 1),
+                devices,
+                allow_split_physical_axes=True,
+            )
+        else:
+            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except AssertionError:  # what jax raises if the devices are no whole block of the grid
+        raise UserError(
+            f"{_named(sizes)} is no block of the TPU's grid of chips: make it all devices, or a "
+            "power of two"
+        ) from None
+    return Mesh(placed, MESH_AXES)
+
+
+def _take(devices: Sequence[Any], sizes: tuple[int, int, int]) -> list[Any]:
+    """Returns as many devices as a mesh of these sizes needs. Raises UserError as `make_mesh`."""
+    needed, owners = math.prod(sizes), processes_of(devices)
     if len(owners) > 1 and needed != len(devices):
         raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} = {needed} must be all "
-            f"{len(devices)} devices of {len(owners)} processes: change the mesh"
+            f"{_named(sizes)} = {needed} must be all {len(devices)} devices of {len(owners)} "
+            "processes: change the mesh"
         )
     if needed > len(devices) or min(sizes) < 1:
         raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} needs {needed} devices, found "
-            f"{len(devices)} ({devices[0].platform}): change the mesh"
+            f"{_named(sizes)} needs {needed} devices, found {len(devices)} "
+            f"({devices[0].platform}): change the mesh"
         )
-    return Mesh(np.array(devices[:needed]).reshape(sizes), MESH_AXES)
+    slices = len({slice_of(device) for device in devices})
+    if devices[0].platform == "tpu" and sizes[0] % slices:
+        raise UserError(
+            f"{_named(sizes)} does not fit {slices} slices, between which only data crosses the "
+            f"network: make data a multiple of {slices}"
+        )
+    return list(devices)[:needed]
+
+
+def _named(sizes: tuple[int, int, int]) -> str:
+    data, fsdp, tensor = sizes
+    return f"mesh data {data} x fsdp {fsdp} x tensor {tensor}"
 
 
 def slice_of(device: Any) -> int:
@@ -84,10 +118,17 @@ def devices_of_process(devices: Iterable[Any], process: int) -> list[Any]:
 
 
 def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> Mesh:
-    """The mesh on which a model in training samples: the devices of training, all of them where
-    they are of several processes, in these `sizes`; by default the mesh of training. Raises
-    UserError where that cannot be."""
-    return training if sizes is None else make_mesh(**sizes, devices=list(training.devices.flat))
+    """Returns the mesh on which a model in training samples: the devices of training, all of them
+    if they are of several processes, in these `sizes`; by default the mesh of training.
+
+    The devices keep their order, so that one program moves the model from mesh to mesh: who are
+    neighbours on the last axes of training are neighbours here. Raises UserError if that cannot be.
+    """
+    if sizes is None:
+        return training
+    shape = (sizes["data"], sizes["fsdp"], sizes["tensor"])
+    devices = _take(list(training.devices.flat), shape)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES)
 
 
 def parameter_sharding(

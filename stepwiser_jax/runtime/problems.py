@@ -3,6 +3,7 @@ ProcessBench, or a rollout run of the embedded task."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,53 +12,100 @@ import numpy as np
 
 from stepwiser_jax.config_parts import Problems
 from stepwiser_jax.record_files import read_records
-from stepwiser_jax.records import Problem, ProcessBenchItem, Trajectory, UserError
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.records import (
+    BenchmarkItem,
+    Problem,
+    ProcessBenchItem,
+    Trajectory,
+    UserError,
+)
+from stepwiser_jax.runtime.run import worker_count
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.answers import AnswerVerifier
 from stepwiser_jax.text.chunks import chunk_texts
-from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
-from stepwiser_jax.text.datasets import OnMalformed, load_problems, load_processbench
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions, is_held_out
+from stepwiser_jax.text.datasets import (
+    OnMalformed,
+    Split,
+    load_benchmark,
+    load_problems,
+    shuffled,
+)
 from stepwiser_jax.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> list[Problem]:
     """What is left out is counted in `dropped`. Raises UserError for an empty set, and for a
     malformed row unless those are left out."""
-    if problems.source != "arithmetic":
-        found = load_problems(
-            problems.source,
-            split=problems.split,
-            subset=problems.subset,
-            limit=problems.limit,
-            on_malformed=problems.on_malformed,
-            dropped=dropped,
-        )
-    elif problems.limit is None or problems.split is None:
+    if problems.source == "arithmetic":
+        return _generated(problems)
+    held_out = held_out_questions(problems.exclude)
+    if Path(problems.source).is_dir():
+        found = {p.problem_id: p for p in read_records(problems.source, Problem)}
+        ids = shuffled(found, problems.seed) if problems.shuffle else found
+        return drop_held_out([found[i] for i in ids], held_out, dropped)[: problems.limit]
+    return load_problems(
+        problems.source,
+        split=problems.split,
+        subset=problems.subset,
+        shuffle_seed=problems.seed if problems.shuffle else None,
+        is_excluded=lambda problem: is_held_out(problem, held_out),
+        limit=problems.limit,
+        on_malformed=problems.on_malformed,
+        dropped=dropped,
+    )
+
+
+def _generated(problems: Problems) -> list[Problem]:
+    if problems.limit is None or problems.split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "
             "generate when problems.source is 'arithmetic'"
         )
-    else:
-        found = arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
-    return drop_held_out(found, held_out_questions(problems.exclude), dropped)
+    return arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
+
+
+def keep_verifiable(
+    problems: Sequence[Problem], timeout_seconds: float, dropped: Counter[str]
+) -> list[Problem]:
+    """Problems against whose reference an answer can be checked (paper 4.1). The others are counted
+    in `dropped` and told of. Raises UserError where no problem is left, or no worker starts."""
+    with AnswerVerifier(worker_count(), timeout_seconds) as verifier:
+        are_verifiable = verifier.verifiable([problem.answer for problem in problems])
+    kept = [p for p, is_verifiable in zip(problems, are_verifiable, strict=True) if is_verifiable]
+    if len(kept) == len(problems):
+        return kept
+    first = problems[are_verifiable.index(False)]
+    unverifiable = (
+        f"{len(problems) - len(kept)} of {len(problems)} problems have a reference answer that "
+        f"cannot be verified as mathematics, such as {first.answer[:80]!r} of {first.problem_id}"
+    )
+    if not kept:
+        raise UserError(f"{unverifiable}: name a data set with mathematical answers")
+    _log.warning("left out: %s", unverifiable)
+    dropped["unverifiable"] += len(problems) - len(kept)
+    return kept
 
 
 def load_items(
     source: str,
     tokenizer: Tokenizer,
     *,
-    split: str | None = None,
+    split: Split = None,
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
-) -> list[ProcessBenchItem]:
-    """ProcessBench items, or a rollout run of the embedded task with its exact truth; `limit` of
-    them, drawn at random, the same ones every time and in their order: ProcessBench's files begin
-    with solutions that hold an error."""
+) -> list[BenchmarkItem]:
+    """Returns items of ProcessBench or PRMBench, or a rollout run of the embedded task with its
+    exact truth. `limit` of them are drawn at random, the same ones every time and in their order:
+    ProcessBench's files begin with solutions that hold an error."""
     if (Path(source) / "config.yaml").is_file():
-        items = items_of_run(source, tokenizer, split)
+        items: list[BenchmarkItem] = [*items_of_run(source, tokenizer, split)]
     else:
-        items = load_processbench(source, split=split, on_malformed=on_malformed, dropped=dropped)
+        items = load_benchmark(source, split=split, on_malformed=on_malformed, dropped=dropped)
     if limit is None or limit >= len(items):
         return items
     drawn = np.random.default_rng(0).choice(len(items), limit, replace=False)
@@ -83,12 +131,12 @@ def check_tokenizer(
         )
 
 
-def items_of_run(source: str, tokenizer: Tokenizer, split: str | None) -> list[ProcessBenchItem]:
+def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[ProcessBenchItem]:
     """All trajectories of a rollout run of the embedded task. Raises UserError where their chunks
     are not the task's own, and for a split."""
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
-    chunking = read_settings(Path(source) / "config.yaml").get("chunking", "tags")
+    chunking = read_run_settings(source).get("chunking", "tags")
     if chunking != "tags":
         raise UserError(
             f"the embedded task knows the truth of its own chunks: expected a rollout run with "

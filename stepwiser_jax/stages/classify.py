@@ -1,11 +1,12 @@
-"""ProcessBench with a classifier: P(+) of every step of a solution from one pass (StepWiser 4.2).
+"""ProcessBench and PRMBench with a classifier: P(+) of every step from one pass (StepWiser 4.2).
 
     item -> one conversation -> P(+) of every step -> the first below the threshold is the predicted
                                                       error, else -1
 
 The threshold is a setting, or is chosen for the best official F1 on one subset and used for all, as
 ProcessBench does on gsm8k. On the subset itself the score then is the best that a threshold can
-give: `summary.json` says on which it was chosen.
+give: `summary.json` says on which it was chosen. Items of PRMBench have its own scores, at a
+threshold that is given.
 
 Reads `classifier` and `items`. Writes judgments `<item>/<step>`: the verdict is the likelier sign,
 whatever the threshold.
@@ -20,9 +21,10 @@ from typing import Any
 
 import jax
 
+from stepwiser_jax.algo.prmbench import score_prmbench
 from stepwiser_jax.algo.processbench import best_threshold, score_by_subset, verdicts_at
 from stepwiser_jax.config import Classify
-from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, UserError
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judging import Solution, judgment_of
@@ -61,7 +63,13 @@ def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     return directory.finish(scores)
 
 
-def check_subset(config: Classify, items: Sequence[ProcessBenchItem]) -> None:
+def check_subset(config: Classify, items: Sequence[BenchmarkItem]) -> None:
+    if config.threshold_subset is not None and isinstance(items[0], PrmBenchItem):
+        raise UserError(
+            f"threshold_subset {config.threshold_subset!r} is for ProcessBench, whose F1 chooses "
+            f"the threshold; {config.items} is of PRMBench: set threshold, and threshold_subset "
+            "to null"
+        )
     subsets = sorted({item.subset for item in items})
     if config.threshold_subset is not None and config.threshold_subset not in subsets:
         raise UserError(
@@ -70,15 +78,15 @@ def check_subset(config: Classify, items: Sequence[ProcessBenchItem]) -> None:
         )
 
 
-def judgment_ids(block: Sequence[ProcessBenchItem]) -> list[str]:
+def judgment_ids(block: Sequence[BenchmarkItem]) -> list[str]:
     return [f"{item.item_id}/{step}" for item in block for step in range(len(item.steps))]
 
 
 def score_blocks(
     config: Classify,
     directory: RunDirectory,
-    items: Sequence[ProcessBenchItem],
-    work: Sequence[Sequence[ProcessBenchItem]],
+    items: Sequence[BenchmarkItem],
+    work: Sequence[Sequence[BenchmarkItem]],
 ) -> dict[str, Any]:
     """Judgments of these blocks, written; returns what was measured. Checks all items first: every
     worker must refuse what one would."""
@@ -94,7 +102,7 @@ def score_blocks(
     )
     scorer.check_lengths([Solution.of_item(item) for item in items])
 
-    def judgments_of(block: Sequence[ProcessBenchItem]) -> list[Judgment]:
+    def judgments_of(block: Sequence[BenchmarkItem]) -> list[Judgment]:
         found = scorer([Solution.of_item(item) for item in block])
         return [
             judgment_of(item, step, opinion, loaded.model_id)
@@ -107,7 +115,7 @@ def score_blocks(
 
 
 def summarize(
-    config: Classify, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+    config: Classify, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
     """The threshold and the scores with it; fractions between 0 and 1."""
     p_positive = [
@@ -120,10 +128,11 @@ def summarize(
         threshold = best_threshold(
             [p_positive[i] for i in chosen_on], [items[i].first_error for i in chosen_on]
         )
+    score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
     verdicts = [verdicts_at(threshold, p_of_steps) for p_of_steps in p_positive]
     return {
         "items": len(items),
         "threshold": threshold,
         "threshold_chosen_on": config.threshold_subset,
-        **score_by_subset(items, verdicts, seed=config.seed),
+        **score(items, verdicts, seed=config.seed),
     }

@@ -1,10 +1,12 @@
-"""ProcessBench: find the first wrong step of a solution with the judge (StepWiser 4.2).
+"""ProcessBench: find the first wrong step of a solution with the judge (StepWiser 4.2). PRMBench:
+say of every step whether it is wrong.
 
     item -> one judge prompt per step -> verdicts -> first Negative is the predicted error, else -1
 
 Both ways to split the items are scored: the official one (has the item an error?) and the one by
 final answer, which the paper's numbers follow. Every step is judged, not only those up to the first
-rejection, so that the steps of all items run together and per-step rates can be reported.
+rejection, so that the steps of all items run together and per-step rates can be reported. Items of
+PRMBench have its own scores in place of these (`algo/prmbench.py`).
 
 With `genprm` a path of judgments is a conversation about the item (`runtime/genprm.py`); a step is
 wrong whose P(right), or its mean over the sampled paths, is below a threshold. A step without a
@@ -28,6 +30,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from stepwiser_jax.algo.prmbench import score_prmbench
 from stepwiser_jax.algo.processbench import (
     majority_verdict,
     score_by_subset,
@@ -36,7 +39,7 @@ from stepwiser_jax.algo.processbench import (
 )
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Evaluate
-from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge
@@ -82,8 +85,8 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
 def judge_blocks(
     config: Evaluate,
     directory: RunDirectory,
-    items: Sequence[ProcessBenchItem],
-    work: Sequence[Sequence[ProcessBenchItem]],
+    items: Sequence[BenchmarkItem],
+    work: Sequence[Sequence[BenchmarkItem]],
 ) -> dict[str, Any]:
     """Judgments of these blocks, written; returns what was measured. Checks all items first: every
     worker must refuse what one would."""
@@ -118,14 +121,14 @@ def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> AnyJudge:
     return ChunkJudge(loaded, engine, **settings)
 
 
-def judgment_ids(config: Evaluate, block: Sequence[ProcessBenchItem]) -> list[str]:
+def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     whole = [] if config.thinkprm is None else ["solution"]
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
     return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
 
 
 def judge_block(
-    config: Evaluate, judge: AnyJudge, block: Sequence[ProcessBenchItem]
+    config: Evaluate, judge: AnyJudge, block: Sequence[BenchmarkItem]
 ) -> list[Judgment]:
     """Judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
@@ -145,7 +148,7 @@ def judge_block(
 
 
 def judgments_of(
-    item: ProcessBenchItem, said: list[Opinion] | Verification, judge_id: str, suffix: str
+    item: BenchmarkItem, said: list[Opinion] | Verification, judge_id: str, suffix: str
 ) -> list[Judgment]:
     """Records of what was said of an item's steps and, if it was, of all of it."""
     if isinstance(said, Verification):
@@ -166,22 +169,23 @@ def judgments_of(
 
 
 def summarize(
-    config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
     """Scores of the greedy judge and, with votes, of all of these; fractions between 0 and 1."""
+    score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
     unparsed_as = counts_unparsed_as(config)
     summary: dict[str, Any] = {"items": len(items), "unparsed_as": unparsed_as}
     for name, suffixes in voters_of(config).items():
         verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
-        summary[name] = score_by_subset(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
-    if config.thinkprm is not None:
+        summary[name] = score(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
+    if config.thinkprm is not None and score is score_by_subset:
         summary["solution"] = score_solutions(config, items, judgments)
     return summary
 
 
 def verdicts_of(
     config: Evaluate,
-    item: ProcessBenchItem,
+    item: BenchmarkItem,
     judgments: dict[str, Judgment],
     suffixes: Sequence[str],
 ) -> list[Verdict]:
@@ -191,7 +195,7 @@ def verdicts_of(
     for step in range(len(item.steps)):
         votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
         verdict = majority_verdict([vote.verdict for vote in votes])
-        if config.genprm is not None and verdict is not Verdict.UNPARSED:
+        if config.genprm is not None and verdict.is_given:
             mean = sum(vote.p_positive for vote in votes) / len(votes)
             (verdict,) = verdicts_at(config.genprm.threshold, [mean])
         verdicts.append(verdict)
@@ -216,15 +220,15 @@ def voters_of(config: Evaluate, together: str | None = None) -> dict[str, list[s
 
 
 def score_solutions(
-    config: Evaluate, items: Sequence[ProcessBenchItem], judgments: dict[str, Judgment]
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
     """Of the greedy chain and, with votes, of the mean of the sampled ones' probabilities. An
     output is bad that lacks the verdict on a step up to its first incorrect one."""
 
-    def p_correct(item: ProcessBenchItem, suffix: str) -> float:
+    def p_correct(item: BenchmarkItem, suffix: str) -> float:
         return judgments[f"{item.item_id}/solution{suffix}"].p_positive
 
-    def is_bad(item: ProcessBenchItem, suffix: str) -> bool:
+    def is_bad(item: BenchmarkItem, suffix: str) -> bool:
         steps = range(len(item.steps))
         return Verdict.UNPARSED in {judgments[f"{item.item_id}/{s}{suffix}"].verdict for s in steps}
 

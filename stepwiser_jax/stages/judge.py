@@ -45,14 +45,14 @@ from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entro
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Judge
 from stepwiser_jax.model.lora import base_of
-from stepwiser_jax.records import Judged, JudgeExample, UserError, Verdict
+from stepwiser_jax.records import Judged, JudgeExample, SampledRow, UserError, Verdict
 from stepwiser_jax.runtime import compilation, hosts
+from stepwiser_jax.runtime.bits import fingerprint
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
-from stepwiser_jax.runtime.engine import Engine
+from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
-from stepwiser_jax.runtime.pending import fingerprint
-from stepwiser_jax.runtime.run import RunDirectory, per_item, progress
+from stepwiser_jax.runtime.run import RunDirectory, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
     TrainState,
@@ -62,7 +62,7 @@ from stepwiser_jax.runtime.trainer import (
     split_rows,
     used_micro_batches,
 )
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runtime.training_run import TrainingRun, tell_length
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, is_bare_verdict, parse_verdict
@@ -70,7 +70,7 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
-    """GRPO for `iterations` iterations, resuming from the last checkpoint."""
+    """GRPO for `iterations` or `epochs`, resuming from the last checkpoint."""
     directory = RunDirectory(run_dir, "judge", config)
     if directory.finished:
         return directory.summary()
@@ -81,12 +81,14 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
     examples, dropped = load_examples(config, loaded)
+    iterations = config.iterations or iterations_of(config, len(examples))
+    tell_length("judge", config.epochs, len(examples), f"{iterations} iterations")
     training = TrainingRun(
         directory,
         loaded,
         mesh,
         config.training,
-        total_updates=config.iterations * config.updates_per_iteration,
+        total_updates=iterations * config.updates_per_iteration,
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
     collect = GroupCollector(config, loaded, sampling_mesh)
@@ -95,8 +97,8 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         reference = load().model
     train_step = judge_train_step(config, training.schedule, training.optimizer, training.state)
     start, began = training.step, time.perf_counter()
-    with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
-        for iteration in range(start, config.iterations):
+    with jax.set_mesh(mesh), progress("judge", iterations, start) as advance:
+        for iteration in range(start, iterations):
             groups, rollout_metrics = collect(iteration, training)
             if config.grpo.kl_coef and adapted:
                 reference = base_of(training.state.model)  # its arrays are new after each update
@@ -111,12 +113,18 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     summary = {
         "examples": len(examples),
         "dropped": dropped,
-        "iterations": config.iterations,
-        "seconds_per_iteration": per_item(time.perf_counter() - began, config.iterations - start),
+        "iterations": iterations,
+        "seconds_per_iteration": per_item(time.perf_counter() - began, iterations - start),
         "last": training.last_metrics,
         "compiled": collect.engine.compiled_shapes,
     }
     return training.finish(summary)
+
+
+def iterations_of(config: Judge, examples: int) -> int:
+    """How many draw every example `epochs` times, if none is drawn as a refill."""
+    assert config.epochs is not None
+    return -(-config.epochs * examples // config.prompts_per_iteration)
 
 
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
@@ -171,8 +179,8 @@ class GroupCollector:
         self, iteration: int, training: TrainingRun
     ) -> tuple[list[Judged], dict[str, float]]:
         """Groups that teach, at most P of them, and the metrics of everything sampled. What a run
-        had sampled before it was killed is read. Raises Interrupted behind a draw where the run is
-        to stop."""
+        had sampled before it ended is read. Raises Interrupted if the run is to stop, in the middle
+        of a draw too: the rows that are finished are kept."""
         sampled_by = fingerprint(training.state.model)
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):
@@ -184,11 +192,19 @@ class GroupCollector:
         for draw in range(1 + self.config.grpo.max_refills):
             examples, name = next(training.loader), f"judge/it{iteration}/draw{draw}"
             ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
-            judged = training.pending.read(iteration, draw, sampled_by)
+            drawn = (iteration, draw, sampled_by)
+            judged = training.pending.read(*drawn)
             if hosts.any_of(judged is None):  # all sample together, or none
+                rows = training.pending.read_rows(*drawn)
+                if hosts.any_of(not rows):  # all go on from the same rows, or from none
+                    rows = {}
                 with jax.set_mesh(self.mesh):
-                    judged = self.sample(engine, examples, ids)
-                training.pending.write(iteration, draw, sampled_by, judged)
+                    is_whole = self.sample(engine, examples, ids, rows)
+                if not is_whole:
+                    training.pending.write_rows(*drawn, rows.values())
+                    training.stop()
+                judged = self.judged(examples, ids, rows)
+                training.pending.write(*drawn, judged)
             assert judged is not None
             training.stop_if_asked()
             sampled += judged
@@ -199,25 +215,52 @@ class GroupCollector:
         return kept[:wanted], rollout_metrics(sampled, len(kept), penalized)
 
     def sample(
-        self, engine: Engine, examples: Sequence[JudgeExample], group_ids: Sequence[str]
+        self,
+        engine: Engine,
+        examples: Sequence[JudgeExample],
+        group_ids: Sequence[str],
+        rows: dict[str, SampledRow],
+    ) -> bool:
+        """Adds the rows of these groups that are not in `rows` yet; returns whether all are there.
+        They are not if the processes stop, which they do between two segments of decoding."""
+        trunks = []
+        for example, group_id in zip(examples, group_ids, strict=True):
+            prompt, ids = prompt_ids(example, self.config, self.loaded), self.row_ids(group_id)
+            if not rows.keys() >= set(ids):
+                forks = [Fork(row_id, len(prompt), self.params.max_new_tokens) for row_id in ids]
+                trunks.append(Trunk(prompt, forks))
+
+        def is_missing(fork: Fork) -> bool:
+            return fork.row_id not in rows
+
+        for ended in engine.sample(trunks, self.params, key=self.key, wanted=is_missing):
+            for done in ended:
+                rows[done.row_id] = SampledRow(done.row_id, tuple(done.ids), tuple(done.logprobs))
+            if hosts.all_stop_here(stop.requested):
+                return False
+        return True
+
+    def row_ids(self, group_id: str) -> list[str]:
+        return [f"{group_id}/{g}" for g in range(self.config.group_size)]
+
+    def judged(
+        self,
+        examples: Sequence[JudgeExample],
+        group_ids: Sequence[str],
+        rows: dict[str, SampledRow],
     ) -> list[Judged]:
-        size = self.config.group_size
-        prompts_P = [prompt_ids(example, self.config, self.loaded) for example in examples]
-        row_ids = [f"{group_id}/{g}" for group_id in group_ids for g in range(size)]
-        output = engine.generate(
-            prompts_P, self.params, key=self.key, row_ids=row_ids, group_size=size
-        )
+        """Returns the groups of a draw, each with its verdicts and rewards."""
         groups = []
-        for p, example in enumerate(examples):
-            rows = range(p * size, (p + 1) * size)
-            texts = [completion_text(self.loaded.tokenizer, output.ids(b)) for b in rows]
+        for example, group_id in zip(examples, group_ids, strict=True):
+            sampled = [rows[row_id] for row_id in self.row_ids(group_id)]
+            texts = [completion_text(self.loaded.tokenizer, row.completion_ids) for row in sampled]
             verdicts = [parse_verdict(text) for text in texts]
             groups.append(
                 Judged(
-                    group_ids[p],
-                    tuple(prompts_P[p]),
-                    tuple(tuple(output.ids(b)) for b in rows),
-                    tuple(tuple(output.logprobs(b)) for b in rows),
+                    group_id,
+                    tuple(prompt_ids(example, self.config, self.loaded)),
+                    tuple(row.completion_ids for row in sampled),
+                    tuple(row.logprobs for row in sampled),
                     tuple(verdicts),
                     tuple(
                         judge_reward(
@@ -235,7 +278,8 @@ class GroupCollector:
 
 def rollout_metrics(sampled: Sequence[Judged], kept: int, penalized: bool) -> dict[str, float]:
     """Shares are fractions of all judgments sampled, kept groups or not. Where breaks of the format
-    are penalized, they are what earned less than 0."""
+    are penalized, they are what earned less than 0. `unparsed_rate` is of judgments without a
+    verdict, `other_box_rate` of those among them whose last box holds something else."""
     verdicts = [verdict for group in sampled for verdict in group.verdicts_G]
     lengths = [len(ids) for group in sampled for ids in group.completions_G]
     rewards_PG = np.array([group.rewards_G for group in sampled])
@@ -245,7 +289,8 @@ def rollout_metrics(sampled: Sequence[Judged], kept: int, penalized: bool) -> di
         "groups_sampled": len(sampled),
         "groups_kept_share": kept / len(sampled),
         "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
-        "unparsed_rate": verdicts.count(Verdict.UNPARSED) / len(verdicts),
+        "unparsed_rate": sum(not verdict.is_given for verdict in verdicts) / len(verdicts),
+        "other_box_rate": verdicts.count(Verdict.OTHER) / len(verdicts),
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(np.max(lengths)),
     }

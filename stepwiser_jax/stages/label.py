@@ -3,6 +3,10 @@
     values [Q_0 .. Q_J] -> rule -> positive / negative / None (teaches nothing: dropped)
                         -> length filter -> as many negatives as positives
 
+Two kinds of chunks get no label, whatever their values, and are counted: the only one of a response
+that closes no chunk though the policy was asked for tags, since it is a whole solution; and the
+last one of a response that was cut at the length limit, whose outcome says nothing about it.
+
 Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
 Writes chunk labels (all of them), judge examples (filtered and balanced), and classifier examples
 for a classifier, which takes each as a whole: neither filtered by length nor balanced.
@@ -32,10 +36,10 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.settings import read_settings
-from stepwiser_jax.text.chunks import chunk_texts
+from stepwiser_jax.settings import read_run_settings
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.prompts import encode_judge_prompt
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 
 def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
@@ -52,16 +56,17 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
-    tokenizer = load_tokenizer_of(config.tokenizer)
+    tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
     check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values()))
+    labels, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     telling = [label for label in labels if label.v >= config.min_prefix_value]
     examples = judge_examples(telling, trajectories, problems, tokenizer)
-    fitting, dropped = filter_length(config, examples, tokenizer)
+    fitting = filter_length(config, examples, tokenizer, dropped)
     dropped["low_prefix_value"] = len(labels) - len(telling)
     chosen = balanced(fitting, config.seed) if config.balance else fitting
     if not chosen:
         raise UserError(
-            f"no judge example is left of {len(labels)} labelled chunks ({dropped} dropped; "
+            f"no judge example is left of the labelled chunks ({dict(dropped)} dropped; "
             f"{sum(e.is_positive for e in fitting)} positive among the "
             f"{len(fitting)} that fit): annotate more trajectories, or set balance to false"
         )
@@ -74,7 +79,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         "labels": len(labels),
         "teach_nothing": no_label,
         "positive_share": sum(label.is_positive for label in labels) / len(labels),
-        "dropped": dropped,
+        "dropped": dict(dropped),
         "judge_examples": len(chosen),
         "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
         "classifier_examples": len(solutions),
@@ -112,10 +117,40 @@ def label_trajectories(
     return labels, no_label
 
 
+def drop_undeserved(
+    config: Label,
+    labels: Sequence[ChunkLabel],
+    trajectories: dict[str, Trajectory],
+    tokenizer: Tokenizer,
+) -> tuple[list[ChunkLabel], Counter[str]]:
+    """Labels of chunks that deserve one, and counts of the others by the reason."""
+    file = Path(config.rollouts) / "config.yaml"
+    chunking = "tags"
+    if file.is_file():
+        chunking = read_run_settings(config.rollouts).get("chunking", "tags")
+    patterns = end_patterns(chunking)
+
+    def closes_none(trajectory: Trajectory) -> bool:
+        text = completion_text(tokenizer, trajectory.completion_ids)
+        return not any(pattern in text for pattern in patterns)
+
+    kept, dropped = [], Counter(untagged=0, cut=0, too_short=0, too_long=0)
+    for label in labels:
+        trajectory = trajectories[label.trajectory_id]
+        last = len(trajectory.chunk_ends) - 1
+        if CHUNK_CLOSE in patterns and last == 0 and closes_none(trajectory):
+            dropped["untagged"] += 1
+        elif label.chunk_index == last and trajectory.is_cut:
+            dropped["cut"] += 1
+        else:
+            kept.append(label)
+    return kept, dropped
+
+
 def check_rule(config: Label) -> None:
     """Raises UserError where the annotations stopped early for the labels of another rule."""
-    file = Path(config.annotations) / "config.yaml"
-    adaptive = read_settings(file).get("adaptive") if file.is_file() else None
+    is_run = (Path(config.annotations) / "config.yaml").is_file()
+    adaptive = read_run_settings(config.annotations).get("adaptive") if is_run else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)
@@ -160,18 +195,18 @@ def classifier_examples(
     problems: dict[str, Problem],
     tokenizer: Tokenizer,
 ) -> list[ClassifierExample]:
-    """One per trajectory that has a label. A trajectory's labels stand together, in order."""
+    """One per trajectory that has a label. A trajectory's labels stand together, in order. The
+    chunk that was cut is no part of the solution: who judges all of it would learn of that too."""
     solutions = []
     for trajectory_id, group in itertools.groupby(labels, lambda label: label.trajectory_id):
         trajectory, own = trajectories[trajectory_id], list(group)
+        ends = trajectory.chunk_ends[: -1 if trajectory.is_cut else None]
         solutions.append(
             ClassifierExample(
                 solution_id=trajectory_id,
                 problem_id=trajectory.problem_id,
                 question=problems[trajectory.problem_id].question,
-                chunks=tuple(
-                    chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
-                ),
+                chunks=tuple(chunk_texts(tokenizer, trajectory.completion_ids, ends)),
                 labelled=tuple(label.chunk_index for label in own),
                 is_positive=tuple(label.is_positive for label in own),
                 q=tuple(label.q for label in own),
@@ -181,10 +216,11 @@ def classifier_examples(
 
 
 def filter_length(
-    config: Label, examples: Sequence[JudgeExample], tokenizer: Tokenizer
-) -> tuple[list[JudgeExample], dict[str, int]]:
-    """Paper 4.1: judge prompts that are overly short or excessively long are left out."""
-    kept, dropped = [], Counter(too_short=0, too_long=0)
+    config: Label, examples: Sequence[JudgeExample], tokenizer: Tokenizer, dropped: Counter[str]
+) -> list[JudgeExample]:
+    """Paper 4.1: judge prompts that are overly short or excessively long are left out, and counted
+    in `dropped`."""
+    kept = []
     for example in examples:
         prompt = encode_judge_prompt(
             tokenizer, example.question, example.history, example.chunk, config.prompt_style
@@ -195,4 +231,4 @@ def filter_length(
             dropped["too_long"] += 1
         else:
             kept.append(example)
-    return kept, dict(dropped)
+    return kept

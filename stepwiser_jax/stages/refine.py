@@ -8,8 +8,9 @@ The conversation goes on with all that was said before in it. A solution in whic
 stays; so does one after which the context has no room for another of `sampling.max_new_tokens`, so
 that none is replaced by one that was cut short; and one that has no step to be judged.
 
-Reads `problems`, `policy` and `judge`. Writes search results `<problem>/turn<r>`: the solution
-after r turns; `rejected_tokens` are those of the solutions before it.
+Leaves out, and counts, problems whose reference answer cannot be verified. Reads `problems`,
+`policy` and `judge`. Writes search results `<problem>/turn<r>`: the solution after r turns;
+`rejected_tokens` are those of the solutions before it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judging import Solution
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
@@ -59,6 +60,7 @@ def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     compilation.start(config.compilation_cache)
     dropped: Counter[str] = Counter()
     problems = read_problems(config.problems, dropped)
+    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: result_ids(config, block))
     measured = refine_blocks(config, directory, problems, work) if work else {}

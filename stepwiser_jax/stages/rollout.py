@@ -18,16 +18,16 @@ import jax
 
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
-from stepwiser_jax.records import Problem, Trajectory, UserError, natural_key
+from stepwiser_jax.records import Problem, Trajectory, natural_key
 from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_verifiable
+from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -45,15 +45,16 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     if directory.finished:
         return directory.summary()
     compilation.start(config.compilation_cache)
-    unread: Counter[str] = Counter()
-    problems, dropped = filter_problems(read_problems(config.problems, unread))
+    dropped = Counter(duplicate=0, unverifiable=0)
+    problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
+    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
     measured = sample_blocks(config, directory, problems, work) if work else {}
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
     if directory.worker == 0:
         problem_writer.append(problems)
-    counts = {"problems": len(problems), "dropped": dropped | unread}
+    counts = {"problems": len(problems), "dropped": dict(dropped)}
     return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
 
 
@@ -89,24 +90,13 @@ def trajectory_ids(config: Rollout, block: Sequence[Problem]) -> list[str]:
     return [f"{problem.problem_id}#{g}" for problem in block for g in range(config.group_size)]
 
 
-def filter_problems(problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, int]]:
-    """Paper 4.1: drop duplicate questions and unverifiable answers. Returns the rest and counts."""
-    kept: dict[str, Problem] = {}
-    dropped = {"duplicate": 0, "unverifiable": 0}
+def drop_duplicates(problems: Sequence[Problem], dropped: Counter[str]) -> list[Problem]:
+    """Paper 4.1: the first problem of every question. The others are counted in `dropped`."""
+    first: dict[str, Problem] = {}
     for problem in problems:
-        question = " ".join(problem.question.split())
-        if question in kept:
-            dropped["duplicate"] += 1
-        elif not is_verifiable(problem.answer):
-            dropped["unverifiable"] += 1
-        else:
-            kept[question] = problem
-    if not kept:
-        raise UserError(
-            f"no problem is left of {len(problems)}: {dropped['duplicate']} were duplicates and "
-            f"{dropped['unverifiable']} had a reference answer that cannot be verified"
-        )
-    return list(kept.values()), dropped
+        first.setdefault(" ".join(problem.question.split()), problem)
+    dropped["duplicate"] += len(problems) - len(first)
+    return list(first.values())
 
 
 class BlockSampler:
@@ -178,7 +168,7 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
         "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
-        "stopped_by_length": sum(t.stop_reason == "length" for t in trajectories) / count,
+        "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }
 
 

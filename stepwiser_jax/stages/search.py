@@ -13,7 +13,7 @@ solutions that they find, each weighed by the aggregate of its chunks' scores th
 Where the paper is silent:
 
 1. After `max_attempts` rejections the last attempt is kept (and counted as a forced chunk).
-2. A judgment that cannot be parsed accepts the chunk: it is no reason to spend more tokens.
+2. A judgment without a verdict accepts the chunk: it is no reason to spend more tokens.
 3. Token cost counts what is generated: by the policy, accepted or rejected, and by the judge. Of
    a classifier that is its sign, one token a chunk. Rejected is what stands in no solution that is
    chosen or votes: a chunk taken back, a beam that was pruned, every sample but the best of k.
@@ -28,7 +28,8 @@ Samples never overrun B but for the first, the steered methods by one step and t
 solution at most: compare the tokens that `summary.json` gives, not B. Where a row's `samples` is k,
 B was not what limited it: for an equal budget ask for more samples.
 
-Reads `problems`, `policy`, and `judge` or `classifier`. Writes search results.
+Leaves out, and counts, problems whose reference answer cannot be verified. Reads `problems`,
+`policy`, and `judge` or `classifier`. Writes search results.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from stepwiser_jax.runtime.judges import load_judge
 from stepwiser_jax.runtime.judging import Solution, SolutionJudge
 from stepwiser_jax.runtime.loading import load_for_decoding
 from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
@@ -81,6 +82,7 @@ def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     compilation.start(config.compilation_cache)
     dropped: Counter[str] = Counter()
     problems = read_problems(config.problems, dropped)
+    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: search_ids(config, block))
     measured = search_blocks(config, directory, problems, work) if work else {}

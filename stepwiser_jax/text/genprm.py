@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepwiser_jax.records import ClassifierExample, Dialogue
+from stepwiser_jax.text.answers import last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import JudgePromptStyle, bare_judge_prompt
 from stepwiser_jax.text.rationales import Outcome
@@ -79,11 +80,11 @@ USE_CODE = "Let's use python code to find any potential error:\n"
 
 _BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _OUTPUT = re.compile(r"(?<=\[Code Output\])(\n\n```\n.*?\n```\n)", re.DOTALL)
-_PARAGRAPH = re.compile(r"^### Paragraph (\d+)[ \t]*\n", re.MULTILINE)
+_PARAGRAPH = re.compile(r"^### Paragraph (\d{1,6})[ \t]*\n", re.MULTILINE)
 _SECTION = re.compile(
-    r"\s*<analyze>\s*(.*?)\s*</analyze>(?:\s*<verify>\s*(.*?)</verify>)?", re.DOTALL
-)
-_INDEX = re.compile(r"\\boxed\s*\{\s*(-?\d+)\s*\}")
+    r"\s*<analyze>(.*?)</analyze>(?:\s*<verify>(.*?)</verify>)?", re.DOTALL
+)  # white space within the tags is stripped later: to match it here takes for ever
+_INDEX = re.compile(r"-1|[1-9]\d{0,5}")
 
 
 @dataclass(frozen=True)
@@ -264,15 +265,16 @@ def parse_critique(text: str, num_chunks: int) -> Critique | None:
         return None
     if any(m and body[m.end() :].strip() for m, body in zip(matches[:-1], bodies, strict=False)):
         return None
-    indices = _INDEX.findall(bodies[-1][matches[-1].end() :] + answer)
-    if not indices or not (indices[-1] == "-1" or int(indices[-1]) >= 1):
+    index = last_box(bodies[-1][matches[-1].end() :] + answer)
+    if index is None or not _INDEX.fullmatch(index):
         return None
-    first_wrong = int(indices[-1]) - (indices[-1] != "-1")
-    turns = [
-        whole_turn(t, *match.groups(default=""), is_right=t != first_wrong)
-        for t, match in enumerate(matches)
-        if match is not None
-    ]
+    first_wrong = int(index) - (index != "-1")
+    turns = []
+    for t, match in enumerate(filter(None, matches)):
+        analysis, verification = match.groups(default="")
+        turns.append(
+            whole_turn(t, analysis.strip(), verification.lstrip(), is_right=t != first_wrong)
+        )
     return _covering(turns, first_wrong, num_chunks)
 
 

@@ -14,6 +14,7 @@ class Outcome(enum.Enum):
     KEPT = "kept"
     UNFINISHED = "unfinished"
     UNPARSED = "unparsed"
+    OTHER_BOX = "other_box"
     DISAGREES = "disagrees"
     TOO_LONG = "too_long"
     REPEATED = "repeated"
@@ -24,7 +25,7 @@ def judgment_outcome(text: str, finished: bool, is_positive: bool) -> Outcome:
     verdict = parse_verdict(text)
     if not finished:
         return Outcome.UNFINISHED
-    if verdict is Verdict.UNPARSED:
-        return Outcome.UNPARSED
+    if not verdict.is_given:
+        return Outcome.OTHER_BOX if verdict is Verdict.OTHER else Outcome.UNPARSED
     agrees = verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE)
     return Outcome.KEPT if agrees else Outcome.DISAGREES

@@ -21,7 +21,7 @@ Splitter = Literal["blank_lines", "steps", "sentences"]
 
 _BOUNDARIES: dict[Splitter, str] = {
     "blank_lines": r"\n\s*\n",
-    "steps": r"\n\s*(?=(?:[#*]+ *)?Step \d)",
+    "steps": r"(?<!\s)[^\S\n]*\n\s*(?=(?:[#*]+ *)?Step \d)",
     "sentences": r"(?<=[.!?])\s+",
 }
 
@@ -49,13 +49,13 @@ def read_segmentation(text: str, solution: str) -> tuple[Outcome, tuple[str, ...
         return Outcome.TEXT_OUTSIDE_OF_CHUNKS, ()
     if not all(chunks):
         return Outcome.EMPTY_CHUNK, ()
-    rest = solution
+    end = 0
     for chunk in chunks:
-        rest = rest.lstrip()
-        if not rest.startswith(chunk):
+        begin = solution.find(chunk, end)
+        if begin < 0 or solution[end:begin].strip():
             return Outcome.ALTERED, ()
-        rest = rest.removeprefix(chunk)
-    return (Outcome.ALTERED, ()) if rest.strip() else (Outcome.KEPT, tuple(chunks))
+        end = begin + len(chunk)
+    return (Outcome.ALTERED, ()) if solution[end:].strip() else (Outcome.KEPT, tuple(chunks))
 
 
 def majority_segmentation(

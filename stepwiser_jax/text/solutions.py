@@ -5,7 +5,8 @@ A row's format is known by its columns:
     PRM800K         question.problem, label.steps     ratings -1, 0, 1 of several completions a step
     Math-Shepherd   input, label                      + and -, or values, in the places of its tags
     Math-APS        question, reasoning_steps         Monte Carlo values, of a tree or of prefixes
-    PRMBench        modified_process, error_steps     1-based indices of the wrong steps
+    PRMBench        modified_process, error_steps     1-based indices of the wrong steps; those past
+                                                      the last step are ignored, as by its scorer
     ProcessBench    problem, steps, label             index of the first wrong step, -1: none
 
 All labels come to lie between 0 and 1, and none is lost: -1, 0, 1 become 0, 0.5, 1. A judge takes a
@@ -25,6 +26,7 @@ from stepwiser_jax.records import (
     ClassifierExample,
     JudgeExample,
     LabelledSolution,
+    PrmBenchItem,
     ProcessBenchItem,
     UserError,
 )
@@ -39,6 +41,9 @@ BAD_PROBLEM = "bad_problem"
 """PRM800K's `finish_reason` where the labeller found the problem itself wrong."""
 
 _LABEL = re.compile(r"[+-]|[01](\.\d+)?")
+
+_WITH_ORIGINAL = "redundency"
+"""PRMBench's class, in its spelling, whose rows also give the original solution."""
 
 RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0, None: None}
 """PRM800K's, as labels; a step that a labeller wrote has none."""
@@ -293,12 +298,7 @@ def _tree_of_prefixes(question: str, prefixes: Sequence[Any]) -> Row:
 def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
     """The modified process with its wrong steps; of the rows classified `redundency`, the original
     too: each is in the benchmark once for every class, and its own loader takes them from there."""
-    steps = tuple(_texts(row, "modified_process"))
-    wrong = _field(row, "error_steps", list)
-    if not all(type(step) is int and 1 <= step <= len(steps) for step in wrong):
-        raise UserError(
-            f"expected 'error_steps' from 1 to {len(steps)} for {len(steps)} steps, found {wrong}"
-        )
+    steps, wrong = _prmbench_steps(row)
     kind = _field(row, "classification", str)
     solutions = [
         LabelledSolution(
@@ -308,11 +308,11 @@ def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
             question=_field(row, "modified_question", str),
             answer=None,
             steps=steps,
-            labels=tuple(0.0 if step in wrong else 1.0 for step in range(1, len(steps) + 1)),
+            labels=tuple(0.0 if step in wrong else 1.0 for step in range(len(steps))),
             cumulative=False,
         )
     ]
-    if kind == "redundency":
+    if kind == _WITH_ORIGINAL:
         original = tuple(_texts(row, "original_process"))
         solutions.append(
             LabelledSolution(
@@ -327,6 +327,44 @@ def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
             )
         )
     return solutions
+
+
+def _prmbench_steps(row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The modified steps, and the 0-based indices of the wrong ones among them."""
+    steps = tuple(_texts(row, "modified_process"))
+    wrong = _field(row, "error_steps", list)
+    if not all(type(step) is int and step >= 1 for step in wrong):
+        raise UserError(f"expected 'error_steps', integers from 1 on, found {wrong}")
+    return steps, tuple(sorted({step - 1 for step in wrong if step <= len(steps)}))
+
+
+def is_prmbench(row: Row) -> bool:
+    """Returns whether a row has PRMBench's columns."""
+    return row.get("modified_process") is not None
+
+
+def error_steps_past_the_end(row: Row) -> int:
+    """Returns how many of a PRMBench row's `error_steps` its solution does not have: they are
+    ignored. About 1.6% of the rows have such steps."""
+    steps, _ = _prmbench_steps(row)
+    return sum(step > len(steps) for step in row["error_steps"])
+
+
+def prmbench_items(row: Row) -> list[PrmBenchItem]:
+    """Returns a PRMBench row's solution with its wrong steps, and for the rows of one class the
+    original solution too, as the benchmark's own loader does: 758 originals beside 6,211 others.
+
+    Raises UserError for a row without PRMBench's columns.
+    """
+    kind, row_id = _field(row, "classification", str), _field(row, "idx", str)
+    steps, wrong = _prmbench_steps(row)
+    question = _field(row, "modified_question", str)
+    items = [PrmBenchItem(f"{kind}_{row_id}", kind, question, steps, wrong)]
+    if kind == _WITH_ORIGINAL:
+        original = tuple(_texts(row, "original_process"))
+        question = _field(row, "original_question", str)
+        items.append(PrmBenchItem(f"correct_{row_id}", "correct", question, original, ()))
+    return items
 
 
 def _processbench(row: Row, row_id: str) -> list[LabelledSolution]:
@@ -372,7 +410,7 @@ _FORMATS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[LabelledS
     (lambda row: isinstance(row.get("question"), dict), _prm800k),
     (lambda row: row.get("input") is not None, _math_shepherd),
     (lambda row: row.get("reasoning_steps") is not None, _math_aps),
-    (lambda row: row.get("modified_process") is not None, _prmbench),
+    (is_prmbench, _prmbench),
     (lambda row: row.get("steps") is not None, _processbench),
 )
 

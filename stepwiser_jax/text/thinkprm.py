@@ -24,6 +24,7 @@ import re
 from collections.abc import Sequence
 
 from stepwiser_jax.records import ClassifierExample, Verdict
+from stepwiser_jax.text.answers import BOX, last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import BOXED, PromptStyle, bare_judge_prompt, boxed_word
 from stepwiser_jax.text.rationales import Outcome
@@ -134,25 +135,33 @@ class StepVerdict:
     box: tuple[int, int]
 
 
-_HEADING = re.compile(r"^[^\w\n]*Step (?P<number>\d+)[*_\s]*:", re.MULTILINE)
-_MARK = re.compile(f"{_HEADING.pattern}|(?P<box>{BOXED.pattern})", re.MULTILINE)
+_HEADING = re.compile(r"^[^\w\n]*Step (?P<number>\d{1,6})[*_\s]*:", re.MULTILINE)
+_MARK = re.compile(
+    f"{_HEADING.pattern}|(?P<box>{BOXED.pattern})|(?P<begun>{BOX.pattern})", re.MULTILINE
+)
 
 
 def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
     """As they were written; under one heading there may be several. Boxes that hold no verdict do
-    not count; a verdict before the first heading is of no step, -1."""
+    not count; a verdict before the first heading is of no step, -1. Where the last box is
+    unfinished, what was said of its step before is given up."""
     verdict_of = dict(
         zip(map(str.lower, form.words), (Verdict.POSITIVE, Verdict.NEGATIVE), strict=True)
     )
     found: list[StepVerdict] = []
     step, start = -1 if form.numbered else 0, 0
+    begun = None
     for mark in _MARK.finditer(chain):
-        if mark["box"] is None:
+        if mark["number"] is not None:
             step = int(mark["number"]) - 1 if form.numbered else step
+        elif mark["box"] is None:
+            begun = step
         elif verdict := verdict_of.get(boxed_word(mark["box"])):
             found.append(StepVerdict(step, verdict, chain[start : mark.end()], mark.span()))
             start = mark.end()
             step += not form.numbered
+    if begun is not None and last_box(chain) is None:
+        return [v for v in found if v.step != begun]
     return found
 
 
@@ -171,10 +180,11 @@ def verdicts_of(rounds: Sequence[str], form: Form, num_steps: int) -> list[Verdi
     of which nothing was said follow an incorrect step and are Negative, as in the paper's code;
     other steps without a verdict are Unparsed."""
     said = {v.step: v.verdict for chain in rounds for v in step_verdicts(chain, form)}
-    verdicts: list[Verdict] = []
+    verdicts, unsaid = [], Verdict.UNPARSED
     for step in range(num_steps):
-        unsaid = Verdict.NEGATIVE if Verdict.NEGATIVE in verdicts else Verdict.UNPARSED
         verdicts.append(said.get(step, unsaid))
+        if verdicts[-1] is Verdict.NEGATIVE:
+            unsaid = Verdict.NEGATIVE
     return verdicts
 
 

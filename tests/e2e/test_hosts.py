@@ -14,10 +14,17 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_files import read_records
-from stepwiser_jax.records import Judgment, PrefixValue, SearchResult, Selection, Trajectory
+from stepwiser_jax.record_files import read_records, write_records
+from stepwiser_jax.records import (
+    JudgeExample,
+    Judgment,
+    PrefixValue,
+    SearchResult,
+    Selection,
+    Trajectory,
+)
 
-from .conftest import command
+from .conftest import CONFIGS, command
 from .test_kill import everything
 
 BLOCKS = {
@@ -30,13 +37,13 @@ BLOCKS = {
 }
 
 
-def start(arguments, *, processes, devices=1):
+def start(arguments, *, processes, devices=1, program=("-m", "stepwiser_jax")):
     """The command in several processes on loopback, each with its own fake devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    words = [sys.executable, "-m", "stepwiser_jax", *arguments]
+    words = [sys.executable, *program, *arguments]
     words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
     return [
         subprocess.Popen(
@@ -191,6 +198,74 @@ def stop_after_a_checkpoint(processes, run):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 130, errors[-3000:]
     assert not (run / "manifest.json").exists(), "it was done before it could be stopped"
+
+
+COUNTING = """
+import sys
+from jax.experimental import multihost_utils
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.runtime.training_run import TrainingRun
+
+gather, fit, gathers = multihost_utils.process_allgather, TrainingRun.fit, []
+
+def counting_gather(*args, **kwargs):
+    gathers.append(1)
+    return gather(*args, **kwargs)
+
+def counting_fit(*args):
+    before = len(gathers)
+    seconds = fit(*args)
+    print("gathers in the loop:", len(gathers) - before, file=sys.stderr)
+    return seconds
+
+multihost_utils.process_allgather, TrainingRun.fit = counting_gather, counting_fit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_loop_of_two_processes_gathers_nothing_on_their_hosts(tmp_path):
+    arguments = ["sft", "--config", str(CONFIGS / "smoke_policy.yaml")]
+    arguments += ["--run-dir", str(tmp_path / "run"), "--set", "steps=12", "--set", "mesh.data=2"]
+    for process in start(arguments, processes=2, program=("-c", COUNTING)):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        assert "gathers in the loop: 0\n" in errors
+
+
+ASKED = """
+import sys
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.runtime import hosts
+from stepwiser_jax.runtime.run import stop
+
+hosts.BEAT_SECONDS = 0.05
+stop.requested = sys.argv[-1] == "1"  # of the second process
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
+    """The second is asked to, in the first draw. Started again, they sample the other rows."""
+    prompts = [f"start {n} ; * 7 + 5 ?" for n in range(8)]
+    examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
+    write_records(tmp_path / "examples.jsonl", examples)
+    settings = ("model.path=arithmetic", f"examples={tmp_path / 'examples.jsonl'}")
+    settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_refills=0", "iterations=1")
+    settings += ("grpo.drop_zero_variance=false",)
+    run = tmp_path / "run"
+    arguments = ["judge", "--config", str(CONFIGS / "smoke_judge.yaml"), "--run-dir", str(run)]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    for process in start(arguments, processes=2, program=("-c", ASKED)):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 130, errors[-3000:]
+    (left,) = (run / "pending").iterdir()
+    assert left.name.endswith(".rows.jsonl")
+    assert 0 < len(left.read_text().splitlines()) < 8 * 4
+    finish(start(arguments, processes=2))
+    assert [line["groups_sampled"] for line in metrics(run)] == [8]
+    assert not list((run / "pending").iterdir())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,24 @@ import pytest
 
 from .conftest import command
 
-SETTINGS = {
-    "rollouts": ("problems.limit=24", "problems_per_block=2"),
+KILLS = int(os.environ.get("KILLS", 3))
+"""Of each stage, at random moments; the environment may ask for more."""
+
+RUNS = {
+    "policy": ("steps=60", "training.checkpoint_every=5"),
+    "rollouts": ("problems.limit=48", "problems_per_block=2"),
     "values": ("trajectories_per_block=2",),
+    "judge": ("iterations=12", "training.checkpoint_every=2"),
+    "classifier": ("steps=40", "training.checkpoint_every=3"),
+    "evaluate": ("items_per_block=2",),
 }
-KILLS = 6
+"""Long enough to be killed in the middle."""
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """The processes have one, as users have it."""
+    monkeypatch.setenv("XLA_FLAGS", "")
 
 
 def start(arguments):
@@ -33,22 +47,23 @@ def progress_of(run):
     return sum(f.stat().st_size for f in files if f.is_file() and "problems" not in str(f.parent))
 
 
-def kill_after_progress(arguments, run):
-    process = start(arguments)
-    before = progress_of(run)
-    while progress_of(run) == before:
-        assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "manifest.json").exists(), "it was done before it could be killed"
+def files_of(run):
+    """What a run hands on, as bytes."""
+    found = (*run.glob("records/*/*"), *run.glob("model/*"))
+    return {str(file.relative_to(run)): file.read_bytes() for file in found}
 
 
-def everything(run):
-    """Records as bytes; model, optimizer state and counters of the last checkpoint as arrays."""
-    records = {file.name: file.read_bytes() for file in sorted(run.glob("records/*/*.jsonl"))}
+def logged(run):
+    """The lines of metrics.jsonl, without what they say of their writing."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) | {"time": 0, "seconds": 0} for line in lines]
+
+
+def checkpoint_of(run):
+    """Model, optimizer state and counters of the last checkpoint, as arrays."""
     if not (run / "checkpoints").exists():
-        return records, []
+        return []
     names = ("model", "rest")
     handlers = {name: ocp.StandardCheckpointHandler() for name in names}
     handlers["host"] = ocp.JsonCheckpointHandler()
@@ -65,25 +80,58 @@ def everything(run):
     }
     saved = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore(), **wanted))
     assert saved["host"]["loader"]
-    return records, jax.tree.leaves((step, saved["host"], saved["model"], saved["rest"]))
+    return jax.tree.leaves((step, saved["host"], saved["model"], saved["rest"]))
+
+
+def assert_same(found, expected):
+    files = files_of(expected)
+    assert files and files_of(found) == files
+    assert logged(found) == logged(expected)
+    for a, b in zip(checkpoint_of(found), checkpoint_of(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def seconds_until_progress(process, run):
+    """None if the process ended before its files grew."""
+    began, before = time.monotonic(), progress_of(run)
+    while progress_of(run) == before:
+        if process.poll() is not None:
+            return None
+        time.sleep(0.005)
+    return time.monotonic() - began
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_kill_minus_nine_twice_and_run_again(runs, tmp_path, name):
-    os.environ["XLA_FLAGS"] = ""  # one device, as users have it
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_a_run_leaves_the_same_bytes(runs, tmp_path, name):
+    """A quarter of the moments lie before the first new result, the others after it. A run that
+    comes to its end before it can be killed is compared, and another one is begun."""
+    moments, kills = random.Random(name), 0
+    settings = (*RUNS[name], f"compilation_cache={tmp_path / 'cache'}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(command(name, runs, out=whole, extra=SETTINGS[name])).wait() == 0
-    again = command(name, runs, out=killed, extra=SETTINGS[name])
-    kill_after_progress(again, killed)
-    kill_after_progress(again, killed)
+    process = start(command(name, runs, out=whole, extra=settings))
+    starting = seconds_until_progress(process, whole)
+    began = time.monotonic()
+    assert process.wait() == 0
+    working = time.monotonic() - began
+    again = command(name, runs, out=killed, extra=settings)
+    while kills < KILLS:
+        process, wait = start(again), moments.uniform(0, starting)
+        if moments.random() > 0.25:
+            seconds_until_progress(process, killed)
+            wait = moments.uniform(0, working)
+        try:
+            assert process.wait(wait) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            print(name, kills, f"{wait:.2f}", *sorted(f.name for f in killed.glob("*")))
+        else:
+            assert_same(killed, whole)
+            shutil.rmtree(killed)
     assert start(again).wait() == 0
-    records, arrays = everything(whole)
-    found_records, found_arrays = everything(killed)
-    assert found_records == records
-    assert bool(records) != bool(arrays), "nothing was compared"
-    for a, b in zip(arrays, found_arrays, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(killed, whole)
 
 
 def kill_after(seconds, arguments, run, *, sign):
@@ -104,10 +152,9 @@ def kill_after(seconds, arguments, run, *, sign):
 @pytest.mark.slow
 def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     """Draws, checkpoints complete and not, and metrics lie there in all mixtures."""
-    os.environ["XLA_FLAGS"] = ""
-    moments, found = random.Random(0), []
+    moments, found, kills = random.Random(0), [], 6
     extra = (
-        f"iterations={4 * KILLS}",
+        f"iterations={4 * kills}",
         f"compilation_cache={tmp_path / 'cache'}",
         "training.checkpoint_every=2",
     )
@@ -115,7 +162,7 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     assert start(command("judge", runs, out=whole, extra=extra)).wait() == 0
     per_iteration = json.loads((whole / "summary.json").read_text())["seconds_per_iteration"]
     again = command("judge", runs, out=killed, extra=extra)
-    for kill in range(KILLS):
+    for kill in range(kills):
         if kill % 3 == 2:  # while a checkpoint is written, which takes hundredths of a second
             sign, seconds = "checkpoints/*.orbax-checkpoint-tmp", moments.uniform(0, 0.02)
         else:
@@ -125,10 +172,7 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     assert any("orbax-checkpoint-tmp" in name for names in found for name in names)
     assert any(name.startswith("pending/") for names in found for name in names)
     assert start(again).wait() == 0
-    (_, arrays), (_, found_arrays) = everything(whole), everything(killed)
-    for a, b in zip(arrays, found_arrays, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_same(killed, whole)
     assert not list(killed.glob("pending/*"))
 
 

@@ -25,8 +25,9 @@ from stepwiser_jax.records import (
     Selection,
     SftExample,
     Trajectory,
+    Verdict,
 )
-from stepwiser_jax.runtime import training_run
+from stepwiser_jax.runtime import run as run_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
@@ -157,6 +158,52 @@ def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
     assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
 
 
+def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
+    solutions = [s for s in read_records(runs / "labels", ClassifierExample) if len(s.chunks) > 1]
+    source = tmp_path / "prmbench.jsonl"
+    rows = [
+        {
+            "idx": str(n),
+            "classification": ("circular", "redundency")[n % 2],
+            "modified_question": solution.question,
+            "original_question": solution.question,
+            "modified_process": solution.chunks,
+            "original_process": solution.chunks,
+            "error_steps": [2],
+        }
+        for n, solution in enumerate(solutions[:2])
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, *extra):
+        extra = (f"items={source}", *extra)
+        assert main(command(name, runs, out=tmp_path / name, extra=extra)) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        return summary, {j.example_id: j for j in read_records(tmp_path / name, Judgment)}
+
+    summary, judgments = run("evaluate", "votes=0")
+    assert summary["items"] == 3 and judgments.keys() >= {"circular_0/1", "correct_1/0"}
+    for step, expected in enumerate([Verdict.POSITIVE, Verdict.NEGATIVE]):
+        judgment = judgments[f"circular_0/{step}"]
+        assert judgment.reward == (judgment.verdict is expected)
+    circular = [judgments[f"circular_0/{s}"].verdict for s in range(len(solutions[0].chunks))]
+    accepted = [verdict is Verdict.POSITIVE for verdict in circular]
+    right = [step != 1 for step in range(len(circular))]
+    kept = sum(a and r for a, r in zip(accepted, right, strict=True))
+    found = summary["greedy"]["classes"]["circular"]
+    assert found["right_step_accuracy"] == pytest.approx(kept / sum(right))
+    summary, judgments = run("classify", "threshold=0.5", "threshold_subset=null")
+    assert set(summary["categories"]) == {"simplicity"}
+    caught = judgments["circular_0/1"].p_positive < 0.5
+    assert summary["classes"]["circular"]["wrong_step_accuracy"] == caught
+
+    capsys.readouterr()
+    arguments = command("classify", runs, out=tmp_path / "other", extra=(f"items={source}",))
+    assert_fails(capsys, arguments, "is for ProcessBench", tmp_path / "other")
+    assert main(["contrast", str(tmp_path / "evaluate"), str(tmp_path / "classify")]) == 2
+    assert "found those of PRMBench" in capsys.readouterr().err
+
+
 def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
     """Of a label run that is not balanced: the same chunks, histories and labels."""
     examples = {e.example_id: e for e in read_records(runs / "labels", JudgeExample)}
@@ -257,6 +304,10 @@ def die_at(step, monkeypatch):
     monkeypatch.setattr(TrainingRun, "finish_step", dying)
 
 
+def steps_of(run):
+    return json.loads((run / "summary.json").read_text())["steps"]
+
+
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
@@ -266,9 +317,17 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
-    extra = ("steps=20", "training.checkpoint_every=8")
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("cold_start", ("steps=null", "epochs=1", "packing=true", "batch_size=16")),
+        pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
+    ],
+)
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
+    runs, name, extra, tmp_path, monkeypatch, capsys
+):
+    extra += ("training.checkpoint_every=8",)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(name, runs, out=whole, extra=extra)) == 0
     arguments = command(name, runs, out=cut, extra=extra)
@@ -279,23 +338,29 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
     assert main(arguments) == 0
     assert_same_training(cut, whole)
+    assert 11 < steps_of(whole) == steps_of(cut)
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
+    assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
-    """Asked to stop while it samples, it leaves behind the draw; killed before an iteration is
-    over, it reads what it had sampled; and the end is the same to the bit."""
-    run, sampled, generate = tmp_path / "run", [], Engine.generate
+    """Asked to stop while it samples, it keeps the rows that are finished, here all of them; killed
+    before an iteration is over, it reads what it had sampled; and the end is the same to the bit.
+    """
+    run, sampled, sample = tmp_path / "run", [], Engine.sample
 
-    def counting(self, *args, row_ids, **settings):
-        sampled.extend(row_ids)
-        return generate(self, *args, row_ids=row_ids, **settings)
+    def counting(self, *args, **settings):
+        for ended in sample(self, *args, **settings):
+            sampled.extend(done.row_id for done in ended)
+            yield ended
 
-    monkeypatch.setattr(Engine, "generate", counting)
+    monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
-    assert len(sampled) == 8 * 4 and len(list((run / "pending").iterdir())) == 1
+    (left,) = (run / "pending").iterdir()
+    assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
     assert Checkpointer(run / "checkpoints").latest_step() == 0
     with monkeypatch.context() as patch:
         die_at(3, patch)
@@ -313,7 +378,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
     arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
         assert main(arguments) == 130
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -328,10 +393,10 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     out = tmp_path / "run"
     arguments = command("cold_start", runs, out=out, extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
-    monkeypatch.setattr(training_run, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
     script = (
         f"import fcntl, time; file = open({str(out / 'lock')!r}, 'r+'); "
         "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
@@ -341,7 +406,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
         assert main(arguments) == 2
-        assert f"another process is training in {out}" in capsys.readouterr().err
+        assert f"another process works in {out}" in capsys.readouterr().err
         assert (out / "metrics.jsonl").read_bytes() == before
     finally:
         first.kill()

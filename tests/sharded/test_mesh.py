@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from stepwiser_jax.runtime.mesh import (
     make_sampling_mesh,
     parameter_sharding,
     shard_batch,
+    slice_of,
     split_attention,
 )
 from stepwiser_jax.runtime.pending import fingerprint
@@ -444,6 +446,7 @@ class FakeDevice:
     id: int
     process_index: int
     platform: str = "cpu"
+    device_kind: str = "cpu"
 
 
 def test_a_judge_samples_on_all_devices_of_all_processes():
@@ -456,6 +459,95 @@ def test_a_judge_samples_on_all_devices_of_all_processes():
     for sizes in ({"data": 4, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 8, "tensor": 1}):
         with pytest.raises(UserError, match="must be all 8 devices of 4 processes"):
             make_sampling_mesh(training, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU's device, as jax describes it."""
+
+    id: int
+    device_kind: str
+    coords: tuple[int, ...]
+    process_index: int
+    slice_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+def torus(kind, x, y, z=1, slices=1):
+    """In the order of jax.devices(): hosts of 2 x 2 chips one after the other."""
+    chips = []
+    for slice_index, k, j, i in itertools.product(
+        range(slices), range(z), range(0, y, 2), range(0, x, 2)
+    ):
+        host = len(chips) // 4
+        for b, a in itertools.product(range(2), range(2)):
+            coords = (i + a, j + b, k)
+            chips.append(Chip(len(chips), kind, coords, host, slice_index))
+    return chips
+
+
+def hops(mesh, axis):
+    """The most links between two neighbours on an axis of the mesh; `inf` between slices."""
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1)
+    pairs = zip(devices[..., :-1].flat, devices[..., 1:].flat, strict=True)
+    return max(
+        sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True))
+        if a.slice_index == b.slice_index
+        else math.inf
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes"),
+    [
+        (torus("TPU v5", 4, 4, 4), (16, 4, 1)),
+        (torus("TPU v5", 4, 4, 4), (8, 4, 2)),
+        (torus("TPU v5", 4, 4, 4), (4, 4, 4)),
+        (torus("TPU v5 lite", 8, 8), (8, 8, 1)),
+        (torus("TPU v5 lite", 8, 8), (2, 8, 4)),
+        (torus("TPU v6 lite", 8, 8), (4, 8, 2)),
+        (torus("TPU v6 lite", 8, 8, slices=2), (8, 8, 2)),
+    ],
+    ids=lambda value: value if isinstance(value, tuple) else value[0].device_kind,
+)
+def test_neighbours_on_the_last_axes_are_neighbours_on_the_torus(devices, sizes):
+    mesh = make_mesh(*sizes, devices=devices)
+    assert {device.id for device in mesh.devices.flat} == set(range(len(devices)))
+    in_order = jax.sharding.Mesh(np.array(devices).reshape(sizes), mesh.axis_names)
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1:
+            assert hops(mesh, axis) == 1
+            assert hops(in_order, axis) > 1 or mesh.shape[axis] == 2
+    assert [slice_of(device) for device in mesh.devices[:, 0, 0]] == sorted(
+        slice_of(device) for device in mesh.devices[:, 0, 0]
+    )
+
+
+def test_a_judge_samples_on_neighbours():
+    training = make_mesh(16, 4, 1, devices=torus("TPU v5", 4, 4, 4))
+    sampling = make_sampling_mesh(training, {"data": 16, "fsdp": 1, "tensor": 4})
+    assert hops(sampling, "tensor") == 1
+    assert list(sampling.devices.flat) == list(training.devices.flat)
+
+
+def test_only_data_crosses_between_slices():
+    devices = torus("TPU v5 lite", 4, 4, slices=2)
+    mesh = make_mesh(2, 4, 4, devices=devices[::2] + devices[1::2])
+    slices = [{slice_of(device) for device in replica.flat} for replica in mesh.devices]
+    assert slices == [{0}, {1}]
+    with pytest.raises(UserError, match=r"does not fit 2 slices.*make data a multiple of 2"):
+        make_mesh(1, 8, 4, devices=devices)
+    with pytest.raises(UserError, match="does not fit 2 slices"):
+        make_sampling_mesh(mesh, {"data": 1, "fsdp": 1, "tensor": 32})
+
+
+def test_a_mesh_with_a_hole_is_refused():
+    host = torus("TPU v5", 2, 2)
+    assert make_mesh(1, 1, 2, devices=host).size == 2
+    with pytest.raises(UserError, match="is no block of the TPU's grid"):
+        make_mesh(3, 1, 1, devices=host)
 
 
 def test_one_process_may_sample_on_some_of_its_devices():

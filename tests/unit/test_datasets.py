@@ -8,9 +8,9 @@ import pytest
 from stepwiser_jax.record_files import write_records
 from stepwiser_jax.records import JudgeExample, UserError
 from stepwiser_jax.text.datasets import (
+    load_benchmark,
     load_judge_examples,
     load_problems,
-    load_processbench,
     load_solutions,
 )
 
@@ -50,7 +50,7 @@ def test_answers_come_from_the_columns_of_gsm8k_and_math(tmp_path):
 def test_processbench_items_and_the_judge_examples_made_of_them(tmp_path):
     right = ITEM | {"id": "gsm8k-8", "label": -1, "final_answer_correct": True}
     source = write(tmp_path / "gsm8k.json", [ITEM, right])
-    items = load_processbench(source)
+    items = load_benchmark(source)
     assert [(i.item_id, i.subset, i.first_error) for i in items] == [
         ("gsm8k-7", "gsm8k", 1),
         ("gsm8k-8", "gsm8k", -1),
@@ -86,7 +86,7 @@ def test_judge_examples_from_records(tmp_path):
 def test_a_broken_processbench_row_is_named(tmp_path, change, message):
     source = write(tmp_path / "items.json", [ITEM, ITEM | change])
     with pytest.raises(UserError, match="row 2") as error:
-        load_processbench(source)
+        load_benchmark(source)
     assert message in str(error.value)
 
 
@@ -124,6 +124,8 @@ def test_numina_math(tmp_path):
         (b"[3]", r"with named columns, found \[3\]"),
         (b'{"problem": "Half', "expected one JSON object a line, .* at column 13"),
         (b'{"problem": "\xff"}', "expected UTF-8"),
+        (b'{"problem": "\\ud800", "answer": "3"}', "half of a surrogate pair in .*ud800"),
+        (b'{"problem": "3?", "answer": "3", "problem_id": "\\udc00"}', "half of a surrogate pair"),
     ],
 )
 def test_malformed_rows_are_named_and_stop_or_are_left_out(tmp_path, caplog, bad, message):
@@ -153,6 +155,38 @@ def test_rows_of_a_list_are_named_with_the_lines_they_begin_on(tmp_path, indent,
         with pytest.raises(UserError, match=rf"rows\.json, row {number} \(line {line}\): expected"):
             load_problems(str(tmp_path / "rows.json"))
         assert len(load_problems(str(tmp_path / "rows.json"), on_malformed="skip")) == 1
+
+
+def test_a_shuffle_is_of_the_seed_alone_and_keeps_ids(tmp_path):
+    """As are the ids written here: on every machine."""
+    from datasets import Dataset
+
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(12)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    for source in (write(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.parquet")):
+        problems = load_problems(source, shuffle_seed=0, limit=5)
+        assert [p.question for p in problems] == ["q10", "q4", "q0", "q6", "q11"]
+        assert [int(p.problem_id.split("/")[-1]) for p in problems] == [10, 4, 0, 6, 11]
+        other = load_problems(source, shuffle_seed=1, limit=5)
+        assert [p.question for p in other] != [p.question for p in problems]
+        everything = load_problems(source, shuffle_seed=0)
+        assert everything[:5] == problems and len(everything) == 12
+
+
+def test_a_hub_data_set_is_read_no_further_than_the_limit(monkeypatch):
+    import datasets
+
+    class Table(list):
+        read = 0
+
+        def __getitem__(self, number):
+            self.read += 1
+            return super().__getitem__(number)
+
+    table = Table({"question": f"q{i}", "answer": "1"} for i in range(1000))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+    assert len(load_problems("hub/math", shuffle_seed=0, limit=7)) == 7
+    assert table.read <= 8
 
 
 def test_where_no_row_is_good_nothing_is_read(tmp_path):
@@ -192,7 +226,7 @@ def test_rows_of_several_formats_lie_in_one_file(tmp_path):
     ]
     assert [e.is_positive for e in examples] == [True, False, True, False, True, True, False]
     dropped = Counter()
-    items = load_processbench(source, on_malformed="skip", dropped=dropped)
+    items = load_benchmark(source, on_malformed="skip", dropped=dropped)
     assert [i.first_error for i in items] == [1, 1] and dropped == {"malformed": 1}
 
 
@@ -238,12 +272,15 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
         return hub if split is None else hub[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [i.item_id for i in load_processbench("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    assert [i.item_id for i in load_benchmark("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    items = load_benchmark("Qwen/PB", split=("gsm8k", "math"), on_malformed="skip")
+    assert [(i.item_id, i.subset) for i in items] == [("gsm8k-7", "gsm8k"), ("math-1", "math")]
     dropped = Counter()
     examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)
     assert {e.problem_id for e in examples} == {"gsm8k-7", "math-1"} and dropped["malformed"] == 1
     with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
         load_judge_examples("Qwen/PB")
-    assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
+    splits = ("gsm8k", "gsm8k", "math", None, None)
+    assert asked == [("Qwen/PB", None, split) for split in splits]
     with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
         load_problems("Qwen/PB")

@@ -115,6 +115,15 @@ def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt)
         check(tiny_model, params, output)
 
 
+def test_a_segment_has_a_most_number_of_steps(tiny_model, monkeypatch):
+    monkeypatch.setattr(engine_module, "SEGMENT_STEPS", 5)
+    engine = Engine(tiny_model, rows=(32,), buckets=(64,))
+    parts = list(engine.sample(trunks(19), SamplingParams(19), key=KEY, wanted=lambda fork: True))
+    assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
+    expected = reference(tiny_model, SamplingParams(19))
+    assert all(done.ids == expected.ids(IDS.index(done.row_id)) for done in parts[3])
+
+
 def test_forks_that_are_not_wanted_do_not_start(tiny_model):
     """What has been handed out decides about what starts next."""
     engine, seen = Engine(tiny_model, rows=(8,), buckets=(64,)), []

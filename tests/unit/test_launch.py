@@ -203,6 +203,22 @@ def test_a_mistake_is_one_message_and_exit_status_2(tools, message):
     assert result.stdout == "" and calls(tools) == []
 
 
+def test_the_grace_is_told_to_whoever_ends_the_run(tools):
+    """How long a run may take to save is one option."""
+    for name in ("slurm", "array", "jobset", "shards", "xpk"):
+        script, *words = LAUNCHERS[name]
+        result = launch(tools, script, "--dry-run", "--grace", "45", *words)
+        if name in ("jobset", "shards"):
+            found = pods(manifest(result))[0]["terminationGracePeriodSeconds"]
+        else:
+            call = shlex.split(result.stdout.splitlines()[0])
+            of_slurm = call[0] == "sbatch"
+            found = option(call, "signal" if of_slurm else "termination-grace-period-seconds")
+        assert found in (45, "45", "B:TERM@45"), name
+        mistake = launch(tools, script, "--dry-run", "--grace", "2m", *words)
+        assert "--grace: expected a whole number from 1, found '2m'" in mistake.stderr
+
+
 def test_no_secret_stands_in_a_file():
     for file in LAUNCH.iterdir():
         assert not re.search(r"hf_[A-Za-z0-9]{8}|PRIVATE KEY|password", file.read_text()), file
@@ -457,6 +473,7 @@ def test_what_is_submitted(tools):
     call = shlex.split(line)
     assert call[0] == "sbatch"
     assert (option(call, "nodes"), option(call, "gpus-per-node")) == ("2", "8")
+    assert option(call, "signal") == "B:TERM@300"
     assert call[-len(RUN) - 3 :] == [str(LAUNCH / "slurm_job.sh"), "0", "20", "8476", *RUN[1:]]
 
 
@@ -477,7 +494,6 @@ def test_what_the_job_asks_of_slurm():
         "--requeue",
         "--open-mode=append",
         "--output=%x-%j.log",
-        "--signal=B:TERM@120",
     }
     # sbatch stops looking at the first command.
     assert text.rindex("#SBATCH") < text.index("set -euo")

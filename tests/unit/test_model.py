@@ -1,15 +1,23 @@
 """The decoder: padding, segments, the cache and the shared prefix change nothing that they must
 not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.interpreters import partial_eval
 
-from stepwiser_jax.model.attention import LONG_ROW
+from stepwiser_jax.model import transformer
+from stepwiser_jax.model.attention import LONG_ROW, save_attention
+from stepwiser_jax.model.cudnn import CUDNN
 from stepwiser_jax.model.kv_cache import KVCache
+from stepwiser_jax.model.splash import SPLASH
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.runtime.mesh import make_mesh, split_attention
 from stepwiser_jax.segments import member
 from tiny import tiny_config
 
@@ -127,6 +135,40 @@ def test_rematerialisation_is_another_program_with_the_same_gradients(model):
     plain, remat = (jax.grad(loss)(model, flag) for flag in (False, True))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["one device", "every device its rows"])
+@pytest.mark.parametrize(
+    ("attention", "kernel"),
+    [
+        (SPLASH, r"name=splash_mha_fwd"),
+        (CUDNN, r"dot_product_attention_fwd_wrapper\["),
+    ],
+    ids=["splash", "cudnn"],
+)
+def test_rematerialisation_runs_no_attention_kernel_again(attention, kernel, is_split, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    config = tiny_config("qwen2", head_dim=64)
+    if is_split:
+        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+        attention = split_attention(attention, make_mesh(2), **heads)
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            config, rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16, attention=attention
+        )
+    )
+
+    def kernels(policy):
+        def loss(model):
+            return jnp.sum(model.hidden(tokens(2, 130), remat=True).astype(jnp.float32))
+
+        monkeypatch.setattr(transformer, "save_attention", policy)
+        gradients = jax.make_jaxpr(jax.grad(loss))(model).jaxpr
+        used, _ = partial_eval.dce_jaxpr(gradients, [True] * len(gradients.outvars))
+        return len(re.findall(kernel, str(used)))
+
+    assert kernels(save_attention) == 1
+    assert kernels(jax.checkpoint_policies.nothing_saveable) == 2
 
 
 def test_bfloat16_compute_returns_float32_logits():

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import Judged, Verdict
-from stepwiser_jax.runtime.pending import PendingGroups, fingerprint
+from stepwiser_jax.records import Judged, SampledRow, Verdict
+from stepwiser_jax.runtime.bits import fingerprint
+from stepwiser_jax.runtime.pending import PendingGroups
 
 
 def groups(count):
@@ -31,6 +32,20 @@ def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
     assert pending.read(3, 0, "aa") == written
     for iteration, draw, sampled_by in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
         assert pending.read(iteration, draw, sampled_by) is None
+
+
+def test_the_rows_of_a_draw_are_there_until_it_is_whole(tmp_path):
+    pending, rows = PendingGroups(tmp_path), [SampledRow("r", (3, 4), (-0.1, -1e-7))]
+    assert pending.read_rows(3, 0, "aa") == {}
+    pending.write_rows(3, 0, "aa", rows)
+    assert pending.read(3, 0, "aa") is None
+    assert pending.read_rows(3, 0, "ab") == {}
+    assert pending.read_rows(3, 0, "aa") == {"r": rows[0]}
+    pending.write(3, 0, "aa", groups(1))
+    assert pending.read_rows(3, 0, "aa") == {}
+    pending.write_rows(3, 1, "aa", rows)
+    pending.forget_before(4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_those_before_a_checkpoint_are_forgotten(tmp_path):

@@ -13,6 +13,7 @@ from stepwiser_jax.algo.processbench import (
     processbench_f1,
     processbench_f1_by_final_answer,
     score_by_subset,
+    score_items,
     solution_scores,
     solutions_by_subset,
 )
@@ -25,7 +26,7 @@ from stepwiser_jax.algo.statistics import (
 )
 from stepwiser_jax.records import ProcessBenchItem, Verdict
 
-P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
+P, N, U, X = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.OTHER
 
 
 def slow_f1(predictions, labels, is_error):
@@ -69,7 +70,14 @@ def test_f1_of_nothing_right_is_zero_not_nan():
 
 @pytest.mark.parametrize(
     ("verdicts", "as_negative", "as_positive"),
-    [([P, P], -1, -1), ([P, N, N], 1, 1), ([P, U, N], 1, 2), ([], -1, -1), ([U], 0, -1)],
+    [
+        ([P, P], -1, -1),
+        ([P, N, N], 1, 1),
+        ([P, U, N], 1, 2),
+        ([], -1, -1),
+        ([U], 0, -1),
+        ([P, X, P], 1, -1),
+    ],
 )
 def test_first_predicted_error(verdicts, as_negative, as_positive):
     assert first_predicted_error(verdicts, unparsed_as="negative") == as_negative
@@ -77,13 +85,19 @@ def test_first_predicted_error(verdicts, as_negative, as_positive):
 
 
 def test_majority_verdict_for_every_small_vote():
-    for votes in itertools.product([P, N, U], repeat=4):
+    for votes in itertools.product([P, N, U, X], repeat=4):
         positive, negative = votes.count(P), votes.count(N)
         found = majority_verdict(votes)
         if positive == negative == 0:
-            assert found is U
+            assert found is (X if X in votes else U)
         else:
             assert found is (P if positive > negative else N)
+
+
+def test_steps_without_a_verdict_are_counted_and_a_box_with_something_else_apart():
+    items = [ProcessBenchItem("i", "s", "q", ("a",) * 5, -1, True)]
+    scores = score_items(items, [[P, U, X, X, N]], seed=0, unparsed_as="negative")
+    assert (scores["unparsed_rate"], scores["other_box_rate"]) == (0.6, 0.4)
 
 
 def slow_solution_scores(p_correct, is_correct):
@@ -143,6 +157,7 @@ def test_scores_of_whole_solutions_by_subset():
         (N, True, 0.0),
         (U, True, 0.0),
         (U, False, 0.0),
+        (X, False, 0.0),
     ],
 )
 def test_reward(verdict, is_positive, reward):

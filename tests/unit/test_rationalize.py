@@ -2,11 +2,18 @@
 
 import pytest
 
-from stepwiser_jax.records import ClassifierExample, Rationale, SftExample, UserError
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample, UserError
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages.rationalize import TextWriter, choose, summarize, to_learn
+from stepwiser_jax.stages.rationalize import (
+    TextWriter,
+    choose,
+    load_examples,
+    summarize,
+    to_learn,
+)
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 
 
@@ -18,6 +25,8 @@ from stepwiser_jax.text.rationales import Outcome, judgment_outcome
         (r"2 + 2 = 4. \boxed{Positive}", True, False, Outcome.DISAGREES),
         (r"2 + 2 = 5. \boxed{Negative}", True, True, Outcome.DISAGREES),
         ("It is right.", True, True, Outcome.UNPARSED),
+        (r"\boxed{Positive}, or \boxed{Pos", True, True, Outcome.UNPARSED),
+        (r"\boxed{Positive}, since it is \boxed{4}", True, True, Outcome.OTHER_BOX),
         (r"2 + 2 = 4. \boxed{Positive}", False, True, Outcome.UNFINISHED),
     ],
 )
@@ -59,11 +68,23 @@ def test_what_is_learned_is_kept_and_balanced(request):
         "kept": 10,
         "unfinished": 0,
         "unparsed": 0,
+        "other_box": 0,
         "disagrees": 5,
         "too_long": 0,
         "repeated": 0,
     }
     assert summarize(written)["kept_positive_share"] == 0.7
+
+
+def test_the_limit_counts_what_exclusions_leave(request, tmp_path):
+    examples = [JudgeExample(f"{q}/0", q, q, "", "so 3", True) for q in "abcd"]
+    write_records(tmp_path / "examples.jsonl", examples)
+    (tmp_path / "held_out.json").write_text('[{"problem": "a"}, {"problem": "c"}]')
+    exclude = f"exclude=[{tmp_path / 'held_out.json'}]"
+    settings = config(request, f"examples={tmp_path / 'examples.jsonl'}", exclude, "limit=2")
+    left, dropped = load_examples(settings)
+    assert [e.question for e in left] == ["b", "d"]
+    assert dropped == {"excluded": 2}
 
 
 def test_nothing_to_learn_is_refused(request):

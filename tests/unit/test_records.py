@@ -46,6 +46,7 @@ def test_every_kind_of_field_survives():
         ({"answer": None}, "Problem.answer"),
         ({"extra": 1}, "has the fields"),
         ({"question": 3}, "Problem.question"),
+        ({"question": "a\ud800b"}, "Problem.question: .* half of a surrogate pair"),
     ],
 )
 def test_bad_fields_are_named(change, message):
@@ -69,6 +70,15 @@ def test_natural_order():
         "p#2/2",
         "p#2/11",
         "p#10/1",
+    ]
+
+
+def test_every_id_has_its_place():
+    """What is a digit elsewhere, and numbers that `int` refuses."""
+    huge = "9" * 5000
+    ids = ["p#10²", "p#²", f"p#{huge}0", f"p#{huge}", "p#٣", "p#007", "p#7x", "p#6", ""]
+    assert sorted(ids, key=natural_key) == [
+        *("", "p#6", "p#007", "p#7x", "p#10²", f"p#{huge}", f"p#{huge}0", "p#²", "p#٣"),
     ]
 
 
@@ -203,6 +213,23 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
     with pytest.raises(UserError, match="ends at step 0"):
         Metrics(tmp_path).resume_at(1)
     assert Metrics(tmp_path).resume_at(0) == {}
+
+
+def test_metrics_with_a_damaged_line_are_refused_by_name(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": 0.5})
+    metrics.close()
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    for damaged in (whole.replace('2, "loss"', '2, ?loss"'), whole.replace('": 2', '": 1')):
+        file.write_text(damaged)
+        with pytest.raises(
+            UserError, match=r"metrics\.jsonl, line 2 is damaged .* delete that line"
+        ):
+            Metrics(tmp_path).resume_at(3)
+    file.write_text(whole.replace('{"step": 2, "loss": 0.5}\n', ""))
+    assert Metrics(tmp_path).resume_at(3) == {"loss": 0.5}
 
 
 def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):

@@ -371,7 +371,7 @@ def test_whatever_stands_in_a_row_is_read_or_refused():
         (prm800k([step(("a", 1)), step(("b", 1))]), "step 2 goes on behind a step"),
         ({"input": "Q? Step 1: a ки", "label": "Q? Step 1: a ?"}, "step 1: expected 'label'"),
         ({"input": "Q? Step 1: a ки b", "label": ""}, "expected 'input' to be a question"),
-        (PRMBENCH | {"error_steps": [5]}, "from 1 to 4 for 4 steps, found \\[5\\]"),
+        (PRMBENCH | {"error_steps": [0]}, "integers from 1 on, found \\[0\\]"),
         ({"question": "Q?", "reasoning_steps": {"text": "R?"}}, "to begin with the question"),
         (
             {"question": "Q?", "reasoning_steps": [{"solution_prefix": "R?", "mc_value": 1}]},

@@ -1,6 +1,7 @@
 """Parts of stages that no whole run would show to be wrong."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -11,18 +12,20 @@ import pytest
 from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Label
 from stepwiser_jax.records import (
+    ChunkLabel,
     JudgeExample,
     PrefixValue,
     Problem,
+    SampledRow,
     Trajectory,
     UserError,
     Verdict,
 )
 from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_model
+from stepwiser_jax.runtime.loading import decoding_copy, load_model, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
+from stepwiser_jax.runtime.problems import keep_verifiable, load_items
+from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge, rollout
@@ -30,8 +33,13 @@ from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
     rollouts_by_problem,
+    select_trajectories,
 )
-from stepwiser_jax.stages.label import label_trajectories
+from stepwiser_jax.stages.label import (
+    classifier_examples,
+    drop_undeserved,
+    label_trajectories,
+)
 from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
@@ -40,6 +48,13 @@ PROMPT = (5, 9, 11)
 @pytest.fixture
 def config(request):
     return load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+
+
+def test_iterations_of_epochs(config):
+    """Of 20 examples, 8 an iteration."""
+    for epochs, iterations in ((1, 3), (2, 5), (4, 10)):
+        changed = config.model_copy(update={"iterations": None, "epochs": epochs})
+        assert judge.iterations_of(changed, 20) == iterations
 
 
 def groups(count):
@@ -176,6 +191,87 @@ def test_rollouts_by_pass_rate(request):
     assert set(rollouts_by_problem(load_config("annotate", file), sampled).values()) == {4}
 
 
+def labelled_run(tmp_path, request, chunking, completions):
+    """What `drop_undeserved` and `classifier_examples` make of responses, all of whose chunks have
+    a label: (trajectories, labels that are left, counts, chunks of each example)."""
+    tokenizer = load_tokenizer_of("arithmetic")
+    (tmp_path / "config.yaml").write_text(f"chunking: {chunking}\n")
+    patterns = end_patterns(json.loads(chunking) if chunking.startswith("[") else chunking)
+    matcher = TokenMatcher.build(tokenizer.token_bytes(), patterns)
+    trajectories = {}
+    for i, (text, stop_reason) in enumerate(completions):
+        ids = tuple(tokenizer.encode(text))
+        ends = chunk_ends(ids, matcher, tokenizer)
+        trajectories[f"p#{i}"] = Trajectory(
+            f"p#{i}", "p", "", PROMPT, ids, (0.0,) * len(ids), ends, stop_reason, False
+        )
+    labels = [
+        ChunkLabel(t.trajectory_id, j, 0.0, 1.0, False, "abs_q")
+        for t in trajectories.values()
+        for j in range(len(t.chunk_ends))
+    ]
+    config = Label(annotations="", rollouts=str(tmp_path), tokenizer="arithmetic")
+    kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
+    examples = classifier_examples(
+        kept, trajectories, {"p": Problem("p", "q ?", "1", "s")}, tokenizer
+    )
+    chunks = {example.solution_id: example.chunks for example in examples}
+    counts = {name: count for name, count in dropped.items() if count}
+    return {label.record_id for label in kept}, counts, chunks
+
+
+def test_untagged_and_cut_responses_get_no_label_that_they_do_not_deserve(tmp_path, request):
+    kept, dropped, chunks = labelled_run(
+        tmp_path,
+        request,
+        "tags",
+        [
+            ("<chunk> 4 </chunk> <chunk> 5 </chunk>", "stop_id"),
+            ("4 * 7 = 8 ; \\boxed{ 8 }", "stop_id"),  # no tag
+            ("<chunk> 4 * 7 = 8", "stop_id"),  # none closed
+            ("<chunk> 4 </chunk> \\boxed{ 4 }", "stop_id"),
+            ("<chunk> 4 </chunk> <chunk> 5 </chunk> <chunk> 6 *", "length"),
+            ("<chunk> 4 </chunk> <chunk> 5 </chunk>", "length"),
+            ("<chunk> 4 *", "length"),
+        ],
+    )
+    assert kept == {"p#0/0", "p#0/1", "p#3/0", "p#4/0", "p#4/1", "p#5/0"}
+    assert dropped == {"untagged": 3, "cut": 2}
+    assert [len(chunks[name]) for name in ("p#0", "p#3", "p#4", "p#5")] == [2, 1, 2, 1]
+    assert "6" not in "".join(chunks["p#4"]) and len(chunks) == 4
+
+
+@pytest.mark.parametrize(
+    ("chunking", "untagged"), [("blank_lines", 0), ('[";"]', 0), ('["</chunk>", ";"]', 1)]
+)
+def test_where_no_tags_are_expected_a_response_may_be_one_chunk(
+    tmp_path, request, chunking, untagged
+):
+    completions = [("4 * 7 = 8", "stop_id"), ("4 ; 5 ;", "stop_id"), ("4 ; 5 ; 6", "length")]
+    kept, dropped, _ = labelled_run(tmp_path, request, chunking, completions)
+    assert dropped.get("untagged", 0) == untagged and dropped["cut"] == 1
+    assert ("p#0/0" in kept) != untagged
+
+
+def test_problems_to_annotate_are_drawn_by_the_seed_alone(request):
+    """Of those that are solved sometimes, whatever others there are."""
+    rates = {f"p{i}": (0, 4, 2)[i % 3] for i in range(30)}
+    sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 4)]
+    file = request.config.rootpath / "configs" / "smoke_values.yaml"
+
+    def drawn(trajectories, *settings):
+        settings = ("drop_uniform_problems=true", "max_problems=4", *settings)
+        kept, dropped = select_trajectories(load_config("annotate", file, settings), trajectories)
+        assert len(kept) == 16, "all trajectories of each"
+        return list(dict.fromkeys(t.problem_id for t in kept)), dropped
+
+    found, dropped = drawn(sampled)
+    assert found == ["p2", "p5", "p23", "p29"]
+    assert dropped == {"all_correct": 10, "all_wrong": 10, "not_drawn": 6}
+    assert drawn([t for t in sampled if t.problem_id != "p8"])[0] == found
+    assert drawn(sampled, "seed=1")[0] != found
+
+
 def test_labels_of_trajectories_that_were_sampled_differently(request):
     """Each from its own M: what is 2 of 4 for one is 2 of 64 for another."""
     config = Label(annotations="", rollouts="", tokenizer="", rule="relative_progress")
@@ -214,21 +310,55 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
     texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
     texts += [f"looks fine {text}" for text in texts]
 
-    class Scripted:
-        def generate(self, prompts_P, params, *, key, row_ids, group_size):
-            output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
-            for b, text in enumerate(texts):
-                ids = [*loaded.tokenizer.encode(text), loaded.tokenizer.eos_ids[0]]
-                output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
-            return output
-
+    end = loaded.tokenizer.eos_ids[0]
+    rows = {
+        f"g/{i}": SampledRow(f"g/{i}", (*loaded.tokenizer.encode(text), end), ())
+        for i, text in enumerate(texts)
+    }
     collect = judge.GroupCollector(config, loaded, make_mesh())
     example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
-    groups = collect.sample(Scripted(), [example], ["g"])
+    groups = collect.judged([example], ["g"], rows)
     assert groups[0].rewards_G == rewards
     metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
-    assert metrics["unparsed_rate"] == 0
+    assert metrics["unparsed_rate"] == metrics["other_box_rate"] == 0
+
+
+def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
+    verdicts = (Verdict.POSITIVE, Verdict.UNPARSED, Verdict.OTHER, Verdict.OTHER)
+    group = judge.Judged("g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0))
+    metrics = judge.rollout_metrics([group], 1, penalized=False)
+    assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
+
+
+def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, monkeypatch):
+    """After one segment; what it had finished is kept as it is, and the rest is what it would have
+    been."""
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+    config = load_config("judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
+    loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
+    collect = judge.GroupCollector(config, loaded, make_mesh())
+    engine = collect.engine.with_model(decoding_copy(loaded.model, make_mesh()))
+    prompts = [f"start {n} ; * 7 + 5 ?" for n in range(5)]
+    examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
+
+    def sample(rows):
+        return collect.sample(engine, examples, prompts, rows)
+
+    whole, rows = {}, {}
+    assert sample(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.stop, "requested", True)
+        assert not sample(rows)
+    kept = dict(rows)
+    assert 0 < len(kept) < len(whole) == 5 * config.group_size
+    assert sample(rows) and rows.keys() == whole.keys()
+    for row_id, row in rows.items():
+        assert row is kept.get(row_id, row)
+        assert row.completion_ids == whole[row_id].completion_ids
+        np.testing.assert_allclose(row.logprobs, whole[row_id].logprobs, atol=1e-4)
+    groups = [collect.judged(examples, prompts, found) for found in (rows, whole)]
+    assert [g.rewards_G for g in groups[0]] == [g.rewards_G for g in groups[1]]
 
 
 def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
@@ -271,6 +401,23 @@ def test_limited_items_are_the_same_random_ones_every_time(tmp_path, word_tokeni
     assert few == again and len(few) == 10 and whole == more and len(whole) == 40
     assert [item for item in whole if item in few] == few
     assert {item.first_error for item in few} == {-1, 0}
+
+
+def problems_with(*references):
+    return [Problem(f"p{i}", "q", reference, "s") for i, reference in enumerate(references)]
+
+
+def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
+    dropped = Counter()
+    found = problems_with("5", "assert double(2) == 4", "x+1", "")
+    kept = keep_verifiable(found, 5.0, dropped)
+    assert kept == [found[0], found[2]] and dropped == {"unverifiable": 2}
+    assert "2 of 4 problems" in caplog.text and "'assert double(2) == 4' of p1" in caplog.text
+
+
+def test_a_data_set_without_mathematics_is_refused():
+    with pytest.raises(UserError, match=r"2 of 2 problems .* 'assert f\(1\) == 1' of p0"):
+        keep_verifiable(problems_with("assert f(1) == 1", "assert f(2) == 4"), 5.0, Counter())
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):

@@ -1,14 +1,9 @@
-"""Tokenizers, prompts, verdicts and answers."""
-
-import os
-import signal
-import time
+"""Tokenizers, prompts and verdicts."""
 
 import pytest
 
 from stepwiser_jax.records import UserError, Verdict
-from stepwiser_jax.text import answers
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer, is_equivalent, is_verifiable
+from stepwiser_jax.text.answers import extract_answer
 from stepwiser_jax.text.prompts import (
     encode_judge_prompt,
     encode_solve_prompt,
@@ -130,11 +125,21 @@ def test_instruct_needs_a_chat_template(word_tokenizer):
         ("\\boxed{ Negative }", Verdict.NEGATIVE),
         ("\\boxed{\\text{Negative}}", Verdict.NEGATIVE),
         ("**\\boxed{**Positive**}**", Verdict.POSITIVE),
+        ("\\boxed{\\mathrm{Positive}}", Verdict.POSITIVE),
+        ("$\\boxed{\\textbf{ Negative. }}$", Verdict.NEGATIVE),
+        ("\\boxed{\\text{\\textbf{\\mathbf{Positive}}}}", Verdict.POSITIVE),
+        ("\\boxed{{\\bf __Negative__}}", Verdict.NEGATIVE),
         ("first \\boxed{Positive}, no: \\boxed{Negative}.", Verdict.NEGATIVE),
-        ("\\boxed{Positive} so the value is \\boxed{3}", Verdict.UNPARSED),
+        ("\\boxed{Positive}? The chunk has \\boxed{\\frac{1}{\\sqrt{2}}}.", Verdict.OTHER),
+        ("\\boxed{Positive} so the value is \\boxed{3}", Verdict.OTHER),
+        ("\\boxed{Positive or Negative}", Verdict.OTHER),
+        ("\\boxed{\\neg Positive}", Verdict.OTHER),
+        ("\\boxed{}", Verdict.OTHER),
         ("Positive", Verdict.UNPARSED),
-        ("\\boxed{Positive or Negative}", Verdict.UNPARSED),
         ("\\boxed{Positive", Verdict.UNPARSED),
+        ("\\boxed{Positive}, no, \\boxed{Nega", Verdict.UNPARSED),
+        ("\\boxed{Positive}, no, \\boxed{\\text{Negative}", Verdict.UNPARSED),
+        ("\\boxed{Positive}, that is \\boxed", Verdict.UNPARSED),
         ("", Verdict.UNPARSED),
     ],
 )
@@ -159,105 +164,6 @@ def test_parse_verdict(text, verdict):
 )
 def test_a_bare_verdict_is_one_box_and_nothing_else(text, bare):
     assert is_bare_verdict(text) is bare
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so \\boxed{\\frac{1}{2}} .", "\\frac{1}{2}"),
-        ("\\boxed{1} then \\boxed{ 2 }", "2"),
-        ("\\boxed{1} then \\boxed{2", "1"),
-        ("work\n#### 1,234", "1,234"),
-        ("The answer is 5. So, the answer is: $1,250.50.", "1,250.50"),
-        ("the answer is \\boxed{3}, no: the answer is 4", "3"),
-        ("the answer is not known", None),
-        ("nothing", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "equal"),
-    [
-        ("1,234", "1234", True),
-        ("$5.0$", "5", True),
-        ("-3", "3", False),
-        ("5", "15", False),
-        (None, "3", False),
-        ("\\frac{1}{2}", "0.5", True),
-        ("x+1", "1+x", True),
-        ("\\sqrt{2}", "2", False),
-    ],
-)
-def test_is_equivalent(answer, reference, equal):
-    assert is_equivalent(answer, reference) is equal
-
-
-def test_is_verifiable():
-    assert is_verifiable("42")
-    assert is_verifiable("\\frac{3}{4}")
-    assert not is_verifiable("")
-    assert not is_verifiable("9" * 2000)
-
-
-def test_verifier_uses_workers_for_what_is_hard_only():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([("3", "3"), ("4", "3"), (None, "3")]) == [True, False, False]
-        assert not verifier._workers
-        assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
-        assert len(verifier._workers) == 1
-
-
-def test_a_worker_that_hangs_is_killed_and_counted(monkeypatch):
-    monkeypatch.setattr(AnswerVerifier, "START_SECONDS", 0.2)
-    hang = "9^{9^{9^{9}}}"
-    with AnswerVerifier(workers=1, timeout_seconds=0.2) as verifier:
-        start = time.monotonic()
-        assert verifier.verify([(hang, "\\frac12")]) == [False]
-        assert time.monotonic() - start < 10
-        assert verifier.timeouts == 1
-        monkeypatch.setattr(AnswerVerifier, "START_SECONDS", 60.0)
-        assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
-
-
-def test_a_worker_that_was_killed_is_replaced_and_asked_again():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
-        verifier._workers[0].process.kill()
-        verifier._workers[0].process.join()
-        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
-        assert verifier.failures == 0
-
-
-def test_ctrl_c_does_not_reach_the_workers():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([("\\frac{2}{4}", "\\frac12")]) == [True]
-        process = verifier._workers[0].process
-        os.kill(process.pid, signal.SIGINT)
-        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
-        assert verifier._workers[0].process is process
-
-
-def test_an_answer_that_kills_workers_counts_as_a_failure(monkeypatch):
-    def dies(self, timeout_seconds):
-        raise EOFError
-
-    with AnswerVerifier(workers=1) as verifier:
-        monkeypatch.setattr(answers._Worker, "answer", dies)
-        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [False]
-        assert verifier.failures == 1
-
-
-def test_workers_import_no_jax():
-    import subprocess
-    import sys
-
-    code = "import stepwiser_jax.text.answers, sys; print('jax' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
-    assert answers.TASKS_PER_WORKER > 0
 
 
 def test_an_answer_does_not_hold_the_end_token(bpe_tokenizer):

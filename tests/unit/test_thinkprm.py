@@ -82,6 +82,26 @@ def test_a_chain_cut_anywhere_says_no_more_than_it_said(style):
         assert counts == sorted(counts) and counts[-1] == len(verdicts)
 
 
+@pytest.mark.parametrize(
+    ("rest", "verdicts"),
+    [
+        (" No, it is \\boxed{incor", [P, U]),
+        (" No, it is \\boxed", [P, U]),
+        ("\nStep 3: \\boxed{corr", [P, P]),
+        ("\nStep 1: again, it is \\boxed{", [U, P]),
+        (" It is \\boxed{\\frac{1}{\\sqrt{2}}}.", [P, P]),
+        (" It is \\boxed{4, no: \\boxed{correct}", [P, P]),
+    ],
+)
+def test_an_unfinished_last_box_takes_back_what_was_said_of_its_step(rest, verdicts):
+    chain = INSTRUCT.chain("ab", [P, P])
+    assert verdicts_of([chain + rest], INSTRUCT, 2) == verdicts
+    kept = chain_outcome(chain + rest, True, (True, True), 2, INSTRUCT) is Outcome.KEPT
+    assert kept == (verdicts == [P, P] and "no:" not in rest)
+    # the next round of thought may say it after all
+    assert verdicts_of([chain + rest, chain], INSTRUCT, 2) == [P, P]
+
+
 @pytest.mark.parametrize("style", FORMS)
 def test_other_spellings_are_read_alike_and_made_alike(style):
     form = FORMS[style]
@@ -211,7 +231,9 @@ class Scripted:
         for b, row_id in enumerate(row_ids):
             prompt = self.tokenizer.decode(prompts[b // group_size])
             self.generated.append((row_id, prompt, params))
-            ids = self.tokenizer.encode(next(self.texts))[: params.max_new_tokens]
+            text = next(self.texts)
+            ids = self.tokenizer.encode(text.removesuffix(" <eos>"))[: params.max_new_tokens]
+            ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
             output.tokens_BC[b, : len(ids)] = ids
             output.length_B[b] = len(ids)
         return output
@@ -339,7 +361,8 @@ def test_the_forced_question_against_the_full_forward(loaded):
         loaded.tokenizer.encode,
     )
     for prompt, (found,) in zip(PROMPTS, judge.sample(SOLUTIONS, 1.0, ("",)), strict=True):
-        ids = encode(f"{prompt} {found.solution.completion}")
+        text = f"{prompt} {found.solution.completion}".removeprefix("<bos> ")
+        ids = [loaded.tokenizer.bos_id, *encode(text)]
         answers = [encode("Positive")[0], encode("Negative")[0]]
         assert ids[-1] == answers[found.solution.p_positive < 0.5]
         assert ids[-2] == encode("<judge>")[0] and encode("fix")[0] in ids

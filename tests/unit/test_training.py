@@ -1,21 +1,25 @@
 """Loaders, batches, the train step and checkpoints."""
 
 import shutil
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample, UserError
+from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import (
     Group,
     TokenBatch,
     example_loader,
+    num_batches,
     rollout_batch,
     sft_documents,
     sft_loader,
@@ -67,6 +71,44 @@ def test_loader_goes_on_where_its_state_says(packing):
             np.testing.assert_array_equal(a, b)
     other = next(loader(packing, seed=1))
     assert not np.array_equal(batches[0].tokens_BT, other.tokens_BT)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs_give_every_document_so_many_times_in_a_number_of_batches_known_before(
+    packing, epochs
+):
+    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
+    settings = {"batch_size": 7, "max_length": 16, "seed": 0, "packing": packing, "epochs": epochs}
+    batches = list(sft_loader(documents, **settings))
+    assert len(batches) == num_batches(documents, **settings)
+    assert {batch.tokens_BT.shape for batch in batches} == {(7, 16)}
+    seen = Counter(
+        int(batch.tokens_BT[row, batch.segment_ids_BT[row] == segment][0]) - 2
+        for batch in batches
+        for row in range(7)
+        for segment in range(1, batch.segment_ids_BT[row].max() + 1)
+    )
+    assert seen == dict.fromkeys(range(len(EXAMPLES)), epochs)
+    last = batches[-1]
+    empty = last.segment_ids_BT.max(axis=1) == 0
+    assert empty.any() and not last.tokens_BT[empty].any() and not last.loss_mask_BT[empty].any()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epochs_go_on_where_the_state_says(packing):
+    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
+    settings = {"batch_size": 5, "max_length": 16, "seed": 0, "packing": packing, "epochs": 2}
+    batches = list(sft_loader(documents, **settings))
+    for done in (1, len(batches) - 1):
+        stopped, resumed = (sft_loader(documents, **settings) for _ in range(2))
+        for _ in range(done):
+            next(stopped)
+        resumed.set_state(stopped.get_state())
+        rest = list(resumed)
+        assert len(rest) == len(batches) - done
+        for a, b in zip(jax.tree.leaves(batches[done:]), jax.tree.leaves(rest), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -390,6 +432,18 @@ def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
             stopped = step
             break
     assert stopped == stops_at
+
+
+def test_no_step_of_several_processes_waits_for_the_devices_of_all(training, monkeypatch):
+    def gather(*_, **__):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    for step in (1, 2):
+        training.finish_step(step, {"loss": jnp.ones(())})
+    with pytest.raises(AssertionError, match="a collective"):
+        hosts.any_of(False)
 
 
 def test_parameters_that_are_not_finite_are_not_exported(training):

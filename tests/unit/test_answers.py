@@ -1,0 +1,324 @@
+"""Final answers: where they stand, whether they are right, and how long that may take."""
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from stepwiser_jax.records import UserError
+from stepwiser_jax.text import answers, genprm, segmentation, thinkprm
+from stepwiser_jax.text.answers import AnswerVerifier, compare_plainly, extract_answer
+from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
+
+HALF = ("\\frac{2}{4}", "\\frac12")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{\\frac{1}{2}} .", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{ 2 }", "2"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{x \\right.}", "\\left\\{x \\right."),
+        ("work\n#### 1,234", "1,234"),
+        ("The answer is 5. So, the answer is: $1,250.50.", "1,250.50"),
+        ("the answer is \\boxed{3}, no: the answer is 4", "3"),
+        ("the answer is not known", None),
+        ("nothing", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["\\boxed{2", "\\boxed{\\frac{1}{2}", "\\boxed {", "\\boxed", "\\boxed{\\}", "\\boxed{\n"],
+)
+def test_an_unfinished_last_box_is_no_answer(rest):
+    for before in ("\\boxed{1}, no: ", "#### 1\n", "The answer is 1. So "):
+        assert extract_answer(before) == "1"
+        assert extract_answer(before + rest) is None
+
+
+def last_box_by_counting(text):
+    """The slow way, of texts whose braces are not escaped."""
+    begin = text.rfind("\\boxed{")
+    depth, content = 0, ""
+    for character in text[begin + len("\\boxed") :] if begin >= 0 else "":
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return content[1:].strip()
+        content += character
+    return None
+
+
+def test_the_last_box_against_counting():
+    rng, found = random.Random(0), Counter()
+    for _ in range(2000):
+        text = "".join(rng.choices(["\\boxed{", "{", "}", "x", " "], k=rng.randrange(12)))
+        assert answers.last_box(text) == last_box_by_counting(text), text
+        found[last_box_by_counting(text) is None, "\\boxed" in text] += 1
+    assert found[True, True] > 200 and found[False, True] > 200
+
+
+def cpu_seconds(function, text):
+    """Of the fastest of three calls."""
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        function(text)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def of_chain(text):
+    chain = thinkprm.cut_chain(text, thinkprm.FORMS["instruct"], 10**6)
+    thinkprm.verdicts_of([chain], thinkprm.FORMS["instruct"], len(chain) // 10)
+    thinkprm.cleaned(chain, thinkprm.FORMS["instruct"])
+
+
+def of_critique(text):
+    genprm.parse_critique(text, 3)
+    genprm.parse_turns(text, genprm.INSTRUCT, 3)
+    genprm.code_to_run(text)
+    genprm.split_outputs(text)
+
+
+def of_segments(text):
+    segmentation.read_segmentation(text, text)
+    segmentation.read_segmentation(segmentation.tagged(text.split()), text)
+    for splitter in ("blank_lines", "steps", "sentences"):
+        segmentation.split_solution(text, splitter)
+
+
+READERS = [extract_answer, parse_verdict, is_bare_verdict, of_chain, of_critique, of_segments]
+LOOPS = {
+    "open boxes": lambda n: "\\boxed{" * n,
+    "boxes": lambda n: "\\boxed{1} " * n,
+    "braces in a box": lambda n: "\\boxed{" + "{}" * n,
+    "spaces behind a box": lambda n: "\\boxed" + " " * n,
+    "marks": lambda n: "#### \t" * n + "\n",
+    "answers": lambda n: "the answer is " * n,
+    "blank lines": lambda n: "a" + "\n" * n + "a",
+    "lines of spaces": lambda n: "a" + "\n " * n + "a",
+    "words": lambda n: "a " * n,
+    "headings": lambda n: "Step 1: \\boxed{correct}\n" * n,
+    "stars": lambda n: ("*" * 9 + "\n") * n,
+    "an analysis of spaces": lambda n: "### Paragraph 1\n<analyze>" + " " * n,
+    "a check of spaces": lambda n: "### Paragraph 1\n<analyze></analyze><verify>" + " " * n,
+    "code": lambda n: "```python\n" * n,
+    "outputs": lambda n: "[Code Output]\n\n```\n" * n,
+    "chunks": lambda n: "<chunk>a</chunk>" * n,
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_of_what_a_model_wrote_take_linear_time(reader, loop):
+    """A model may write the same thing until it is cut. Four times as much costs about four times
+    as much, or nothing that can be measured; with a square it would be 16."""
+    few, many = (cpu_seconds(reader, LOOPS[loop](n)) for n in (2_000, 8_000))
+    assert many < 0.002 or many / few < 10, (few, many)
+
+
+def test_numbers_of_any_length_are_read():
+    digits = "9" * 5000
+    assert compare_plainly("1", digits) is False and compare_plainly(digits, "1") is False
+    of_chain(f"Step {digits}: \\boxed{{correct}}")
+    of_critique(f"### Paragraph {digits}\n<analyze>a</analyze>\\boxed{{{digits}}}")
+    one = f"### Paragraph 1\n<analyze>a</analyze>\\boxed{{{digits}}}"
+    assert genprm.parse_critique(one, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("1,234", "1234", True),
+        ("$5.0$", "5", True),
+        ("-3", "3", False),
+        ("5", "15", False),
+        (None, "3", False),
+        ("\\frac{1}{2}", "0.5", True),
+        ("x+1", "1+x", True),
+        ("\\sqrt{2}", "2", False),
+    ],
+)
+def test_is_equivalent(answer, reference, equal):
+    assert answers.is_equivalent(answer, reference) is equal
+
+
+# --- what can be verified -------------------------------------------------------------------------
+
+MATHEMATICS = [
+    "42",
+    "1,234.5",
+    "\\frac{3}{4}",
+    "x^2 + 2xy",
+    "AB=9,CD=4",
+    "(-\\infty, 3] \\cup [5, 7)",
+    "f'(x) = 2x",
+    "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
+    "x = 1 \\text{ or } x = 2",
+    "x = 1 or x = 2",
+    "\\text{There are no such numbers}",
+    "\\text{(A)}",
+    "Wednesday",
+    "{odd}",
+    "Softball,Kickball,Picnic",
+    "-2{or}-12",
+    "10\\text{ square inches}",
+    "10 square inches",
+    "2 \\pi r",
+]
+NO_MATHEMATICS = [
+    "",
+    "9" * 2000,
+    "assert double(2) == 4",
+    "assert f(2)",
+    "def f(x): return x",
+    "print('hello')",
+    '[["1 2", "3"], ["4"]]',
+    "SELECT name FROM people WHERE age > 3",
+    "The proof is left to the reader",
+    "the answer is 5 apples",
+]
+
+
+def test_what_is_mathematics():
+    with AnswerVerifier(workers=1) as verifier:
+        assert dict(zip(MATHEMATICS, verifier.verifiable(MATHEMATICS), strict=True)) == (
+            dict.fromkeys(MATHEMATICS, True)
+        )
+        assert dict(zip(NO_MATHEMATICS, verifier.verifiable(NO_MATHEMATICS), strict=True)) == (
+            dict.fromkeys(NO_MATHEMATICS, False)
+        )
+        assert verifier.timeouts == verifier.failures == 0
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+def started(verifier, timeout_seconds):
+    """The verifier with its workers, and from now on with this deadline."""
+    thirds = [(f"\\frac{{{n}}}{{{3 * n}}}", "\\frac13") for n in range(2, 2 + verifier._limit)]
+    assert all(verifier.verify(thirds)) and len(verifier._workers) == verifier._limit
+    verifier._timeout = timeout_seconds
+    return verifier
+
+
+def test_verifier_uses_workers_for_what_is_hard_only():
+    with AnswerVerifier(workers=1) as verifier:
+        assert verifier.verify([("3", "3"), ("4", "3"), (None, "3")]) == [True, False, False]
+        assert verifier.verifiable(["3", "", "f(1) == 2"]) == [True, False, False]
+        assert not verifier._workers
+        assert verifier.verify([HALF]) == [True]
+        assert len(verifier._workers) == 1
+
+
+def test_many_hard_answers_take_their_deadlines_and_no_more():
+    """Of each the deadline, by two workers at a time, and something for what replaces a worker."""
+    with started(AnswerVerifier(workers=2), 0.5) as verifier:
+        start = time.monotonic()
+        hard = [(f"{n}^{{9^{{9^{{9}}}}}}", "\\frac12") for n in range(2, 12)]
+        assert verifier.verify(hard) == [False] * 10
+        assert 2.5 <= time.monotonic() - start < 8
+        assert (verifier.timeouts, verifier.failures) == (10, 0)
+        verifier._timeout = 5.0
+        assert verifier.verify([HALF]) == [True]
+
+
+def test_a_deadline_holds_for_a_reference_and_for_what_cannot_be_interrupted():
+    with started(AnswerVerifier(workers=1), 0.5) as verifier:
+        start = time.monotonic()
+        assert verifier.verifiable(["{" * 480 + "1" + "}" * 480]) == [False]
+        assert verifier._ask(pow, [(7, 10**9)]) == [False], "holds the interpreter"
+        assert verifier._ask(signal.sigwait, [(signal.valid_signals(),)]) == [False]
+        assert time.monotonic() - start < 6
+        assert verifier.timeouts == 3
+
+
+def test_a_slow_answer_does_not_stop_the_others():
+    with started(AnswerVerifier(workers=2), 20.0) as verifier:
+        start = time.monotonic()
+        verifier._ask(select.select, [((), (), (), seconds) for seconds in (1.5, 0.0, 0.0, 1.5)])
+        assert 1.5 <= time.monotonic() - start < 2.6, "two after one another are 3 seconds"
+        assert verifier.timeouts == verifier.failures == 0
+
+
+def test_a_worker_that_was_killed_is_replaced_and_asked_again():
+    with AnswerVerifier(workers=1) as verifier:
+        assert verifier.verify([HALF]) == [True]
+        verifier._workers[0].process.kill()
+        verifier._workers[0].process.join()
+        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verifier.failures == 0
+
+
+def test_ctrl_c_does_not_reach_the_workers():
+    with AnswerVerifier(workers=1) as verifier:
+        assert verifier.verify([HALF]) == [True]
+        process = verifier._workers[0].process
+        os.kill(process.pid, signal.SIGINT)
+        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verifier._workers[0].process is process
+
+
+def test_what_kills_two_workers_or_raises_is_a_failure_of_its_own():
+    with AnswerVerifier(workers=1) as verifier:
+        assert verifier._ask(os._exit, [(1,)]) == [False]
+        assert verifier.failures == 1
+        assert verifier._ask(int, [("x",)]) == [False]
+        assert verifier.failures == 2
+        assert verifier.verify([HALF]) == [True]
+
+
+def test_a_worker_is_replaced_when_it_is_used_up(monkeypatch):
+    monkeypatch.setattr(answers, "QUESTIONS_PER_WORKER", 2)
+    with AnswerVerifier(workers=1) as verifier:
+        verifier._ask(bool, [(1,)])
+        first = verifier._workers[0].process
+        assert verifier._ask(bool, [(1,), (0,)]) == [True, False]
+        assert verifier._workers[0].process is not first and not first.is_alive()
+
+
+def sleeps(pipe):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("serve", "seconds", "reason"), [(int, 60.0, "EOFError"), (sleeps, 0.5, "after 0.5 s")]
+)
+def test_workers_that_cannot_start_are_no_wrong_answers(monkeypatch, serve, seconds, reason):
+    """`int` raises on what it is given, as a module does that cannot be imported."""
+    monkeypatch.setattr(answers, "_serve", serve)
+    monkeypatch.setattr(answers, "START_SECONDS", seconds)
+    with AnswerVerifier(workers=2) as verifier:
+        with pytest.raises(UserError, match=rf"could not be started.*{reason}.*__main__"):
+            verifier.verify([HALF])
+        assert not verifier._workers
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from stepwiser_jax.text.answers import AnswerVerifier\n"
+        "with AnswerVerifier(workers=2) as verifier:\n"
+        f"    print(verifier.verify([{HALF!r}]))\n"
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1 and found.stdout == ""
+    assert "UserError" in found.stderr and "if __name__ == '__main__':" in found.stderr
+
+
+def test_workers_import_no_jax():
+    code = "import stepwiser_jax.text.math_warm_up, sys; print('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
