@@ -1,8 +1,9 @@
-"""GRPO teaches: from a planted start a tiny judge comes to reason before it gives its verdict, and
+"""GRPO teaches: from a planted start a tiny judge comes to look before it gives its verdict, and
 with advantages of the wrong sign it does not.
 
-The embedded task, with exact labels: does a solution's last chunk name the value that the chunk
-before it came to? The start compares the two in some judgments, and in the others it guesses.
+The embedded task, with exact labels: a solution's first chunk does the first operation, or claims
+to repair one before it, and there is none. The start looks in some of its judgments, and in the
+others it guesses.
 """
 
 import jax
@@ -22,50 +23,40 @@ from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import bare_judge_prompt, encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
 
-COMPARES = 0.4
-"""Share of the start's judgments that compare."""
+LOOKS = 0.4
+"""Share of the start's judgments that look at the chunk."""
 
-ENGINE = {"rows": [256], "buckets": [128]}
+ENGINE = {"rows": [256], "buckets": [64]}
 
 
-def conclusions(count, split):
-    """Solutions with a right or a wrong last chunk, one as often as the other."""
+def first_chunks(count, split):
+    """Right and wrong ones, one as often as the other."""
     rng = np.random.default_rng(0)
     for problem in arithmetic.generate_problems(count, 0, split):
         value, operations = arithmetic.parse_question(problem.question)
-        chunks = []
-        for operation in operations:
-            lines = arithmetic.exact_lines(value, operation)
-            chunks.append(arithmetic.chunk_text(lines))
-            value = lines[-1].result
-        claimed = value if rng.random() < 0.5 else (value + rng.integers(1, 10)) % 10
-        yield problem, [*chunks, arithmetic.answer_text(claimed)]
+        lines = arithmetic.exact_lines(value, operations[0])
+        chunk = arithmetic.chunk_text(lines, repair=bool(rng.random() < 0.5))
+        (is_right,) = arithmetic.chunk_truth(problem.question, [chunk])
+        yield problem, chunk, is_right
 
 
 def examples(count, split):
     return [
-        JudgeExample(
-            example_id=f"{problem.problem_id}/last",
-            problem_id=problem.problem_id,
-            question=problem.question,
-            history=" ".join(chunks[:-1]),
-            chunk=chunks[-1],
-            is_positive=arithmetic.chunk_truth(problem.question, chunks)[-1],
-        )
-        for problem, chunks in conclusions(count, split)
+        JudgeExample(p.problem_id, p.problem_id, p.question, "", chunk, is_right)
+        for p, chunk, is_right in first_chunks(count, split)
     ]
 
 
 def demonstrations(count):
-    teacher, rng = arithmetic.Teacher(0), np.random.default_rng(1)
-    for problem, chunks in conclusions(count, "train"):
-        analysis, positive = arithmetic.demonstrate_opinion(
-            problem.question, chunks, teacher, rng, full=COMPARES, partial=0.0, flip=0.0
-        )
+    rng = np.random.default_rng(1)
+    for problem, chunk, is_right in first_chunks(count, "train"):
+        analysis, positive = "same |" if is_right else "diff |", is_right
+        if rng.random() >= LOOKS:
+            analysis, positive = "looks fine", rng.random() < 0.5
         yield SftExample(
             example_id=problem.problem_id,
             problem_id=problem.problem_id,
-            prompt=bare_judge_prompt(problem.question, " ".join(chunks[:-1]), chunks[-1]),
+            prompt=bare_judge_prompt(problem.question, "", chunk),
             completion=f"{analysis} \\boxed{{ {'Positive' if positive else 'Negative'} }}",
         )
 
@@ -78,7 +69,7 @@ def optimizer(learning_rate):
 def start(tmp_path_factory):
     """The planted start, and the examples that it is to learn from."""
     directory = tmp_path_factory.mktemp("learning")
-    write_records(directory / "demonstrations.jsonl", list(demonstrations(3200)))
+    write_records(directory / "demonstrations.jsonl", list(demonstrations(1600)))
     write_records(directory / "examples.jsonl", examples(512, "rollout"))
     config = Sft.model_validate(
         {
@@ -86,8 +77,8 @@ def start(tmp_path_factory):
             "data": {"source": str(directory / "demonstrations.jsonl"), "count": None},
             "prompt_style": "bare",
             "batch_size": 8,
-            "max_length": 128,
-            "steps": 400,
+            "max_length": 64,
+            "steps": 200,
             "training": optimizer(1e-3),
         }
     )
@@ -104,8 +95,8 @@ def train(start, run_dir):
             "iterations": 24,
             "prompts_per_iteration": 16,
             "group_size": 8,
-            "max_prompt_tokens": 112,
-            "row_lengths": [192],
+            "max_prompt_tokens": 52,
+            "row_lengths": [148],
             "sampling": {"max_new_tokens": 12},
             "engine": ENGINE,
             "training": optimizer(2e-4),
@@ -144,6 +135,5 @@ def test_grpo_raises_the_held_out_reward(start, tmp_path, monkeypatch):
         patch.setattr(judge, "group_advantages", lambda *a, **k: -right(*a, **k))
         train(start, tmp_path / "turned")
     turned = held_out_reward(tmp_path / "turned")
-    print(f"{before=:.3f} {after=:.3f} {turned=:.3f}")
-    assert after > before + 0.15
-    assert turned < before
+    assert after > before + 0.2, f"{before} before, {after} after"
+    assert turned < before - 0.05, f"{before} before, {turned} with the sign turned"
