@@ -23,7 +23,6 @@ from typing import Any
 import yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = {"policy": "sft", "values": "annotate", "judge": "judge"}
 GIB = 2**30
 
 
@@ -31,6 +30,17 @@ def planned(head: str) -> list[tuple[str, list[str]]]:
     """(topology, its overrides) of every line of a config's head that names a TPU topology."""
     lines = re.findall(r"^#   (\w+:[\dx]+)((?: --set \S+)*)", head, re.MULTILINE)
     return [(topology, re.findall(r"--set (\S+)", settings)) for topology, settings in lines]
+
+
+def model_of(file: Path) -> tuple[str, str]:
+    """(setting, hub id) of a config's model: of a run of its recipe, that which it began with."""
+    tree = yaml.safe_load(file.read_text())
+    key = "policy" if "policy" in tree else "model"
+    path = tree[key]["path"]
+    if path.startswith("RUNS/"):
+        recipe = file.stem.split("_")[0]
+        _, path = model_of(file.with_name(f"{recipe}_{path.removeprefix('RUNS/')}.yaml"))
+    return f"{key}.path", path
 
 
 def plan(stage: str, file: Path, topology: str, settings: list[str]) -> dict[str, Any]:
@@ -115,15 +125,14 @@ def main() -> None:
         if args.names and file.stem not in args.names:
             continue
         text = file.read_text()
-        tree = yaml.safe_load(text)
+        stage = yaml.safe_load(text)["stage"]
         for topology, settings in planned(text):
             if args.topology not in (None, topology):
                 continue
-            key = "policy" if "policy" in tree else "model"
+            key, model = model_of(file)
             if args.models:
-                model = args.models / tree[key]["path"].split("/")[-1]
-                settings = [*settings, f"{key}.path={model}"]
-            found = plan(STAGES[file.stem.split("_")[1]], file, topology, settings)
+                model = str(args.models / model.split("/")[-1])
+            found = plan(stage, file, topology, [*settings, f"{key}={model}"])
             print(row(file.stem, topology, found), flush=True)
             if args.write:
                 file.write_text(with_need(file.read_text(), topology, found))

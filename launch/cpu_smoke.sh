@@ -20,41 +20,38 @@ mkdir -p "$runs"
 stage sft policy
 
 # 2. It samples solutions of new problems, 4 of each.
-stage rollout rollouts --set policy.path="$runs/policy"
+stage rollout rollouts
 
 # 3. Monte Carlo rollouts before and after every chunk say whether the chunk helped.
-stage annotate values --set policy.path="$runs/policy" --set rollouts="$runs/rollouts"
+stage annotate values
 
 # 4. Values become labels, labels become balanced judge examples.
-stage label labels --set annotations="$runs/values" --set rollouts="$runs/rollouts" \
-  --set tokenizer="$runs/policy"
+stage label labels
 
 # 5. The judge learns the form of a judgment, then GRPO teaches it to reason.
-stage sft cold_start --set model.path="$runs/policy"
-stage judge judge --set model.path="$runs/cold_start" --set examples="$runs/labels"
+stage sft cold_start
+stage judge judge
 
 # 6. It finds first errors in held-out solutions ...
-stage rollout heldout --set policy.path="$runs/policy"
-stage evaluate evaluate --set judge.path="$runs/judge" --set items="$runs/heldout"
+stage rollout heldout
+stage evaluate evaluate
 
 # 7. ... steers generation, and chooses responses to learn from.
-stage search search --set policy.path="$runs/policy" --set judge.path="$runs/judge"
-stage select select --set rollouts="$runs/rollouts" --set tokenizer="$runs/policy" \
-  --set judge.path="$runs/judge"
+stage search search
+stage select select
 
 # 8. The baseline: a classifier learns the same labels, and judges a solution in one pass.
-stage classifier classifier --set model.path="$runs/policy" --set examples="$runs/labels"
-stage classify classify --set classifier.path="$runs/classifier" --set items="$runs/heldout"
+stage classifier classifier
+stage classify classify
 
 # 9. The offline judge: the cold start's own judgments, where they agree with the labels.
-stage rationalize rationales --set judge.path="$runs/cold_start" --set examples="$runs/labels"
+stage rationalize rationales
 
 # 10. ThinkPRM: chains about whole solutions are sampled, filtered by the labels and learned.
-stage sft thinkprm_start --set model.path="$runs/policy"
-stage rationalize thinkprm_chains --set judge.path="$runs/thinkprm_start" \
-  --set examples="$runs/labels"
-stage sft thinkprm --set model.path="$runs/thinkprm_start" --set data.source="$runs/thinkprm_chains"
-stage evaluate thinkprm_evaluate --set judge.path="$runs/thinkprm" --set items="$runs/heldout"
+stage sft thinkprm_start
+stage rationalize thinkprm_chains
+stage sft thinkprm
+stage evaluate thinkprm_evaluate
 
 # 11. A checkpoint becomes a Hugging Face directory.
 "$stepwiser" convert --checkpoint "$runs/judge" --output "$runs/judge_hf"
@@ -66,7 +63,7 @@ for run in policy rollouts values labels cold_start judge heldout evaluate searc
 done
 test -s "$runs/judge_hf/model.safetensors"
 before=$(cksum "$runs/values/manifest.json")
-stage annotate values --set policy.path="$runs/policy" --set rollouts="$runs/rollouts"
+stage annotate values
 test "$before" = "$(cksum "$runs/values/manifest.json")"
 
 # A mistake is one message and exit status 2, and leaves nothing behind.

@@ -1,4 +1,5 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `contrast`, `compare`, `plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `contrast`, `compare`, `plan`,
+`convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
 save and exit with 130; the same command goes on from there.
@@ -112,7 +113,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
         from stepwiser_jax.runtime.storage import writing_to
         from stepwiser_jax.settings import dump_config, load_config
 
-        settings = load_config(name, config, tuple(set_))
+        settings = load_config(name, config, tuple(set_), run_dir)
         if dry_run:
             from stepwiser_jax.commands.dry_run import check_inputs
 
@@ -221,6 +222,28 @@ def convert(
 
     with writing_to(output):
         convert_checkpoint(checkpoint, output)
+
+
+@app.command()
+def recipe(
+    prefix: Annotated[
+        str, typer.Argument(help="What its configs begin with, such as configs/qwen2.5-1.5b.")
+    ],
+    runs: Annotated[Path, typer.Option(help="Directory of its runs.")] = Path("RUNS"),
+    dry_run: Annotated[
+        bool, typer.Option(help="Also check every stage as its own --dry-run does.")
+    ] = False,
+) -> None:
+    """The stages of a recipe, as commands in the order in which they run. Runs none of them.
+
+    PREFIX_NAME.yaml is the config of the run RUNS/NAME, for the stage that it names; RUNS/NAME in
+    another one is this run. Exits with 2 where a config reads what no other writes. --dry-run
+    checks models and data too, and of the runs between them those that are finished. Needs no
+    accelerator.
+    """
+    from stepwiser_jax.commands.recipe import print_recipe
+
+    print_recipe(prefix, runs, dry_run=dry_run)
 
 
 @app.command()

@@ -8,11 +8,12 @@ the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from stepwiser_jax.config_parts import (
+    ChatTemplateArgs,
     Chunking,
     ClassifierJudge,
     Config,
@@ -32,9 +33,12 @@ from stepwiser_jax.config_parts import (
     TrainedModel,
     Training,
 )
+from stepwiser_jax.records import MAX_ROLLOUTS
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 from stepwiser_jax.text.segmentation import Splitter
+
+Rollouts = Annotated[int, Field(gt=0, le=MAX_ROLLOUTS)]
 
 
 class ComputeStage(Config):
@@ -77,6 +81,15 @@ class ComputeStage(Config):
                 f"({micro_batches}) x mesh.data x mesh.fsdp = {parts}"
             )
 
+    def check_length(self, name: str) -> None:
+        """Raises ValueError unless the training is as long as `name` says, or `epochs`."""
+        given = [key for key in (name, "epochs") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected either {name} or epochs, found {' and '.join(given) or 'neither'}: set "
+                "one of them, and the other to null"
+            )
+
 
 class SftData(Config):
     """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
@@ -93,12 +106,16 @@ class SftData(Config):
 
 class Sft(ComputeStage):
     """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
-    its cold start."""
+    its cold start.
+
+    It takes `steps`, or as many as `epochs` give: every example is then learned just so many times,
+    and the last batch is filled up with padding."""
 
     model: TrainedModel
     data: SftData
     prompt_style: PromptStyle = "instruct"
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=2)
     packing: bool = True
@@ -106,6 +123,7 @@ class Sft(ComputeStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Sft:
+        self.check_length("steps")
         self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
         return self
 
@@ -130,11 +148,12 @@ class Rollout(ComputeStage):
 class Server(Config):
     """An OpenAI-compatible server, such as vLLM's, that takes and returns token ids: see
     `runtime.remote`. `model` is its name there, `tokenizer` that of the same model, a directory or
-    hub id."""
+    hub id; `chat_template_args` as in `Model`."""
 
     url: str
     model: str
     tokenizer: str
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
     context: int = Field(ge=2)
     concurrent_requests: int = Field(64, ge=1)
     timeout_seconds: float = Field(600.0, gt=0)
@@ -196,15 +215,18 @@ class Annotate(ComputeStage):
     M is that of the first bound that the problem's share of right trajectories is below (GenPRM:
     `[[0.1, 128], [0.9, 64], [1, 32]]`).
 
-    `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong.
+    `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong. Of
+    those that are left `max_problems` are drawn, by `seed`; of each of them the first
+    `max_trajectories_per_problem` are valued, and of all of those the first `limit`.
     """
 
     policy: Model
     rollouts: str
-    num_rollouts: int = Field(16, ge=1)
-    rollouts_by_pass_rate: tuple[tuple[float, PositiveInt], ...] | None = Field(None, min_length=1)
+    num_rollouts: Rollouts = 16
+    rollouts_by_pass_rate: tuple[tuple[float, Rollouts], ...] | None = Field(None, min_length=1)
     adaptive: AdaptiveRollouts | None = None
     drop_uniform_problems: bool = True
+    max_problems: int | None = Field(None, ge=1)
     max_trajectories_per_problem: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     sampling: Sampling
@@ -242,12 +264,15 @@ class Label(LabelRule):
     `min_prefix_value`: chunks whose prefix was worth less give no judge example. With M rollouts a
     prefix worth v is followed by no right answer with probability (1 - v)^M though nothing is wrong
     with the chunk; 0 keeps them all, as the paper does.
+
+    `chat_template_args` as in `Model`, for the lengths of prompts.
     """
 
     seed: Seed = 0
     annotations: str
     rollouts: str
     tokenizer: str
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
     prompt_style: JudgePromptStyle = "instruct"
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     balance: bool = True
@@ -287,7 +312,8 @@ class Judge(ComputeStage):
     makes `updates_per_iteration` optimizer steps on them. A group is its prompt once, then its
     completions; groups are packed into rows of the smallest of `row_lengths` that holds the
     longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
-    reward.
+    reward. There are `iterations`, or as many as draw every example `epochs` times, refills not
+    counted; the last one may begin another epoch.
 
     `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
     earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
@@ -302,7 +328,8 @@ class Judge(ComputeStage):
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
     prompt_style: JudgePromptStyle = "instruct"
-    iterations: int = Field(ge=1)
+    iterations: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
     prompts_per_iteration: int = Field(ge=1)
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
@@ -330,6 +357,7 @@ class Judge(ComputeStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Judge:
+        self.check_length("iterations")
         if self.prompts_per_iteration % self.updates_per_iteration:
             raise ValueError(
                 f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
@@ -448,7 +476,7 @@ class Classifier(ComputeStage):
     `labels`: `hard` ones are the label rule's, 1 or 0; `soft` ones the value with the chunk
     (Math-Shepherd). `head`: P(+) is of the vocabulary's two `signs`, or of a `scalar` score that
     takes the vocabulary's place. `batch_size` rows of `max_length` tokens, several solutions to a
-    row.
+    row. `steps` and `epochs` are those of `Sft`.
     """
 
     model: TrainedModel
@@ -458,7 +486,8 @@ class Classifier(ComputeStage):
     labels: Literal["hard", "soft"] = "hard"
     head: Literal["signs", "scalar"] = "signs"
     prompt_style: PromptStyle = "instruct"
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=2)
     training: Training
@@ -467,6 +496,7 @@ class Classifier(ComputeStage):
     def _consistent(self) -> Classifier:
         if self.head == "scalar" and self.model.lora is not None:
             raise ValueError("with model.lora only adapters are trained: set head to signs")
+        self.check_length("steps")
         self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
         return self
 
@@ -475,19 +505,20 @@ class Evaluate(ComputeStage):
     """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2). PRMBench: a
     chunk judged Negative is a predicted error.
 
-    `items`: a file or hub id of ProcessBench (then `split` is its subset, such as `gsm8k`) or of
-    PRMBench, or a finished `rollout` run of the embedded task, whose exact truth is then used;
-    `limit` of them, the same random ones every time. `votes` judgments per chunk are sampled for
-    Maj@votes, with the settings that begin with `vote_`; 0: greedy only. `on_malformed` as in
-    `Problems`. `genprm`: the judge is of its form; then Maj@votes is the mean of P(right), and
-    `max_new_tokens` are those of a step, all its rounds of code together. `thinkprm`: the judge
-    verifies whole solutions, `votes` are chains about one (parallel scaling), and on ProcessBench
-    it is also scored on how well it tells right solutions from wrong ones.
+    `items`: a file or hub id of ProcessBench or PRMBench, or a finished `rollout` run of the
+    embedded task, whose exact truth is then used. `split` of ProcessBench is a subset, such as
+    `gsm8k`, or a list of them, which are scored one by one and averaged. `limit` of the items, the
+    same random ones every time. `votes` judgments per chunk are sampled for Maj@votes, with the
+    settings that begin with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the
+    judge is of its form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of
+    a step, all its rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes`
+    are chains about one (parallel scaling), and on ProcessBench it is also scored on how well it
+    tells right solutions from wrong ones.
     """
 
     judge: Model
     items: str
-    split: str | None = None
+    split: str | tuple[str, ...] | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     prompt_style: JudgePromptStyle = "instruct"
@@ -519,7 +550,7 @@ class Classify(ComputeStage):
 
     classifier: Model
     items: str
-    split: str | None = None
+    split: str | tuple[str, ...] | None = None
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     prompt_style: PromptStyle = "instruct"

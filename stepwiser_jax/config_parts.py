@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -12,9 +12,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.datasets import OnMalformed
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
 
@@ -40,8 +43,19 @@ Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_l
 Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
 
 
+ChatTemplateArgs = dict[str, Argument]
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("expected no true or false")
+        return value
 
 
 class Mesh(Config):
@@ -54,11 +68,15 @@ class Mesh(Config):
 
 class Model(Config):
     """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
-    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh."""
+    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh.
+    `chat_template_args`: what its chat template is told in every prompt, such as
+    `{enable_thinking: false}` for Qwen3. The trained model keeps them: stages that name its run
+    leave them out, or repeat them."""
 
     path: str
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
 
 
 class Lora(Config):
@@ -90,21 +108,35 @@ class TrainedModel(Model):
 
 
 class Problems(Config):
-    """`source`: a hub id, a local jsonl/json/parquet file, or `arithmetic` (then `limit`, `split`
-    and `seed` say which problems are generated). `subset` is a hub data set's configuration, such
-    as `main`.
+    """`source`: a hub id, a local jsonl/json/parquet file, a finished `rollout` run (its problems),
+    or `arithmetic` (then `limit`, `split` and `seed` say which problems are generated). `subset` is
+    a hub data set's configuration, such as `main`.
 
-    `on_malformed`: a row that cannot be read stops the stage, or is named, counted and left out.
-    `exclude`: evaluation sets (local files, or hub data sets of one configuration, with all their
-    splits) whose problems are left out, of the first `limit`."""
+    Rows are taken in this order, here and wherever these settings stand:
+
+    1. `shuffle`: in an order that `seed` decides, the same on every machine; else as they stand.
+    2. `on_malformed`: a row that cannot be read stops the stage, or is named, counted, left out.
+    3. `exclude`: problems of these evaluation sets are left out (local files, finished `rollout`
+       runs, or hub data sets of one configuration, with all their splits).
+    4. `limit`: the first so many of what is left are used."""
 
     source: str
     split: str | None = None
     subset: str | None = None
+    shuffle: bool = False
     limit: int | None = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Problems:
+        if self.source == "arithmetic" and (self.shuffle or self.exclude):
+            raise ValueError(
+                "shuffle and exclude are of data sets, and arithmetic generates its problems at "
+                "random, each split apart: leave them out"
+            )
+        return self
 
 
 class Sampling(Config):

@@ -4,7 +4,8 @@ A stage appends records to one JSONL part per process, and writes `manifest.json
 means the run is not finished.
 
     <run_dir>/records/<kind>/part-00000-of-00001.jsonl     append-only; a record is one line
-    <run_dir>/manifest.json                                counts and sha256 of every part
+    <run_dir>/manifest.json                                counts and sha256 of every part, sha256
+                                                           of the run's other files and of itself
 
 Killed in the middle of a line, a run loses that line only; started again, it skips the ids that are
 present. When a stage finishes, each part is put in id order, so a restarted run leaves the same
@@ -15,17 +16,17 @@ from __future__ import annotations
 
 import enum
 import functools
-import hashlib
-import io
 import json
+import math
 import os
 import socket
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from stepwiser_jax.checksums import seal_fits, sealed, sha256_of
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -47,6 +48,10 @@ from stepwiser_jax.records import (
 )
 
 R = TypeVar("R", bound=Record)
+
+MANIFEST = "manifest.json"
+MANIFEST_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
+"""Beside the records, files of a run whose checksums its manifest holds."""
 
 KIND: dict[type, str] = {
     Problem: "problems",
@@ -71,9 +76,20 @@ KIND: dict[type, str] = {
 
 
 def to_json(record: Record) -> str:
-    return json.dumps(
-        vars(record), ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value
-    )
+    """One line, without its end. Raises UserError if a number is not finite."""
+    try:
+        return json.dumps(
+            vars(record),
+            ensure_ascii=False,
+            separators=(",", ":"),
+            default=lambda e: e.value,
+            allow_nan=False,
+        )
+    except ValueError:
+        raise UserError(
+            f"expected finite numbers in the {type(record).__name__} {record.record_id}, found "
+            "others: the model that made it overflows (compute_dtype float32 has more room)"
+        ) from None
 
 
 @functools.cache
@@ -94,9 +110,11 @@ def _decode(value: Any, to: Any) -> Any:
     if isinstance(to, type) and issubclass(to, enum.Enum):
         return to(value)
     if to is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is not to:
-        raise TypeError(f"expected {to.__name__}, found {value!r}")
+        raise TypeError(f"expected {to.__name__}, found {value!r:.80}")
+    if to is float and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, found {value}")
     if isinstance(value, str):
         check_text(value)
     return value
@@ -119,13 +137,15 @@ def from_json(line: str, record_type: type[R]) -> R:
 
 
 def parse_json(line: str) -> Any:
-    """Raises UserError for a line that is no JSON."""
+    """Raises UserError for a line that is no JSON, or holds more than can be read."""
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for integers of thousands of digits
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
         raise UserError(
-            f"expected one JSON object a line, found {line[:80]!r} ({error.msg} at column "
-            f"{error.colno})"
+            f"expected one JSON object a line, found {line[:80]!r} ({reason})"
         ) from None
 
 
@@ -141,7 +161,7 @@ def from_fields(fields: Any, record_type: type[R]) -> R:
     for name, value in fields.items():
         try:
             decoded[name] = _decode(value, types_of[name])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{record_type.__name__}.{name}: {error}") from None
     return record_type(**decoded)
 
@@ -169,18 +189,47 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
     atomic_write(Path(path), "".join(to_json(record) + "\n" for record in records))
 
 
-def read_jsonl(path: Path, record_type: type[R], *, growing: bool = False) -> list[R]:
-    """One record a line. `growing`: another process may be writing the last line."""
-    content = path.read_bytes()
-    if growing:
-        content = content[: content.rfind(b"\n") + 1]
-    records = []
-    for number, line in enumerate(io.StringIO(content.decode(), newline="\n"), 1):
-        try:
-            records.append(from_json(line, record_type))
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
+    """One record a line. Raises UserError for what is no record, and for an id that occurs twice,
+    with the file, the lines and the id."""
+    return _read_files([path], record_type)
+
+
+def _read_files(paths: Sequence[Path], record_type: type[R], *, growing: bool = False) -> list[R]:
+    """Records of all files. `growing`: another process may be writing a file's last line."""
+    of_file = [list(_parse_lines(path, record_type, growing)) for path in paths]
+    records = [record for found in of_file for record in found]
+    if len({record.record_id for record in records}) < len(records):
+        _refuse_duplicate(dict(zip(paths, of_file, strict=True)))
     return records
+
+
+def _parse_lines(path: Path, record_type: type[R], growing: bool) -> Iterator[R]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if growing and not line.endswith(b"\n"):
+                return
+            try:
+                yield from_json(line.decode(), record_type)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: expected UTF-8: {error}") from None
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
+    first: dict[str, str] = {}
+    for path, records in of_file.items():
+        for number, record in enumerate(records, 1):
+            name, place = record.record_id, f"{path}, line {number}"
+            if name in first:
+                raise UserError(
+                    f"{place}: the id {name!r} is there twice, first in {first[name]}: delete one "
+                    "of the two lines, in a finished run also its manifest.json, and repeat the "
+                    "command that wrote them"
+                )
+            first[name] = place
+    raise AssertionError("no id is there twice")
 
 
 def read_records(path: str | Path, record_type: type[R]) -> list[R]:
@@ -192,35 +241,60 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
     path = Path(path)
     if path.is_file():
         return read_jsonl(path, record_type)
-    records: list[R] = []
-    for part in read_parts(path, record_type):
-        file = path / part["path"]
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
-            raise UserError(f"{file} is missing or is not the file that {path}/manifest.json names")
-        records.extend(read_jsonl(file, record_type))
+    records = _read_files(read_parts(path, record_type), record_type)
+    check_makers(path, makers_of(records))
     # In the order in which one writer alone would have left them.
     return sorted(records, key=lambda record: natural_key(record.record_id))
 
 
-def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[dict[str, Any]]:
-    """The manifest's entries for records of one type. Raises UserError where the run is not
-    finished, or holds none."""
-    manifest = read_manifest(run_dir)
+def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
+    """The files with a finished run's records of one type. Raises UserError if the run is not
+    finished, or holds none, or if a file's bytes are not those that the manifest promises."""
+    run_dir, manifest = Path(run_dir), read_manifest(run_dir)
     kind = KIND[record_type]
     if kind not in manifest["records"]:
         held = sorted(manifest["records"]) or "no records"
         raise UserError(
             f"{run_dir} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
         )
-    return manifest["records"][kind]["parts"]
+    parts = {part["path"]: part["sha256"] for part in manifest["records"][kind]["parts"]}
+    for name, digest in parts.items():
+        _check_promised(run_dir, name, digest)
+    return [run_dir / name for name in parts]
+
+
+def check_run_file(run_dir: Path, name: str) -> None:
+    """Raises UserError if a file of `MANIFEST_FILES` is not the one that the run's manifest names.
+    Nothing is known of a run that is not finished."""
+    if not (run_dir / MANIFEST).is_file():
+        return
+    files = read_manifest(run_dir).get("files", {})
+    if name in files:
+        _check_promised(run_dir, name, files[name])
+
+
+def _check_promised(run_dir: Path, name: str, digest: str) -> None:
+    file = run_dir / name
+    if not file.is_file() or sha256_of(file) != digest:
+        raise UserError(
+            f"{file} is missing or is not the file that {run_dir / MANIFEST} names: put it back. "
+            f"If there is no copy, delete it and {MANIFEST}, and repeat the command that made the "
+            "run: it makes again what is missing"
+        )
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a finished run. Raises UserError where there is none."""
+    """The manifest of a finished run. Raises UserError if there is none, or if it is damaged."""
     run_dir = Path(run_dir)
-    manifest = run_dir / "manifest.json"
+    manifest = run_dir / MANIFEST
     if manifest.is_file():
-        return json.loads(manifest.read_text(encoding="utf-8"))
+        fields = _read_json(manifest)
+        if not _is_manifest(fields):
+            raise UserError(
+                f"{manifest} is damaged: put it back, or delete it and repeat the command that "
+                "made the run: it writes the file again"
+            )
+        return fields
     if (run_dir / "config.yaml").is_file():
         raise UserError(
             f"{run_dir} is not finished (it has no manifest.json): resume it with the command that "
@@ -229,10 +303,59 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
 
 
+def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a finished run. Raises UserError if it is damaged or missing."""
+    check_run_file(run_dir, name)
+    fields = _read_json(run_dir / name) if (run_dir / name).is_file() else None
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"expected a JSON object in {run_dir / name}, found none: put the file back, or delete "
+            f"{MANIFEST} and repeat the command that made the run"
+        )
+    return fields
+
+
+def _read_json(file: Path) -> Any:
+    """What a JSON file holds; None for one that is no JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_manifest(fields: Any) -> bool:
+    known = {"stage", "config_digest", "records", "files", "sha256"}
+    if not isinstance(fields, dict) or not {"stage", "records"} <= set(fields) <= known:
+        return False
+    try:
+        files = [part for kind in fields["records"].values() for part in kind["parts"]]
+        promises = [*((f["path"], f["sha256"]) for f in files), *fields.get("files", {}).items()]
+    except (TypeError, KeyError, AttributeError):
+        return False
+    are_texts = all(isinstance(text, str) for promise in promises for text in promise)
+    return are_texts and isinstance(fields["stage"], str) and seal_fits(fields)
+
+
 def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
     """What all writers of a run, finished or not, have written so far."""
     parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
-    return [record for part in parts for record in read_jsonl(part, record_type, growing=True)]
+    return _read_files(parts, record_type, growing=True)
+
+
+def makers_of(records: Iterable[Record]) -> set[str]:
+    """Ids of the models that made these records, as far as records name them."""
+    names = ("policy_id", "judge_id")
+    return {vars(record)[name] for record in records for name in names if name in vars(record)}
+
+
+def check_makers(where: Path, makers: set[str]) -> None:
+    """Raises UserError if records of one type and run are of several models: half of them are of a
+    model that was replaced while the run was under way."""
+    if len(makers) > 1:
+        raise UserError(
+            f"{where}: expected records of one model, found those of {sorted(makers)}: put the "
+            "model back that began the run, or begin again in a new run directory"
+        )
 
 
 class RecordWriter(typing.Generic[R]):
@@ -246,7 +369,9 @@ class RecordWriter(typing.Generic[R]):
         self.path = run_dir / "records" / KIND[record_type] / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_half_written_line()
-        self.done = {record.record_id for record in self.read()}
+        written = self.read()
+        self.done = {record.record_id for record in written}
+        self._makers = makers_of(written)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def _drop_half_written_line(self) -> None:
@@ -261,8 +386,11 @@ class RecordWriter(typing.Generic[R]):
         return read_written(self.run_dir, self.record_type)
 
     def append(self, records: Sequence[R]) -> None:
-        """Write records whose id is new, and make sure they are on disk."""
+        """Write records whose id is new, and make sure they are on disk. Raises UserError if they
+        are not of the model that made those before them."""
         new = [record for record in records if record.record_id not in self.done]
+        self._makers |= makers_of(new)
+        check_makers(self.run_dir, self._makers)
         self._file.write("".join(to_json(record) + "\n" for record in new))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -289,10 +417,18 @@ def write_manifest(
                 {
                     "path": str(path.relative_to(run_dir)),
                     "count": len(found),
-                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    "sha256": sha256_of(path),
                 }
             )
         parts = [part for part in parts if part["count"]] or parts[:1]
         records[kind] = {"count": sum(part["count"] for part in parts), "parts": parts}
-    manifest = {"stage": stage, "config_digest": config_digest, "records": records}
-    atomic_write(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    files = {
+        name: sha256_of(run_dir / name) for name in MANIFEST_FILES if (run_dir / name).exists()
+    }
+    manifest = {
+        "stage": stage,
+        "config_digest": config_digest,
+        "records": records,
+        "files": files,
+    }
+    atomic_write(run_dir / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")

@@ -9,10 +9,23 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake of the user's: the CLI prints the message and exits with status 2."""
+
+
+def expect(holds: bool, what: str, record: Any) -> None:
+    """Raises UserError for a record that cannot be: one that says so of itself is refused wherever
+    it is made or read."""
+    if not holds:
+        fields = f"{record}"
+        raise UserError(f"expected {what}, found {fields[:400]}{'...' * (len(fields) > 400)}")
+
+
+MAX_ROLLOUTS = 1024
+"""Most Monte Carlo rollouts of one prefix: a table of labels has their number squared entries."""
 
 
 class Verdict(enum.Enum):
@@ -58,6 +71,14 @@ class Trajectory:
     chunk_ends: tuple[int, ...]
     stop_reason: str
     is_correct: bool
+
+    def __post_init__(self) -> None:
+        ends, length = self.chunk_ends, len(self.completion_ids)
+        partition = list(ends) == sorted(set(ends)) and ends[-1:] == (length,) and ends[0] >= 0
+        expect(partition, "chunk_ends that ascend to the completion's length", self)
+        expect(len(self.logprobs) == length, "a log-prob for each token of the completion", self)
+        negative = min((*self.prompt_ids, *self.completion_ids), default=0) < 0
+        expect(not negative, "token ids from 0", self)
 
     @property
     def record_id(self) -> str:
@@ -147,6 +168,15 @@ class PrefixValue:
     max_rollouts: int
     policy_id: str
 
+    def __post_init__(self) -> None:
+        right, sampled, most = self.num_correct, self.num_rollouts, self.max_rollouts
+        expect(
+            0 <= right <= sampled <= most <= MAX_ROLLOUTS and sampled > 0 and self.num_chunks >= 0,
+            "0 <= num_correct <= num_rollouts <= max_rollouts, at least one rollout, at most "
+            f"{MAX_ROLLOUTS}, and num_chunks >= 0",
+            self,
+        )
+
     @property
     def record_id(self) -> str:
         return f"{self.trajectory_id}/{self.num_chunks}"
@@ -172,6 +202,10 @@ class ChunkLabel:
     v: float
     is_positive: bool
     rule: str
+
+    def __post_init__(self) -> None:
+        expect(0 <= self.q <= 1 and 0 <= self.v <= 1, "values from 0 to 1", self)
+        expect(self.chunk_index >= 0, "chunk_index >= 0", self)
 
     @property
     def record_id(self) -> str:
@@ -259,6 +293,9 @@ class Judgment:
     p_positive: float
     reward: float
 
+    def __post_init__(self) -> None:
+        expect(0 <= self.p_positive <= 1, "a p_positive from 0 to 1", self)
+
     @property
     def record_id(self) -> str:
         return self.example_id
@@ -313,6 +350,9 @@ class ProcessBenchItem:
     steps: tuple[str, ...]
     first_error: int
     final_answer_correct: bool
+
+    def __post_init__(self) -> None:
+        expect(-1 <= self.first_error < len(self.steps), "first_error to be -1 or a step", self)
 
     @property
     def record_id(self) -> str:
@@ -373,6 +413,11 @@ class SearchResult:
     chunk_scores: tuple[float, ...]
     scoring_tokens: int
 
+    def __post_init__(self) -> None:
+        counts = (self.accepted_tokens, self.rejected_tokens, self.judge_tokens)
+        counts = (*counts, self.forced_chunks, self.scoring_tokens)
+        expect(min(counts) >= 0, "counts from 0", self)
+
     @property
     def record_id(self) -> str:
         return self.search_id
@@ -397,6 +442,11 @@ class Selection:
     candidates: tuple[str, ...]
     scores: tuple[float, ...]
     judge_tokens: int
+
+    def __post_init__(self) -> None:
+        scored = len(self.scores) in (0, len(self.candidates))
+        known = self.trajectory_id in self.candidates
+        expect(scored and known, "the selected candidate, and no score or one for each", self)
 
     @property
     def record_id(self) -> str:

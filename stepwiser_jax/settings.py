@@ -1,6 +1,8 @@
 """A YAML file <-> a config: read, overridden, checked, written, compared.
 
-What may stand in one, and its defaults, is in `config.py` and `config_parts.py`.
+What may stand in one, and its defaults, is in `config.py` and `config_parts.py`. Beside its
+settings a file may name its `stage`; and in a path `RUNS/` is the directory that the run's own lies
+in, so that runs that lie side by side find one another by name.
 """
 
 from __future__ import annotations
@@ -17,37 +19,100 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import Config
+from stepwiser_jax.record_files import check_run_file
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)
+RUNS = "RUNS/"
 
 
-def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+def load_config(
+    stage: str,
+    path: str | Path,
+    overrides: tuple[str, ...] = (),
+    run_dir: str | Path | None = None,
+) -> Config:
     """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
+    `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
 
-    Raises UserError for a missing or broken file, an unknown key (the closest real one is named), a
-    wrong type or an inconsistent combination; all problems in one message.
+    Raises UserError for a missing or broken file, one that names another stage, an unknown key (the
+    closest real one is named), a wrong type or an inconsistent combination; all problems in one
+    message.
     """
     if stage not in STAGE_CONFIGS:
         raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
     path = Path(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
+    if not found:
         raise UserError(f"expected a config file at {path}, found none")
     tree = read_settings(path)
+    named = tree.pop("stage", stage)
+    if named != stage:
+        raise UserError(f"expected a config of {stage}, found one of {named} in {path}")
+    if run_dir is not None:
+        tree = beside(run_dir, tree)
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is a mistake: of two values one would be
+    lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
+"""What is raised for text that is no YAML, or holds more than can be read."""
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def beside(run_dir: str | Path, value: Any) -> Any:
+    """Settings whose paths that begin with `RUNS/` are in the directory that `run_dir` lies in."""
+    if isinstance(value, dict):
+        return {key: beside(run_dir, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [beside(run_dir, part) for part in value]
+    if isinstance(value, str) and value.startswith(RUNS):
+        return str(Path(run_dir).parent / value.removeprefix(RUNS))
+    return value
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError where it holds something else."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
+    except _NO_YAML as error:
         raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     return tree
+
+
+def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The settings of a run. Raises UserError if its config.yaml is missing or damaged."""
+    file = Path(run_dir) / "config.yaml"
+    check_run_file(Path(run_dir), file.name)
+    if not file.is_file():
+        raise UserError(f"expected a run directory at {run_dir}, found no {file.name} in it")
+    return read_settings(file)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -65,8 +130,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        node[last] = _load_yaml(value)
+    except _NO_YAML as error:
         raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
 
 

@@ -36,9 +36,10 @@ from stepwiser_jax.commands.compare_rows import (
 from stepwiser_jax.commands.contrast import contrast_runs
 from stepwiser_jax.commands.quickstart import label_quality, timed
 from stepwiser_jax.config import STAGE_CONFIGS, Search
-from stepwiser_jax.record_files import atomic_write, read_records
+from stepwiser_jax.record_files import atomic_write, check_run_file, read_records
 from stepwiser_jax.records import SearchResult, Trajectory, UserError
-from stepwiser_jax.settings import read_settings, validate
+from stepwiser_jax.runtime.run import read_metrics
+from stepwiser_jax.settings import read_run_settings, validate
 from stepwiser_jax.stages.rollout import right_by_problem
 from stepwiser_jax.stages.search import solved_by_method
 from stepwiser_jax.tasks import arithmetic
@@ -68,8 +69,8 @@ def score_of(runs: SeedRuns, name: str) -> dict[str, Any]:
 def training_of(runs: SeedRuns, name: str) -> dict[str, float]:
     """Of a training by GRPO: the share of tokens whose ratio was clipped from above, the mean over
     iterations; and the mean reward of the last ten."""
-    lines = (runs.run_dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
+    check_run_file(runs.run_dir / name, "metrics.jsonl")
+    metrics = read_metrics(runs.run_dir / name / "metrics.jsonl")
     return {
         "clipped_from_above": float(np.mean([m["clip_fraction_high"] for m in metrics])),
         "reward": float(np.mean([m["reward"] for m in metrics[-10:]])),
@@ -104,7 +105,7 @@ def right_of(runs: SeedRuns, number: str) -> np.ndarray:
         run = runs.run_dir / f"selected_{name}_solves"
         return np.array(right_by_problem(read_records(run, Trajectory)))
     run, method = runs.run_dir / METHODS[name][0], METHODS[name][1]
-    config = validate(Search, read_settings(run / "config.yaml"), str(run))
+    config = validate(Search, read_run_settings(run), str(run))
     solved = solved_by_method(config, read_records(run, SearchResult))[method]
     return np.array([problem.right for problem in solved])
 

@@ -12,7 +12,6 @@ searched for by `stepwiser compare --tune` and stands in `CHOSEN`.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from stepwiser_jax.commands.quickstart import (
     policy_and_labels,
 )
 from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.record_files import read_run_json
 from stepwiser_jax.tasks import arithmetic
 
 CHAIN = 416
@@ -58,7 +58,7 @@ class SeedRuns:
         return round(self.share_of_steps * of_a_whole_training)
 
     def summary(self, name: str) -> dict[str, Any]:
-        return json.loads((self.run_dir / name / "summary.json").read_text(encoding="utf-8"))
+        return read_run_json(self.run_dir / name, "summary.json")
 
     def stage(self, name: str, stage: str, settings: Settings | Callable[[], Settings]) -> Stage:
         """With the seed, without chat templates, and with the programs that others compiled."""

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from stepwiser_jax.algo.processbench import contrast, first_predicted_error, verdicts_at
 from stepwiser_jax.config import Classify, Evaluate
-from stepwiser_jax.record_files import read_manifest, read_records
+from stepwiser_jax.record_files import read_manifest, read_records, read_run_json
 from stepwiser_jax.records import Judgment, ProcessBenchItem, UserError
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.settings import read_settings, validate
+from stepwiser_jax.settings import read_run_settings, validate
 from stepwiser_jax.stages.evaluate import counts_unparsed_as, verdicts_of, voters_of
 
 SEED = 0
@@ -59,16 +59,16 @@ def read_judged(run: Path, *, votes: bool) -> Judged:
     file = run / "config.yaml"
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
     if stage == "evaluate":
-        config = validate(Evaluate, read_settings(file), str(file))
+        config = validate(Evaluate, read_run_settings(run), str(file))
         items = items_of(config, config.judge.path)
         counted, suffixes = list(voters_of(config).items())[-1 if votes else 0]
         check_judged(run, judgments, items, suffixes)
         unparsed_as = counts_unparsed_as(config)
         verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
     else:
-        config = validate(Classify, read_settings(file), str(file))
+        config = validate(Classify, read_run_settings(run), str(file))
         items = items_of(config, config.classifier.path)
-        threshold = json.loads((run / "summary.json").read_text(encoding="utf-8"))["threshold"]
+        threshold = read_run_json(run, "summary.json")["threshold"]
         counted, unparsed_as = f"threshold {threshold:.3g}", "negative"
         check_judged(run, judgments, items, [""])
         verdicts = [

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import jax
 
+from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.model.attention import XLA
-from stepwiser_jax.model.hf import read_config, save_hf
+from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.aot import abstract_model
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.training_run import check_base
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 
@@ -36,7 +37,9 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     if output.exists():
         raise UserError(f"{output} exists: name a new directory")
     step = int(checkpoint.name) if names_step else None
-    settings = read_settings(run_dir / "config.yaml")
+    sums = read_checksums(run_dir / "template")
+    check_files(run_dir / "template", sums, sums)
+    settings = read_run_settings(run_dir)
     here = make_mesh(devices=jax.devices()[:1])  # whatever mesh it was saved from
     if settings["model"].get("lora"):
         loaded = load_for_training(**settings["model"], mesh=here, seed=settings["seed"])
@@ -46,4 +49,8 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         config = read_config(str(run_dir / "template"))
         template = abstract_model(config, here, XLA)
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
+    if names := non_finite(model):
+        raise UserError(
+            f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
+        )
     save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))

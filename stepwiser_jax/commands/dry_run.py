@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from stepwiser_jax.config import (
     Classifier,
@@ -44,17 +46,30 @@ def reads_solutions(config: Config) -> bool:
     return of_solutions or isinstance(config, Classifier)
 
 
-def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
+def names_awaited(value: Any, awaited: Collection[str]) -> bool:
+    """Whether a setting, or a group of them, names a run that is still to come."""
+    if isinstance(value, Config):
+        return any(names_awaited(part, awaited) for _, part in value)
+    return isinstance(value, str) and value in awaited
+
+
+def check_inputs(
+    stage: str, config: Config, run_dir: Path, awaited: Collection[str] = frozenset()
+) -> None:
     """Raises the UserError that the run itself would raise for its directory, its devices, a model
     that is not there, an input run that is unfinished or holds other records, or problems,
-    demonstrations, examples, items or evaluation sets that cannot be read."""
+    demonstrations, examples, items or evaluation sets that cannot be read. Settings that name runs
+    which are `awaited` are left unchecked."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
+        if names_awaited(value, awaited):
+            continue
         if isinstance(value, Model):
             check_model_exists(value.path)
-            load_tokenizer_of(value.path)
+            load_tokenizer_of(value.path, value.chat_template_args)
         elif isinstance(value, Problems):
-            read_problems(value)
+            exclude = tuple(source for source in value.exclude if source not in awaited)
+            read_problems(value.model_copy(update={"exclude": exclude}))
         elif name == "data" and isinstance(config, Sft):
             load_examples(config.data, config.prompt_style)
         elif name == "mesh":
@@ -70,8 +85,8 @@ def check_inputs(stage: str, config: Config, run_dir: Path) -> None:
         elif name == "items" and isinstance(config, Evaluate | Classify):
             load_benchmark(value, split=config.split, on_malformed=config.on_malformed)
         elif name == "exclude":
-            held_out_questions(value)
+            held_out_questions(source for source in value if source not in awaited)
         elif name == "tokenizer":
-            load_tokenizer_of(value)
+            load_tokenizer_of(value, getattr(config, "chat_template_args", None))
         elif isinstance(value, Server):
-            load_tokenizer(value.tokenizer)
+            load_tokenizer(value.tokenizer, value.chat_template_args)

@@ -202,7 +202,7 @@ def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
 def _of_packed_rows(config: Sft | Classifier, mesh: jax.sharding.Mesh) -> Programs:
     scalar = isinstance(config, Classifier) and config.head == "scalar"
     model_config, model = _model(config.model, mesh, scalar=scalar)
-    schedule, optimizer = optimizer_of(config.training, config.steps)
+    schedule, optimizer = optimizer_of(config.training, config.steps or 1)
     rows, length = config.batch_size, config.max_length
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     state = abstract_train_state(model, optimizer, mesh)
@@ -268,7 +268,7 @@ def lower_update(
     config: Judge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
 ) -> Any:
     """The judge's train step, traced for an abstract model and batches of these shapes."""
-    updates = config.iterations * config.updates_per_iteration
+    updates = (config.iterations or 1) * config.updates_per_iteration
     schedule, optimizer = optimizer_of(config.training, updates)
     state = abstract_train_state(model, optimizer, mesh)
     step = judge_train_step(config, schedule, optimizer, state)

@@ -103,39 +103,46 @@ class ModelConfig:
                 f"config.json: Gemma's models ({model_type}) are not implemented, only their "
                 f"vocabulary is read; expected model_type among {sorted(ARCHITECTURES)}"
             )
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UserError(
                 f"config.json: expected model_type among {sorted(ARCHITECTURES)}, found "
                 f"{model_type!r}"
             )
         _refuse_unsupported(fields)
         classifier = "TokenClassification" in str(fields.get("architectures"))
-        classes = len(fields.get("id2label") or "01")  # not written where they are two
+        classes = len(_typed(fields, "id2label", dict) or "01")  # not written where they are two
         if classifier and classes != 2:
             raise UserError(f"config.json: expected 2 classes in id2label, found {classes}")
         theta, scaling = _rope(fields)
-        heads = _require(fields, "num_attention_heads")
-        eos = fields.get("eos_token_id")
+        heads, width = _size(fields, "num_attention_heads"), _size(fields, "hidden_size")
+        kv_heads = _size(fields, "num_key_value_heads", heads)
+        head_dim = _size(fields, "head_dim", width // heads or None)
+        if heads % kv_heads or head_dim % 2:
+            raise UserError(
+                f"config.json: expected an even head_dim and num_key_value_heads to divide "
+                f"num_attention_heads, found {head_dim}, {kv_heads} and {heads}"
+            )
+        eos = _typed(fields, "eos_token_id", int, list)
         return cls(
             model_type=model_type,
-            vocab_size=_require(fields, "vocab_size"),
-            hidden_size=_require(fields, "hidden_size"),
-            intermediate_size=_require(fields, "intermediate_size"),
-            num_layers=_require(fields, "num_hidden_layers"),
+            vocab_size=_size(fields, "vocab_size"),
+            hidden_size=width,
+            intermediate_size=_size(fields, "intermediate_size"),
+            num_layers=_size(fields, "num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
-            num_kv_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=fields.get("head_dim") or _require(fields, "hidden_size") // heads,
-            max_length=_require(fields, "max_position_embeddings"),
-            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_length=_size(fields, "max_position_embeddings"),
+            rms_norm_eps=_positive(fields, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=fields.get("tie_word_embeddings", False),
+            tie_embeddings=_typed(fields, "tie_word_embeddings", bool) or False,
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
-            initializer_range=fields.get("initializer_range", 0.02),
-            bos_token_id=fields.get("bos_token_id"),
+            initializer_range=_positive(fields, "initializer_range", 0.02),
+            bos_token_id=_typed(fields, "bos_token_id", int),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            pad_token_id=fields.get("pad_token_id"),
+            pad_token_id=_typed(fields, "pad_token_id", int),
             classifier=classifier,
         )
 
@@ -172,10 +179,36 @@ class ModelConfig:
         }
 
 
-def _require(fields: dict[str, Any], name: str) -> int:
+MAX_LAYERS = 1000
+"""Several times as many as any model has: a number that is larger is a mistake."""
+
+
+def _size(
+    fields: dict[str, Any], name: str, default: int | None = None, most: int = 2**31 - 1
+) -> int:
     value = fields.get(name)
-    if not isinstance(value, int):
-        raise UserError(f"config.json: expected an integer {name!r}, found {value!r}")
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(
+            f"config.json: expected an integer {name!r} from 1 to {most}, found {value!r}"
+        )
+    return value
+
+
+def _positive(fields: dict[str, Any], name: str, default: Any = None) -> float:
+    value = fields.get(name)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"config.json: expected a positive number {name!r}, found {value!r}")
+    return float(value)
+
+
+def _typed(fields: dict[str, Any], name: str, *types: type) -> Any:
+    """A field, or None where it is not set."""
+    value = fields.get(name)
+    if value is not None and type(value) not in types:
+        expected = " or ".join(kind.__name__ for kind in types)
+        raise UserError(f"config.json: expected {name!r} to be {expected}, found {value!r:.80}")
     return value
 
 
@@ -188,15 +221,18 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
         raise UserError(f"config.json: hidden_act = {activation!r} is not supported, only 'silu'")
     if fields.get("attention_bias"):
         raise UserError("config.json: attention_bias = true is not supported")
-    other = sorted(set(fields.get("layer_types") or ()) - {"full_attention"})
+    layers = _typed(fields, "layer_types", list) or []
+    other = sorted({str(kind) for kind in layers} - {"full_attention"})
     if other:
         raise UserError(f"config.json: layer_types {other} are not supported, only full_attention")
 
 
 def _rope(fields: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     """transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling."""
-    rope = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= _typed(fields, name, dict) or {}
+    theta = _positive(rope, "rope_theta", _positive(fields, "rope_theta", 10000.0))
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError("config.json: rope_parameters.partial_rotary_factor is not supported")
@@ -210,4 +246,9 @@ def _rope(fields: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     missing = [name for name in names if name not in rope]
     if missing:
         raise UserError(f"config.json: rope type 'llama3' needs {missing}")
-    return theta, Llama3RopeScaling(*(rope[name] for name in names))
+    factor, low, high = (_positive(rope, name) for name in names[:3])
+    if low >= high:
+        raise UserError(
+            f"config.json: expected low_freq_factor below high_freq_factor, found {low} and {high}"
+        )
+    return theta, Llama3RopeScaling(factor, low, high, _size(rope, names[3]))

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +23,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
+from stepwiser_jax.checksums import write_checksums
 from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text.hub import local_directory
 from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -81,7 +83,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it holds something else."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON in UTF-8: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(fields).__name__}")
@@ -90,18 +92,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def resolve(path_or_id: str) -> Path:
     """A local directory, or a hub id's snapshot."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        raise UserError(
-            f"there is no directory {path_or_id} here, and as a hub id it leads to: {error}"
-        ) from None
+    return local_directory(path_or_id, patterns)
 
 
 def load_hf(
@@ -155,7 +147,7 @@ class CheckpointTensors:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             weight_map = _read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not _are_names(weight_map.values()):
                 raise UserError(f"{index}: expected a weight_map from tensors to files, found none")
             files = sorted(directory / name for name in set(weight_map.values()))
         if not files:
@@ -208,6 +200,11 @@ class CheckpointTensors:
                     f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json "
                     f"asks for {expected}"
                 )
+            if view.get_dtype() not in READ_DTYPES:
+                raise UserError(
+                    f"{self.directory}: tensor {name} has the type {view.get_dtype()}, expected "
+                    f"one of {READ_DTYPES}"
+                )
 
         def read_slice(index: Any) -> np.ndarray:
             if not stacked:
@@ -222,6 +219,23 @@ class CheckpointTensors:
         if sharding is None:
             return jnp.asarray(read_slice((slice(None),) * len(shape)))
         return jax.make_array_from_callback(shape, sharding, read_slice)
+
+
+def _are_names(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def non_finite(model: Any) -> list[str]:
+    """Names of the arrays of a model that hold NaN or infinity. All processes must call this."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model)]
+    return [
+        name for name, good in zip(names, np.asarray(_are_finite(model)), strict=True) if not good
+    ]
+
+
+@jax.jit
+def _are_finite(model: Any) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(model)])
 
 
 def _open(file: Path) -> Any:
@@ -243,7 +257,8 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write safetensors (with an index where they are several), config.json and the tokenizer.
+    """Write safetensors (with an index where they are several), config.json, the tokenizer, and the
+    checksums of all of them (`checksums`).
 
     The directory appears whole or not at all; one that is there is replaced. Where the model is on
     the devices of several processes, all must call this, and the first one writes.
@@ -266,6 +281,7 @@ def save_hf(
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(str(temporary))
+    write_checksums(temporary)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -309,7 +325,8 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""How safetensors spells them."""
+"""What is written, and how safetensors spells it."""
+READ_DTYPES = (*DTYPES.values(), "F16")
 
 
 def _write_shards(

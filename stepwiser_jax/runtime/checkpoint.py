@@ -1,5 +1,11 @@
 """Orbax checkpoints: train state, loader position and counters in one save, finished or absent. Of
-a model with adapters these are saved, and not the base, which stays what it was."""
+a model with adapters these are saved, and not the base, which stays what it was.
+
+Orbax and tensorstore have checksums over their own metadata, and none over arrays. So a checksum of
+each array is saved beside them, and compared with that of the array that was read. It is a sum on
+the devices where the array lies: it costs one pass over their memory, reads nothing twice, and is
+the same on every mesh, so that every process checks what all of them have read.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from stepwiser_jax.checksums import seal_fits, sealed
 from stepwiser_jax.model.lora import trained_part, with_trained
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.bits import sums_of_bits
 from stepwiser_jax.runtime.trainer import TrainState
 
 
@@ -32,36 +41,37 @@ class Checkpointer:
 
     def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
         """`host_state` is JSON, with the loader's position as `loader`."""
-        rest = (state.opt_state, state.step, state.skipped)
+        parts = {
+            "model": trained_part(state.model),
+            "rest": (state.opt_state, state.step, state.skipped),
+        }
+        sums = {name: checksums_of(tree) for name, tree in parts.items()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardSave(trained_part(state.model)),
-                rest=ocp.args.StandardSave(rest),
-                host=ocp.args.JsonSave(host_state),
+                host=ocp.args.JsonSave(sealed(host_state | {"sums": sums})),
+                **{name: ocp.args.StandardSave(tree) for name, tree in parts.items()},
             ),
         )
 
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest save, bit for bit, with the shapes and shardings of `template`.
 
-        Raises UserError where a part of it is missing or cannot be read.
+        Raises UserError where a part of it is missing, cannot be read, or is not what was saved.
         """
         step = self._manager.latest_step()
         rest = (template.opt_state, template.step, template.skipped)
-        host = self._restore(step, "host", ocp.args.JsonRestore())
-        if "loader" not in host:
-            raise self._damaged(step, "host", f"expected the loader's state, found {sorted(host)}")
-        trained = _abstract(trained_part(template.model))
-        model = self._restore(step, "model", ocp.args.StandardRestore(trained))
-        rest = self._restore(step, "rest", ocp.args.StandardRestore(_abstract(rest)))
-        return TrainState(with_trained(template.model, model), *rest), host
+        host = self._restore_host(step)
+        model = self._restore_tree(step, "model", trained_part(template.model), host)
+        rest = self._restore_tree(step, "rest", rest, host)
+        loader = {"loader": host["loader"]}
+        return TrainState(with_trained(template.model, model), *rest), loader
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
         """The parameters of one save (the newest by default). `template`: abstract or real model;
         with adapters, their base is the template's.
 
-        Raises UserError where there is no such save.
+        Raises UserError where there is no such save, or its model is not what was saved.
         """
         steps = sorted(self._manager.all_steps())
         wanted = step if step is not None else self._manager.latest_step()
@@ -70,9 +80,26 @@ class Checkpointer:
                 f"expected checkpoint {'of any step' if step is None else step} in "
                 f"{self._directory}, found the steps {steps}"
             )
-        trained = _abstract(trained_part(template))
-        restored = self._restore(wanted, "model", ocp.args.StandardRestore(trained))
+        host = self._restore_host(wanted)
+        restored = self._restore_tree(wanted, "model", trained_part(template), host)
         return with_trained(template, restored)
+
+    def _restore_host(self, step: int | None) -> dict[str, Any]:
+        host = self._restore(step, "host", ocp.args.JsonRestore())
+        names = set(host) - {"sums", "sha256"}
+        if names != {"loader"}:  # also if a bit of another name was flipped
+            raise self._damaged(step, "host", f"expected the loader's state, found {sorted(names)}")
+        if not seal_fits(host):
+            raise self._damaged(step, "host", "it is not what was saved")
+        return host
+
+    def _restore_tree(self, step: int | None, part: str, like: Any, host: dict[str, Any]) -> Any:
+        tree = self._restore(step, part, ocp.args.StandardRestore(_abstract(like)))
+        saved = host["sums"][part] if "sums" in host else None  # none in older ones
+        if saved is not None and (found := checksums_of(tree)) != saved:
+            names = [name for name in found if saved.get(name) != found[name]]
+            raise self._damaged(step, part, f"not what was saved: {', '.join(names)}")
+        return tree
 
     def _restore(self, step: int | None, part: str, how: Any) -> Any:
         try:
@@ -97,6 +124,12 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def checksums_of(tree: Any) -> dict[str, int]:
+    """A sum of bits for each array of a tree, by name. All processes must call this."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    return dict(zip(names, np.asarray(sums_of_bits(tree)).tolist(), strict=True))
 
 
 def _abstract(tree: Any) -> Any:

@@ -19,6 +19,8 @@ from stepwiser_jax.segments import member
 
 R = TypeVar("R")
 E = TypeVar("E", bound=SftExample | Dialogue)
+Document = dict[str, np.ndarray]
+"""One array of each kind, a number a token."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +86,7 @@ def sft_documents(
     render: Callable[[E], tuple[list[int], list[bool]]],
     *,
     max_length: int,
-) -> tuple[list[dict[str, np.ndarray]], int]:
+) -> tuple[list[Document], int]:
     """Token ids and loss masks of the examples that fit, and the number of those that do not.
 
     `render` gives (ids, which of them are learned). Raises UserError where no example fits, or one
@@ -98,7 +100,7 @@ def classifier_documents(
     render: Callable[[ClassifierExample], tuple[list[int], list[int], list[float]]],
     *,
     max_length: int,
-) -> tuple[list[dict[str, np.ndarray]], int]:
+) -> tuple[list[Document], int]:
     """As `sft_documents`. `render` gives (ids, the places of the answers that are learned, the
     target of each)."""
     documents = []
@@ -111,9 +113,7 @@ def classifier_documents(
     return _fitting(documents, max_length)
 
 
-def _fitting(
-    documents: list[dict[str, np.ndarray]], max_length: int
-) -> tuple[list[dict[str, np.ndarray]], int]:
+def _fitting(documents: list[Document], max_length: int) -> tuple[list[Document], int]:
     fitting = [document for document in documents if len(document["tokens"]) <= max_length]
     if not fitting:
         shortest = min(len(document["tokens"]) for document in documents)
@@ -125,53 +125,103 @@ def _fitting(
 
 
 def sft_loader(
-    documents: Sequence[dict[str, np.ndarray]],
+    documents: Sequence[Document],
     *,
     batch_size: int,
     max_length: int,
     seed: int,
     packing: bool,
+    epochs: int | None = None,
 ) -> grain.DatasetIterator[TokenBatch]:
-    """Endless shuffled batches (batch_size, max_length), another order in every epoch. With
-    `packing` several documents share a row."""
-    source = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+    """Shuffled batches (batch_size, max_length), another order in every epoch. With `packing`
+    several documents share a row. They never end, or with `epochs` when every document has come so
+    many times; the rows that the last batch lacks are padding then."""
+    source = _shuffled(documents, seed, epochs)
     if packing:
         rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_row)
     else:
         rows = source.map(lambda document: _padded_row(document, max_length)).to_iter_dataset()
-    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda row: TokenBatch(**row)))
+    return iter(_batched(rows, batch_size, epochs).map(lambda rows: TokenBatch(**rows)))
 
 
 def classifier_loader(
-    documents: Sequence[dict[str, np.ndarray]], *, batch_size: int, max_length: int, seed: int
+    documents: Sequence[Document],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    epochs: int | None = None,
 ) -> grain.DatasetIterator[ClassifierBatch]:
     """As `sft_loader`, always packed."""
-    source = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+    source = _shuffled(documents, seed, epochs)
     rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_solutions)
-    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda row: ClassifierBatch(**row)))
+    return iter(_batched(rows, batch_size, epochs).map(lambda rows: ClassifierBatch(**rows)))
+
+
+def num_batches(
+    documents: Sequence[Document],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    packing: bool,
+    epochs: int,
+) -> int:
+    """How many batches a loader with these settings yields. Which documents share a row depends on
+    their lengths and order alone, so that no row need be made."""
+    if not packing:
+        return -(-epochs * len(documents) // batch_size)
+    lengths = _shuffled([len(document["tokens"]) for document in documents], seed, epochs)
+    room = np.full(_bins(batch_size), max_length)
+    rows = 0
+    for length in map(lengths.__getitem__, range(len(lengths))):  # its iterator prefetches: slow
+        if not np.any(room >= length):
+            rows += len(room)
+            room[:] = max_length
+        room[np.argmax(room >= length)] -= length
+    rows += int(np.sum(room < max_length))
+    return -(-rows // batch_size)
+
+
+def _shuffled(documents: Sequence[R], seed: int, epochs: int | None) -> grain.MapDataset[R]:
+    return grain.MapDataset.source(documents).seed(seed).shuffle().repeat(epochs)
+
+
+def _bins(batch_size: int) -> int:
+    """How many rows are filled at a time: a document goes to the first of them that has room."""
+    return 4 * batch_size
 
 
 def _packed(
-    source: grain.MapDataset[Any], features: Sequence[str], batch_size: int, max_length: int
-) -> grain.IterDataset[Any]:
-    """Rows of several documents, first-fit."""
+    source: grain.MapDataset[Document], features: Sequence[str], batch_size: int, max_length: int
+) -> grain.IterDataset[Document]:
+    """Rows of several documents, first-fit (`num_batches` counts them)."""
     return grain.experimental.FirstFitPackIterDataset(
         source.to_iter_dataset(),
         length_struct=dict.fromkeys(features, max_length),
-        num_packing_bins=4 * batch_size,
+        num_packing_bins=_bins(batch_size),
     )
 
 
-def _document(
-    example: E, render: Callable[[E], tuple[list[int], list[bool]]]
-) -> dict[str, np.ndarray]:
+def _batched(
+    rows: grain.IterDataset[Document], batch_size: int, epochs: int | None
+) -> grain.IterDataset[Document]:
+    batches = rows.batch(batch_size, drop_remainder=epochs is None)
+    return batches.map(lambda batch: {n: _with_rows(x, batch_size) for n, x in batch.items()})
+
+
+def _with_rows(rows: np.ndarray, wanted: int) -> np.ndarray:
+    return np.pad(rows, [(0, wanted - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
+
+
+def _document(example: E, render: Callable[[E], tuple[list[int], list[bool]]]) -> Document:
     ids, learned = render(example)
     if not any(learned):
         raise UserError(f"{example.example_id} has an empty completion: nothing to learn")
     return {"tokens": np.array(ids, np.int32), "loss_mask": np.array(learned, np.int32)}
 
 
-def _packed_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _packed_row(row: Document) -> Document:
     return {
         "tokens_BT": row["tokens"].astype(np.int32),
         "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
@@ -180,7 +230,7 @@ def _packed_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _packed_solutions(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _packed_solutions(row: Document) -> Document:
     return {
         "tokens_BT": row["tokens"].astype(np.int32),
         "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
@@ -190,7 +240,7 @@ def _packed_solutions(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _padded_row(document: dict[str, np.ndarray], max_length: int) -> dict[str, np.ndarray]:
+def _padded_row(document: Document, max_length: int) -> Document:
     length = len(document["tokens"])
     padding = (0, max_length - length)
     return {

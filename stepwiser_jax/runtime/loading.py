@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.hf import load_hf, read_config, resolve
+from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Score, Transformer
 from stepwiser_jax.record_files import read_manifest
@@ -32,6 +34,7 @@ from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,6 +51,7 @@ def load_model(
     mesh: Mesh,
     param_dtype: str = "float32",
     compute_dtype: str = "float32",
+    chat_template_args: Mapping[str, Argument] | None = None,
     seed: int = 0,
     decoding: bool = False,
     classifier: bool = False,
@@ -57,12 +61,14 @@ def load_model(
     `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
     `classifier`: whether a model that scores classes in place of a vocabulary will do.
     """
+    tokenizer = load_tokenizer_of(path, chat_template_args)
     if path == "arithmetic":
         config = ModelConfig.from_hf(arithmetic.hf_config())
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
-        return Loaded(model, _arithmetic_tokenizer(), f"arithmetic@fresh-{seed}")
+        return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
+    _check_export(Path(directory), mesh)
     config = read_config(directory)
     if config.classifier and not classifier:
         raise UserError(
@@ -78,7 +84,24 @@ def load_model(
         attention=attention_of(config, mesh, compute_dtype),
         sharding_for=sharding_of(config, mesh, decoding=decoding),
     )
+    if names := non_finite(model):
+        raise UserError(
+            f"{path} holds NaN or infinity in {', '.join(names)}: fetch or train it again"
+        )
     return Loaded(model, tokenizer, f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def _check_export(directory: Path, mesh: Mesh | None = None) -> None:
+    """Raises UserError if files of an exported model are not those that were written. Weights are
+    read with a mesh only; if it spans several processes, each of them reads some of the files, as
+    each loads a part of the model."""
+    sums = read_checksums(directory)
+    weights = sorted(name for name in sums if name.endswith(".safetensors"))
+    names = sums.keys() - set(weights)
+    if mesh is not None:
+        share = slice(jax.process_index(), None, jax.process_count())
+        names |= set(weights[share] if mesh.is_multi_process else weights)
+    check_files(directory, names, sums)
 
 
 def load_for_training(
@@ -123,6 +146,7 @@ def config_of(path: str) -> ModelConfig:
         return ModelConfig.from_hf(arithmetic.hf_config())
     local = _resolve(path)
     if Path(local).is_dir():
+        _check_export(Path(local))
         return read_config(local)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -137,11 +161,19 @@ def config_of(path: str) -> ModelConfig:
         ) from None
 
 
-def load_tokenizer_of(path: str) -> Tokenizer:
-    """The tokenizer of the model that `load_model(path)` would load."""
+def load_tokenizer_of(
+    path: str, chat_template_args: Mapping[str, Argument] | None = None
+) -> Tokenizer:
+    """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
+    that the chat template does not take, or with which a run did not train its model."""
     if path == "arithmetic":
-        return _arithmetic_tokenizer()
-    return load_tokenizer(str(resolve(_resolve(path))))
+        with tempfile.TemporaryDirectory() as directory:
+            arithmetic.write_tokenizer(directory)
+            return load_tokenizer(directory, chat_template_args)
+    trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
+    if Path(local).is_dir():
+        _check_export(Path(local))
+    return load_tokenizer(local, chat_template_args, trained=trained)
 
 
 def check_model_exists(path: str) -> None:
@@ -247,12 +279,6 @@ def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
         if hasattr(model, name):
             setattr(merged, name, cast(getattr(model, name)))
     return merged
-
-
-def _arithmetic_tokenizer() -> Tokenizer:
-    with tempfile.TemporaryDirectory() as directory:
-        arithmetic.write_tokenizer(directory)
-        return load_tokenizer(directory)
 
 
 def _fingerprint(directory: str) -> str:

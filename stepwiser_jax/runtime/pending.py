@@ -1,7 +1,7 @@
 """Groups that are sampled but not yet part of a checkpoint: a killed run reads them again.
 
-    <run_dir>/pending/000012-draw0-9f86d081884c.jsonl
-    <run_dir>/pending/000012-draw1-9f86d081884c.rows.jsonl
+    <run_dir>/pending/000012-draw0-9f86d081884c-60303ae22b99.jsonl
+    <run_dir>/pending/000012-draw1-9f86d081884c.rows-0b5e3d2a7c41.jsonl
 
 A run that is asked to stop leaves the finished rows of the draw in progress, as the second file;
 when it goes on it samples the other rows alone, and their company is another. So they are what they
@@ -9,24 +9,25 @@ would have been but for rounding: log-probs in the last digits, a token if its d
 to another one. A run that is killed leaves whole draws only, and the same bytes.
 
 The name of a draw says for which iteration it was sampled, and by which parameters: its groups are
-used again only by the same parameters, to the bit, however a run came back to them. All processes
+used again only by the same parameters, to the bit, however a run came back to them. The end of the
+name is a checksum of the file: a damaged draw counts as none, and is sampled again. All processes
 hold the groups of a draw; the first of them writes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from stepwiser_jax.record_files import read_jsonl, write_records
-from stepwiser_jax.records import Judged, SampledRow
+from stepwiser_jax.checksums import sha256_of
+from stepwiser_jax.record_files import atomic_write, read_jsonl, to_json
+from stepwiser_jax.records import Judged, Record, SampledRow
 from stepwiser_jax.runtime import hosts
+
+R = TypeVar("R", bound=Record)
 
 
 class PendingGroups:
@@ -37,26 +38,26 @@ class PendingGroups:
 
     def read(self, iteration: int, draw: int, sampled_by: str) -> list[Judged] | None:
         """Those of a draw that the parameters with this fingerprint sampled; None without any."""
-        file = self._file(iteration, draw, sampled_by)
-        return list(read_jsonl(file, Judged)) if file.is_file() else None
+        return self._read(_name(iteration, draw, sampled_by), Judged)
 
     def write(self, iteration: int, draw: int, sampled_by: str, groups: list[Judged]) -> None:
         """A draw, whole or not at all."""
         if hosts.is_first():
-            write_records(self._file(iteration, draw, sampled_by), groups)
-            self._file(iteration, draw, sampled_by, ".rows").unlink(missing_ok=True)
+            name = _name(iteration, draw, sampled_by)
+            self._write(name, groups)
+            self._remove(f"{name}.rows")
 
     def read_rows(self, iteration: int, draw: int, sampled_by: str) -> dict[str, SampledRow]:
         """Returns the finished rows of a draw that was stopped, by their ids; empty without any."""
-        file = self._file(iteration, draw, sampled_by, ".rows")
-        return {row.row_id: row for row in read_jsonl(file, SampledRow)} if file.is_file() else {}
+        rows = self._read(f"{_name(iteration, draw, sampled_by)}.rows", SampledRow)
+        return {row.row_id: row for row in rows or ()}
 
     def write_rows(
         self, iteration: int, draw: int, sampled_by: str, rows: Iterable[SampledRow]
     ) -> None:
         """Writes the finished rows of a draw that is stopped, whole or not at all."""
         if hosts.is_first():
-            write_records(self._file(iteration, draw, sampled_by, ".rows"), rows)
+            self._write(f"{_name(iteration, draw, sampled_by)}.rows", rows)
 
     def forget_before(self, iteration: int) -> None:
         """Remove what a checkpoint of this step has made part of the parameters."""
@@ -64,23 +65,23 @@ class PendingGroups:
             if int(file.name.partition("-")[0]) < iteration:
                 file.unlink()
 
-    def _file(self, iteration: int, draw: int, sampled_by: str, part: str = "") -> Path:
-        return self._directory / f"{iteration:06d}-draw{draw}-{sampled_by}{part}.jsonl"
+    def _read(self, name: str, record_type: type[R]) -> list[R] | None:
+        for file in self._directory.glob(f"{name}-*.jsonl"):
+            if file.stem.endswith(f"-{sha256_of(file)[:12]}"):
+                return read_jsonl(file, record_type)
+            print(f"{file} is damaged: its judgments are sampled again", file=sys.stderr)
+        return None
+
+    def _write(self, name: str, records: Iterable[Record]) -> None:
+        text = "".join(to_json(record) + "\n" for record in records)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._remove(name)
+        atomic_write(self._directory / f"{name}-{digest}.jsonl", text)
+
+    def _remove(self, name: str) -> None:
+        for file in self._directory.glob(f"{name}-*.jsonl"):
+            file.unlink()
 
 
-def fingerprint(model: Any) -> str:
-    """12 hex digits of the bits of all parameters: the same on every mesh, others after any update.
-    All processes must call this."""
-    return hashlib.sha256(np.asarray(_sums_of_bits(model)).tobytes()).hexdigest()[:12]
-
-
-@jax.jit
-def _sums_of_bits(model: Any) -> jax.Array:
-    """One uint32 for each array; sums of integers do not depend on their order."""
-
-    def sum_of(array: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(array, unsigned)
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jnp.stack([sum_of(leaf) for leaf in jax.tree.leaves(model)])
+def _name(iteration: int, draw: int, sampled_by: str) -> str:
+    return f"{iteration:06d}-draw{draw}-{sampled_by}"

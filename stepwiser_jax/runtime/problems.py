@@ -20,12 +20,18 @@ from stepwiser_jax.records import (
     UserError,
 )
 from stepwiser_jax.runtime.run import worker_count
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.answers import AnswerVerifier
 from stepwiser_jax.text.chunks import chunk_texts
-from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
-from stepwiser_jax.text.datasets import OnMalformed, load_benchmark, load_problems
+from stepwiser_jax.text.contamination import drop_held_out, held_out_questions, is_held_out
+from stepwiser_jax.text.datasets import (
+    OnMalformed,
+    Split,
+    load_benchmark,
+    load_problems,
+    shuffled,
+)
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -34,23 +40,32 @@ _log = logging.getLogger(__name__)
 def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> list[Problem]:
     """What is left out is counted in `dropped`. Raises UserError for an empty set, and for a
     malformed row unless those are left out."""
-    if problems.source != "arithmetic":
-        found = load_problems(
-            problems.source,
-            split=problems.split,
-            subset=problems.subset,
-            limit=problems.limit,
-            on_malformed=problems.on_malformed,
-            dropped=dropped,
-        )
-    elif problems.limit is None or problems.split is None:
+    if problems.source == "arithmetic":
+        return _generated(problems)
+    held_out = held_out_questions(problems.exclude)
+    if Path(problems.source).is_dir():
+        found = {p.problem_id: p for p in read_records(problems.source, Problem)}
+        ids = shuffled(found, problems.seed) if problems.shuffle else found
+        return drop_held_out([found[i] for i in ids], held_out, dropped)[: problems.limit]
+    return load_problems(
+        problems.source,
+        split=problems.split,
+        subset=problems.subset,
+        shuffle_seed=problems.seed if problems.shuffle else None,
+        is_excluded=lambda problem: is_held_out(problem, held_out),
+        limit=problems.limit,
+        on_malformed=problems.on_malformed,
+        dropped=dropped,
+    )
+
+
+def _generated(problems: Problems) -> list[Problem]:
+    if problems.limit is None or problems.split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "
             "generate when problems.source is 'arithmetic'"
         )
-    else:
-        found = arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
-    return drop_held_out(found, held_out_questions(problems.exclude), dropped)
+    return arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
 
 
 def keep_verifiable(
@@ -79,7 +94,7 @@ def load_items(
     source: str,
     tokenizer: Tokenizer,
     *,
-    split: str | None = None,
+    split: Split = None,
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
@@ -116,12 +131,12 @@ def check_tokenizer(
         )
 
 
-def items_of_run(source: str, tokenizer: Tokenizer, split: str | None) -> list[ProcessBenchItem]:
+def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[ProcessBenchItem]:
     """All trajectories of a rollout run of the embedded task. Raises UserError where their chunks
     are not the task's own, and for a split."""
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
-    chunking = read_settings(Path(source) / "config.yaml").get("chunking", "tags")
+    chunking = read_run_settings(source).get("chunking", "tags")
     if chunking != "tags":
         raise UserError(
             f"the embedded task knows the truth of its own chunks: expected a rollout run with "

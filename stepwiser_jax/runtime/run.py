@@ -6,16 +6,19 @@
 <run_dir>/records/        what the stage hands on
 <run_dir>/summary.json    the numbers a person would quote
 <run_dir>/manifest.json   written last: the run is finished
+<run_dir>/lock            who works here: locked by each process, and let go when it ends
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +40,7 @@ from stepwiser_jax.record_files import (
     KIND,
     RecordWriter,
     atomic_write,
+    read_run_json,
     read_written,
     write_manifest,
 )
@@ -45,7 +49,7 @@ from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.compilation import report
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.storage import check_writable
-from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_settings
+from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_run_settings
 
 WHERE = (
     "mesh",
@@ -66,6 +70,9 @@ DECIDED_LAST: dict[str, tuple[tuple[str, ...], tuple[type[Record], ...]]] = {
 }
 """By stage, settings that decide no record but these: they may change until there are any."""
 
+LOCK_SECONDS = 120
+"""A machine that was lost keeps its locks on a shared file system for about a minute and a half."""
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -85,6 +92,7 @@ class RunDirectory:
         self.worker = shard.index * jax.process_count() + jax.process_index()
         self.num_workers = shard.count * jax.process_count()
         self._writers: dict[type, RecordWriter[Any]] = {}
+        self._is_locked = False
         self._refuse_other_run()
         if not self.finished:
             check_writable(self.path)
@@ -94,13 +102,14 @@ class RunDirectory:
             if path.exists() and not path.is_dir():
                 raise UserError(f"expected a directory at {path}, found a file")
         if not (self.path / "config.yaml").is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # A run that ended before it wrote its config leaves its lock.
+            if self.path.is_dir() and any(file.name != "lock" for file in self.path.iterdir()):
                 raise UserError(
                     f"{self.path} is not empty and is no run directory (it has no config.yaml): "
                     "name an empty or a new directory"
                 )
             return
-        found = read_settings(self.path / "config.yaml")
+        found = read_run_settings(self.path)
         undecided, kinds = DECIDED_LAST.get(self.stage, ((), ()))
         if any(read_written(self.path, kind) for kind in kinds):
             undecided = ()
@@ -126,10 +135,49 @@ class RunDirectory:
         return (self.path / "manifest.json").is_file()
 
     def create(self) -> Path:
+        """Make the directory, where nobody else may work from now on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_others_out()
         file = self.path / "config.yaml"
-        if not file.is_file() or read_settings(file) != self._settings:
+        if not file.is_file() or read_run_settings(self.path) != self._settings:
             atomic_write(file, dump_config(self.config))
         return self.path
+
+    def _lock_others_out(self) -> None:
+        """Keep every other process from this worker's part of the run, and from the whole of it
+        those that cut it otherwise, until this run is let go or its process ends, however it ends:
+        they would do the same work and write into one another's files.
+
+        Workers w of N lie side by side: each locks byte N (N - 1) / 2 + w of the file `lock` for
+        itself, and shares with the others all bytes that do not belong to N.
+
+        Raises UserError if another process stays.
+        """
+        if self._is_locked:
+            return
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, lock)
+        first = self.num_workers * (self.num_workers - 1) // 2
+        others = f"another process works in {self.path}"
+        for second in range(LOCK_SECONDS + 1):
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, first + self.worker)
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 0, first + self.num_workers)
+                if first:
+                    fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, first, 0)
+                break
+            except (BlockingIOError, PermissionError):
+                fcntl.lockf(lock, fcntl.LOCK_UN)  # another one may be about to get all it needs
+                if second == 0:
+                    waits = f"{others}: this one waits for it, {LOCK_SECONDS} seconds at most"
+                    print(waits, file=sys.stderr, flush=True)
+                stop.check()
+                time.sleep(second < LOCK_SECONDS)
+            except OSError:  # a file system without locks
+                break
+        else:
+            raise UserError(f"{others}: wait for its end, or give this one its own --run-dir")
+        self._is_locked = True
 
     def writer(self, record_type: type[R]) -> RecordWriter[R]:
         """A part of this worker's own: a process, of a shard where there are several."""
@@ -145,6 +193,8 @@ class RunDirectory:
         ids_of: Callable[[Sequence[T]], Iterable[str]],
     ) -> list[Sequence[T]]:
         """This worker's blocks whose records are not all there yet, whoever wrote them."""
+        if (self.path / "config.yaml").is_file():
+            self._lock_others_out()
         done = {record.record_id for record in read_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
         return [block for block in mine if not done.issuperset(ids_of(block))]
@@ -193,7 +243,8 @@ class RunDirectory:
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        """Of a finished run. Raises UserError if its summary or its manifest is damaged."""
+        return read_run_json(self.path, "summary.json")
 
 
 class Metrics:
@@ -215,18 +266,17 @@ class Metrics:
     def resume_at(self, step: int) -> dict[str, float]:
         """Forget what a killed run logged after the checkpoint it resumes from; returns the last
         values before it. Raises UserError where they are missing."""
-        text = self._path.read_text() if self._path.exists() else ""
-        lines = [line for line in text.splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        last_step = json.loads(kept[-1])["step"] if kept else 0
+        lines = read_metrics(self._path) if self._path.exists() else []
+        kept = [line for line in lines if line["step"] <= step]
+        last_step = kept[-1]["step"] if kept else 0
         if last_step < step:
             raise UserError(
                 f"{self._path} ends at step {last_step}, the checkpoint to go on from is of step "
                 f"{step}: put the file back, or delete the checkpoints behind step {last_step}"
             )
         if self._tensorboard is not None:
-            atomic_write(self._path, "".join(line + "\n" for line in kept))
-        last = json.loads(kept[-1]) if kept else {}
+            atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        last = kept[-1] if kept else {}
         return {name: value for name, value in last.items() if name != "step"}
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -252,6 +302,26 @@ class Metrics:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, but for a last one that a kill cut off. Raises UserError for a
+    damaged line."""
+    lines = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        before = lines[-1]["step"] if lines else 0
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict) and type(fields.get("step")) is int and fields["step"] > before:
+            lines.append(fields)
+        elif line.endswith(b"\n"):
+            raise UserError(
+                f"{file}, line {number} is damaged ({line[:80]!r}): put the file back, or delete "
+                "that line; the training itself does not depend on it"
+            )
+    return lines
 
 
 class StopRequest:

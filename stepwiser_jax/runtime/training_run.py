@@ -9,22 +9,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sys
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from stepwiser_jax.checksums import check_files, read_checksums, write_checksums
 from stepwiser_jax.config_parts import Training
-from stepwiser_jax.model.hf import save_hf
+from stepwiser_jax.model.hf import non_finite, save_hf
 from stepwiser_jax.record_files import atomic_write
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime import compilation, hosts
@@ -66,22 +63,27 @@ def optimizer_of(
     )
 
 
+def tell_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
+    """Print what `epochs` of this many examples have become, if the training is given in epochs."""
+    if epochs is not None and hosts.is_first():
+        line = f"{stage}: {epochs} epochs of {examples} examples are {length}"
+        print(line, file=sys.stderr, flush=True)
+
+
 def check_base(template: Path, model_id: str) -> None:
     """Adapters fit the model that they were trained on. Raises UserError where a run's are of one
     with another id."""
     file = template / "base.json"
     if not file.is_file():
         return
+    sums = read_checksums(template)
+    check_files(template, {file.name} & sums.keys(), sums)
     found = json.loads(file.read_text(encoding="utf-8"))["model_id"]
     if found != model_id:
         raise UserError(
             f"the adapters of {template.parent} were trained on {found}, model.path now holds "
             f"{model_id}: put that model back, or name a new run directory"
         )
-
-
-LOCK_SECONDS = 120
-"""A machine that was lost keeps its locks on a shared file system for about a minute and a half."""
 
 
 class TrainingRun:
@@ -101,7 +103,6 @@ class TrainingRun:
         self.schedule, self.optimizer = optimizer_of(settings, total_updates)
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
-        self._lock_others_out()
         self._write_template()
         self._checkpointer = Checkpointer(
             directory.path / "checkpoints", keep=settings.keep_checkpoints
@@ -115,27 +116,6 @@ class TrainingRun:
         self._unlogged: tuple[int, dict[str, Any]] | None = None
         self._skipped_in_a_row = 0
 
-    def _lock_others_out(self) -> None:
-        """Until this run is let go, or its process ends, however it ends: two trainings in one
-        directory would write into one another's files. Raises UserError for the second."""
-        if not hosts.is_first():
-            return
-        lock = os.open(self._directory.create() / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, lock)
-        others = f"another process is training in {self._directory.path}"
-        for second in range(LOCK_SECONDS + 1):
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except (BlockingIOError, PermissionError):
-                if second == 0:
-                    waits = f"{others}: this one waits for it, {LOCK_SECONDS} seconds at most"
-                    print(waits, file=sys.stderr, flush=True)
-                time.sleep(second < LOCK_SECONDS)
-            except OSError:  # a file system without locks
-                return
-        raise UserError(f"{others}: wait for its end, or give this one its own --run-dir")
-
     def _write_template(self) -> None:
         template = self._directory.create() / "template"
         if self._loaded.model.adapters:
@@ -148,6 +128,7 @@ class TrainingRun:
         if self._loaded.model.adapters:
             base = {"model_id": self._loaded.model_id}
             atomic_write(template / "base.json", json.dumps(base) + "\n")
+        write_checksums(template)
 
     def _restore(self) -> None:
         latest = self._checkpointer.latest_step()
@@ -230,9 +211,10 @@ class TrainingRun:
         """Save the last state, export the model, and finish the run. Raises UserError where a
         parameter is not finite."""
         self.flush()
-        if not _all_finite(self.state.model):
+        if names := non_finite(self.state.model):
             raise UserError(
-                f"expected finite parameters after step {self.step}, found others: lower "
+                f"expected finite parameters after step {self.step}, found others in "
+                f"{', '.join(names)}: lower "
                 "training.optimizer.learning_rate, in a new run directory"
             )
         self.save()
@@ -241,8 +223,3 @@ class TrainingRun:
         self._metrics.close()
         save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
         return self._directory.finish(lambda: summary)
-
-
-@jax.jit
-def _all_finite(model: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(model)]))

@@ -6,7 +6,8 @@ Prefix 0 is the bare problem; its continuations are shared by all trajectories o
 Prefix J is the whole trajectory: nothing is left to sample, its value is the outcome itself.
 A trajectory goes through the network once; its prefixes are forks of that one cache.
 
-Leaves out, and counts, problems whose trajectories are all right or all wrong (4.1).
+Leaves out, and counts, problems whose trajectories are all right or all wrong (4.1), and those that
+`max_problems` has no room for.
 Reads `rollouts` and `policy`. Writes prefix values.
 """
 
@@ -33,6 +34,7 @@ from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+from stepwiser_jax.text.datasets import shuffled
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -129,24 +131,33 @@ def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue])
 def select_trajectories(
     config: Annotate, trajectories: Sequence[Trajectory]
 ) -> tuple[list[Trajectory], dict[str, int]]:
-    """Paper 4.1: keep problems that the policy solves sometimes, not always. Returns the kept
-    trajectories and the number of problems that were dropped for each reason."""
+    """Paper 4.1: keep problems that the policy solves sometimes, not always, and `max_problems` of
+    them. Returns the kept trajectories and the number of problems that were dropped for each
+    reason."""
     of_problem: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         of_problem[trajectory.problem_id].append(trajectory)
-    kept, dropped = [], {"all_correct": 0, "all_wrong": 0}
-    for group in of_problem.values():
+    left, dropped = [], {"all_correct": 0, "all_wrong": 0}
+    for problem, group in of_problem.items():
         right = sum(trajectory.is_correct for trajectory in group)
         if config.drop_uniform_problems and right in (0, len(group)):
             dropped["all_correct" if right else "all_wrong"] += 1
         else:
-            kept += group[: config.max_trajectories_per_problem]
-    if not kept:
+            left.append(problem)
+    if not left:
         raise UserError(
             f"no trajectory of {config.rollouts} is left to annotate: {dropped['all_correct']} "
             f"problems were all right, {dropped['all_wrong']} all wrong. Use other problems, a "
             "larger group_size in rollout, or set drop_uniform_problems to false"
         )
+    drawn = set(shuffled(left, config.seed)[: config.max_problems])
+    dropped["not_drawn"] = len(left) - len(drawn)
+    kept = [
+        trajectory
+        for problem in left
+        if problem in drawn
+        for trajectory in of_problem[problem][: config.max_trajectories_per_problem]
+    ]
     return kept[: config.limit], dropped
 
 

@@ -32,12 +32,17 @@ from stepwiser_jax.algo.sft import supervised_tokens
 from stepwiser_jax.config import Classifier
 from stepwiser_jax.records import ClassifierExample, UserError
 from stepwiser_jax.runtime import compilation
-from stepwiser_jax.runtime.data import ClassifierBatch, classifier_documents, classifier_loader
+from stepwiser_jax.runtime.data import (
+    ClassifierBatch,
+    classifier_documents,
+    classifier_loader,
+    num_batches,
+)
 from stepwiser_jax.runtime.loading import Loaded, load_for_training, with_new_score
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runtime.training_run import TrainingRun, tell_length
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_classifier_examples
 from stepwiser_jax.text.prompts import encode_solution, sign_ids
@@ -45,7 +50,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
-    """Train for `steps` optimizer steps, resuming from the last checkpoint."""
+    """Train for `steps` or `epochs`, resuming from the last checkpoint."""
     directory = RunDirectory(run_dir, "classifier", config)
     if directory.finished:
         return directory.summary()
@@ -58,17 +63,23 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
         functools.partial(render, tokenizer=loaded.tokenizer, config=config),
         max_length=config.max_length,
     )
-    loader = classifier_loader(
-        documents, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
-    )
+    batches: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "epochs": config.epochs,
+    }
+    steps = config.steps or num_batches(documents, **batches, packing=True)
+    tell_length("classifier", config.epochs, len(documents), f"{steps} steps")
+    loader = classifier_loader(documents, **batches)
     training = TrainingRun(
-        directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
+        directory, loaded, mesh, config.training, total_updates=steps, loader=loader
     )
     train_step = classifier_train_step(
         config, sign_ids(loaded.tokenizer), training.schedule, training.optimizer, training.state
     )
     shape = f"{config.batch_size}x{config.max_length}"
-    seconds_per_step = training.fit(train_step, config.steps, mesh, shape)
+    seconds_per_step = training.fit(train_step, steps, mesh, shape)
     labels = [document["targets"][document["answer_mask"] > 0] for document in documents]
     count = sum(map(len, labels))
     summary = {
@@ -76,7 +87,7 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
         "dropped": {"too_long": too_long} | dropped,
         "labels": count,
         "mean_label": sum(float(label.sum()) for label in labels) / count,
-        "steps": config.steps,
+        "steps": steps,
         "loss": training.last("loss"),
         "accuracy": training.last("accuracy"),
         "seconds_per_step": seconds_per_step,

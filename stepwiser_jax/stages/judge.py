@@ -47,11 +47,11 @@ from stepwiser_jax.config import Judge
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.records import Judged, JudgeExample, SampledRow, UserError, Verdict
 from stepwiser_jax.runtime import compilation, hosts
+from stepwiser_jax.runtime.bits import fingerprint
 from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, rollout_batch
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
-from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.run import RunDirectory, per_item, progress, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
@@ -62,7 +62,7 @@ from stepwiser_jax.runtime.trainer import (
     split_rows,
     used_micro_batches,
 )
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runtime.training_run import TrainingRun, tell_length
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
 from stepwiser_jax.text.datasets import load_judge_examples
 from stepwiser_jax.text.prompts import encode_judge_prompt, is_bare_verdict, parse_verdict
@@ -70,7 +70,7 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
-    """GRPO for `iterations` iterations, resuming from the last checkpoint."""
+    """GRPO for `iterations` or `epochs`, resuming from the last checkpoint."""
     directory = RunDirectory(run_dir, "judge", config)
     if directory.finished:
         return directory.summary()
@@ -81,12 +81,14 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
     examples, dropped = load_examples(config, loaded)
+    iterations = config.iterations or iterations_of(config, len(examples))
+    tell_length("judge", config.epochs, len(examples), f"{iterations} iterations")
     training = TrainingRun(
         directory,
         loaded,
         mesh,
         config.training,
-        total_updates=config.iterations * config.updates_per_iteration,
+        total_updates=iterations * config.updates_per_iteration,
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
     )
     collect = GroupCollector(config, loaded, sampling_mesh)
@@ -95,8 +97,8 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         reference = load().model
     train_step = judge_train_step(config, training.schedule, training.optimizer, training.state)
     start, began = training.step, time.perf_counter()
-    with jax.set_mesh(mesh), progress("judge", config.iterations, start) as advance:
-        for iteration in range(start, config.iterations):
+    with jax.set_mesh(mesh), progress("judge", iterations, start) as advance:
+        for iteration in range(start, iterations):
             groups, rollout_metrics = collect(iteration, training)
             if config.grpo.kl_coef and adapted:
                 reference = base_of(training.state.model)  # its arrays are new after each update
@@ -111,12 +113,18 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
     summary = {
         "examples": len(examples),
         "dropped": dropped,
-        "iterations": config.iterations,
-        "seconds_per_iteration": per_item(time.perf_counter() - began, config.iterations - start),
+        "iterations": iterations,
+        "seconds_per_iteration": per_item(time.perf_counter() - began, iterations - start),
         "last": training.last_metrics,
         "compiled": collect.engine.compiled_shapes,
     }
     return training.finish(summary)
+
+
+def iterations_of(config: Judge, examples: int) -> int:
+    """How many draw every example `epochs` times, if none is drawn as a refill."""
+    assert config.epochs is not None
+    return -(-config.epochs * examples // config.prompts_per_iteration)
 
 
 def load_examples(config: Judge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:

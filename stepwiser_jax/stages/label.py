@@ -36,7 +36,7 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -56,7 +56,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
-    tokenizer = load_tokenizer_of(config.tokenizer)
+    tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
     check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values()))
     labels, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     telling = [label for label in labels if label.v >= config.min_prefix_value]
@@ -125,7 +125,9 @@ def drop_undeserved(
 ) -> tuple[list[ChunkLabel], Counter[str]]:
     """Labels of chunks that deserve one, and counts of the others by the reason."""
     file = Path(config.rollouts) / "config.yaml"
-    chunking = read_settings(file).get("chunking", "tags") if file.is_file() else "tags"
+    chunking = "tags"
+    if file.is_file():
+        chunking = read_run_settings(config.rollouts).get("chunking", "tags")
     patterns = end_patterns(chunking)
 
     def closes_none(trajectory: Trajectory) -> bool:
@@ -147,8 +149,8 @@ def drop_undeserved(
 
 def check_rule(config: Label) -> None:
     """Raises UserError where the annotations stopped early for the labels of another rule."""
-    file = Path(config.annotations) / "config.yaml"
-    adaptive = read_settings(file).get("adaptive") if file.is_file() else None
+    is_run = (Path(config.annotations) / "config.yaml").is_file()
+    adaptive = read_run_settings(config.annotations).get("adaptive") if is_run else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)

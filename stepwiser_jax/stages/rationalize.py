@@ -104,8 +104,8 @@ def load_examples(config: Rationalize) -> tuple[list[Any], dict[str, int]]:
     examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)
     if not examples:
         raise UserError(f"expected labelled examples in {config.examples}, found none")
-    examples = examples[: config.limit]
-    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
+    return examples[: config.limit], dict(dropped)
 
 
 def rationale_ids(config: Rationalize, block: Sequence[Example]) -> list[str]:

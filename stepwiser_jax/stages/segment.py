@@ -113,9 +113,10 @@ def make_proposer(config: Segment) -> tuple[Callable[[Solutions], Proposals], di
         ], {}
     assert config.sampling is not None
     if config.server is not None:
-        settings = config.server.model_dump(exclude={"tokenizer", "context"})
-        tokenizer, engine = load_tokenizer(config.server.tokenizer), RemoteEngine(**settings)
-        return Teacher(config, tokenizer, engine, config.server.context), {}
+        server = config.server
+        tokenizer = load_tokenizer(server.tokenizer, server.chat_template_args)
+        settings = server.model_dump(exclude={"tokenizer", "chat_template_args", "context"})
+        return Teacher(config, tokenizer, RemoteEngine(**settings), server.context), {}
     assert config.teacher is not None and config.engine is not None
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(

@@ -36,7 +36,7 @@ from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import check_tokenizer
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
-from stepwiser_jax.settings import read_settings
+from stepwiser_jax.settings import read_run_settings
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -115,7 +115,7 @@ def select_blocks(
         mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
         judge = load_judge(settings, mesh=mesh, seed=config.seed)
         judge.check_lengths([s for each in candidates for s in each.solutions(tokenizer)])
-    chunking = read_settings(Path(config.rollouts) / "config.yaml")["chunking"]
+    chunking = read_run_settings(config.rollouts)["chunking"]
 
     def selections_of(block: Sequence[Candidates]) -> list[Selection]:
         solutions = [solution for each in block for solution in each.solutions(tokenizer)]

@@ -25,12 +25,12 @@ from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.record_files import KIND, read_manifest, read_records
 from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample, UserError
 from stepwiser_jax.runtime import compilation
-from stepwiser_jax.runtime.data import TokenBatch, sft_documents, sft_loader
+from stepwiser_jax.runtime.data import TokenBatch, num_batches, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.trainer import TrainState, make_train_step
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runtime.training_run import TrainingRun, tell_length
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
 from stepwiser_jax.text.segmentation import tagged
@@ -38,7 +38,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
-    """Train for `steps` optimizer steps, resuming from the last checkpoint."""
+    """Train for `steps` or `epochs`, resuming from the last checkpoint."""
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
@@ -51,23 +51,27 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),
         max_length=config.max_length,
     )
-    loader = sft_loader(
-        documents,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        seed=config.seed,
-        packing=config.packing,
-    )
+    batches: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "packing": config.packing,
+        "epochs": config.epochs,
+    }
+    steps = config.steps or num_batches(documents, **batches)
+    tell_length("sft", config.epochs, len(documents), f"{steps} steps")
+    loader = sft_loader(documents, **batches)
     training = TrainingRun(
-        directory, loaded, mesh, config.training, total_updates=config.steps, loader=loader
+        directory, loaded, mesh, config.training, total_updates=steps, loader=loader
     )
     train_step = sft_train_step(config, training.schedule, training.optimizer, training.state)
     shape = f"{config.batch_size}x{config.max_length}"
-    seconds_per_step = training.fit(train_step, config.steps, mesh, shape)
+    seconds_per_step = training.fit(train_step, steps, mesh, shape)
     summary = {
         "examples": len(documents),
         "dropped_too_long": too_long,
-        "steps": config.steps,
+        "with_control_tokens": sum(spells_control(x, loaded.tokenizer) for x in examples),
+        "steps": steps,
         "loss": training.last("loss"),
         "seconds_per_step": seconds_per_step,
     }
@@ -171,6 +175,14 @@ def holds_dialogues(source: str) -> bool:
         return False
     with open(path, "rb") as lines:
         return b'"roles":' in lines.readline()
+
+
+def spells_control(example: SftExample | Dialogue, tokenizer: Tokenizer) -> bool:
+    """Whether a text of it holds a control token. It is learned as the text that it is: turns are
+    those of a Dialogue, and are not spelled out."""
+    is_dialogue = isinstance(example, Dialogue)
+    texts = example.texts if is_dialogue else (example.prompt, example.completion)
+    return any(map(tokenizer.control.spelled_in, texts))
 
 
 def render(

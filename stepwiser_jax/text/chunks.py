@@ -139,8 +139,13 @@ def chunk_texts(
 
 
 def strip_tags(text: str) -> str:
-    """Text for a judge that knows no tags."""
-    return re.sub(r"</?chunk>", "", text)
+    """Text for a judge that knows no tags: also those that stand there when others were taken
+    off, as in `<chu</chunk>nk>`, are."""
+    kept = ""
+    for piece in re.split("(?<=>)", text):
+        kept += piece
+        kept = kept.removesuffix(CHUNK_OPEN).removesuffix(CHUNK_CLOSE)
+    return kept
 
 
 def check_tags(tokenizer: Tokenizer) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import (
     ClassifierExample,
     JudgeExample,
@@ -29,12 +31,16 @@ def without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
+def is_held_out(record: R, held_out: frozenset[str]) -> bool:
+    return without_spaces(record.question) in held_out
+
+
 def drop_held_out(
     records: Sequence[R], held_out: frozenset[str], dropped: Counter[str] | None = None
 ) -> list[R]:
     """Those whose question is not among `held_out`, as `held_out_questions` gives them; the others
     are counted in `dropped`. Raises UserError where none is left."""
-    kept = [record for record in records if without_spaces(record.question) not in held_out]
+    kept = [record for record in records if not is_held_out(record, held_out)]
     if records and not kept:
         raise UserError(
             f"none of {len(records)} records is left: `exclude` has the problems of all of them"
@@ -45,11 +51,15 @@ def drop_held_out(
 
 
 def held_out_questions(sources: Iterable[str]) -> frozenset[str]:
-    """All problem texts, without white space, of local files or hub data sets (all their splits).
-    Raises UserError for a row without a problem."""
+    """All problem texts, without white space, of local files, finished `rollout` runs, or hub data
+    sets (all their splits). Raises UserError for a row without a problem."""
     questions: set[str] = set()
     for source in sources:
-        for where, row in read_rows(source):
+        if Path(source).is_dir():
+            problems = read_records(source, Problem)
+            questions.update(without_spaces(problem.question) for problem in problems)
+            continue
+        for _, where, row in read_rows(source):
             try:
                 questions.update(map(without_spaces, _questions(columns_of(row))))
             except UserError as error:

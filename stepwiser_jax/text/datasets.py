@@ -6,14 +6,19 @@ or a `solution` with \\boxed{}), the step-labelled formats of `text.solutions`, 
 
 A malformed row stops the reading with its file and line, or is named in the log, counted as dropped
 and left out, as `on_malformed` has it.
+
+Rows are taken in the order that `config_parts.Problems` states: shuffled, malformed ones and those
+of excluded problems left out, then the first `limit`. An id is that of the row in its source,
+wherever the shuffle has put it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,8 +50,10 @@ from stepwiser_jax.text.solutions import (
     processbench_items,
 )
 
+N = TypeVar("N", int, str)
 R = TypeVar("R", bound=Record)
 OnMalformed = Literal["stop", "skip"]
+Split = str | Sequence[str] | None
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _log = logging.getLogger(__name__)
 
@@ -54,11 +61,22 @@ _log = logging.getLogger(__name__)
 # --- rows -----------------------------------------------------------------------------------------
 
 
+def shuffled(names: Iterable[N], seed: int) -> list[N]:
+    """The names in an order that depends on nothing but the seed and each name: it is the same on
+    every machine, and one name more moves no other."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+
+
 def read_rows(
-    source: str, *, split: str | None = None, subset: str | None = None
-) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a local file, or of `split` (None: all of them) and `subset` of a hub data
-    set. A line of JSON comes as it is, unparsed.
+    source: str,
+    *,
+    split: Split = None,
+    subset: str | None = None,
+    shuffle_seed: int | None = None,
+) -> Iterator[tuple[int, str, Any]]:
+    """(number from 0, where, row) of a local file, or of `split` (several: one after another; None:
+    all) and `subset` of a hub data set; with `shuffle_seed` the rows of a split are shuffled. A
+    line of JSON comes as it is, unparsed. A hub data set is read row by row, never as a whole.
 
     Raises UserError for a missing, unreadable or empty source, and an unknown split.
     """
@@ -68,14 +86,27 @@ def read_rows(
         raise UserError(f"expected a data file at {source}, found {found}")
     if path.is_file() and path.suffix not in _SUFFIXES:
         raise UserError(f"expected a {sorted(_SUFFIXES)} file, found {source}")
-    is_json = path.is_file() and path.suffix != ".parquet"
-    rows = _json_rows(path) if is_json else _table_rows(source, split, subset)
+    if path.is_file() and path.suffix != ".parquet":
+        rows = _numbered(_json_rows(path), shuffle_seed)
+    else:
+        rows = _table_rows(source, split, subset, shuffle_seed)
     empty = True
-    for place, row in rows:
+    for number, place, row in rows:
         empty = False
-        yield f"{source}, {place}", row
+        yield number, f"{source}, {place}", row
     if empty:
         raise UserError(f"{source} is empty: expected at least one row, found none")
+
+
+def _numbered(
+    rows: Iterator[tuple[str, Any]], shuffle_seed: int | None
+) -> Iterator[tuple[int, str, Any]]:
+    if shuffle_seed is None:
+        yield from ((number, place, row) for number, (place, row) in enumerate(rows))
+        return
+    held = list(rows)
+    for number in shuffled(range(len(held)), shuffle_seed):
+        yield number, *held[number]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -96,7 +127,7 @@ def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)  # the whole of it, so that what follows need not look at commas
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a list in JSON: {error}") from None
     position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
     while True:
@@ -112,43 +143,56 @@ def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
         line += text.count("\n", begin, position)
 
 
-def _table_rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Any]]:
+def _table_rows(
+    source: str, split: Split, subset: str | None, shuffle_seed: int | None
+) -> Iterator[tuple[int, str, Any]]:
     import datasets
 
     try:
         if Path(source).is_file():
             tables = {"train": datasets.load_dataset("parquet", data_files=source, split="train")}
+        elif split is None:
+            tables: Any = datasets.load_dataset(source, subset, split=None)
         else:
-            tables: Any = datasets.load_dataset(source, subset, split=split)
-            tables = tables if split is None else {split: tables}
+            names = [split] if isinstance(split, str) else split
+            tables = {name: datasets.load_dataset(source, subset, split=name) for name in names}
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
         kind = "file" if Path(source).is_file() else "data set (no file or run is there)"
         raise UserError(f"cannot read the {kind} {source}: {error.__cause__ or error}") from None
+    before = 0
     for name, table in tables.items():
         of_split = "" if Path(source).is_file() else f"{name} "
-        for number, row in enumerate(table, 1):
-            yield f"{of_split}row {number}", row
+        if shuffle_seed is None:
+            rows = enumerate(table)
+        else:
+            rows = ((number, table[number]) for number in shuffled(range(len(table)), shuffle_seed))
+        for number, row in rows:
+            yield before + number, f"{of_split}row {number + 1}", row
+        before += len(table)
 
 
 def parse_rows(
     source: str,
     parse: Callable[[dict[str, Any], int], list[R]],
     *,
-    split: str | None = None,
+    split: Split = None,
     subset: str | None = None,
+    shuffle_seed: int | None = None,
+    is_excluded: Callable[[R], bool] = lambda record: False,
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[R]:
-    """The records that `parse` makes of each row and its number, from 0; of the first `limit` good
-    rows. What is left out is counted in `dropped`.
+    """The records that `parse` makes of each row and its number, from 0, as the head of this module
+    says; `limit` counts rows. What is left out is counted in `dropped`.
 
     A row is malformed if `parse` raises UserError, if a text of it cannot be written, or if an id
     was there before: ids name records and noise, and two of the same would be taken for one.
     """
     records: dict[str, R] = {}
-    good, last_error = 0, None
-    for number, (where, row) in enumerate(read_rows(source, split=split, subset=subset)):
+    good, excluded, last_error = 0, 0, None
+    rows = read_rows(source, split=split, subset=subset, shuffle_seed=shuffle_seed)
+    for number, where, row in rows:
         if good == limit:
             break
         try:
@@ -165,8 +209,18 @@ def parse_rows(
             if dropped is not None:
                 dropped["malformed"] += 1
             continue
+        kept = [record for record in new if not is_excluded(record)]
+        excluded += len(new) - len(kept)
+        if new and not kept:
+            continue
         good += 1
-        records |= {record.record_id: record for record in new}
+        records |= {record.record_id: record for record in kept}
+    if excluded and dropped is not None:
+        dropped["excluded"] += excluded
+    if excluded and not records:
+        raise UserError(
+            f"none of {excluded} records is left: `exclude` has the problems of all of them"
+        )
     if last_error is not None and not good:
         raise UserError(f"all rows are malformed, the last one is {last_error}")
     return list(records.values())
@@ -192,6 +246,8 @@ def load_problems(
     *,
     split: str | None = None,
     subset: str | None = None,
+    shuffle_seed: int | None = None,
+    is_excluded: Callable[[Problem], bool] = lambda problem: False,
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
@@ -218,18 +274,21 @@ def load_problems(
         parse,
         split=split or "train",
         subset=subset,
+        shuffle_seed=shuffle_seed,
+        is_excluded=is_excluded,
         limit=limit,
         on_malformed=on_malformed,
         dropped=dropped,
     )
 
 
-def _name(source: str, split: str | None) -> tuple[str, str]:
+def _name(source: str, split: Split) -> tuple[str, str]:
     """What ids begin with: (data set, part of it)."""
     path = Path(source)
     if path.is_file():
         return path.parent.name, path.stem
-    return source.rsplit("/", 1)[-1], split or "train"
+    part = split if isinstance(split, str) else "+".join(split or ["train"])
+    return source.rsplit("/", 1)[-1], part
 
 
 def _reference(row: dict[str, Any]) -> str:
@@ -273,7 +332,7 @@ def load_solutions(
 def load_benchmark(
     source: str,
     *,
-    split: str | None = None,
+    split: Split = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[BenchmarkItem]:
@@ -353,7 +412,7 @@ def load_classifier_examples(
     `load_judge_examples` reads them. Raises UserError where an example's labels are not of its
     chunks."""
     if Path(source).is_dir():
-        return read_records(source, ClassifierExample)
+        return [_checked(example) for example in read_records(source, ClassifierExample)]
     stem, part = _name(source, None)
 
     def parse(row: dict[str, Any], number: int) -> list[ClassifierExample]:

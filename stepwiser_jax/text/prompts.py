@@ -130,10 +130,10 @@ def encode_message(
     tokenizer: Tokenizer, text: str, style: JudgePromptStyle, *, answer: str = ""
 ) -> list[int]:
     """One user message: through the chat template, or bare, as it stands behind the start token.
-    A thought that both the template and the `answer` begin is begun by the answer."""
+    Where the `answer` begins with a thought, the template's own is left out."""
     if style != "bare":
         ids = tokenizer.render_chat([{"role": "user", "content": text}])
-        return without_thought(tokenizer, ids) if answer.startswith(THOUGHT) else ids
+        return split_thought(tokenizer, ids)[0] if answer.startswith(THOUGHT) else ids
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError("expected a prompt, found an empty text")
@@ -141,13 +141,50 @@ def encode_message(
 
 
 THOUGHT = "<think>\n"
+"""What the template of a model such as DeepSeek-R1's distilled ones begins for the assistant."""
+
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+"""What Qwen3's writes for it where thinking is switched off."""
 
 
-def without_thought(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """A rendered conversation, without the thought that the template of a model such as
-    DeepSeek-R1's distilled ones begins for the assistant."""
-    begun = tokenizer.encode(THOUGHT)
-    return ids[: -len(begun)] if ids[-len(begun) :] == begun else ids
+def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """A rendered conversation in two: all but the thought, begun or empty, at its end; that."""
+    for thought in (NO_THOUGHT, THOUGHT):
+        begun = tokenizer.encode(thought)
+        if ids[-len(begun) :] == begun:
+            return ids[: -len(begun)], begun
+    return ids, []
+
+
+def before_answers(
+    tokenizer: Tokenizer, groups: Sequence[Sequence[dict[str, str]]]
+) -> list[list[int]]:
+    """What the chat template has stand before each answer of the assistant's, which follow the
+    `groups` of messages: an empty thought as well, and none that it begins. It is rendered with +
+    in the place of answers: so the tokens of an answer do not depend on what follows.
+
+    Raises UserError where the template does not keep the beginning of a conversation when it goes
+    on. It may drop an empty thought, as Qwen3's does.
+    """
+    messages: list[dict[str, str]] = []
+    begun: list[list[int]] = [[]]
+    found = []
+    for group in groups:
+        messages += group
+        whole = tokenizer.render_chat(messages)
+        read, thought = split_thought(tokenizer, whole)
+        kept = next((len(ids) for ids in begun if read[: len(ids)] == ids), None)
+        if kept is None:
+            raise UserError(
+                "the chat template does not keep the beginning of a conversation when it goes on, "
+                "or an answer, such as +, is not a token of its own there: set prompt_style to "
+                "'bare', or use another model's tokenizer"
+            )
+        is_empty = thought == tokenizer.encode(NO_THOUGHT)
+        found.append(read[kept:] + (thought if is_empty else []))
+        messages.append({"role": "assistant", "content": "+"})
+        begun = [ids + tokenizer.encode("+") for ids in (whole, read)]
+    return found
 
 
 def encode_solve_prompt(
@@ -192,31 +229,23 @@ def encode_solution(
     and by default) or -. Returns the ids, which end with the last answer, and the index in them of
     each chunk's answer. Bare: every chunk, its tags left on, is followed by <judge> and the answer.
 
-    Raises UserError where the chat template does not put the answers between the messages.
+    Raises UserError as `before_answers` does.
     """
     signs = [True] * len(chunks) if is_positive is None else is_positive
     plus, minus = sign_ids(tokenizer)
-    messages: list[dict[str, str]] = []
+    if style == "instruct":
+        texts = [strip_tags(chunk).strip() for chunk in chunks]
+        texts[:1] = [f"{question}\n\n{text}" for text in texts[:1]]
+        before = before_answers(tokenizer, [[{"role": "user", "content": x}] for x in texts])
+    else:
+        texts = [bare_judge_prompt("" if j else question, "", x) for j, x in enumerate(chunks)]
+        before = [encode_message(tokenizer, text, style) for text in texts[:1]]
+        before += [tokenizer.encode(text) for text in texts[1:]]
     ids: list[int] = []
     places = []
-    for j, (chunk, sign) in enumerate(zip(chunks, signs, strict=True)):
-        if style == "instruct":
-            text = strip_tags(chunk).strip()
-            text = text if j else f"{question}\n\n{text}"
-            messages.append({"role": "user", "content": text})
-            read = tokenizer.render_chat(messages)
-            messages.append({"role": "assistant", "content": "+" if sign else "-"})
-        elif j:
-            read = ids + tokenizer.encode(bare_judge_prompt("", "", chunk))
-        else:
-            read = encode_message(tokenizer, bare_judge_prompt(question, "", chunk), style)
-        if read[: len(ids)] != ids:
-            raise UserError(
-                "the chat template does not keep the beginning of a conversation when it goes on, "
-                "or an answer, + or -, is not a token of its own there: set prompt_style to 'bare'"
-            )
-        places.append(len(read))
-        ids = [*read, plus if sign else minus]
+    for read, sign in zip(before, signs, strict=True):
+        places.append(len(ids) + len(read))
+        ids += [*read, plus if sign else minus]
     return ids, places
 
 
@@ -230,13 +259,12 @@ def encode_dialogue(
     """A conversation (`records.Dialogue`) up to and including its last text, and which of its ids
     are learned: what the assistant says, and the end tokens between its turns.
 
-    Every text is encoded by itself, exactly as it stands, and what stands between turns is taken
-    from the chat template, but for a thought that it begins: so the tokens of a turn do not depend
-    on what follows. Bare, the texts follow one another, with an end token behind a turn of the
+    Every text is encoded by itself, exactly as it stands, and what stands between turns is
+    `before_answers`. Bare, the texts follow one another, with an end token behind a turn of the
     assistant's.
 
-    Raises UserError for roles in no such order or of another number than the texts, or where the
-    template does not keep the beginning of a conversation when it goes on.
+    Raises UserError for roles in no such order or of another number than the texts, or as
+    `before_answers` does.
     """
     if len(roles) != len(texts):
         raise UserError(
@@ -247,36 +275,29 @@ def encode_dialogue(
             f"expected a conversation of {', '.join(SAYS)}, which one of the first two begins, "
             f"found {list(roles)}"
         )
+    parts = zip(roles, texts, strict=True)
+    turns = [(of, [*part]) for of, part in groupby(parts, lambda part: part[0] in SAYS[2:])]
+    asked = [part for in_turn, part in turns if not in_turn]
+    if style != "bare":
+        before = before_answers(
+            tokenizer, [[{"role": role, "content": text} for role, text in x] for x in asked]
+        )
+    else:
+        first, *later = [" ".join(text for _, text in part) for part in asked]
+        before = [encode_message(tokenizer, first, style)]
+        before += [[tokenizer.eos_ids[0], *tokenizer.encode(text)] for text in later]
     ids: list[int] = []
     learned: list[bool] = []
-    messages: list[dict[str, str]] = []  # with a + in the place of the assistant's turns
-    rendered: list[int] = []
-    parts = zip(roles, texts, strict=True)
-    for in_turn, group in groupby(parts, lambda part: part[0] in SAYS[2:]):
-        if in_turn:
-            for role, text in group:
-                new = tokenizer.encode(text)
-                ids += new
-                learned += [role == "assistant"] * len(new)
+    for in_turn, part in turns:
+        if not in_turn:
+            new = before.pop(0)
+            learned += [bool(ids) and new[0] in tokenizer.eos_ids] + [False] * (len(new) - 1)
+            ids += new
             continue
-        if style != "bare":
-            messages += [{"role": role, "content": text} for role, text in group]
-            read = without_thought(tokenizer, tokenizer.render_chat(messages))
-            if read[: len(rendered)] != rendered:
-                raise UserError(
-                    "the chat template does not keep the beginning of a conversation when it goes "
-                    "on: set prompt_style to 'bare', or use another model's tokenizer"
-                )
-            new = read[len(rendered) :]
-            messages.append({"role": "assistant", "content": "+"})
-            rendered = read + tokenizer.encode("+")
-        else:
-            text = " ".join(text for _, text in group)
-            new = encode_message(tokenizer, text, style)
-            if ids:
-                new = [tokenizer.eos_ids[0], *tokenizer.encode(text)]
-        learned += [bool(ids) and new[0] in tokenizer.eos_ids] + [False] * (len(new) - 1)
-        ids += new
+        for role, text in part:
+            new = tokenizer.encode(text)
+            ids += new
+            learned += [role == "assistant"] * len(new)
     return ids, learned
 
 

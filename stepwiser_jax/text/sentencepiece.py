@@ -2,7 +2,8 @@
 
 Text between special tokens is encoded by tensorflow-text, whose ids are the sentencepiece
 library's (between segmentations of a unigram model that are equally likely, the two may choose
-differently). Special tokens are the model's control symbols and what the files beside it add:
+differently). Special tokens are the model's control symbols and what the files beside it add;
+which of them a text may spell, `text.chat` says:
 
     tokenizer_config.json    bos_token, eos_token, pad_token, added_tokens_decoder, chat_template,
                              legacy (whether every stretch of text begins with a dummy space, or
@@ -18,12 +19,13 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text import chat
 from stepwiser_jax.text.tokenizer import (
     check_ids,
     end_ids,
@@ -40,7 +42,7 @@ NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 class SentencePieceTokenizer:
     """A `.model` file and the files beside it, listed above."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, arguments: Mapping[str, chat.Argument], *, trained: bool = False):
         """Raises UserError without the extra `tf-text`, or for a file that is no such model."""
         file = Path(path)
         if not file.is_file():
@@ -54,7 +56,7 @@ class SentencePieceTokenizer:
         }
         self._config = json.loads(self._files.get("tokenizer_config.json", "{}"))
         self._special = self._vocabulary.special() | self._added_tokens()
-        longest_first = sorted(self._special, key=len, reverse=True)
+        longest_first = [*sorted(self._special, key=len, reverse=True), chat.BREAK]
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._begins_with_space = (
             self._vocabulary.add_dummy_prefix and self._config.get("add_prefix_space") is not False
@@ -67,10 +69,21 @@ class SentencePieceTokenizer:
             self._special.values()
         )
         self.vocab_size = 1 + max(self.known_ids)
-        self._first, self._next = self._encoders(path)
+        template = self._read_template()
+        self._template = chat.with_arguments(template, arguments, path, trained=trained)
+        if self._template and arguments:
+            self._files["chat_template.jinja"] = self._template  # what is saved
+        self.control = self._control_tokens()
+        self._first, self._next, self._inside = self._encoders(path)
 
-    def _encoders(self, path: str) -> tuple[Any, Any]:
-        """For the text's beginning, and for what follows a special token."""
+    def _control_tokens(self) -> chat.ControlTokens:
+        listed = self._config.get("added_tokens_decoder", {}).values()
+        other = {token["content"] for token in listed if not token.get("special")}
+        other -= {token for token, i in self._special.items() if i in self.eos_ids}
+        return chat.ControlTokens(self._special.keys() - other, other, self._template)
+
+    def _encoders(self, path: str) -> tuple[Any, Any, Any]:
+        """For the text's beginning, for what follows a special token, and what follows a break."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         try:
             import tensorflow  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
@@ -85,7 +98,7 @@ class SentencePieceTokenizer:
         as_trained = tensorflow_text.SentencepieceTokenizer(self._model)
         without_prefix = tensorflow_text.SentencepieceTokenizer(self._model + NO_DUMMY_PREFIX)
         first = as_trained if self._begins_with_space else without_prefix
-        return first, first if self._config.get("legacy") else without_prefix
+        return first, first if self._config.get("legacy") else without_prefix, without_prefix
 
     def _added_tokens(self) -> dict[str, int]:
         """Raises UserError for a token that would change the text beside it."""
@@ -116,14 +129,20 @@ class SentencePieceTokenizer:
         return self._vocabulary.pieces.index(token)
 
     def encode(self, text: str) -> list[int]:
+        return self._encode(self.control.broken(text))
+
+    def _encode(self, text: str) -> list[int]:
+        """Of a text with breaks."""
         ids: list[int] = []
-        begins = True
+        encoder = self._first
         for part in self._split.split(text):
             if part in self._special:
                 ids.append(self._special[part])
+                encoder = self._next
+            elif part == chat.BREAK:
+                encoder = self._inside
             elif part:
-                ids += (self._first if begins else self._next).tokenize(part).numpy().tolist()
-            begins &= not part
+                ids += encoder.tokenize(part).numpy().tolist()
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -135,40 +154,22 @@ class SentencePieceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError where there is no chat template, or it refuses the messages."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = raise_exception
+        """Raises UserError where there is no chat template, or it fails."""
         names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
         spelled = self.token_bytes()
-        try:
-            text = environment.from_string(self._chat_template()).render(
-                messages=list(messages),
+        return self._encode(
+            chat.render(
+                self._template,
+                messages,
+                self.control,
                 add_generation_prompt=add_generation_prompt,
                 **{name: spelled[i].decode() for name, i in names.items() if i is not None},
             )
-        except TemplateError as error:
-            raise UserError(f"the chat template failed: {error}") from None
-        return self.encode(text)
+        )
 
-    def _chat_template(self) -> str:
-        template = self._files.get("chat_template.jinja") or self._config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is None:
-            raise UserError(
-                "there is no chat template beside the SentencePiece model (chat_template.jinja, or "
-                "chat_template in tokenizer_config.json): add one, or set prompt_style to 'bare'"
-            )
-        return template
+    def _read_template(self) -> str | None:
+        file = self._files.get("chat_template.jinja")
+        return file or chat.default_template(self._config.get("chat_template"))
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
     def token_bytes(self) -> list[bytes]:

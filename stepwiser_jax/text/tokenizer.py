@@ -6,17 +6,23 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stepwiser_jax.records import UserError
+from stepwiser_jax.text import chat
+from stepwiser_jax.text.hub import local_directory
+
+FILES = ("*.json", "*.jinja", "*.model")
+"""Of a hub id, what a tokenizer needs."""
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids. `encode` adds no special tokens; special tokens spelled out in the text
-    become their ids. `decode` keeps special tokens and cleans nothing up; it raises UserError for
-    an id that no token has.
+    """Text <-> token ids. `encode` adds no special tokens, and control tokens (`text.chat`) that
+    are spelled out in the text stay text; only `render_chat` gives some, where the chat template
+    has them. `decode` keeps special tokens and cleans nothing up; it raises UserError for an id
+    that no token has.
 
     `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
     than the largest."""
@@ -31,6 +37,8 @@ class Tokenizer(Protocol):
     def known_ids(self) -> frozenset[int]: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def control(self) -> chat.ControlTokens: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def render_chat(
@@ -44,18 +52,35 @@ class Tokenizer(Protocol):
     def save(self, path: str) -> None: ...
 
 
-def load_tokenizer(path_or_id: str) -> Tokenizer:
+def load_tokenizer(
+    path_or_id: str,
+    chat_template_args: Mapping[str, chat.Argument] | None = None,
+    *,
+    trained: bool = False,
+) -> Tokenizer:
     """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file, also a
-    directory with a tokenizer.model and no tokenizer.json (which need the extra `tf-text`). Raises
-    UserError where there is none."""
+    directory or hub id with a tokenizer.model and no tokenizer.json (which need the extra
+    `tf-text`).
+
+    Args:
+        path_or_id: where it is. Without a network, a hub id has to be in the cache.
+        chat_template_args: what `render_chat` hands to the template; `save` writes them into it.
+        trained: whether it is of a model that a run of this project trained, whose arguments can
+            be repeated and not changed.
+
+    Raises:
+        UserError: there is no tokenizer, or its chat template does not take the arguments.
+    """
     from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
 
-    directory = Path(path_or_id)
+    arguments = chat_template_args or {}
     if path_or_id.endswith(".model"):
-        return SentencePieceTokenizer(path_or_id)
-    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(str(directory / "tokenizer.model"))
-    return HuggingFaceTokenizer(path_or_id)
+        return SentencePieceTokenizer(path_or_id, arguments, trained=trained)
+    directory = local_directory(path_or_id, FILES)
+    model = directory / "tokenizer.model"
+    if model.is_file() and not (directory / "tokenizer.json").is_file():
+        return SentencePieceTokenizer(str(model), arguments, trained=trained)
+    return HuggingFaceTokenizer(directory, arguments, trained=trained)
 
 
 def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
@@ -88,22 +113,37 @@ def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 class HuggingFaceTokenizer:
     """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
 
-    def __init__(self, path_or_id: str):
+    def __init__(
+        self, directory: Path, arguments: Mapping[str, chat.Argument], *, trained: bool = False
+    ):
         # Nobody needs to hear that there is no PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        local = Path(path_or_id)
-        if local.is_dir() and not (local / "tokenizer.json").is_file():
+        if not (directory / "tokenizer.json").is_file():
             raise UserError(
-                f"expected a tokenizer.json or a tokenizer.model in {path_or_id}, found neither"
+                f"expected a tokenizer.json or a tokenizer.model in {directory}, found neither"
             )
         try:
-            self._hf: Any = AutoTokenizer.from_pretrained(path_or_id, use_fast=True)
+            self._hf: Any = AutoTokenizer.from_pretrained(str(directory), use_fast=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load a tokenizer from {path_or_id}: {error}") from None
-        self._eos_ids = end_ids(local, self._hf.eos_token_id)
+            raise UserError(f"cannot load a tokenizer from {directory}: {error}") from None
+        self._eos_ids = end_ids(directory, self._hf.eos_token_id)
         self.known_ids = frozenset(self._hf.get_vocab().values())
+        if not self.known_ids.issuperset(self._eos_ids):
+            raise UserError(
+                f"{directory}: expected end tokens among the tokenizer's ids, up to "
+                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}"
+            )
+        template = chat.default_template(self._hf.chat_template)
+        template = chat.with_arguments(template, arguments, str(directory), trained=trained)
+        if arguments:
+            self._hf.chat_template = template  # what is saved
+        added = self._hf.added_tokens_decoder
+        ends = [token.content for i, token in added.items() if i in self._eos_ids]
+        special = [token.content for token in added.values() if token.special]
+        other = [token.content for token in added.values()]
+        self.control = chat.ControlTokens([*special, *ends], other, template)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -123,7 +163,15 @@ class HuggingFaceTokenizer:
         return max(self.known_ids) + 1  # where there are gaps, len(self._hf) is less
 
     def encode(self, text: str) -> list[int]:
-        return self._hf.encode(text, add_special_tokens=False)
+        return self._encode(self.control.broken(text))
+
+    def _encode(self, text: str) -> list[int]:
+        """Of a text with breaks. (A tokenizer that begins every text with a space, as Llama 2's
+        does, puts one behind every break.)"""
+        ids: list[int] = []
+        for part in text.split(chat.BREAK):
+            ids += self._hf.encode(part, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.known_ids)  # the library leaves such ids out without a word
@@ -134,16 +182,16 @@ class HuggingFaceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError where the tokenizer has no chat template."""
-        if self._hf.chat_template is None:
-            raise UserError(
-                "the tokenizer has no chat template: set prompt_style to 'bare', or use an "
-                "instruction-tuned model's tokenizer"
+        """Raises UserError where the tokenizer has no chat template, or it fails."""
+        return self._encode(
+            chat.render(
+                chat.default_template(self._hf.chat_template),
+                messages,
+                self.control,
+                add_generation_prompt=add_generation_prompt,
+                **self._hf.special_tokens_map,
             )
-        text = self._hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        return self.encode(text)
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
     def token_bytes(self) -> list[bytes]:
@@ -166,12 +214,27 @@ def end_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
     ids = [eos_id]
     generation = directory / "generation_config.json"
     if generation.is_file():
-        listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += listed if isinstance(listed, list) else [listed]
+        ids += _listed_end_ids(generation)
     unique = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not unique:
         raise UserError(f"the tokenizer of {directory} defines no end token (eos_token)")
     return unique
+
+
+def _listed_end_ids(file: Path) -> list[int | None]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON in UTF-8: {error}") from None
+    listed = fields.get("eos_token_id") if isinstance(fields, dict) else fields
+    ids = listed if isinstance(listed, list) else [listed]
+    if not isinstance(fields, dict) or any(
+        i is not None and (type(i) is not int or i < 0) for i in ids
+    ):
+        raise UserError(
+            f"{file}: expected eos_token_id to be token ids from 0, found {listed!r:.80}"
+        )
+    return ids
 
 
 def write_end_ids(directory: Path, eos_ids: Sequence[int], pad_id: int) -> None:

@@ -27,7 +27,7 @@ from stepwiser_jax.records import (
     Trajectory,
     Verdict,
 )
-from stepwiser_jax.runtime import training_run
+from stepwiser_jax.runtime import run as run_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
@@ -304,6 +304,10 @@ def die_at(step, monkeypatch):
     monkeypatch.setattr(TrainingRun, "finish_step", dying)
 
 
+def steps_of(run):
+    return json.loads((run / "summary.json").read_text())["steps"]
+
+
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
@@ -313,9 +317,17 @@ def assert_same_training(cut, whole):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
-    extra = ("steps=20", "training.checkpoint_every=8")
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("cold_start", ("steps=null", "epochs=1", "packing=true", "batch_size=16")),
+        pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
+    ],
+)
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
+    runs, name, extra, tmp_path, monkeypatch, capsys
+):
+    extra += ("training.checkpoint_every=8",)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(name, runs, out=whole, extra=extra)) == 0
     arguments = command(name, runs, out=cut, extra=extra)
@@ -326,6 +338,9 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
     assert main(arguments) == 0
     assert_same_training(cut, whole)
+    assert 11 < steps_of(whole) == steps_of(cut)
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
+    assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
@@ -342,7 +357,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
     assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
@@ -363,7 +378,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
     arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
         assert main(arguments) == 130
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -378,10 +393,10 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     out = tmp_path / "run"
     arguments = command("cold_start", runs, out=out, extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.stop, "requested", True)
+        patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
-    monkeypatch.setattr(training_run, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
     script = (
         f"import fcntl, time; file = open({str(out / 'lock')!r}, 'r+'); "
         "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
@@ -391,7 +406,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
         assert main(arguments) == 2
-        assert f"another process is training in {out}" in capsys.readouterr().err
+        assert f"another process works in {out}" in capsys.readouterr().err
         assert (out / "metrics.jsonl").read_bytes() == before
     finally:
         first.kill()

@@ -1,5 +1,7 @@
 """Chunks are spans of token ids: the automaton, the partition, and tags that share tokens."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,19 @@ def test_blank_lines_make_chunks_but_no_empty_ones(bpe_tokenizer):
 
 def test_tags_are_taken_off():
     assert strip_tags("<chunk> a </chunk>b") == " a b"
+    assert strip_tags("a > b <chunk") == "a > b <chunk"
+
+
+def test_no_tag_is_left_where_others_were_taken_off():
+    assert strip_tags("<chu</chunk>nk>a<</chunk>/chunk>") == "a"
+    rng = np.random.default_rng(0)
+    pieces = ["<chunk>", "</chunk>", "<", "/", "chunk", ">", "a", "<chu", "nk>"]
+    for _ in range(2000):
+        text = expected = "".join(rng.choice(pieces, rng.integers(12)))
+        while expected != (shorter := re.sub("</?chunk>", "", expected)):
+            expected = shorter
+        assert strip_tags(text) == expected, text
+    assert strip_tags("<chu" * 20000 + "nk>" * 20000) == "", "and it takes no seconds"
 
 
 def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path, word_tokenizer):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plans import planned
+from plans import model_of, planned
 
 from stepwiser_jax.commands.quickstart import recipe
 from stepwiser_jax.config import STAGE_CONFIGS
@@ -15,39 +15,10 @@ from stepwiser_jax.records import UserError
 from stepwiser_jax.settings import dump_config, load_config, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STAGE_OF = {
-    "policy": "sft",
-    "untagged": "sft",
-    "segmenter": "sft",
-    "segments": "segment",
-    "chunked": "sft",
-    "cold_start": "sft",
-    "rollouts": "rollout",
-    "heldout": "rollout",
-    "values": "annotate",
-    "labels": "label",
-    "rationales": "rationalize",
-    "genprm_start": "sft",
-    "genprm_cold_start": "sft",
-    "genprm_rationales": "rationalize",
-    "genprm": "sft",
-    "genprm_evaluate": "evaluate",
-    "genprm_refine": "refine",
-    "thinkprm_start": "sft",
-    "thinkprm_chains": "rationalize",
-    "thinkprm": "sft",
-    "thinkprm_evaluate": "evaluate",
-    "judge": "judge",
-    "classifier": "classifier",
-    "evaluate": "evaluate",
-    "classify": "classify",
-    "search": "search",
-    "select": "select",
-}
 
 
 def stage_of(file: Path) -> str:
-    return STAGE_OF[file.stem.split("_", 1)[1]]
+    return yaml.safe_load(file.read_text())["stage"]
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -57,7 +28,9 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
     dumped.write_text(dump_config(config))
     assert load_config(stage_of(file), dumped) == config
     command, hardware, expected = file.read_text().splitlines()[:3]
-    assert command.startswith(f"# stepwiser {stage_of(file)} --config configs/{file.name}")
+    name = file.stem.split("_", 1)[1]
+    written = f"# stepwiser {stage_of(file)} --config configs/{file.name} --run-dir RUNS/{name}"
+    assert command == written or command.startswith(f"{written} ")
     assert hardware.startswith("# ")
     assert expected.startswith("# ")
 
@@ -118,6 +91,26 @@ PLANNED = [
 ]
 
 
+def test_a_plan_is_of_the_model_that_a_recipe_begins_with():
+    assert model_of(CONFIGS / "qwen2.5-7b_values.yaml") == (
+        "policy.path",
+        "Qwen/Qwen2.5-7B-Instruct",
+    )
+
+
+def test_a_file_names_its_stage_and_runs_beside_its_own(tmp_path):
+    file = CONFIGS / "smoke_labels.yaml"
+    config = load_config("label", file, ("tokenizer=RUNS/policy",), tmp_path / "labels")
+    assert (config.annotations, config.rollouts) == (
+        str(tmp_path / "values"),
+        str(tmp_path / "rollouts"),
+    )
+    assert config.tokenizer == "RUNS/policy", "what is typed stays as it is"
+    assert load_config("label", file).annotations == "RUNS/values"
+    with pytest.raises(UserError, match="expected a config of judge, found one of label in"):
+        load_config("judge", file)
+
+
 def test_every_model_is_planned_on_every_slice():
     """Policy, values and judge of each, on 64 chips."""
     found = {(file.stem, topology) for file, topology, _ in PLANNED}
@@ -175,6 +168,8 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("grpo.clip_esp_low=0.1",), "did you mean 'clip_eps_low'"),
         ({}, ("iterations=many",), "iterations.*found 'many'"),
         ({}, ("iterations",), "key=value"),
+        ({}, ("epochs=1",), "either iterations or epochs, found iterations and epochs: .* to null"),
+        ({}, ("iterations=null",), "either iterations or epochs, found neither"),
         ({}, ("iterations.x=1",), "is a value"),
         ({"prompts_per_iteration": 7}, (), "multiple of updates_per_iteration"),
         ({}, ("training.micro_batches=3",), "multiple of training.micro_batches"),
@@ -214,6 +209,9 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     ("name", "stage", "override", "message"),
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
+        ("policy", "sft", "epochs=1", "either steps or epochs, found steps and epochs"),
+        ("classifier", "classifier", "epochs=null", "either steps or epochs, found neither"),
+        ("classifier", "classifier", "epochs=0", "epochs: .* greater than or equal to 1"),
         ("search", "search", "majority=[0]", "majority"),
         ("rollouts", "rollout", "prompt_style=verdict", "'instruct' or 'bare' .found 'verdict'"),
         ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config_parts import Problems
+from stepwiser_jax.config_parts import Mesh, Problems
 from stepwiser_jax.record_files import write_records
 from stepwiser_jax.records import JudgeExample, Problem, UserError
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import read_problems
+from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.settings import load_config
 from stepwiser_jax.stages import judge
 from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
@@ -66,11 +67,41 @@ def test_rollout_reads_problems_without_those_excluded(tmp_path):
     dropped = Counter()
     assert [p.question for p in read_problems(settings, dropped)] == ["a b", "b"]
     assert dropped == {"malformed": 1, "excluded": 1}
-    generated = Problems(source="arithmetic", limit=4, split="train")
-    question = read_problems(generated)[2].question
-    exclude = (held_out(tmp_path, {"problem": question}),)
-    left = read_problems(generated.model_copy(update={"exclude": exclude}))
-    assert question not in {p.question for p in left} and left
+
+
+def test_generated_problems_are_not_excluded():
+    with pytest.raises(ValueError, match="shuffle and exclude are of data sets"):
+        Problems(source="arithmetic", limit=4, split="train", exclude=("held_out.json",))
+
+
+def test_the_limit_counts_what_malformed_and_excluded_rows_leave(tmp_path):
+    rows = [{"question": q, "answer": "1"} for q in "abcdefgh"]
+    rows[1] = {"question": "b"}
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    settings = Problems(
+        source=str(tmp_path / "problems.json"),
+        on_malformed="skip",
+        limit=3,
+        exclude=(held_out(tmp_path, {"problem": "a"}, {"problem": "d"}),),
+    )
+    dropped = Counter()
+    assert [p.question for p in read_problems(settings, dropped)] == ["c", "e", "f"]
+    assert dropped == {"malformed": 1, "excluded": 2}, "and no row is read in vain"
+    everything = (held_out(tmp_path, *({"problem": q} for q in "abcdefgh")),)
+    with pytest.raises(UserError, match="none of 7 records is left"):
+        read_problems(settings.model_copy(update={"exclude": everything}))
+
+
+def test_a_run_holds_problems_to_read_and_to_exclude(tmp_path):
+    run = RunDirectory(tmp_path / "run", "rollout", Mesh())
+    run.writer(Problem).append(PROBLEMS[:2])
+    run.finish(dict)
+    of_run = Problems(source=str(tmp_path / "run"), limit=1)
+    assert read_problems(of_run) == PROBLEMS[:1]
+    rows = [{"question": p.question, "answer": p.answer} for p in PROBLEMS]
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    settings = Problems(source=str(tmp_path / "problems.json"), exclude=(str(tmp_path / "run"),))
+    assert [p.question for p in read_problems(settings)] == ["c"]
 
 
 def test_the_judge_is_trained_without_those_excluded(tmp_path, request):

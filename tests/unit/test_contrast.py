@@ -119,6 +119,7 @@ def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
     settings = yaml.safe_load((a / "config.yaml").read_text()) | {"unparsed_as": "positive"}
     b = evaluated(tmp_path / "b", items, OF_A)
     (b / "config.yaml").write_text(yaml.safe_dump(settings))
+    write_manifest(b, "evaluate", "0", [Judgment])
     found = contrasted(capsys, a, b)["average"]
     assert (found["right_by_a_alone"], found["right_by_b_alone"]) == (1, 1)
     assert found["f1_b"] == 0 < found["f1_a"]

@@ -157,6 +157,38 @@ def test_rows_of_a_list_are_named_with_the_lines_they_begin_on(tmp_path, indent,
         assert len(load_problems(str(tmp_path / "rows.json"), on_malformed="skip")) == 1
 
 
+def test_a_shuffle_is_of_the_seed_alone_and_keeps_ids(tmp_path):
+    """As are the ids written here: on every machine."""
+    from datasets import Dataset
+
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(12)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    for source in (write(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.parquet")):
+        problems = load_problems(source, shuffle_seed=0, limit=5)
+        assert [p.question for p in problems] == ["q10", "q4", "q0", "q6", "q11"]
+        assert [int(p.problem_id.split("/")[-1]) for p in problems] == [10, 4, 0, 6, 11]
+        other = load_problems(source, shuffle_seed=1, limit=5)
+        assert [p.question for p in other] != [p.question for p in problems]
+        everything = load_problems(source, shuffle_seed=0)
+        assert everything[:5] == problems and len(everything) == 12
+
+
+def test_a_hub_data_set_is_read_no_further_than_the_limit(monkeypatch):
+    import datasets
+
+    class Table(list):
+        read = 0
+
+        def __getitem__(self, number):
+            self.read += 1
+            return super().__getitem__(number)
+
+    table = Table({"question": f"q{i}", "answer": "1"} for i in range(1000))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+    assert len(load_problems("hub/math", shuffle_seed=0, limit=7)) == 7
+    assert table.read <= 8
+
+
 def test_where_no_row_is_good_nothing_is_read(tmp_path):
     source = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
     with pytest.raises(UserError, match=r"all rows are malformed, .* line 2"):
@@ -241,11 +273,14 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [i.item_id for i in load_benchmark("Qwen/PB", split="gsm8k")] == ["gsm8k-7"]
+    items = load_benchmark("Qwen/PB", split=("gsm8k", "math"), on_malformed="skip")
+    assert [(i.item_id, i.subset) for i in items] == [("gsm8k-7", "gsm8k"), ("math-1", "math")]
     dropped = Counter()
     examples = load_judge_examples("Qwen/PB", on_malformed="skip", dropped=dropped)
     assert {e.problem_id for e in examples} == {"gsm8k-7", "math-1"} and dropped["malformed"] == 1
     with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
         load_judge_examples("Qwen/PB")
-    assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
+    splits = ("gsm8k", "gsm8k", "math", None, None)
+    assert asked == [("Qwen/PB", None, split) for split in splits]
     with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
         load_problems("Qwen/PB")

@@ -541,7 +541,7 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
     assert "</analyze>\n<output>" in two[0].completion
     assert [opinion.p_positive for opinion in three] == [pytest.approx(0.75), 0.5, 0.5]
     assert [opinion.verdict for opinion in three[1:]] == [Verdict.UNPARSED] * 2
-    prompt = bpe_tokenizer.encode(judge.engine.prompts["judge/s/0/0"])
+    prompt = bpe_tokenizer._encode(judge.engine.prompts["judge/s/0/0"])
     full = len(prompt) + judge.reserve + 5
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=100)
     ((first, second),) = judge([SOLUTION])
@@ -723,7 +723,7 @@ def test_a_solution_is_replaced_where_a_whole_one_has_room(bpe_tokenizer):
         return after, engine.prompts.get("refine/a/policy1/0")
 
     much, asked = refined(4000)
-    needed = len(bpe_tokenizer.encode(asked)) + 200
+    needed = len(bpe_tokenizer._encode(asked)) + 200
     (enough, _), (little, _) = refined(needed), refined(needed - 1)
     assert much == enough and much.accepted_tokens == 200 and not much.is_correct
     assert (little.completion, little.is_correct, little.rejected_tokens) == (first, True, 0)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.records import Judged, SampledRow, Verdict
-from stepwiser_jax.runtime.pending import PendingGroups, fingerprint
+from stepwiser_jax.runtime.bits import fingerprint
+from stepwiser_jax.runtime.pending import PendingGroups
 
 
 def groups(count):

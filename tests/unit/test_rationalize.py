@@ -2,11 +2,18 @@
 
 import pytest
 
-from stepwiser_jax.records import ClassifierExample, Rationale, SftExample, UserError
+from stepwiser_jax.record_files import write_records
+from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample, UserError
 from stepwiser_jax.runtime.run import RunDirectory
 from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages.rationalize import TextWriter, choose, summarize, to_learn
+from stepwiser_jax.stages.rationalize import (
+    TextWriter,
+    choose,
+    load_examples,
+    summarize,
+    to_learn,
+)
 from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 
 
@@ -67,6 +74,17 @@ def test_what_is_learned_is_kept_and_balanced(request):
         "repeated": 0,
     }
     assert summarize(written)["kept_positive_share"] == 0.7
+
+
+def test_the_limit_counts_what_exclusions_leave(request, tmp_path):
+    examples = [JudgeExample(f"{q}/0", q, q, "", "so 3", True) for q in "abcd"]
+    write_records(tmp_path / "examples.jsonl", examples)
+    (tmp_path / "held_out.json").write_text('[{"problem": "a"}, {"problem": "c"}]')
+    exclude = f"exclude=[{tmp_path / 'held_out.json'}]"
+    settings = config(request, f"examples={tmp_path / 'examples.jsonl'}", exclude, "limit=2")
+    left, dropped = load_examples(settings)
+    assert [e.question for e in left] == ["b", "d"]
+    assert dropped == {"excluded": 2}
 
 
 def test_nothing_to_learn_is_refused(request):

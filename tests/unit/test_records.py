@@ -215,6 +215,23 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
     assert Metrics(tmp_path).resume_at(0) == {}
 
 
+def test_metrics_with_a_damaged_line_are_refused_by_name(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": 0.5})
+    metrics.close()
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    for damaged in (whole.replace('2, "loss"', '2, ?loss"'), whole.replace('": 2', '": 1')):
+        file.write_text(damaged)
+        with pytest.raises(
+            UserError, match=r"metrics\.jsonl, line 2 is damaged .* delete that line"
+        ):
+            Metrics(tmp_path).resume_at(3)
+    file.write_text(whole.replace('{"step": 2, "loss": 0.5}\n', ""))
+    assert Metrics(tmp_path).resume_at(3) == {"loss": 0.5}
+
+
 def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):
     file = request.config.rootpath / "configs" / "smoke_judge.yaml"
 

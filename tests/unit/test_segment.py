@@ -181,7 +181,12 @@ def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_to
     whole = read_records(file, Trajectory)
     tags = word_tokenizer.encode("<chunk> </chunk>")
     tagged = [
-        dataclasses.replace(t, completion_ids=(tags[0], *t.completion_ids[:-1], tags[1], 3))
+        dataclasses.replace(
+            t,
+            completion_ids=(tags[0], *t.completion_ids[:-1], tags[1], 3),
+            logprobs=(*t.logprobs, -1.0, -1.0),
+            chunk_ends=(len(t.completion_ids) + 2,),
+        )
         for t in whole
     ]
     write_records(file, tagged)

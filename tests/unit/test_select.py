@@ -134,6 +134,7 @@ def test_selections_teach_the_policy_in_its_own_words(tmp_path, rollouts, select
     assert all("<eos>" not in e.completion for e in examples)
     assert "<chunk>" in sft.read_examples(str(tmp_path / "best"), "instruct")[0].prompt
     (rollouts / "config.yaml").write_text('chunking: ["\\n"]\n')
+    write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     selected("untagged")
     assert "<chunk>" not in sft.read_examples(str(tmp_path / "untagged"), "instruct")[0].prompt
 

@@ -33,6 +33,7 @@ from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
     rollouts_by_problem,
+    select_trajectories,
 )
 from stepwiser_jax.stages.label import (
     classifier_examples,
@@ -47,6 +48,13 @@ PROMPT = (5, 9, 11)
 @pytest.fixture
 def config(request):
     return load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+
+
+def test_iterations_of_epochs(config):
+    """Of 20 examples, 8 an iteration."""
+    for epochs, iterations in ((1, 3), (2, 5), (4, 10)):
+        changed = config.model_copy(update={"iterations": None, "epochs": epochs})
+        assert judge.iterations_of(changed, 20) == iterations
 
 
 def groups(count):
@@ -243,6 +251,25 @@ def test_where_no_tags_are_expected_a_response_may_be_one_chunk(
     kept, dropped, _ = labelled_run(tmp_path, request, chunking, completions)
     assert dropped.get("untagged", 0) == untagged and dropped["cut"] == 1
     assert ("p#0/0" in kept) != untagged
+
+
+def test_problems_to_annotate_are_drawn_by_the_seed_alone(request):
+    """Of those that are solved sometimes, whatever others there are."""
+    rates = {f"p{i}": (0, 4, 2)[i % 3] for i in range(30)}
+    sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 4)]
+    file = request.config.rootpath / "configs" / "smoke_values.yaml"
+
+    def drawn(trajectories, *settings):
+        settings = ("drop_uniform_problems=true", "max_problems=4", *settings)
+        kept, dropped = select_trajectories(load_config("annotate", file, settings), trajectories)
+        assert len(kept) == 16, "all trajectories of each"
+        return list(dict.fromkeys(t.problem_id for t in kept)), dropped
+
+    found, dropped = drawn(sampled)
+    assert found == ["p2", "p5", "p23", "p29"]
+    assert dropped == {"all_correct": 10, "all_wrong": 10, "not_drawn": 6}
+    assert drawn([t for t in sampled if t.problem_id != "p8"])[0] == found
+    assert drawn(sampled, "seed=1")[0] != found
 
 
 def test_labels_of_trajectories_that_were_sampled_differently(request):

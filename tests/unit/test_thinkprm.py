@@ -231,7 +231,9 @@ class Scripted:
         for b, row_id in enumerate(row_ids):
             prompt = self.tokenizer.decode(prompts[b // group_size])
             self.generated.append((row_id, prompt, params))
-            ids = self.tokenizer.encode(next(self.texts))[: params.max_new_tokens]
+            text = next(self.texts)
+            ids = self.tokenizer.encode(text.removesuffix(" <eos>"))[: params.max_new_tokens]
+            ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
             output.tokens_BC[b, : len(ids)] = ids
             output.length_B[b] = len(ids)
         return output
@@ -359,7 +361,8 @@ def test_the_forced_question_against_the_full_forward(loaded):
         loaded.tokenizer.encode,
     )
     for prompt, (found,) in zip(PROMPTS, judge.sample(SOLUTIONS, 1.0, ("",)), strict=True):
-        ids = encode(f"{prompt} {found.solution.completion}")
+        text = f"{prompt} {found.solution.completion}".removeprefix("<bos> ")
+        ids = [loaded.tokenizer.bos_id, *encode(text)]
         answers = [encode("Positive")[0], encode("Negative")[0]]
         assert ids[-1] == answers[found.solution.p_positive < 0.5]
         assert ids[-2] == encode("<judge>")[0] and encode("fix")[0] in ids

@@ -1,6 +1,7 @@
 """Loaders, batches, the train step and checkpoints."""
 
 import shutil
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from stepwiser_jax.runtime.data import (
     Group,
     TokenBatch,
     example_loader,
+    num_batches,
     rollout_batch,
     sft_documents,
     sft_loader,
@@ -69,6 +71,44 @@ def test_loader_goes_on_where_its_state_says(packing):
             np.testing.assert_array_equal(a, b)
     other = next(loader(packing, seed=1))
     assert not np.array_equal(batches[0].tokens_BT, other.tokens_BT)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs_give_every_document_so_many_times_in_a_number_of_batches_known_before(
+    packing, epochs
+):
+    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
+    settings = {"batch_size": 7, "max_length": 16, "seed": 0, "packing": packing, "epochs": epochs}
+    batches = list(sft_loader(documents, **settings))
+    assert len(batches) == num_batches(documents, **settings)
+    assert {batch.tokens_BT.shape for batch in batches} == {(7, 16)}
+    seen = Counter(
+        int(batch.tokens_BT[row, batch.segment_ids_BT[row] == segment][0]) - 2
+        for batch in batches
+        for row in range(7)
+        for segment in range(1, batch.segment_ids_BT[row].max() + 1)
+    )
+    assert seen == dict.fromkeys(range(len(EXAMPLES)), epochs)
+    last = batches[-1]
+    empty = last.segment_ids_BT.max(axis=1) == 0
+    assert empty.any() and not last.tokens_BT[empty].any() and not last.loss_mask_BT[empty].any()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epochs_go_on_where_the_state_says(packing):
+    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
+    settings = {"batch_size": 5, "max_length": 16, "seed": 0, "packing": packing, "epochs": 2}
+    batches = list(sft_loader(documents, **settings))
+    for done in (1, len(batches) - 1):
+        stopped, resumed = (sft_loader(documents, **settings) for _ in range(2))
+        for _ in range(done):
+            next(stopped)
+        resumed.set_state(stopped.get_state())
+        rest = list(resumed)
+        assert len(rest) == len(batches) - done
+        for a, b in zip(jax.tree.leaves(batches[done:]), jax.tree.leaves(rest), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("packing", [False, True])

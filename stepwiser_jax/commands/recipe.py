@@ -1,0 +1,123 @@
+"""`stepwiser recipe`: configs that belong together, in the order in which they run, checked.
+
+PREFIX_NAME.yaml names its `stage` and writes the run RUNS/NAME. `RUNS/OTHER` in one of its settings
+is what PREFIX_OTHER.yaml writes, and must be what the setting reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from stepwiser_jax.commands.dry_run import check_inputs
+from stepwiser_jax.config import ComputeStage
+from stepwiser_jax.config_parts import Config, Mesh
+from stepwiser_jax.records import UserError
+from stepwiser_jax.settings import RUNS, load_config, read_settings
+
+TRAINING = ("sft", "judge", "classifier")
+READS = {
+    "model.path": TRAINING,
+    "policy.path": ("sft",),
+    "teacher.path": TRAINING,
+    "judge.path": ("sft", "judge"),
+    "classifier.path": ("classifier",),
+    "tokenizer": TRAINING,
+    "data.source": ("segment", "select", "rationalize"),
+    "problems.source": ("rollout",),
+    "problems.exclude": ("rollout",),
+    "exclude": ("rollout",),
+    "rollouts": ("rollout",),
+    "annotations": ("annotate",),
+    "examples": ("label",),
+    "items": ("rollout",),
+}
+"""The stages whose runs a setting may name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A config of a recipe: `reads` are pairs (setting, name of the run that it reads)."""
+
+    name: str
+    stage: str
+    file: Path
+    reads: list[tuple[str, str]]
+
+
+def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
+    """Raises UserError where the configs do not chain; with `dry_run` also what each stage's own
+    would raise for its models and data, and for input runs that are finished."""
+    steps = ordered(read_recipe(prefix))
+    for step in steps:
+        run_dir = runs / step.name
+        config = load_config(step.stage, step.file, run_dir=run_dir)
+        if dry_run:
+            check_step(step, config, runs)
+        finished = "   # finished" if is_finished(run_dir) else ""
+        print(f"stepwiser {step.stage} --config {step.file} --run-dir {run_dir}{finished}")
+
+
+def read_recipe(prefix: str) -> dict[str, Step]:
+    """The steps by their names. Raises UserError where there are none, or one names no stage."""
+    folder, start = Path(prefix).parent, Path(prefix).name
+    steps = {}
+    for file in sorted(folder.glob(f"{start}_*.yaml")):
+        tree = read_settings(file)
+        if "stage" not in tree:
+            raise UserError(f"{file}: a config of a recipe names its stage, such as `stage: sft`")
+        name = file.stem.removeprefix(f"{start}_")
+        steps[name] = Step(name, tree.pop("stage"), file, list(runs_named(tree)))
+    if not steps:
+        raise UserError(f"expected configs {prefix}_NAME.yaml, found none")
+    return steps
+
+
+def runs_named(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
+    """(setting, NAME) of every value RUNS/NAME."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from runs_named(part, f"{setting}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for part in value:
+            yield from runs_named(part, setting)
+    elif isinstance(value, str) and value.startswith(RUNS):
+        yield setting, value.removeprefix(RUNS)
+
+
+def ordered(steps: dict[str, Step]) -> list[Step]:
+    """Each behind those that it reads. Raises UserError where a setting names a run that no step
+    writes, or one of a stage that it does not read, and for steps that wait for one another."""
+    for step in steps.values():
+        for setting, name in step.reads:
+            wanted = READS.get(setting, ())
+            found = f"a run of {steps[name].stage}" if name in steps else "no config of that name"
+            if name not in steps or steps[name].stage not in wanted:
+                raise UserError(
+                    f"{step.file}: {setting} is RUNS/{name}: expected a run of "
+                    f"{' or '.join(wanted) or 'no stage'}, found {found}"
+                )
+    order = TopologicalSorter({s.name: [name for _, name in s.reads] for s in steps.values()})
+    try:
+        return [steps[name] for name in order.static_order()]
+    except CycleError as error:
+        raise UserError(f"these wait for one another: {' <- '.join(error.args[1])}") from None
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / "manifest.json").is_file()
+
+
+def check_step(step: Step, config: Config, runs: Path) -> None:
+    """Runs that are still to come are promised by the chain: they are not looked for. Nor are the
+    devices, which are elsewhere."""
+    awaited = {str(runs / name) for _, name in step.reads if not is_finished(runs / name)}
+    if isinstance(config, ComputeStage):
+        config = config.model_copy(update={"mesh": Mesh()})
+    try:
+        check_inputs(step.stage, config, runs / step.name, awaited)
+    except UserError as error:
+        raise UserError(f"{step.file}: {error}") from None

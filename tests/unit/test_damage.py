@@ -1,0 +1,450 @@
+"""Damage on disk: every flipped bit is refused with one message, or changes nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from stepwiser_jax.__main__ import main
+from stepwiser_jax.checksums import SUMS, write_checksums
+from stepwiser_jax.config import Label
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.hf import save_hf
+from stepwiser_jax.record_files import (
+    RecordWriter,
+    from_json,
+    read_manifest,
+    read_records,
+    read_run_json,
+    to_json,
+    write_manifest,
+    write_records,
+)
+from stepwiser_jax.records import Judged, PrefixValue, Problem, Trajectory, UserError, Verdict
+from stepwiser_jax.runtime import run as run_module
+from stepwiser_jax.runtime.checkpoint import Checkpointer
+from stepwiser_jax.runtime.hosts import Shard
+from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
+from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.runtime.pending import PendingGroups
+from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.runtime.trainer import TrainState
+from stepwiser_jax.settings import load_config, read_run_settings, read_settings
+from tiny import tiny_config
+
+PROBLEMS = [Problem(f"p#{i}", f"What is {i}?", str(i), "test") for i in (0, 2, 10, 1)]
+
+
+def flip(file, at, bit=3):
+    content = bytearray(file.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1 << bit
+    file.write_bytes(content)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def noisy_state():
+    values = np.random.default_rng(0).standard_normal((64, 33)).astype(np.float32)
+    model = {"w": jnp.asarray(values), "b": jnp.asarray(values[0], jnp.bfloat16)}
+    return TrainState(model, {"m": jnp.asarray(values * 2)}, jnp.int32(4), jnp.int32(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    saver = Checkpointer(directory)
+    for step in (2, 4):
+        saver.save(step, noisy_state(), {"loader": {"next_index": step}})
+    saver.close()
+    return directory
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(saved, tmp_path):
+    expected = jax.tree.leaves(noisy_state())
+    refused = set()
+    files = [p.relative_to(saved) for p in sorted((saved / "4").rglob("*")) if p.is_file()]
+    for number, file in enumerate(files):
+        for at in (0.3, 0.8):
+            copy = tmp_path / f"{number}-{at}"
+            shutil.copytree(saved, copy)
+            flip(copy / file, at)
+            try:
+                state, host = Checkpointer(copy).restore(noisy_state())
+            except UserError as error:
+                assert f"{copy / '4'} cannot be read" in str(error)
+                assert "go on from step 2" in str(error)
+                refused.add(file.parts[1])
+                continue
+            assert host == {"loader": {"next_index": 4}}, file
+            for a, b in zip(expected, jax.tree.leaves(state), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=str(file))
+    assert {"model", "rest", "host"} <= refused
+
+
+def test_arrays_that_can_be_read_but_are_others_are_named(saved, tmp_path):
+    """What a flipped bit of an array leaves if nothing on the way notices it."""
+    saver, other = Checkpointer(tmp_path / "checkpoints"), noisy_state()
+    other.model["w"] = other.model["w"].at[3, 4].mul(2)
+    saver.save(4, other, {"loader": {"next_index": 4}})
+    saver.close()
+    host = tmp_path / "checkpoints" / "4" / "host"
+    shutil.rmtree(host)
+    shutil.copytree(saved / "4" / "host", host)
+    for read in ("restore", "restore_model"):
+        like = noisy_state() if read == "restore" else noisy_state().model
+        with pytest.raises(UserError, match=r"'model' of .*4 .*\(not what was saved: \['w'\]\)"):
+            getattr(Checkpointer(tmp_path / "checkpoints"), read)(like)
+
+
+def test_a_damaged_draw_is_sampled_again(tmp_path, capsys):
+    group = Judged(
+        "g", (1, 2), ((3,), (4,)), ((-0.5,), (-0.25,)), (Verdict.POSITIVE,) * 2, (1.0, 0)
+    )
+    pending = PendingGroups(tmp_path)
+    pending.write(3, 0, "aa", [group])
+    (file,) = tmp_path.iterdir()
+    flip(file, 0.5)
+    assert pending.read(3, 0, "aa") is None
+    assert f"{file} is damaged" in capsys.readouterr().err
+    pending.write(3, 0, "aa", [group])
+    assert pending.read(3, 0, "aa") == [group]
+
+
+# --- exports ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exported") / "model"
+    loaded = load_model("arithmetic", mesh=make_mesh(devices=jax.devices()[:1]))
+    save_hf(loaded.model, loaded.tokenizer, str(directory))
+    return directory
+
+
+def load(directory):
+    return load_model(str(directory), mesh=make_mesh(devices=jax.devices()[:1]))
+
+
+def test_a_flipped_bit_of_an_export_is_refused_by_name(exported, tmp_path):
+    names = sorted(path.name for path in exported.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", SUMS} <= set(names)
+    for name in names:
+        copy = tmp_path / name
+        shutil.copytree(exported, copy)
+        flip(copy / name, 0.7)
+        with pytest.raises(UserError) as refusal:
+            load(copy)
+        assert name in str(refusal.value) or SUMS in str(refusal.value)
+        assert len(str(refusal.value).splitlines()) == 1
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing, or is not the file"):
+        load_tokenizer_of(str(tmp_path / "tokenizer.json"))
+
+
+def test_one_process_of_several_reads_its_share_of_the_weights(exported, tmp_path, monkeypatch):
+    from stepwiser_jax.runtime import loading
+
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    for number in range(4):
+        (copy / f"model-{number}.safetensors").write_bytes(b"x")
+    (copy / "model.safetensors").unlink()
+    write_checksums(copy)
+    read = []
+    monkeypatch.setattr(loading, "check_files", lambda _, names, sums: read.append(set(names)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    class Pod:
+        is_multi_process = True
+
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        loading._check_export(copy, Pod())
+    weights = [{name for name in names if name.endswith(".safetensors")} for names in read]
+    assert [sorted(names) for names in weights] == [
+        ["model-0.safetensors", "model-2.safetensors"],
+        ["model-1.safetensors", "model-3.safetensors"],
+    ]
+    assert all("config.json" in names for names in read)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda x: np.full_like(x, np.nan), r"holds NaN or infinity in .*norm"),
+        (
+            lambda x: x.astype(np.int32),
+            r"tensor model\.norm\.weight has the type I32, expected one",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(exported, tmp_path, edit, message):
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = edit(tensors["model.norm.weight"])
+    save_file(tensors, copy / "model.safetensors")
+    (copy / SUMS).unlink()  # as in a model of somebody else's
+    with pytest.raises(UserError, match=message):
+        load(copy)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": "a"},
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 0}},
+        {"rope_parameters": LLAMA3 | {"high_freq_factor": 0}},
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}},
+        {"rope_parameters": [1]},
+        {"head_dim": 0},
+        {"head_dim": 7},
+        {"hidden_size": -128},
+        {"max_position_embeddings": -5},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 10**9},
+        {"num_key_value_heads": "x"},
+        {"num_key_value_heads": 3},
+        {"tie_word_embeddings": "false"},
+        {"eos_token_id": "x"},
+        {"layer_types": 5},
+        {"id2label": 5},
+        {"model_type": ["llama"]},
+    ],
+    ids=str,
+)
+def test_model_configs_that_cannot_be_are_refused_by_name(change):
+    fields = tiny_config("llama").to_hf() | {"rope_scaling": None}
+    ModelConfig.from_hf(fields)
+    with pytest.raises(UserError, match=r"config\.json: expected"):
+        ModelConfig.from_hf(fields | change)
+
+
+@pytest.mark.parametrize("end", ["[]", "{", '{"eos_token_id": -1}', '{"eos_token_id": 999999}'])
+def test_end_tokens_that_cannot_be_are_refused(exported, tmp_path, end):
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    (copy / "generation_config.json").write_text(end)
+    (copy / SUMS).unlink()
+    with pytest.raises(UserError, match=r"generation_config|eos_token_id"):
+        load_tokenizer_of(str(copy))
+
+
+# --- records and runs ---------------------------------------------------------------------------
+
+
+def finished_run(directory):
+    writer = RecordWriter(directory, Problem)
+    writer.append(PROBLEMS)
+    writer.close()
+    (directory / "config.yaml").write_text("seed: 0\n")
+    (directory / "summary.json").write_text('{"problems": 4}\n')
+    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    write_manifest(directory, "rollout", "digest", [Problem])
+    return directory
+
+
+def test_a_flipped_bit_of_a_finished_run_is_refused_by_name(tmp_path):
+    readers = {
+        "config.yaml": read_run_settings,
+        "summary.json": lambda run: read_run_json(run, "summary.json"),
+        "manifest.json": read_manifest,
+        "records/problems/part-00000-of-00001.jsonl": lambda run: read_records(run, Problem),
+    }
+    for number, (name, read) in enumerate(readers.items()):
+        for at in (0.05, 0.3, 0.5, 0.7, 0.95):
+            run = finished_run(tmp_path / f"{number}-{at}")
+            read(run)
+            flip(run / name, at)
+            with pytest.raises(UserError) as refusal:
+                read(run)
+            assert str(run / name) in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "[" * 100_000])
+def test_a_manifest_or_summary_that_is_none_is_refused(tmp_path, text):
+    run = finished_run(tmp_path / "run")
+    (run / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: put it back, or delete it"):
+        read_records(run, Problem)
+    (run / "manifest.json").unlink()
+    (run / "summary.json").write_text(text)
+    if text != "{}":
+        with pytest.raises(UserError, match=r"summary\.json"):
+            read_run_json(run, "summary.json")
+
+
+def test_an_id_that_is_there_twice_is_refused_with_both_lines(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    write_records(file, [*PROBLEMS, PROBLEMS[1]])
+    with pytest.raises(UserError, match=r"line 5: the id 'p#2' is there twice, first in .* line 2"):
+        read_records(file, Problem)
+    for part in (0, 1):
+        lines = "".join(to_json(problem) + "\n" for problem in PROBLEMS[: 2 + part])
+        name = f"part-{part:05d}-of-00002.jsonl"
+        (tmp_path / "records" / "problems").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "records" / "problems" / name).write_text(lines)
+    with pytest.raises(
+        UserError, match=r"00001-of-00002.jsonl, line 1: .* first in .*00000-of-0000"
+    ):
+        RecordWriter(tmp_path, Problem)
+    write_manifest(tmp_path, "rollout", "digest", [Problem])
+    with pytest.raises(UserError, match=r"'p#0' is there twice"):
+        read_records(tmp_path, Problem)
+
+
+VALUE = {
+    "trajectory_id": "t",
+    "num_chunks": 1,
+    "num_rollouts": 4,
+    "num_correct": 2,
+    "max_rollouts": 4,
+    "policy_id": "m",
+}
+TRAJECTORY = Trajectory("t", "p", "m", (1, 2), (3, 4), (-0.5, -0.5), (1, 2), "stop_id", True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_correct": -1},
+        {"num_correct": 5},
+        {"num_rollouts": -1},
+        {"num_rollouts": 0, "num_correct": 0},
+        {"num_rollouts": 10**30, "max_rollouts": 10**30},
+        {"max_rollouts": 1e30},
+        {"max_rollouts": -1},
+        {"num_chunks": -1},
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused(change):
+    assert from_json(json.dumps(VALUE), PrefixValue).value == 0.5
+    with pytest.raises(UserError, match="expected"):
+        from_json(json.dumps(VALUE | change), PrefixValue)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_ends": [2, 2]},
+        {"chunk_ends": [1]},
+        {"chunk_ends": []},
+        {"logprobs": [-0.5]},
+        {"logprobs": [float("nan"), -0.5]},
+        {"completion_ids": [3, -4]},
+    ],
+    ids=str,
+)
+def test_trajectories_that_cannot_be_are_refused(change):
+    fields = json.loads(to_json(TRAJECTORY))
+    with pytest.raises(UserError, match="expected"):
+        from_json(json.dumps(fields | change), Trajectory)
+
+
+def test_lines_that_nobody_can_read_are_refused(tmp_path):
+    for number, line in enumerate(["[" * 100_000, '{"x": ' + "9" * 5000 + "}"]):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(line + "\n")
+        with pytest.raises(UserError, match="line 1: expected one JSON object a line"):
+            read_records(file, Problem)
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(UserError, match="line 1: expected UTF-8"):
+        read_records(tmp_path / "bytes.jsonl", Problem)
+
+
+def test_values_of_a_model_that_was_replaced_are_refused(tmp_path):
+    values = [PrefixValue("t", j, 4, 2, 4, f"m@{j}") for j in range(2)]
+    writer = RecordWriter(tmp_path, PrefixValue)
+    writer.append(values[:1])
+    with pytest.raises(UserError, match=r"of one model, found those of \['m@0', 'm@1'\]"):
+        writer.append(values[1:])
+    with pytest.raises(UserError, match="of one model"):
+        RecordWriter(tmp_path, PrefixValue).append(values[1:])
+    assert len(RecordWriter(tmp_path, PrefixValue).done) == 1
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_be_read_are_refused(tmp_path, request):
+    for text, message in (
+        ("seed: 1\nmesh: {data: 1}\nseed: 2\n", "the key 'seed' is there twice"),
+        ("a: " + "[" * 3000, "is not valid YAML"),
+    ):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_settings(tmp_path / "c.yaml")
+    file = request.config.rootpath / "configs" / "smoke_values.yaml"
+    with pytest.raises(UserError, match=r"seed: expected no true or false \(found True\)"):
+        load_config("annotate", file, ("seed=true",))
+    with pytest.raises(UserError, match=r"num_rollouts: .* less than or equal to 1024"):
+        load_config("annotate", file, ("num_rollouts=2000",))
+    with pytest.raises(UserError, match=r"mesh: .*'data' is there twice"):
+        load_config("annotate", file, ("mesh={data: 1, data: 2}",))
+    assert main(["label", "--config", "x" * 5000, "--run-dir", str(tmp_path / "r")]) == 2
+
+
+# --- two runs in one directory ------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+from stepwiser_jax.config import Label
+from stepwiser_jax.runtime.hosts import Shard
+from stepwiser_jax.runtime.run import RunDirectory
+config = Label(annotations="a", rollouts="r", tokenizer="t")
+run = RunDirectory(sys.argv[1], "label", config, Shard(int(sys.argv[2]), int(sys.argv[3])))
+run.create()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_in_one_directory_keep_out_of_each_others_work(tmp_path, monkeypatch, capsys):
+    """Shards of one cut work side by side; the same shard again, those of another cut, and the
+    whole run wait for them; a process that is killed lets go."""
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
+    run = tmp_path / "run"
+
+    def directory(index, count):
+        config = Label(annotations="a", rollouts="r", tokenizer="t")
+        return RunDirectory(run, "label", config, Shard(index, count))
+
+    words = [sys.executable, "-c", WORKER, str(run), "1", "3"]
+    environment = os.environ | {"PYTHONPATH": str(Path(run_module.__file__).parents[2])}
+    other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        for index, count in ((1, 3), (0, 1), (0, 2), (3, 4)):
+            with pytest.raises(UserError, match=f"another process works in {run}: wait"):
+                directory(index, count).writer(Problem)
+            with pytest.raises(UserError, match="another process works"):
+                directory(index, count).pending([PROBLEMS], Problem, lambda block: [])
+        assert "this one waits for it, 0 seconds at most" in capsys.readouterr().err
+        assert not list(run.glob("records/*/*"))
+        beside = directory(2, 3)
+        beside.writer(Problem).append(PROBLEMS)
+    finally:
+        other.kill()
+        other.wait()
+    beside = directory(1, 3).writer(Problem)
+    assert len(beside.done) == 4
