@@ -1,6 +1,9 @@
-"""A decoder of a few thousand parameters, of each family."""
+"""A decoder of a few thousand parameters, of each family; and what a run has logged."""
+
+import json
 
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
+from stepwiser_jax.runtime.run import OF_THIS_MACHINE
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:
@@ -24,3 +27,11 @@ def tiny_config(family: str = "llama", **changes) -> ModelConfig:
         "initializer_range": 0.3,
     }
     return ModelConfig(**{**fields, **changes})
+
+
+def logged(run) -> list[str]:
+    """The lines of a run's metrics.jsonl without the times of their writing, all else as it is."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] >= 0 and line["time"].endswith("Z") for line in lines)
+    kept = [{k: v for k, v in line.items() if k not in OF_THIS_MACHINE} for line in lines]
+    return [json.dumps(line) for line in kept]

@@ -173,9 +173,10 @@ def run_quickstart(
     """Run every stage that is not finished, print the table and a few judgments, write summary."""
     console = Console()
     summaries: dict[str, dict[str, Any]] = {}
-    for name, stage, tree in recipe(run_dir, seed, problems=problems, split=split):
+    stages = recipe(run_dir, seed, problems=problems, split=split)
+    for number, (name, stage, tree) in enumerate(stages, 1):
         config = validate(STAGE_CONFIGS[stage], tree, f"quickstart {name}")
-        console.print(f"[bold]{name}[/bold] ({stage})")
+        console.print(f"[bold]{name}[/bold] ({stage}), stage {number} of {len(stages)}")
         module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
         summaries[name] = timed(run_dir / name, module.run, config)
     summary = summarize(run_dir, summaries)

@@ -1,8 +1,10 @@
-"""A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
+"""A stage's run: its directory, its metrics, and how it is stopped.
 
 <run_dir>/config.yaml     the resolved config; with another one, but for where it computes and what
                           is still to be decided, the directory is refused
-<run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
+<run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events; its
+                          `time` (UTC) and `seconds` (since the line before) are of this machine,
+                          all else is the same whenever the run is repeated
 <run_dir>/records/        what the stage hands on
 <run_dir>/summary.json    the numbers a person would quote
 <run_dir>/manifest.json   written last: the run is finished
@@ -16,21 +18,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from stepwiser_jax import __version__
 from stepwiser_jax.config import ComputeStage
 from stepwiser_jax.config_parts import Config
 from stepwiser_jax.record_files import (
@@ -40,10 +35,22 @@ from stepwiser_jax.record_files import (
     read_written,
     write_manifest,
 )
-from stepwiser_jax.records import Dialogue, Record, SftExample, UserError
-from stepwiser_jax.runtime import hosts
-from stepwiser_jax.runtime.compilation import report
+from stepwiser_jax.records import (
+    Dialogue,
+    Judgment,
+    PrefixValue,
+    Rationale,
+    Record,
+    SearchResult,
+    Segmentation,
+    Selection,
+    SftExample,
+    Trajectory,
+    UserError,
+)
+from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.progress import progress, say
 from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_settings
 
 WHERE = (
@@ -65,6 +72,17 @@ DECIDED_LAST: dict[str, tuple[tuple[str, ...], tuple[type[Record], ...]]] = {
 }
 """By stage, settings that decide no record but these: they may change until there are any."""
 
+WORTH: dict[type[Record], tuple[str, Callable[[Any], float]]] = {
+    Trajectory: ("right", lambda trajectory: trajectory.is_correct),
+    Segmentation: ("cut", lambda segmentation: bool(segmentation.chunks)),
+    PrefixValue: ("value", lambda value: value.value),
+    Rationale: ("kept", lambda rationale: rationale.outcome == "kept"),
+    Judgment: ("right", lambda judgment: judgment.reward),
+    SearchResult: ("right", lambda result: result.is_correct),
+    Selection: ("right", lambda selection: selection.is_correct),
+}
+"""What is told of a block of records: the mean of this number, under this name."""
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -83,6 +101,7 @@ class RunDirectory:
         self.worker = shard.index * jax.process_count() + jax.process_index()
         self.num_workers = shard.count * jax.process_count()
         self._writers: dict[type, RecordWriter[Any]] = {}
+        self._began, self._blocks_done = time.perf_counter(), 0
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
@@ -121,6 +140,18 @@ class RunDirectory:
     def finished(self) -> bool:
         return (self.path / "manifest.json").is_file()
 
+    def begin(self) -> None:
+        """Says what runs and where, and begins the account of what is compiled. A stage calls it
+        when it has work to do."""
+        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            where += f" in {jax.process_count()} processes"
+        if isinstance(self.config, ComputeStage):
+            compilation.start(self.config.compilation_cache)
+            axes = self.config.mesh.model_dump().items()
+            where += f", mesh {' x '.join(f'{axis} {size}' for axis, size in axes)}"
+        say(f"{self.stage}: stepwiser {__version__} in {self.path}, {where}")
+
     def create(self) -> Path:
         file = self.path / "config.yaml"
         if not file.is_file() or read_settings(file) != self._settings:
@@ -143,7 +174,9 @@ class RunDirectory:
         """This worker's blocks whose records are not all there yet, whoever wrote them."""
         done = {record.record_id for record in read_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
-        return [block for block in mine if not done.issuperset(ids_of(block))]
+        left = [block for block in mine if not done.issuperset(ids_of(block))]
+        self._blocks_done = len(mine) - len(left)
+        return left
 
     def write_blocks(
         self,
@@ -154,13 +187,15 @@ class RunDirectory:
         """Make the records of block after block and write them; between blocks the run can be
         stopped, and nothing is lost. Returns seconds, and how many records were made."""
         writer = self.writer(record_type)
-        start, made = time.perf_counter(), 0
-        with progress(self.stage, len(work)) as advance:
+        start, made, done = time.perf_counter(), 0, self._blocks_done
+        if done:
+            say(f"{self.stage}: goes on after {done} of {done + len(work)} blocks")
+        with progress(self.stage, "block", done + len(work), done) as told:
             for block in work:
                 records = records_of(block)
                 writer.append(records)
                 made += len(records)
-                advance(1)
+                told.advance(**worth(records))
                 stop.check()
         return time.perf_counter() - start, made
 
@@ -181,15 +216,29 @@ class RunDirectory:
         if hosts.is_first():
             summary = summarize()
             if isinstance(self.config, ComputeStage):
-                summary |= {"warm_up": report()}
-            summary |= {"peak_host_memory_bytes": peak_memory_bytes()}
+                summary |= {"warm_up": compilation.report()}
+            summary |= {"peak_host_memory_bytes": peak_memory_bytes(), "version": __version__}
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
         hosts.barrier(f"{self.stage}: the run is finished")
+        took = timedelta(seconds=round(time.perf_counter() - self._began))
+        say(f"{self.stage}: finished after {took}, numbers in {self.path / 'summary.json'}")
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+
+def worth(records: Sequence[Record]) -> dict[str, float]:
+    """How many records there are, and the mean of what they are worth."""
+    if not records or type(records[0]) not in WORTH:
+        return {"rows": len(records)}
+    name, of = WORTH[type(records[0])]
+    return {"rows": len(records), name: sum(map(of, records)) / len(records)}
+
+
+OF_THIS_MACHINE = ("time", "seconds")
+"""What a line of metrics.jsonl says of its writing: not the same when a run is repeated."""
 
 
 class Metrics:
@@ -198,7 +247,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "metrics.jsonl"
-        self._tensorboard = None
+        self._tensorboard, self._last_line = None, time.perf_counter()
         if hosts.is_first():
             from tensorboardX import SummaryWriter
 
@@ -219,14 +268,17 @@ class Metrics:
         if self._tensorboard is not None:
             atomic_write(self._path, "".join(line + "\n" for line in kept))
         last = json.loads(kept[-1]) if kept else {}
-        return {name: value for name, value in last.items() if name != "step"}
+        return {k: value for k, value in last.items() if k not in ("step", *OF_THIS_MACHINE)}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard is None:
             return
+        now = time.perf_counter()
         values = {name: float(value) for name, value in values.items()}
+        values["seconds"], self._last_line = round(now - self._last_line, 3), now
+        line = {"step": step, **values, "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -265,28 +317,6 @@ stop = StopRequest()
 def install_signal_handlers() -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-
-
-@contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A bar with time left; yields `advance(n=1, **fields)`. Silent when not on a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=not (sys.stdout.isatty() and hosts.is_first())) as bar:
-        task = bar.add_task(description, total=total, completed=done, note="")
-
-        def advance(n: int = 1, **fields: float) -> None:
-            note = " ".join(f"{name} {value:.3g}" for name, value in fields.items())
-            bar.update(task, advance=n, note=note)
-
-        yield advance
 
 
 def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:

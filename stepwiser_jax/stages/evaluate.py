@@ -37,7 +37,6 @@ from stepwiser_jax.algo.processbench import (
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -56,7 +55,7 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     tokenizer = load_tokenizer_of(config.judge.path)
     dropped: Counter[str] = Counter()
     items = load_items(

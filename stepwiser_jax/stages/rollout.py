@@ -19,7 +19,6 @@ import jax
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, UserError, natural_key
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
@@ -44,7 +43,7 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     unread: Counter[str] = Counter()
     problems, dropped = filter_problems(read_problems(config.problems, unread))
     work = blocks(problems, config.problems_per_block)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,8 +59,6 @@ class HuggingFaceTokenizer:
     """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
 
     def __init__(self, path_or_id: str):
-        # Nobody needs to hear that there is no PyTorch.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         local = Path(path_or_id)

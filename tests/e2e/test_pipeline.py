@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.record_files import RecordWriter, read_records
@@ -30,8 +32,9 @@ from stepwiser_jax.runtime import training_run
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
+from tiny import logged
 
-from .conftest import CONFIGS, INPUTS, THINKPRM, command
+from .conftest import CONFIGS, INPUTS, STAGE_OF, THINKPRM, command
 
 
 def record_bytes(run):
@@ -260,14 +263,16 @@ def die_at(step, monkeypatch):
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert logged(cut) == logged(whole)
     ours, theirs = (load_hf(str(run / "model")) for run in (cut, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["cold_start", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp_path, monkeypatch):
+def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
+    runs, name, tmp_path, monkeypatch, capsys
+):
     extra = ("steps=20", "training.checkpoint_every=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(name, runs, out=whole, extra=extra)) == 0
@@ -277,8 +282,20 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(runs, name, tmp
         with pytest.raises(Killed):
             main(arguments)
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
+    capsys.readouterr()
     assert main(arguments) == 0
     assert_same_training(cut, whole)
+    told = iter(capsys.readouterr().err.splitlines())
+    for line in (
+        rf"stepwiser {__version__} in {cut}, .* mesh data 1 x fsdp 1 x tensor 1",
+        "goes on from the checkpoint of step 8",
+        r"step 9 of 20, loss \d",
+        r"step 20 of 20, loss \d.*, 0:00:00 left",
+        "checkpoint of step 20",
+        rf"exported {cut / 'model'}",
+        rf"finished after 0:\d\d:\d\d, numbers in {cut / 'summary.json'}",
+    ):
+        assert any(re.match(rf"\d\d:\d\d:\d\d {STAGE_OF[name]}: {line}", x) for x in told), line
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):

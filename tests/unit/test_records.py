@@ -1,6 +1,8 @@
 """Records on disk: nothing is lost, nothing is half-written, unfinished input is refused."""
 
 import json
+import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -26,6 +28,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.run import Interrupted, Metrics, RunDirectory, blocks, stop
 from stepwiser_jax.settings import load_config
+from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
 
@@ -148,7 +151,9 @@ def test_run_directory_writes_nothing_before_it_must(tmp_path):
     assert directory.summary()["peak_host_memory_bytes"] > 0
 
 
-def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(
+    tmp_path, monkeypatch, capsys
+):
     done = []
 
     def copied(block):
@@ -165,8 +170,14 @@ def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(tmp_
     with pytest.raises(Interrupted):
         work_off()
     assert read_written(tmp_path, Problem) == PROBLEMS[:2]
+    assert "label: block 1 of 2, rows 2, " in capsys.readouterr().err
     seconds, made = work_off()
     assert seconds > 0 and made == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line[9:].partition(", ")[0] for line in told] == [
+        "label: goes on after 1 of 2 blocks",
+        "label: block 2 of 2",
+    ]
     assert done == [PROBLEMS[:2], PROBLEMS[2:]]
     assert read_written(tmp_path, Problem) == PROBLEMS
     assert work_off()[1] == 0
@@ -183,12 +194,24 @@ def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
     metrics.resume_at(2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in logged(tmp_path)]
     assert lines == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 9.0},
     ]
+
+
+def test_metrics_say_when_and_how_long(tmp_path):
+    before = datetime.now(UTC).replace(microsecond=0)
+    metrics = Metrics(tmp_path)
+    time.sleep(0.05)
+    metrics.write(1, {"loss": 0.5})
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0.05 <= line["seconds"] < 5
+    assert before <= datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
+    assert Metrics(tmp_path).resume_at(1) == {"loss": 0.5}, "these are no metrics"
 
 
 def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
