@@ -79,6 +79,26 @@ def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
         raise UserError(f"{where}: " + "; ".join(lines)) from None
 
 
+def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the settings of a run as this version would write them: those that have come since
+    the run began have their defaults.
+
+    Raises UserError for settings that are none of this stage, or no longer.
+    """
+    try:
+        return config_type.model_validate(tree).model_dump(mode="json")
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
+    others = [_explain(config_type, p) for p in problems if p["type"] != "extra_forbidden"]
+    named = [f"the unknown settings {', '.join(unknown)}"] if unknown else []
+    raise UserError(
+        f"{where} was written by another stage or another version of stepwiser; here it has "
+        f"{'; '.join([*named, *others])}. Go on with the version that wrote it, or name a new run "
+        "directory"
+    )
+
+
 def _explain(config_type: type[Config], problem: Any) -> str:
     location = [part for part in problem["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in problem["loc"])

@@ -51,7 +51,13 @@ from stepwiser_jax.records import (
 from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.progress import progress, say
-from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_settings
+from stepwiser_jax.settings import (
+    completed,
+    config_digest,
+    differing_keys,
+    dump_config,
+    read_settings,
+)
 
 WHERE = (
     "mesh",
@@ -83,6 +89,16 @@ WORTH: dict[type[Record], tuple[str, Callable[[Any], float]]] = {
 }
 """What is told of a block of records: the mean of this number, under this name."""
 
+LENGTH = {
+    "sft": "steps",
+    "judge": "iterations",
+    "classifier": "steps",
+    "evaluate": "limit",
+    "classify": "limit",
+}
+"""By stage, how much is to be done, null being all there is. It may be raised: what a run has done
+is kept, finished or not, and the rest is done."""
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -97,6 +113,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config."""
+        self._is_longer = False
         self.path, self.stage, self.config, self.shard = Path(path), stage, config, shard
         self.worker = shard.index * jax.process_count() + jax.process_index()
         self.num_workers = shard.count * jax.process_count()
@@ -115,11 +132,14 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found = read_settings(self.path / "config.yaml")
+        file = self.path / "config.yaml"
+        found = completed(type(self.config), read_settings(file), str(file))
+        self._is_longer = self._continues(found)
         undecided, kinds = DECIDED_LAST.get(self.stage, ((), ()))
         if any(read_written(self.path, kind) for kind in kinds):
             undecided = ()
-        free = tuple(f"{key}{end}" for key in (*WHERE, *undecided) for end in (":", "."))
+        longer = (LENGTH[self.stage],) if self._is_longer else ()
+        free = tuple(f"{key}{end}" for key in (*WHERE, *undecided, *longer) for end in (":", "."))
         differences = [
             difference
             for difference in differing_keys(found, self._settings)
@@ -132,13 +152,32 @@ class RunDirectory:
                 "to resume"
             )
 
+    def _continues(self, found: dict[str, Any]) -> bool:
+        """Whether the run with the settings `found` is the beginning of this one. Raises UserError
+        if it would be, had its learning rate not followed its length."""
+        name = LENGTH.get(self.stage)
+        before, now = (found.get(name), self._settings.get(name)) if name else (None, None)
+        if before is None or (now is not None and now <= before):
+            return False
+        training = found.get("training")
+        schedule = "constant" if training is None else training["optimizer"]["schedule"]
+        if schedule != "constant":
+            raise UserError(
+                f"{name}: {before} -> {now}: the learning rate of every step of {self.path} "
+                f"follows from {name} (training.optimizer.schedule is {schedule}), so that a longer "
+                "run is another one from its first step: name a new run directory (model.path may "
+                "name this one), or begin with the schedule constant what is to be continued"
+            )
+        return True
+
     @property
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json")
 
     @property
     def finished(self) -> bool:
-        return (self.path / "manifest.json").is_file()
+        """Whether all is done that the config asks for."""
+        return (self.path / "manifest.json").is_file() and not self._is_longer
 
     def begin(self) -> None:
         """Says what runs and where, and begins the account of what is compiled. A stage calls it
@@ -155,6 +194,10 @@ class RunDirectory:
     def create(self) -> Path:
         file = self.path / "config.yaml"
         if not file.is_file() or read_settings(file) != self._settings:
+            # First of all a run that is continued is no longer finished: from here on it is one
+            # that was killed at its old end, whenever this process ends.
+            if self._is_longer:
+                (self.path / "manifest.json").unlink(missing_ok=True)
             atomic_write(file, dump_config(self.config))
         return self.path
 

@@ -298,6 +298,19 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
         assert any(re.match(rf"\d\d:\d\d:\d\d {STAGE_OF[name]}: {line}", x) for x in told), line
 
 
+@pytest.mark.parametrize("name", ["cold_start", pytest.param("judge", marks=pytest.mark.slow)])
+def test_a_longer_training_is_the_same_however_often_it_ended(runs, name, tmp_path):
+    length = {"cold_start": "steps", "judge": "iterations"}[name]
+    settings = ("training.optimizer.schedule=constant", "training.checkpoint_every=3")
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    for out, ends in ((whole, (5,)), (grown, (2, 5))):
+        for end in ends:
+            extra = (*settings, f"{length}={end}")
+            assert main(command(name, runs, out=out, extra=extra)) == 0
+            assert json.loads((out / "summary.json").read_text())[length] == end
+    assert_same_training(grown, whole)
+
+
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     """Asked to stop while it samples, it leaves behind the draw; killed before an iteration is
     over, it reads what it had sampled; and the end is the same to the bit."""

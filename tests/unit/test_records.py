@@ -5,8 +5,10 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+import yaml
 
-from stepwiser_jax.config import Label
+import stepwiser_jax.runtime.run as run_module
+from stepwiser_jax.config import Evaluate, Label, Sft
 from stepwiser_jax.record_files import (
     RecordWriter,
     from_json,
@@ -134,6 +136,98 @@ def test_run_directory_of_another_config_names_the_difference(tmp_path):
     RunDirectory(path, "label", label_config())
     with pytest.raises(UserError, match=r"alpha: 0\.8 -> 0\.4"):
         RunDirectory(path, "label", label_config(alpha=0.4))
+
+
+def test_a_setting_that_came_later_has_its_default_in_an_old_run(tmp_path):
+    RunDirectory(tmp_path, "label", label_config()).create()
+    file = tmp_path / "config.yaml"
+    old = yaml.safe_load(file.read_text())
+    del old["epsilon"], old["balance"]
+    file.write_text(yaml.safe_dump(old))
+    RunDirectory(tmp_path, "label", label_config())
+    with pytest.raises(UserError, match=r"differs in balance: True -> False: name a new"):
+        RunDirectory(tmp_path, "label", label_config(balance=False))
+
+
+def test_a_setting_that_is_no_more_is_named(tmp_path):
+    RunDirectory(tmp_path, "label", label_config()).create()
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text() + "smoothing: 3\n")
+    with pytest.raises(UserError, match=r"another version .* unknown settings smoothing\. Go on"):
+        RunDirectory(tmp_path, "label", label_config())
+
+
+def sft_config(steps, schedule="constant"):
+    optimizer = {"learning_rate": 1e-3, "schedule": schedule}
+    fields = {"model": {"path": "arithmetic"}, "data": {"source": "d"}, "batch_size": 1}
+    fields |= {"max_length": 8, "training": {"optimizer": optimizer}, "steps": steps}
+    return Sft.model_validate(fields)
+
+
+def test_a_finished_training_may_become_longer_unless_its_rate_follows_its_length(tmp_path):
+    RunDirectory(tmp_path / "a", "sft", sft_config(4)).finish(lambda: {"x": 1})
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(4)).finished
+    longer = RunDirectory(tmp_path / "a", "sft", sft_config(9))
+    assert not longer.finished
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(4)).finished, "nothing is written yet"
+    longer.create()
+    assert not (tmp_path / "a" / "manifest.json").exists(), "now it is a run that was killed"
+    assert not RunDirectory(tmp_path / "a", "sft", sft_config(9)).finished
+    with pytest.raises(UserError, match="steps: 9 -> 4: name a new run directory"):
+        RunDirectory(tmp_path / "a", "sft", sft_config(4))
+    RunDirectory(tmp_path / "a", "sft", sft_config(9)).finish(lambda: {"x": 2})
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(9)).finished
+
+    RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finish(lambda: {"x": 1})
+    with pytest.raises(UserError, match=r"steps: 4 -> 9: the learning rate .* is cosine"):
+        RunDirectory(tmp_path / "b", "sft", sft_config(9, "cosine"))
+    assert RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finished
+
+
+def test_a_crash_between_the_old_end_and_the_new_config_leaves_a_run_to_go_on(
+    tmp_path, monkeypatch
+):
+    RunDirectory(tmp_path, "sft", sft_config(4)).finish(lambda: {"x": 1})
+
+    def crash(*_):
+        raise OSError
+
+    monkeypatch.setattr(run_module, "atomic_write", crash)
+    with pytest.raises(OSError):
+        RunDirectory(tmp_path, "sft", sft_config(9)).create()
+    for steps in (4, 9):
+        assert not RunDirectory(tmp_path, "sft", sft_config(steps)).finished
+
+
+def evaluate_config(limit):
+    fields = {"judge": {"path": "j"}, "items": "i", "max_new_tokens": 8, "limit": limit}
+    return Evaluate.model_validate(fields | {"engine": {"buckets": [64]}})
+
+
+def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
+    judged = []
+
+    def judge(block):
+        judged.extend(block)
+        return [Judgment(i, f"run {len(judged)}", "", Verdict.POSITIVE, 1.0, 1.0) for i in block]
+
+    def evaluate(limit, ids):
+        directory = RunDirectory(tmp_path, "evaluate", evaluate_config(limit))
+        work = directory.pending(blocks(ids, 2), Judgment, lambda block: block)
+        directory.write_blocks(work, Judgment, judge)
+        return directory.finish(lambda: {"items": len(ids)})
+
+    evaluate(4, ["d", "a", "c", "b"])
+    (part,) = tmp_path.glob("records/judgments/*.jsonl")
+    before = part.read_text().splitlines()
+    assert RunDirectory(tmp_path, "evaluate", evaluate_config(4)).finished
+    assert evaluate(6, ["d", "a", "c", "b", "f", "e"])["items"] == 6
+    assert judged == ["d", "a", "c", "b", "f", "e"]
+    assert part.read_text().splitlines()[:4] == before
+    assert [j.example_id for j in read_records(tmp_path, Judgment)] == list("abcdef")
+    assert not RunDirectory(tmp_path, "evaluate", evaluate_config(None)).finished
+    with pytest.raises(UserError, match="limit: 6 -> 5"):
+        RunDirectory(tmp_path, "evaluate", evaluate_config(5))
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path):
