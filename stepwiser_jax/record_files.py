@@ -13,6 +13,7 @@ bytes as an undisturbed one.
 
 from __future__ import annotations
 
+import difflib
 import enum
 import functools
 import hashlib
@@ -198,6 +199,16 @@ def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[dict[str,
     return manifest["records"][kind]["parts"]
 
 
+def nothing_at(path: str | Path) -> str:
+    """Returns what an error says of a missing path: where it was looked for, and the closest name
+    that there is."""
+    path = Path(path)
+    text = f"nothing at {path}" + ("" if path.is_absolute() else f" (in {Path.cwd()})")
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return text + (f"; did you mean {path.parent / close[0]}?" if close else "")
+
+
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     """The manifest of a finished run. Raises UserError where there is none."""
     run_dir = Path(run_dir)
@@ -209,7 +220,7 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
             f"{run_dir} is not finished (it has no manifest.json): resume it with the command that "
             "started it, then run this one again"
         )
-    raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
+    raise UserError(f"expected a file or a finished run directory, found {nothing_at(run_dir)}")
 
 
 def read_written(run_dir: Path, record_type: type[R]) -> list[R]:

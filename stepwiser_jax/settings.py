@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import Config
+from stepwiser_jax.record_files import nothing_at
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)
@@ -32,11 +34,30 @@ def load_config(stage: str, path: str | Path, overrides: tuple[str, ...] = ()) -
         raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"expected a config file at {path}, found none")
+        raise UserError(f"expected a config file, found {nothing_at(path)}")
     tree = read_settings(path)
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+def check_placeholders(config: Config) -> None:
+    """Raises UserError for settings that still hold the placeholder of a shipped config."""
+    settings = config.model_dump(mode="json")
+    found = [place for place in _placeholders(settings) if not Path(place[1]).exists()]
+    if found:
+        first = found[0][0]
+        raise UserError(
+            f"{'; '.join(f'{key}: {value} is a placeholder' for key, value in found)}: say which "
+            f"run or file is meant, as in --set {first}=DIRECTORY"
+        )
+
+
+def _placeholders(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, str) and tree.startswith("RUNS/"):
+        yield key, tree
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        yield from _placeholders(value, f"{key}.{name}" if key else name)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -108,6 +129,9 @@ def _explain(config_type: type[Config], problem: Any) -> str:
         return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"{key!r} is required and not set"
+    if problem["type"] == "model_type":
+        found = f"{key} is a group of settings, found {problem['input']!r}"
+        return f"{found}: set one of the group, such as {key}.path"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
 

@@ -47,3 +47,5 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         template = abstract_model(config, here, XLA)
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
     save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))
+    which = "its newest checkpoint" if step is None else f"the checkpoint of step {step}"
+    print(f"{output}: the model of {run_dir}, {which}")

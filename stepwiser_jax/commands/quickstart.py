@@ -20,10 +20,12 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy, bootstrap_interval
+from stepwiser_jax.commands.results import judgment_text
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import LabelRule
 from stepwiser_jax.record_files import atomic_write, read_records
-from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory, Verdict
+from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
+from stepwiser_jax.runtime.judging import in_words
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import validate
@@ -327,11 +329,5 @@ def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
     for item, step in wrong[: count // 2] + right[: count - count // 2]:
-        judgment = judgments[f"{item.item_id}/{step}"]
-        truth = Verdict.NEGATIVE if step == item.first_error else Verdict.POSITIVE
-        console.print(f"\n  question  {item.question}", markup=False, highlight=False)
-        if step:
-            console.print(f"  history   {' '.join(item.steps[:step])}", markup=False)
-        console.print(f"  chunk     {item.steps[step]}", markup=False, highlight=False)
-        console.print(f"  judge     {judgment.completion}", markup=False, highlight=False)
-        console.print(f"  truth     {truth.value}", markup=False, highlight=False)
+        words = in_words(item, step, judgments[f"{item.item_id}/{step}"])
+        console.print(judgment_text(words), markup=False, highlight=False, soft_wrap=True)

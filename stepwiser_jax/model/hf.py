@@ -26,6 +26,7 @@ from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.record_files import nothing_at
 from stepwiser_jax.records import UserError
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -98,7 +99,8 @@ def resolve(path_or_id: str) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"there is no directory {path_or_id} here, and as a hub id it leads to: {error}"
+            f"expected a directory or a hub id, found {nothing_at(path_or_id)}, and on the hub: "
+            f"{error}"
         ) from None
 
 

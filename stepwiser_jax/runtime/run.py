@@ -164,9 +164,9 @@ class RunDirectory:
         if schedule != "constant":
             raise UserError(
                 f"{name}: {before} -> {now}: the learning rate of every step of {self.path} "
-                f"follows from {name} (training.optimizer.schedule is {schedule}), so that a longer "
-                "run is another one from its first step: name a new run directory (model.path may "
-                "name this one), or begin with the schedule constant what is to be continued"
+                f"follows from {name} (training.optimizer.schedule is {schedule}), so that with "
+                "more of them it is another run: name a new run directory (model.path may name "
+                "this one), or begin with the schedule constant what is to be continued"
             )
         return True
 
@@ -229,6 +229,7 @@ class RunDirectory:
     ) -> tuple[float, int]:
         """Make the records of block after block and write them; between blocks the run can be
         stopped, and nothing is lost. Returns seconds, and how many records were made."""
+        install_signal_handlers()
         writer = self.writer(record_type)
         start, made, done = time.perf_counter(), 0, self._blocks_done
         if done:
@@ -358,6 +359,7 @@ stop = StopRequest()
 
 
 def install_signal_handlers() -> None:
+    """From now on there is something to save, and a stop waits for it."""
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 

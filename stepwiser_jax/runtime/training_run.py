@@ -33,7 +33,13 @@ from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.mesh import shard_batch
 from stepwiser_jax.runtime.pending import PendingGroups
 from stepwiser_jax.runtime.progress import progress, say
-from stepwiser_jax.runtime.run import Interrupted, RunDirectory, per_item, stop
+from stepwiser_jax.runtime.run import (
+    Interrupted,
+    RunDirectory,
+    install_signal_handlers,
+    per_item,
+    stop,
+)
 from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
 
 
@@ -102,6 +108,7 @@ class TrainingRun:
         self.schedule, self.optimizer = optimizer_of(settings, total_updates)
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
+        install_signal_handlers()
         self._lock_others_out()
         self._write_template()
         self._checkpointer = Checkpointer(

@@ -40,7 +40,13 @@ from stepwiser_jax.records import Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import ChunkJudge, Opinion, Solution, judgment_of
+from stepwiser_jax.runtime.judging import (
+    ChunkJudge,
+    Opinion,
+    Solution,
+    a_right_and_a_wrong_one,
+    judgment_of,
+)
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
@@ -73,7 +79,9 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
 
     def scores() -> dict[str, Any]:
         judgments = {judgment.example_id: judgment for judgment in writer.read()}
-        return summarize(config, items, judgments) | {"dropped": dict(dropped)} | measured
+        counts = {"dropped": dict(dropped)}
+        examples = {"judgments": a_right_and_a_wrong_one(items, judgments)}
+        return summarize(config, items, judgments) | counts | measured | examples
 
     return directory.finish(scores)
 

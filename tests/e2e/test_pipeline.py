@@ -516,4 +516,4 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert_fails(capsys, [*arguments, "--dry-run"], "none", out)
     for name in ("evaluate", "classify"):
         arguments = command(name, runs, out=out, extra=[f"items={tmp_path / 'none.json'}"])
-        assert_fails(capsys, [*arguments, "--dry-run"], "a data file at", out)
+        assert_fails(capsys, [*arguments, "--dry-run"], "expected a data file", out)

@@ -220,7 +220,7 @@ def test_a_problem_that_is_bad_teaches_nothing(tmp_path):
 
 
 def test_a_run_that_is_not_there_is_taken_for_a_hub_id(tmp_path):
-    with pytest.raises(UserError, match=r"expected a data file at .* found nothing"):
+    with pytest.raises(UserError, match=r"expected a data file, found nothing at"):
         load_judge_examples(str(tmp_path / "labels"))
 
 
@@ -245,5 +245,5 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
     with pytest.raises(UserError, match="Qwen/PB, math row 2: expected a label"):
         load_judge_examples("Qwen/PB")
     assert asked == [("Qwen/PB", None, split) for split in ("gsm8k", None, None)]
-    with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
+    with pytest.raises(UserError, match=r"found nothing at Qwen/PB .*on the hub: 'train'"):
         load_problems("Qwen/PB")
