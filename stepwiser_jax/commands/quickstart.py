@@ -25,7 +25,7 @@ from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import LabelRule
 from stepwiser_jax.record_files import atomic_write, read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
-from stepwiser_jax.runtime.judging import in_words
+from stepwiser_jax.runtime.judging import a_right_and_a_wrong_one, in_words
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import validate
@@ -322,12 +322,15 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
-    """A few chains of thought of the trained judge on first errors and on right chunks."""
+    """A few chains of thought of the trained judge on first errors and on right chunks, and one
+    that ends in a wrong verdict."""
     judgments = {j.example_id: j for j in read_records(run_dir / "evaluate_judge", Judgment)}
     items = load_items(str(run_dir / "heldout"), load_tokenizer_of(str(run_dir / "policy")))
     console.print("\n[bold]The judge at work[/bold] (held-out solutions)")
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
-    for item, step in wrong[: count // 2] + right[: count - count // 2]:
-        words = in_words(item, step, judgments[f"{item.item_id}/{step}"])
+    chosen = wrong[: count // 2] + right[: count - count // 2]
+    shown = [in_words(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen]
+    misjudged = a_right_and_a_wrong_one(items, judgments)[-1]
+    for words in [*shown, *([misjudged] if misjudged not in shown else [])]:
         console.print(judgment_text(words), markup=False, highlight=False, soft_wrap=True)

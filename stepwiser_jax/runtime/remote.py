@@ -24,6 +24,7 @@ import numpy as np
 
 from stepwiser_jax.algo.sampling import row_hash
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.progress import rows_done
 from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams, StopReason
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -79,8 +80,8 @@ class RemoteEngine:
 
         with ThreadPoolExecutor(self.concurrent_requests) as pool:
             try:
-                for _ in pool.map(sample, range(len(row_ids))):
-                    pass
+                for b, _ in enumerate(pool.map(sample, range(len(row_ids)))):
+                    rows_done(b + 1, len(row_ids), int(output.length_B[b]))
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # nobody wants the rest
                 raise

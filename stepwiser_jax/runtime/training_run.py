@@ -108,9 +108,9 @@ class TrainingRun:
         self.schedule, self.optimizer = optimizer_of(settings, total_updates)
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
-        install_signal_handlers()
         self._lock_others_out()
         self._write_template()
+        install_signal_handlers()
         self._checkpointer = Checkpointer(
             directory.path / "checkpoints", keep=settings.keep_checkpoints
         )

@@ -385,11 +385,13 @@ def test_a_finished_run_is_not_done_again(runs, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
 
 
-def test_convert_gives_the_exported_model(runs, tmp_path):
+def test_convert_gives_the_exported_model(runs, tmp_path, capsys):
     assert (
         main(["convert", "--checkpoint", str(runs / "judge"), "--output", str(tmp_path / "hf")])
         == 0
     )
+    written = f"{tmp_path / 'hf'}: the model of {runs / 'judge'}, its newest checkpoint\n"
+    assert capsys.readouterr().out == written
     ours, theirs = load_hf(str(tmp_path / "hf")), load_hf(str(runs / "judge" / "model"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)

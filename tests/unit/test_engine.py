@@ -49,11 +49,13 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     assert engine.sampled_tokens == output.length_B.sum()
 
 
-def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model):
+def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypatch):
     """Fewer rows than forks and fewer places than trunks: 8 slots, 30 rows of many lengths."""
     params = SamplingParams(24, stop_ids=STOPS)
     expected = reference(tiny_model, params)
     assert len(set(expected.length_B)) > 3, "the case shows nothing: all rows end together"
+    told = []
+    monkeypatch.setattr(engine_module, "rows_done", lambda *numbers: told.append(numbers))
     engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
     segments = [
         completions
@@ -61,6 +63,9 @@ def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model):
         if completions
     ]
     assert len(segments) > 4
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert told[-1][:2] == (len(IDS), len(IDS)) and len({done for done, _, _ in told}) > 4
+    assert sum(tokens for _, _, tokens in told) == engine.sampled_tokens
     found = {completion.row_id: completion.ids for part in segments for completion in part}
     assert len(found) == sum(map(len, segments)) == len(IDS)
     assert np.mean([found[row_id] == expected.ids(b) for b, row_id in enumerate(IDS)]) >= 0.95

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import stepwiser_jax.runtime.run as run_module
+from stepwiser_jax import __version__
 from stepwiser_jax.config import Evaluate, Label, Sft
 from stepwiser_jax.record_files import (
     RecordWriter,
@@ -243,6 +244,7 @@ def test_run_directory_writes_nothing_before_it_must(tmp_path):
     assert directory.finished
     assert directory.summary()["x"] == 1
     assert directory.summary()["peak_host_memory_bytes"] > 0
+    assert directory.summary()["version"] == __version__
 
 
 def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(
