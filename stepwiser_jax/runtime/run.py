@@ -1,7 +1,7 @@
 """A stage's run: its directory, its metrics, and how it is stopped.
 
-<run_dir>/config.yaml     the resolved config; with another one, but for where it computes and what
-                          is still to be decided, the directory is refused
+<run_dir>/config.yaml     the resolved config; with another one, but for where it computes, how much
+                          it is to do and what is still to be decided, the directory is refused
 <run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events; its
                           `time` (UTC) and `seconds` (since the line before) are of this machine,
                           all else is the same whenever the run is repeated
