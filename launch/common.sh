@@ -48,6 +48,9 @@ parse() {
     fail "expected -- STAGE --config FILE --run-dir DIR at the end, found '${run[*]-}'"
   [[ ! $words =~ ' '--(distributed|coordinator|num-processes|process-id)' ' ]] ||
     fail "--${BASH_REMATCH[1]} is the launcher's to add; leave it out behind --"
+  [[ ! $dry_run ]] ||
+    printf '# to check the run itself, where its files are: %s\n' \
+      "$(quote stepwiser "${run[@]}" --dry-run)" >&2
 }
 
 need() { # need OPTION...: each has a value

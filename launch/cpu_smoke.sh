@@ -5,6 +5,10 @@
 #
 #   launch/cpu_smoke.sh [RUN_DIR]        exit status 0: all is well
 set -euo pipefail
+case ${1-} in
+  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -*) printf 'error: expected a directory for the runs, found %s; --help says more\n' "$1" >&2 && exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 stepwiser=${STEPWISER:-stepwiser}
 runs=${1:-$(mktemp -d)}

@@ -3,9 +3,11 @@
 # on many one-host slices, and their merge. Restarted after preemption.
 #
 #   launch/jobset.sh --name judge-7b --topology v5p:4x4x4 --image REPOSITORY/stepwiser --claim runs \
-#       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge
+#       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
+#       --set examples=/runs/labels
 #   launch/jobset.sh --name values --topology v6e:2x4 --image REPOSITORY/stepwiser --claim runs \
-#       --shards 32 --at-once 8 -- annotate --config configs/qwen2.5-7b_values.yaml --run-dir /runs/values
+#       --shards 32 --at-once 8 -- annotate --config configs/qwen2.5-7b_values.yaml \
+#       --run-dir /runs/values --set rollouts=/runs/rollouts
 #
 #   --name NAME         of the JobSet
 #   --topology T        of one slice, as `stepwiser plan` takes it: v4, v5e, v5p, v6e or tpu7x, a

@@ -8,7 +8,12 @@ anything else, so that worker processes start fast.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import os
 from typing import Any
+
+# Set before the first import of transformers, which says at that time that there is no PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOME = {
     "load_hf": "model.hf",
@@ -62,6 +67,8 @@ __all__ = sorted(_HOME)  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("stepwiser-jax")
     if name not in _HOME:
         raise AttributeError(f"module 'stepwiser_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"stepwiser_jax.{_HOME[name]}"), name)

@@ -1,27 +1,43 @@
 """The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `contrast`, `compare`, `plan`,
 `convert`.
 
-A mistake of the user's is one message and exit status 2; a traceback is a bug. Ctrl-C and SIGTERM
-save and exit with 130; the same command goes on from there.
+A mistake of the user's is one message and exit status 2; a traceback is a bug. After Ctrl-C and
+SIGTERM a stage that samples or trains saves and exits with 130; the same command goes on from
+there. Everything else ends at once.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from stepwiser_jax import __version__
 from stepwiser_jax.records import UserError
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stepwiser {__version__}")
+        raise typer.Exit
+
+
+_Version = typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
+
+
+@app.callback()
+def _options(version: Annotated[bool, _Version] = False) -> None: ...
+
 
 STAGES = {
     "sft": (
@@ -109,6 +125,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             ),
         ] = None,
     ) -> None:
+        from stepwiser_jax.commands.results import print_summary
         from stepwiser_jax.runtime import hosts
         from stepwiser_jax.runtime.storage import writing_to
         from stepwiser_jax.settings import dump_config, load_config
@@ -131,7 +148,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             hosts.connect(coordinator, num_processes, process_id)
         with hosts.noticing_deaths(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
-        typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
+        print_summary(summary, run_dir)
 
 
 for _name, (_does, _files) in STAGES.items():
@@ -275,9 +292,8 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runtime.run import Interrupted, install_signal_handlers, keep_freed_memory
+    from stepwiser_jax.runtime.run import Interrupted, keep_freed_memory
 
-    install_signal_handlers()
     keep_freed_memory()
     try:
         status = app(arguments, standalone_mode=False)
@@ -285,7 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        if message := error.format_message():  # without arguments there is the help instead
+            print(f"error: {message}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -297,6 +314,9 @@ def run() -> None:
     """The console script."""
     from stepwiser_jax.runtime.hosts import leave
 
+    # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
+    # own handler would wait for it. What has something to save waits for the end of its work.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main()
     except Exception:

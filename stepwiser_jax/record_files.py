@@ -14,6 +14,7 @@ bytes as an undisturbed one.
 
 from __future__ import annotations
 
+import difflib
 import enum
 import functools
 import json
@@ -283,6 +284,16 @@ def _check_promised(run_dir: Path, name: str, digest: str) -> None:
         )
 
 
+def nothing_at(path: str | Path) -> str:
+    """Returns what an error says of a missing path: where it was looked for, and the closest name
+    that there is."""
+    path = Path(path)
+    text = f"nothing at {path}" + ("" if path.is_absolute() else f" (in {Path.cwd()})")
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return text + (f"; did you mean {path.parent / close[0]}?" if close else "")
+
+
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     """The manifest of a finished run. Raises UserError if there is none, or if it is damaged."""
     run_dir = Path(run_dir)
@@ -300,7 +311,7 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
             f"{run_dir} is not finished (it has no manifest.json): resume it with the command that "
             "started it, then run this one again"
         )
-    raise UserError(f"expected a file or a finished run directory, found nothing at {run_dir}")
+    raise UserError(f"expected a file or a finished run directory, found {nothing_at(run_dir)}")
 
 
 def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:

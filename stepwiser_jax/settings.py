@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import Config
-from stepwiser_jax.record_files import check_run_file
+from stepwiser_jax.record_files import check_run_file, nothing_at
 from stepwiser_jax.records import UserError
 
 C = TypeVar("C", bound=Config)
@@ -47,7 +47,7 @@ def load_config(
     except (OSError, ValueError) as error:  # a name that no file can have
         raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
     if not found:
-        raise UserError(f"expected a config file at {path}, found none")
+        raise UserError(f"expected a config file, found {nothing_at(path)}")
     tree = read_settings(path)
     named = tree.pop("stage", stage)
     if named != stage:
@@ -144,6 +144,26 @@ def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
         raise UserError(f"{where}: " + "; ".join(lines)) from None
 
 
+def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the settings of a run as this version would write them: those that have come since
+    the run began have their defaults.
+
+    Raises UserError for settings that are none of this stage, or no longer.
+    """
+    try:
+        return config_type.model_validate(tree).model_dump(mode="json")
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
+    others = [_explain(config_type, p) for p in problems if p["type"] != "extra_forbidden"]
+    named = [f"the unknown settings {', '.join(unknown)}"] if unknown else []
+    raise UserError(
+        f"{where} was written by another stage or another version of stepwiser; here it has "
+        f"{'; '.join([*named, *others])}. Go on with the version that wrote it, or name a new run "
+        "directory"
+    )
+
+
 def _explain(config_type: type[Config], problem: Any) -> str:
     location = [part for part in problem["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in problem["loc"])
@@ -153,6 +173,9 @@ def _explain(config_type: type[Config], problem: Any) -> str:
         return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"{key!r} is required and not set"
+    if problem["type"] == "model_type":
+        found = f"{key} is a group of settings, found {problem['input']!r}"
+        return f"{found}: set one of the group, such as {key}.path"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
 

@@ -1,13 +1,15 @@
-"""A decoder of a few thousand parameters, of each family."""
+"""A decoder of a few thousand parameters, of each family; and what a run has logged."""
 
 import copy
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.runtime.run import OF_THIS_MACHINE
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:
@@ -49,3 +51,11 @@ def with_unknown_ids(model: Transformer, more: int, *, known: bool = False) -> T
         if hasattr(model, name):
             setattr(padded, name, jax.tree.map(pad, getattr(model, name)))
     return padded
+
+
+def logged(run) -> list[str]:
+    """The lines of a run's metrics.jsonl without the times of their writing, all else as it is."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] >= 0 and line["time"].endswith("Z") for line in lines)
+    kept = [{k: v for k, v in line.items() if k not in OF_THIS_MACHINE} for line in lines]
+    return [json.dumps(line) for line in kept]

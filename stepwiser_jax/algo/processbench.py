@@ -1,7 +1,8 @@
 """ProcessBench scores (arXiv 2412.06559), from verdicts on steps.
 
 The official split is by the label: has the item an error or not? StepWiser's numbers follow the
-split by the final answer; both are here. Percentages, as the official scorer prints them.
+split by the final answer; both are here, as fractions between 0 and 1 (the official scorer prints
+percent).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stepwiser_jax.algo.statistics import bootstrap_interval, mcnemar, paired_bootstrap
-from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, UserError, Verdict
 
 
 def first_predicted_error(
@@ -41,7 +42,8 @@ def majority_verdict(votes: Sequence[Verdict]) -> Verdict:
 
 def processbench_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
     """Official: harmonic mean of the exact-match accuracy on items with an error and on those
-    without. An accuracy over no items, and the F1 of two zeros, is 0 (the official script: nan)."""
+    without, all between 0 and 1. An accuracy over no items, and the F1 of two zeros, is 0 (the
+    official script: nan). Raises UserError unless there is one label for each prediction."""
     return _f1(predictions, labels, [label != -1 for label in labels])
 
 
@@ -55,11 +57,16 @@ def processbench_f1_by_final_answer(
 def _f1(
     predictions: Sequence[int], labels: Sequence[int], is_error: Sequence[bool]
 ) -> dict[str, float]:
+    if not len(predictions) == len(labels) == len(is_error):
+        raise UserError(
+            f"expected a label for each prediction, found {len(predictions)} predictions, "
+            f"{len(labels)} labels and {len(is_error)} items"
+        )
     matches: dict[bool, list[bool]] = {True: [], False: []}
     for prediction, label, error in zip(predictions, labels, is_error, strict=True):
         matches[error].append(prediction == label)
     acc_error, acc_correct = (
-        100 * sum(matches[error]) / max(1, len(matches[error])) for error in (True, False)
+        sum(matches[error]) / max(1, len(matches[error])) for error in (True, False)
     )
     total = acc_error + acc_correct
     f1 = 2 * acc_error * acc_correct / total if total else 0.0
@@ -221,10 +228,8 @@ def score_items(
     flat = [verdict for row in verdicts for verdict in row]
     return {
         "items": len(items),
-        "official": fractions(processbench_f1(predictions, labels)),
-        "by_final_answer": fractions(
-            processbench_f1_by_final_answer(predictions, labels, final_correct)
-        ),
+        "official": processbench_f1(predictions, labels),
+        "by_final_answer": processbench_f1_by_final_answer(predictions, labels, final_correct),
         **score_intervals(items, predictions, seed=seed),
         "unparsed_rate": sum(not verdict.is_given for verdict in flat) / len(flat),
         "other_box_rate": flat.count(Verdict.OTHER) / len(flat),
@@ -260,10 +265,6 @@ def score_intervals(
         for split, of_split in intervals.items()
         for name, interval in zip(("f1", "acc_error", "acc_correct"), of_split, strict=True)
     }
-
-
-def fractions(percentages: dict[str, float]) -> dict[str, float]:
-    return {name: value / 100 for name, value in percentages.items()}
 
 
 def step_accuracy(

@@ -31,5 +31,4 @@ def cross_entropy_loss(
         model, tokens_BT, positions_BT, segment_ids_BT, wanted_BT=loss_mask_BT, remat=remat
     )
     loss = -jnp.sum(jnp.where(loss_mask_BT, logprobs_BT, 0.0)) / denominator
-    share = jnp.sum(loss_mask_BT, dtype=jnp.float32) / denominator
-    return loss, {"supervised_share": share}
+    return loss, {}

@@ -51,8 +51,9 @@ TUNING_SEED = 1000
 
 
 def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> None:
-    for name, stage, settings in stages:
-        console.print(f"[bold]{runs.run_dir.name}/{name}[/bold] ({stage})")
+    for number, (name, stage, settings) in enumerate(stages, 1):
+        place = f"stage {number} of {len(stages)}"
+        console.print(f"[bold]{runs.run_dir.name}/{name}[/bold] ({stage}), {place}")
         config = validate(STAGE_CONFIGS[stage], settings(), f"compare {name}")
         module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
         timed(runs.run_dir / name, module.run, config)

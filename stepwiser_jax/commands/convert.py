@@ -54,3 +54,5 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
             f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
         )
     save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))
+    which = "its newest checkpoint" if step is None else f"the checkpoint of step {step}"
+    print(f"{output}: the model of {run_dir}, {which}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,14 @@ from stepwiser_jax.config import (
     Sft,
 )
 from stepwiser_jax.config_parts import Config, Model, Problems
-from stepwiser_jax.record_files import read_parts
-from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
+from stepwiser_jax.record_files import read_records
+from stepwiser_jax.records import (
+    ClassifierExample,
+    JudgeExample,
+    PrefixValue,
+    Trajectory,
+    UserError,
+)
 from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import read_problems
@@ -56,10 +63,11 @@ def names_awaited(value: Any, awaited: Collection[str]) -> bool:
 def check_inputs(
     stage: str, config: Config, run_dir: Path, awaited: Collection[str] = frozenset()
 ) -> None:
-    """Raises the UserError that the run itself would raise for its directory, its devices, a model
-    that is not there, an input run that is unfinished or holds other records, or problems,
+    """Raises the UserError that the run itself would raise for its directory, a model that is not
+    there, an input run that is unfinished, damaged or holds other records, or problems,
     demonstrations, examples, items or evaluation sets that cannot be read. Settings that name runs
-    which are `awaited` are left unchecked."""
+    which are `awaited` are left unchecked. Devices that are not here are a warning: it may be
+    somewhere else that the run finds them."""
     RunDirectory(run_dir, stage, config)
     for name, value in config:
         if names_awaited(value, awaited):
@@ -72,13 +80,11 @@ def check_inputs(
             read_problems(value.model_copy(update={"exclude": exclude}))
         elif name == "data" and isinstance(config, Sft):
             load_examples(config.data, config.prompt_style)
-        elif name == "mesh":
-            make_mesh(**value.model_dump())
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
             wanted = RECORDS_OF[name]
             if name == "examples" and reads_solutions(config):
                 wanted = ClassifierExample
-            read_parts(value, wanted)
+            read_records(value, wanted)
         elif name == "examples" and isinstance(config, Judge | Rationalize | Classifier):
             load = load_classifier_examples if reads_solutions(config) else load_judge_examples
             load(value, on_malformed=config.on_malformed)
@@ -90,3 +96,9 @@ def check_inputs(
             load_tokenizer_of(value, getattr(config, "chat_template_args", None))
         elif isinstance(value, Server):
             load_tokenizer(value.tokenizer, value.chat_template_args)
+    try:
+        for mesh in (getattr(config, name, None) for name in ("mesh", "sampling_mesh")):
+            if mesh is not None:
+                make_mesh(**mesh.model_dump())
+    except UserError as error:
+        print(f"warning: {error}, or run it where they are", file=sys.stderr)

@@ -20,10 +20,12 @@ from rich.table import Table
 
 from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.algo.statistics import balanced_accuracy, bootstrap_interval
+from stepwiser_jax.commands.results import judgment_text
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_parts import LabelRule
 from stepwiser_jax.record_files import atomic_write, read_records
-from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory, Verdict
+from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
+from stepwiser_jax.runtime.judging import a_right_and_a_wrong_one, in_words
 from stepwiser_jax.runtime.loading import load_tokenizer_of
 from stepwiser_jax.runtime.problems import load_items
 from stepwiser_jax.settings import validate
@@ -173,9 +175,10 @@ def run_quickstart(
     """Run every stage that is not finished, print the table and a few judgments, write summary."""
     console = Console()
     summaries: dict[str, dict[str, Any]] = {}
-    for name, stage, tree in recipe(run_dir, seed, problems=problems, split=split):
+    stages = recipe(run_dir, seed, problems=problems, split=split)
+    for number, (name, stage, tree) in enumerate(stages, 1):
         config = validate(STAGE_CONFIGS[stage], tree, f"quickstart {name}")
-        console.print(f"[bold]{name}[/bold] ({stage})")
+        console.print(f"[bold]{name}[/bold] ({stage}), stage {number} of {len(stages)}")
         module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
         summaries[name] = timed(run_dir / name, module.run, config)
     summary = summarize(run_dir, summaries)
@@ -319,18 +322,15 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
-    """A few chains of thought of the trained judge on first errors and on right chunks."""
+    """A few chains of thought of the trained judge on first errors and on right chunks, and one
+    that ends in a wrong verdict."""
     judgments = {j.example_id: j for j in read_records(run_dir / "evaluate_judge", Judgment)}
     items = load_items(str(run_dir / "heldout"), load_tokenizer_of(str(run_dir / "policy")))
     console.print("\n[bold]The judge at work[/bold] (held-out solutions)")
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
-    for item, step in wrong[: count // 2] + right[: count - count // 2]:
-        judgment = judgments[f"{item.item_id}/{step}"]
-        truth = Verdict.NEGATIVE if step == item.first_error else Verdict.POSITIVE
-        console.print(f"\n  question  {item.question}", markup=False, highlight=False)
-        if step:
-            console.print(f"  history   {' '.join(item.steps[:step])}", markup=False)
-        console.print(f"  chunk     {item.steps[step]}", markup=False, highlight=False)
-        console.print(f"  judge     {judgment.completion}", markup=False, highlight=False)
-        console.print(f"  truth     {truth.value}", markup=False, highlight=False)
+    chosen = wrong[: count // 2] + right[: count - count // 2]
+    shown = [in_words(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen]
+    misjudged = a_right_and_a_wrong_one(items, judgments)[-1]
+    for words in [*shown, *([misjudged] if misjudged not in shown else [])]:
+        console.print(judgment_text(words), markup=False, highlight=False, soft_wrap=True)

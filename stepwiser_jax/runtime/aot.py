@@ -108,6 +108,9 @@ def tpu_topology(name: str, slices: int = 1) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What the machine itself is does not matter, but without these libtpu prints errors about it.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     from jax.experimental import topologies
 
     kind, shape = match[1], tuple(map(int, match[2].split("x")))

@@ -23,6 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stepwiser_jax.runtime.progress import say
+
+WORTH_A_LINE = 1.0
+"""Programs that took so many seconds are told of when they are there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -103,6 +108,9 @@ def _listen() -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             hit, _here.hit = getattr(_here, "hit", False), False
             shape = getattr(_here, "shape", None)
+            if duration_secs >= WORTH_A_LINE:
+                how = "read from the cache" if hit else "compiled"
+                say(f"{how} in {duration_secs:.1f} s: {shape or about['fun_name']}")
             _compiled.append(Program(about["fun_name"], shape, duration_secs, hit))
 
     monitoring.register_event_listener(on_event)

@@ -38,6 +38,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runtime.mesh import batch_sharding, cache_sharding, fetch, replicated
+from stepwiser_jax.runtime.progress import rows_done
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import (
     SampleOutput,
@@ -220,8 +221,13 @@ class Engine(Sampler):
                         f"{params.max_new_tokens}, that of params"
                     )
             by_bucket.setdefault(self.shapes.bucket(trunk.num_tokens), []).append(trunk)
+        done, total = 0, sum(len(trunk.forks) for trunk in trunks)
         for slots, group in sorted(by_bucket.items()):
-            yield from _Run(self, group, params, key, slots, wanted, rows_per_trunk).completions()
+            run = _Run(self, group, params, key, slots, wanted, rows_per_trunk)
+            for ended in run.completions():
+                done += len(ended)
+                rows_done(done, total, sum(len(completion.ids) for completion in ended))
+                yield ended
 
 
 class _Run:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -96,6 +96,33 @@ def judgment_of(
         p_positive=opinion.p_positive,
         reward=judge_reward(opinion.verdict, item.is_right(step)),
     )
+
+
+def in_words(item: BenchmarkItem, step: int, judgment: Judgment) -> dict[str, str]:
+    """Returns a judgment of a step beside what it is about, and the truth."""
+    truth = Verdict.POSITIVE if item.is_right(step) else Verdict.NEGATIVE
+    return {
+        "question": item.question,
+        "history": " ".join(item.steps[:step]),
+        "step": item.steps[step],
+        "judge": judgment.completion,
+        "verdict": judgment.verdict.value,
+        "truth": truth.value,
+    }
+
+
+def a_right_and_a_wrong_one(
+    items: Sequence[BenchmarkItem], judgments: Mapping[str, Judgment]
+) -> list[dict[str, str]]:
+    """Returns the first right and the first wrong of the greedy judgments, in words; first errors
+    come before right steps."""
+    errors = [(item, item.first_error) for item in items if item.first_error >= 0]
+    steps = errors + [(item, 0) for item in items if item.first_error != 0]
+    found: dict[bool, dict[str, str]] = {}
+    for item, step in steps:
+        words = in_words(item, step, judgments[f"{item.item_id}/{step}"])
+        found.setdefault(words["verdict"] == words["truth"], words)
+    return [found[is_right] for is_right in (True, False) if is_right in found]
 
 
 class ChunkJudge:

@@ -29,7 +29,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
 from stepwiser_jax.model.transformer import Score, Transformer
-from stepwiser_jax.record_files import read_manifest
+from stepwiser_jax.record_files import nothing_at, read_manifest
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.runtime.sampling import Weights, decoding_layout
@@ -200,7 +200,7 @@ def _resolve(path: str) -> str:
     if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(
             f"expected a Hugging Face directory, a run directory or a hub id (owner/name), found "
-            f"nothing at {path}"
+            f"{nothing_at(path)}"
         )
     return path
 

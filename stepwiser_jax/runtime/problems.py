@@ -100,16 +100,16 @@ def load_items(
     dropped: Counter[str] | None = None,
 ) -> list[BenchmarkItem]:
     """Returns items of ProcessBench or PRMBench, or a rollout run of the embedded task with its
-    exact truth. `limit` of them are drawn at random, the same ones every time and in their order:
-    ProcessBench's files begin with solutions that hold an error."""
+    exact truth. `limit` of them are drawn at random, the same ones every time and in the order of
+    the draw: with a larger limit others follow. ProcessBench's files begin with solutions that hold
+    an error."""
     if (Path(source) / "config.yaml").is_file():
         items: list[BenchmarkItem] = [*items_of_run(source, tokenizer, split)]
     else:
         items = load_benchmark(source, split=split, on_malformed=on_malformed, dropped=dropped)
-    if limit is None or limit >= len(items):
+    if limit is None:
         return items
-    drawn = np.random.default_rng(0).choice(len(items), limit, replace=False)
-    return [items[i] for i in sorted(drawn)]
+    return [items[i] for i in np.random.default_rng(0).permutation(len(items))[:limit]]
 
 
 def check_tokenizer(

@@ -14,6 +14,7 @@ log-probs that can be; a time it must be there by, and a size it may have. No re
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stepwiser_jax.algo.sampling import row_hash
 from stepwiser_jax.records import UserError
+from stepwiser_jax.runtime.progress import rows_done
 from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams, StopReason
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -91,7 +93,7 @@ class RemoteEngine:
         be used.
         """
         output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
-        of_run = int(jax.random.bits(key))
+        of_run, done = int(jax.random.bits(key)), itertools.count(1)
 
         async def sample(b: int) -> None:
             prompt = list(prompts_P[b // group_size])
@@ -102,6 +104,7 @@ class RemoteEngine:
             ids = choice.token_ids
             output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
             output.logprobs_BC[b, : len(ids)] = choice.logprobs.token_logprobs
+            rows_done(next(done), len(row_ids), len(ids))
 
         async def sample_all() -> None:
             async with client:

@@ -1,8 +1,10 @@
-"""A stage's run: its directory, its metrics, its progress bar, and how it is stopped.
+"""A stage's run: its directory, its metrics, and how it is stopped.
 
-<run_dir>/config.yaml     the resolved config; with another one, but for where it computes and what
-                          is still to be decided, the directory is refused
-<run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events
+<run_dir>/config.yaml     the resolved config; with another one, but for where it computes, how much
+                          it is to do and what is still to be decided, the directory is refused
+<run_dir>/metrics.jsonl   one line per optimizer step or iteration, also as TensorBoard events; its
+                          `time` (UTC) and `seconds` (since the line before) are of this machine,
+                          all else is the same whenever the run is repeated
 <run_dir>/records/        what the stage hands on
 <run_dir>/summary.json    the numbers a person would quote
 <run_dir>/manifest.json   written last: the run is finished
@@ -19,21 +21,14 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from stepwiser_jax import __version__
 from stepwiser_jax.config import ComputeStage
 from stepwiser_jax.config_parts import Config
 from stepwiser_jax.record_files import (
@@ -44,12 +39,30 @@ from stepwiser_jax.record_files import (
     read_written,
     write_manifest,
 )
-from stepwiser_jax.records import Dialogue, Record, SftExample, UserError
-from stepwiser_jax.runtime import hosts
-from stepwiser_jax.runtime.compilation import report
+from stepwiser_jax.records import (
+    Dialogue,
+    Judgment,
+    PrefixValue,
+    Rationale,
+    Record,
+    SearchResult,
+    Segmentation,
+    Selection,
+    SftExample,
+    Trajectory,
+    UserError,
+)
+from stepwiser_jax.runtime import compilation, hosts
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
+from stepwiser_jax.runtime.progress import progress, say
 from stepwiser_jax.runtime.storage import check_writable
-from stepwiser_jax.settings import config_digest, differing_keys, dump_config, read_run_settings
+from stepwiser_jax.settings import (
+    completed,
+    config_digest,
+    differing_keys,
+    dump_config,
+    read_run_settings,
+)
 
 WHERE = (
     "mesh",
@@ -73,6 +86,27 @@ DECIDED_LAST: dict[str, tuple[tuple[str, ...], tuple[type[Record], ...]]] = {
 LOCK_SECONDS = 120
 """A machine that was lost keeps its locks on a shared file system for about a minute and a half."""
 
+WORTH: dict[type[Record], tuple[str, Callable[[Any], float]]] = {
+    Trajectory: ("right", lambda trajectory: trajectory.is_correct),
+    Segmentation: ("cut", lambda segmentation: bool(segmentation.chunks)),
+    PrefixValue: ("value", lambda value: value.value),
+    Rationale: ("kept", lambda rationale: rationale.outcome == "kept"),
+    Judgment: ("right", lambda judgment: judgment.reward),
+    SearchResult: ("right", lambda result: result.is_correct),
+    Selection: ("right", lambda selection: selection.is_correct),
+}
+"""What is told of a block of records: the mean of this number, under this name."""
+
+LENGTH = {
+    "sft": "steps",
+    "judge": "iterations",
+    "classifier": "steps",
+    "evaluate": "limit",
+    "classify": "limit",
+}
+"""By stage, how much is to be done, null being all there is. It may be raised: what a run has done
+is kept, finished or not, and the rest is done."""
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -88,11 +122,13 @@ class RunDirectory:
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config, or
         cannot be written."""
+        self._is_longer = False
         self.path, self.stage, self.config, self.shard = Path(path), stage, config, shard
         self.worker = shard.index * jax.process_count() + jax.process_index()
         self.num_workers = shard.count * jax.process_count()
         self._writers: dict[type, RecordWriter[Any]] = {}
         self._is_locked = False
+        self._began, self._blocks_done = time.perf_counter(), 0
         self._refuse_other_run()
         if not self.finished:
             check_writable(self.path)
@@ -109,11 +145,13 @@ class RunDirectory:
                     "name an empty or a new directory"
                 )
             return
-        found = read_run_settings(self.path)
+        found = completed(type(self.config), read_run_settings(self.path), str(self.path))
+        self._is_longer = self._continues(found)
         undecided, kinds = DECIDED_LAST.get(self.stage, ((), ()))
         if any(read_written(self.path, kind) for kind in kinds):
             undecided = ()
-        free = tuple(f"{key}{end}" for key in (*WHERE, *undecided) for end in (":", "."))
+        longer = (LENGTH[self.stage],) if self._is_longer else ()
+        free = tuple(f"{key}{end}" for key in (*WHERE, *undecided, *longer) for end in (":", "."))
         differences = [
             difference
             for difference in differing_keys(found, self._settings)
@@ -126,13 +164,44 @@ class RunDirectory:
                 "to resume"
             )
 
+    def _continues(self, found: dict[str, Any]) -> bool:
+        """Whether the run with the settings `found` is the beginning of this one. Raises UserError
+        if it would be, had its learning rate not followed its length."""
+        name = LENGTH.get(self.stage)
+        before, now = (found.get(name), self._settings.get(name)) if name else (None, None)
+        if before is None or (now is not None and now <= before):
+            return False
+        training = found.get("training")
+        schedule = "constant" if training is None else training["optimizer"]["schedule"]
+        if schedule != "constant":
+            raise UserError(
+                f"{name}: {before} -> {now}: the learning rate of every step of {self.path} "
+                f"follows from {name} (training.optimizer.schedule is {schedule}), so that with "
+                "more of them it is another run: name a new run directory (model.path may name "
+                "this one), or begin with the schedule constant what is to be continued"
+            )
+        return True
+
     @property
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json")
 
     @property
     def finished(self) -> bool:
-        return (self.path / "manifest.json").is_file()
+        """Whether all is done that the config asks for."""
+        return (self.path / "manifest.json").is_file() and not self._is_longer
+
+    def begin(self) -> None:
+        """Says what runs and where, and begins the account of what is compiled. A stage calls it
+        when it has work to do."""
+        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            where += f" in {jax.process_count()} processes"
+        if isinstance(self.config, ComputeStage):
+            compilation.start(self.config.compilation_cache)
+            axes = self.config.mesh.model_dump().items()
+            where += f", mesh {' x '.join(f'{axis} {size}' for axis, size in axes)}"
+        say(f"{self.stage}: stepwiser {__version__} in {self.path}, {where}")
 
     def create(self) -> Path:
         """Make the directory, where nobody else may work from now on."""
@@ -140,6 +209,10 @@ class RunDirectory:
         self._lock_others_out()
         file = self.path / "config.yaml"
         if not file.is_file() or read_run_settings(self.path) != self._settings:
+            # First of all a run that is continued is no longer finished: from here on it is one
+            # that was killed at its old end, whenever this process ends.
+            if self._is_longer:
+                (self.path / "manifest.json").unlink(missing_ok=True)
             atomic_write(file, dump_config(self.config))
         return self.path
 
@@ -197,7 +270,9 @@ class RunDirectory:
             self._lock_others_out()
         done = {record.record_id for record in read_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
-        return [block for block in mine if not done.issuperset(ids_of(block))]
+        left = [block for block in mine if not done.issuperset(ids_of(block))]
+        self._blocks_done = len(mine) - len(left)
+        return left
 
     def write_blocks(
         self,
@@ -207,14 +282,17 @@ class RunDirectory:
     ) -> tuple[float, int]:
         """Make the records of block after block and write them; between blocks the run can be
         stopped, and nothing is lost. Returns seconds, and how many records were made."""
+        install_signal_handlers()
         writer = self.writer(record_type)
-        start, made = time.perf_counter(), 0
-        with progress(self.stage, len(work)) as advance:
+        start, made, done = time.perf_counter(), 0, self._blocks_done
+        if done:
+            say(f"{self.stage}: goes on after {done} of {done + len(work)} blocks")
+        with progress(self.stage, "block", done + len(work), done) as told:
             for block in work:
                 records = records_of(block)
                 writer.append(records)
                 made += len(records)
-                advance(1)
+                told.advance(**worth(records))
                 stop.check()
         return time.perf_counter() - start, made
 
@@ -235,16 +313,30 @@ class RunDirectory:
         if hosts.is_first():
             summary = summarize()
             if isinstance(self.config, ComputeStage):
-                summary |= {"warm_up": report()}
-            summary |= {"peak_host_memory_bytes": peak_memory_bytes()}
+                summary |= {"warm_up": compilation.report()}
+            summary |= {"peak_host_memory_bytes": peak_memory_bytes(), "version": __version__}
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
         hosts.barrier(f"{self.stage}: the run is finished")
+        took = timedelta(seconds=round(time.perf_counter() - self._began))
+        say(f"{self.stage}: finished after {took}, numbers in {self.path / 'summary.json'}")
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """Of a finished run. Raises UserError if its summary or its manifest is damaged."""
         return read_run_json(self.path, "summary.json")
+
+
+def worth(records: Sequence[Record]) -> dict[str, float]:
+    """How many records there are, and the mean of what they are worth."""
+    if not records or type(records[0]) not in WORTH:
+        return {"rows": len(records)}
+    name, of = WORTH[type(records[0])]
+    return {"rows": len(records), name: sum(map(of, records)) / len(records)}
+
+
+OF_THIS_MACHINE = ("time", "seconds")
+"""What a line of metrics.jsonl says of its writing: not the same when a run is repeated."""
 
 
 class Metrics:
@@ -253,7 +345,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "metrics.jsonl"
-        self._tensorboard = None
+        self._tensorboard, self._last_line = None, time.perf_counter()
         if hosts.is_first():
             # Not its SummaryWriter: when the disk is full, the thread that writes for it dies, and
             # who adds to its queue then waits for ever.
@@ -277,14 +369,17 @@ class Metrics:
         if self._tensorboard is not None:
             atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         last = kept[-1] if kept else {}
-        return {name: value for name, value in last.items() if name != "step"}
+        return {k: value for k, value in last.items() if k not in ("step", *OF_THIS_MACHINE)}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard is None:
             return
+        now = time.perf_counter()
         values = {name: float(value) for name, value in values.items()}
+        values["seconds"], self._last_line = round(now - self._last_line, 3), now
+        line = {"step": step, **values, "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(line) + "\n")
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         event = Event(wall_time=time.time(), step=step)
@@ -346,30 +441,9 @@ stop = StopRequest()
 
 
 def install_signal_handlers() -> None:
+    """From now on there is something to save, and a stop waits for it."""
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-
-
-@contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A bar with time left; yields `advance(n=1, **fields)`. Silent when not on a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=not (sys.stdout.isatty() and hosts.is_first())) as bar:
-        task = bar.add_task(description, total=total, completed=done, note="")
-
-        def advance(n: int = 1, **fields: float) -> None:
-            note = " ".join(f"{name} {value:.3g}" for name, value in fields.items())
-            bar.update(task, advance=n, note=note)
-
-        yield advance
 
 
 def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -24,6 +24,7 @@ from stepwiser_jax.runtime.data import TokenBatch, first_fit, packed_batch
 from stepwiser_jax.runtime.judging import Opinion, Solution
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.mesh import shard_batch
+from stepwiser_jax.runtime.progress import rows_done
 from stepwiser_jax.runtime.sampling import probabilities
 from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
 
@@ -94,6 +95,7 @@ class Scorer:
                     ids, places = encoded[i]
                     scores[i] = probabilities(log_odds_T[offset + np.array(places)])
                     offset += len(ids)
+            rows_done(min(start + self.rows, len(packed)), len(packed), 0)
         return [
             [opinion_of(p, self.threshold) for p in scores[i][solution.start :]]
             for i, solution in enumerate(solutions)

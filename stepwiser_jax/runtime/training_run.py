@@ -29,7 +29,14 @@ from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.loading import Loaded
 from stepwiser_jax.runtime.mesh import shard_batch
 from stepwiser_jax.runtime.pending import PendingGroups
-from stepwiser_jax.runtime.run import Interrupted, RunDirectory, per_item, progress, stop
+from stepwiser_jax.runtime.progress import progress, say
+from stepwiser_jax.runtime.run import (
+    Interrupted,
+    RunDirectory,
+    install_signal_handlers,
+    per_item,
+    stop,
+)
 from stepwiser_jax.runtime.trainer import create_train_state, make_optimizer, make_schedule
 
 
@@ -104,6 +111,7 @@ class TrainingRun:
         self.state = create_train_state(loaded.model, self.optimizer, mesh)
         self._directory = directory
         self._write_template()
+        install_signal_handlers()
         self._checkpointer = Checkpointer(
             directory.path / "checkpoints", keep=settings.keep_checkpoints
         )
@@ -136,18 +144,19 @@ class TrainingRun:
             self.state, host_state = self._checkpointer.restore(self.state)
             self.loader.set_state(host_state["loader"])
             self.step = latest
+            say(f"{self._directory.stage}: goes on from the checkpoint of step {latest}")
 
     def fit(self, train_step: Any, steps: int, mesh: jax.sharding.Mesh, shape: str) -> float | None:
         """One update for each batch of the loader, up to step `steps`; returns seconds a step, None
         where all were done. `shape` names the program that is compiled."""
         start, began = self.step, time.perf_counter()
-        with jax.set_mesh(mesh), progress(self._directory.stage, steps, start) as advance:
+        with jax.set_mesh(mesh), progress(self._directory.stage, "step", steps, start) as told:
             for step in range(start, steps):
                 batch = shard_batch(next(self.loader), mesh)
                 with compilation.compiling(f"train step {shape}"):
                     self.state, metrics = train_step(self.state, batch)
                 self.finish_step(step + 1, metrics)
-                advance(1, loss=self.last("loss"))
+                told.advance(**self.newest("loss", "accuracy", "grad_norm"))
         self.flush()
         return per_item(time.perf_counter() - began, steps - start)
 
@@ -179,6 +188,7 @@ class TrainingRun:
         if self._checkpointer.latest_step() != self.step:
             self._metrics.sync()
             self._checkpointer.save(self.step, self.state, {"loader": self._loader_state})
+            say(f"{self._directory.stage}: checkpoint of step {self.step}")
 
     def _forget_pending(self) -> None:
         self.pending.forget_before(self._checkpointer.complete_step() or 0)
@@ -207,6 +217,11 @@ class TrainingRun:
         """The newest logged value of a metric; nan before the first."""
         return self.last_metrics.get(name, float("nan"))
 
+    def newest(self, *names: str) -> dict[str, float]:
+        """The first two of these metrics that there are, of the newest step that is logged."""
+        found = {name: self.last_metrics[name] for name in names if name in self.last_metrics}
+        return dict(list(found.items())[:2])
+
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Save the last state, export the model, and finish the run. Raises UserError where a
         parameter is not finite."""
@@ -221,5 +236,7 @@ class TrainingRun:
         self._checkpointer.close()
         self._forget_pending()
         self._metrics.close()
-        save_hf(self.state.model, self._loaded.tokenizer, str(self._directory.path / "model"))
+        exported = self._directory.path / "model"
+        save_hf(self.state.model, self._loaded.tokenizer, str(exported))
+        say(f"{self._directory.stage}: exported {exported}")
         return self._directory.finish(lambda: summary)

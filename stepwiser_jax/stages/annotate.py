@@ -26,7 +26,6 @@ from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding
@@ -50,7 +49,7 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     sampled = read_records(config.rollouts, Trajectory)
     trajectories, dropped = select_trajectories(config, sampled)
     work = blocks(trajectories, config.trajectories_per_block)

@@ -31,7 +31,6 @@ from stepwiser_jax.algo.classifier import classifier_loss
 from stepwiser_jax.algo.sft import supervised_tokens
 from stepwiser_jax.config import Classifier
 from stepwiser_jax.records import ClassifierExample, UserError
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import (
     ClassifierBatch,
     classifier_documents,
@@ -56,7 +55,7 @@ def run(config: Classifier, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     solutions, dropped = load_examples(config)
     mesh = make_mesh(**config.mesh.model_dump())
-    compilation.start(config.compilation_cache)
+    directory.begin()
     loaded = load(config, mesh)
     documents, too_long = classifier_documents(
         solutions,

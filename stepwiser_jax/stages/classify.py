@@ -25,7 +25,6 @@ from stepwiser_jax.algo.prmbench import score_prmbench
 from stepwiser_jax.algo.processbench import best_threshold, score_by_subset, verdicts_at
 from stepwiser_jax.config import Classify
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, UserError
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judging import Solution, judgment_of
 from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
@@ -40,7 +39,7 @@ def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "classify", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     tokenizer = load_tokenizer_of(config.classifier.path)
     dropped: Counter[str] = Counter()
     items = load_items(

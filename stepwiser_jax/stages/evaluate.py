@@ -40,11 +40,16 @@ from stepwiser_jax.algo.processbench import (
 from stepwiser_jax.algo.rewards import judge_reward
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import ChunkJudge, Opinion, Solution, judgment_of
+from stepwiser_jax.runtime.judging import (
+    ChunkJudge,
+    Opinion,
+    Solution,
+    a_right_and_a_wrong_one,
+    judgment_of,
+)
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import load_items
@@ -59,7 +64,7 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     tokenizer = load_tokenizer_of(config.judge.path)
     dropped: Counter[str] = Counter()
     items = load_items(
@@ -77,7 +82,9 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
 
     def scores() -> dict[str, Any]:
         judgments = {judgment.example_id: judgment for judgment in writer.read()}
-        return summarize(config, items, judgments) | {"dropped": dict(dropped)} | measured
+        counts = {"dropped": dict(dropped)}
+        examples = {"judgments": a_right_and_a_wrong_one(items, judgments)}
+        return summarize(config, items, judgments) | counts | measured | examples
 
     return directory.finish(scores)
 

@@ -52,7 +52,8 @@ from stepwiser_jax.runtime.data import Group, RolloutBatch, example_loader, roll
 from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
 from stepwiser_jax.runtime.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh, make_sampling_mesh, shard_batch
-from stepwiser_jax.runtime.run import RunDirectory, per_item, progress, stop
+from stepwiser_jax.runtime.progress import progress
+from stepwiser_jax.runtime.run import RunDirectory, per_item, stop
 from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 from stepwiser_jax.runtime.trainer import (
     TrainState,
@@ -76,7 +77,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
-    compilation.start(config.compilation_cache)
+    directory.begin()
     settings = config.model.model_dump()
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
@@ -97,7 +98,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
         reference = load().model
     train_step = judge_train_step(config, training.schedule, training.optimizer, training.state)
     start, began = training.step, time.perf_counter()
-    with jax.set_mesh(mesh), progress("judge", iterations, start) as advance:
+    with jax.set_mesh(mesh), progress("judge", "iteration", iterations, start) as told:
         for iteration in range(start, iterations):
             groups, rollout_metrics = collect(iteration, training)
             if config.grpo.kl_coef and adapted:
@@ -108,7 +109,7 @@ def run(config: Judge, run_dir: str | Path) -> dict[str, Any]:
                     training.state, metrics = train_step(training.state, batch)
                 updates.append(metrics)
             training.finish_step(iteration + 1, mean_metrics(updates) | rollout_metrics)
-            advance(1, reward=rollout_metrics["reward"])
+            told.advance(**{n: rollout_metrics[n] for n in ("reward", "unparsed_rate")})
     training.flush()
     summary = {
         "examples": len(examples),

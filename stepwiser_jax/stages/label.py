@@ -46,6 +46,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "label", config)
     if directory.finished:
         return directory.summary()
+    directory.begin()
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(config.rollouts, Trajectory)}
     check_rule(config)

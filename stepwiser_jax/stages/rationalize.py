@@ -45,7 +45,7 @@ from stepwiser_jax.records import (
     UserError,
     natural_key,
 )
-from stepwiser_jax.runtime import compilation, hosts
+from stepwiser_jax.runtime import hosts
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -79,7 +79,7 @@ def run(config: Rationalize, run_dir: str | Path, shard: Shard = WHOLE) -> dict[
     directory = RunDirectory(run_dir, "rationalize", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     examples, dropped = load_examples(config)
     work = blocks(examples, config.examples_per_block)
     work = directory.pending(work, Rationale, lambda block: rationale_ids(config, block))

@@ -29,7 +29,6 @@ from stepwiser_jax.config import Refine
 from stepwiser_jax.config_parts import Engine as Shapes
 from stepwiser_jax.config_parts import Model
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.genprm import Draft, GenPrmJudge, Writer
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
@@ -57,7 +56,7 @@ def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     directory = RunDirectory(run_dir, "refine", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     dropped: Counter[str] = Counter()
     problems = read_problems(config.problems, dropped)
     problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)

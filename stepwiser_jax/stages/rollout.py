@@ -19,7 +19,6 @@ import jax
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.records import Problem, Trajectory, natural_key
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
@@ -44,7 +43,7 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     dropped = Counter(duplicate=0, unverifiable=0)
     problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
     problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)

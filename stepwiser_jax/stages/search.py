@@ -50,7 +50,6 @@ from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Beams, Search
 from stepwiser_jax.config_parts import Sampling
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.chunk_search import (
     Method,
     Policy,
@@ -79,7 +78,7 @@ def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     directory = RunDirectory(run_dir, "search", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     dropped: Counter[str] = Counter()
     problems = read_problems(config.problems, dropped)
     problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)

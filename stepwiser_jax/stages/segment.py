@@ -22,7 +22,6 @@ import numpy as np
 from stepwiser_jax.config import Segment
 from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.loading import load_for_decoding, load_tokenizer_of
@@ -53,7 +52,7 @@ def run(config: Segment, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     directory = RunDirectory(run_dir, "segment", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     tokenizer = load_tokenizer_of(config.tokenizer)
     problems = {problem.problem_id: problem for problem in read_records(config.rollouts, Problem)}
     trajectories = read_records(config.rollouts, Trajectory)

@@ -28,7 +28,6 @@ from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Select
 from stepwiser_jax.record_files import read_records
 from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, natural_key
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
 from stepwiser_jax.runtime.judges import load_judge
 from stepwiser_jax.runtime.judging import Opinion, Solution
@@ -65,7 +64,7 @@ def run(config: Select, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, 
     directory = RunDirectory(run_dir, "select", config, shard)
     if directory.finished:
         return directory.summary()
-    compilation.start(config.compilation_cache)
+    directory.begin()
     tokenizer = load_tokenizer_of(config.tokenizer)
     problems = read_records(config.rollouts, Problem)
     responses = read_records(config.rollouts, Trajectory)

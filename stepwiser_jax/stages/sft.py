@@ -24,7 +24,6 @@ from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.record_files import KIND, read_manifest, read_records
 from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample, UserError
-from stepwiser_jax.runtime import compilation
 from stepwiser_jax.runtime.data import TokenBatch, num_batches, sft_documents, sft_loader
 from stepwiser_jax.runtime.loading import load_for_training
 from stepwiser_jax.runtime.mesh import make_mesh
@@ -44,7 +43,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     examples = load_examples(config.data, config.prompt_style)
     mesh = make_mesh(**config.mesh.model_dump())
-    compilation.start(config.compilation_cache)
+    directory.begin()
     loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
     documents, too_long = sft_documents(
         examples,

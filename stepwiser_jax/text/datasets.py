@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 from stepwiser_jax.record_files import (
     check_text,
     from_fields,
+    nothing_at,
     parse_json,
     read_records,
     to_json,
@@ -82,8 +83,8 @@ def read_rows(
     """
     path = Path(source)
     if not path.is_file() and (path.suffix in _SUFFIXES or source.startswith((".", "/"))):
-        found = "a directory" if path.is_dir() else "nothing"
-        raise UserError(f"expected a data file at {source}, found {found}")
+        found = f"the directory {path}" if path.is_dir() else nothing_at(path)
+        raise UserError(f"expected a data file, found {found}")
     if path.is_file() and path.suffix not in _SUFFIXES:
         raise UserError(f"expected a {sorted(_SUFFIXES)} file, found {source}")
     if path.is_file() and path.suffix != ".parquet":
@@ -157,8 +158,13 @@ def _table_rows(
             names = [split] if isinstance(split, str) else split
             tables = {name: datasets.load_dataset(source, subset, split=name) for name in names}
     except Exception as error:  # datasets raises many types for one thing: it cannot read this
-        kind = "file" if Path(source).is_file() else "data set (no file or run is there)"
-        raise UserError(f"cannot read the {kind} {source}: {error.__cause__ or error}") from None
+        reason = error.__cause__ or error
+        if Path(source).is_file():
+            raise UserError(f"cannot read the file {source}: {reason}") from None
+        raise UserError(
+            f"expected a file, a run or a data set of the hub, found {nothing_at(source)}, and on "
+            f"the hub: {reason}"
+        ) from None
     before = 0
     for name, table in tables.items():
         of_split = "" if Path(source).is_file() else f"{name} "

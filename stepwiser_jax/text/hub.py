@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stepwiser_jax.record_files import nothing_at
 from stepwiser_jax.records import UserError
 
 
@@ -28,5 +29,6 @@ def local_directory(path_or_id: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"there is no directory {path_or_id} here, and as a hub id it leads to: {error}"
+            f"expected a directory or a hub id, found {nothing_at(path_or_id)}, and on the hub: "
+            f"{error}"
         ) from None

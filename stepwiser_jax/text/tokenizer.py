@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,8 +115,6 @@ class HuggingFaceTokenizer:
     def __init__(
         self, directory: Path, arguments: Mapping[str, chat.Argument], *, trained: bool = False
     ):
-        # Nobody needs to hear that there is no PyTorch.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         if not (directory / "tokenizer.json").is_file():

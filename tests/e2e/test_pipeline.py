@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.record_files import RecordWriter, read_records
@@ -31,8 +33,9 @@ from stepwiser_jax.runtime import run as run_module
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.training_run import TrainingRun
+from tiny import logged
 
-from .conftest import CONFIGS, INPUTS, THINKPRM, command
+from .conftest import CONFIGS, INPUTS, STAGE_OF, THINKPRM, command
 
 
 def record_bytes(run):
@@ -311,7 +314,7 @@ def steps_of(run):
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert logged(cut) == logged(whole)
     ours, theirs = (load_hf(str(run / "model")) for run in (cut, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -336,11 +339,36 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
         with pytest.raises(Killed):
             main(arguments)
     assert Checkpointer(cut / "checkpoints").latest_step() is not None
+    capsys.readouterr()
     assert main(arguments) == 0
     assert_same_training(cut, whole)
     assert 11 < steps_of(whole) == steps_of(cut)
     assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
     assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
+    told = iter(capsys.readouterr().err.splitlines())
+    for line in (
+        rf"stepwiser {__version__} in {cut}, .* mesh data 1 x fsdp 1 x tensor 1",
+        "goes on from the checkpoint of step 8",
+        r"step 9 of 20, loss \d",
+        r"step 20 of 20, loss \d.*, 0:00:00 left",
+        "checkpoint of step 20",
+        rf"exported {cut / 'model'}",
+        rf"finished after 0:\d\d:\d\d, numbers in {cut / 'summary.json'}",
+    ):
+        assert any(re.match(rf"\d\d:\d\d:\d\d {STAGE_OF[name]}: {line}", x) for x in told), line
+
+
+@pytest.mark.parametrize("name", ["cold_start", pytest.param("judge", marks=pytest.mark.slow)])
+def test_a_longer_training_is_the_same_however_often_it_ended(runs, name, tmp_path):
+    length = {"cold_start": "steps", "judge": "iterations"}[name]
+    settings = ("training.optimizer.schedule=constant", "training.checkpoint_every=3")
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    for out, ends in ((whole, (5,)), (grown, (2, 5))):
+        for end in ends:
+            extra = (*settings, f"{length}={end}")
+            assert main(command(name, runs, out=out, extra=extra)) == 0
+            assert json.loads((out / "summary.json").read_text())[length] == end
+    assert_same_training(grown, whole)
 
 
 def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
@@ -420,11 +448,13 @@ def test_a_finished_run_is_not_done_again(runs, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in (runs / "values").rglob("*") if p.is_file()}
 
 
-def test_convert_gives_the_exported_model(runs, tmp_path):
+def test_convert_gives_the_exported_model(runs, tmp_path, capsys):
     assert (
         main(["convert", "--checkpoint", str(runs / "judge"), "--output", str(tmp_path / "hf")])
         == 0
     )
+    written = f"{tmp_path / 'hf'}: the model of {runs / 'judge'}, its newest checkpoint\n"
+    assert capsys.readouterr().out == written
     ours, theirs = load_hf(str(tmp_path / "hf")), load_hf(str(runs / "judge" / "model"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -551,4 +581,4 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert_fails(capsys, [*arguments, "--dry-run"], "none", out)
     for name in ("evaluate", "classify"):
         arguments = command(name, runs, out=out, extra=[f"items={tmp_path / 'none.json'}"])
-        assert_fails(capsys, [*arguments, "--dry-run"], "a data file at", out)
+        assert_fails(capsys, [*arguments, "--dry-run"], "expected a data file", out)

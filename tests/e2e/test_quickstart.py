@@ -35,6 +35,7 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
     arguments = ["quickstart", "--run-dir", str(tmp_path / "q"), "--seed", "3"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
+    assert "labels (label), stage 4 of 10" in printed
     for words in ("chunk-reset search", "judge F1, after GRPO", "The judge at work", "truth"):
         assert words in printed
 

@@ -1,6 +1,7 @@
 """The account of what was compiled, and the cache that outlives the process."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def account():
     compilation.start(None)
 
 
-def test_a_program_is_counted_once_for_each_shape(account):
+def test_a_program_is_counted_and_told_of_once_for_each_shape(account, monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "WORTH_A_LINE", 0.0)
     program = jax.jit(lambda x: x + 1)
     for length in (2, 3, 2):
         with compilation.compiling(f"{length}"):
@@ -85,6 +87,8 @@ def test_a_program_is_counted_once_for_each_shape(account):
     program(jax.numpy.arange(4) * 1.0)
     ours = [p for p in compilation.report()["programs"] if "lambda" in p["program"]]
     assert [p["shape"] for p in ours] == ["2", "3"]
+    told = re.findall(r"compiled in \d+\.\d s: (\d)\n", capsys.readouterr().err)
+    assert {"2", "3"} <= set(told)
     assert compilation.report()["compiled"] > 2
     compilation.start(None)
     assert compilation.report() == {"seconds": 0, "cached": 0, "compiled": 0, "programs": []}

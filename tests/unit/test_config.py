@@ -265,7 +265,7 @@ def test_all_problems_come_in_one_message(tmp_path):
 
 
 def test_missing_broken_and_unknown(tmp_path):
-    with pytest.raises(UserError, match="found none"):
+    with pytest.raises(UserError, match="found nothing at"):
         load_config("judge", tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,")
     with pytest.raises(UserError, match="not valid YAML"):

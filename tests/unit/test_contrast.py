@@ -99,7 +99,7 @@ def contrasted(capsys, *runs):
 
 
 def f1(predictions, rows):
-    return processbench_f1([predictions[i] for i in rows], [LABELS[i] for i in rows])["f1"] / 100
+    return processbench_f1([predictions[i] for i in rows], [LABELS[i] for i in rows])["f1"]
 
 
 def test_a_judge_beside_a_classifier_each_counted_as_its_run_counts(tmp_path, items, capsys):

@@ -254,7 +254,7 @@ def test_a_problem_that_is_bad_teaches_nothing(tmp_path):
 
 
 def test_a_run_that_is_not_there_is_taken_for_a_hub_id(tmp_path):
-    with pytest.raises(UserError, match=r"expected a data file at .* found nothing"):
+    with pytest.raises(UserError, match=r"expected a data file, found nothing at"):
         load_judge_examples(str(tmp_path / "labels"))
 
 
@@ -282,5 +282,5 @@ def test_hub_data_sets_are_read_by_split(monkeypatch):
         load_judge_examples("Qwen/PB")
     splits = ("gsm8k", "gsm8k", "math", None, None)
     assert asked == [("Qwen/PB", None, split) for split in splits]
-    with pytest.raises(UserError, match=r"no file or run is there.* Qwen/PB: 'train'"):
+    with pytest.raises(UserError, match=r"found nothing at Qwen/PB .*on the hub: 'train'"):
         load_problems("Qwen/PB")

@@ -49,9 +49,11 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     assert engine.sampled_tokens == output.length_B.sum()
 
 
-def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model):
+def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypatch):
     """Fewer rows than forks and fewer places than trunks: 8 slots, 30 rows of many lengths."""
     params = SamplingParams(24, stop_ids=STOPS)
+    told = []
+    monkeypatch.setattr(engine_module, "rows_done", lambda *numbers: told.append(numbers))
     engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
     segments = [
         completions
@@ -68,6 +70,9 @@ def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model):
         found.length_B[b], found.stop_reason_B[b] = len(done.ids), done.stop_reason
     assert len(set(found.length_B)) > 3, "the case shows nothing: all rows end together"
     check(tiny_model, params, found)
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert told[-1][:2] == (len(IDS), len(IDS)) and len({done for done, _, _ in told}) > 4
+    assert sum(tokens for _, _, tokens in told) == engine.sampled_tokens
     places = [name for name in engine.compiled_shapes if name.startswith("decode")]
     assert places == ["decode 4x2 trunk=32 new=24 top_k=0 top_p=False"]
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepwiser_jax.settings import dump_config, load_config
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TOOLS = ("gcloud", "kubectl", "xpk", "sbatch", "scontrol", "scancel", "srun", "stepwiser")
@@ -125,6 +127,9 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tools, name):
     dry = dry_run(tools, name)
     assert dry.returncode == 0, dry.stderr
     assert calls(tools) == []
+    run = LAUNCHERS[name][LAUNCHERS[name].index("--") + 1 :]
+    check = dry.stderr.partition("where its files are: ")[2]
+    assert shlex.split(check) == ["stepwiser", *run, "--dry-run"]
     act(tools, "gcloud", GCLOUD.format(states=["ABSENT", "ACTIVE"]))
     act(tools, "kubectl", f"open({str(tools / 'manifest')!r}, 'w').write(sys.stdin.read())")
     act(tools, "sbatch", "print('JOB;cluster')")
@@ -136,6 +141,29 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tools, name):
     assert [shlex.split(line) for line in lines[: len(expected)]] == expected
     rest = "\n".join(lines[len(expected) :])
     assert rest == ((tools / "manifest").read_text().strip() if "kubectl" in lines[0] else "")
+
+
+def test_help_of_the_smoke_script_runs_nothing(tmp_path):
+    for word, status in (("--help", 0), ("--hlep", 2)):
+        script = ["bash", LAUNCH / "cpu_smoke.sh", word]
+        done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == status and list(tmp_path.iterdir()) == []
+        assert ("cpu_smoke.sh [RUN_DIR]" in done.stdout) == (status == 0)
+        assert ("expected a directory for the runs, found --hlep" in done.stderr) == (status == 2)
+
+
+def test_examples_run_as_they_are_printed():
+    """No setting is left that only its user can know."""
+    found = 0
+    for script in LAUNCH.glob("*.sh"):
+        text = re.sub(r"\\\n#", "", script.read_text())
+        for stage, config, rest in re.findall(r"-- (\w+) --config (configs/\S+)(.*)", text):
+            overrides = tuple(re.findall(r"--set (\S+)", rest))
+            (run_dir,) = re.findall(r"--run-dir (\S+)", rest)
+            settings = load_config(stage, LAUNCH.parent / config, overrides, run_dir)
+            assert "RUNS/" not in dump_config(settings)
+            found += 1
+    assert found == 5
 
 
 @pytest.mark.parametrize("script", sorted({words[0] for words in LAUNCHERS.values()}))

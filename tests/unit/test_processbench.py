@@ -24,7 +24,7 @@ from stepwiser_jax.algo.statistics import (
     mcnemar,
     paired_bootstrap,
 )
-from stepwiser_jax.records import ProcessBenchItem, Verdict
+from stepwiser_jax.records import ProcessBenchItem, UserError, Verdict
 
 P, N, U, X = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.OTHER
 
@@ -36,7 +36,7 @@ def slow_f1(predictions, labels, is_error):
     for prediction, label, error in zip(predictions, labels, is_error, strict=True):
         total[error] += 1
         right[error] += prediction == label
-    a, b = (100 * right[e] / total[e] if total[e] else 0 for e in (True, False))
+    a, b = (right[e] / total[e] if total[e] else 0 for e in (True, False))
     return (2 * a * b / (a + b) if a + b else 0), a, b
 
 
@@ -57,11 +57,18 @@ def test_f1_against_counting():
 def test_f1_by_hand_and_the_two_splits():
     labels, predictions = [2, 1, -1, -1, 0], [2, 0, -1, 3, 0]
     scores = processbench_f1(predictions, labels)
-    assert scores["acc_error"] == pytest.approx(200 / 3)
-    assert scores["acc_correct"] == 50
-    assert scores["f1"] == pytest.approx(2 * 200 / 3 * 50 / (200 / 3 + 50))
+    assert scores["acc_error"] == pytest.approx(2 / 3)
+    assert scores["acc_correct"] == 0.5
+    assert scores["f1"] == pytest.approx(2 * 2 / 3 * 1 / 2 / (2 / 3 + 1 / 2))
     other = processbench_f1_by_final_answer(predictions, labels, [True, False, True, True, False])
-    assert (other["acc_error"], other["acc_correct"]) == (50, pytest.approx(200 / 3))
+    assert (other["acc_error"], other["acc_correct"]) == (0.5, pytest.approx(2 / 3))
+
+
+def test_a_prediction_without_a_label_is_refused():
+    with pytest.raises(UserError, match="found 2 predictions, 1 labels"):
+        processbench_f1([0, 0], [1])
+    with pytest.raises(UserError, match="2 labels and 1 items"):
+        processbench_f1_by_final_answer([0, 0], [1, -1], [True])
 
 
 def test_f1_of_nothing_right_is_zero_not_nan():
@@ -287,7 +294,7 @@ def test_contrast_has_the_f1_of_the_scores_and_counts_by_hand():
         of = [i for i in range(60) if subsets[i] == subset]
         assert row["items"] == len(of)
         for judge, predictions in (("a", a), ("b", b)):
-            f1 = processbench_f1([predictions[i] for i in of], [labels[i] for i in of])["f1"] / 100
+            f1 = processbench_f1([predictions[i] for i in of], [labels[i] for i in of])["f1"]
             assert row[f"f1_{judge}"] == pytest.approx(f1)
             expected[judge].append(f1)
         assert row["difference"] == pytest.approx(row["f1_b"] - row["f1_a"])

@@ -1,10 +1,15 @@
 """Records on disk: nothing is lost, nothing is half-written, unfinished input is refused."""
 
 import json
+import time
+from datetime import UTC, datetime
 
 import pytest
+import yaml
 
-from stepwiser_jax.config import Label
+import stepwiser_jax.runtime.run as run_module
+from stepwiser_jax import __version__
+from stepwiser_jax.config import Evaluate, Label, Sft
 from stepwiser_jax.record_files import (
     RecordWriter,
     from_json,
@@ -26,6 +31,7 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.runtime.run import Interrupted, Metrics, RunDirectory, blocks, stop
 from stepwiser_jax.settings import load_config
+from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
 
@@ -143,6 +149,98 @@ def test_run_directory_of_another_config_names_the_difference(tmp_path):
         RunDirectory(path, "label", label_config(alpha=0.4))
 
 
+def test_a_setting_that_came_later_has_its_default_in_an_old_run(tmp_path):
+    RunDirectory(tmp_path, "label", label_config()).create()
+    file = tmp_path / "config.yaml"
+    old = yaml.safe_load(file.read_text())
+    del old["epsilon"], old["balance"]
+    file.write_text(yaml.safe_dump(old))
+    RunDirectory(tmp_path, "label", label_config())
+    with pytest.raises(UserError, match=r"differs in balance: True -> False: name a new"):
+        RunDirectory(tmp_path, "label", label_config(balance=False))
+
+
+def test_a_setting_that_is_no_more_is_named(tmp_path):
+    RunDirectory(tmp_path, "label", label_config()).create()
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text() + "smoothing: 3\n")
+    with pytest.raises(UserError, match=r"another version .* unknown settings smoothing\. Go on"):
+        RunDirectory(tmp_path, "label", label_config())
+
+
+def sft_config(steps, schedule="constant"):
+    optimizer = {"learning_rate": 1e-3, "schedule": schedule}
+    fields = {"model": {"path": "arithmetic"}, "data": {"source": "d"}, "batch_size": 1}
+    fields |= {"max_length": 8, "training": {"optimizer": optimizer}, "steps": steps}
+    return Sft.model_validate(fields)
+
+
+def test_a_finished_training_may_become_longer_unless_its_rate_follows_its_length(tmp_path):
+    RunDirectory(tmp_path / "a", "sft", sft_config(4)).finish(lambda: {"x": 1})
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(4)).finished
+    longer = RunDirectory(tmp_path / "a", "sft", sft_config(9))
+    assert not longer.finished
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(4)).finished, "nothing is written yet"
+    longer.create()
+    assert not (tmp_path / "a" / "manifest.json").exists(), "now it is a run that was killed"
+    assert not RunDirectory(tmp_path / "a", "sft", sft_config(9)).finished
+    with pytest.raises(UserError, match="steps: 9 -> 4: name a new run directory"):
+        RunDirectory(tmp_path / "a", "sft", sft_config(4))
+    RunDirectory(tmp_path / "a", "sft", sft_config(9)).finish(lambda: {"x": 2})
+    assert RunDirectory(tmp_path / "a", "sft", sft_config(9)).finished
+
+    RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finish(lambda: {"x": 1})
+    with pytest.raises(UserError, match=r"steps: 4 -> 9: the learning rate .* is cosine"):
+        RunDirectory(tmp_path / "b", "sft", sft_config(9, "cosine"))
+    assert RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finished
+
+
+def test_a_crash_between_the_old_end_and_the_new_config_leaves_a_run_to_go_on(
+    tmp_path, monkeypatch
+):
+    RunDirectory(tmp_path, "sft", sft_config(4)).finish(lambda: {"x": 1})
+
+    def crash(*_):
+        raise OSError
+
+    monkeypatch.setattr(run_module, "atomic_write", crash)
+    with pytest.raises(OSError):
+        RunDirectory(tmp_path, "sft", sft_config(9)).create()
+    for steps in (4, 9):
+        assert not RunDirectory(tmp_path, "sft", sft_config(steps)).finished
+
+
+def evaluate_config(limit):
+    fields = {"judge": {"path": "j"}, "items": "i", "max_new_tokens": 8, "limit": limit}
+    return Evaluate.model_validate(fields | {"engine": {"buckets": [64]}})
+
+
+def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
+    judged = []
+
+    def judge(block):
+        judged.extend(block)
+        return [Judgment(i, f"run {len(judged)}", "", Verdict.POSITIVE, 1.0, 1.0) for i in block]
+
+    def evaluate(limit, ids):
+        directory = RunDirectory(tmp_path, "evaluate", evaluate_config(limit))
+        work = directory.pending(blocks(ids, 2), Judgment, lambda block: block)
+        directory.write_blocks(work, Judgment, judge)
+        return directory.finish(lambda: {"items": len(ids)})
+
+    evaluate(4, ["d", "a", "c", "b"])
+    (part,) = tmp_path.glob("records/judgments/*.jsonl")
+    before = part.read_text().splitlines()
+    assert RunDirectory(tmp_path, "evaluate", evaluate_config(4)).finished
+    assert evaluate(6, ["d", "a", "c", "b", "f", "e"])["items"] == 6
+    assert judged == ["d", "a", "c", "b", "f", "e"]
+    assert part.read_text().splitlines()[:4] == before
+    assert [j.example_id for j in read_records(tmp_path, Judgment)] == list("abcdef")
+    assert not RunDirectory(tmp_path, "evaluate", evaluate_config(None)).finished
+    with pytest.raises(UserError, match="limit: 6 -> 5"):
+        RunDirectory(tmp_path, "evaluate", evaluate_config(5))
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="no run directory"):
@@ -156,9 +254,12 @@ def test_run_directory_writes_nothing_before_it_must(tmp_path):
     assert directory.finished
     assert directory.summary()["x"] == 1
     assert directory.summary()["peak_host_memory_bytes"] > 0
+    assert directory.summary()["version"] == __version__
 
 
-def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(
+    tmp_path, monkeypatch, capsys
+):
     done = []
 
     def copied(block):
@@ -175,8 +276,14 @@ def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(tmp_
     with pytest.raises(Interrupted):
         work_off()
     assert read_written(tmp_path, Problem) == PROBLEMS[:2]
+    assert "label: block 1 of 2, rows 2, " in capsys.readouterr().err
     seconds, made = work_off()
     assert seconds > 0 and made == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line[9:].partition(", ")[0] for line in told] == [
+        "label: goes on after 1 of 2 blocks",
+        "label: block 2 of 2",
+    ]
     assert done == [PROBLEMS[:2], PROBLEMS[2:]]
     assert read_written(tmp_path, Problem) == PROBLEMS
     assert work_off()[1] == 0
@@ -193,12 +300,24 @@ def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
     metrics.resume_at(2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in logged(tmp_path)]
     assert lines == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 9.0},
     ]
+
+
+def test_metrics_say_when_and_how_long(tmp_path):
+    before = datetime.now(UTC).replace(microsecond=0)
+    metrics = Metrics(tmp_path)
+    time.sleep(0.05)
+    metrics.write(1, {"loss": 0.5})
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0.05 <= line["seconds"] < 5
+    assert before <= datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
+    assert Metrics(tmp_path).resume_at(1) == {"loss": 0.5}, "these are no metrics"
 
 
 def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):

@@ -387,7 +387,7 @@ def test_a_policy_is_asked_for_tags_where_they_end_a_chunk(request, bpe_tokenize
     assert ("<chunk>" in bpe_tokenizer.decode(ids)) == asked
 
 
-def test_limited_items_are_the_same_random_ones_every_time(tmp_path, word_tokenizer):
+def test_limited_items_are_random_ones_to_which_a_larger_limit_adds(tmp_path, word_tokenizer):
     rows = [
         {"id": f"gsm8k-{i}", "problem": "p", "steps": ["a"], "label": -1 if i >= 20 else 0}
         | {"final_answer_correct": i >= 20}
@@ -395,12 +395,13 @@ def test_limited_items_are_the_same_random_ones_every_time(tmp_path, word_tokeni
     ]
     file = tmp_path / "gsm8k.json"
     file.write_text(json.dumps(rows))
-    few, again, whole, more = (
-        load_items(str(file), word_tokenizer, limit=limit) for limit in (10, 10, None, 99)
+    few, again, whole, half, more = (
+        load_items(str(file), word_tokenizer, limit=limit) for limit in (10, 10, None, 20, 99)
     )
-    assert few == again and len(few) == 10 and whole == more and len(whole) == 40
-    assert [item for item in whole if item in few] == few
-    assert {item.first_error for item in few} == {-1, 0}
+    assert few == again and len(few) == 10 and {item.first_error for item in few} == {-1, 0}
+    assert half[:10] == few and more[:20] == half
+    assert [item.item_id for item in whole] == [row["id"] for row in rows]
+    assert sorted(map(whole.index, more)) == list(range(40))
 
 
 def problems_with(*references):
