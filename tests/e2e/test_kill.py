@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from .conftest import command
+from .conftest import CONFIGS, command
 
 KILLS = int(os.environ.get("KILLS", 3))
 """Of each stage, at random moments; the environment may ask for more."""
@@ -174,6 +174,39 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     assert start(again).wait() == 0
     assert_same(killed, whole)
     assert not list(killed.glob("pending/*"))
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_when_its_full_disk_has_room_again(tmp_path):
+    """The first checkpoint does not fit, then the second; each time one message says so,
+    among what TensorStore's threads print."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def sft(run):
+        words = ["-m", "stepwiser_jax", "sft", "--config", str(CONFIGS / "smoke_policy.yaml")]
+        sets = ["--set", "steps=30", "--set", "training.checkpoint_every=20"]
+        words = [sys.executable, *words, "--run-dir", str(run), *sets]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    def mount(options):
+        words = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
+        return subprocess.run(words, capture_output=True).returncode
+
+    assert sft(tmp_path / "whole").returncode == 0
+    if mount("size=1200k"):
+        pytest.skip("may not mount a file system")
+    try:
+        for size in ("10m", "50m"):
+            full = sft(disk / "run")
+            assert full.returncode == 2
+            message = f"error: {disk / 'run'}: No space left on device. Make room there, then give"
+            assert any(line.startswith(message) for line in full.stderr.splitlines())
+            assert mount(f"remount,size={size}") == 0
+        assert sft(disk / "run").returncode == 0
+        assert_same(disk / "run", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)])
 
 
 @pytest.mark.slow
