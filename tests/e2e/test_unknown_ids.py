@@ -101,10 +101,11 @@ def test_judge(runs, padded, tmp_path):
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
     for expected, found in zip(metrics(runs / "judge"), metrics(out), strict=True):
-        assert found["logprob_gap_max"] < 1e-4
         for name, value in expected.items():
             if not name.endswith("seconds"):
                 np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    gaps = [m["logprob_gap_max"] for m in metrics(out) if "logprob_gap_max" in m]
+    assert gaps and max(gaps) < 1e-4  # an iteration in which no group teaches has none
     tokenizer = load_tokenizer(str(out / "model"))
     model = load_hf(str(out / "model"), tokenizer=tokenizer)
     size = len(tokenizer.known_ids)
