@@ -95,6 +95,18 @@ def test_epochs_give_every_document_so_many_times_in_a_number_of_batches_known_b
     assert empty.any() and not last.tokens_BT[empty].any() and not last.loss_mask_BT[empty].any()
 
 
+def test_batches_are_counted_as_they_are_packed():
+    """Rows that are filled together, and closed together when a document fits none of them."""
+    lengths = np.random.default_rng(0).integers(1, 30, 300)
+    documents = [
+        {"tokens": np.ones(n, np.int32), "loss_mask": np.ones(n, np.int32)} for n in lengths
+    ]
+    settings = {"batch_size": 2, "max_length": 32, "seed": 0, "packing": True, "epochs": 2}
+    batches = len(list(sft_loader(documents, **settings)))
+    assert num_batches(documents, **settings) == batches
+    assert batches > 1.05 * 2 * lengths.sum() / (2 * 32), "rows that are not full"
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_epochs_go_on_where_the_state_says(packing):
     documents, _ = sft_documents(EXAMPLES, render, max_length=16)
