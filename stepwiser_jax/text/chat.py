@@ -62,7 +62,7 @@ class ControlTokens:
         return self._begins.search(text) is not None
 
     def broken(self, text: str) -> str:
-        """The text with a BREAK behind the first character of every control token."""
+        """Returns the text with a BREAK after the first character of every control token."""
         return self._begins.sub(rf"\g<0>{BREAK}", text)
 
 

@@ -63,8 +63,8 @@ _log = logging.getLogger(__name__)
 
 
 def shuffled(names: Iterable[N], seed: int) -> list[N]:
-    """The names in an order that depends on nothing but the seed and each name: it is the same on
-    every machine, and one name more moves no other."""
+    """Returns the names in an order that depends on the seed and each name alone: it is the same on
+    every machine, and one more name moves no other."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
