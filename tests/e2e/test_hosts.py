@@ -23,6 +23,7 @@ from stepwiser_jax.records import (
     Selection,
     Trajectory,
 )
+from tiny import logged
 
 from .conftest import CONFIGS, command
 from .test_kill import everything
@@ -167,7 +168,7 @@ def test_processes_share_the_rows_of_one(runs, tmp_path, name):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in logged(run)]
 
 
 @pytest.mark.slow
