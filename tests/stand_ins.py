@@ -59,8 +59,11 @@ LOUDNESS = 25.0
 QWEN = ["<|endoftext|>", "<|im_start|>", END]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
+"""It takes Qwen3's argument."""
 
 
 def write_tokenizer(directory: Path, size: int | None = None, ordinary: int = 151_643) -> None:

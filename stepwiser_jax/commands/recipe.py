@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.commands.dry_run import check_inputs
-from stepwiser_jax.config import ComputeStage
 from stepwiser_jax.config_parts import Config, Mesh
 from stepwiser_jax.records import UserError
 from stepwiser_jax.settings import RUNS, load_config, read_settings
@@ -49,8 +48,9 @@ class Step:
 
 
 def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
-    """Raises UserError where the configs do not chain; with `dry_run` also what each stage's own
-    would raise for its models and data, and for input runs that are finished."""
+    """Prints the commands of a recipe. Raises UserError where its configs do not chain; with
+    `dry_run` also what each stage's own would raise for its models and data, and for input runs
+    that are finished."""
     steps = ordered(read_recipe(prefix))
     for step in steps:
         run_dir = runs / step.name
@@ -89,8 +89,9 @@ def runs_named(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
 
 
 def ordered(steps: dict[str, Step]) -> list[Step]:
-    """Each behind those that it reads. Raises UserError where a setting names a run that no step
-    writes, or one of a stage that it does not read, and for steps that wait for one another."""
+    """Returns the steps, each after those that it reads. Raises UserError where a setting names a
+    run that no step writes, or one of a stage that it does not read, and for steps that wait for
+    one another."""
     for step in steps.values():
         for setting, name in step.reads:
             wanted = READS.get(setting, ())
@@ -112,11 +113,11 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_step(step: Step, config: Config, runs: Path) -> None:
-    """Runs that are still to come are promised by the chain: they are not looked for. Nor are the
-    devices, which are elsewhere."""
+    """Checks what a step reads as its stage's own dry run does, but for runs that are still to
+    come, which the chain promises, and devices, which are elsewhere."""
     awaited = {str(runs / name) for _, name in step.reads if not is_finished(runs / name)}
-    if isinstance(config, ComputeStage):
-        config = config.model_copy(update={"mesh": Mesh()})
+    meshes = {"mesh", "sampling_mesh"} & type(config).model_fields.keys()
+    config = config.model_copy(update=dict.fromkeys(meshes, Mesh()))
     try:
         check_inputs(step.stage, config, runs / step.name, awaited)
     except UserError as error:

@@ -75,7 +75,6 @@ def load_model(
             f"expected a language model in {path}, found one that scores two classes in place of a "
             "vocabulary: only classify reads it, and classifier with head: scalar"
         )
-    tokenizer = load_tokenizer(directory)
     model = load_hf(
         directory,
         tokenizer=tokenizer,

@@ -2,6 +2,7 @@
 way."""
 
 import random
+import tempfile
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,18 +280,28 @@ def test_a_text_too_many_or_too_few(bpe_tokenizer, texts):
         render(Dialogue("d", "p", ("user", "assistant"), texts), bpe_tokenizer, "instruct")
 
 
+def with_tokens(directory, tokens, template=None):
+    """The tokenizer of a directory with more tokens, which are not special, and a template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(tokens)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    with tempfile.TemporaryDirectory() as changed:
+        tokenizer.save_pretrained(changed)
+        return load_tokenizer(changed)
+
+
 @pytest.fixture
 def thinking_tokenizer(bpe_directory):
     """With a template as DeepSeek-R1's distilled models have it: it begins a thought for the
     assistant, and forgets those of earlier turns."""
-    tokenizer = load_tokenizer(bpe_directory)
-    tokenizer._hf.add_tokens(["<think>", "</think>"])
-    tokenizer._hf.chat_template = (
+    template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    return tokenizer
+    return with_tokens(bpe_directory, ["<think>", "</think>"], template)
 
 
 def test_a_thought_that_the_template_begins_is_no_part_of_a_conversation(
@@ -347,9 +358,7 @@ def test_verdicts_are_one_token_each(word_tokenizer, bpe_tokenizer):
 
 @pytest.fixture
 def yes_no_tokenizer(bpe_directory):
-    tokenizer = load_tokenizer(bpe_directory)
-    tokenizer._hf.add_tokens(["Yes", "No"])
-    return tokenizer
+    return with_tokens(bpe_directory, ["Yes", "No"])
 
 
 def test_p_right_against_the_full_forward(yes_no_tokenizer):

@@ -118,13 +118,13 @@ def test_a_dry_run_of_a_whole_recipe_needs_neither_its_runs_nor_its_devices(
     with_stand_ins(sorted(CONFIGS.glob(f"{name}_*.yaml")), tmp_path / "configs", names)
     assert recipe(tmp_path / "configs" / name, "--runs", tmp_path / "runs", "--dry-run") == 0
     assert not (tmp_path / "runs").exists()
-    capsys.readouterr()
+    assert capsys.readouterr().err == "", "no word of devices, either"
     for file in (tmp_path / "configs").glob("*.yaml"):
         file.write_text(
             file.read_text().replace(str(names["Qwen/ProcessBench"]), "./nowhere.jsonl")
         )
     assert recipe(tmp_path / "configs" / name, "--runs", tmp_path / "runs", "--dry-run") == 2
-    assert "expected a data file at ./nowhere.jsonl" in capsys.readouterr().err
+    assert "expected a data file, found nothing at nowhere.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", REAL)
