@@ -389,7 +389,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
         patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
-    assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
+    assert ".rows-" in left.name and len(sampled) == 8 * 4
     assert Checkpointer(run / "checkpoints").latest_step() == 0
     with monkeypatch.context() as patch:
         die_at(3, patch)
@@ -506,6 +506,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
 
     broken = tmp_path / "broken"
     shutil.copytree(runs / "policy" / "model", broken)
+    (broken / "SHA256SUMS").unlink()
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
     mistake("rollouts", "truncated", f"policy.path={broken}")
@@ -547,6 +548,7 @@ def test_a_run_directory_of_another_config_is_refused(runs, capsys):
 def test_a_tokenizer_without_tags_is_refused(runs, tmp_path, capsys):
     broken = tmp_path / "policy"
     shutil.copytree(runs / "policy" / "model", broken)
+    (broken / "SHA256SUMS").unlink()
     file = broken / "tokenizer.json"
     file.write_text(file.read_text().replace('"<chunk>"', '"<chonk>"'))
     out = tmp_path / "run"
