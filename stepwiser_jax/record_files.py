@@ -274,13 +274,38 @@ def check_run_file(run_dir: Path, name: str) -> None:
         _check_promised(run_dir, name, files[name])
 
 
+def check_finished(run_dir: Path) -> None:
+    """Raises UserError if any file of a finished run is not the one that its manifest names."""
+    for name, digest in _promises(read_manifest(run_dir)):
+        _check_promised(run_dir, name, digest)
+
+
+def _promises(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns name and checksum of every file that a manifest names."""
+    parts = [part for kind in manifest["records"].values() for part in kind["parts"]]
+    of_parts = [(part["path"], part["sha256"]) for part in parts]
+    return [*of_parts, *manifest.get("files", {}).items()]
+
+
+_WITHOUT_A_COPY = {
+    "config.yaml": "write it again: with --dry-run and a new --run-dir beside this one, the "
+    "command that made the run prints it",
+    "metrics.jsonl": f"delete {MANIFEST} and repeat the command that made the run: it names a line "
+    "that cannot be read",
+}
+"""What to do about a file that the run itself cannot make again."""
+
+
 def _check_promised(run_dir: Path, name: str, digest: str) -> None:
     file = run_dir / name
     if not file.is_file() or sha256_of(file) != digest:
+        make_again = (
+            f"delete it and {MANIFEST}, and repeat the command that made the run: it makes again "
+            "what is missing"
+        )
         raise UserError(
             f"{file} is missing or is not the file that {run_dir / MANIFEST} names: put it back. "
-            f"If there is no copy, delete it and {MANIFEST}, and repeat the command that made the "
-            "run: it makes again what is missing"
+            f"If there is no copy, {_WITHOUT_A_COPY.get(name, make_again)}"
         )
 
 
@@ -339,8 +364,7 @@ def _is_manifest(fields: Any) -> bool:
     if not isinstance(fields, dict) or not {"stage", "records"} <= set(fields) <= known:
         return False
     try:
-        files = [part for kind in fields["records"].values() for part in kind["parts"]]
-        promises = [*((f["path"], f["sha256"]) for f in files), *fields.get("files", {}).items()]
+        promises = _promises(fields)
     except (TypeError, KeyError, AttributeError):
         return False
     are_texts = all(isinstance(text, str) for promise in promises for text in promise)

@@ -33,8 +33,10 @@ from stepwiser_jax.config import ComputeStage
 from stepwiser_jax.config_parts import Config
 from stepwiser_jax.record_files import (
     KIND,
+    MANIFEST,
     RecordWriter,
     atomic_write,
+    check_finished,
     read_run_json,
     read_written,
     write_manifest,
@@ -147,6 +149,8 @@ class RunDirectory:
             return
         found = completed(type(self.config), read_run_settings(self.path), str(self.path))
         self._is_longer = self._continues(found)
+        if self._is_longer and (self.path / MANIFEST).is_file():
+            check_finished(self.path)  # for the last time: the next manifest names what is there
         undecided, kinds = DECIDED_LAST.get(self.stage, ((), ()))
         if any(read_written(self.path, kind) for kind in kinds):
             undecided = ()
@@ -189,7 +193,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether all is done that the config asks for."""
-        return (self.path / "manifest.json").is_file() and not self._is_longer
+        return (self.path / MANIFEST).is_file() and not self._is_longer
 
     def begin(self) -> None:
         """Says what runs and where, and begins the account of what is compiled. A stage calls it
@@ -212,7 +216,7 @@ class RunDirectory:
             # First of all a run that is continued is no longer finished: from here on it is one
             # that was killed at its old end, whenever this process ends.
             if self._is_longer:
-                (self.path / "manifest.json").unlink(missing_ok=True)
+                (self.path / MANIFEST).unlink(missing_ok=True)
             atomic_write(file, dump_config(self.config))
         return self.path
 
@@ -323,7 +327,8 @@ class RunDirectory:
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        """Of a finished run. Raises UserError if its summary or its manifest is damaged."""
+        """Returns the numbers of a finished run. Raises UserError if its summary or its manifest is
+        damaged."""
         return read_run_json(self.path, "summary.json")
 
 

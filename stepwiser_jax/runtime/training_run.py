@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,10 +70,9 @@ def optimizer_of(
 
 
 def tell_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
-    """Print what `epochs` of this many examples have become, if the training is given in epochs."""
-    if epochs is not None and hosts.is_first():
-        line = f"{stage}: {epochs} epochs of {examples} examples are {length}"
-        print(line, file=sys.stderr, flush=True)
+    """Says what `epochs` of this many examples have become, if the training is given in epochs."""
+    if epochs is not None:
+        say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
 
 
 def check_base(template: Path, model_id: str) -> None:
@@ -176,14 +174,14 @@ class TrainingRun:
             self.stop()
 
     def stop(self) -> NoReturn:
-        """Save the state behind the last step and raise Interrupted."""
+        """Save the state after the last step and raise Interrupted."""
         self.save()
         self._checkpointer.wait()
         hosts.barrier("the run is stopped")  # one that has left would look like one that died
         raise Interrupted
 
     def save(self) -> None:
-        """Save the state behind the last step, unless that is done."""
+        """Save the state after the last step, unless that is done."""
         self.flush()
         if self._checkpointer.latest_step() != self.step:
             self._metrics.sync()

@@ -80,6 +80,7 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, e
         "max_length=64",
         "batch_size=8",
         "steps=80",
+        "epochs=null",
         "training.checkpoint_every=80",
     )
     assert trained["accuracy"] == 1

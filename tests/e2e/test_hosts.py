@@ -23,9 +23,10 @@ from stepwiser_jax.records import (
     Selection,
     Trajectory,
 )
+from tiny import logged
 
 from .conftest import CONFIGS, command
-from .test_kill import everything
+from .test_kill import assert_same, checkpoint_of
 
 BLOCKS = {
     "rollouts": ("problems_per_block=2",),
@@ -167,7 +168,7 @@ def test_processes_share_the_rows_of_one(runs, tmp_path, name):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in logged(run)]
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_two_processes_of_two_devices_train_as_one_does(runs, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    for a, b in zip(everything(whole)[1], everything(shared)[1], strict=True):
+    for a, b in zip(checkpoint_of(whole), checkpoint_of(shared), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert (shared / "model" / "model.safetensors").stat().st_size == (
         whole / "model" / "model.safetensors"
@@ -281,7 +282,7 @@ def test_training_goes_on_with_another_number_of_processes(runs, tmp_path):
     for a, b in zip(metrics(whole), metrics(moved), strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    for a, b in zip(everything(whole)[1], everything(moved)[1], strict=True):
+    for a, b in zip(checkpoint_of(whole), checkpoint_of(moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -307,12 +308,7 @@ def test_one_process_killed_ends_all_and_all_started_again_finish(runs, tmp_path
     processes[victim].communicate()
     assert not (killed / "manifest.json").exists()
     finish(start(again, processes=2))
-    records, arrays = everything(whole)
-    found_records, found_arrays = everything(killed)
-    assert found_records == records
-    assert bool(records) != bool(arrays)
-    for a, b in zip(arrays, found_arrays, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(killed, whole)
     shutil.rmtree(killed)
 
 

@@ -342,16 +342,17 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
     capsys.readouterr()
     assert main(arguments) == 0
     assert_same_training(cut, whole)
-    assert 11 < steps_of(whole) == steps_of(cut)
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps_of(cut)
-    assert f"are {steps_of(cut)} steps" in capsys.readouterr().err
+    steps = steps_of(cut)
+    assert 11 < steps_of(whole) == steps
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps
     told = iter(capsys.readouterr().err.splitlines())
     for line in (
         rf"stepwiser {__version__} in {cut}, .* mesh data 1 x fsdp 1 x tensor 1",
+        rf"\d+ epochs of \d+ examples are {steps} steps",
         "goes on from the checkpoint of step 8",
-        r"step 9 of 20, loss \d",
-        r"step 20 of 20, loss \d.*, 0:00:00 left",
-        "checkpoint of step 20",
+        rf"step 9 of {steps}, loss \d",
+        rf"step {steps} of {steps}, loss \d.*, 0:00:00 left",
+        f"checkpoint of step {steps}",
         rf"exported {cut / 'model'}",
         rf"finished after 0:\d\d:\d\d, numbers in {cut / 'summary.json'}",
     ):
@@ -388,7 +389,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
         patch.setattr(run_module.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
-    assert left.name.endswith(".rows.jsonl") and len(sampled) == 8 * 4
+    assert ".rows-" in left.name and len(sampled) == 8 * 4
     assert Checkpointer(run / "checkpoints").latest_step() == 0
     with monkeypatch.context() as patch:
         die_at(3, patch)
@@ -505,6 +506,7 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
 
     broken = tmp_path / "broken"
     shutil.copytree(runs / "policy" / "model", broken)
+    (broken / "SHA256SUMS").unlink()
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
     mistake("rollouts", "truncated", f"policy.path={broken}")
@@ -546,6 +548,7 @@ def test_a_run_directory_of_another_config_is_refused(runs, capsys):
 def test_a_tokenizer_without_tags_is_refused(runs, tmp_path, capsys):
     broken = tmp_path / "policy"
     shutil.copytree(runs / "policy" / "model", broken)
+    (broken / "SHA256SUMS").unlink()
     file = broken / "tokenizer.json"
     file.write_text(file.read_text().replace('"<chunk>"', '"<chonk>"'))
     out = tmp_path / "run"

@@ -23,6 +23,7 @@ from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import UserError
 from stepwiser_jax.runtime import engine as engine_module
+from stepwiser_jax.runtime.bits import fingerprint
 from stepwiser_jax.runtime.checkpoint import Checkpointer
 from stepwiser_jax.runtime.data import Group, rollout_batch
 from stepwiser_jax.runtime.engine import Engine
@@ -41,7 +42,6 @@ from stepwiser_jax.runtime.mesh import (
     slice_of,
     split_attention,
 )
-from stepwiser_jax.runtime.pending import fingerprint
 from stepwiser_jax.runtime.sampler import Sampler
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer

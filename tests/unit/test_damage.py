@@ -20,6 +20,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.record_files import (
     RecordWriter,
+    check_run_file,
     from_json,
     read_manifest,
     read_records,
@@ -278,6 +279,19 @@ def test_a_flipped_bit_of_a_finished_run_is_refused_by_name(tmp_path):
             with pytest.raises(UserError) as refusal:
                 read(run)
             assert str(run / name) in str(refusal.value)
+
+
+def test_a_damaged_file_that_is_not_made_again_has_advice_of_its_own(tmp_path):
+    """Without config.yaml a directory is no run, and without metrics.jsonl none goes on."""
+    for name, advice in (
+        ("config.yaml", "If there is no copy, write it again: with --dry-run"),
+        ("metrics.jsonl", r"If there is no copy, delete manifest\.json and repeat"),
+        ("summary.json", r"If there is no copy, delete it and manifest\.json, and repeat"),
+    ):
+        run = finished_run(tmp_path / name)
+        flip(run / name, 0.5)
+        with pytest.raises(UserError, match=advice):
+            check_run_file(run, name)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", "[" * 100_000])

@@ -329,6 +329,7 @@ def test_adapters_of_another_base_are_refused(configs, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*words, "--run-dir", str(run)]) == 0
     (run / "manifest.json").unlink()
+    (directory / "base" / "SHA256SUMS").unlink()
     weights = directory / "base" / "model.safetensors"
     kept = weights.read_bytes()
     try:

@@ -220,7 +220,8 @@ def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
 
     def judge(block):
         judged.extend(block)
-        return [Judgment(i, f"run {len(judged)}", "", Verdict.POSITIVE, 1.0, 1.0) for i in block]
+        said = f"after {len(judged)} items"
+        return [Judgment(i, "judge", said, Verdict.POSITIVE, 1.0, 1.0) for i in block]
 
     def evaluate(limit, ids):
         directory = RunDirectory(tmp_path, "evaluate", evaluate_config(limit))
@@ -237,6 +238,11 @@ def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
     assert part.read_text().splitlines()[:4] == before
     assert [j.example_id for j in read_records(tmp_path, Judgment)] == list("abcdef")
     assert not RunDirectory(tmp_path, "evaluate", evaluate_config(None)).finished
+    whole = part.read_text()
+    part.write_text(whole.replace('"reward":1.0', '"reward":0.0', 1))
+    with pytest.raises(UserError, match=f"{part} is missing or is not the file"):
+        RunDirectory(tmp_path, "evaluate", evaluate_config(8))
+    part.write_text(whole)
     with pytest.raises(UserError, match="limit: 6 -> 5"):
         RunDirectory(tmp_path, "evaluate", evaluate_config(5))
 

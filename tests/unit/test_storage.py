@@ -15,6 +15,7 @@ from stepwiser_jax.runtime.pending import PendingGroups
 from stepwiser_jax.runtime.run import RunDirectory, blocks
 from stepwiser_jax.runtime.storage import writing_to
 from stepwiser_jax.settings import load_config
+from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", "What is it? " * 20, str(i), "test") for i in range(100)]
 PENDING = [Judged("g", (1,), ((2,),), ((-1.0,),), (Verdict.POSITIVE,), (1.0,))]
@@ -43,12 +44,15 @@ def fill(request):
 
 
 def same(run, whole):
-    """Whether the records are; the manifest also holds a checksum of the summary, which says how
-    long the run took."""
-    names = [str(f.relative_to(whole)) for f in whole.rglob("*.jsonl")]
+    """Whether records and metrics are; the manifest also holds checksums of metrics and summary,
+    which say how long the run took."""
+    names = [str(f.relative_to(whole)) for f in whole.glob("*/**/*.jsonl")]
     promised = [read_manifest(directory)["records"] for directory in (run, whole)]
-    return promised[0] == promised[1] and all(
-        (run / name).read_bytes() == (whole / name).read_bytes() for name in names
+    assert len(names) == 2, "records, and a pending draw"
+    return (
+        promised[0] == promised[1]
+        and logged(run) == logged(whole)
+        and all((run / name).read_bytes() == (whole / name).read_bytes() for name in names)
     )
 
 
