@@ -146,9 +146,9 @@ def with_arguments(
                 f"and is prompted the same way for ever, found {json.dumps(value)}: leave it out"
             )
         if name not in free:
+            known = f"expected some of {sorted(free)}" if free else "it takes none, leave it out"
             raise UserError(
-                f"chat_template_args: the chat template of {where} does not use {name!r}: expected "
-                f"some of {sorted(free)}"
+                f"chat_template_args: the chat template of {where} does not use {name!r}: {known}"
             )
     lines = [f"{{% set {n} = {json.dumps(v, ensure_ascii=False)} %}}\n" for n, v in news.items()]
     return "".join(lines) + template

@@ -130,7 +130,8 @@ class HuggingFaceTokenizer:
         if not self.known_ids.issuperset(self._eos_ids):
             raise UserError(
                 f"{directory}: expected end tokens among the tokenizer's ids, up to "
-                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}"
+                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}: "
+                "correct generation_config.json, or fetch the model's own tokenizer"
             )
         template = chat.default_template(self._hf.chat_template)
         template = chat.with_arguments(template, arguments, str(directory), trained=trained)
