@@ -120,7 +120,7 @@ def is_equivalent(answer: str | None, reference: str) -> bool:
 # --- what can be compared -------------------------------------------------------------------------
 
 _CODE = re.compile(r"==|(?<!\w)[\"']\w")
-_LATEX_WORDS = re.compile(r"\\(?:text|math|mbox|operatorname)\w*\s*\{[^{}]*\}|\\[A-Za-z]+")
+_LATEX_WORDS = re.compile(r"\\(?:text|math|mbox|operatorname)\w*\s*\{[^{}]*\}|\\[A-Za-z]+|\band\b")
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]|[A-Za-z]\s+[A-Za-z]{3,}")
 
 
@@ -135,7 +135,7 @@ def _is_plainly_verifiable(reference: str) -> bool | None:
 def _is_mathematics(reference: str) -> bool:
     """Whether math-verify reads an expression that equals itself. It reads words as products of
     their letters; two in a row, outside of LaTeX, are prose or code, unless none of their letters
-    is in the expression: they were the number's unit."""
+    is in the expression: they were the number's unit. `and` joins expressions, as `or` does."""
     found = _read_mathematics(reference)
     if _PROSE.search(_LATEX_WORDS.sub(" , ", reference)):
         expressions = [expression for expression in found if not isinstance(expression, str)]
