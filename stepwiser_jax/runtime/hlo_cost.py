@@ -96,7 +96,7 @@ class Instruction:
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     text: str
-    """What stands behind the opcode: literal operands and attributes."""
+    """What stands after the opcode: literal operands and attributes."""
 
     def attribute(self, pattern: str) -> str | None:
         match = re.search(pattern, self.text)

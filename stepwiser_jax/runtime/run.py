@@ -119,7 +119,7 @@ class Interrupted(Exception):
 
 class RunDirectory:
     """Nothing is written before the first of `writer`, `write_blocks`, `metrics` or `finish`: a
-    stage reads and checks its input first, so that a mistake leaves no directory behind."""
+    stage reads and checks its input first, so that a mistake leaves no directory."""
 
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config, or
@@ -369,7 +369,7 @@ class Metrics:
         if last_step < step:
             raise UserError(
                 f"{self._path} ends at step {last_step}, the checkpoint to go on from is of step "
-                f"{step}: put the file back, or delete the checkpoints behind step {last_step}"
+                f"{step}: put the file back, or delete the checkpoints after step {last_step}"
             )
         if self._tensorboard is not None:
             atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept))

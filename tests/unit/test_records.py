@@ -332,7 +332,7 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
     assert Metrics(tmp_path).resume_at(2) == {"loss": 0.5}
-    with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* behind step 2"):
+    with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* after step 2"):
         Metrics(tmp_path).resume_at(3)
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="ends at step 0"):
