@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.checksums import SUMS, write_checksums
+from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
 from stepwiser_jax.config import Label
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
@@ -176,6 +176,13 @@ def test_a_flipped_bit_of_an_export_is_refused_by_name(exported, tmp_path):
         assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"tokenizer\.json is missing, or is not the file"):
         load_tokenizer_of(str(tmp_path / "tokenizer.json"))
+
+
+def test_what_a_killed_process_left_half_written_has_no_checksum(tmp_path):
+    for name in ("config.json", f".{SUMS}.tmp"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path)
+    assert set(read_checksums(tmp_path)) == {"config.json"}
 
 
 def test_one_process_of_several_reads_its_share_of_the_weights(exported, tmp_path, monkeypatch):
