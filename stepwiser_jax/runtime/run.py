@@ -173,9 +173,11 @@ class RunDirectory:
         if it would be, had its learning rate not followed its length."""
         name = LENGTH.get(self.stage)
         before, now = (found.get(name), self._settings.get(name)) if name else (None, None)
-        if before is None or (now is not None and now <= before):
-            return False
         training = found.get("training")
+        if before is None or (training is not None and now is None):  # all there is; or by epochs
+            return False
+        if now is not None and now <= before:
+            return False
         schedule = "constant" if training is None else training["optimizer"]["schedule"]
         if schedule != "constant":
             raise UserError(

@@ -193,6 +193,9 @@ def test_a_finished_training_may_become_longer_unless_its_rate_follows_its_lengt
     with pytest.raises(UserError, match=r"steps: 4 -> 9: the learning rate .* is cosine"):
         RunDirectory(tmp_path / "b", "sft", sft_config(9, "cosine"))
     assert RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finished
+    in_epochs = sft_config(4, "cosine").model_copy(update={"steps": None, "epochs": 2})
+    with pytest.raises(UserError, match="differs in epochs: None -> 2; steps: 4 -> None: name"):
+        RunDirectory(tmp_path / "b", "sft", in_epochs)
 
 
 def test_a_crash_between_the_old_end_and_the_new_config_leaves_a_run_to_go_on(
