@@ -140,8 +140,10 @@ class RunDirectory:
             if path.exists() and not path.is_dir():
                 raise UserError(f"expected a directory at {path}, found a file")
         if not (self.path / "config.yaml").is_file():
-            # A run that ended before it wrote its config leaves its lock.
-            if self.path.is_dir() and any(file.name != "lock" for file in self.path.iterdir()):
+            # A run that ended before it wrote its config leaves its lock, and half a config.
+            left = ("lock", ".config.yaml.")
+            names = [file.name for file in self.path.iterdir()] if self.path.is_dir() else []
+            if not all(name.startswith(left) for name in names):
                 raise UserError(
                     f"{self.path} is not empty and is no run directory (it has no config.yaml): "
                     "name an empty or a new directory"
@@ -257,6 +259,7 @@ class RunDirectory:
         else:
             raise UserError(f"{others}: wait for its end, or give this one its own --run-dir")
         self._is_locked = True
+        self._refuse_other_run()  # again: another one may have been here since
 
     def writer(self, record_type: type[R]) -> RecordWriter[R]:
         """A part of this worker's own: a process, of a shard where there are several."""

@@ -250,6 +250,20 @@ def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
         RunDirectory(tmp_path, "evaluate", evaluate_config(5))
 
 
+def test_of_two_runs_that_begin_at_once_the_second_looks_again(tmp_path):
+    first, second = (RunDirectory(tmp_path, "label", label_config(seed=seed)) for seed in (0, 1))
+    first.finish(lambda: {"x": 1})
+    with pytest.raises(UserError, match="a run of another config, which differs in seed: 0 -> 1"):
+        second.create()
+    assert RunDirectory(tmp_path, "label", label_config(seed=0)).summary()["x"] == 1
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_config_begins_again(tmp_path):
+    (tmp_path / "lock").touch()
+    (tmp_path / ".config.yaml.host.7.tmp").write_text("seed:")
+    RunDirectory(tmp_path, "label", label_config()).create()
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="no run directory"):
