@@ -75,12 +75,11 @@ STAGES = {
         "examples or dialogues.",
     ),
     "evaluate": (
-        "ProcessBench: find first errors with a judge.",
-        "Reads items (a ProcessBench file or hub id, or a rollout run) and a judge. "
-        "Writes judgments.",
+        "ProcessBench and PRMBench: find first errors, or wrong steps, with a judge.",
+        "Reads items (a file or hub id of either, or a rollout run) and a judge. Writes judgments.",
     ),
     "classify": (
-        "ProcessBench: find first errors with a classifier, all steps of a solution at once.",
+        "ProcessBench and PRMBench with a classifier, all steps of a solution at once.",
         "Reads items (as evaluate does) and a classifier. Writes judgments.",
     ),
     "search": (

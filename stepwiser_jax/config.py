@@ -115,8 +115,8 @@ class Sft(ComputeStage):
     """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
     its cold start.
 
-    It takes `steps`, or as many as `epochs` give: every example is then learned just so many times,
-    and the last batch is filled up with padding."""
+    It takes `steps`, or `epochs`: every example is then learned that number of times, and the last
+    batch is filled up with padding."""
 
     model: TrainedModel
     data: SftData

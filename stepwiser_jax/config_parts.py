@@ -115,10 +115,11 @@ class Problems(Config):
     Rows are taken in this order, here and wherever these settings stand:
 
     1. `shuffle`: in an order that `seed` decides, the same on every machine; else as they stand.
-    2. `on_malformed`: a row that cannot be read stops the stage, or is named, counted, left out.
+    2. `on_malformed`: a row that cannot be read stops the stage, or is counted and left out.
     3. `exclude`: problems of these evaluation sets are left out (local files, finished `rollout`
        runs, or hub data sets of one configuration, with all their splits).
-    4. `limit`: the first so many of what is left are used."""
+    4. `limit`: at most this number of what is left is used. Duplicates, and answers that cannot be
+       verified, leave the stage with fewer."""
 
     source: str
     split: str | None = None

@@ -91,7 +91,7 @@ def items_of(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
     if len(found) < len(items):
         raise UserError(
             f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {config.items}"
+            f"PRMBench in {config.items}: compare the prm_score of both in their summary.json"
         )
     return found
 

@@ -439,7 +439,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping: saving first (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+        # Not `print`: the signal may come in the middle of one, which no other may interrupt.
+        os.write(2, b"stopping: saving first (Ctrl-C again to stop at once)\n")
 
     def check(self) -> None:
         """Call between units of work, when everything so far is saved."""

@@ -8,8 +8,8 @@ that closes no chunk though the policy was asked for tags, since it is a whole s
 last one of a response that was cut at the length limit, whose outcome says nothing about it.
 
 Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
-Writes chunk labels (all of them), judge examples (filtered and balanced), and classifier examples
-for a classifier, which takes each as a whole: neither filtered by length nor balanced.
+Writes chunk labels (all but those of these two kinds), judge examples (filtered and balanced), and
+classifier examples, whole solutions for a classifier: neither filtered by length nor balanced.
 """
 
 from __future__ import annotations

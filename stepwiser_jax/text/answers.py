@@ -27,7 +27,7 @@ MAX_ANSWER_CHARACTERS = 1000
 """Longer answers are wrong: no reference is that long, and parsing them takes for ever."""
 
 QUESTIONS_PER_WORKER = 1000
-"""A worker is replaced after as many, since sympy's caches only grow."""
+"""A worker is replaced after this number of questions: sympy's caches only grow."""
 
 START_SECONDS = 300.0
 """What a new worker may take until it is ready: it imports sympy, on a machine that may be busy."""
@@ -36,10 +36,10 @@ WARM_UP = "stepwiser_jax.text.math_warm_up"
 """What a worker imports before it is ready."""
 
 DIED = "the worker died"
-"""What is said of a question for a worker that can say nothing any more."""
+"""The answer to a question whose worker died of it, or was killed."""
 
 BOX = re.compile(r"\\boxed\s*(?:\{|\Z)")
-"""How a box begins, if the text goes on so far."""
+"""The beginning of a box, also where the text ends in the middle of it."""
 _BRACE = re.compile(r"(?<!\\)\\[{}]|[{}]")
 
 
@@ -47,8 +47,8 @@ _BRACE = re.compile(r"(?<!\\)\\[{}]|[{}]")
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last \\boxed{}, None where there is no box or the last one is unfinished:
-    what stands in an earlier one was given up. Braces that are escaped are text."""
+    """Returns the content of the last \\boxed{}, None if there is no box or the last one is
+    unfinished: what stands in an earlier one was given up. Braces that are escaped are text."""
     start = max((match.end() for match in BOX.finditer(text)), default=None)
     depth = 1
     for brace in _BRACE.finditer(text, len(text) if start is None else start):
@@ -120,7 +120,7 @@ def is_equivalent(answer: str | None, reference: str) -> bool:
 # --- what can be compared -------------------------------------------------------------------------
 
 _CODE = re.compile(r"==|(?<!\w)[\"']\w")
-_LATEX_WORDS = re.compile(r"\\(?:text|math|mbox|operatorname)\w*\s*\{[^{}]*\}|\\[A-Za-z]+")
+_LATEX_WORDS = re.compile(r"\\(?:text|math|mbox|operatorname)\w*\s*\{[^{}]*\}|\\[A-Za-z]+|\band\b")
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]|[A-Za-z]\s+[A-Za-z]{3,}")
 
 
@@ -135,7 +135,7 @@ def _is_plainly_verifiable(reference: str) -> bool | None:
 def _is_mathematics(reference: str) -> bool:
     """Whether math-verify reads an expression that equals itself. It reads words as products of
     their letters; two in a row, outside of LaTeX, are prose or code, unless none of their letters
-    is in the expression: they were the number's unit."""
+    is in the expression: they were the number's unit. `and` joins expressions, as `or` does."""
     found = _read_mathematics(reference)
     if _PROSE.search(_LATEX_WORDS.sub(" , ", reference)):
         expressions = [expression for expression in found if not isinstance(expression, str)]
@@ -266,8 +266,8 @@ class AnswerVerifier:
     def _ask(
         self, function: Callable[..., bool], questions: Sequence[tuple[Any, ...]]
     ) -> list[bool]:
-        """What workers say of the questions, as many at a time as there may be workers. A question
-        whose worker died, of it or killed from outside, is asked once more."""
+        """Returns what workers say of the questions; each works on one at a time. A question whose
+        worker died, of it or killed from outside, is asked once more."""
         answers = [False] * len(questions)
         waiting, asked_again = deque(range(len(questions))), set[int]()
         busy: dict[_Worker, tuple[int, float]] = {}  # its question, and until when it may answer

@@ -62,7 +62,7 @@ class ControlTokens:
         return self._begins.search(text) is not None
 
     def broken(self, text: str) -> str:
-        """The text with a BREAK behind the first character of every control token."""
+        """Returns the text with a BREAK after the first character of every control token."""
         return self._begins.sub(rf"\g<0>{BREAK}", text)
 
 
@@ -146,9 +146,9 @@ def with_arguments(
                 f"and is prompted the same way for ever, found {json.dumps(value)}: leave it out"
             )
         if name not in free:
+            known = f"expected some of {sorted(free)}" if free else "it takes none, leave it out"
             raise UserError(
-                f"chat_template_args: the chat template of {where} does not use {name!r}: expected "
-                f"some of {sorted(free)}"
+                f"chat_template_args: the chat template of {where} does not use {name!r}: {known}"
             )
     lines = [f"{{% set {n} = {json.dumps(v, ensure_ascii=False)} %}}\n" for n, v in news.items()]
     return "".join(lines) + template

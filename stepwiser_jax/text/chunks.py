@@ -139,8 +139,8 @@ def chunk_texts(
 
 
 def strip_tags(text: str) -> str:
-    """Text for a judge that knows no tags: also those that stand there when others were taken
-    off, as in `<chu</chunk>nk>`, are."""
+    """Returns the text without its tags, for a judge that knows none. A tag that the removal of
+    another one makes, as in `<chu</chunk>nk>`, is removed too."""
     kept = ""
     for piece in re.split("(?<=>)", text):
         kept += piece

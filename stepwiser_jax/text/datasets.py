@@ -4,8 +4,8 @@ A source is a hub id, or a local file: JSON, one row a line or all in a list, or
 their columns: GSM8K (`question`, `answer` with ####), MATH and NuminaMath-CoT (`problem`, `answer`
 or a `solution` with \\boxed{}), the step-labelled formats of `text.solutions`, and our own records.
 
-A malformed row stops the reading with its file and line, or is named in the log, counted as dropped
-and left out, as `on_malformed` has it.
+A malformed row stops the reading with its file and line, or is counted as dropped and left out, as
+`on_malformed` has it; the log then names the first few.
 
 Rows are taken in the order that `config_parts.Problems` states: shuffled, malformed ones and those
 of excluded problems left out, then the first `limit`. An id is that of the row in its source,
@@ -58,13 +58,17 @@ Split = str | Sequence[str] | None
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _log = logging.getLogger(__name__)
 
+MOST_NAMED = 10
+"""Malformed rows that are named one by one: a data set may have thousands, as NuminaMath-CoT has
+proofs."""
+
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
 def shuffled(names: Iterable[N], seed: int) -> list[N]:
-    """The names in an order that depends on nothing but the seed and each name: it is the same on
-    every machine, and one name more moves no other."""
+    """Returns the names in an order that depends on the seed and each name alone: it is the same on
+    every machine, and one more name moves no other."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
@@ -196,7 +200,7 @@ def parse_rows(
     was there before: ids name records and noise, and two of the same would be taken for one.
     """
     records: dict[str, R] = {}
-    good, excluded, last_error = 0, 0, None
+    good, malformed, excluded, last_error = 0, 0, 0, None
     rows = read_rows(source, split=split, subset=subset, shuffle_seed=shuffle_seed)
     for number, where, row in rows:
         if good == limit:
@@ -211,9 +215,9 @@ def parse_rows(
             last_error = UserError(f"{where}: {error}")
             if on_malformed == "stop":
                 raise last_error from None
-            _log.warning("left out: %s", last_error)
-            if dropped is not None:
-                dropped["malformed"] += 1
+            malformed += 1
+            if malformed <= MOST_NAMED:
+                _log.warning("left out: %s", last_error)
             continue
         kept = [record for record in new if not is_excluded(record)]
         excluded += len(new) - len(kept)
@@ -221,6 +225,10 @@ def parse_rows(
             continue
         good += 1
         records |= {record.record_id: record for record in kept}
+    if malformed > MOST_NAMED:
+        _log.warning("left out: %d more malformed rows of %s", malformed - MOST_NAMED, source)
+    if malformed and dropped is not None:
+        dropped["malformed"] += malformed
     if excluded and dropped is not None:
         dropped["excluded"] += excluded
     if excluded and not records:

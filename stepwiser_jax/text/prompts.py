@@ -148,7 +148,8 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """A rendered conversation in two: all but the thought, begun or empty, at its end; that."""
+    """Returns a rendered conversation in two parts: what stands before the thought at its end, and
+    that thought, begun or empty; without one the second part is empty."""
     for thought in (NO_THOUGHT, THOUGHT):
         begun = tokenizer.encode(thought)
         if ids[-len(begun) :] == begun:
@@ -159,9 +160,10 @@ def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list
 def before_answers(
     tokenizer: Tokenizer, groups: Sequence[Sequence[dict[str, str]]]
 ) -> list[list[int]]:
-    """What the chat template has stand before each answer of the assistant's, which follow the
-    `groups` of messages: an empty thought as well, and none that it begins. It is rendered with +
-    in the place of answers: so the tokens of an answer do not depend on what follows.
+    """Returns the ids that the chat template puts before each of the assistant's answers, one
+    answer after each of the `groups` of messages. They hold a thought that is empty, but none that
+    is only begun. The template is rendered with + in the place of answers: so the tokens of an
+    answer do not depend on what follows.
 
     Raises UserError where the template does not keep the beginning of a conversation when it goes
     on. It may drop an empty thought, as Qwen3's does.
@@ -256,12 +258,12 @@ SAYS = ("system", "user", "assistant", "output")
 def encode_dialogue(
     tokenizer: Tokenizer, roles: Sequence[str], texts: Sequence[str], style: JudgePromptStyle
 ) -> tuple[list[int], list[bool]]:
-    """A conversation (`records.Dialogue`) up to and including its last text, and which of its ids
-    are learned: what the assistant says, and the end tokens between its turns.
+    """Returns a conversation (`records.Dialogue`) as ids, up to and including its last text, and
+    which of them are learned: what the assistant says, and the end tokens between its turns.
 
     Every text is encoded by itself, exactly as it stands, and what stands between turns is
-    `before_answers`. Bare, the texts follow one another, with an end token behind a turn of the
-    assistant's.
+    `before_answers`. Bare, the texts follow one another, with an end token after each of the
+    assistant's turns.
 
     Raises UserError for roles in no such order or of another number than the texts, or as
     `before_answers` does.
@@ -313,7 +315,7 @@ def boxed_word(box: str) -> str:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """The last \\boxed{} decides, which has to be finished."""
+    """Returns the verdict in the last \\boxed{}, which has to be finished."""
     box = last_box(text)
     if box is None:
         return Verdict.UNPARSED

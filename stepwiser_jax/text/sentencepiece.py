@@ -132,7 +132,7 @@ class SentencePieceTokenizer:
         return self._encode(self.control.broken(text))
 
     def _encode(self, text: str) -> list[int]:
-        """Of a text with breaks."""
+        """Encodes a text with breaks."""
         ids: list[int] = []
         encoder = self._first
         for part in self._split.split(text):

@@ -14,7 +14,7 @@ from stepwiser_jax.text import chat
 from stepwiser_jax.text.hub import local_directory
 
 FILES = ("*.json", "*.jinja", "*.model")
-"""Of a hub id, what a tokenizer needs."""
+"""The files of a hub id that a tokenizer needs."""
 
 
 class Tokenizer(Protocol):
@@ -130,7 +130,8 @@ class HuggingFaceTokenizer:
         if not self.known_ids.issuperset(self._eos_ids):
             raise UserError(
                 f"{directory}: expected end tokens among the tokenizer's ids, up to "
-                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}"
+                f"{max(self.known_ids, default=-1)}, found eos_token_id {list(self._eos_ids)}: "
+                "correct generation_config.json, or fetch the model's own tokenizer"
             )
         template = chat.default_template(self._hf.chat_template)
         template = chat.with_arguments(template, arguments, str(directory), trained=trained)
@@ -163,8 +164,8 @@ class HuggingFaceTokenizer:
         return self._encode(self.control.broken(text))
 
     def _encode(self, text: str) -> list[int]:
-        """Of a text with breaks. (A tokenizer that begins every text with a space, as Llama 2's
-        does, puts one behind every break.)"""
+        """Encodes a text with breaks. (A tokenizer that begins every text with a space, as Llama
+        2's does, puts one after every break.)"""
         ids: list[int] = []
         for part in text.split(chat.BREAK):
             ids += self._hf.encode(part, add_special_tokens=False)

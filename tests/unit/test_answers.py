@@ -168,6 +168,7 @@ MATHEMATICS = [
     "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
     "x = 1 \\text{ or } x = 2",
     "x = 1 or x = 2",
+    "x > 1 and x < 2",
     "\\text{There are no such numbers}",
     "\\text{(A)}",
     "Wednesday",

@@ -157,6 +157,16 @@ def test_rows_of_a_list_are_named_with_the_lines_they_begin_on(tmp_path, indent,
         assert len(load_problems(str(tmp_path / "rows.json"), on_malformed="skip")) == 1
 
 
+def test_few_of_many_malformed_rows_are_named(tmp_path, caplog):
+    rows = [{"problem": f"{i}?"} | ({"answer": "3"} if i == 20 else {}) for i in range(25)]
+    source, dropped = write(tmp_path / "rows.jsonl", rows), Counter()
+    assert len(load_problems(source, on_malformed="skip", dropped=dropped)) == 1
+    assert dropped == {"malformed": 24}
+    *named, others = [record.getMessage() for record in caplog.records]
+    assert len(named) == 10 and all("rows.jsonl, line " in line for line in named)
+    assert others == f"left out: 14 more malformed rows of {source}"
+
+
 def test_a_shuffle_is_of_the_seed_alone_and_keeps_ids(tmp_path):
     """As are the ids written here: on every machine."""
     from datasets import Dataset
