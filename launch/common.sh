@@ -2,7 +2,7 @@
 # Sourced by the launchers: options and dry runs. A mistake is one message and exit status 2.
 set -euo pipefail
 
-run=() # what stands behind --: stepwiser's stage and options
+run=() # what stands after --: stepwiser's stage and options
 # shellcheck disable=SC2034 # read by the launchers
 name='' type='' slices=1 dry_run=''
 
@@ -31,7 +31,7 @@ parse() {
       -h | --help) usage && exit 0 ;;
       --) run=("$@") && break ;;
       --*) ;;
-      *) fail "expected an option, found '$word'; the stage and its options stand behind --" ;;
+      *) fail "expected an option, found '$word'; the stage and its options stand after --" ;;
     esac
     if [[ $flags == *" $key "* ]]; then
       printf -v "$key" yes
@@ -47,7 +47,7 @@ parse() {
   [[ $words == *" --config "* && $words == *" --run-dir "* ]] ||
     fail "expected -- STAGE --config FILE --run-dir DIR at the end, found '${run[*]-}'"
   [[ ! $words =~ ' '--(distributed|coordinator|num-processes|process-id)' ' ]] ||
-    fail "--${BASH_REMATCH[1]} is the launcher's to add; leave it out behind --"
+    fail "--${BASH_REMATCH[1]} is the launcher's to add; leave it out after --"
   [[ ! $dry_run ]] ||
     printf '# to check the run itself, where its files are: %s\n' \
       "$(quote stepwiser "${run[@]}" --dry-run)" >&2

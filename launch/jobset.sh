@@ -62,7 +62,7 @@ if [[ $shards ]]; then
   need_sharded
   ((hosts == 1 && slices == 1)) ||
     fail "--shards: a shard has one host, and $topology x $slices has $((hosts * slices));\
- submit larger ones as runs of their own, each with --shard I/N behind --"
+ submit larger ones as runs of their own, each with --shard I/N after --"
   template=$folder/shards.yaml
   values+=(SHARDS="$shards" AT_ONCE="${at_once:-$shards}")
 else

@@ -2,7 +2,7 @@
 
 ${KEY} in the template is replaced by its value *after* the YAML is parsed, so that no value can
 change what the document says. A scalar that is ${KEY} alone becomes a number where the value is
-one; the list item ${RUN} becomes the words behind --. A missing or unused key is an error.
+one; the list item ${RUN} becomes the words after --. A missing or unused key is an error.
 """
 
 import re

@@ -6,7 +6,7 @@
 #       --spot --setup 'sudo mount 10.0.0.2:/runs /mnt && . /mnt/venv/bin/activate' \
 #       -- judge --config /mnt/judge.yaml --run-dir /mnt/judge
 #
-#   --name NAME         of the queued resource and, with its number behind it, of each slice
+#   --name NAME         of the queued resource and, with its number after it, of each slice
 #   --zone ZONE         --project PROJECT if it is not gcloud's own
 #   --type TYPE         accelerator type of a slice
 #   --slices N          slices that make one run (1); the platform tells hosts their slice

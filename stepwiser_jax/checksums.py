@@ -27,8 +27,10 @@ def sha256_of(file: Path) -> str:
 
 
 def write_checksums(directory: Path) -> None:
-    """Writes the checksums of all files of a directory, when they are all there."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != SUMS)
+    """Writes the checksums of all files of a directory, when they are all there. Hidden ones are
+    left out: a process that was killed may have left one half-written."""
+    found = sorted(path for path in directory.iterdir() if path.is_file())
+    files = [file for file in found if file.name != SUMS and not file.name.startswith(".")]
     with ThreadPoolExecutor(THREADS) as pool:
         lines = zip(pool.map(sha256_of, files), files, strict=True)
         text = "".join(f"{digest}  {file.name}\n" for digest, file in lines)

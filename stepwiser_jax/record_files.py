@@ -4,6 +4,7 @@ A stage appends records to one JSONL part per process, and writes `manifest.json
 means the run is not finished.
 
     <run_dir>/records/<kind>/part-00000-of-00001.jsonl     append-only; a record is one line
+                             part-00000-of-00001.jsonl.crc32    while the run grows: size and CRC-32
     <run_dir>/manifest.json                                counts and sha256 of every part, sha256
                                                            of the run's other files and of itself
 
@@ -23,6 +24,7 @@ import os
 import socket
 import types
 import typing
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -374,7 +376,32 @@ def _is_manifest(fields: Any) -> bool:
 def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
     """What all writers of a run, finished or not, have written so far."""
     parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
+    for part in parts:
+        _check_growing(part)
     return _read_files(parts, record_type, growing=True)
+
+
+def _sum_of_growing(part: Path) -> Path:
+    """The file that says how many bytes of a part are written, and their CRC-32."""
+    return part.with_name(f"{part.name}.crc32")
+
+
+def _check_growing(part: Path) -> None:
+    """Raises UserError unless a part of an unfinished run begins with the bytes that were written.
+    What follows them is newer: the process ended before it could count it."""
+    file = _sum_of_growing(part)
+    if not file.is_file():
+        return
+    size, _, found = file.read_text(encoding="utf-8", errors="replace").partition(" ")
+    written = part.read_bytes() if part.is_file() else b""
+    is_whole = size.isdecimal() and len(written) >= int(size)
+    if is_whole and f"{zlib.crc32(written[: int(size)]):08x}\n" == found:
+        return
+    raise UserError(
+        f"{part} does not begin with the {size} bytes that were written ({file.name}): put it "
+        "back. Without a copy, delete both files and give the same command again: their records "
+        "are made again, the same ones"
+    )
 
 
 def makers_of(records: Iterable[Record]) -> set[str]:
@@ -403,11 +430,14 @@ class RecordWriter(typing.Generic[R]):
         name = f"part-{part:05d}-of-{num_parts:05d}.jsonl"
         self.path = run_dir / "records" / KIND[record_type] / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _check_growing(self.path)
         self._drop_half_written_line()
         written = self.read()
         self.done = {record.record_id for record in written}
         self._makers = makers_of(written)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        self._size, self._crc = 0, 0
+        self._count(self.path.read_bytes())
 
     def _drop_half_written_line(self) -> None:
         self.path.touch()
@@ -426,10 +456,16 @@ class RecordWriter(typing.Generic[R]):
         new = [record for record in records if record.record_id not in self.done]
         self._makers |= makers_of(new)
         check_makers(self.run_dir, self._makers)
-        self._file.write("".join(to_json(record) + "\n" for record in new))
+        lines = "".join(to_json(record) + "\n" for record in new).encode()
+        self._file.write(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._count(lines)
         self.done.update(record.record_id for record in new)
+
+    def _count(self, written: bytes) -> None:
+        self._size, self._crc = self._size + len(written), zlib.crc32(written, self._crc)
+        atomic_write(_sum_of_growing(self.path), f"{self._size} {self._crc:08x}\n")
 
     def close(self) -> None:
         self._file.close()
@@ -445,7 +481,9 @@ def write_manifest(
         kind = KIND[record_type]
         parts = []
         for path in sorted((run_dir / "records" / kind).glob("part-*.jsonl")):
+            _check_growing(path)
             found = read_jsonl(path, record_type)
+            _sum_of_growing(path).unlink(missing_ok=True)  # from here on the order is another one
             found.sort(key=lambda record: natural_key(record.record_id))
             write_records(path, found)
             parts.append(

@@ -140,7 +140,7 @@ class Segmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
-    """A judgment that was written to be learned, behind the prompt it answers, and what became of
+    """A judgment that was written to be learned, after the prompt it answers, and what became of
     it (`text.rationales.Outcome`). `is_positive`: the label of what it judges."""
 
     rationale_id: str

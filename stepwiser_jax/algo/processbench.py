@@ -84,7 +84,7 @@ def verdicts_at(threshold: float, p_positive: Sequence[float]) -> list[Verdict]:
 def best_threshold(p_positive: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
     """The threshold of the best official F1 for each item's P(+) of its steps; among equals the one
     nearest to 1/2. Candidates are 1/2, and half-way between any two probabilities that are next to
-    one another, and behind the last at either end.
+    one another, and past the last at either end.
     """
     ends = np.unique(np.concatenate([[0.0, 1.0], *p_positive]))
     candidates = np.append((ends[1:] + ends[:-1]) / 2, 0.5)

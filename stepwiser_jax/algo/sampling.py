@@ -114,6 +114,6 @@ def _pass(mass_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array
     passed_BN = jnp.arange(N)[None] <= index_B[:, None]
     index_B = jnp.max(jnp.where(passed_BN & (mass_BN > 0), jnp.arange(N)[None], 0), axis=-1)
     before_B = jnp.take_along_axis(cumulative_BN - mass_BN, index_B[:, None], axis=-1)[:, 0]
-    # Rounding can put the entry's start behind the target, and a target below 0 would pass entries
+    # Rounding can put the entry's start past the target, and a target below 0 would pass entries
     # without mass.
     return index_B, jnp.maximum(target_B - before_B, 0)

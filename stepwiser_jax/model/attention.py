@@ -140,7 +140,7 @@ BLOCK = 128
 
 class VisibleBlocks(NamedTuple):
     """Pairs of blocks of which a query may see a key: query and key block of each (B, pairs), and
-    how many pairs each row has; those behind them are to be ignored."""
+    how many pairs each row has; those after them are to be ignored."""
 
     segment_ids_BnS: jax.Array
     queries_BP: jax.Array

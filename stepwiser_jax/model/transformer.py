@@ -337,7 +337,7 @@ class Transformer(nnx.Module):
     def extend_shared(
         self, token_B: jax.Array, running_B: jax.Array, prefix: SharedPrefix, own: RingCache
     ) -> tuple[jax.Array, RingCache]:
-        """One more token for each row, behind its shared prefix and what it has fed since; it
+        """One more token for each row, after its shared prefix and what it has fed since; it
         counts for rows that are running. Returns (hidden_BD, own). Of a model `for_decoding`."""
         position_B = prefix.length_B + own.length_B
         prefix_mask_BS = jnp.arange(prefix.cache.slots)[None] < prefix.length_B[:, None]

@@ -18,7 +18,7 @@ Beam search and DVTS are those of Hugging Face's search-and-learn, but:
 2. A beam search ends when n solutions are found, or no row is left. The reference goes on until
    all rows end, and then uses the first n. Where fewer than n / M rows are left, each still has M
    copies.
-3. Copies that end without another word, as behind a finished answer, are one solution.
+3. Copies that end without another word, as after a finished answer, are one solution.
 4. Of a subtree of DVTS whose best row ends, the rows that ended with it are solutions. In the
    reference all M continuations of a subtree's last step are, finished or not, and a subtree also
    ends where its best row says "boxed{".
@@ -81,7 +81,7 @@ class Policy:
 
 @dataclass(eq=False)
 class Chunk:
-    """What a row wrote in one step. `is_tail`: it stands behind the last closed chunk and opens
+    """What a row wrote in one step. `is_tail`: it stands after the last closed chunk and opens
     none, as an answer may. It has no opinion where it joins another, or where the budget was spent
     before."""
 

@@ -26,7 +26,7 @@ from typing import Any
 from stepwiser_jax.runtime.progress import say
 
 WORTH_A_LINE = 1.0
-"""Programs that took so many seconds are told of when they are there."""
+"""Seconds from which on a program that was compiled, or read from the cache, is told of."""
 
 
 @dataclasses.dataclass(frozen=True)

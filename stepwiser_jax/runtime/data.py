@@ -271,7 +271,7 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 def packed_batch(
     rows: Sequence[Sequence[Sequence[int]]], num_rows: int, row_length: int
 ) -> TokenBatch:
-    """The documents of each row, one behind the other, nothing of them learned; rows that are not
+    """The documents of each row, one after the other, nothing of them learned; rows that are not
     given are padding."""
     shape = (num_rows, row_length)
     batch = TokenBatch(

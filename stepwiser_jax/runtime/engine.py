@@ -53,7 +53,7 @@ SHARED_BY = 16
 its reading to cost little, few enough for a place not to wait long for its last rows."""
 
 REFILL_SHARE = 8
-"""While forks wait, a segment ends when one in so many rows has ended."""
+"""While forks wait, a segment ends when one of this number of rows has ended."""
 
 SEGMENT_STEPS = 512
 """The most tokens of a row in a segment: seconds of decoding, after which a run can be stopped."""

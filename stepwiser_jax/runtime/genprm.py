@@ -161,14 +161,14 @@ class Writer:
                 draft = of_row[completion.row_id]
                 text = completion_text(self.tokenizer, completion.ids)
                 if completion.stop_reason is StopReason.STOP_STRING:
-                    # The last token may hold what comes behind the stop string.
+                    # The last token may hold what comes after the stop string.
                     text = text[: first_end(text, params.stop_strings)]
                 draft.say("assistant", text)
                 draft.num_tokens += len(completion.ids)
                 draft.why = completion.stop_reason
 
     def _run_code(self, drafts: Sequence[Draft]) -> None:
-        """The last block of every draft, and what it printed behind it."""
+        """The last block of every draft, and what it printed."""
         if self.sandbox is None or not drafts:
             return
         blocks = [code_to_run(draft.texts[-1]) or "" for draft in drafts]

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-ASSIGNMENT = r" +(ROOT )?%?([\w.\-]+) = (.*)"
-
 BYTES_OF = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
     "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0,
@@ -36,8 +34,6 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-
-COLLECTIVE_ENDS = {f"{kind}-done" for kind in COLLECTIVES}
 
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
@@ -96,7 +92,7 @@ class Instruction:
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     text: str
-    """What stands behind the opcode: literal operands and attributes."""
+    """What stands after the opcode: literal operands and attributes."""
 
     def attribute(self, pattern: str) -> str | None:
         match = re.search(pattern, self.text)

@@ -31,7 +31,7 @@ R = TypeVar("R", bound=Record)
 
 
 class PendingGroups:
-    """The groups of iterations behind the last complete checkpoint."""
+    """Keeps the groups of iterations after the last complete checkpoint."""
 
     def __init__(self, directory: Path):
         self._directory = directory

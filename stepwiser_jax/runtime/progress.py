@@ -2,7 +2,8 @@
 
     10:29:30 judge: iteration 12 of 800, reward 0.61, unparsed_rate 0.01, 41.2 s each, 9:02:00 left
 
-All of it goes to stderr: stdout carries results. Of several processes the first one speaks.
+All of it goes to stderr: stdout carries results. If there are several processes, the first one
+speaks.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ LINE_SECONDS, ROWS_SECONDS = 10.0, 60.0
 """The least time between two lines about units of work, and about rows within a unit."""
 
 SPEED_OVER = 20
-"""The seconds of a unit are their mean over so many, so that compilation is soon left behind."""
+"""The seconds of a unit are the mean of the last ones, at most this number of them: compilation
+soon counts no more."""
 
 _console = Console(stderr=True)
 

@@ -119,7 +119,7 @@ class Interrupted(Exception):
 
 class RunDirectory:
     """Nothing is written before the first of `writer`, `write_blocks`, `metrics` or `finish`: a
-    stage reads and checks its input first, so that a mistake leaves no directory behind."""
+    stage reads and checks its input first, so that a mistake leaves no directory."""
 
     def __init__(self, path: str | Path, stage: str, config: Config, shard: Shard = WHOLE):
         """Raises UserError where `path` holds another stage's run or one of another config, or
@@ -140,8 +140,10 @@ class RunDirectory:
             if path.exists() and not path.is_dir():
                 raise UserError(f"expected a directory at {path}, found a file")
         if not (self.path / "config.yaml").is_file():
-            # A run that ended before it wrote its config leaves its lock.
-            if self.path.is_dir() and any(file.name != "lock" for file in self.path.iterdir()):
+            # A run that ended before it wrote its config leaves its lock, and half a config.
+            left = ("lock", ".config.yaml.")
+            names = [file.name for file in self.path.iterdir()] if self.path.is_dir() else []
+            if not all(name.startswith(left) for name in names):
                 raise UserError(
                     f"{self.path} is not empty and is no run directory (it has no config.yaml): "
                     "name an empty or a new directory"
@@ -173,9 +175,11 @@ class RunDirectory:
         if it would be, had its learning rate not followed its length."""
         name = LENGTH.get(self.stage)
         before, now = (found.get(name), self._settings.get(name)) if name else (None, None)
-        if before is None or (now is not None and now <= before):
-            return False
         training = found.get("training")
+        if before is None or (training is not None and now is None):  # all there is; or by epochs
+            return False
+        if now is not None and now <= before:
+            return False
         schedule = "constant" if training is None else training["optimizer"]["schedule"]
         if schedule != "constant":
             raise UserError(
@@ -255,6 +259,7 @@ class RunDirectory:
         else:
             raise UserError(f"{others}: wait for its end, or give this one its own --run-dir")
         self._is_locked = True
+        self._refuse_other_run()  # again: another one may have been here since
 
     def writer(self, record_type: type[R]) -> RecordWriter[R]:
         """A part of this worker's own: a process, of a shard where there are several."""
@@ -369,7 +374,7 @@ class Metrics:
         if last_step < step:
             raise UserError(
                 f"{self._path} ends at step {last_step}, the checkpoint to go on from is of step "
-                f"{step}: put the file back, or delete the checkpoints behind step {last_step}"
+                f"{step}: put the file back, or delete the checkpoints after step {last_step}"
             )
         if self._tensorboard is not None:
             atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -434,7 +439,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping: saving first (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+        # Not `print`: the signal may come in the middle of one, which no other may interrupt.
+        os.write(2, b"stopping: saving first (Ctrl-C again to stop at once)\n")
 
     def check(self) -> None:
         """Call between units of work, when everything so far is saved."""

@@ -174,7 +174,7 @@ class Sampler:
     # --- one token ------------------------------------------------------------------------------
 
     def log_odds(self, prompts_P: Sequence[Sequence[int]], pair: tuple[int, int]) -> np.ndarray:
-        """log P(pair[0]) - log P(pair[1]) of the token behind every prompt, float32 (P,): what a
+        """log P(pair[0]) - log P(pair[1]) of the token after every prompt, float32 (P,): what a
         verdict is worth that is one of two words. Raises UserError for a prompt that is empty or
         exceeds the context."""
         log_odds_P = np.zeros((len(prompts_P),), np.float32)
@@ -232,7 +232,7 @@ class Sampler:
         limits_B: Sequence[int] | None = None,
     ) -> tuple[SampleOutput, SamplerState]:
         """Sample on from every row that has a row id; `state` is consumed, and the new state stands
-        behind the sampled tokens. A row ends at `limits_B[b]` tokens in all, by default at its
+        after the sampled tokens. A row ends at `limits_B[b]` tokens in all, by default at its
         slots."""
         hash_B = np.zeros((state.rows,), np.uint32)
         hash_B[: len(row_ids)] = [row_hash(row_id) for row_id in row_ids]
@@ -281,7 +281,7 @@ class Sampler:
 def _log_odds(
     model: Transformer, tokens_BT: jax.Array, last_B: jax.Array, *, pair: tuple[int, int]
 ) -> jax.Array:
-    """(B,): of the first of two tokens against the second, behind the token at `last_B`."""
+    """(B,): of the first of two tokens against the second, after the token at `last_B`."""
     hidden_BTD, _ = model.read(tokens_BT)
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
     logits_B2 = model.pair_logits(hidden_B1D, pair)[:, 0]

@@ -154,7 +154,7 @@ class StopTables:
 def find_stops(
     token_B: jax.Array, match_B: jax.Array, stop_ids: jax.Array, table_SV: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(does the row end with this token, why, the automaton's state behind it), each (B,)."""
+    """(does the row end with this token, why, the automaton's state after it), each (B,)."""
     is_id_B = jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
     is_string_B = jnp.zeros_like(is_id_B)
     if table_SV is not None:

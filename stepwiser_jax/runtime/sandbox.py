@@ -172,7 +172,7 @@ def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
 
 
 def _await_confinement(process: subprocess.Popen[bytes]) -> bytes:
-    """Returns what was printed behind the mark. A process that died without it, of a signal, is
+    """Returns what was printed after the mark. A process that died without it, of a signal, is
     left to `_watch`."""
     printed = b""
     while confine.MARK not in printed:

@@ -3,7 +3,7 @@
     (question, chunks) -> conversation in which every answer is + -> several of them packed to a row
                        -> log-odds of + against - at each answer -> P(+)
 
-Attention is causal, so that what a chunk is given does not depend on those behind it.
+Attention is causal, so that what a chunk is given does not depend on those after it.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class ThinkPrmJudge:
 
 
 def answer_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:
-    """The tokens of yes and no behind the question. Raises UserError unless the two differ in their
+    """The tokens of yes and no after the question. Raises UserError unless the two differ in their
     last token alone."""
     yes, no = (tokenizer.encode(form.whole("", is_correct)) for is_correct in (True, False))
     if yes[:-1] != no[:-1] or yes[-1] == no[-1]:

@@ -55,7 +55,7 @@ def make_schedule(
 def make_optimizer(
     schedule: optax.Schedule, *, weight_decay: float, clip_norm: float, b1: float, b2: float
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind clipping by global norm; no weight decay on norms and biases.
+    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on norms and biases.
     Gradients that are not finite change nothing.
 
     Clipping, and skipping, are in the scalars of one formula. `optax.chain` of clipping and adamw,
@@ -197,7 +197,7 @@ def accumulate(
 
 
 def used_micro_batches(stacked: Any) -> jax.Array:
-    """How many of the micro-batches, from the first, hold all tokens: those behind are padding."""
+    """How many of the micro-batches, from the first, hold all tokens: the others are padding."""
     is_used_M = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
     return jnp.max(jnp.where(is_used_M, jnp.arange(1, is_used_M.shape[0] + 1), 0))
 

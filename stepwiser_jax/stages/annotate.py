@@ -115,7 +115,7 @@ def annotate_blocks(
 
 
 def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue]) -> dict[str, Any]:
-    """Rollouts are counted where there were some: not behind whole trajectories."""
+    """Rollouts are counted where there were some: not after whole trajectories."""
     whole = {f"{t.trajectory_id}/{len(t.chunk_ends)}" for t in trajectories}
     sampled = [value.num_rollouts for value in values if value.record_id not in whole]
     return {

@@ -8,7 +8,7 @@ Only the answers are learned; one pass over a solution learns, and scores, all o
 1. The loss is over the two signs, not the vocabulary (`algo/classifier.py`).
 2. Hard labels stand in the conversation as the answers, as RLHFlow has it, and + where a chunk has
    none; scoring puts + everywhere. With soft labels, or a scalar head, every answer is +: a mark of
-   where to read, as in Math-Shepherd. What is behind the last label is left out.
+   where to read, as in Math-Shepherd. What comes after the last label is left out.
 3. A scalar head is two rows, wrong and right, in place of the vocabulary's, read where the answer
    would be predicted: transformers' ...ForTokenClassification.
 

@@ -114,7 +114,7 @@ def select_blocks(
         mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
         judge = load_judge(settings, mesh=mesh, seed=config.seed)
         judge.check_lengths([s for each in candidates for s in each.solutions(tokenizer)])
-    chunking = read_run_settings(config.rollouts)["chunking"]
+    chunking = read_run_settings(config.rollouts).get("chunking", "tags")
 
     def selections_of(block: Sequence[Candidates]) -> list[Selection]:
         solutions = [solution for each in block for solution in each.solutions(tokenizer)]

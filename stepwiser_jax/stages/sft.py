@@ -136,7 +136,7 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
 
 def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
     """SftExample or Dialogue records; of a `segment` run each solution that was cut, of a `select`
-    run each response that was selected, behind the question in the words in which `rollout` asks
+    run each response that was selected, after the question in the words in which `rollout` asks
     it."""
     if holds_dialogues(source):
         return read_records(source, Dialogue)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.checksums import SUMS, write_checksums
+from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
 from stepwiser_jax.config import Label
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
@@ -48,6 +48,34 @@ def flip(file, at, bit=3):
     content = bytearray(file.read_bytes())
     content[int(at * (len(content) - 1))] ^= 1 << bit
     file.write_bytes(content)
+
+
+def test_a_flipped_bit_of_a_growing_part_is_refused(tmp_path):
+    writer = RecordWriter(tmp_path, Problem)
+    writer.append(PROBLEMS[:2])
+    writer.append(PROBLEMS[2:])
+    writer.close()
+    (part,), (counted,) = tmp_path.rglob("*.jsonl"), tmp_path.rglob("*.crc32")
+    whole, said = part.read_bytes(), counted.read_text()
+    for at in (0.1, 0.5, 0.95, 1.0):  # the last one is the end of the last line
+        flip(part, at, bit=0)
+        with pytest.raises(UserError, match=r"does not begin with the \d+ bytes that were written"):
+            RecordWriter(tmp_path, Problem)
+        with pytest.raises(UserError, match="delete both files"):
+            write_manifest(tmp_path, "rollout", "digest", [Problem])
+        part.write_bytes(whole)
+    for damaged in ("", "x 0\n", said.replace(" ", " 0")):
+        counted.write_text(damaged)
+        with pytest.raises(UserError, match="does not begin"):
+            RecordWriter(tmp_path, Problem)
+    counted.write_text(said)
+    part.write_bytes(whole + whole.splitlines(keepends=True)[0].replace(b"p#0", b"p#7") + b'{"pro')
+    writer = RecordWriter(tmp_path, Problem)  # killed before it could count its last block
+    assert writer.done == {"p#0", "p#1", "p#2", "p#7", "p#10"}
+    writer.close()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    write_manifest(tmp_path, "rollout", "digest", [Problem])
+    assert not list(tmp_path.rglob("*.crc32")) and len(read_records(tmp_path, Problem)) == 5
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -148,6 +176,13 @@ def test_a_flipped_bit_of_an_export_is_refused_by_name(exported, tmp_path):
         assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"tokenizer\.json is missing, or is not the file"):
         load_tokenizer_of(str(tmp_path / "tokenizer.json"))
+
+
+def test_what_a_killed_process_left_half_written_has_no_checksum(tmp_path):
+    for name in ("config.json", f".{SUMS}.tmp"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path)
+    assert set(read_checksums(tmp_path)) == {"config.json"}
 
 
 def test_one_process_of_several_reads_its_share_of_the_weights(exported, tmp_path, monkeypatch):

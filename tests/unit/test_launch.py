@@ -192,7 +192,7 @@ MISTAKES = {
         "v6e-8",
         *RUN,
     ],
-    "found 'judge'; the stage and its options stand behind --": [*VM, *RUN[1:]],
+    "found 'judge'; the stage and its options stand after --": [*VM, *RUN[1:]],
     "expected -- STAGE --config FILE --run-dir DIR at the end, found 'judge'": [*VM, "--", "judge"],
     "--distributed is the launcher's to add": [*POD, *RUN, "--distributed"],
     "--slices: expected a whole number from 1, found '0'": [*POD, "--slices", "0", *RUN],

@@ -193,6 +193,9 @@ def test_a_finished_training_may_become_longer_unless_its_rate_follows_its_lengt
     with pytest.raises(UserError, match=r"steps: 4 -> 9: the learning rate .* is cosine"):
         RunDirectory(tmp_path / "b", "sft", sft_config(9, "cosine"))
     assert RunDirectory(tmp_path / "b", "sft", sft_config(4, "cosine")).finished
+    in_epochs = sft_config(4, "cosine").model_copy(update={"steps": None, "epochs": 2})
+    with pytest.raises(UserError, match="differs in epochs: None -> 2; steps: 4 -> None: name"):
+        RunDirectory(tmp_path / "b", "sft", in_epochs)
 
 
 def test_a_crash_between_the_old_end_and_the_new_config_leaves_a_run_to_go_on(
@@ -245,6 +248,20 @@ def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
     part.write_text(whole)
     with pytest.raises(UserError, match="limit: 6 -> 5"):
         RunDirectory(tmp_path, "evaluate", evaluate_config(5))
+
+
+def test_of_two_runs_that_begin_at_once_the_second_looks_again(tmp_path):
+    first, second = (RunDirectory(tmp_path, "label", label_config(seed=seed)) for seed in (0, 1))
+    first.finish(lambda: {"x": 1})
+    with pytest.raises(UserError, match="a run of another config, which differs in seed: 0 -> 1"):
+        second.create()
+    assert RunDirectory(tmp_path, "label", label_config(seed=0)).summary()["x"] == 1
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_config_begins_again(tmp_path):
+    (tmp_path / "lock").touch()
+    (tmp_path / ".config.yaml.host.7.tmp").write_text("seed:")
+    RunDirectory(tmp_path, "label", label_config()).create()
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path):
@@ -332,7 +349,7 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
     assert Metrics(tmp_path).resume_at(2) == {"loss": 0.5}
-    with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* behind step 2"):
+    with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* after step 2"):
         Metrics(tmp_path).resume_at(3)
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="ends at step 0"):
