@@ -3,12 +3,13 @@
     Problem -> prompt ids -> group_size completions -> chunk ends on token ids -> is_correct
 
 Leaves out, and counts, problems that occur twice, problems whose reference answer cannot be
-verified (4.1), and those of evaluation sets (`problems.exclude`). Reads `problems` and `policy`.
-Writes problems and trajectories.
+verified (4.1), those of evaluation sets (`problems.exclude`), and those too long for the context.
+Reads `problems` and `policy`. Writes problems and trajectories.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ import jax
 
 from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
-from stepwiser_jax.records import Problem, Trajectory, natural_key
+from stepwiser_jax.records import Problem, Trajectory, UserError, natural_key
 from stepwiser_jax.runtime.engine import Engine
 from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
+from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.runtime.mesh import make_mesh
 from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
 from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
@@ -35,7 +36,9 @@ from stepwiser_jax.text.chunks import (
     end_patterns,
 )
 from stepwiser_jax.text.prompts import encode_solve_prompt
-from stepwiser_jax.text.tokenizer import completion_text
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+_log = logging.getLogger(__name__)
 
 
 def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -47,9 +50,10 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
     dropped = Counter(duplicate=0, unverifiable=0)
     problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
     problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = keep_fitting(config, problems, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
-    measured = sample_blocks(config, directory, problems, work) if work else {}
+    measured = sample_blocks(config, directory, work) if work else {}
     problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
     if directory.worker == 0:
         problem_writer.append(problems)
@@ -60,11 +64,9 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
 def sample_blocks(
     config: Rollout,
     directory: RunDirectory,
-    problems: Sequence[Problem],
     work: Sequence[Sequence[Problem]],
 ) -> dict[str, Any]:
-    """Trajectories of these blocks, written; returns what was measured. Checks all problems first:
-    every worker must refuse what one would."""
+    """Trajectories of these blocks, written; returns what was measured."""
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
         **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
@@ -72,7 +74,6 @@ def sample_blocks(
     if CHUNK_CLOSE in end_patterns(config.chunking):
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
-    sample.check_lengths(problems)
     with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
         seconds, sampled = directory.write_blocks(
             work, Trajectory, lambda block: sample(block, verifier)
@@ -98,6 +99,37 @@ def drop_duplicates(problems: Sequence[Problem], dropped: Counter[str]) -> list[
     return list(first.values())
 
 
+def keep_fitting(
+    config: Rollout, problems: Sequence[Problem], dropped: Counter[str]
+) -> list[Problem]:
+    """Returns the problems whose prompt and completion fit the largest of `engine.buckets`. The
+    others are counted in `dropped` and told of: a large data set has some. Raises UserError if none
+    is left."""
+    tokenizer = load_tokenizer_of(config.policy.path, config.policy.chat_template_args)
+    room = max(config.engine.buckets) - config.sampling.max_new_tokens
+    lengths = [len(prompt_ids(config, tokenizer, problem)) for problem in problems]
+    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
+    if len(kept) < len(problems):
+        longest = problems[lengths.index(max(lengths))]
+        too_long = (
+            f"{len(problems) - len(kept)} of {len(problems)} problems are too long, such as "
+            f"{longest.problem_id}: prompt of {max(lengths)} tokens + max_new_tokens "
+            f"{config.sampling.max_new_tokens} exceeds the context of {max(config.engine.buckets)} "
+            "(the largest of engine.buckets)"
+        )
+        if not kept:
+            raise UserError(f"{too_long}: raise it, or lower max_new_tokens")
+        _log.warning("left out: %s", too_long)
+    dropped["too_long"] += len(problems) - len(kept)
+    return kept
+
+
+def prompt_ids(config: Rollout, tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """Returns the prompt that asks for a solution, in chunks if the config says so."""
+    tags = CHUNK_CLOSE in end_patterns(config.chunking)
+    return encode_solve_prompt(tokenizer, problem.question, config.prompt_style, tags=tags)
+
+
 class BlockSampler:
     """Problems of one block -> their trajectories, in one compiled shape per length bucket."""
 
@@ -114,23 +146,10 @@ class BlockSampler:
         )
         self.key = jax.random.key(config.seed)
 
-    def prompt_ids(self, problem: Problem) -> list[int]:
-        return encode_solve_prompt(
-            self.loaded.tokenizer,
-            problem.question,
-            self.config.prompt_style,
-            tags=CHUNK_CLOSE in end_patterns(self.config.chunking),
-        )
-
-    def check_lengths(self, problems: Sequence[Problem]) -> None:
-        for problem in problems:
-            self.engine.check_length(
-                len(self.prompt_ids(problem)), self.params.max_new_tokens, problem.problem_id
-            )
-
     def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
         ids_B = trajectory_ids(self.config, block)
-        prompts_P = [self.prompt_ids(problem) for problem in block]
+        tokenizer = self.loaded.tokenizer
+        prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
         output = self.engine.generate(
             prompts_P,
             self.params,
@@ -138,7 +157,7 @@ class BlockSampler:
             row_ids=[f"rollout/{trajectory_id}" for trajectory_id in ids_B],
             group_size=self.config.group_size,
         )
-        group_size, tokenizer = self.config.group_size, self.loaded.tokenizer
+        group_size = self.config.group_size
         completions_B = [output.ids(b) for b in range(len(ids_B))]
         answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
         references_B = [block[b // group_size].answer for b in range(len(ids_B))]

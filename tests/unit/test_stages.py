@@ -40,6 +40,7 @@ from stepwiser_jax.stages.label import (
     drop_undeserved,
     label_trajectories,
 )
+from stepwiser_jax.stages.rollout import keep_fitting, prompt_ids
 from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
@@ -176,6 +177,24 @@ def outcomes(problem, right, count):
         Trajectory(f"{problem}#{i}", problem, "", (1,), (2, 3), (0.0,) * 2, (1, 2), "", i < right)
         for i in range(count)
     ]
+
+
+def test_problems_too_long_for_the_context_are_left_out_and_counted(request):
+    file = request.config.rootpath / "configs" / "smoke_rollouts.yaml"
+    config = load_config("rollout", file, ("policy.path=arithmetic",))
+    room = max(config.engine.buckets) - config.sampling.max_new_tokens
+    tokenizer = load_tokenizer_of("arithmetic")
+
+    def problem(name, digits):
+        return Problem(name, " ".join("1" * digits), "1", "s")
+
+    frame = len(prompt_ids(config, tokenizer, problem("a", 3))) - 3
+    fits, too_long = problem("fits", room - frame), problem("long", room - frame + 1)
+    dropped = Counter()
+    assert keep_fitting(config, [too_long, fits], dropped) == [fits]
+    assert dropped == {"too_long": 1}
+    with pytest.raises(UserError, match=rf"long: prompt of {room + 1} tokens .* exceeds"):
+        keep_fitting(config, [too_long], Counter())
 
 
 def test_rollouts_by_pass_rate(request):
