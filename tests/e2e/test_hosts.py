@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +97,7 @@ def test_shards_that_never_meet_are_one_run(runs, tmp_path, name):
     lost = next((sharded / "records").glob("*/part-00001-of-00003.jsonl"))
     content = lost.read_bytes()
     lost.write_bytes(content[: len(content) // 2])
+    lost.with_name(f"{lost.name}.crc32").unlink()  # else it is told that half of it is missing
     assert main([*again, "--shard", "1/3"]) == 0
     assert main(again) == 0
     assert rows(sharded) == rows(whole)
@@ -167,6 +169,11 @@ def test_processes_share_the_rows_of_one(runs, tmp_path, name):
         assert max(len(kind["parts"]) for kind in parts) == processes, "one did all the work"
 
 
+def arrays_of(run):
+    """What is trained and its moments, without checksums and the data's position."""
+    return [leaf for leaf in checkpoint_of(run) if isinstance(leaf, jax.Array)]
+
+
 def metrics(run):
     return [json.loads(line) for line in logged(run)]
 
@@ -181,7 +188,7 @@ def test_two_processes_of_two_devices_train_as_one_does(runs, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    for a, b in zip(checkpoint_of(whole), checkpoint_of(shared), strict=True):
+    for a, b in zip(arrays_of(whole), arrays_of(shared), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert (shared / "model" / "model.safetensors").stat().st_size == (
         whole / "model" / "model.safetensors"
@@ -262,7 +269,7 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 130, errors[-3000:]
     (left,) = (run / "pending").iterdir()
-    assert left.name.endswith(".rows.jsonl")
+    assert ".rows-" in left.name
     assert 0 < len(left.read_text().splitlines()) < 8 * 4
     finish(start(arguments, processes=2))
     assert [line["groups_sampled"] for line in metrics(run)] == [8]
@@ -282,7 +289,7 @@ def test_training_goes_on_with_another_number_of_processes(runs, tmp_path):
     for a, b in zip(metrics(whole), metrics(moved), strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    for a, b in zip(checkpoint_of(whole), checkpoint_of(moved), strict=True):
+    for a, b in zip(arrays_of(whole), arrays_of(moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
