@@ -504,4 +504,6 @@ def write_manifest(
         "records": records,
         "files": files,
     }
+    for unfinished in (*run_dir.glob(".*.tmp"), *(run_dir / "records").glob("*/.*.tmp")):
+        unfinished.unlink()  # of a process that was killed while it wrote a whole file
     atomic_write(run_dir / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")

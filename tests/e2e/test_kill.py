@@ -24,7 +24,7 @@ RUNS = {
     "rollouts": ("problems.limit=48", "problems_per_block=2"),
     "values": ("trajectories_per_block=2",),
     "judge": ("iterations=12", "training.checkpoint_every=2"),
-    "classifier": ("steps=40", "training.checkpoint_every=3"),
+    "classifier": ("steps=40", "epochs=null", "training.checkpoint_every=3"),
     "evaluate": ("items_per_block=2",),
 }
 """Long enough to be killed in the middle."""

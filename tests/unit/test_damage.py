@@ -74,8 +74,11 @@ def test_a_flipped_bit_of_a_growing_part_is_refused(tmp_path):
     assert writer.done == {"p#0", "p#1", "p#2", "p#7", "p#10"}
     writer.close()
     (tmp_path / "config.yaml").write_text("seed: 0\n")
+    for name in (".summary.json.host.1.tmp", f"records/problems/.{part.name}.host.1.tmp"):
+        (tmp_path / name).write_text("half a fi")  # killed while it wrote a whole file
     write_manifest(tmp_path, "rollout", "digest", [Problem])
     assert not list(tmp_path.rglob("*.crc32")) and len(read_records(tmp_path, Problem)) == 5
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 # --- checkpoints --------------------------------------------------------------------------------
