@@ -16,7 +16,7 @@ import pytest
 
 from .conftest import CONFIGS, command
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 1))
 """Of each stage, at random moments; the environment may ask for more."""
 
 RUNS = {
