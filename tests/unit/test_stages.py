@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from stepwiser_jax.runtime.problems import keep_verifiable, load_items
 from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.segments import group_of
 from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge, rollout
+from stepwiser_jax.stages import judge
 from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
@@ -401,8 +400,7 @@ def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
 def test_a_policy_is_asked_for_tags_where_they_end_a_chunk(request, bpe_tokenizer, chunking, asked):
     file = request.config.rootpath / "configs" / "smoke_rollouts.yaml"
     config = load_config("rollout", file, (f"chunking={chunking}", "prompt_style=instruct"))
-    sampler = SimpleNamespace(config=config, loaded=SimpleNamespace(tokenizer=bpe_tokenizer))
-    ids = rollout.BlockSampler.prompt_ids(sampler, Problem("p", "What is 1+1?", "2", "s"))
+    ids = prompt_ids(config, bpe_tokenizer, Problem("p", "What is 1+1?", "2", "s"))
     assert ("<chunk>" in bpe_tokenizer.decode(ids)) == asked
 
 
