@@ -262,6 +262,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_config_begins_again(tmp_path):
     (tmp_path / "lock").touch()
     (tmp_path / ".config.yaml.host.7.tmp").write_text("seed:")
     RunDirectory(tmp_path, "label", label_config()).create()
+    assert (tmp_path / "config.yaml").is_file()
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path):
