@@ -9,7 +9,7 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import quickstart
 
 CUT = {
-    "policy": {"steps": 30},
+    "policy": {"steps": 200},
     "rollouts": {"group_size": 2},
     "values": {"num_rollouts": 2, "limit": 12, "drop_uniform_problems": False},
     "labels": {"balance": False, "min_prefix_value": 0.0},
