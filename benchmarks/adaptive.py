@@ -22,13 +22,12 @@ import numpy as np
 import yaml
 from common import finished_quickstart
 
-from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.algo.statistics import balanced_accuracy
-from stepwiser_jax.config import Annotate
-from stepwiser_jax.config_parts import LabelRule
-from stepwiser_jax.record_files import read_records
+from stepwiser_jax.config import Annotate, LabelRule
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.evaluation.statistics import balanced_accuracy
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
-from stepwiser_jax.runtime.loading import load_tokenizer_of
+from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.stages import annotate
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts

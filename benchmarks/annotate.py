@@ -72,14 +72,14 @@ class Work:
     num_rollouts: int = 16
 
     def load(self) -> Any:
-        from stepwiser_jax.runtime.loading import load_for_decoding
-        from stepwiser_jax.runtime.mesh import make_mesh
+        from stepwiser_jax.distributed.loading import load_for_decoding
+        from stepwiser_jax.distributed.mesh import make_mesh
 
         return load_for_decoding(**self.policy, weights="model", mesh=make_mesh())
 
     def is_correct(self, tokenizer: Any, verifier: Any, rows: Sequence[Any]) -> list[bool]:
         """As the stage: is the final answer of each (trajectory, completion ids) right?"""
-        from stepwiser_jax.text.answers import extract_answer
+        from stepwiser_jax.tasks.mathematics import extract_answer
         from stepwiser_jax.text.tokenizer import completion_text
 
         answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
@@ -94,10 +94,10 @@ def smollm2(model_dir: str, count: int) -> Work:
     """The policy's own solutions; a solution's answer is the reference, so that it is verified."""
     import jax
 
+    from stepwiser_jax.inference.engine import Engine
+    from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.records import Trajectory
-    from stepwiser_jax.runtime.engine import Engine
-    from stepwiser_jax.runtime.sampling import SamplingParams
-    from stepwiser_jax.text.answers import extract_answer
+    from stepwiser_jax.tasks.mathematics import extract_answer
     from stepwiser_jax.text.chunks import BLANK_LINE, TokenMatcher, chunk_ends
     from stepwiser_jax.text.tokenizer import completion_text
 
@@ -144,7 +144,7 @@ def smollm2(model_dir: str, count: int) -> Work:
 def arithmetic(quickstart: Path, count: int) -> Work:
     import yaml
 
-    from stepwiser_jax.record_files import read_records
+    from stepwiser_jax.record_io import read_records
     from stepwiser_jax.records import Problem, Trajectory
 
     config = yaml.safe_load((quickstart / "values" / "config.yaml").read_text())
@@ -167,15 +167,15 @@ def arithmetic(quickstart: Path, count: int) -> Work:
 def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.runtime.engine import Completion, Engine, Trunk
-    from stepwiser_jax.runtime.sampling import SamplingParams
+    from stepwiser_jax.inference.engine import Completion, Engine, Prefix
+    from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.stages.annotate import estimate_prefix_values
 
     class RecordingEngine(Engine):
         """Keeps how long every rollout was, as the floor asks for it."""
 
         def sample(
-            self, trunks: Sequence[Trunk], params: SamplingParams, **settings: Any
+            self, trunks: Sequence[Prefix], params: SamplingParams, **settings: Any
         ) -> Iterator[list[Completion]]:
             lengths: dict[str, int] = {}
             for completions in super().sample(trunks, params, **settings):
@@ -229,8 +229,8 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
     import numpy as np
 
-    from stepwiser_jax.runtime.sampler import Sampler
-    from stepwiser_jax.runtime.sampling import SamplingParams
+    from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.inference.reference_sampler import Sampler
     from stepwiser_jax.stages.annotate import prefixes_to_sample
 
     compiled, loaded = compilations(), work.load()
@@ -280,7 +280,7 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
     import torch
     from transformers import AutoModelForCausalLM
 
-    from stepwiser_jax.runtime.loading import load_tokenizer_of
+    from stepwiser_jax.distributed.loading import load_tokenizer_of
     from stepwiser_jax.stages.annotate import prefixes_to_sample
 
     torch.set_num_threads(1)
@@ -325,8 +325,8 @@ SIDES = {"ours": ours, "static batch": static_batch, "transformers": transformer
 
 
 def serve_side(side: str, work: Work) -> None:
-    from stepwiser_jax.runtime.run import worker_count
-    from stepwiser_jax.text.answers import AnswerVerifier
+    from stepwiser_jax.runs.directory import worker_count
+    from stepwiser_jax.tasks.mathematics import AnswerVerifier
 
     with AnswerVerifier(worker_count()) as verifier:
         serve(SIDES[side](work, verifier), warm_up=side != "transformers")

@@ -19,10 +19,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SampleOutput, SamplingParams
 from stepwiser_jax.model.hf import load_hf
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
+from stepwiser_jax.rl.logprobs import token_logprobs
 
 
 def main() -> None:

@@ -35,14 +35,13 @@ def main() -> None:
     from common import random_completions
     from train_step import LENGTH, PROMPTS, SAMPLES, settings
 
-    from stepwiser_jax.config import Judge
+    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.distributed.loading import load_for_training
+    from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.model.lora import trained_part
-    from stepwiser_jax.runtime.loading import load_for_training
-    from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-    from stepwiser_jax.runtime.trainer import create_train_state
-    from stepwiser_jax.runtime.training_run import optimizer_of
-    from stepwiser_jax.settings import validate
-    from stepwiser_jax.stages import judge
+    from stepwiser_jax.stages import train_judge
+    from stepwiser_jax.training.loop import optimizer_of
+    from stepwiser_jax.training.step import create_train_state
 
     mesh = make_mesh()
     states, batches, programs = {}, {}, {}
@@ -55,19 +54,19 @@ def main() -> None:
         tree["training"]["micro_batches"] = arguments.prompts
         if "lora" in changes:
             tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
-        config = validate(Judge, tree, "the benchmark")
+        config = validate(TrainJudge, tree, "the benchmark")
         schedule, optimizer = optimizer_of(config.training, 1)
         model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
         state = create_train_state(model, optimizer, mesh)
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         groups = [
-            judge.Judged(f"p{p}", ids, completions_G, logprobs, (), rewards)
+            train_judge.RolloutGroup(f"p{p}", ids, completions_G, logprobs, (), rewards)
             for p, (ids, completions_G) in enumerate(
                 zip(PROMPTS, random_completions(), strict=True)
             )
         ][: arguments.prompts]
-        batches[name] = shard_batch(judge.assemble(groups, config), mesh)
-        step = judge.judge_train_step(config, schedule, optimizer)
+        batches[name] = shard_batch(train_judge.assemble(groups, config), mesh)
+        step = train_judge.judge_train_step(config, schedule, optimizer)
         programs[name] = step.lower(state, batches[name]).compile()
         states[name] = state
         memory = programs[name].memory_analysis()

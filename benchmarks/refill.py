@@ -34,13 +34,13 @@ from common import (
     write_json,
 )
 
-from stepwiser_jax.record_files import read_records
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Problem
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.prompts import encode_solve_prompt
 
 GROUP = 16

@@ -55,9 +55,9 @@ NAMES = ("b1", "b8", "group", "b32", "mc")
 def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
+    from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+    from stepwiser_jax.inference.params import SamplingParams, decoding_layout
     from stepwiser_jax.model.hf import load_hf
-    from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
-    from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 
     compiled = compilations()
     model = decoding_layout(load_hf(model_dir, dtype="bfloat16", compute_dtype="bfloat16"))
@@ -68,9 +68,9 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         runs += 1
         some, new = requests(name)
         trunks = [
-            Trunk(
+            Prefix(
                 ids,
-                [Fork(f"{p}/{c}/{s}", c, new) for c in cuts for s in range(samples)],
+                [SampleRequest(f"{p}/{c}/{s}", c, new) for c in cuts for s in range(samples)],
             )
             for p, (ids, cuts, samples) in enumerate(some)
         ]

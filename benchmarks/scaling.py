@@ -33,11 +33,11 @@ import numpy as np
 from common import compilations, core_seconds, print_header, print_row, write_json
 from flax import nnx
 
+from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
 
 NEW_TOKENS = 16
 TRAJECTORY = 512
@@ -95,12 +95,14 @@ def engine_side(model: Transformer, point: Point) -> Callable[[], Any]:
     rows = len(point.cuts) * point.rollouts
     engine = Engine(model, rows=[rows], buckets=[max(point.cuts), max(point.cuts) + NEW_TOKENS])
     forks = [
-        Fork(f"{cut}/{m}", cut, NEW_TOKENS) for cut in point.cuts for m in range(point.rollouts)
+        SampleRequest(f"{cut}/{m}", cut, NEW_TOKENS)
+        for cut in point.cuts
+        for m in range(point.rollouts)
     ]
 
     def run() -> None:
         parts = engine.sample(
-            [Trunk(ids, forks)],
+            [Prefix(ids, forks)],
             SamplingParams(NEW_TOKENS),
             key=jax.random.key(0),
             rows_per_trunk=rows,

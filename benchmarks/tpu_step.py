@@ -15,15 +15,15 @@ import time
 import jax
 import jax.numpy as jnp
 
-from stepwiser_jax.commands.programs import lower_update
-from stepwiser_jax.config import Judge
+from stepwiser_jax.commands.plan.programs import lower_update
+from stepwiser_jax.commands.plan.tpu import abstract_model, tpu_topology
+from stepwiser_jax.config import TrainJudge
+from stepwiser_jax.distributed.loading import attention_of
+from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
+from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.splash import splash_mask
-from stepwiser_jax.runtime.aot import abstract_model, tpu_topology
-from stepwiser_jax.runtime.data import Group, rollout_batch
-from stepwiser_jax.runtime.loading import attention_of
-from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.training.batches import Group, rollout_batch
 
 TOKENS, COMPLETIONS, ROW = 3096, 4, 15872
 QWEN = {
@@ -57,7 +57,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     config = ModelConfig.from_hf(QWEN | {"num_hidden_layers": args.layers})
     mesh = make_mesh(devices=tpu_topology(args.topology).devices)
-    judge = Judge.model_validate(JUDGE)
+    judge = TrainJudge.model_validate(JUDGE)
     group = Group(
         [0] * TOKENS, [[0] * TOKENS] * COMPLETIONS, [[0.0] * TOKENS] * COMPLETIONS, [0.0] * 4
     )

@@ -77,22 +77,21 @@ def settings(model_dir: str) -> dict[str, Any]:
 def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.config import Judge
-    from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
-    from stepwiser_jax.runtime.loading import load_for_training
-    from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-    from stepwiser_jax.runtime.sampling import SamplingParams
-    from stepwiser_jax.runtime.trainer import (
+    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.distributed.loading import load_for_training
+    from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
+    from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+    from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.stages import train_judge
+    from stepwiser_jax.training.step import (
         create_train_state,
         make_optimizer,
         make_schedule,
         make_train_step,
     )
-    from stepwiser_jax.settings import validate
-    from stepwiser_jax.stages import judge
 
     compiled = compilations()
-    config = validate(Judge, settings(model_dir), "the benchmark")
+    config = validate(TrainJudge, settings(model_dir), "the benchmark")
     mesh = make_mesh()
     schedule = make_schedule(
         learning_rate=TRAIN["lr"],
@@ -106,18 +105,18 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     state = create_train_state(model, optimizer, mesh)
     del model
     train_step = make_train_step(
-        functools.partial(judge.judge_loss, config=config),
+        functools.partial(train_judge.judge_loss, config=config),
         optimizer,
         schedule,
         micro_batches=config.training.micro_batches,
-        denominator_fn=functools.partial(judge.judge_denominators, config=config),
+        denominator_fn=functools.partial(train_judge.judge_denominators, config=config),
     )
     runs = 0
 
     def sampled() -> list[list[list[int]]]:
         engine = Engine(state.model, rows=[len(PROMPTS) * SAMPLES], buckets=[256, 384])
         trunks = [
-            Trunk(ids, [Fork(f"{p}/{g}", len(ids), LENGTH) for g in range(SAMPLES)])
+            Prefix(ids, [SampleRequest(f"{p}/{g}", len(ids), LENGTH) for g in range(SAMPLES)])
             for p, ids in enumerate(PROMPTS)
         ]
         parts = engine.sample(trunks, SamplingParams(LENGTH), key=jax.random.key(runs))
@@ -131,10 +130,10 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         completions = sampled() if name == "step" else random_completions()
         groups = [
-            judge.Judged(f"p{p}", ids, completions[p], logprobs, (), rewards)
+            train_judge.RolloutGroup(f"p{p}", ids, completions[p], logprobs, (), rewards)
             for p, ids in enumerate(PROMPTS)
         ]
-        batch = shard_batch(judge.assemble(groups, config), mesh)
+        batch = shard_batch(train_judge.assemble(groups, config), mesh)
         state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
         return {"compilations": len(compiled) - before}

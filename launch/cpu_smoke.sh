@@ -34,7 +34,7 @@ stage label labels
 
 # 5. The judge learns the form of a judgment, then GRPO teaches it to reason.
 stage sft cold_start
-stage judge judge
+stage train-judge judge
 
 # 6. It finds first errors in held-out solutions ...
 stage rollout heldout
@@ -42,18 +42,18 @@ stage evaluate evaluate
 
 # 7. ... steers generation, and chooses responses to learn from.
 stage search search
-stage select select
+stage select-responses select
 
 # 8. The baseline: a classifier learns the same labels, and judges a solution in one pass.
-stage classifier classifier
+stage train-classifier classifier
 stage classify classify
 
 # 9. The offline judge: the cold start's own judgments, where they agree with the labels.
-stage rationalize rationales
+stage rejection-sample rationales
 
 # 10. ThinkPRM: chains about whole solutions are sampled, filtered by the labels and learned.
 stage sft thinkprm_start
-stage rationalize thinkprm_chains
+stage rejection-sample thinkprm_chains
 stage sft thinkprm
 stage evaluate thinkprm_evaluate
 

@@ -3,7 +3,7 @@
 # on many one-host slices, and their merge. Restarted after preemption.
 #
 #   launch/jobset.sh --name judge-7b --topology v5p:4x4x4 --image REPOSITORY/stepwiser --claim runs \
-#       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
+#       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
 #       --set examples=/runs/labels
 #   launch/jobset.sh --name values --topology v6e:2x4 --image REPOSITORY/stepwiser --claim runs \
 #       --shards 32 --at-once 8 -- annotate --config configs/qwen2.5-7b_values.yaml \

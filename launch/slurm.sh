@@ -3,7 +3,7 @@
 # their merge. Before its time is over, and when it is preempted, a run saves and is queued again.
 #
 #   launch/slurm.sh --name judge --nodes 2 --gpus 8 --time 12:00:00 \
-#       -- judge --config configs/qwen2.5-7b_judge.yaml --run-dir /shared/runs/judge \
+#       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /shared/runs/judge \
 #       --set examples=/shared/runs/labels
 #   launch/slurm.sh --name values --gpus 8 --time 4:00:00 --shards 32 --at-once 8 \
 #       -- annotate --config configs/qwen2.5-7b_values.yaml --run-dir /shared/runs/values \

@@ -4,7 +4,7 @@
 #
 #   launch/tpu_pod.sh --name judge-7b --zone us-east5-a --type v5p-128 --version v2-alpha-tpuv5 \
 #       --spot --setup 'sudo mount 10.0.0.2:/runs /mnt && . /mnt/venv/bin/activate' \
-#       -- judge --config /mnt/judge.yaml --run-dir /mnt/judge
+#       -- train-judge --config /mnt/judge.yaml --run-dir /mnt/judge
 #
 #   --name NAME         of the queued resource and, with its number after it, of each slice
 #   --zone ZONE         --project PROJECT if it is not gcloud's own

@@ -4,7 +4,7 @@
 #
 #   launch/tpu_vm.sh --name judge --zone us-east5-b --type v6e-8 --version v2-alpha-tpuv6e --spot \
 #       --setup 'sudo mount 10.0.0.2:/runs /mnt && . /mnt/venv/bin/activate' \
-#       -- judge --config /mnt/judge.yaml --run-dir /mnt/judge
+#       -- train-judge --config /mnt/judge.yaml --run-dir /mnt/judge
 #
 #   --name NAME         of the TPU VM
 #   --zone ZONE         --project PROJECT if it is not gcloud's own

@@ -1,5 +1,5 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `contrast`, `compare`, `plan`,
-`convert`.
+"""The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `compare-judges`, `reproduce`,
+`plan`, `convert`.
 
 A mistake of the user's is one message and exit status 2; a traceback is a bug. After Ctrl-C and
 SIGTERM a stage that samples or trains saves and exits with 130; the same command goes on from
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from stepwiser_jax import __version__
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -48,7 +48,7 @@ STAGES = {
         "Sample chunked solutions of every problem and check their answers.",
         "Reads problems and a policy. Writes problems and trajectories.",
     ),
-    "segment": (
+    "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
         "Reads a rollout run and a teacher. Writes segmentations.",
     ),
@@ -61,15 +61,15 @@ STAGES = {
         "Reads an annotate run and its rollout run. Writes chunk labels, judge examples and "
         "classifier examples.",
     ),
-    "judge": (
+    "train-judge": (
         "Train a judge by GRPO to reason about a chunk before its verdict.",
         "Reads judge examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
-    "classifier": (
+    "train-classifier": (
         "Train a discriminative process reward model: + or - after every chunk.",
         "Reads classifier examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
-    "rationalize": (
+    "rejection-sample": (
         "Sample judgments of labelled chunks and keep those that agree with the labels, for sft.",
         "Reads judge examples, or classifier examples, and a judge. Writes rationales, and SFT "
         "examples or dialogues.",
@@ -86,7 +86,7 @@ STAGES = {
         "Chunk-reset, beam search, DVTS and best-of-N beside greedy decoding, sampling and votes.",
         "Reads problems, a policy, and a judge or a classifier. Writes search results.",
     ),
-    "select": (
+    "select-responses": (
         "Choose the best response to every problem by its chunks' mean score, for sft.",
         "Reads a rollout run and, if given, a judge or a classifier. Writes selections.",
     ),
@@ -125,9 +125,9 @@ def _add_stage(name: str, does: str, files: str) -> None:
         ] = None,
     ) -> None:
         from stepwiser_jax.commands.results import print_summary
-        from stepwiser_jax.runtime import hosts
-        from stepwiser_jax.runtime.storage import writing_to
-        from stepwiser_jax.settings import dump_config, load_config
+        from stepwiser_jax.config import dump_config, load_config
+        from stepwiser_jax.distributed import hosts
+        from stepwiser_jax.runs.storage import writing_to
 
         settings = load_config(name, config, tuple(set_), run_dir)
         if dry_run:
@@ -137,7 +137,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
                 check_inputs(name, settings, run_dir)
             typer.echo(dump_config(settings), nl=False)
             return
-        module = importlib.import_module(f"stepwiser_jax.stages.{name}")
+        module = importlib.import_module(f"stepwiser_jax.stages.{name.replace('-', '_')}")
         options: dict[str, Any] = {}
         if shard is not None:
             if "shard" not in inspect.signature(module.run).parameters:
@@ -166,14 +166,14 @@ def quickstart(
     Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
     """
     from stepwiser_jax.commands.quickstart import run_quickstart
-    from stepwiser_jax.runtime.storage import writing_to
+    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         run_quickstart(run_dir, seed)
 
 
-@app.command()
-def contrast(
+@app.command("compare-judges")
+def compare_judges(
     run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate or classify.")],
     run_b: Annotated[Path, typer.Argument(help="Another one over the same items.")],
     votes: Annotated[
@@ -189,14 +189,14 @@ def contrast(
     the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
     votes, of classify the run's threshold. Writes nothing.
     """
-    from stepwiser_jax.commands.contrast import print_contrast
+    from stepwiser_jax.commands.compare_judges import print_contrast
 
     print_contrast(run_a, run_b, votes=votes, as_json=json)
 
 
-@app.command()
-def compare(
-    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("compare"),
+@app.command("reproduce")
+def reproduce(
+    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("reproduce"),
     seed: Annotated[
         list[int] | None,
         typer.Option(min=0, max=2**32 - 1, help="Once for each; 0, 1 and 2 without it."),
@@ -211,8 +211,8 @@ def compare(
     compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
     command with all of them then makes the table.
     """
-    from stepwiser_jax.commands import compare as command
-    from stepwiser_jax.runtime.storage import writing_to
+    from stepwiser_jax.commands.reproduce import command
+    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         if tune:
@@ -234,7 +234,7 @@ def convert(
     Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
-    from stepwiser_jax.runtime.storage import writing_to
+    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(output):
         convert_checkpoint(checkpoint, output)
@@ -265,7 +265,8 @@ def recipe(
 @app.command()
 def plan(
     stage: Annotated[
-        str, typer.Argument(help="sft, rollout, annotate, judge, classifier or evaluate.")
+        str,
+        typer.Argument(help="sft, rollout, annotate, train-judge, train-classifier or evaluate."),
     ],
     config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
     topology: Annotated[str, typer.Option(help="Chips of a slice, such as v5p:4x4x4.")],
@@ -283,7 +284,7 @@ def plan(
     Reads the config and config.json of its model. Writes nothing; exits 1 where it does not fit.
     Needs the extra `tpu`, for its compiler.
     """
-    from stepwiser_jax.commands.plan import print_plan
+    from stepwiser_jax.commands.plan.command import print_plan
 
     if not print_plan(stage, config, tuple(set_), topology, slices, as_json=json, searched=search):
         raise typer.Exit(1)
@@ -291,7 +292,7 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runtime.run import Interrupted, keep_freed_memory
+    from stepwiser_jax.runs.directory import Interrupted, keep_freed_memory
 
     keep_freed_memory()
     try:
@@ -311,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console script."""
-    from stepwiser_jax.runtime.hosts import leave
+    from stepwiser_jax.distributed.hosts import leave
 
     # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
     # own handler would wait for it. What has something to save waits for the end of its work.

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 
 SUMS = "SHA256SUMS"
 THREADS = 8

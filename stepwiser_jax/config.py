@@ -1,49 +1,310 @@
-"""Every setting of every stage: typed, frozen, with its default here, or in `config_parts.py`
-where several stages share it, and nowhere else.
+"""Every setting of every stage: typed, frozen, with its default here and nowhere else; and how a
+YAML file becomes a config.
 
 A config is a YAML file in the schema of its stage plus `--set a.b=c` overrides. Unknown keys are
 refused and the closest real key is named. The resolved config is written to the run directory in
-the same schema, so that `--config <run_dir>/config.yaml` repeats the run.
+the same schema, so that `--config <run_dir>/config.yaml` repeats the run. Beside its settings a
+file may name its `stage`; and in a path `RUNS/` is the directory that the run's own lies in, so
+that runs that lie side by side find one another by name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import yaml
 from pydantic import (
+    AfterValidator,
     AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
     Field,
     PositiveInt,
     TypeAdapter,
+    ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from stepwiser_jax.config_parts import (
-    ChatTemplateArgs,
-    Chunking,
-    ClassifierJudge,
-    Config,
-    Engine,
-    GenerativeJudge,
-    GenPrm,
-    GenPrmVerdicts,
-    LabelRule,
-    Mesh,
-    Model,
-    Problems,
-    Sampling,
-    Seed,
-    Sizes,
-    ThinkPrm,
-    ThinkPrmVerdicts,
-    TrainedModel,
-    Training,
-)
+from stepwiser_jax.data.datasets import OnMalformed
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.text.datasets import OnMalformed
+from stepwiser_jax.text.chat import Argument
+from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
-from stepwiser_jax.text.segmentation import Splitter
+
+# --- settings that several stages share ---------------------------------------------------------
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError("sizes must be positive and ascending")
+    return sizes
+
+
+Sizes = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
+
+def _named_or_listed(chunking: Any) -> Any:
+    if isinstance(chunking, str) and chunking not in ("tags", "blank_lines"):
+        raise ValueError("expected 'tags', 'blank_lines', or a list of strings that end a chunk")
+    return chunking
+
+
+Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
+
+
+ChatTemplateArgs = dict[str, Argument]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("expected no true or false")
+        return value
+
+
+class Mesh(Config):
+    """Sizes of the device mesh's axes; their product is the number of devices used."""
+
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+
+class Model(Config):
+    """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
+    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh.
+    `chat_template_args`: what its chat template is told in every prompt, such as
+    `{enable_thinking: false}` for Qwen3. The trained model keeps them: stages that name its run
+    leave them out, or repeat them."""
+
+    path: str
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
+
+
+class Lora(Config):
+    """Low-rank adapters, in float32, of the blocks' matrices named in `targets`; `alpha / rank`
+    scales what they add. They alone are trained then."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
+
+
+class TrainedModel(Model):
+    """Weights that are trained are float32: in bfloat16 an update of 1e-6 is rounded away. With
+    `lora` (`{}`: its defaults) the model's own are not, and may be bfloat16; what is exported, with
+    the adapters merged, has their type."""
+
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _master_weights(self) -> TrainedModel:
+        if self.lora is None and self.param_dtype != "float32":
+            raise ValueError(
+                f"param_dtype must be float32 where all weights are trained, found "
+                f"{self.param_dtype}: leave it out, or set lora"
+            )
+        return self
+
+
+class Problems(Config):
+    """`source`: a hub id, a local jsonl/json/parquet file, a finished `rollout` run (its problems),
+    or `arithmetic` (then `limit`, `split` and `seed` say which problems are generated). `subset` is
+    a hub data set's configuration, such as `main`.
+
+    Rows are taken in this order, here and wherever these settings stand:
+
+    1. `shuffle`: in an order that `seed` decides, the same on every machine; else as they stand.
+    2. `on_malformed`: a row that cannot be read stops the stage, or is counted and left out.
+    3. `exclude`: problems of these evaluation sets are left out (local files, finished `rollout`
+       runs, or hub data sets of one configuration, with all their splits).
+    4. `limit`: at most this number of what is left is used. Duplicates, and answers that cannot be
+       verified, leave the stage with fewer."""
+
+    source: str
+    split: str | None = None
+    subset: str | None = None
+    shuffle: bool = False
+    limit: int | None = Field(None, ge=1)
+    on_malformed: OnMalformed = "stop"
+    exclude: tuple[str, ...] = ()
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Problems:
+        if self.source == "arithmetic" and (self.shuffle or self.exclude):
+            raise ValueError(
+                "shuffle and exclude are of data sets, and arithmetic generates its problems at "
+                "random, each split apart: leave them out"
+            )
+        return self
+
+
+class Sampling(Config):
+    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(ge=1)
+
+
+class Engine(Config):
+    """Compiled shapes: `rows` in flight (the smallest number that holds the work is used), and
+    `buckets`, the lengths of stored prompts; the largest is the context, completion included.
+    `weights`: `int8` stores the blocks' matrices as 8-bit integers and samples from a slightly
+    different distribution; made for accelerators, slower than bfloat16 on a CPU."""
+
+    rows: Sizes = (64,)
+    buckets: Sizes
+    weights: Literal["model", "int8"] = "model"
+
+
+class Optimizer(Config):
+    """AdamW. `warmup_steps` rise linearly, then `schedule` falls to `end_fraction` of the peak."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "constant"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    end_fraction: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+
+
+class Training(Config):
+    """What every training stage has beside its data and its loss."""
+
+    optimizer: Optimizer
+    micro_batches: int = Field(1, ge=1)
+    remat: bool = False
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    max_skipped_in_a_row: int = Field(5, ge=1)
+
+
+class LabelRule(Config):
+    """A rule (paper eqs 1-3, GenPRM's relative progress) with the parameters of all of them."""
+
+    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
+    alpha: float = Field(0.8, gt=0)
+    best_of: int = Field(4, ge=1)
+    gamma: float = Field(0.7, gt=0)
+    epsilon: float = Field(0.8, gt=0)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The settings that the rule takes."""
+        return {
+            "abs_q": {},
+            "rel_effective": {"alpha": self.alpha, "n": self.best_of},
+            "rel_ratio": {"gamma": self.gamma},
+            "relative_progress": {"epsilon": self.epsilon},
+        }[self.rule]
+
+
+class GenPrm(Config):
+    """A judge in GenPRM's form (arXiv 2504.00891): a turn of a conversation for every step.
+
+    `code`: it may have Python code run, at most `max_code_rounds` times a step, in a process of its
+    own with these limits (`sandbox.runner`), in which earlier steps' code is run again.
+    """
+
+    code: bool = True
+    max_code_rounds: int = Field(3, ge=1)
+    code_seconds: float = Field(5.0, gt=0)
+    code_memory_bytes: int = Field(2**30, ge=2**26)
+    code_output_bytes: int = Field(2048, ge=1)
+
+    def check_style(self, prompt_style: JudgePromptStyle) -> None:
+        """Raises ValueError for a style that the form is not known in, or that has no code."""
+        if prompt_style == "verdict":
+            raise ValueError("prompt_style verdict is StepWiser's: with genprm, instruct or bare")
+        if self.code and prompt_style == "bare":
+            raise ValueError("prompt_style bare has no code in it: set genprm.code to false")
+
+
+class GenPrmVerdicts(GenPrm):
+    """A step whose P(right) is below `threshold` is wrong."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+
+
+class ThinkPrm(Config):
+    """A judge in ThinkPRM's form (arXiv 2504.16828): one chain about a whole solution, then
+    P(yes)."""
+
+    def check_style(self, prompt_style: JudgePromptStyle) -> None:
+        """Raises ValueError for a style that the form is not known in."""
+        if prompt_style == "verdict":
+            raise ValueError("prompt_style verdict is StepWiser's: with thinkprm, instruct or bare")
+
+
+class ThinkPrmVerdicts(ThinkPrm):
+    """Its thought has `rounds`, one after another (sequential scaling), each of at most
+    `max_new_tokens`."""
+
+    rounds: int = Field(1, ge=1, le=4)
+
+
+class GenerativeJudge(Model):
+    """A judge that reasons about a chunk before its verdict. A chunk's score is 1 where the verdict
+    is Positive, else 0; with `votes` it is the share of so many judgments that say Positive,
+    sampled at `vote_temperature`, and the verdict is the majority's.
+
+    `thinkprm`: it verifies the prefix that ends with the chunk, whose score is then P(yes), or the
+    mean of `votes` chains (parallel scaling). A judge of GenPRM's form would write its whole
+    conversation anew for every chunk: it judges in `evaluate` and `refine` only."""
+
+    prompt_style: JudgePromptStyle = "instruct"
+    thinkprm: ThinkPrmVerdicts | None = None
+    max_new_tokens: int = Field(ge=1)
+    votes: int = Field(0, ge=0)
+    vote_temperature: float = Field(1.0, gt=0)
+    engine: Engine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerativeJudge:
+        if self.thinkprm is not None:
+            self.thinkprm.check_style(self.prompt_style)
+        return self
+
+
+class ClassifierJudge(Model):
+    """A classifier as a judge: a chunk's score is P(+), and its verdict is Negative where that is
+    below `threshold`. `rows` of `max_length` tokens are scored at once; a row must hold the longest
+    solution with what its prompt puts around every chunk."""
+
+    prompt_style: PromptStyle = "instruct"
+    threshold: float = Field(0.5, gt=0, lt=1)
+    rows: int = Field(8, ge=1)
+    max_length: int = Field(ge=2)
+
+
+# --- stages -------------------------------------------------------------------------------------
 
 Rollouts = Annotated[int, Field(gt=0, le=MAX_ROLLOUTS)]
 
@@ -154,8 +415,8 @@ class Rollout(ComputeStage):
 
 class Server(Config):
     """An OpenAI-compatible server, such as vLLM's, that takes and returns token ids: see
-    `runtime.remote`. `model` is its name there, `tokenizer` that of the same model, a directory or
-    hub id; `chat_template_args` as in `Model`."""
+    `inference.remote`. `model` is its name there, `tokenizer` that of the same model, a directory
+    or hub id; `chat_template_args` as in `Model`."""
 
     url: str
     model: str
@@ -173,7 +434,7 @@ class Server(Config):
         return url
 
 
-class Segment(ComputeStage):
+class ChunkSolutions(ComputeStage):
     """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`.
 
     Who cuts them: a `teacher`, any model (then `engine` are its shapes), or one behind a `server`,
@@ -195,7 +456,7 @@ class Segment(ComputeStage):
     solutions_per_block: int = Field(64, ge=1)
 
     @model_validator(mode="after")
-    def _one_who_cuts(self) -> Segment:
+    def _one_who_cuts(self) -> ChunkSolutions:
         given = [name for name in ("teacher", "server", "splitter") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"expected one of teacher, server and splitter, found {given}")
@@ -298,7 +559,7 @@ class Grpo(Config):
 
     `sampler_correction`: each token's loss is weighted by how much likelier the judge makes it than
     the sampler did, or makes its whole sequence, at most by `sampler_correction_cap`. `auto`: see
-    `Judge.correction`.
+    `TrainJudge.correction`.
     """
 
     clip_eps_low: float = Field(0.2, ge=0)
@@ -313,11 +574,11 @@ class Grpo(Config):
     max_refills: int = Field(0, ge=0)
 
 
-class Judge(ComputeStage):
+class TrainJudge(ComputeStage):
     """Train the judge by GRPO (paper 3.3).
 
     `examples`: a finished `label` run, a JSONL file of JudgeExample records, or solutions with
-    labelled steps, a hub id or a local file, in a format of `text.solutions` (ProcessBench,
+    labelled steps, a hub id or a local file, in a format of `data.step_formats` (ProcessBench,
     PRM800K, Math-Shepherd, ...), whose labels are then used. `on_malformed` and `exclude` as in
     `Problems`.
 
@@ -369,7 +630,7 @@ class Judge(ComputeStage):
         return self.grpo.sampler_correction
 
     @model_validator(mode="after")
-    def _consistent(self) -> Judge:
+    def _consistent(self) -> TrainJudge:
         self.check_length("iterations")
         if self.prompts_per_iteration % self.updates_per_iteration:
             raise ValueError(
@@ -423,7 +684,7 @@ class ThinkPrmChains(ThinkPrm):
     max_tokens: int = Field(4096, ge=1)
 
 
-def check_form(config: Rationalize | Evaluate) -> None:
+def check_form(config: RejectionSample | Evaluate) -> None:
     """Raises ValueError where it names two forms of judge, or a style that a form is not known
     in."""
     if config.thinkprm is not None:
@@ -436,7 +697,7 @@ def check_form(config: Rationalize | Evaluate) -> None:
         config.genprm.check_style(config.prompt_style)
 
 
-class Rationalize(ComputeStage):
+class RejectionSample(ComputeStage):
     """Write judgments of labelled chunks and keep those that agree with the labels: examples for
     `sft` (paper A.1, RS-FT).
 
@@ -471,7 +732,7 @@ class Rationalize(ComputeStage):
         return self.genprm is not None or self.thinkprm is not None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Rationalize:
+    def _consistent(self) -> RejectionSample:
         check_form(self)
         in_one_go = self.genprm is not None and not self.genprm.turn_by_turn
         if in_one_go and self.prompt_style == "bare":
@@ -481,7 +742,7 @@ class Rationalize(ComputeStage):
         return self
 
 
-class Classifier(ComputeStage):
+class TrainClassifier(ComputeStage):
     """Train a discriminative process reward model: + or - after every chunk (paper 4.2's baseline).
 
     `examples`: a finished `label` run, a file of ClassifierExample records, or others' solutions
@@ -506,7 +767,7 @@ class Classifier(ComputeStage):
     training: Training
 
     @model_validator(mode="after")
-    def _consistent(self) -> Classifier:
+    def _consistent(self) -> TrainClassifier:
         if self.head == "scalar" and self.model.lora is not None:
             raise ValueError("with model.lora only adapters are trained: set head to signs")
         self.check_length("steps")
@@ -660,7 +921,7 @@ class Search(JudgedStage):
         return self
 
 
-class Select(JudgedStage):
+class SelectResponses(JudgedStage):
     """The best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one with
     the highest mean score of its chunks, among right ones unless `only_correct` is false. Without a
     judge it is any of them. `tokenizer` is that of the policy which wrote the responses."""
@@ -708,15 +969,207 @@ class Refine(ComputeStage):
 STAGE_CONFIGS: dict[str, type[Config]] = {
     "sft": Sft,
     "rollout": Rollout,
-    "segment": Segment,
+    "chunk-solutions": ChunkSolutions,
     "annotate": Annotate,
     "label": Label,
-    "judge": Judge,
-    "classifier": Classifier,
-    "rationalize": Rationalize,
+    "train-judge": TrainJudge,
+    "train-classifier": TrainClassifier,
+    "rejection-sample": RejectionSample,
     "evaluate": Evaluate,
     "classify": Classify,
     "search": Search,
-    "select": Select,
+    "select-responses": SelectResponses,
     "refine": Refine,
 }
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+C = TypeVar("C", bound=Config)
+RUNS = "RUNS/"
+
+
+def load_config(
+    stage: str,
+    path: str | Path,
+    overrides: tuple[str, ...] = (),
+    run_dir: str | Path | None = None,
+) -> Config:
+    """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
+    `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
+
+    Raises UserError for a missing or broken file, one that names another stage, an unknown key (the
+    closest real one is named), a wrong type or an inconsistent combination; all problems in one
+    message.
+    """
+    if stage not in STAGE_CONFIGS:
+        raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
+    path = Path(path)
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
+    if not found:
+        raise UserError(f"expected a config file, found {nothing_at(path)}")
+    tree = read_settings(path)
+    named = tree.pop("stage", stage)
+    if named != stage:
+        raise UserError(f"expected a config of {stage}, found one of {named} in {path}")
+    if run_dir is not None:
+        tree = beside(run_dir, tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(STAGE_CONFIGS[stage], tree, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is a mistake: of two values one would be
+    lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
+"""What is raised for text that is no YAML, or holds more than can be read."""
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def beside(run_dir: str | Path, value: Any) -> Any:
+    """Settings whose paths that begin with `RUNS/` are in the directory that `run_dir` lies in."""
+    if isinstance(value, dict):
+        return {key: beside(run_dir, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [beside(run_dir, part) for part in value]
+    if isinstance(value, str) and value.startswith(RUNS):
+        return str(Path(run_dir).parent / value.removeprefix(RUNS))
+    return value
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where it holds something else."""
+    try:
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
+    except _NO_YAML as error:
+        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The settings of a run. Raises UserError if its config.yaml is missing or damaged."""
+    file = Path(run_dir) / "config.yaml"
+    check_run_file(Path(run_dir), file.name)
+    if not file.is_file():
+        raise UserError(f"expected a run directory at {run_dir}, found no {file.name} in it")
+    return read_settings(file)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"--set expects key=value such as sampling.temperature=0.7, found {override!r}"
+        )
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
+    try:
+        node[last] = _load_yaml(value)
+    except _NO_YAML as error:
+        raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
+
+
+def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
+    """Build a config; raises UserError with every problem, each with its key and the fix."""
+    try:
+        return config_type.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(config_type, problem) for problem in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the settings of a run as this version would write them: those that have come since
+    the run began have their defaults.
+
+    Raises UserError for settings that are none of this stage, or no longer.
+    """
+    try:
+        return config_type.model_validate(tree).model_dump(mode="json")
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
+    others = [_explain(config_type, p) for p in problems if p["type"] != "extra_forbidden"]
+    named = [f"the unknown settings {', '.join(unknown)}"] if unknown else []
+    raise UserError(
+        f"{where} was written by another stage or another version of stepwiser; here it has "
+        f"{'; '.join([*named, *others])}. Go on with the version that wrote it, or name a new run "
+        "directory"
+    )
+
+
+def _explain(config_type: type[Config], problem: Any) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(config_type, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
+    if problem["type"] == "missing":
+        return f"{key!r} is required and not set"
+    if problem["type"] == "model_type":
+        found = f"{key} is a group of settings, found {problem['input']!r}"
+        return f"{found}: set one of the group, such as {key}.path"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
+
+
+def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
+    for part in location:
+        annotation = config_type.model_fields[part].annotation
+        (group,) = {*(get_args(annotation) or (annotation,))} - {NoneType}
+        assert isinstance(group, type) and issubclass(group, Config)
+        config_type = group
+    return sorted(config_type.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML in the same schema, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_digest(config: Config) -> str:
+    """First 16 hex digits of the sha256 of the resolved config."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every setting in which two dumped configs differ."""
+    differences = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            differences += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            differences.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return differences

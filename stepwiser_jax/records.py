@@ -11,9 +11,7 @@ import enum
 import re
 from typing import Any
 
-
-class UserError(ValueError):
-    """A mistake of the user's: the CLI prints the message and exits with status 2."""
+from stepwiser_jax.errors import UserError
 
 
 def expect(holds: bool, what: str, record: Any) -> None:
@@ -124,7 +122,7 @@ class Dialogue:
 class Segmentation:
     """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
     them; none where no proposal was kept. `outcomes` says what became of every proposal
-    (`text.segmentation.Outcome`); `votes` of those that were kept propose just these chunks."""
+    (`text.chunking.Outcome`); `votes` of those that were kept propose just these chunks."""
 
     trajectory_id: str
     problem_id: str
@@ -141,7 +139,7 @@ class Segmentation:
 @dataclasses.dataclass(frozen=True)
 class Rationale:
     """A judgment that was written to be learned, after the prompt it answers, and what became of
-    it (`text.rationales.Outcome`). `is_positive`: the label of what it judges."""
+    it (`data.rationales.Outcome`). `is_positive`: the label of what it judges."""
 
     rationale_id: str
     problem_id: str
@@ -247,9 +245,9 @@ class ClassifierExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class RolloutGroup:
     """One prompt with its group of judgments and what they earned: kept while no checkpoint holds
-    what was learned from it (`runtime.pending`)."""
+    what was learned from it (`rl.rollout_cache`)."""
 
     group_id: str
     prompt_ids: tuple[int, ...]
@@ -303,7 +301,7 @@ class Judgment:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSolution:
-    """A solution whose steps others have labelled (`text.solutions` reads them).
+    """A solution whose steps others have labelled (`data.step_formats` reads them).
 
     `labels[t]` says how right step t is: 1 right, 0 wrong, between them a Monte Carlo value or
     PRM800K's neutral (0.5); None: nobody judged it. `cumulative`: a label speaks of the solution up
@@ -469,7 +467,7 @@ Record = (
     | ChunkLabel
     | JudgeExample
     | ClassifierExample
-    | Judged
+    | RolloutGroup
     | SampledRow
     | Judgment
     | LabelledSolution

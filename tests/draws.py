@@ -10,8 +10,8 @@ import zlib
 import jax
 import numpy as np
 
-from stepwiser_jax.algo.sampling import truncate
-from stepwiser_jax.runtime.sampling import StopReason
+from stepwiser_jax.inference.params import StopReason
+from stepwiser_jax.inference.token_sampler import truncate
 
 ROUNDING = 1e-4
 """Of probabilities, logits and log-probs of tiny models in float32."""

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from stepwiser_jax.runtime import confine
+from stepwiser_jax.sandbox import confine
 
 
 def _can_confine() -> bool:

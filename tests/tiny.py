@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.run import OF_THIS_MACHINE
+from stepwiser_jax.runs.directory import OF_THIS_MACHINE
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:

@@ -8,34 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.config import (
-    Classifier,
     Classify,
+    Config,
     Evaluate,
-    Judge,
-    Rationalize,
+    Model,
+    Problems,
+    RejectionSample,
     Server,
     Sft,
+    TrainClassifier,
+    TrainJudge,
 )
-from stepwiser_jax.config_parts import Config, Model, Problems
-from stepwiser_jax.record_files import read_records
-from stepwiser_jax.records import (
-    ClassifierExample,
-    JudgeExample,
-    PrefixValue,
-    Trajectory,
-    UserError,
-)
-from stepwiser_jax.runtime.loading import check_model_exists, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.stages.sft import load_examples
-from stepwiser_jax.text.contamination import held_out_questions
-from stepwiser_jax.text.datasets import (
+from stepwiser_jax.data.datasets import (
     load_benchmark,
     load_classifier_examples,
     load_judge_examples,
 )
+from stepwiser_jax.data.held_out import held_out_questions
+from stepwiser_jax.data.problems import read_problems
+from stepwiser_jax.distributed.loading import check_model_exists, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 RECORDS_OF = {
@@ -49,8 +46,8 @@ RECORDS_OF = {
 
 def reads_solutions(config: Config) -> bool:
     """Whether its examples are whole solutions, not chunks."""
-    of_solutions = isinstance(config, Rationalize) and config.of_solutions
-    return of_solutions or isinstance(config, Classifier)
+    of_solutions = isinstance(config, RejectionSample) and config.of_solutions
+    return of_solutions or isinstance(config, TrainClassifier)
 
 
 def names_awaited(value: Any, awaited: Collection[str]) -> bool:
@@ -85,7 +82,9 @@ def check_inputs(
             if name == "examples" and reads_solutions(config):
                 wanted = ClassifierExample
             read_records(value, wanted)
-        elif name == "examples" and isinstance(config, Judge | Rationalize | Classifier):
+        elif name == "examples" and isinstance(
+            config, TrainJudge | RejectionSample | TrainClassifier
+        ):
             load = load_classifier_examples if reads_solutions(config) else load_judge_examples
             load(value, on_malformed=config.on_malformed)
         elif name == "items" and isinstance(config, Evaluate | Classify):

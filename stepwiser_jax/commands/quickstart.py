@@ -18,17 +18,15 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from stepwiser_jax.algo.labels import label_chunks
-from stepwiser_jax.algo.statistics import balanced_accuracy, bootstrap_interval
 from stepwiser_jax.commands.results import judgment_text
-from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.config_parts import LabelRule
-from stepwiser_jax.record_files import atomic_write, read_records
+from stepwiser_jax.config import STAGE_CONFIGS, LabelRule, validate
+from stepwiser_jax.data.problems import load_items
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
+from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one, in_words
+from stepwiser_jax.record_io import atomic_write, read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
-from stepwiser_jax.runtime.judging import a_right_and_a_wrong_one, in_words
-from stepwiser_jax.runtime.loading import load_tokenizer_of
-from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.settings import validate
+from stepwiser_jax.rl.labels import label_chunks
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -123,7 +121,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
     }
     return [
         ("cold_start", "sft", fine_tuning("arithmetic-judge", 16000, seed, 2200)),
-        ("judge", "judge", judge),
+        ("judge", "train-judge", judge),
     ]
 
 

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.commands.dry_run import check_inputs
-from stepwiser_jax.config_parts import Config, Mesh
-from stepwiser_jax.records import UserError
-from stepwiser_jax.settings import RUNS, load_config, read_settings
+from stepwiser_jax.config import RUNS, Config, Mesh, load_config, read_settings
+from stepwiser_jax.errors import UserError
 
-TRAINING = ("sft", "judge", "classifier")
+TRAINING = ("sft", "train-judge", "train-classifier")
 READS = {
     "model.path": TRAINING,
     "policy.path": ("sft",),
     "teacher.path": TRAINING,
-    "judge.path": ("sft", "judge"),
-    "classifier.path": ("classifier",),
+    "judge.path": ("sft", "train-judge"),
+    "classifier.path": ("train-classifier",),
     "tokenizer": TRAINING,
-    "data.source": ("segment", "select", "rationalize"),
+    "data.source": ("chunk-solutions", "select-responses", "rejection-sample"),
     "problems.source": ("rollout",),
     "problems.exclude": ("rollout",),
     "exclude": ("rollout",),

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",

@@ -24,12 +24,12 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from stepwiser_jax.checksums import write_checksums
+from stepwiser_jax.data.hub import local_directory
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention import XLA, Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
-from stepwiser_jax.text.hub import local_directory
 from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]

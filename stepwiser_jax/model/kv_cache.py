@@ -59,7 +59,7 @@ class SharedPrefix:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RingCache:
+class SuffixCache:
     """Keys (B, K, H, C) and values (B, K, C, H) of the last C decode steps of all rows.
 
     Every step writes one slot, `slot`, for all rows together: in place, whereas writes at a place
@@ -72,7 +72,7 @@ class RingCache:
     length_B: jax.Array
 
     @classmethod
-    def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> RingCache:
+    def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> SuffixCache:
         cache = KVCache.create(config, rows, slots, dtype)
         return cls(cache.keys, cache.values, jnp.int32(0), cache.length_B)
 
@@ -94,10 +94,10 @@ class RingCache:
 
     def step(
         self, keys: Sequence[jax.Array], values: Sequence[jax.Array], counts_B: jax.Array
-    ) -> RingCache:
+    ) -> SuffixCache:
         """After a step was written in all layers; it counts for rows where `counts_B` is 1."""
         slot = (self.slot + 1) % self.values[0].shape[2]
-        return RingCache(tuple(keys), tuple(values), slot, self.length_B + counts_B)
+        return SuffixCache(tuple(keys), tuple(values), slot, self.length_B + counts_B)
 
 
 def write(cache: jax.Array, new: jax.Array, start_B: jax.Array, slot_axis: int) -> jax.Array:

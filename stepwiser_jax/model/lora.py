@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepwiser_jax.products import linear
+from stepwiser_jax.model.linear import linear
 
 
 class Adapter(nnx.Module):

@@ -2,7 +2,7 @@
 
 Modules are `flax.nnx` objects used as immutable pytrees under plain `jax.jit` and `jax.grad`.
 Weights are stored as Hugging Face stores them, (out, in). Each parameter states its shape, its
-logical axes and its initialiser in one line; `runtime/mesh.py` maps the axes to a device mesh.
+logical axes and its initialiser in one line; `distributed/mesh.py` maps the axes to a device mesh.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from stepwiser_jax.model.attention import (
     shared_prefix_attention,
 )
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.kv_cache import KVCache, RingCache, SharedPrefix, write
+from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache, write
+from stepwiser_jax.model.linear import linear, output_logits, product, quantise
 from stepwiser_jax.model.lora import Adapter, merge_layer
-from stepwiser_jax.products import linear, output_logits, product, quantise
 
 
 def _parameter(
@@ -335,8 +335,8 @@ class Transformer(nnx.Module):
         return hidden_BTD, KVCache(tuple(keys), tuple(values), start_B + num_tokens_B)
 
     def extend_shared(
-        self, token_B: jax.Array, running_B: jax.Array, prefix: SharedPrefix, own: RingCache
-    ) -> tuple[jax.Array, RingCache]:
+        self, token_B: jax.Array, running_B: jax.Array, prefix: SharedPrefix, own: SuffixCache
+    ) -> tuple[jax.Array, SuffixCache]:
         """One more token for each row, after its shared prefix and what it has fed since; it
         counts for rows that are running. Returns (hidden_BD, own). Of a model `for_decoding`."""
         position_B = prefix.length_B + own.length_B

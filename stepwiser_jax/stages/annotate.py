@@ -22,18 +22,19 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.adaptive import LabelTable
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.record_files import read_records
-from stepwiser_jax.records import PrefixValue, Problem, Trajectory, UserError
-from stepwiser_jax.runtime.engine import SHARED_BY, Engine, Fork, Trunk
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.loading import load_for_decoding
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
-from stepwiser_jax.text.datasets import shuffled
+from stepwiser_jax.data.datasets import shuffled
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import SHARED_BY, Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.records import PrefixValue, Problem, Trajectory
+from stepwiser_jax.rl.adaptive import LabelTable
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -195,7 +196,7 @@ def check_trajectories(
 
 
 @dataclass(frozen=True)
-class Prefix:
+class ChunkPrefix:
     """The first `num_chunks` chunks of a trajectory, a fork point into its cache."""
 
     trajectory: Trajectory
@@ -217,13 +218,13 @@ class Prefix:
         return f"annotate/{of}/{self.num_chunks}"
 
 
-def prefixes_to_sample(trajectories: Sequence[Trajectory]) -> list[Prefix]:
-    """Every distinct prefix that can be continued, trajectory by trajectory, shortest first. Prefix
-    J is whole and is not among them."""
+def prefixes_to_sample(trajectories: Sequence[Trajectory]) -> list[ChunkPrefix]:
+    """Every distinct prefix that can be continued, trajectory by trajectory, shortest first.
+    Prefix J is whole and is not among them."""
     distinct = {}
     for source, trajectory in enumerate(trajectories):
         for num_chunks in range(len(trajectory.chunk_ends)):
-            prefix = Prefix(trajectory, source, num_chunks)
+            prefix = ChunkPrefix(trajectory, source, num_chunks)
             distinct.setdefault(prefix.sampling_id, prefix)
     return list(distinct.values())
 
@@ -245,27 +246,27 @@ class Counts:
         self.num_rollouts, self.adaptive = num_rollouts, adaptive
         self.right: Counter[str] = Counter()
         self.sampled: Counter[str] = Counter()
-        self.pairs_at: dict[str, list[tuple[Prefix, Prefix]]] = defaultdict(list)
+        self.pairs_at: dict[str, list[tuple[ChunkPrefix, ChunkPrefix]]] = defaultdict(list)
         for source, trajectory in enumerate(trajectories):
             chunks = range(len(trajectory.chunk_ends) + 1)
-            prefixes = [Prefix(trajectory, source, num_chunks) for num_chunks in chunks]
+            prefixes = [ChunkPrefix(trajectory, source, num_chunks) for num_chunks in chunks]
             for before, behind in pairwise(prefixes):
                 for prefix in (before, behind):
                     self.pairs_at[prefix.sampling_id].append((before, behind))
         if adaptive is not None:
             self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.parameters)
 
-    def add(self, prefix: Prefix, is_right: bool) -> None:
+    def add(self, prefix: ChunkPrefix, is_right: bool) -> None:
         self.right[prefix.sampling_id] += is_right
         self.sampled[prefix.sampling_id] += 1
 
-    def of(self, prefix: Prefix) -> tuple[int, int]:
+    def of(self, prefix: ChunkPrefix) -> tuple[int, int]:
         """(right, sampled); the whole trajectory's value is its outcome, Q_J = r*."""
         if prefix.num_chunks == len(prefix.trajectory.chunk_ends):
             return self.num_rollouts * prefix.trajectory.is_correct, self.num_rollouts
         return self.right[prefix.sampling_id], self.sampled[prefix.sampling_id]
 
-    def needs_more(self, prefix: Prefix) -> bool:
+    def needs_more(self, prefix: ChunkPrefix) -> bool:
         """Whether the label of a chunk that ends or begins at this prefix is not known yet."""
         if self.adaptive is None or not self.sampled[prefix.sampling_id]:
             return True
@@ -288,9 +289,9 @@ def estimate_prefix_values(
 ) -> list[PrefixValue]:
     """Q of every prefix 0..J of every trajectory, as raw counts (StepWiser 3.2).
 
-    Prefix and continuation together may be as long as a whole solution, `params.max_new_tokens`.
-    Answers are checked while the device goes on with other rows. With `adaptive`, prefixes take
-    turns, and one whose labels are known is sampled no more.
+    A prefix and its continuation together may be as long as a whole solution,
+    `params.max_new_tokens`. Answers are checked while the device goes on with other rows. With
+    `adaptive`, prefixes take turns, and one whose labels are known is sampled no more.
     """
     counts = Counts(trajectories, num_rollouts, adaptive)
     trunks, prefix_of = [], {}
@@ -299,11 +300,11 @@ def estimate_prefix_values(
         for m, prefix in product(range(num_rollouts), list(group)):
             row_id = f"{prefix.sampling_id}/r{m}"
             room = params.max_new_tokens - prefix.num_completion_tokens
-            forks.append(Fork(row_id, prefix.num_tokens, room))
+            forks.append(SampleRequest(row_id, prefix.num_tokens, room))
             prefix_of[row_id] = prefix
-        trunks.append(Trunk([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
+        trunks.append(Prefix([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
 
-    def is_wanted(fork: Fork) -> bool:
+    def is_wanted(fork: SampleRequest) -> bool:
         return counts.needs_more(prefix_of[fork.row_id])
 
     rows_per_trunk = SHARED_BY if adaptive is None else ADAPTIVE_ROWS
@@ -322,13 +323,13 @@ def estimate_prefix_values(
         for prefix, right in zip(prefixes, is_correct(solutions), strict=True):
             counts.add(prefix, right)
     return [
-        prefix_value(Prefix(trajectory, source, num_chunks), counts, policy_id)
+        prefix_value(ChunkPrefix(trajectory, source, num_chunks), counts, policy_id)
         for source, trajectory in enumerate(trajectories)
         for num_chunks in range(len(trajectory.chunk_ends) + 1)
     ]
 
 
-def prefix_value(prefix: Prefix, counts: Counts, policy_id: str) -> PrefixValue:
+def prefix_value(prefix: ChunkPrefix, counts: Counts, policy_id: str) -> PrefixValue:
     right, sampled = counts.of(prefix)
     return PrefixValue(
         trajectory_id=prefix.trajectory.trajectory_id,

@@ -21,17 +21,18 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.prmbench import score_prmbench
-from stepwiser_jax.algo.processbench import best_threshold, score_by_subset, verdicts_at
 from stepwiser_jax.config import Classify
-from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, UserError
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import Solution, judgment_of
-from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
-from stepwiser_jax.runtime.scorer import Scorer
+from stepwiser_jax.data.problems import load_items
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.prmbench import score_prmbench
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset, verdicts_at
+from stepwiser_jax.judges.classifier import Scorer
+from stepwiser_jax.judges.stepwiser import Solution, judgment_of
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 
 
 def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:

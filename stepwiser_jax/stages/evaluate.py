@@ -6,9 +6,9 @@ say of every step whether it is wrong.
 Both ways to split the items are scored: the official one (has the item an error?) and the one by
 final answer, which the paper's numbers follow. Every step is judged, not only those up to the first
 rejection, so that the steps of all items run together and per-step rates can be reported. Items of
-PRMBench have its own scores in place of these (`algo/prmbench.py`).
+PRMBench have its own scores in place of these (`evaluation/prmbench.py`).
 
-With `genprm` a path of judgments is a conversation about the item (`runtime/genprm.py`); a step is
+With `genprm` a path of judgments is a conversation about the item (`judges/genprm.py`); a step is
 wrong whose P(right), or its mean over the sampled paths, is below a threshold. A step without a
 verdict has 1/2.
 
@@ -30,31 +30,31 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from stepwiser_jax.algo.prmbench import score_prmbench
-from stepwiser_jax.algo.processbench import (
+from stepwiser_jax.config import Evaluate
+from stepwiser_jax.data.problems import load_items
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.evaluation.prmbench import score_prmbench
+from stepwiser_jax.evaluation.processbench import (
     majority_verdict,
     score_by_subset,
     solutions_by_subset,
     verdicts_at,
 )
-from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.config import Evaluate
-from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.genprm import GenPrmJudge
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import (
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.judges.genprm import GenPrmJudge
+from stepwiser_jax.judges.stepwiser import (
     ChunkJudge,
-    Opinion,
+    ChunkJudgment,
     Solution,
     a_right_and_a_wrong_one,
     judgment_of,
 )
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import load_items
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item
-from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge, Verification
+from stepwiser_jax.judges.thinkprm import ThinkPrmJudge, Verification
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
+from stepwiser_jax.rl.rewards import judge_reward
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 
 AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
 
@@ -155,7 +155,7 @@ def judge_block(
 
 
 def judgments_of(
-    item: BenchmarkItem, said: list[Opinion] | Verification, judge_id: str, suffix: str
+    item: BenchmarkItem, said: list[ChunkJudgment] | Verification, judge_id: str, suffix: str
 ) -> list[Judgment]:
     """Records of what was said of an item's steps and, if it was, of all of it."""
     if isinstance(said, Verification):

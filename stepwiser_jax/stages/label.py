@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.algo.labels import balanced
-from stepwiser_jax.config import AdaptiveRollouts, Label
-from stepwiser_jax.record_files import read_records
+from stepwiser_jax.config import AdaptiveRollouts, Label, read_run_settings
+from stepwiser_jax.data.problems import check_tokenizer
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -31,12 +32,10 @@ from stepwiser_jax.records import (
     PrefixValue,
     Problem,
     Trajectory,
-    UserError,
 )
-from stepwiser_jax.runtime.loading import load_tokenizer_of
-from stepwiser_jax.runtime.problems import check_tokenizer
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.settings import read_run_settings
+from stepwiser_jax.rl.adaptive import LabelTable
+from stepwiser_jax.rl.labels import balanced
+from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -92,7 +91,7 @@ def label_trajectories(
     config: Label, values: Sequence[PrefixValue]
 ) -> tuple[list[ChunkLabel], int]:
     """Labels of all chunks that teach something, and the number of those that do not. Of prefixes
-    that were not sampled to the end, the likeliest label (`algo/adaptive.py`)."""
+    that were not sampled to the end, the likeliest label (`rl/adaptive.py`)."""
     of_trajectory: dict[str, dict[int, PrefixValue]] = defaultdict(dict)
     for value in values:
         of_trajectory[value.trajectory_id][value.num_chunks] = value

@@ -23,22 +23,22 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.processbench import first_predicted_error, verdicts_at
-from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Refine
-from stepwiser_jax.config_parts import Engine as Shapes
-from stepwiser_jax.config_parts import Model
+from stepwiser_jax.config import Engine as Shapes
+from stepwiser_jax.config import Model, Refine
+from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.evaluation.processbench import first_predicted_error, verdicts_at
+from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.genprm import Draft, GenPrmJudge, Writer
+from stepwiser_jax.judges.genprm_form import analysis_of, rethink_prompt
+from stepwiser_jax.judges.stepwiser import Solution
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.genprm import Draft, GenPrmJudge, Writer
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judging import Solution
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -46,7 +46,6 @@ from stepwiser_jax.text.chunks import (
     chunk_texts,
     end_patterns,
 )
-from stepwiser_jax.text.genprm import analysis_of, rethink_prompt
 from stepwiser_jax.text.prompts import solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 

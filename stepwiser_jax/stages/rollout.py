@@ -17,17 +17,18 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.algo.statistics import accuracy
 from stepwiser_jax.config import Rollout
-from stepwiser_jax.records import Problem, Trajectory, UserError, natural_key
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.loading import Loaded, load_for_decoding, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.records import Problem, Trajectory, natural_key
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,

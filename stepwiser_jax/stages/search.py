@@ -3,7 +3,7 @@
     greedy, plain samples                    no judge
     majority of k                            votes of the first k samples
     best of k, weighted majority of k        the first k samples, their chunks judged
-    chunk-reset, beam search, DVTS           the judge steers the policy (`runtime.chunk_search`)
+    chunk-reset, beam search, DVTS           the judge steers the policy (`search.chunk_search`)
 
 Every sample is judged once, for all that uses it. Best of k takes the sample with the highest min,
 mean, last or product of its chunks' scores, the earliest of equals; the weighted majority sums that
@@ -45,12 +45,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.algo.selection import AGGREGATES, best, vote
-from stepwiser_jax.algo.statistics import accuracy
-from stepwiser_jax.config import Beams, Search
-from stepwiser_jax.config_parts import Sampling
+from stepwiser_jax.config import Beams, Sampling, Search
+from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.loading import load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.load import load_judge
+from stepwiser_jax.judges.stepwiser import Solution, SolutionJudge
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runtime.chunk_search import (
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.search.chunk_search import (
     Method,
     Policy,
     Tree,
@@ -59,16 +66,8 @@ from stepwiser_jax.runtime.chunk_search import (
     dvts,
     search_chunks,
 )
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.hosts import WHOLE, Shard
-from stepwiser_jax.runtime.judges import load_judge
-from stepwiser_jax.runtime.judging import Solution, SolutionJudge
-from stepwiser_jax.runtime.loading import load_for_decoding
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.problems import keep_verifiable, read_problems
-from stepwiser_jax.runtime.run import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.answers import AnswerVerifier, extract_answer
+from stepwiser_jax.search.voting import AGGREGATES, best, vote
+from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import completion_text
 

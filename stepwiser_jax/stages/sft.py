@@ -20,20 +20,21 @@ from typing import Any
 import jax
 import optax
 
-from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
 from stepwiser_jax.config import Sft, SftData
-from stepwiser_jax.record_files import KIND, read_manifest, read_records
-from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample, UserError
-from stepwiser_jax.runtime.data import TokenBatch, num_batches, sft_documents, sft_loader
-from stepwiser_jax.runtime.loading import load_for_training
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.runtime.trainer import TrainState, make_train_step
-from stepwiser_jax.runtime.training_run import TrainingRun, tell_length
+from stepwiser_jax.distributed.loading import load_for_training
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import KIND, read_manifest, read_records
+from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample
+from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunking import tagged
 from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
-from stepwiser_jax.text.segmentation import tagged
 from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.training.batches import TokenBatch, num_batches, sft_documents, sft_loader
+from stepwiser_jax.training.loop import TrainingRun, tell_length
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.training.step import TrainState, make_train_step
 
 
 def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:

@@ -38,15 +38,9 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.records import (
-    Dialogue,
-    Problem,
-    ProcessBenchItem,
-    SftExample,
-    UserError,
-    Verdict,
-)
-from stepwiser_jax.text import genprm, thinkprm
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.records import Dialogue, Problem, ProcessBenchItem, SftExample, Verdict
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
 from stepwiser_jax.text.prompts import (
     PromptStyle,
@@ -431,8 +425,8 @@ def demonstrate_turn(
     facts = _FACT.findall(analysis)
     code = "".join(f"print(({left} {op} {right}) % 10)\n" for left, op, right in facts)
     printed = "\n".join(str(compute(int(left), op, int(right))) for left, op, right in facts)
-    verification = genprm.code_and_output(code, printed) if facts else ""
-    return genprm.whole_turn(len(chunks) - 1, analysis, verification, is_right=positive)
+    verification = genprm_form.code_and_output(code, printed) if facts else ""
+    return genprm_form.whole_turn(len(chunks) - 1, analysis, verification, is_right=positive)
 
 
 def genprm_demonstrations(
@@ -440,13 +434,13 @@ def genprm_demonstrations(
 ) -> list[Dialogue]:
     """One conversation per problem, in GenPRM's form: a judgment of every chunk of an imperfect
     solution in its turn, in the instruct form with code."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm.FORMS[style]
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm_form.FORMS[style]
     say = demonstrate_judgment if style == "bare" else demonstrate_turn
     dialogues = []
     for problem in problems:
         question, chunks = problem.question, demonstrate(problem.question, teacher, rng)
         turns = [say(question, chunks[: t + 1], teacher, rng) for t in range(len(chunks))]
-        roles, texts = genprm.conversation(question, chunks, turns, form)
+        roles, texts = genprm_form.conversation(question, chunks, turns, form)
         name = f"{problem.problem_id}/dialogue"
         dialogues.append(Dialogue(name, problem.problem_id, roles, texts))
     return dialogues
@@ -458,7 +452,7 @@ def thinkprm_demonstrations(
     """One verification chain per problem, in ThinkPRM's form: a judgment of one chunk of an
     imperfect solution after another, until one is wrong; then the question, and yes where none
     was."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm_form.FORMS[style]
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
@@ -473,7 +467,7 @@ def thinkprm_demonstrations(
             SftExample(
                 example_id=f"{problem.problem_id}/verification",
                 problem_id=problem.problem_id,
-                prompt=thinkprm.verify_prompt(problem.question, chunks, style),
+                prompt=thinkprm_form.verify_prompt(problem.question, chunks, style),
                 completion=form.whole(chain, is_correct),
             )
         )

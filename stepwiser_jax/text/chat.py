@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 
 Argument = bool | int | float | str
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 CHUNK_OPEN = "<chunk>"

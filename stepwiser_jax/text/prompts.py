@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
 
-from stepwiser_jax.records import UserError, Verdict
-from stepwiser_jax.text.answers import last_box
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.records import Verdict
+from stepwiser_jax.tasks.mathematics import last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.tokenizer import Tokenizer
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
 from stepwiser_jax.text.tokenizer import (
     check_ids,

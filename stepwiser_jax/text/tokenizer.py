@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.data.hub import local_directory
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
-from stepwiser_jax.text.hub import local_directory
 
 FILES = ("*.json", "*.jinja", "*.model")
 """The files of a hub id that a tokenizer needs."""

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from draws import assert_drawn
 
-from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.hf import load_hf
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.rl.logprobs import token_logprobs
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import load_tokenizer

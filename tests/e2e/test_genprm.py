@@ -6,7 +6,8 @@ import random
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_files import RecordWriter, read_records, write_records
+from stepwiser_jax.judges.genprm_form import BARE
+from stepwiser_jax.record_io import RecordWriter, read_records, write_records
 from stepwiser_jax.records import (
     ClassifierExample,
     Dialogue,
@@ -15,14 +16,13 @@ from stepwiser_jax.records import (
     Rationale,
     SearchResult,
 )
-from stepwiser_jax.text.genprm import BARE
 
 from .conftest import CONFIGS
 
 STAGES = {
     "genprm_cold_start": "sft",
     "genprm": "sft",
-    "genprm_rationales": "rationalize",
+    "genprm_rationales": "rejection-sample",
     "genprm_evaluate": "evaluate",
     "genprm_refine": "refine",
 }

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_files import read_records, write_records
+from stepwiser_jax.record_io import read_records, write_records
 from stepwiser_jax.records import (
     JudgeExample,
     Judgment,
@@ -133,7 +133,7 @@ def test_a_process_that_waits_in_vain_says_so(process):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     script = (
-        "from stepwiser_jax.runtime import hosts; hosts.CONNECT_SECONDS = 2; "
+        "from stepwiser_jax.distributed import hosts; hosts.CONNECT_SECONDS = 2; "
         f"hosts.connect('{address}', 2, {process})"
     )
     words = [sys.executable, "-c", script]
@@ -212,7 +212,7 @@ COUNTING = """
 import sys
 from jax.experimental import multihost_utils
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.training.loop import TrainingRun
 
 gather, fit, gathers = multihost_utils.process_allgather, TrainingRun.fit, []
 
@@ -244,8 +244,8 @@ def test_the_loop_of_two_processes_gathers_nothing_on_their_hosts(tmp_path):
 ASKED = """
 import sys
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.runtime import hosts
-from stepwiser_jax.runtime.run import stop
+from stepwiser_jax.distributed import hosts
+from stepwiser_jax.runs.directory import stop
 
 hosts.BEAT_SECONDS = 0.05
 stop.requested = sys.argv[-1] == "1"  # of the second process
@@ -263,7 +263,13 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
     settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_refills=0", "iterations=1")
     settings += ("grpo.drop_zero_variance=false",)
     run = tmp_path / "run"
-    arguments = ["judge", "--config", str(CONFIGS / "smoke_judge.yaml"), "--run-dir", str(run)]
+    arguments = [
+        "train-judge",
+        "--config",
+        str(CONFIGS / "smoke_judge.yaml"),
+        "--run-dir",
+        str(run),
+    ]
     arguments += [word for setting in settings for word in ("--set", setting)]
     for process in start(arguments, processes=2, program=("-c", ASKED)):
         _, errors = process.communicate(timeout=300)

@@ -13,8 +13,9 @@ import pytest
 
 from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.model.hf import load_hf
-from stepwiser_jax.record_files import RecordWriter, read_records
+from stepwiser_jax.record_io import RecordWriter, read_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -29,10 +30,9 @@ from stepwiser_jax.records import (
     Trajectory,
     Verdict,
 )
-from stepwiser_jax.runtime import run as run_module
-from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.training_run import TrainingRun
+from stepwiser_jax.runs import directory as run_module
+from stepwiser_jax.training.checkpoint import Checkpointer
+from stepwiser_jax.training.loop import TrainingRun
 from tiny import logged
 
 from .conftest import CONFIGS, INPUTS, STAGE_OF, THINKPRM, command
@@ -153,7 +153,7 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
 
 
 def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
-    assert main(["contrast", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
+    assert main(["compare-judges", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
     judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]
     classifier = json.loads((runs / "classify" / "summary.json").read_text())
@@ -203,7 +203,7 @@ def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
     capsys.readouterr()
     arguments = command("classify", runs, out=tmp_path / "other", extra=(f"items={source}",))
     assert_fails(capsys, arguments, "is for ProcessBench", tmp_path / "other")
-    assert main(["contrast", str(tmp_path / "evaluate"), str(tmp_path / "classify")]) == 2
+    assert main(["compare-judges", str(tmp_path / "evaluate"), str(tmp_path / "classify")]) == 2
     assert "found those of PRMBench" in capsys.readouterr().err
 
 

@@ -69,7 +69,7 @@ def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys, f
     with teacher(model) as url:
         for step in ordered(read_recipe(str(configs / RECIPE))):
             tree = small(yaml.safe_load(step.file.read_text()))
-            if step.stage == "segment":
+            if step.stage == "chunk-solutions":
                 tree["server"]["url"] = url
             elif step.stage != "label":
                 tree["compilation_cache"] = str(tmp_path / "compiled")

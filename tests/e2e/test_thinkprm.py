@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stepwiser_jax.record_files import read_records
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ClassifierExample, Judgment, Rationale, SftExample
 
 pytestmark = pytest.mark.slow

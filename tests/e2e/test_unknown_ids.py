@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.record_files import read_records
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, SearchResult, Trajectory
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.sampling import SamplingParams
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import logged, with_unknown_ids
 

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.config import Judge, Sft
-from stepwiser_jax.record_files import write_records
+from stepwiser_jax.config import Sft, TrainJudge
+from stepwiser_jax.distributed.loading import load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.record_io import write_records
 from stepwiser_jax.records import JudgeExample, SftExample
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_for_decoding
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.stages import judge, sft
+from stepwiser_jax.rl.rewards import judge_reward
+from stepwiser_jax.stages import sft, train_judge
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import bare_judge_prompt, encode_judge_prompt, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
@@ -87,7 +87,7 @@ def start(tmp_path_factory):
 
 
 def train(start, run_dir):
-    config = Judge.model_validate(
+    config = TrainJudge.model_validate(
         {
             "model": {"path": str(start / "start")},
             "examples": str(start / "examples.jsonl"),
@@ -102,7 +102,7 @@ def train(start, run_dir):
             "training": optimizer(2e-4),
         }
     )
-    judge.run(config, run_dir)
+    train_judge.run(config, run_dir)
 
 
 def held_out_reward(run_dir):
@@ -131,8 +131,8 @@ def test_grpo_raises_the_held_out_reward(start, tmp_path, monkeypatch):
     train(start, tmp_path / "judge")
     after = held_out_reward(tmp_path / "judge")
     with monkeypatch.context() as patch:
-        right = judge.group_advantages
-        patch.setattr(judge, "group_advantages", lambda *a, **k: -right(*a, **k))
+        right = train_judge.group_advantages
+        patch.setattr(train_judge, "group_advantages", lambda *a, **k: -right(*a, **k))
         train(start, tmp_path / "turned")
     turned = held_out_reward(tmp_path / "turned")
     assert after > before + 0.2, f"{before} before, {after} after"

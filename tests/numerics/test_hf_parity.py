@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra 'numerics'")
 transformers = pytest.importorskip("transformers")
 
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
 
 COMMON = {
     "vocab_size": 96,

@@ -9,10 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from stepwiser_jax.data.datasets import load_problems
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.hf import load_hf
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.text.datasets import load_problems
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import load_tokenizer
 

@@ -14,8 +14,8 @@ import jax
 from flax import nnx
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.runtime.loading import fresh, sharding_of
-from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.distributed.loading import fresh, sharding_of
+from stepwiser_jax.distributed.mesh import make_mesh
 
 def anonymous():
     status = open("/proc/self/status").read()

@@ -13,27 +13,15 @@ import pytest
 from draws import assert_drawn
 from flax import nnx
 
-from stepwiser_jax.algo.logprobs import token_logprobs
-from stepwiser_jax.algo.sampling import Draw
-from stepwiser_jax.model import attention
-from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
-from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.model.lora import with_adapters
-from stepwiser_jax.model.splash import splash_attention, splash_mask
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime import engine as engine_module
-from stepwiser_jax.runtime.bits import fingerprint
-from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.data import Group, rollout_batch
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import (
+from stepwiser_jax.config import load_config
+from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.loading import (
     cast_model,
     sharded_adapters,
     sharding_of,
     shardings_of,
 )
-from stepwiser_jax.runtime.mesh import (
+from stepwiser_jax.distributed.mesh import (
     attention_on,
     make_mesh,
     make_sampling_mesh,
@@ -42,15 +30,27 @@ from stepwiser_jax.runtime.mesh import (
     slice_of,
     split_attention,
 )
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.runtime.trainer import accumulate, create_train_state, make_optimizer
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference import engine as engine_module
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.model import attention
+from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
+from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
+from stepwiser_jax.model.hf import load_hf, save_hf
+from stepwiser_jax.model.lora import with_adapters
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.logprobs import token_logprobs
+from stepwiser_jax.stages import train_judge
+from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.checkpoint import Checkpointer
+from stepwiser_jax.training.step import accumulate, create_train_state, make_optimizer
 from tiny import tiny_config, with_unknown_ids
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-CONFIG = load_config("judge", Path(__file__).parents[2] / "configs" / "smoke_judge.yaml")
+CONFIG = load_config("train-judge", Path(__file__).parents[2] / "configs" / "smoke_judge.yaml")
 OPTIMIZER = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
 
 
@@ -95,9 +95,9 @@ def gradients_of(model, mesh, micro_batches=1):
     compute = jax.jit(
         functools.partial(
             accumulate,
-            functools.partial(judge.judge_loss, config=CONFIG),
+            functools.partial(train_judge.judge_loss, config=CONFIG),
             micro_batches=micro_batches,
-            denominator_fn=functools.partial(judge.judge_denominators, config=CONFIG),
+            denominator_fn=functools.partial(train_judge.judge_denominators, config=CONFIG),
         )
     )
     with jax.set_mesh(mesh):
@@ -205,7 +205,7 @@ def axes_of(array):
 def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, sizes):
     mesh, state = train_state(checkpoint, sizes)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER, state)
+    train_step = train_judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER, state)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, _ = train_step(state, shard_batch(batch(), mesh))
@@ -318,7 +318,7 @@ def test_ids_without_a_token_are_left_out_on_every_mesh(checkpoint):
 
 def test_noise_is_identical_on_every_mesh():
     """To the bit: it is a function of key, row and position."""
-    draw = Draw.create(jax.random.key(7), 1.0, 0, 1.0)
+    draw = TokenSampler.create(jax.random.key(7), 1.0, 0, 1.0)
     rows, positions = np.arange(64, dtype=np.uint32) * 977, np.arange(64, dtype=np.int32)
     expected_B = np.asarray(jax.jit(draw._uniform)(rows, positions))
     assert len(set(expected_B.tolist())) == 64

@@ -15,16 +15,16 @@ from tiny import tiny_config
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.commands.plan import make_plan
-from stepwiser_jax.commands.programs import for_decoding, lower_update
-from stepwiser_jax.config import Annotate, Judge
+from stepwiser_jax.commands.plan.command import make_plan
+from stepwiser_jax.commands.plan.hlo_cost import Collective, program_cost
+from stepwiser_jax.commands.plan.programs import for_decoding, lower_update
+from stepwiser_jax.commands.plan.tpu import abstract_model, abstract_rows, tpu_topology
+from stepwiser_jax.config import Annotate, TrainJudge
+from stepwiser_jax.distributed.loading import attention_of
+from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.aot import abstract_model, abstract_rows, tpu_topology
-from stepwiser_jax.runtime.data import Group, rollout_batch
-from stepwiser_jax.runtime.hlo_cost import Collective, program_cost
-from stepwiser_jax.runtime.loading import attention_of
-from stepwiser_jax.runtime.mesh import make_mesh, slice_of
+from stepwiser_jax.training.batches import Group, rollout_batch
 from tpu_step import JUDGE
 
 LENGTH = 1000
@@ -44,7 +44,7 @@ def compiled(attention_for, *, head_dim, sizes, rows):
     group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
     batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
     model = abstract_model(config, mesh, attention_for(config, mesh, "bfloat16"))
-    return lower_update(Judge.model_validate(JUDGE), model, batch, mesh).compile()
+    return lower_update(TrainJudge.model_validate(JUDGE), model, batch, mesh).compile()
 
 
 def with_two_axes_of_positions(text: str) -> set[str]:
@@ -149,7 +149,7 @@ def planned(tmp_path, layers, capsys, **changes):
     config = tmp_path / "judge.yaml"
     settings = {"path": str(tmp_path), "compute_dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(PLANNED | {"model": settings} | changes))
-    command = ["plan", "judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
+    command = ["plan", "train-judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
     status = main(command)
     printed = capsys.readouterr()
     assert status in (0, 1), printed.err

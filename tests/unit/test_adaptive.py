@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from stepwiser_jax.algo.adaptive import LabelTable, final_counts
-from stepwiser_jax.algo.labels import label_chunks
 from stepwiser_jax.config import Label
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.rl.adaptive import LabelTable, final_counts
+from stepwiser_jax.rl.labels import label_chunks
 from stepwiser_jax.stages.label import check_rule
 
 RULES = {

@@ -11,9 +11,11 @@ from collections import Counter
 
 import pytest
 
-from stepwiser_jax.records import UserError
-from stepwiser_jax.text import answers, genprm, segmentation, thinkprm
-from stepwiser_jax.text.answers import AnswerVerifier, compare_plainly, extract_answer
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.tasks import mathematics
+from stepwiser_jax.tasks.mathematics import AnswerVerifier, compare_plainly, extract_answer
+from stepwiser_jax.text import chunking
 from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
 
 HALF = ("\\frac{2}{4}", "\\frac12")
@@ -64,7 +66,7 @@ def test_the_last_box_against_counting():
     rng, found = random.Random(0), Counter()
     for _ in range(2000):
         text = "".join(rng.choices(["\\boxed{", "{", "}", "x", " "], k=rng.randrange(12)))
-        assert answers.last_box(text) == last_box_by_counting(text), text
+        assert mathematics.last_box(text) == last_box_by_counting(text), text
         found[last_box_by_counting(text) is None, "\\boxed" in text] += 1
     assert found[True, True] > 200 and found[False, True] > 200
 
@@ -80,23 +82,23 @@ def cpu_seconds(function, text):
 
 
 def of_chain(text):
-    chain = thinkprm.cut_chain(text, thinkprm.FORMS["instruct"], 10**6)
-    thinkprm.verdicts_of([chain], thinkprm.FORMS["instruct"], len(chain) // 10)
-    thinkprm.cleaned(chain, thinkprm.FORMS["instruct"])
+    chain = thinkprm_form.cut_chain(text, thinkprm_form.FORMS["instruct"], 10**6)
+    thinkprm_form.verdicts_of([chain], thinkprm_form.FORMS["instruct"], len(chain) // 10)
+    thinkprm_form.cleaned(chain, thinkprm_form.FORMS["instruct"])
 
 
 def of_critique(text):
-    genprm.parse_critique(text, 3)
-    genprm.parse_turns(text, genprm.INSTRUCT, 3)
-    genprm.code_to_run(text)
-    genprm.split_outputs(text)
+    genprm_form.parse_critique(text, 3)
+    genprm_form.parse_turns(text, genprm_form.INSTRUCT, 3)
+    genprm_form.code_to_run(text)
+    genprm_form.split_outputs(text)
 
 
 def of_segments(text):
-    segmentation.read_segmentation(text, text)
-    segmentation.read_segmentation(segmentation.tagged(text.split()), text)
+    chunking.read_segmentation(text, text)
+    chunking.read_segmentation(chunking.tagged(text.split()), text)
     for splitter in ("blank_lines", "steps", "sentences"):
-        segmentation.split_solution(text, splitter)
+        chunking.split_solution(text, splitter)
 
 
 READERS = [extract_answer, parse_verdict, is_bare_verdict, of_chain, of_critique, of_segments]
@@ -135,7 +137,7 @@ def test_numbers_of_any_length_are_read():
     of_chain(f"Step {digits}: \\boxed{{correct}}")
     of_critique(f"### Paragraph {digits}\n<analyze>a</analyze>\\boxed{{{digits}}}")
     one = f"### Paragraph 1\n<analyze>a</analyze>\\boxed{{{digits}}}"
-    assert genprm.parse_critique(one, 1) is None
+    assert genprm_form.parse_critique(one, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_numbers_of_any_length_are_read():
     ],
 )
 def test_is_equivalent(answer, reference, equal):
-    assert answers.is_equivalent(answer, reference) is equal
+    assert mathematics.is_equivalent(answer, reference) is equal
 
 
 # --- what can be verified -------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_what_kills_two_workers_or_raises_is_a_failure_of_its_own():
 
 
 def test_a_worker_is_replaced_when_it_is_used_up(monkeypatch):
-    monkeypatch.setattr(answers, "QUESTIONS_PER_WORKER", 2)
+    monkeypatch.setattr(mathematics, "QUESTIONS_PER_WORKER", 2)
     with AnswerVerifier(workers=1) as verifier:
         verifier._ask(bool, [(1,)])
         first = verifier._workers[0].process
@@ -299,8 +301,8 @@ def sleeps(pipe):
 )
 def test_workers_that_cannot_start_are_no_wrong_answers(monkeypatch, serve, seconds, reason):
     """`int` raises on what it is given, as a module does that cannot be imported."""
-    monkeypatch.setattr(answers, "_serve", serve)
-    monkeypatch.setattr(answers, "START_SECONDS", seconds)
+    monkeypatch.setattr(mathematics, "_serve", serve)
+    monkeypatch.setattr(mathematics, "START_SECONDS", seconds)
     with AnswerVerifier(workers=2) as verifier:
         with pytest.raises(UserError, match=rf"could not be started.*{reason}.*__main__"):
             verifier.verify([HALF])
@@ -310,7 +312,7 @@ def test_workers_that_cannot_start_are_no_wrong_answers(monkeypatch, serve, seco
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from stepwiser_jax.text.answers import AnswerVerifier\n"
+        "from stepwiser_jax.tasks.mathematics import AnswerVerifier\n"
         "with AnswerVerifier(workers=2) as verifier:\n"
         f"    print(verifier.verify([{HALF!r}]))\n"
     )
@@ -320,6 +322,6 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
 
 
 def test_workers_import_no_jax():
-    code = "import stepwiser_jax.text.math_warm_up, sys; print('jax' in sys.modules)"
+    code = "import stepwiser_jax.tasks.math_warm_up, sys; print('jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import UserError, Verdict
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges import genprm_form
+from stepwiser_jax.judges.thinkprm_form import FORMS, cleaned, step_verdicts
+from stepwiser_jax.records import Verdict
 from stepwiser_jax.tasks import arithmetic as task
-from stepwiser_jax.text import genprm
 from stepwiser_jax.text.prompts import parse_verdict
-from stepwiser_jax.text.thinkprm import FORMS, cleaned, step_verdicts
 
 PROBLEMS = task.generate_problems(300, 0, "train")
 
@@ -204,7 +205,7 @@ def turns_of(dialogue):
 
 @pytest.mark.parametrize("style", ["bare", "instruct"])
 def test_conversation_demonstrations_are_what_a_judge_writes(style):
-    form, verdicts = genprm.FORMS[style], Counter()
+    form, verdicts = genprm_form.FORMS[style], Counter()
     dialogues = task.genprm_demonstrations(PROBLEMS, 0, style)
     assert [d.problem_id for d in dialogues] == [p.problem_id for p in PROBLEMS]
     for dialogue, problem in zip(dialogues, PROBLEMS, strict=True):
@@ -213,13 +214,13 @@ def test_conversation_demonstrations_are_what_a_judge_writes(style):
         assert asked[0].startswith(problem.question) and "boxed" in asked[-1]
         turns = ["".join(text for _, text in turn) for turn in parts]
         for t, (turn, part) in enumerate(zip(turns, parts, strict=True)):
-            assert genprm.split_outputs(turn) == part
+            assert genprm_form.split_outputs(turn) == part
             assert turn.startswith(form.opening.format(number=t + 1))
             written = turn[: turn.index(form.stop) + len(form.stop)]
             word = turn.removeprefix(written + form.to_verdict(written))
             assert word in (form.verdict(True), form.verdict(False))
             verdicts[word] += 1
-        critique = genprm.parse_turns(genprm.join_turns(turns), form, len(turns))
+        critique = genprm_form.parse_turns(genprm_form.join_turns(turns), form, len(turns))
         assert critique is not None
         assert critique.turns == tuple(turns[: len(critique.turns)])
     assert min(verdicts.values()) > sum(verdicts.values()) / 10
@@ -231,21 +232,21 @@ def test_code_in_demonstrations_prints_what_follows_it_and_decides(capsys):
     for dialogue in task.genprm_demonstrations(PROBLEMS, 0, "instruct"):
         for turn in turns_of(dialogue)[0]:
             said = turn[0][1]
-            code = genprm.code_to_run(said)
+            code = genprm_form.code_to_run(said)
             if code is None:
                 without_code += 1
                 assert [role for role, _ in turn] == ["assistant"] and "[Code" not in said
                 continue
             assert [role for role, _ in turn] == ["assistant", "output", "assistant"]
-            assert said.endswith(genprm.CODE_OUTPUT)
+            assert said.endswith(genprm_form.CODE_OUTPUT)
             exec(code, {})
             printed = capsys.readouterr().out.strip()
-            assert turn[1][1] == genprm.output_text(printed)
-            analysis = genprm.analysis_of(said, "instruct")
+            assert turn[1][1] == genprm_form.output_text(printed)
+            analysis = genprm_form.analysis_of(said, "instruct")
             lines = re.findall(r"= (\d) (\S) (?:same|diff)", analysis)
             if "?" not in analysis:
                 believed, claimed = ([line[i] for line in lines] for i in (0, 1))
-                is_right = genprm.INSTRUCT.verdict(True) in turn[2][1]
+                is_right = genprm_form.INSTRUCT.verdict(True) in turn[2][1]
                 exact = printed.split("\n")
                 agreeing[believed == exact].append(is_right == (claimed == exact))
     assert without_code and len(agreeing[False]) > 20

@@ -71,7 +71,7 @@ def test_sizes_are_those_of_smollm2(common):
 
 
 def test_floor_where_products_decide(common):
-    """Trunk of 10 tokens, two rows of 3 tokens from it and one of 3 from its first 6."""
+    """Prefix of 10 tokens, two rows of 3 tokens from it and one of 3 from its first 6."""
     sizes = common.Sizes.of(TINY)
     trunk = (10, [(10, 3), (10, 3), (6, 3)])
     reading = 10 * (2 * 288 + 2 * 2 * 4 * 10)
@@ -242,10 +242,9 @@ def test_random_completions_are_the_same_everywhere(common, train_step):
 
 
 def test_the_judge_of_train_step_is_a_valid_one(train_step):
-    from stepwiser_jax.config import Judge
-    from stepwiser_jax.settings import validate
+    from stepwiser_jax.config import TrainJudge, validate
 
-    config = validate(Judge, train_step.settings("model"), "the benchmark")
+    config = validate(TrainJudge, train_step.settings("model"), "the benchmark")
     assert (config.group_size, config.training.micro_batches) == (8, 4)
 
 

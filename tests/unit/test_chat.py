@@ -9,15 +9,15 @@ import pytest
 import yaml
 from stand_ins import write_model, write_tokenizer
 
-from stepwiser_jax.config import Label
-from stepwiser_jax.config_parts import Model
-from stepwiser_jax.record_files import write_manifest
-from stepwiser_jax.records import Dialogue, SftExample, UserError
-from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.settings import load_config, validate
+from stepwiser_jax.config import Label, Model, load_config, validate
+from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.record_io import write_manifest
+from stepwiser_jax.records import Dialogue, SftExample
 from stepwiser_jax.stages.sft import render, spells_control
-from stepwiser_jax.text import chat, genprm, thinkprm
+from stepwiser_jax.text import chat
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
     encode_dialogue,
@@ -179,7 +179,9 @@ def test_every_qwen3_config_switches_thinking_off(pytestconfig):
             if isinstance(value, dict):
                 yield from models(value)
         # With its tokenizer `segment` reads texts, and prompts nobody.
-        named = tree.get("path", "" if tree.get("stage") == "segment" else tree.get("tokenizer"))
+        named = tree.get(
+            "path", "" if tree.get("stage") == "chunk-solutions" else tree.get("tokenizer")
+        )
         if "Qwen3" in str(named):
             yield tree
 
@@ -230,7 +232,7 @@ def test_a_template_may_keep_empty_thoughts(directory_of):
 
 def test_an_answer_that_brings_its_thought_has_no_other(qwen3):
     tokenizer = load_tokenizer(qwen3, {"enable_thinking": False})
-    opening = thinkprm.FORMS["instruct"].opening
+    opening = thinkprm_form.FORMS["instruct"].opening
     verified = encode_message(tokenizer, "How?", "instruct", answer=opening)
     assert tokenizer.decode(verified).endswith(ASSISTANT)
     ids, _ = render(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
@@ -303,10 +305,10 @@ def dialogue(*says):
 
 
 def conversation(x, style):
-    turns = [f"{genprm.INSTRUCT.opening.format(number=1)} {x}", "[Code Output]"]
-    form = genprm.FORMS[style]
-    roles, texts = genprm.conversation(x, [x, x], turns, form)
-    return (*roles, "output"), (*texts, genprm.output_text(x))
+    turns = [f"{genprm_form.INSTRUCT.opening.format(number=1)} {x}", "[Code Output]"]
+    form = genprm_form.FORMS[style]
+    roles, texts = genprm_form.conversation(x, [x, x], turns, form)
+    return (*roles, "output"), (*texts, genprm_form.output_text(x))
 
 
 PROMPTS = {
@@ -316,22 +318,26 @@ PROMPTS = {
     "judge": lambda t, x: encode_judge_prompt(t, x, x, x, "instruct"),
     "judge, verdict": lambda t, x: encode_judge_prompt(t, x, x, x, "verdict"),
     "judge, bare": lambda t, x: encode_judge_prompt(t, x, x, x, "bare"),
-    "segment": lambda t, x: encode_message(t, segment_prompt(x, "instruct"), "instruct"),
+    "chunk-solutions": lambda t, x: encode_message(t, segment_prompt(x, "instruct"), "instruct"),
     "classifier": lambda t, x: encode_solution(t, x, [x, x], "instruct")[0],
     "classifier, bare": lambda t, x: encode_solution(t, x, [x, x], "bare")[0],
     "GenPRM": lambda t, x: encode_dialogue(t, *conversation(x, "instruct"), "instruct")[0],
     "GenPRM, bare": lambda t, x: encode_dialogue(t, *conversation(x, "bare"), "bare")[0],
     "GenPRM's teacher": lambda t, x: encode_message(
-        t, genprm.synthesis_prompt(x, [x], code=True), "instruct"
+        t, genprm_form.synthesis_prompt(x, [x], code=True), "instruct"
     ),
     "ThinkPRM": lambda t, x: (
-        encode_message(t, thinkprm.verify_prompt(x, [x, x], "instruct"), "instruct")
-        + t.encode(thinkprm.FORMS["instruct"].whole(x, True))
+        encode_message(t, thinkprm_form.verify_prompt(x, [x, x], "instruct"), "instruct")
+        + t.encode(thinkprm_form.FORMS["instruct"].whole(x, True))
     ),
     "refine": lambda t, x: encode_dialogue(
         t,
         ("user", "assistant", "user"),
-        (x, x, genprm.rethink_prompt(x, genprm.analysis_of(f":{x}", "instruct"), "instruct")),
+        (
+            x,
+            x,
+            genprm_form.rethink_prompt(x, genprm_form.analysis_of(f":{x}", "instruct"), "instruct"),
+        ),
         "instruct",
     )[0],
     "sft": lambda t, x: render(SftExample("e", "p", x, x), t, "instruct")[0],
@@ -468,13 +474,15 @@ def test_demonstrations_that_spell_control_tokens_are_counted(bpe_tokenizer):
 
 
 def test_a_server_is_prompted_with_its_arguments(qwen3, monkeypatch):
-    from stepwiser_jax.config import Segment
-    from stepwiser_jax.stages import segment
+    from stepwiser_jax.config import ChunkSolutions
+    from stepwiser_jax.stages import chunk_solutions
 
-    monkeypatch.setattr(segment, "RemoteEngine", lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setattr(
+        chunk_solutions, "RemoteEngine", lambda **settings: SimpleNamespace(**settings)
+    )
     server = {"url": "http://h/v1", "model": "m", "tokenizer": qwen3, "context": 512}
     server["chat_template_args"] = {"enable_thinking": False}
-    config = Segment.model_validate(
+    config = ChunkSolutions.model_validate(
         {
             "rollouts": "r",
             "tokenizer": "t",
@@ -482,7 +490,7 @@ def test_a_server_is_prompted_with_its_arguments(qwen3, monkeypatch):
             "sampling": {"max_new_tokens": 8},
         }
     )
-    teacher, _ = segment.make_proposer(config)
+    teacher, _ = chunk_solutions.make_proposer(config)
     assert prompt(teacher.tokenizer).endswith(NO_THOUGHT)
     assert vars(teacher.engine).keys() == {
         *("url", "model", "vocab_size", "concurrent_requests", "timeout_seconds", "retries"),

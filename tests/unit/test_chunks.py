@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.text.chunks import (
     BLANK_LINE,
     CHUNK_CLOSE,

@@ -10,34 +10,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.classifier import classifier_loss
-from stepwiser_jax.algo.processbench import (
+from stepwiser_jax.config import load_config
+from stepwiser_jax.data.datasets import load_classifier_examples
+from stepwiser_jax.distributed.loading import Loaded, load_model, with_new_score
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.processbench import (
     best_threshold,
     first_predicted_error,
     processbench_f1,
     verdicts_at,
 )
+from stepwiser_jax.judges.classifier import Scorer
+from stepwiser_jax.judges.classifier_loss import classifier_loss
+from stepwiser_jax.judges.stepwiser import Solution
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
 from stepwiser_jax.model.hf import named_tensors, save_hf
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.record_files import write_records
-from stepwiser_jax.records import ClassifierExample, ProcessBenchItem, UserError
-from stepwiser_jax.runtime.data import (
+from stepwiser_jax.record_io import write_records
+from stepwiser_jax.records import ClassifierExample, ProcessBenchItem
+from stepwiser_jax.stages import train_classifier
+from stepwiser_jax.text.prompts import encode_solution, sign_ids
+from stepwiser_jax.text.tokenizer import unknown_ids
+from stepwiser_jax.training.batches import (
     classifier_documents,
     classifier_loader,
     first_fit,
     packed_batch,
 )
-from stepwiser_jax.runtime.judging import Solution
-from stepwiser_jax.runtime.loading import Loaded, load_model, with_new_score
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.scorer import Scorer
-from stepwiser_jax.runtime.trainer import accumulate
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import classifier
-from stepwiser_jax.text.datasets import load_classifier_examples
-from stepwiser_jax.text.prompts import encode_solution, sign_ids
-from stepwiser_jax.text.tokenizer import unknown_ids
+from stepwiser_jax.training.step import accumulate
 from tiny import tiny_config
 
 QUESTION = "start 4 ; * 7 + 5 ?"
@@ -49,7 +50,9 @@ SOLUTION = ClassifierExample(
 
 @pytest.fixture
 def config(request):
-    return load_config("classifier", request.config.rootpath / "configs" / "smoke_classifier.yaml")
+    return load_config(
+        "train-classifier", request.config.rootpath / "configs" / "smoke_classifier.yaml"
+    )
 
 
 # --- conversations ------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def test_hard_labels_are_answers_and_others_are_not(word_tokenizer, config):
     ):
         change = {"head": "scalar"} if labels == "scalar" else {"labels": labels}
         changed = config.model_copy(update=change)
-        ids, places, found = classifier.render(SOLUTION, word_tokenizer, changed)
+        ids, places, found = train_classifier.render(SOLUTION, word_tokenizer, changed)
         whole, places_J = encode_solution(word_tokenizer, QUESTION, CHUNKS, "bare")
         assert len(ids) == len(whole), "what is behind the last label teaches nothing"
         assert [ids[place] for place in places_J] == answers
@@ -210,7 +213,7 @@ def batch_of(kept):
 def mean_loss(model, batch, denominator=None, remat=False):
     if denominator is None:
         denominator = jnp.sum(batch.answer_mask_BT)
-    return classifier.batch_loss(model, batch, denominator, signs=SIGNS, remat=remat)
+    return train_classifier.batch_loss(model, batch, denominator, signs=SIGNS, remat=remat)
 
 
 def test_loss_is_that_of_a_softmax_over_two_tokens(tiny_model):
@@ -356,7 +359,7 @@ def test_a_scalar_head_is_a_token_classifier_on_disk(word_tokenizer, family, tmp
 def test_adapters_have_no_scalar_head(request):
     file = request.config.rootpath / "configs" / "smoke_classifier.yaml"
     with pytest.raises(UserError, match="set head to signs"):
-        load_config("classifier", file, ("head=scalar", "model.lora={}"))
+        load_config("train-classifier", file, ("head=scalar", "model.lora={}"))
 
 
 def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):

@@ -9,13 +9,13 @@ import pytest
 
 from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.algo.processbench import score_by_subset
 from stepwiser_jax.commands.results import print_summary
 from stepwiser_jax.config import Label
-from stepwiser_jax.record_files import nothing_at
+from stepwiser_jax.evaluation.processbench import score_by_subset
+from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one
+from stepwiser_jax.record_io import nothing_at
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, Verdict
-from stepwiser_jax.runtime.judging import a_right_and_a_wrong_one
-from stepwiser_jax.runtime.run import RunDirectory, stop
+from stepwiser_jax.runs.directory import RunDirectory, stop
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -37,14 +37,14 @@ def test_the_version(capsys):
 PLAN = """
 import hashlib, sys
 from stepwiser_jax import __main__
-from stepwiser_jax.commands import plan
+from stepwiser_jax.commands.plan import command
 
 def compiles(*_, **__):
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # in C, where no Python handler runs
 
-plan.print_plan = compiles
-sys.argv = ["stepwiser", "plan", "judge", "--config", "x", "--topology", "v5p:4x4x4"]
+command.print_plan = compiles
+sys.argv = ["stepwiser", "plan", "train-judge", "--config", "x", "--topology", "v5p:4x4x4"]
 __main__.run()
 """
 
@@ -113,13 +113,13 @@ def labels(tmp_path):
 def test_a_dry_run_off_the_pod_checks_all_but_devices(tmp_path, labels, capsys):
     model = ("model.path=arithmetic", f"examples={labels}")
     mesh = ("mesh.data=64", "prompts_per_iteration=256", "engine.rows=[64]")
-    assert dry_run("judge", "smoke_judge", tmp_path / "run", *model, *mesh) == 0
+    assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *model, *mesh) == 0
     said = capsys.readouterr()
     assert "warning: mesh data 64 x fsdp 1 x tensor 1 needs 64 devices" in said.err
     assert "prompts_per_iteration: 256" in said.out
 
     missing = (*model[:1], *mesh, f"examples={tmp_path / 'label'}")
-    assert dry_run("judge", "smoke_judge", tmp_path / "run", *missing) == 2
+    assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *missing) == 2
     error = capsys.readouterr().err
     assert f"nothing at {tmp_path / 'label'}; did you mean {labels}?" in error
     assert "devices" not in error, "data come before devices"
@@ -132,7 +132,7 @@ def test_a_dry_run_sees_a_flipped_bit_in_its_input(tmp_path, labels, capsys):
     content[content.index(b"1 + 1")] ^= 1
     part.write_bytes(content)
     settings = ("model.path=arithmetic", f"examples={labels}")
-    assert dry_run("judge", "smoke_judge", tmp_path / "run", *settings) == 2
+    assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *settings) == 2
     assert str(part) in capsys.readouterr().err
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runs import compilation
 
 ROOT = Path(compilation.__file__).parents[2]
 PROGRAM = """
 import json, sys
 import jax
 import jax.numpy as jnp
-from stepwiser_jax.runtime import compilation
+from stepwiser_jax.runs import compilation
 
 compilation.start(sys.argv[1])
 

@@ -10,9 +10,8 @@ import yaml
 from plans import model_of, planned
 
 from stepwiser_jax.commands.quickstart import recipe
-from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.records import UserError
-from stepwiser_jax.settings import dump_config, load_config, validate
+from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config, validate
+from stepwiser_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -41,7 +40,7 @@ def documented_commands(page):
     commands = [
         shlex.split(line)
         for line in text.splitlines()
-        if re.match(r"    stepwiser \w+ +--config (configs|quickstart)/", line)
+        if re.match(r"    stepwiser [\w-]+ +--config (configs|quickstart)/", line)
     ]
     for _, stage, *words in commands:
         options = list(zip(words[::2], words[1::2], strict=True))
@@ -107,8 +106,8 @@ def test_a_file_names_its_stage_and_runs_beside_its_own(tmp_path):
     )
     assert config.tokenizer == "RUNS/policy", "what is typed stays as it is"
     assert load_config("label", file).annotations == "RUNS/values"
-    with pytest.raises(UserError, match="expected a config of judge, found one of label in"):
-        load_config("judge", file)
+    with pytest.raises(UserError, match="expected a config of train-judge, found one of label in"):
+        load_config("train-judge", file)
 
 
 def test_every_model_is_planned_on_every_slice():
@@ -133,7 +132,9 @@ def test_every_model_is_planned_on_every_slice():
 def test_settings_for_a_slice_are_of_all_its_devices(file, topology, settings):
     config = load_config(stage_of(file), file, tuple(settings))
     chips = math.prod(map(int, topology.split(":")[1].split("x")))
-    meshes = [config.mesh, config.sampling_mesh] if stage_of(file) == "judge" else [config.mesh]
+    meshes = (
+        [config.mesh, config.sampling_mesh] if stage_of(file) == "train-judge" else [config.mesh]
+    )
     needed = 4 if stage_of(file) == "annotate" else chips  # each host samples by itself
     need = re.search(rf"^#   {topology}.*\n#     (.*)", file.read_text(), re.MULTILINE)
     assert need, "what plan says it needs"
@@ -147,7 +148,7 @@ def judge_tree(**changes):
     return {**tree, **changes}
 
 
-def load(tmp_path, tree, *overrides, stage="judge"):
+def load(tmp_path, tree, *overrides, stage="train-judge"):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tree))
     return load_config(stage, file, overrides)
@@ -210,15 +211,15 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
     [
         ("policy", "sft", "training.micro_batches=3", "batch_size. must be a multiple"),
         ("policy", "sft", "epochs=1", "either steps or epochs, found steps and epochs"),
-        ("classifier", "classifier", "epochs=null", "either steps or epochs, found neither"),
-        ("classifier", "classifier", "epochs=0", "epochs: .* greater than or equal to 1"),
+        ("classifier", "train-classifier", "epochs=null", "either steps or epochs, found neither"),
+        ("classifier", "train-classifier", "epochs=0", "epochs: .* greater than or equal to 1"),
         ("search", "search", "majority=[0]", "majority"),
         ("rollouts", "rollout", "prompt_style=verdict", "'instruct' or 'bare' .found 'verdict'"),
         ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),
         ("rollouts", "rollout", "chunking=[]", "at least 1 item"),
         ("rollouts", "rollout", "chunking=['']", "at least 1 character"),
         ("thinkprm_evaluate", "evaluate", "genprm={code: false}", "one form of judge"),
-        ("thinkprm_chains", "rationalize", "genprm={code: false}", "one form of judge"),
+        ("thinkprm_chains", "rejection-sample", "genprm={code: false}", "one form of judge"),
         ("thinkprm_evaluate", "evaluate", "thinkprm.rounds=5", "less than or equal to 4"),
         ("thinkprm_evaluate", "evaluate", "prompt_style=verdict", "instruct or bare"),
         ("values", "annotate", "adaptive.ruel=abs_q", "adaptive.ruel'; did you mean 'rule'"),
@@ -231,8 +232,8 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ("values", "annotate", "rollouts_by_pass_rate=[[0.9, 8], [0.1, 4], [1, 2]]", "ascending"),
         ("values", "annotate", "rollouts_by_pass_rate=[[1, 0]]", "greater than 0"),
         ("values", "annotate", "rollouts_by_pass_rate=[]", "rollouts_by_pass_rate.*at least 1"),
-        ("rationales", "rationalize", "genprm={}", "bare has no code in it"),
-        ("rationales", "rationalize", "genprm.code=false", "set genprm.turn_by_turn to true"),
+        ("rationales", "rejection-sample", "genprm={}", "bare has no code in it"),
+        ("rationales", "rejection-sample", "genprm.code=false", "set genprm.turn_by_turn to true"),
         ("evaluate", "evaluate", "genprm.code=true", "set genprm.code to false"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "beam={beams: 64, width: 4}", r"beam.beams \(64\) must not exceed"),
@@ -240,7 +241,12 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ("search", "search", "judge=null", "expected a judge or a classifier, found neither"),
         ("search", "search", "token_budget=0", "token_budget: .* greater than or equal to 1"),
         ("search", "search", "mesh.data=5", r"judge.engine.rows \[32\] must be multiples"),
-        ("select", "select", "classifier={path: c, max_length: 9}", "or a classifier, found both"),
+        (
+            "select",
+            "select-responses",
+            "classifier={path: c, max_length: 9}",
+            "or a classifier, found both",
+        ),
     ],
 )
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):
@@ -266,16 +272,16 @@ def test_all_problems_come_in_one_message(tmp_path):
 
 def test_missing_broken_and_unknown(tmp_path):
     with pytest.raises(UserError, match="found nothing at"):
-        load_config("judge", tmp_path / "none.yaml")
+        load_config("train-judge", tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,")
     with pytest.raises(UserError, match="not valid YAML"):
-        load_config("judge", tmp_path / "broken.yaml")
+        load_config("train-judge", tmp_path / "broken.yaml")
     (tmp_path / "latin.yaml").write_bytes("source: Zürich".encode("latin-1"))
     with pytest.raises(UserError, match="is not valid YAML in UTF-8"):
-        load_config("judge", tmp_path / "latin.yaml")
+        load_config("train-judge", tmp_path / "latin.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="expected a mapping"):
-        load_config("judge", tmp_path / "list.yaml")
+        load_config("train-judge", tmp_path / "list.yaml")
     with pytest.raises(UserError, match="expected a stage"):
         load_config("jugde", tmp_path / "list.yaml")
 
@@ -287,4 +293,6 @@ def test_every_stage_has_a_command_and_a_module():
 
     assert set(STAGES) == set(STAGE_CONFIGS)
     for name in STAGES:
-        assert callable(importlib.import_module(f"stepwiser_jax.stages.{name}").run)
+        assert callable(
+            importlib.import_module(f"stepwiser_jax.stages.{name.replace('-', '_')}").run
+        )

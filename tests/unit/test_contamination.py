@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config_parts import Mesh, Problems
-from stepwiser_jax.record_files import write_records
-from stepwiser_jax.records import JudgeExample, Problem, UserError
-from stepwiser_jax.runtime.loading import load_tokenizer_of
-from stepwiser_jax.runtime.problems import read_problems
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge
-from stepwiser_jax.text.contamination import drop_held_out, held_out_questions
+from stepwiser_jax.config import Mesh, Problems, load_config
+from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
+from stepwiser_jax.data.problems import read_problems
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import write_records
+from stepwiser_jax.records import JudgeExample, Problem
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.stages import train_judge
 
 PROBLEMS = [Problem(f"p/{i}", question, "3", "t") for i, question in enumerate(["a b", "b", "c"])]
 
@@ -116,7 +116,7 @@ def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
     with open(tmp_path / "examples.jsonl", "a") as file:
         file.write("{}\n")
     config = load_config(
-        "judge",
+        "train-judge",
         request.config.rootpath / "configs" / "smoke_judge.yaml",
         (
             f"examples={tmp_path / 'examples.jsonl'}",
@@ -125,6 +125,6 @@ def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
         ),
     )
     loaded = SimpleNamespace(tokenizer=load_tokenizer_of("arithmetic"))
-    kept, dropped = judge.load_examples(config, loaded)
+    kept, dropped = train_judge.load_examples(config, loaded)
     assert kept == examples[1:2]
     assert dropped == {"too_long": 1, "malformed": 1, "excluded": 1}

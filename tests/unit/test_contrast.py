@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.algo.processbench import processbench_f1
-from stepwiser_jax.record_files import read_records, write_manifest, write_records
+from stepwiser_jax.evaluation.processbench import processbench_f1
+from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Judgment, Verdict
 
 LABELS = [2, 1, -1, -1, 0, -1]
@@ -94,7 +94,7 @@ def classified(directory, items, predictions, *, threshold):
 
 
 def contrasted(capsys, *runs):
-    assert main(["contrast", *map(str, runs), "--json"]) == 0
+    assert main(["compare-judges", *map(str, runs), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
 
 def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys):
     runs = [evaluated(tmp_path / n, items, p) for n, p in (("a", OF_A), ("b", OF_B))]
-    assert main(["contrast", *map(str, runs)]) == 0
+    assert main(["compare-judges", *map(str, runs)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"gsm8k ┃ +math ┃ +average ┃", out)
     assert f"B: {runs[1]} (greedy)" in out
@@ -167,7 +167,7 @@ def test_votes_count_together(tmp_path, items, capsys, genprm):
 
 
 def refused(capsys, *runs):
-    assert main(["contrast", *map(str, runs)]) == 2
+    assert main(["compare-judges", *map(str, runs)]) == 2
     return capsys.readouterr().err
 
 

@@ -12,10 +12,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from test_splash import HEADS, KV_HEADS, ROWS, inputs, out_and_gradients
 
-from stepwiser_jax.model import cudnn
-from stepwiser_jax.model.attention import XLA, attention, segment_mask
-from stepwiser_jax.runtime import mesh as meshes
-from stepwiser_jax.runtime.mesh import attention_on, make_mesh
+from stepwiser_jax.distributed import mesh as meshes
+from stepwiser_jax.distributed.mesh import attention_on, make_mesh
+from stepwiser_jax.model.attention import XLA, attention, cudnn, segment_mask
 
 
 def test_equals_dense_attention():

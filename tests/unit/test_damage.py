@@ -15,10 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
-from stepwiser_jax.config import Label
+from stepwiser_jax.config import Label, load_config, read_run_settings, read_settings
+from stepwiser_jax.distributed.hosts import Shard
+from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
-from stepwiser_jax.record_files import (
+from stepwiser_jax.record_io import (
     RecordWriter,
     check_run_file,
     from_json,
@@ -29,16 +33,12 @@ from stepwiser_jax.record_files import (
     write_manifest,
     write_records,
 )
-from stepwiser_jax.records import Judged, PrefixValue, Problem, Trajectory, UserError, Verdict
-from stepwiser_jax.runtime import run as run_module
-from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.hosts import Shard
-from stepwiser_jax.runtime.loading import load_model, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.pending import PendingGroups
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.runtime.trainer import TrainState
-from stepwiser_jax.settings import load_config, read_run_settings, read_settings
+from stepwiser_jax.records import PrefixValue, Problem, RolloutGroup, Trajectory, Verdict
+from stepwiser_jax.rl.rollout_cache import RolloutCache
+from stepwiser_jax.runs import directory as run_module
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.training.checkpoint import Checkpointer
+from stepwiser_jax.training.step import TrainState
 from tiny import tiny_config
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i}?", str(i), "test") for i in (0, 2, 10, 1)]
@@ -138,10 +138,10 @@ def test_arrays_that_can_be_read_but_are_others_are_named(saved, tmp_path):
 
 
 def test_a_damaged_draw_is_sampled_again(tmp_path, capsys):
-    group = Judged(
+    group = RolloutGroup(
         "g", (1, 2), ((3,), (4,)), ((-0.5,), (-0.25,)), (Verdict.POSITIVE,) * 2, (1.0, 0)
     )
-    pending = PendingGroups(tmp_path)
+    pending = RolloutCache(tmp_path)
     pending.write(3, 0, "aa", [group])
     (file,) = tmp_path.iterdir()
     flip(file, 0.5)
@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_half_written_has_no_checksum(tmp_path):
 
 
 def test_one_process_of_several_reads_its_share_of_the_weights(exported, tmp_path, monkeypatch):
-    from stepwiser_jax.runtime import loading
+    from stepwiser_jax.distributed import loading
 
     copy = tmp_path / "model"
     shutil.copytree(exported, copy)
@@ -461,8 +461,8 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path, request):
 WORKER = """
 import sys, time
 from stepwiser_jax.config import Label
-from stepwiser_jax.runtime.hosts import Shard
-from stepwiser_jax.runtime.run import RunDirectory
+from stepwiser_jax.distributed.hosts import Shard
+from stepwiser_jax.runs.directory import RunDirectory
 config = Label(annotations="a", rollouts="r", tokenizer="t")
 run = RunDirectory(sys.argv[1], "label", config, Shard(int(sys.argv[2]), int(sys.argv[3])))
 run.create()

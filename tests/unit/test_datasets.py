@@ -5,14 +5,15 @@ from collections import Counter
 
 import pytest
 
-from stepwiser_jax.record_files import write_records
-from stepwiser_jax.records import JudgeExample, UserError
-from stepwiser_jax.text.datasets import (
+from stepwiser_jax.data.datasets import (
     load_benchmark,
     load_judge_examples,
     load_problems,
     load_solutions,
 )
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import write_records
+from stepwiser_jax.records import JudgeExample
 
 ITEM = {
     "id": "gsm8k-7",

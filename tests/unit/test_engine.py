@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from draws import assert_drawn
 
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime import engine as engine_module
-from stepwiser_jax.runtime.engine import Engine, Fork, Trunk
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference import engine as engine_module
+from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.params import SampleOutput, SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(0)
@@ -79,9 +79,9 @@ def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypat
 
 def trunks(max_new_tokens):
     return [
-        Trunk(
+        Prefix(
             prompt,
-            [Fork(f"p{p}/{g}", len(prompt), max_new_tokens) for g in range(GROUP)],
+            [SampleRequest(f"p{p}/{g}", len(prompt), max_new_tokens) for g in range(GROUP)],
         )
         for p, prompt in enumerate(PROMPTS)
     ]
@@ -146,9 +146,9 @@ def test_forks_inside_a_trunk(tiny_model):
     """A trajectory cut in three places: as if each prefix had been read by itself."""
     trunk, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
     engine = Engine(tiny_model, rows=(4,), buckets=(64,))
-    forks = [Fork(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
+    forks = [SampleRequest(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
     found = {
-        c.row_id: c for part in engine.sample([Trunk(trunk, forks)], params, key=KEY) for c in part
+        c.row_id: c for part in engine.sample([Prefix(trunk, forks)], params, key=KEY) for c in part
     }
     sampler = Sampler(tiny_model, rows=(4,), buckets=(64,))
     expected = sampler.generate(
@@ -225,15 +225,15 @@ def test_a_grid_keeps_its_rows_busy(tiny_model, rows, trunks, forks, grid):
 @pytest.mark.parametrize(
     ("forks", "error", "message"),
     [
-        ([Fork("long", 10, 7)], UserError, "long: prompt of 10 tokens"),
-        ([Fork("none", 0, 1)], UserError, "none: expected a prompt of at least one token"),
-        ([Fork("far", 11, 1)], ValueError, "far goes on after token 11 of a trunk of 10"),
-        ([Fork("zero", 5, 0)], ValueError, "zero has max_new_tokens 0, expected 1 to 7"),
-        ([Fork("much", 5, 8)], ValueError, "much has max_new_tokens 8, expected 1 to 7"),
+        ([SampleRequest("long", 10, 7)], UserError, "long: prompt of 10 tokens"),
+        ([SampleRequest("none", 0, 1)], UserError, "none: expected a prompt of at least one token"),
+        ([SampleRequest("far", 11, 1)], ValueError, "far goes on after token 11 of a trunk of 10"),
+        ([SampleRequest("zero", 5, 0)], ValueError, "zero has max_new_tokens 0, expected 1 to 7"),
+        ([SampleRequest("much", 5, 8)], ValueError, "much has max_new_tokens 8, expected 1 to 7"),
         ([], ValueError, "a trunk of 10 tokens has no forks"),
     ],
 )
 def test_forks_that_cannot_be_sampled_are_named(tiny_model, forks, error, message):
     engine = Engine(tiny_model, rows=(4,), buckets=(16,))
     with pytest.raises(error, match=message):
-        list(engine.sample([Trunk([1] * 10, forks)], SamplingParams(7), key=KEY))
+        list(engine.sample([Prefix([1] * 10, forks)], SamplingParams(7), key=KEY))

@@ -13,27 +13,13 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import SftData
-from stepwiser_jax.config_parts import GenPrm, GenPrmVerdicts
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import (
-    ClassifierExample,
-    Dialogue,
-    Problem,
-    SftExample,
-    UserError,
-    Verdict,
-)
-from stepwiser_jax.runtime.engine import Completion, Engine
-from stepwiser_jax.runtime.genprm import GenPrmJudge, Synthesizer, verdict_ids
-from stepwiser_jax.runtime.judging import Opinion, Solution
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
-from stepwiser_jax.runtime.sandbox import Sandbox
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import rationalize
-from stepwiser_jax.stages.refine import Refiner, summarize
-from stepwiser_jax.stages.sft import load_examples, render
-from stepwiser_jax.text.genprm import (
+from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData, load_config
+from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import Completion, Engine
+from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.judges.genprm import GenPrmJudge, Synthesizer, verdict_ids
+from stepwiser_jax.judges.genprm_form import (
     BARE,
     CODE_OUTPUT,
     FORMS,
@@ -53,8 +39,14 @@ from stepwiser_jax.text.genprm import (
     split_outputs,
     with_memory,
 )
+from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
+from stepwiser_jax.sandbox.runner import Sandbox
+from stepwiser_jax.stages import rejection_sample
+from stepwiser_jax.stages.refine import Refiner, summarize
+from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.text.prompts import encode_dialogue
-from stepwiser_jax.text.rationales import Outcome
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
@@ -194,12 +186,12 @@ def test_without_code_none_is_promised_and_no_output_believed(request):
     for code_is_run in (True, False):
         sets = ("prompt_style=instruct", "genprm.turn_by_turn=false")
         sets += (f"genprm.code={code_is_run}",)
-        settings = load_config("rationalize", config, sets)
-        asked = rationalize.asked(settings, one)
+        settings = load_config("rejection-sample", config, sets)
+        asked = rejection_sample.asked(settings, one)
         assert (CODE_OUTPUT in asked, "<verify>" in asked) == (code_is_run, code_is_run)
         assert "</analyze>\n" in asked and "\n\nAt the end" in asked
-        assert (rationalize.critique_of(settings, one, told) is not None) is code_is_run
-        assert rationalize.critique_of(settings, one, plain) is not None
+        assert (rejection_sample.critique_of(settings, one, told) is not None) is code_is_run
+        assert rejection_sample.critique_of(settings, one, plain) is not None
 
 
 def test_consensus_against_an_oracle():
@@ -462,7 +454,7 @@ def code(block):
 
 
 def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, **genprm):
-    monkeypatch.setattr("stepwiser_jax.runtime.genprm.verdict_ids", lambda tokenizer, form: (1, 2))
+    monkeypatch.setattr("stepwiser_jax.judges.genprm.verdict_ids", lambda tokenizer, form: (1, 2))
     engine = ScriptedEngine(bpe_tokenizer, script, max_length)
     loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
     return GenPrmJudge(
@@ -689,7 +681,7 @@ class Critic:
             verdict, p = Verdict.NEGATIVE, 0.2
         elif chunk.startswith("Hm"):
             verdict, p = Verdict.UNPARSED, 0.5
-        return Opinion(f"It: {chunk}?</analyze>", verdict, p, 10)
+        return ChunkJudgment(f"It: {chunk}?</analyze>", verdict, p, 10)
 
 
 def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):

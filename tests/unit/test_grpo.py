@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.grpo import (
+from stepwiser_jax.model.packing import member
+from stepwiser_jax.rl.grpo import (
     _sequence_sums,
     aggregate,
     group_advantages,
@@ -16,7 +17,6 @@ from stepwiser_jax.algo.grpo import (
     loss_denominator,
     truncated_importance_weights,
 )
-from stepwiser_jax.segments import member
 
 
 def slow_advantages(rewards, normalize):

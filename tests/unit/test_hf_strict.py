@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
 from tiny import tiny_config
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepwiser_jax.runtime import hosts
+from stepwiser_jax.distributed import hosts
 
 
 class Ended(Exception):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from stepwiser_jax.config import Segment
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime.loading import load_tokenizer_of
-from stepwiser_jax.stages.segment import make_proposer
+from stepwiser_jax.config import ChunkSolutions
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.stages.chunk_solutions import make_proposer
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 ID = "owner/model"
@@ -44,7 +44,7 @@ def test_a_servers_tokenizer_has_all_end_tokens():
     server = {"url": "http://h/v1", "model": "m", "tokenizer": ID, "context": 512}
     config = {"rollouts": "r", "tokenizer": "t", "server": server}
     sampling = {"sampling": {"max_new_tokens": 8}}
-    teacher, _ = make_proposer(Segment.model_validate(config | sampling))
+    teacher, _ = make_proposer(ChunkSolutions.model_validate(config | sampling))
     assert teacher.params.stop_ids == (1, 7)
 
 

@@ -8,12 +8,12 @@ import qwix
 from draws import assert_drawn
 from flax import nnx
 
-from stepwiser_jax.algo.logprobs import token_logprobs
+from stepwiser_jax.inference import engine as engine_module
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.transformer import Transformer, quantise
-from stepwiser_jax.runtime import engine as engine_module
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams, decoding_layout
+from stepwiser_jax.rl.logprobs import token_logprobs
 from tiny import tiny_config
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from stepwiser_jax.algo.labels import LABEL_RULES, label_chunks
+from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
 
 M = 16
 PARAMS = {

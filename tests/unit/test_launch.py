@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepwiser_jax.settings import dump_config, load_config
+from stepwiser_jax.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TOOLS = ("gcloud", "kubectl", "xpk", "sbatch", "scontrol", "scancel", "srun", "stepwiser")
-RUN = ["--", "judge", "--config", "judge.yaml", "--run-dir", "/runs/judge", "--set", "seed=1"]
+RUN = ["--", "train-judge", "--config", "judge.yaml", "--run-dir", "/runs/judge", "--set", "seed=1"]
 ANNOTATE = ["--", "annotate", "--config", "values.yaml", "--run-dir", "/runs/values"]
 ON_TPU = ["--name", "judge", "--zone", "us-east5-a", "--version", "v2-alpha"]
 VM = ["tpu_vm.sh", *ON_TPU, "--type", "v6e-8"]
@@ -157,7 +157,7 @@ def test_examples_run_as_they_are_printed():
     found = 0
     for script in LAUNCH.glob("*.sh"):
         text = re.sub(r"\\\n#", "", script.read_text())
-        for stage, config, rest in re.findall(r"-- (\w+) --config (configs/\S+)(.*)", text):
+        for stage, config, rest in re.findall(r"-- ([\w-]+) --config (configs/\S+)(.*)", text):
             overrides = tuple(re.findall(r"--set (\S+)", rest))
             (run_dir,) = re.findall(r"--run-dir (\S+)", rest)
             settings = load_config(stage, LAUNCH.parent / config, overrides, run_dir)
@@ -192,8 +192,12 @@ MISTAKES = {
         "v6e-8",
         *RUN,
     ],
-    "found 'judge'; the stage and its options stand after --": [*VM, *RUN[1:]],
-    "expected -- STAGE --config FILE --run-dir DIR at the end, found 'judge'": [*VM, "--", "judge"],
+    "found 'train-judge'; the stage and its options stand after --": [*VM, *RUN[1:]],
+    "expected -- STAGE --config FILE --run-dir DIR at the end, found 'train-judge'": [
+        *VM,
+        "--",
+        "train-judge",
+    ],
     "--distributed is the launcher's to add": [*POD, *RUN, "--distributed"],
     "--slices: expected a whole number from 1, found '0'": [*POD, "--slices", "0", *RUN],
     "--max-attempts: expected a whole number": [*POD, "--max-attempts", "many", *RUN],
@@ -207,8 +211,8 @@ MISTAKES = {
         *[*JOBSET, "--topology", "v6e:4x4"],
         *["--shards", "2", *ANNOTATE],
     ],
-    "--shards: expected a stage of rollout segment annotate rationalize evaluate classify search "
-    "select refine": [
+    "--shards: expected a stage of rollout chunk-solutions annotate rejection-sample evaluate "
+    "classify search select-responses refine": [
         *ONE_HOST,
         "--shards",
         "2",

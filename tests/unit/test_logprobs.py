@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.logprobs import (
+from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.logprobs import (
     _in_front,
     token_logprobs,
     token_logprobs_and_entropy,
 )
-from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.data import Group, rollout_batch
+from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
 from tiny import tiny_config
 
 

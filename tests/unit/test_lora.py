@@ -11,9 +11,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.algo.sft import cross_entropy_loss
-from stepwiser_jax.commands.programs import forward_flops, update_flops, weight_flops
-from stepwiser_jax.config_parts import TrainedModel
+from stepwiser_jax.commands.plan.programs import forward_flops, update_flops, weight_flops
+from stepwiser_jax.commands.plan.tpu import abstract_model
+from stepwiser_jax.config import TrainedModel
+from stepwiser_jax.distributed.loading import decoding_copy, load_model
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.attention import XLA
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
@@ -26,23 +30,19 @@ from stepwiser_jax.model.lora import (
     with_trained,
 )
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.record_files import write_records
+from stepwiser_jax.record_io import write_records
 from stepwiser_jax.records import JudgeExample, Verdict
-from stepwiser_jax.runtime.aot import abstract_model
-from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.data import TokenBatch
-from stepwiser_jax.runtime.loading import decoding_copy, load_model
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.runtime.trainer import (
+from stepwiser_jax.stages import train_judge
+from stepwiser_jax.training.batches import TokenBatch
+from stepwiser_jax.training.checkpoint import Checkpointer
+from stepwiser_jax.training.loop import TrainingRun
+from stepwiser_jax.training.sft_loss import cross_entropy_loss
+from stepwiser_jax.training.step import (
     accumulate,
     create_train_state,
     make_optimizer,
     make_train_step,
 )
-from stepwiser_jax.runtime.training_run import TrainingRun
-from stepwiser_jax.stages import judge
 from tiny import logged, tiny_config
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
@@ -257,7 +257,7 @@ def configs(tmp_path_factory, request):
     lora = ["--set", "model.lora.rank=4", "--set", "training.checkpoint_every=2"]
     sets = {
         "sft": ["steps=5", "data.count=32"],
-        "judge": [
+        "train-judge": [
             f"model.path={directory / 'base'}",
             f"examples={directory / 'examples.jsonl'}",
             "iterations=3",
@@ -266,7 +266,7 @@ def configs(tmp_path_factory, request):
             "grpo.kl_coef=0.1",
         ],
     }
-    file = {"sft": "smoke_policy.yaml", "judge": "smoke_judge.yaml"}
+    file = {"sft": "smoke_policy.yaml", "train-judge": "smoke_judge.yaml"}
     arguments = {}
     for stage, settings in sets.items():
         words = [word for setting in settings for word in ("--set", setting)]
@@ -277,13 +277,15 @@ def configs(tmp_path_factory, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "judge"])
+@pytest.mark.parametrize("stage", ["sft", "train-judge"])
 def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     configs, stage, tmp_path, monkeypatch
 ):
     _, arguments = configs
     monkeypatch.setattr(
-        judge, "parse_verdict", lambda text: (Verdict.POSITIVE, Verdict.NEGATIVE)[len(text) % 2]
+        train_judge,
+        "parse_verdict",
+        lambda text: (Verdict.POSITIVE, Verdict.NEGATIVE)[len(text) % 2],
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*arguments[stage], "--run-dir", str(whole)]) == 0
@@ -302,7 +304,7 @@ def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     assert Checkpointer(cut / "checkpoints").latest_step() == 2
     assert main([*arguments[stage], "--run-dir", str(cut)]) == 0
     assert logged(cut) == logged(whole)
-    if stage == "judge":
+    if stage == "train-judge":
         lines = (cut / "metrics.jsonl").read_text().splitlines()
         kl = [json.loads(line)["kl"] for line in lines]
         assert kl[0] < 1e-6 < kl[-1], "the reference has moved with the judge"
@@ -314,7 +316,7 @@ def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     assert main(["convert", "--checkpoint", str(cut), "--output", str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == weights[0]
     exported = load_hf(str(whole / "model"))
-    seed = {"sft": 0, "judge": 3}[stage]
+    seed = {"sft": 0, "train-judge": 3}[stage]
     base = load_model("arithmetic", mesh=make_mesh(), seed=seed).model
     for name in ("embed", "norm"):
         np.testing.assert_array_equal(getattr(exported, name)[...], getattr(base, name)[...])
@@ -325,7 +327,7 @@ def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
 
 def test_adapters_of_another_base_are_refused(configs, tmp_path, capsys):
     directory, arguments = configs
-    words = [word.replace("iterations=3", "iterations=1") for word in arguments["judge"]]
+    words = [word.replace("iterations=3", "iterations=1") for word in arguments["train-judge"]]
     run = tmp_path / "run"
     assert main([*words, "--run-dir", str(run)]) == 0
     (run / "manifest.json").unlink()

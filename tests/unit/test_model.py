@@ -11,14 +11,14 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.interpreters import partial_eval
 
+from stepwiser_jax.distributed.mesh import make_mesh, split_attention
 from stepwiser_jax.model import transformer
 from stepwiser_jax.model.attention import LONG_ROW, save_attention
-from stepwiser_jax.model.cudnn import CUDNN
+from stepwiser_jax.model.attention.cudnn import CUDNN
+from stepwiser_jax.model.attention.splash import SPLASH
 from stepwiser_jax.model.kv_cache import KVCache
-from stepwiser_jax.model.splash import SPLASH
+from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runtime.mesh import make_mesh, split_attention
-from stepwiser_jax.segments import member
 from tiny import tiny_config
 
 FAMILIES = ["llama", "qwen2", "qwen3"]

@@ -25,7 +25,7 @@ def test_unknown_names_are_attribute_errors():
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".records", ".text.answers", ".text.chunks", ".tasks.arithmetic", ".algo.labels"],
+    ["", ".records", ".tasks.mathematics", ".text.chunks", ".tasks.arithmetic", ".rl.labels"],
 )
 def test_workers_start_without_jax(module):
     code = (

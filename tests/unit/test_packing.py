@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.grpo import grpo_loss, loss_denominator
-from stepwiser_jax.algo.logprobs import token_logprobs
 from stepwiser_jax.model.attention import attention, packed_attention, segment_mask, visible_blocks
+from stepwiser_jax.model.linear import linear
+from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.products import linear
-from stepwiser_jax.runtime.data import Group, rollout_batch
-from stepwiser_jax.runtime.trainer import accumulate, split_rows, used_micro_batches
-from stepwiser_jax.segments import member
+from stepwiser_jax.rl.grpo import grpo_loss, loss_denominator
+from stepwiser_jax.rl.logprobs import token_logprobs
+from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.step import accumulate, split_rows, used_micro_batches
 from tiny import tiny_config
 
 

@@ -4,16 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import Judged, SampledRow, Verdict
-from stepwiser_jax.runtime.bits import fingerprint
-from stepwiser_jax.runtime.pending import PendingGroups
+from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.records import RolloutGroup, SampledRow, Verdict
+from stepwiser_jax.rl.rollout_cache import RolloutCache
 
 
 def groups(count):
     """Log-probs with every bit of a float32 in use."""
     logprobs = -np.random.default_rng(0).random((count, 2, 5), np.float32)
     return [
-        Judged(
+        RolloutGroup(
             f"judge/it3/draw0/{p}/e",
             (1, 2, p),
             ((3, 4, 5, 6, 7), (8, 9, 10, 11, 12)),
@@ -26,7 +26,7 @@ def groups(count):
 
 
 def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
-    pending, written = PendingGroups(tmp_path / "pending"), groups(3)
+    pending, written = RolloutCache(tmp_path / "pending"), groups(3)
     assert pending.read(3, 0, "aa") is None
     pending.write(3, 0, "aa", written)
     assert pending.read(3, 0, "aa") == written
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
 
 
 def test_the_rows_of_a_draw_are_there_until_it_is_whole(tmp_path):
-    pending, rows = PendingGroups(tmp_path), [SampledRow("r", (3, 4), (-0.1, -1e-7))]
+    pending, rows = RolloutCache(tmp_path), [SampledRow("r", (3, 4), (-0.1, -1e-7))]
     assert pending.read_rows(3, 0, "aa") == {}
     pending.write_rows(3, 0, "aa", rows)
     assert pending.read(3, 0, "aa") is None
@@ -49,7 +49,7 @@ def test_the_rows_of_a_draw_are_there_until_it_is_whole(tmp_path):
 
 
 def test_those_before_a_checkpoint_are_forgotten(tmp_path):
-    pending = PendingGroups(tmp_path)
+    pending = RolloutCache(tmp_path)
     pending.forget_before(9)
     for iteration in (2, 3, 10):
         pending.write(iteration, 0, "aa", groups(1))

@@ -13,19 +13,16 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.commands.plan import Plan, as_dict, as_text, largest
-from stepwiser_jax.commands.programs import (
+from stepwiser_jax.commands.plan.command import Plan, as_dict, as_text, largest
+from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, program_cost
+from stepwiser_jax.commands.plan.programs import (
     Programs,
     block_parameters,
     causal_pairs,
     forward_flops,
     judge_work,
 )
-from stepwiser_jax.config import Judge
-from stepwiser_jax.model.splash import blocks_visited
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime.aot import (
+from stepwiser_jax.commands.plan.tpu import (
     CHIPS,
     GIB,
     Need,
@@ -37,9 +34,12 @@ from stepwiser_jax.runtime.aot import (
     roofline,
     tpu_topology,
 )
-from stepwiser_jax.runtime.hlo_cost import Collective, Cost, program_cost
-from stepwiser_jax.runtime.loading import attention_of, config_of
-from stepwiser_jax.runtime.mesh import make_mesh
+from stepwiser_jax.config import TrainJudge
+from stepwiser_jax.distributed.loading import attention_of, config_of
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.model.attention.splash import blocks_visited
+from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 
 JUDGE = {
@@ -87,7 +87,7 @@ def test_pairs_of_queries_and_keys():
 
 
 def test_a_group_counts_its_prompt_once():
-    config, judge = tiny_config(), Judge.model_validate(JUDGE)
+    config, judge = tiny_config(), TrainJudge.model_validate(JUDGE)
     pairs = 10 * 11 / 2 + 4 * (5 * 10 + 15)
     expected = forward_flops(config, tokens=30, scored=20, pairs=pairs)
     assert forward_flops(config, **judge_work(judge)) == expected
@@ -216,6 +216,13 @@ def test_unknown_topologies_are_refused(name):
 def test_without_the_compiler_the_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "judge.yaml").write_text(json.dumps(JUDGE))
-    command = ["plan", "judge", "--config", str(tmp_path / "judge.yaml"), "--topology", "v5e:2x2"]
+    command = [
+        "plan",
+        "train-judge",
+        "--config",
+        str(tmp_path / "judge.yaml"),
+        "--topology",
+        "v5e:2x2",
+    ]
     assert main(command) == 2
     assert "stepwiser-jax[tpu]" in capsys.readouterr().err

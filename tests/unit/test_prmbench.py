@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.prmbench import CATEGORIES, score_prmbench
-from stepwiser_jax.records import PrmBenchItem, UserError, Verdict
-from stepwiser_jax.text.datasets import load_benchmark, load_judge_examples
+from stepwiser_jax.data.datasets import load_benchmark, load_judge_examples
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.prmbench import CATEGORIES, score_prmbench
+from stepwiser_jax.records import PrmBenchItem, Verdict
 
 ROW = {
     "idx": "prm_test_p1_0",

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.processbench import (
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.processbench import (
     contrast,
     first_predicted_error,
     majority_verdict,
@@ -17,14 +18,14 @@ from stepwiser_jax.algo.processbench import (
     solution_scores,
     solutions_by_subset,
 )
-from stepwiser_jax.algo.rewards import judge_reward
-from stepwiser_jax.algo.statistics import (
+from stepwiser_jax.evaluation.statistics import (
     balanced_accuracy,
     bootstrap_interval,
     mcnemar,
     paired_bootstrap,
 )
-from stepwiser_jax.records import ProcessBenchItem, UserError, Verdict
+from stepwiser_jax.records import ProcessBenchItem, Verdict
+from stepwiser_jax.rl.rewards import judge_reward
 
 P, N, U, X = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.OTHER
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from stepwiser_jax.distributed import hosts
 from stepwiser_jax.records import PrefixValue
-from stepwiser_jax.runtime import hosts
-from stepwiser_jax.runtime import progress as told
-from stepwiser_jax.runtime.progress import progress, rows_done, say
-from stepwiser_jax.runtime.run import worth
+from stepwiser_jax.runs import progress as told
+from stepwiser_jax.runs.directory import worth
+from stepwiser_jax.runs.progress import progress, rows_done, say
 
 
 @pytest.fixture

@@ -2,19 +2,20 @@
 
 import pytest
 
-from stepwiser_jax.record_files import write_records
-from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample, UserError
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages.rationalize import (
+from stepwiser_jax.config import load_config
+from stepwiser_jax.data.rationales import Outcome, judgment_outcome
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.params import SampleOutput, StopReason
+from stepwiser_jax.record_io import write_records
+from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.stages.rejection_sample import (
     TextWriter,
     choose,
     load_examples,
     summarize,
     to_learn,
 )
-from stepwiser_jax.text.rationales import Outcome, judgment_outcome
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def rationales(*counts):
 
 def config(request, *sets):
     file = request.config.rootpath / "configs" / "smoke_rationales.yaml"
-    return load_config("rationalize", file, sets)
+    return load_config("rejection-sample", file, sets)
 
 
 def chosen_of(settings, written):
@@ -96,16 +97,16 @@ def test_nothing_to_learn_is_refused(request):
 
 def test_where_nothing_was_chosen_yet_the_choice_may_change(request, tmp_path):
     """Of the run directory that the error leaves behind."""
-    directory = RunDirectory(tmp_path / "run", "rationalize", config(request, "balance=true"))
+    directory = RunDirectory(tmp_path / "run", "rejection-sample", config(request, "balance=true"))
     directory.writer(Rationale).append(rationales((True, "kept", 7)))
     directory.writer(SftExample).append([])
-    RunDirectory(tmp_path / "run", "rationalize", config(request, "max_examples=3"))
+    RunDirectory(tmp_path / "run", "rejection-sample", config(request, "max_examples=3"))
     with pytest.raises(UserError, match="another config, which differs in samples: 4 -> 5"):
-        RunDirectory(tmp_path / "run", "rationalize", config(request, "samples=5"))
+        RunDirectory(tmp_path / "run", "rejection-sample", config(request, "samples=5"))
     directory.writer(SftExample).append([SftExample("a", "p", "asked", "said")])
-    RunDirectory(tmp_path / "run", "rationalize", config(request, "balance=true"))
+    RunDirectory(tmp_path / "run", "rejection-sample", config(request, "balance=true"))
     with pytest.raises(UserError, match="differs in balance: True -> False"):
-        RunDirectory(tmp_path / "run", "rationalize", config(request))
+        RunDirectory(tmp_path / "run", "rejection-sample", config(request))
 
 
 def test_of_what_is_kept_so_many_are_drawn(request):
@@ -155,7 +156,7 @@ class Scripted:
 
 def test_chains_are_cut_filtered_and_learned_with_the_answer(request):
     settings = load_config(
-        "rationalize",
+        "rejection-sample",
         request.config.rootpath / "configs" / "smoke_thinkprm_chains.yaml",
         (
             "prompt_style=instruct",

@@ -9,7 +9,7 @@ from stand_ins import MODELS, with_stand_ins, write_data, write_model, write_tok
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.recipe import TRAINING, read_recipe
-from stepwiser_jax.settings import RUNS
+from stepwiser_jax.config import RUNS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted({file.stem.split("_")[0] for file in CONFIGS.glob("*.yaml")})
@@ -91,7 +91,7 @@ def test_a_chain_that_is_broken_is_named(tmp_path, capsys, old, new, message):
 
 def test_configs_that_wait_for_one_another_and_none_are_named(tmp_path, capsys):
     learned = POLICY.replace("arithmetic-policy, count: 8", "RUNS/best")
-    best = "stage: select\nrollouts: RUNS/rollouts\ntokenizer: RUNS/policy\n"
+    best = "stage: select-responses\nrollouts: RUNS/rollouts\ntokenizer: RUNS/policy\n"
     assert recipe(write(tmp_path, policy=learned, rollouts=ROLLOUTS, best=best)) == 2
     assert "wait for one another: " in capsys.readouterr().err
     assert recipe(tmp_path / "other") == 2

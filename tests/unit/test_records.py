@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 
-import stepwiser_jax.runtime.run as run_module
+import stepwiser_jax.runs.directory as run_module
 from stepwiser_jax import __version__
-from stepwiser_jax.config import Evaluate, Label, Sft
-from stepwiser_jax.record_files import (
+from stepwiser_jax.config import Evaluate, Label, Sft, load_config
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import (
     RecordWriter,
     from_json,
     read_records,
@@ -25,12 +26,10 @@ from stepwiser_jax.records import (
     LabelledSolution,
     Problem,
     Trajectory,
-    UserError,
     Verdict,
     natural_key,
 )
-from stepwiser_jax.runtime.run import Interrupted, Metrics, RunDirectory, blocks, stop
-from stepwiser_jax.settings import load_config
+from stepwiser_jax.runs.directory import Interrupted, Metrics, RunDirectory, blocks, stop
 from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
@@ -379,7 +378,7 @@ def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):
     file = request.config.rootpath / "configs" / "smoke_judge.yaml"
 
     def directory(*sets):
-        return RunDirectory(tmp_path / "run", "judge", load_config("judge", file, sets))
+        return RunDirectory(tmp_path / "run", "judge", load_config("train-judge", file, sets))
 
     directory().create()
     (tmp_path / "run" / "metrics.jsonl").touch()

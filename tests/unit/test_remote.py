@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime import remote
-from stepwiser_jax.runtime.remote import RemoteEngine
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference import remote
+from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.remote import RemoteEngine
 
 PARAMS = SamplingParams(4, temperature=0.7, top_p=0.9, stop_ids=(9,))
 KEY = jax.random.key(0)

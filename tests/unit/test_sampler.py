@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from draws import assert_drawn
 
-from stepwiser_jax.algo.logprobs import token_logprobs
-from stepwiser_jax.algo.sampling import inverse_cdf, truncate
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams, StopReason
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.token_sampler import inverse_cdf, truncate
+from stepwiser_jax.rl.logprobs import token_logprobs
 
 KEY = jax.random.key(7)
 PROMPTS = [[5, 9, 11], [3], [8, 8, 2, 60, 33], [1, 2, 3, 4, 5, 6, 7]]

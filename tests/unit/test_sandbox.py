@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from landlock import needs_landlock
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime import confine, sandbox
-from stepwiser_jax.runtime.sandbox import Execution, Limits, Sandbox
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.sandbox import confine, runner
+from stepwiser_jax.sandbox.runner import Execution, Limits, Sandbox
 
 TIME_OUT = "Code execute time out: Code execution timed out"
 
@@ -33,7 +33,7 @@ def roomy() -> Sandbox:
 @pytest.fixture
 def strict(roomy, tmp_path, monkeypatch) -> Sandbox:
     """Little of everything, and scratch folders below `tmp_path`."""
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
     limited = copy.copy(roomy)
     limited.limits = Limits(seconds=2.0, memory_bytes=2**29, scratch_bytes=2**20)
     limited.failures = Counter()
@@ -130,7 +130,7 @@ def test_calls_run_together_in_order_and_know_nothing_of_one_another(strict):
 
 
 def test_what_is_printed_while_nobody_reads_is_kept(strict, monkeypatch):
-    monkeypatch.setattr(sandbox, "_exceeds", lambda *_: time.sleep(0.5))
+    monkeypatch.setattr(runner, "_exceeds", lambda *_: time.sleep(0.5))
     code = "print('a')\nimport time\ntime.sleep(0.2)\nprint('b')"
     assert strict.run([code]) == [Execution("a\nb", None)]
 
@@ -261,7 +261,7 @@ def test_nothing_else_can_be_opened(strict, tmp_path):
     parent = f"/proc/{os.getpid()}"
     read = [
         *("/", "/home", "/root", "/tmp", "/etc", "/var", "/dev", "/dev/shm", "/proc", "/sys"),
-        *(str(tmp_path), str(secret), os.getcwd(), __file__, sandbox.__file__, str(Path.home())),
+        *(str(tmp_path), str(secret), os.getcwd(), __file__, runner.__file__, str(Path.home())),
         *("/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/urandom", "/proc/self/environ"),
         *("/proc/self/mem", "/proc/self/maps", "/proc/cpuinfo", "/proc/1/cmdline", "/proc/1/fd"),
         *(f"{parent}/environ", f"{parent}/cmdline", f"{parent}/mem", f"{parent}/cwd"),
@@ -292,7 +292,7 @@ def test_what_can_be_read_cannot_be_emptied(strict, tmp_path, monkeypatch):
     module = tmp_path / "site-packages" / "module.py"
     module.parent.mkdir()
     module.write_text("x = 1")
-    monkeypatch.setattr(sandbox.sys, "path", [*sys.path, str(module.parent)])
+    monkeypatch.setattr(runner.sys, "path", [*sys.path, str(module.parent)])
     code = f"""
 import os
 import module
@@ -398,7 +398,7 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(address)())
 def test_a_process_without_capabilities():
     lines = "open('/proc/self/status').read().splitlines()"
     code = (
-        "from stepwiser_jax.runtime import confine; confine.drop_capabilities(); "
+        "from stepwiser_jax.sandbox import confine; confine.drop_capabilities(); "
         f"print({{line.split()[1] for line in {lines} if line[:6] in ('CapPrm', 'CapEff')}})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -409,14 +409,14 @@ def test_a_process_without_capabilities():
 
 
 def test_a_stopped_parent_leaves_nobody_computing(strict, monkeypatch):
-    monkeypatch.setattr(sandbox, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 0.0))
     assert strict.run(["while True: pass"]) == [Execution(TIME_OUT, "time")]
 
 
 def test_a_killed_parent_takes_its_children_with_it(tmp_path):
     code = "import os; open('pid', 'w').write(str(os.getpid()))\nwhile True: pass"
     script = (
-        "from stepwiser_jax.runtime.sandbox import Limits, Sandbox\n"
+        "from stepwiser_jax.sandbox.runner import Limits, Sandbox\n"
         f"Sandbox(Limits(seconds=60)).run([{code!r}])"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -471,13 +471,13 @@ def test_what_the_platform_lacks_is_refused(tmp_path, monkeypatch, present, lack
 
 
 def test_other_systems_are_refused(monkeypatch):
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    monkeypatch.setattr(runner.sys, "platform", "darwin")
     with pytest.raises(UserError, match="this is darwin"):
         Sandbox()
 
 
 def test_a_sandbox_without_sympy_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "_packages", lambda: [os.path.dirname(os.__file__)])
+    monkeypatch.setattr(runner, "_packages", lambda: [os.path.dirname(os.__file__)])
     with pytest.raises(UserError, match="No module named 'sympy'; install sympy"):
         Sandbox()
 
@@ -488,5 +488,5 @@ def test_a_process_that_never_starts_is_a_failure_of_its_call(strict, tmp_path, 
     script = tmp_path / "confine.py"
     script.write_text(f"import os, time\n{dies}")
     monkeypatch.setattr(confine, "__file__", str(script))
-    monkeypatch.setattr(sandbox, "START_SECONDS", 0.2)
+    monkeypatch.setattr(runner, "START_SECONDS", 0.2)
     assert strict.run([""])[0].failure == ("killed" if "kill" in dies else "time")

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.selection import AGGREGATES, best, vote
-from stepwiser_jax.config import Beams
+from stepwiser_jax.config import Beams, load_config
+from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SampleOutput, SamplingParams, Shapes, StopReason
+from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.judges.stepwiser import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
-from stepwiser_jax.runtime.chunk_search import (
+from stepwiser_jax.search.chunk_search import (
     Chunk,
     Path,
     Policy,
@@ -28,15 +32,10 @@ from stepwiser_jax.runtime.chunk_search import (
     extend,
     search_chunks,
 )
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.judging import Opinion
-from stepwiser_jax.runtime.loading import Loaded
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SampleOutput, SamplingParams, Shapes, StopReason
-from stepwiser_jax.settings import load_config
+from stepwiser_jax.search.voting import AGGREGATES, best, vote
 from stepwiser_jax.stages import search
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.answers import extract_answer
+from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_ends, chunk_texts
 from tiny import tiny_config
 
@@ -115,7 +114,7 @@ class Planted:
             assert solution.start == len(solution.chunks) - 1
             p = self.score(solution.question, solution.chunks)
             verdict = Verdict.POSITIVE if p >= 0.5 else Verdict.NEGATIVE
-            found.append([Opinion("", verdict, p, JUDGE_TOKENS)])
+            found.append([ChunkJudgment("", verdict, p, JUDGE_TOKENS)])
         return found
 
 
@@ -332,7 +331,7 @@ def test_beams_are_those_of_one_problem_at_a_time(
 
 
 def row(score, *, over, attempt):
-    chunk = Chunk([1], True, opinion=Opinion("", Verdict.POSITIVE, score, 1))
+    chunk = Chunk([1], True, opinion=ChunkJudgment("", Verdict.POSITIVE, score, 1))
     return Row(Path("last", (chunk,), over), attempt, source=attempt)
 
 
@@ -556,7 +555,7 @@ def test_every_aggregate_has_its_setting():
 
 def test_votes_make_one_opinion():
     kinds = (Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.POSITIVE)
-    votes = [Opinion(kind.value, kind, float(kind is Verdict.POSITIVE), 4) for kind in kinds]
-    opinion = Opinion.of_votes(votes)
+    votes = [ChunkJudgment(kind.value, kind, float(kind is Verdict.POSITIVE), 4) for kind in kinds]
+    opinion = ChunkJudgment.of_votes(votes)
     assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
-    assert Opinion.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
+    assert ChunkJudgment.of_votes(votes[:2]).verdict is Verdict.NEGATIVE

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_files import read_records, write_manifest, write_records
-from stepwiser_jax.records import Problem, Segmentation, Trajectory, UserError
-from stepwiser_jax.runtime.run import RunDirectory, stop
-from stepwiser_jax.runtime.sampling import SampleOutput, StopReason
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import segment, sft
+from stepwiser_jax.config import load_config
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.params import SampleOutput, StopReason
+from stepwiser_jax.record_io import read_records, write_manifest, write_records
+from stepwiser_jax.records import Problem, Segmentation, Trajectory
+from stepwiser_jax.runs.directory import RunDirectory, stop
+from stepwiser_jax.stages import chunk_solutions, sft
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chunking import read_segmentation
 from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.segmentation import read_segmentation
 
 COUNT = 6
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,7 +58,7 @@ def config_of(tmp_path, rollouts, **settings):
     }
     file = tmp_path / "segment.yaml"
     file.write_text(json.dumps(tree))
-    return load_config("segment", file)
+    return load_config("chunk-solutions", file)
 
 
 class Parrot:
@@ -101,9 +102,9 @@ def teacher(monkeypatch, word_tokenizer):
     def install(*proposals):
         parrot = Parrot(word_tokenizer, proposals)
         monkeypatch.setattr(
-            segment,
+            chunk_solutions,
             "make_proposer",
-            lambda config: (segment.Teacher(config, word_tokenizer, parrot, 512), {}),
+            lambda config: (chunk_solutions.Teacher(config, word_tokenizer, parrot, 512), {}),
         )
         return parrot
 
@@ -117,7 +118,7 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     teacher(altered, whole, halves, unfinished, halves)
     settings = SAMPLED | {"num_segmentations": 5, "sampling": {"max_new_tokens": 200}}
     config = config_of(tmp_path, rollouts, max_per_problem=1, **settings)
-    summary = segment.run(config, tmp_path / "s")
+    summary = chunk_solutions.run(config, tmp_path / "s")
     assert summary["right"] == summary["cut"] == COUNT
     assert summary["solutions"] == 3 * COUNT
     assert summary["proposals"] == {
@@ -152,8 +153,8 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
     with pytest.MonkeyPatch.context() as patch:  # killed behind the second block
         patch.setattr(stop, "check", lambda: parrot.blocks == 2 and 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            segment.run(config, tmp_path / "s")
-    summary = segment.run(config, tmp_path / "s")
+            chunk_solutions.run(config, tmp_path / "s")
+    summary = chunk_solutions.run(config, tmp_path / "s")
     assert parrot.blocks == 2 * COUNT // 4
     assert (summary["cut"], summary["right"]) == (0, 2 * COUNT)
     assert summary["proposals"]["altered"] == 2 * COUNT
@@ -163,14 +164,14 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
 def test_a_solution_that_the_teacher_has_no_room_for_is_counted(tmp_path, rollouts, teacher):
     teacher(whole)
     settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 450}}
-    summary = segment.run(config_of(tmp_path, rollouts, **settings), tmp_path / "s")
+    summary = chunk_solutions.run(config_of(tmp_path, rollouts, **settings), tmp_path / "s")
     assert 0 < summary["proposals"]["no_room"] <= 2 * COUNT
     assert summary["proposals"]["no_room"] + summary["cut"] == 2 * COUNT
 
 
 def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
     config = config_of(tmp_path, rollouts, splitter="blank_lines")
-    summary = segment.run(config, tmp_path / "s")
+    summary = chunk_solutions.run(config, tmp_path / "s")
     assert summary["cut"] == 2 * COUNT and summary["mean_chunks"] == 1
     prompts = {e.prompt for e in sft.read_examples(str(tmp_path / "s"), "instruct")}
     assert all("<chunk>" in prompt and "Problem: start" in prompt for prompt in prompts)
@@ -191,7 +192,7 @@ def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_to
     ]
     write_records(file, tagged)
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
-    segment.run(config_of(tmp_path, rollouts, splitter="sentences"), tmp_path / "s")
+    chunk_solutions.run(config_of(tmp_path, rollouts, splitter="sentences"), tmp_path / "s")
     for example in sft.read_examples(str(tmp_path / "s"), "bare"):
         assert example.completion.count("<chunk>") == example.completion.count("</chunk>") == 1
 
@@ -199,7 +200,7 @@ def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_to
 def test_a_server_may_move(tmp_path, rollouts):
     sampling = {"sampling": {"max_new_tokens": 8}}
     directory = RunDirectory(
-        tmp_path / "s", "segment", config_of(tmp_path, rollouts, **SAMPLED, **sampling)
+        tmp_path / "s", "chunk-solutions", config_of(tmp_path, rollouts, **SAMPLED, **sampling)
     )
     directory.create()
     for key, moved in (("url", "http://other"), ("retries", 9), ("model", "another")):
@@ -207,9 +208,9 @@ def test_a_server_may_move(tmp_path, rollouts):
         config = config_of(tmp_path, rollouts, server=server, **sampling)
         if key == "model":
             with pytest.raises(UserError, match=r"server\.model: '' -> 'another'"):
-                RunDirectory(tmp_path / "s", "segment", config)
+                RunDirectory(tmp_path / "s", "chunk-solutions", config)
         else:
-            RunDirectory(tmp_path / "s", "segment", config)
+            RunDirectory(tmp_path / "s", "chunk-solutions", config)
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
         sampling={"max_new_tokens": 120, "temperature": 0.3},
         engine={"rows": [8], "buckets": [256]},
     )
-    summary = segment.run(config, tmp_path / "s")
+    summary = chunk_solutions.run(config, tmp_path / "s")
     assert sum(summary["proposals"].values()) == 2 * 2 * COUNT
     assert summary["proposals"]["kept"] > 2 * COUNT and summary["mean_chunks"] > 2
     assert summary["compiled"]
@@ -245,7 +246,7 @@ def test_another_tokenizer_than_the_policys_is_refused(tmp_path, rollouts, bpe_d
     (other / "config.json").write_text("{}")
     config = config_of(tmp_path, rollouts, splitter="steps", tokenizer=str(other))
     with pytest.raises(UserError, match="of the policy that sampled the rollouts; by this one"):
-        segment.run(config, tmp_path / "s")
+        chunk_solutions.run(config, tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
@@ -254,7 +255,7 @@ def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
     file.write_text(file.read_text().replace('"is_correct":true', '"is_correct":false'))
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     with pytest.raises(UserError, match="none of the 18 solutions"):
-        segment.run(config_of(tmp_path, rollouts, splitter="steps"), tmp_path / "s")
+        chunk_solutions.run(config_of(tmp_path, rollouts, splitter="steps"), tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 

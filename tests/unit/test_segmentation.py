@@ -5,14 +5,14 @@ import random
 import pytest
 
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.segmentation import (
+from stepwiser_jax.text.chunking import (
     Outcome,
     majority_segmentation,
     read_segmentation,
     split_solution,
     tagged,
 )
+from stepwiser_jax.text.chunks import strip_tags
 
 SOLUTION = "Let x = 3.\nThen  2x = 6.\n\nSo the answer is \\boxed{6}."
 

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from stepwiser_jax.record_files import read_records, write_manifest, write_records
-from stepwiser_jax.records import Problem, Selection, Trajectory, UserError, Verdict
-from stepwiser_jax.runtime.judging import Opinion
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import select, sft
+from stepwiser_jax.config import load_config
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges.stepwiser import ChunkJudgment
+from stepwiser_jax.record_io import read_records, write_manifest, write_records
+from stepwiser_jax.records import Problem, Selection, Trajectory, Verdict
+from stepwiser_jax.stages import select_responses, sft
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, chunk_ends
 
@@ -53,7 +54,7 @@ class Truth:
     def __call__(self, solutions):
         return [
             [
-                Opinion("", Verdict.POSITIVE if right else Verdict.NEGATIVE, float(right), 3)
+                ChunkJudgment("", Verdict.POSITIVE if right else Verdict.NEGATIVE, float(right), 3)
                 for right in arithmetic.chunk_truth(solution.question, solution.chunks)
             ]
             for solution in solutions
@@ -65,13 +66,13 @@ JUDGE = {"path": "arithmetic", "max_new_tokens": 8, "engine": {"buckets": [192]}
 
 @pytest.fixture
 def selected(tmp_path, rollouts, monkeypatch):
-    monkeypatch.setattr(select, "load_judge", lambda *_, **__: Truth())
+    monkeypatch.setattr(select_responses, "load_judge", lambda *_, **__: Truth())
 
     def run(name, **settings):
         tree = {"rollouts": str(rollouts), "tokenizer": "arithmetic", **settings}
         file = tmp_path / "select.yaml"
         file.write_text(json.dumps(tree))
-        summary = select.run(load_config("select", file), tmp_path / name)
+        summary = select_responses.run(load_config("select-responses", file), tmp_path / name)
         return read_records(tmp_path / name, Selection), summary
 
     return run

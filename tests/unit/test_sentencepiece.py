@@ -9,12 +9,13 @@ import sys
 import pytest
 from flax import nnx
 
-from stepwiser_jax.config import Judge, Sft
+from stepwiser_jax.config import Sft, TrainJudge
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import JudgeExample, SftExample, UserError
-from stepwiser_jax.stages import judge, sft
+from stepwiser_jax.records import JudgeExample, SftExample
+from stepwiser_jax.stages import sft, train_judge
 from stepwiser_jax.text.chunks import TokenMatcher
 from stepwiser_jax.text.sentencepiece import Vocabulary
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -299,7 +300,7 @@ def test_training_stages_take_it_and_hand_it_on(directory, tmp_path):
     )
     sft.run(first, tmp_path / "sft")
     examples = [JudgeExample(f"{i}", f"{i}", "12 + 3", "", t, True) for i, t in enumerate(texts)]
-    second = Judge.model_validate(
+    second = TrainJudge.model_validate(
         {
             "model": {"path": str(tmp_path / "sft")},
             "examples": write_lines(tmp_path / "judge.jsonl", examples),
@@ -314,7 +315,7 @@ def test_training_stages_take_it_and_hand_it_on(directory, tmp_path):
             "training": training,
         }
     )
-    judge.run(second, tmp_path / "judge")
+    train_judge.run(second, tmp_path / "judge")
     exported = load_tokenizer(str(tmp_path / "judge" / "model"))
     assert exported.render_chat(CHAT) == tokenizer.render_chat(CHAT)
 

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 
-from stepwiser_jax.records import LabelledSolution, UserError
-from stepwiser_jax.text.solutions import (
+from stepwiser_jax.data.step_formats import (
     classifier_examples,
     judge_examples,
     parse_solutions,
     processbench_items,
 )
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.records import LabelledSolution
 
 SEEDS = range(20)
 WORDS = ["so 2 + 2 = 4", " Then x.\n", "\nHence\n\n+", "Step 1: again -", "ß", "0.5"]

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.model import splash
-from stepwiser_jax.model.attention import attention, segment_mask
-from stepwiser_jax.records import UserError
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.model.attention import attention, segment_mask, splash
 
 GROUP = 1 << 16
 

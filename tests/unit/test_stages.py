@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.algo.adaptive import LabelTable
-from stepwiser_jax.config import AdaptiveRollouts, Label
+from stepwiser_jax.config import AdaptiveRollouts, Label, load_config
+from stepwiser_jax.data.problems import keep_verifiable, load_items
+from stepwiser_jax.distributed.loading import decoding_copy, load_model, load_tokenizer_of
+from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.model.packing import group_of
 from stepwiser_jax.records import (
     ChunkLabel,
     JudgeExample,
@@ -17,17 +23,10 @@ from stepwiser_jax.records import (
     Problem,
     SampledRow,
     Trajectory,
-    UserError,
     Verdict,
 )
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import decoding_copy, load_model, load_tokenizer_of
-from stepwiser_jax.runtime.mesh import make_mesh, shard_batch
-from stepwiser_jax.runtime.problems import keep_verifiable, load_items
-from stepwiser_jax.runtime.sampling import SamplingParams
-from stepwiser_jax.segments import group_of
-from stepwiser_jax.settings import load_config
-from stepwiser_jax.stages import judge
+from stepwiser_jax.rl.adaptive import LabelTable
+from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
     check_trajectories,
     estimate_prefix_values,
@@ -47,19 +46,19 @@ PROMPT = (5, 9, 11)
 
 @pytest.fixture
 def config(request):
-    return load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+    return load_config("train-judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
 
 
 def test_iterations_of_epochs(config):
     """Of 20 examples, 8 an iteration."""
     for epochs, iterations in ((1, 3), (2, 5), (4, 10)):
         changed = config.model_copy(update={"iterations": None, "epochs": epochs})
-        assert judge.iterations_of(changed, 20) == iterations
+        assert train_judge.iterations_of(changed, 20) == iterations
 
 
 def groups(count):
     return [
-        judge.Judged(
+        train_judge.RolloutGroup(
             f"g{i}",
             (3, 1 + i % 9),
             tuple((4, 5, 6 + g) for g in range(4)),
@@ -309,9 +308,9 @@ def test_labels_of_trajectories_that_were_sampled_differently(request):
 
 def test_no_update_is_made_of_nothing(config, tiny_model):
     mesh = make_mesh()
-    assert judge.prepare_batches([], config, mesh, tiny_model, tiny_model) == []
-    assert len(judge.prepare_batches(groups(1), config, mesh, tiny_model, tiny_model)) == 1
-    batches = judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
+    assert train_judge.prepare_batches([], config, mesh, tiny_model, tiny_model) == []
+    assert len(train_judge.prepare_batches(groups(1), config, mesh, tiny_model, tiny_model)) == 1
+    batches = train_judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
     groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
     assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
 
@@ -323,7 +322,7 @@ def test_no_update_is_made_of_nothing(config, tiny_model):
 def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, rewards, share):
     """Of four judgments of a right chunk, the last two have an analysis."""
     file = request.config.rootpath / "configs" / "smoke_judge.yaml"
-    config = load_config("judge", file, (f"format_penalty={penalty}",))
+    config = load_config("train-judge", file, (f"format_penalty={penalty}",))
     loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
     texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
     texts += [f"looks fine {text}" for text in texts]
@@ -333,19 +332,21 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, r
         f"g/{i}": SampledRow(f"g/{i}", (*loaded.tokenizer.encode(text), end), ())
         for i, text in enumerate(texts)
     }
-    collect = judge.GroupCollector(config, loaded, make_mesh())
+    collect = train_judge.GroupCollector(config, loaded, make_mesh())
     example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
     groups = collect.judged([example], ["g"], rows)
     assert groups[0].rewards_G == rewards
-    metrics = judge.rollout_metrics(groups, 1, bool(config.format_penalty))
+    metrics = train_judge.rollout_metrics(groups, 1, bool(config.format_penalty))
     assert metrics.get("in_format_share") == share
     assert metrics["unparsed_rate"] == metrics["other_box_rate"] == 0
 
 
 def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
     verdicts = (Verdict.POSITIVE, Verdict.UNPARSED, Verdict.OTHER, Verdict.OTHER)
-    group = judge.Judged("g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0))
-    metrics = judge.rollout_metrics([group], 1, penalized=False)
+    group = train_judge.RolloutGroup(
+        "g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0)
+    )
+    metrics = train_judge.rollout_metrics([group], 1, penalized=False)
     assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
 
 
@@ -353,9 +354,9 @@ def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, 
     """After one segment; what it had finished is kept as it is, and the rest is what it would have
     been."""
     file = request.config.rootpath / "configs" / "smoke_judge.yaml"
-    config = load_config("judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
+    config = load_config("train-judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
     loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
-    collect = judge.GroupCollector(config, loaded, make_mesh())
+    collect = train_judge.GroupCollector(config, loaded, make_mesh())
     engine = collect.engine.with_model(decoding_copy(loaded.model, make_mesh()))
     prompts = [f"start {n} ; * 7 + 5 ?" for n in range(5)]
     examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
@@ -366,7 +367,7 @@ def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, 
     whole, rows = {}, {}
     assert sample(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(judge.stop, "requested", True)
+        patch.setattr(train_judge.stop, "requested", True)
         assert not sample(rows)
     kept = dict(rows)
     assert 0 < len(kept) < len(whole) == 5 * config.group_size
@@ -445,8 +446,8 @@ def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenize
 
 
 def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
-    batch = shard_batch(judge.assemble(groups(3), config), make_mesh())
-    whole = judge.score(tiny_model, batch, 1.0, micro_batches=1)
-    parts = judge.score(tiny_model, batch, 1.0, micro_batches=2)
+    batch = shard_batch(train_judge.assemble(groups(3), config), make_mesh())
+    whole = train_judge.score(tiny_model, batch, 1.0, micro_batches=1)
+    parts = train_judge.score(tiny_model, batch, 1.0, micro_batches=2)
     np.testing.assert_allclose(whole, parts, atol=1e-5)
     assert float(jnp.min(whole)) < -0.5

@@ -9,31 +9,32 @@ from safetensors import SafetensorError
 from tensorboardX.record_writer import RecordWriter as EventFile
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_files import read_manifest
-from stepwiser_jax.records import Judged, Problem, UserError, Verdict
-from stepwiser_jax.runtime.pending import PendingGroups
-from stepwiser_jax.runtime.run import RunDirectory, blocks
-from stepwiser_jax.runtime.storage import writing_to
-from stepwiser_jax.settings import load_config
+from stepwiser_jax.config import load_config
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import read_manifest
+from stepwiser_jax.records import Problem, RolloutGroup, Verdict
+from stepwiser_jax.rl.rollout_cache import RolloutCache
+from stepwiser_jax.runs.directory import RunDirectory, blocks
+from stepwiser_jax.runs.storage import writing_to
 from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", "What is it? " * 20, str(i), "test") for i in range(100)]
-PENDING = [Judged("g", (1,), ((2,),), ((-1.0,),), (Verdict.POSITIVE,), (1.0,))]
+PENDING = [RolloutGroup("g", (1,), ((2,),), ((-1.0,),), (Verdict.POSITIVE,), (1.0,))]
 TENSORSTORE = "Failed to write 9 bytes to file 27: No space left on device [os_error_code='28']"
 
 
 @pytest.fixture
 def fill(request):
     """`fill(run_dir)`: what a stage does, for each kind of file that we write ourselves."""
-    config = load_config("judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+    config = load_config("train-judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
 
     def stage(run_dir):
-        directory = RunDirectory(run_dir, "judge", config)
+        directory = RunDirectory(run_dir, "train-judge", config)
         if directory.finished:
             return directory.summary()
         metrics = directory.metrics()
         done = metrics.resume_at(0)
-        PendingGroups(directory.path / "pending").write(3, 0, "aa", PENDING)
+        RolloutCache(directory.path / "pending").write(3, 0, "aa", PENDING)
         work = blocks(PROBLEMS, 50)
         work = directory.pending(work, Problem, lambda block: [p.problem_id for p in block])
         directory.write_blocks(work, Problem, lambda block: block)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from stepwiser_jax.records import UserError, Verdict
-from stepwiser_jax.text.answers import extract_answer
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.records import Verdict
+from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.text.prompts import (
     encode_judge_prompt,
     encode_solve_prompt,

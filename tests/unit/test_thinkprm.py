@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config_parts import GenerativeJudge
-from stepwiser_jax.records import ClassifierExample, UserError, Verdict
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.judges import load_judge
-from stepwiser_jax.runtime.judging import Solution
-from stepwiser_jax.runtime.loading import load_for_decoding, load_model
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.sampling import SampleOutput
-from stepwiser_jax.runtime.thinkprm import ThinkPrmJudge, answer_ids
-from stepwiser_jax.text.rationales import Outcome
-from stepwiser_jax.text.thinkprm import (
+from stepwiser_jax.config import GenerativeJudge
+from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.distributed.loading import load_for_decoding, load_model
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SampleOutput
+from stepwiser_jax.judges.load import load_judge
+from stepwiser_jax.judges.stepwiser import Solution
+from stepwiser_jax.judges.thinkprm import ThinkPrmJudge, answer_ids
+from stepwiser_jax.judges.thinkprm_form import (
     FORMS,
     chain_outcome,
     cleaned,
@@ -30,6 +30,7 @@ from stepwiser_jax.text.thinkprm import (
     verdicts_of,
     verify_prompt,
 )
+from stepwiser_jax.records import ClassifierExample, Verdict
 
 P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
 INSTRUCT, BARE = FORMS["instruct"], FORMS["bare"]

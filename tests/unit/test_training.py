@@ -10,12 +10,15 @@ import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from stepwiser_jax.algo.sft import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.config import load_config
+from stepwiser_jax.distributed import hosts
+from stepwiser_jax.distributed.loading import load_model
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import SftExample, UserError
-from stepwiser_jax.runtime import hosts
-from stepwiser_jax.runtime.checkpoint import Checkpointer
-from stepwiser_jax.runtime.data import (
+from stepwiser_jax.records import SftExample
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.training.batches import (
     Group,
     TokenBatch,
     example_loader,
@@ -24,10 +27,10 @@ from stepwiser_jax.runtime.data import (
     sft_documents,
     sft_loader,
 )
-from stepwiser_jax.runtime.loading import load_model
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.run import RunDirectory
-from stepwiser_jax.runtime.trainer import (
+from stepwiser_jax.training.checkpoint import Checkpointer
+from stepwiser_jax.training.loop import TrainingRun
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.training.step import (
     TrainState,
     accumulate,
     create_train_state,
@@ -38,8 +41,6 @@ from stepwiser_jax.runtime.trainer import (
     mean_metrics,
     split_rows,
 )
-from stepwiser_jax.runtime.training_run import TrainingRun
-from stepwiser_jax.settings import load_config
 from tiny import tiny_config
 
 EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.algo.logprobs import token_logprobs, token_logprobs_and_entropy
-from stepwiser_jax.algo.sampling import _pass
+from stepwiser_jax.distributed.loading import load_model
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.token_sampler import _pass
 from stepwiser_jax.model.attention import Attention
+from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import make_adapters, with_adapters
-from stepwiser_jax.model.splash import splash_attention, splash_mask
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.records import UserError
-from stepwiser_jax.runtime.engine import Engine
-from stepwiser_jax.runtime.loading import load_model
-from stepwiser_jax.runtime.mesh import make_mesh
-from stepwiser_jax.runtime.sampler import Sampler
-from stepwiser_jax.runtime.sampling import SamplingParams
+from stepwiser_jax.rl.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.text.tokenizer import load_tokenizer, unknown_ids
 from tiny import tiny_config, with_unknown_ids
 

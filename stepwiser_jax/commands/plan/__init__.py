@@ -1,0 +1,1 @@
+"""`stepwiser plan`: what a run needs on a TPU slice."""

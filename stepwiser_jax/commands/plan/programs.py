@@ -1,0 +1,502 @@
+"""The programs of a stage's run, with inputs that are only shapes, in the longest case: every
+prompt and every completion as long as the config allows.
+
+They are the functions that the run itself calls. What is not compiled here moves little: the empty
+state of the engine, and the compaction of its last rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stepwiser_jax.commands.plan.hlo_cost import Cost, Instruction, KernelCost
+from stepwiser_jax.commands.plan.tpu import (
+    Program,
+    abstract_model,
+    abstract_rows,
+    abstract_train_state,
+    bytes_per_device,
+    placed,
+)
+from stepwiser_jax.config import (
+    Annotate,
+    ComputeStage,
+    Config,
+    Evaluate,
+    Model,
+    Rollout,
+    Sampling,
+    Sft,
+    TrainClassifier,
+    TrainedModel,
+    TrainJudge,
+)
+from stepwiser_jax.config import Engine as EngineConfig
+from stepwiser_jax.distributed.loading import (
+    attention_of,
+    cast_model,
+    config_of,
+    sharding_of,
+    shardings_of,
+)
+from stepwiser_jax.distributed.mesh import make_sampling_mesh
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.engine import (
+    SHARED_BY,
+    Engine,
+    Rows,
+    decode_segment,
+    empty_state,
+    read_trunks,
+    state_sharding,
+)
+from stepwiser_jax.inference.params import Weights
+from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.lora import base_of
+from stepwiser_jax.model.transformer import Transformer, layer_for_decoding
+from stepwiser_jax.rl.logprobs import default_slices
+from stepwiser_jax.stages.sft import sft_train_step
+from stepwiser_jax.stages.train_classifier import classifier_train_step
+from stepwiser_jax.stages.train_judge import judge_train_step, score
+from stepwiser_jax.training.batches import (
+    ClassifierBatch,
+    Group,
+    RolloutBatch,
+    TokenBatch,
+    rollout_batch,
+)
+from stepwiser_jax.training.loop import optimizer_of
+
+PLANNED = ("sft", "rollout", "annotate", "train-judge", "train-classifier", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """In the order in which a run needs them. `work` says what their calls add up to; `waves` is
+    how often the rows in flight are filled for it."""
+
+    programs: list[Program]
+    work: str
+    waves: int = 0
+
+
+def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
+    """Raises UserError for a stage that has no plan."""
+    if isinstance(config, Sft | TrainClassifier):
+        return _of_packed_rows(config, mesh)
+    if isinstance(config, TrainJudge):
+        return _of_judge(config, mesh)
+    if isinstance(config, Rollout):
+        per_wave = (config.problems_per_block, config.group_size)
+        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
+    if isinstance(config, Annotate):
+        # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
+        per_wave = (config.trajectories_per_block, config.most_rollouts)
+        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
+    if isinstance(config, Evaluate):
+        temperature = config.vote_temperature if config.votes else 0.0
+        sampling = Sampling.model_validate(
+            {"temperature": temperature, "max_new_tokens": config.max_new_tokens}
+        )
+        per_wave = (config.items_per_block, max(1, config.votes))
+        return _of_sampling(config, config.judge, config.engine, sampling, per_wave, mesh)
+    raise UserError(f"expected a stage of {', '.join(PLANNED)}")
+
+
+# --- the work that a model cannot do without ----------------------------------------------------
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Of the matrices of all layers."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: float) -> float:
+    """2 for each matrix parameter and token, the output matrix where a token is scored, and two
+    products for each query and key that it sees. A backward pass is twice that."""
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return weight_flops(config, tokens=tokens, scored=scored) + 2.0 * attention
+
+
+def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
+    """Of `forward_flops` those with weights, and as many again is what their gradients take."""
+    head = scored * config.vocab_size * config.hidden_size
+    return 2.0 * (tokens * block_parameters(config) + head)
+
+
+def update_flops(
+    config: ModelConfig, settings: TrainedModel, *, tokens: float, scored: float, pairs: float
+) -> float:
+    """Forward and backward. Frozen weights have no gradient; adapters are too small to count."""
+    forward = forward_flops(config, tokens=tokens, scored=scored, pairs=pairs)
+    frozen = settings.lora is not None
+    return 3 * forward - frozen * weight_flops(config, tokens=tokens, scored=scored)
+
+
+def cache_flops(config: ModelConfig, tokens: int) -> float:
+    """Of reading a prompt for its keys and values: the last layer computes no more than those."""
+    below = dataclasses.replace(config, num_layers=config.num_layers - 1)
+    last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
+    return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
+
+
+def causal_pairs(before: int, tokens: int) -> float:
+    """Queries and the keys they see: `tokens` in a row behind `before` others."""
+    return tokens * before + tokens * (tokens + 1) / 2
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def _model(
+    settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False, scalar: bool = False
+) -> tuple[ModelConfig, Transformer]:
+    config = dataclasses.replace(config_of(settings.path), classifier=scalar)
+    lora = settings.lora if isinstance(settings, TrainedModel) else None
+    model = abstract_model(
+        config,
+        mesh,
+        attention_of(config, mesh, settings.compute_dtype),
+        param_dtype=settings.param_dtype,
+        compute_dtype=settings.compute_dtype,
+        decoding=decoding,
+        lora=lora.model_dump() if lora else None,
+    )
+    return config, model
+
+
+def _loops(
+    program: str, config: ModelConfig, rows: int, length: int, scored: int, micro_batches: int
+) -> dict[str, float]:
+    """Slices of positions that are scored, and micro-batches."""
+    slices = default_slices(rows // micro_batches, length, config.vocab_size)
+    used = math.ceil(scored / math.ceil(length / slices))
+    return {"token_logprobs": used, f"jit({program})/while": micro_batches}
+
+
+def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
+    """What the attention kernels need for rows like this one."""
+    visited, block = blocks_visited(jnp.asarray(segment_ids_T))
+
+    def kernel(call: Instruction, operands: Sequence[Instruction]) -> Cost | None:
+        products = next(
+            (n for name, n in PRODUCTS.items() if f"splash_mha_{name}" in call.op_name), 0
+        )
+        if not products:
+            return None
+        arrays = (operand.shapes[0] for operand in operands)
+        queries = next(x for x in arrays if x.dtype in ("bf16", "f32"))  # numbers come before it
+        heads = math.prod(queries.dims[:-2])  # of all rows of a device
+        # A visit loads keys and values, or queries and the gradient of what they found.
+        loaded = 2 * block * queries.bytes / math.prod(queries.dims[:-1])
+        whole = sum(o.hbm_bytes for o in operands) + call.hbm_bytes
+        return Cost(
+            2.0 * products * heads * visited * block * block * config.head_dim,
+            whole + heads * visited * loaded,
+        )
+
+    return kernel
+
+
+def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> Programs:
+    scalar = isinstance(config, TrainClassifier) and config.head == "scalar"
+    model_config, model = _model(config.model, mesh, scalar=scalar)
+    schedule, optimizer = optimizer_of(config.training, config.steps or 1)
+    rows, length = config.batch_size, config.max_length
+    ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    state = abstract_train_state(model, optimizer, mesh)
+    if isinstance(config, Sft):
+        batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
+        step, scored = sft_train_step(config, schedule, optimizer, state), length
+    else:  # two logits of a token, which are not worth counting, whichever they are
+        targets = np.zeros((rows, length), np.float32)
+        batch = abstract_rows(ClassifierBatch(ints, ints, ints, mask, targets), mesh)
+        step, scored = classifier_train_step(config, (0, 1), schedule, optimizer, state), 0
+    micro_batches = config.training.micro_batches
+    useful = update_flops(
+        model_config, config.model, tokens=length, scored=scored, pairs=causal_pairs(0, length)
+    )
+    program = Program(
+        "train step",
+        functools.partial(_lower, step, mesh, state, batch),
+        mesh,
+        calls=1,
+        useful_flops=rows * useful,
+        change="raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or "
+        "lower max_length",
+        loops=_loops("train_step", model_config, rows, length, scored, micro_batches),
+        kernel=_splash(model_config, np.ones(length, np.int32)),
+    )
+    return Programs([program], "one step")
+
+
+def _lower(program: Any, mesh: jax.sharding.Mesh | None, *inputs: Any, **settings: Any) -> Any:
+    if mesh is None:
+        return program.lower(*inputs, **settings)
+    with jax.set_mesh(mesh):
+        return program.lower(*inputs, **settings)
+
+
+def longest_group(config: TrainJudge) -> Group:
+    tokens, size = config.sampling.max_new_tokens, config.group_size
+    completions = [[0] * tokens] * size
+    return Group([0] * config.max_prompt_tokens, completions, [[0.0] * tokens] * size, [0.0] * size)
+
+
+def judge_batch(config: TrainJudge) -> RolloutBatch:
+    """Of one update, its arrays empty: every row a group of the longest there may be."""
+    rows = config.prompts_per_iteration // config.updates_per_iteration
+    batch = rollout_batch([], num_rows=rows, row_length=max(config.row_lengths))
+    numbers = batch.sampler_logprobs_BT
+    return dataclasses.replace(
+        batch,
+        old_logprobs_BT=numbers if config.updates_per_iteration > 1 else None,
+        ref_logprobs_BT=numbers if config.grpo.kl_coef else None,
+    )
+
+
+def judge_work(config: TrainJudge) -> dict[str, float]:
+    """What `forward_flops` wants to know of a group: its prompt once, its completions behind it."""
+    prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
+    size = config.group_size
+    pairs = causal_pairs(0, prompt) + size * causal_pairs(prompt, new)
+    return {"tokens": prompt + size * new, "scored": size * new, "pairs": pairs}
+
+
+def lower_update(
+    config: TrainJudge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
+) -> Any:
+    """The judge's train step, traced for an abstract model and batches of these shapes."""
+    updates = (config.iterations or 1) * config.updates_per_iteration
+    schedule, optimizer = optimizer_of(config.training, updates)
+    state = abstract_train_state(model, optimizer, mesh)
+    step = judge_train_step(config, schedule, optimizer, state)
+    return _lower(step, mesh, state, abstract_rows(batch, mesh))
+
+
+def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
+    model_config, model = _model(config.model, mesh)
+    updates = config.updates_per_iteration
+    _, optimizer = optimizer_of(config.training, updates)
+    batch = judge_batch(config)
+    micro_batches = config.training.micro_batches
+    rows, length = batch.tokens_BT.shape
+    loops = functools.partial(
+        _loops,
+        config=model_config,
+        rows=rows,
+        length=length,
+        scored=config.group_size * config.sampling.max_new_tokens,
+        micro_batches=micro_batches,
+    )
+    of_group = judge_work(config)
+    sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
+    has_reference = config.grpo.kl_coef and config.model.lora is None
+    reference = bytes_per_device(model) if has_reference else 0
+    held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
+    change = (
+        "raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or lower "
+        "max_prompt_tokens, group_size x sampling.max_new_tokens and row_lengths"
+    )
+    sampling = _of_sampling(
+        config,
+        config.model,
+        config.engine,
+        config.sampling,
+        (config.prompts_per_iteration, config.group_size),
+        sampling_mesh,
+        prompt=config.max_prompt_tokens,
+        held=held,
+    )
+    group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
+    kernel = _splash(model_config, group.segment_ids_BT[0])
+    programs = [_gather(model, mesh, sampling_mesh, held), *sampling.programs]
+    passes = updates * ((updates > 1) + bool(config.grpo.kl_coef))
+    if passes:
+        bare = dataclasses.replace(batch, old_logprobs_BT=None, ref_logprobs_BT=None)
+        programs.append(
+            Program(
+                "log-probs",
+                functools.partial(
+                    _lower,
+                    score,
+                    mesh,
+                    model,
+                    abstract_rows(bare, mesh),
+                    config.sampling.temperature,
+                    micro_batches=micro_batches,
+                ),
+                mesh,
+                calls=passes,
+                useful_flops=rows * forward_flops(model_config, **of_group),
+                change=change,
+                resident=held - bytes_per_device(model),
+                loops=loops("score"),
+                kernel=kernel,
+            )
+        )
+    programs.append(
+        Program(
+            "train step",
+            functools.partial(lower_update, config, model, batch, mesh),
+            mesh,
+            calls=updates,
+            useful_flops=rows * update_flops(model_config, config.model, **of_group),
+            change=change,
+            resident=reference,
+            loops=loops("train_step"),
+            kernel=kernel,
+        )
+    )
+    work = f"one iteration: {sampling.work}, {updates} update(s) of {rows} rows of {length}"
+    return Programs(programs, work, sampling.waves)
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def _gather(
+    model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
+) -> Program:
+    """What `loading.decoding_copy` moves: from the layout of training to that of decoding."""
+    cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
+    cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
+    shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))
+    return Program(
+        "gather a copy",
+        lambda: jax.jit(lambda model: model, out_shardings=shardings).lower(cast),
+        mesh,
+        calls=1,
+        useful_flops=0.0,
+        change="raise mesh.tensor or sampling_mesh.tensor",
+        resident=held,
+    )
+
+
+def for_decoding(model: Transformer, weights: Weights) -> tuple[Transformer, Any]:
+    """What `Transformer.for_decoding` gives, and the program, lowered, that it runs for each layer:
+    the compiler says where a layer's matrices then lie."""
+    lowered = layer_for_decoding.lower(
+        model.blocks,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        dtype=model.compute_dtype,
+        weights=weights,
+    )
+    of_layer = lowered.compile().output_shardings
+    decoder = jax.eval_shape(lambda model: model.for_decoding(weights), model)
+    decoder.blocks = nnx.List([jax.tree.map(placed, block, of_layer) for block in decoder.blocks])
+    for name in ("embed", "norm", "head"):
+        if hasattr(model, name):
+            kept = jax.tree.map(lambda x: x.sharding, getattr(model, name))
+            setattr(decoder, name, jax.tree.map(placed, getattr(decoder, name), kept))
+    return decoder, lowered
+
+
+def _of_sampling(
+    config: ComputeStage,
+    settings: Model,
+    engine_config: EngineConfig,
+    sampling: Sampling,
+    per_wave: tuple[int, int],
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt: int | None = None,
+    held: int = 0,
+) -> Programs:
+    """`per_wave`: trunks, and rows of each, sampled together. `prompt`: tokens of the longest, by
+    default what the context leaves. `held`: bytes of a device that the run keeps beside the
+    sampler's weights; where it trains, those come from a copy in the compute type."""
+    of_judge = isinstance(config, TrainJudge)
+    copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
+    model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
+    decoder, reshard = for_decoding(model, engine_config.weights)
+    engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
+    new, trunks = sampling.max_new_tokens, per_wave[0]
+    prompt = prompt or max(1, engine.shapes.max_length - new)
+    slots = engine.shapes.bucket(prompt)
+    P, R = engine.first_grid(*per_wave, SHARED_BY)
+    B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
+    state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
+    state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
+    at_once = min(P, engine.read_at_once(slots))
+    fresh = abstract_rows(
+        (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
+    )
+    ints, numbers = np.zeros((B,), np.int32), np.zeros((B,), np.uint32)
+    start = abstract_rows(Rows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
+    draw = jax.eval_shape(
+        lambda: TokenSampler.create(
+            jax.random.key(0), sampling.temperature, sampling.top_k, sampling.top_p
+        )
+    )
+    scalar, stop_ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    change = (
+        "lower engine.rows or sampling.max_new_tokens, raise the tensor axis of the mesh that "
+        "samples, or set engine.weights to int8"
+    )
+    read = cache_flops(model_config, prompt)
+    sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
+    of_mesh = mesh if of_judge else None
+    programs = [
+        Program(
+            "reshard (a layer)",
+            lambda: reshard,
+            mesh,
+            calls=model_config.num_layers,
+            useful_flops=0.0,
+            change=change,
+            resident=held + bytes_per_device(decoder),
+        ),
+        Program(
+            "prefill",
+            functools.partial(
+                _lower,
+                read_trunks,
+                of_mesh,
+                decoder,
+                state,
+                *fresh,
+            ),
+            mesh,
+            calls=math.ceil(trunks / at_once),
+            useful_flops=at_once * read,
+            change=change,
+            resident=held,
+            kernel=_splash(model_config, np.ones(slots, np.int32)),
+        ),
+        Program(
+            "decode segment",
+            functools.partial(
+                _lower,
+                decode_segment,
+                of_mesh,
+                decoder,
+                state,
+                start,
+                draw,
+                scalar,
+                stop_ids,
+                None,
+            ),
+            mesh,
+            calls=waves,
+            useful_flops=B * sampled,
+            change=change,
+            resident=held,
+            loops={"jit(decode_segment)/while": new},
+        ),
+    ]
+    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {P} x {R} rows"
+    return Programs(programs, work, waves)

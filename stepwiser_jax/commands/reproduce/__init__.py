@@ -1,0 +1,1 @@
+"""`stepwiser reproduce`: the comparison of judges on the embedded task."""

@@ -1,0 +1,1 @@
+"""Data sets: problems, labelled steps, benchmarks, and what is held out."""

@@ -1,0 +1,73 @@
+"""Training data that occurs in evaluation sets: found by the text of the problem, and left out.
+
+Problems are equal if their texts are, white space aside: copies of a data set differ in little
+else. ProcessBench-GSM8K lies in GSM8K's test split, two other ProcessBench problems in MATH's train
+split; PRMBench takes 401 problems from MATH's train split and 307 from MATH500.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stepwiser_jax.data.datasets import columns_of, read_rows
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.records import ClassifierExample, JudgeExample, LabelledSolution, Problem
+
+R = TypeVar("R", Problem, LabelledSolution, JudgeExample, ClassifierExample)
+
+_COLUMNS = ("problem", "question", "original_question", "modified_question")
+
+
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+def is_held_out(record: R, held_out: frozenset[str]) -> bool:
+    return without_spaces(record.question) in held_out
+
+
+def drop_held_out(
+    records: Sequence[R], held_out: frozenset[str], dropped: Counter[str] | None = None
+) -> list[R]:
+    """Those whose question is not among `held_out`, as `held_out_questions` gives them; the others
+    are counted in `dropped`. Raises UserError where none is left."""
+    kept = [record for record in records if not is_held_out(record, held_out)]
+    if records and not kept:
+        raise UserError(
+            f"none of {len(records)} records is left: `exclude` has the problems of all of them"
+        )
+    if dropped is not None and len(kept) < len(records):
+        dropped["excluded"] += len(records) - len(kept)
+    return kept
+
+
+def held_out_questions(sources: Iterable[str]) -> frozenset[str]:
+    """All problem texts, without white space, of local files, finished `rollout` runs, or hub data
+    sets (all their splits). Raises UserError for a row without a problem."""
+    questions: set[str] = set()
+    for source in sources:
+        if Path(source).is_dir():
+            problems = read_records(source, Problem)
+            questions.update(without_spaces(problem.question) for problem in problems)
+            continue
+        for _, where, row in read_rows(source):
+            try:
+                questions.update(map(without_spaces, _questions(columns_of(row))))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+    return frozenset(questions)
+
+
+def _questions(row: dict[str, Any]) -> list[str]:
+    """PRMBench has a problem in three wordings, PRM800K in an object of its own."""
+    question = row.get("question")
+    texts = [row.get(column) for column in _COLUMNS]
+    texts += [question.get("problem")] if isinstance(question, dict) else []
+    found = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not found:
+        raise UserError(f"expected a 'problem' or 'question', found {sorted(row)}")
+    return found

@@ -1,0 +1,452 @@
+"""Rows of others' step-labelled data -> LabelledSolution records -> what judges learn from.
+
+A row's format is known by its columns:
+
+    PRM800K         question.problem, label.steps     ratings -1, 0, 1 of several completions a step
+    Math-Shepherd   input, label                      + and -, or values, in the places of its tags
+    Math-APS        question, reasoning_steps         Monte Carlo values, of a tree or of prefixes
+    PRMBench        modified_process, error_steps     1-based indices of the wrong steps; those past
+                                                      the last step are ignored, as by its scorer
+    ProcessBench    problem, steps, label             index of the first wrong step, -1: none
+
+All labels come to lie between 0 and 1, and none is lost: -1, 0, 1 become 0, 0.5, 1. A judge takes a
+step for wrong where its label is 0, as Math-Shepherd's hard labels and StepWiser's Abs-Q do;
+neutral steps are right then, as in ProcessBench's PRM800K baseline. Texts stay as they are. What is
+not about steps is left behind: who solved and who labelled, when and why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import NoneType
+from typing import Any
+
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.records import (
+    ClassifierExample,
+    JudgeExample,
+    LabelledSolution,
+    PrmBenchItem,
+    ProcessBenchItem,
+)
+from stepwiser_jax.tasks.mathematics import compare_plainly
+
+Row = dict[str, Any]
+
+STEP_TAG = "ки"
+"""Math-Shepherd's mark behind every step."""
+
+BAD_PROBLEM = "bad_problem"
+"""PRM800K's `finish_reason` where the labeller found the problem itself wrong."""
+
+_LABEL = re.compile(r"[+-]|[01](\.\d+)?")
+
+_WITH_ORIGINAL = "redundency"
+"""PRMBench's class, in its spelling, whose rows also give the original solution."""
+
+RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0, None: None}
+"""PRM800K's, as labels; a step that a labeller wrote has none."""
+
+
+def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
+    """The solutions in one row; their ids begin with `row_id`, or are the row's own. Raises
+    UserError for a row that no format explains."""
+    for is_of, parse in _FORMATS:
+        if is_of(row):
+            return parse(row, row_id)
+    raise UserError(
+        "expected the columns of PRM800K (question.problem, label.steps), Math-Shepherd (input, "
+        "label), Math-APS (question, reasoning_steps), PRMBench (modified_process, error_steps) or "
+        f"ProcessBench (problem, steps, label), found {sorted(row)}"
+    )
+
+
+def judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExample]:
+    """One example a labelled step, up to and including the first error: after it there is nothing
+    to judge. Steps that solutions share are used once."""
+    for solution in solutions:
+        for step in _labelled_steps(solution):
+            yield JudgeExample(
+                example_id=f"{solution.solution_id}/{step}",
+                problem_id=solution.problem_id,
+                question=solution.question,
+                history="\n\n".join(solution.steps[:step]),
+                chunk=solution.steps[step],
+                is_positive=step != solution.first_error,
+            )
+
+
+def _labelled_steps(solution: LabelledSolution) -> list[int]:
+    """Of its own, up to and including the first error."""
+    error = solution.first_error
+    end = len(solution.steps) if error == -1 else error + 1
+    steps = range(solution.shared_steps, end)
+    return [step for step in steps if solution.labels[step] is not None]
+
+
+def classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:
+    """The same steps of a solution in one example; their soft labels are the labels themselves, but
+    for a wrong step that a later right one makes right."""
+    for solution in solutions:
+        labelled = _labelled_steps(solution)
+        if labelled:
+            is_positive = [step != solution.first_error for step in labelled]
+            yield ClassifierExample(
+                solution_id=solution.solution_id,
+                problem_id=solution.problem_id,
+                question=solution.question,
+                chunks=solution.steps,
+                labelled=tuple(labelled),
+                is_positive=tuple(is_positive),
+                q=tuple(
+                    solution.labels[step] or float(right)
+                    for step, right in zip(labelled, is_positive, strict=True)
+                ),
+            )
+
+
+def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:
+    """The whole ones among the solutions: of which it is known whether the final answer is right,
+    and where the first error is, or that there is none. Raises UserError where there is none."""
+    items = [
+        ProcessBenchItem(
+            item_id=solution.solution_id,
+            subset=solution.source,
+            question=solution.question,
+            steps=solution.steps,
+            first_error=solution.first_error,
+            final_answer_correct=solution.final_answer_correct,
+        )
+        for solution in solutions
+        if solution.final_answer_correct is not None
+        and (solution.first_error != -1 or solution.labels[-1] is not None)
+        and solution.finish_reason != BAD_PROBLEM
+    ]
+    if not items:
+        raise UserError(
+            "expected a whole solution, of which it is known whether its final answer is right, "
+            "labelled up to its end or its first error: found none"
+        )
+    return items
+
+
+# --- the formats ----------------------------------------------------------------------------------
+
+
+def _prm800k(row: Row, row_id: str) -> list[LabelledSolution]:
+    """The way that the labeller took (chosen or own completions), and a branch for every completion
+    beside it. Labelling stops at the first error in phase 2; the rest of the model's solution then
+    follows without labels."""
+    question, label = _field(row, "question", dict), _field(row, "label", dict)
+    way: list[tuple[str, float | None]] = []
+    branches: list[tuple[int, tuple[str, float | None]]] = []
+    ended = False
+    for number, step in enumerate(_field(label, "steps", list), 1):
+        rated = _field(step, "completions", list, or_none=True) or []
+        completions = [_completion(completion) for completion in rated]
+        chosen = _field(step, "chosen_completion", int, or_none=True)
+        if chosen is not None and not 0 <= chosen < len(completions):
+            raise UserError(
+                f"step {number}: expected 'chosen_completion' from 0 to {len(completions) - 1}, "
+                f"found {chosen}"
+            )
+        if step.get("human_completion") is not None:
+            completions.append(_completion(step["human_completion"]))
+            chosen = len(completions) - 1 if chosen is None else chosen
+        if not completions:
+            continue
+        if ended:
+            raise UserError(f"step {number} goes on behind a step of which nothing was chosen")
+        ended = chosen is None
+        follow = completions.pop(chosen or 0)
+        branches += [(len(way), completion) for completion in completions]
+        way.append(follow)
+
+    finish_reason = _field(label, "finish_reason", str, or_none=True)
+    answer = _field(question, "ground_truth_answer", str, or_none=True)
+    has_solution = bool(question.get("pre_generated_steps"))
+    generated = _texts(question, "pre_generated_steps") if has_solution else []
+    found = None
+    if generated and generated[: len(way)] == [text for text, _ in way]:
+        found = _field(question, "pre_generated_answer", str, or_none=True)
+        way += [(text, None) for text in generated[len(way) :]]
+    elif finish_reason == "solution" and way and "# Answer" in way[-1][0]:
+        found = way[-1][0].rsplit("# Answer", 1)[1].strip()
+    is_right = None if found is None or answer is None else compare_plainly(found, answer)
+
+    solutions = [(0, way)] if way else []
+    solutions += [(shared, [*way[:shared], step]) for shared, step in branches]
+    return [
+        LabelledSolution(
+            solution_id=f"{row_id}#{k}",
+            problem_id=row_id,
+            source="prm800k",
+            question=_field(question, "problem", str),
+            answer=answer,
+            steps=tuple(text for text, _ in steps),
+            labels=tuple(label for _, label in steps),
+            cumulative=True,
+            shared_steps=shared,
+            final_answer_correct=is_right if k == 0 else None,
+            finish_reason=finish_reason,
+        )
+        for k, (shared, steps) in enumerate(solutions)
+    ]
+
+
+def _completion(completion: Any) -> tuple[str, float | None]:
+    text = _field(completion, "text", str)
+    rating = completion.get("rating")
+    if type(rating) not in (int, NoneType) or rating not in RATINGS:
+        raise UserError(f"expected a 'rating' of -1, 0, 1 or null, found {rating!r}")
+    return text, RATINGS[rating]
+
+
+def _math_shepherd(row: Row, row_id: str) -> list[LabelledSolution]:
+    """`input` is `QUESTION Step 1: ... ки\\nStep 2: ... ки`; `label` is the same with labels in the
+    places of the tags. The last one says whether the final answer is right."""
+    text, label = _field(row, "input", str), _field(row, "label", str)
+    *pieces, rest = text.split(STEP_TAG)
+    if not pieces or rest.strip() or "Step 1:" not in pieces[0]:
+        raise UserError(
+            f"expected 'input' to be a question, then 'Step 1:' and steps that end with "
+            f"{STEP_TAG!r}, found {text[:80]!r} ... {text[-40:]!r}"
+        )
+    labels: list[float | None] = []
+    position = 0
+    for step, piece in enumerate(pieces, 1):
+        match = _LABEL.match(label, position + len(piece))
+        if not label.startswith(piece, position) or match is None:
+            raise UserError(
+                f"step {step}: expected 'label' to be 'input' with +, - or a value for every "
+                f"{STEP_TAG!r}, found {label[position : position + len(piece) + 10]!r}"
+            )
+        labels.append(_value({"+": 1.0, "-": 0.0}.get(match[0], match[0])))
+        position = match.end()
+    task = _field(row, "task", str, or_none=True)
+    begin = pieces[0].rindex("Step 1:")
+    question, pieces[0] = pieces[0][:begin], pieces[0][begin:]
+    return [
+        LabelledSolution(
+            solution_id=row_id,
+            problem_id=row_id,
+            source="math-shepherd" if task is None else f"math-shepherd/{task}",
+            question=question.removesuffix(" "),
+            answer=None,
+            steps=tuple(piece.removeprefix("\n").removesuffix(" ") for piece in pieces),
+            labels=tuple(labels),
+            cumulative=True,
+            final_answer_correct=labels[-1] != 0,
+        )
+    ]
+
+
+def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
+    """Every way from the root of the tree, which is the question, to a leaf."""
+    question, tree = _field(row, "question", str), row["reasoning_steps"]
+    root = _tree_of_prefixes(question, tree) if isinstance(tree, list) else tree
+    if _field(root, "text", str) != question:
+        raise UserError("expected 'reasoning_steps' to begin with the question")
+    value = root.get("mc_value")
+    solutions: list[LabelledSolution] = []
+
+    def walk(node: Row, way: list[tuple[str, float | None]], shared: int) -> None:
+        children = _field(node, "children", list, or_none=True) or []
+        for n, child in enumerate(children):
+            step = _field(child, "text", str), _value(child.get("mc_value"))
+            walk(child, [*way, step], len(way) if n else shared)
+        if way and not children:
+            solutions.append(
+                LabelledSolution(
+                    solution_id=f"{row_id}#{len(solutions)}",
+                    problem_id=row_id,
+                    source="math-aps",
+                    question=question,
+                    answer=_field(row, "final_answer", str, or_none=True),
+                    steps=tuple(text for text, _ in way),
+                    labels=tuple(value for _, value in way),
+                    cumulative=True,
+                    shared_steps=shared,
+                    question_value=None if value is None else _value(value),
+                )
+            )
+
+    walk(root, [], 0)
+    return solutions
+
+
+def _tree_of_prefixes(question: str, prefixes: Sequence[Any]) -> Row:
+    """A prefix is a child of the longest other one that it goes on from, behind a blank line."""
+    root: Row = {"text": question, "mc_value": None, "children": []}
+    nodes = {question: root}
+    for prefix in sorted(prefixes, key=lambda p: len(_field(p, "solution_prefix", str))):
+        text, value = prefix["solution_prefix"], _value(prefix.get("mc_value"))
+        if text == question and root["mc_value"] is None:
+            root["mc_value"] = value
+            continue
+        parents = [known for known in nodes if text.startswith(known + "\n\n")]
+        if not parents:
+            raise UserError(f"expected prefixes that begin with the question, found {text[:80]!r}")
+        parent = max(parents, key=len)
+        step = {"text": text[len(parent) + 2 :], "mc_value": value, "children": []}
+        nodes[parent]["children"].append(step)
+        nodes.setdefault(text, step)
+    return root
+
+
+def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
+    """The modified process with its wrong steps; of the rows classified `redundency`, the original
+    too: each is in the benchmark once for every class, and its own loader takes them from there."""
+    steps, wrong = _prmbench_steps(row)
+    kind = _field(row, "classification", str)
+    solutions = [
+        LabelledSolution(
+            solution_id=f"{row_id}#0",
+            problem_id=row_id,
+            source=f"prmbench/{kind}",
+            question=_field(row, "modified_question", str),
+            answer=None,
+            steps=steps,
+            labels=tuple(0.0 if step in wrong else 1.0 for step in range(len(steps))),
+            cumulative=False,
+        )
+    ]
+    if kind == _WITH_ORIGINAL:
+        original = tuple(_texts(row, "original_process"))
+        solutions.append(
+            LabelledSolution(
+                solution_id=f"{row_id}#1",
+                problem_id=row_id,
+                source="prmbench/correct",
+                question=_field(row, "original_question", str),
+                answer=None,
+                steps=original,
+                labels=(1.0,) * len(original),
+                cumulative=False,
+            )
+        )
+    return solutions
+
+
+def _prmbench_steps(row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The modified steps, and the 0-based indices of the wrong ones among them."""
+    steps = tuple(_texts(row, "modified_process"))
+    wrong = _field(row, "error_steps", list)
+    if not all(type(step) is int and step >= 1 for step in wrong):
+        raise UserError(f"expected 'error_steps', integers from 1 on, found {wrong}")
+    return steps, tuple(sorted({step - 1 for step in wrong if step <= len(steps)}))
+
+
+def is_prmbench(row: Row) -> bool:
+    """Returns whether a row has PRMBench's columns."""
+    return row.get("modified_process") is not None
+
+
+def error_steps_past_the_end(row: Row) -> int:
+    """Returns how many of a PRMBench row's `error_steps` its solution does not have: they are
+    ignored. About 1.6% of the rows have such steps."""
+    steps, _ = _prmbench_steps(row)
+    return sum(step > len(steps) for step in row["error_steps"])
+
+
+def prmbench_items(row: Row) -> list[PrmBenchItem]:
+    """Returns a PRMBench row's solution with its wrong steps, and for the rows of one class the
+    original solution too, as the benchmark's own loader does: 758 originals beside 6,211 others.
+
+    Raises UserError for a row without PRMBench's columns.
+    """
+    kind, row_id = _field(row, "classification", str), _field(row, "idx", str)
+    steps, wrong = _prmbench_steps(row)
+    question = _field(row, "modified_question", str)
+    items = [PrmBenchItem(f"{kind}_{row_id}", kind, question, steps, wrong)]
+    if kind == _WITH_ORIGINAL:
+        original = tuple(_texts(row, "original_process"))
+        question = _field(row, "original_question", str)
+        items.append(PrmBenchItem(f"correct_{row_id}", "correct", question, original, ()))
+    return items
+
+
+def _processbench(row: Row, row_id: str) -> list[LabelledSolution]:
+    """ProcessBench's own rows, or our ProcessBenchItem records."""
+    item_id, question = _first(row, "item_id", "id"), _first(row, "question", "problem")
+    steps, label = _first(row, "steps"), _first(row, "label", "first_error")
+    final = _first(row, "final_answer_correct")
+    is_right = {
+        "an 'id', a text": isinstance(item_id, str),
+        "a 'problem', a text": isinstance(question, str),
+        "'steps', a list of at least one": isinstance(steps, list)
+        and bool(steps)
+        and all(isinstance(step, str) for step in steps),
+        "a 'label', the index of a step": type(label) is int,
+        "'final_answer_correct', true or false": isinstance(final, bool),
+    }
+    if not all(is_right.values()):
+        missing = "; ".join(name for name, right in is_right.items() if not right)
+        raise UserError(f"expected {missing}, found the columns {sorted(row)}")
+    if not -1 <= label < len(steps):
+        raise UserError(
+            f"expected a label from -1 to {len(steps) - 1} for {len(steps)} steps, found {label}"
+        )
+    labels: list[float | None] = [1.0] * len(steps)
+    if label != -1:
+        labels[label:] = [0.0] + [None] * (len(steps) - label - 1)
+    return [
+        LabelledSolution(
+            solution_id=item_id,
+            problem_id=item_id,
+            source=_field(row, "subset", str, or_none=True) or item_id.rsplit("-", 1)[0],
+            question=question,
+            answer=None,
+            steps=tuple(steps),
+            labels=tuple(labels),
+            cumulative=True,
+            final_answer_correct=final,
+        )
+    ]
+
+
+_FORMATS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[LabelledSolution]]], ...] = (
+    (lambda row: isinstance(row.get("question"), dict), _prm800k),
+    (lambda row: row.get("input") is not None, _math_shepherd),
+    (lambda row: row.get("reasoning_steps") is not None, _math_aps),
+    (is_prmbench, _prmbench),
+    (lambda row: row.get("steps") is not None, _processbench),
+)
+
+
+# --- fields, checked ------------------------------------------------------------------------------
+
+_KINDS = {str: "a text", list: "a list", dict: "an object", int: "an integer"}
+
+
+def _field(row: Any, name: str, kind: type, *, or_none: bool = False) -> Any:
+    """Raises UserError unless `row` has a field of that type. A missing field is None: tables have
+    all columns in all rows."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if type(value) is not kind and not (or_none and value is None and isinstance(row, dict)):
+        found = sorted(row) if isinstance(row, dict) and value is None else repr(value or row)[:80]
+        raise UserError(f"expected {name!r}, {_KINDS[kind]}, found {found}")
+    return value
+
+
+def _texts(row: Row, name: str) -> list[str]:
+    texts = _field(row, name, list)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"expected {name!r}, a list of at least one text, found {texts!r:.80}")
+    return texts
+
+
+def _value(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise UserError(f"expected a value between 0 and 1, found {value!r}")
+    return number
+
+
+def _first(row: Row, *columns: str) -> Any:
+    """What stands in the first of the columns that holds something; None where none does."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)

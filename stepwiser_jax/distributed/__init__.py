@@ -1,0 +1,1 @@
+"""Several devices and hosts: the mesh, the processes, loading a model onto them."""

@@ -1,0 +1,293 @@
+"""Where a stage's model comes from, in numbered cases.
+
+1. `arithmetic`: the embedded task's tiny model with fresh weights and its word-level tokenizer.
+2. The run directory of a finished stage that trains: the model it exported to `<run>/model`.
+3. A Hugging Face directory.
+4. A Hugging Face hub id.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from stepwiser_jax.checksums import check_files, read_checksums
+from stepwiser_jax.distributed.mesh import ShardingFor, attention_on, parameter_sharding
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.inference.params import Weights, decoding_layout
+from stepwiser_jax.model.attention import Attention
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
+from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
+from stepwiser_jax.model.transformer import Score, Transformer
+from stepwiser_jax.record_io import nothing_at, read_manifest
+from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.text.chat import Argument
+from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Transformer
+    tokenizer: Tokenizer
+    model_id: str
+
+
+def load_model(
+    path: str,
+    *,
+    mesh: Mesh,
+    param_dtype: str = "float32",
+    compute_dtype: str = "float32",
+    chat_template_args: Mapping[str, Argument] | None = None,
+    seed: int = 0,
+    decoding: bool = False,
+    classifier: bool = False,
+) -> Loaded:
+    """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits.
+
+    `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
+    `classifier`: whether a model that scores classes in place of a vocabulary will do.
+    """
+    tokenizer = load_tokenizer_of(path, chat_template_args)
+    if path == "arithmetic":
+        config = ModelConfig.from_hf(arithmetic.hf_config())
+        dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
+        model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
+        return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
+    directory = str(resolve(_resolve(path)))
+    _check_export(Path(directory), mesh)
+    config = read_config(directory)
+    if config.classifier and not classifier:
+        raise UserError(
+            f"expected a language model in {path}, found one that scores two classes in place of a "
+            "vocabulary: only classify reads it, and classifier with head: scalar"
+        )
+    model = load_hf(
+        directory,
+        tokenizer=tokenizer,
+        dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        attention=attention_of(config, mesh, compute_dtype),
+        sharding_for=sharding_of(config, mesh, decoding=decoding),
+    )
+    if names := non_finite(model):
+        raise UserError(
+            f"{path} holds NaN or infinity in {', '.join(names)}: fetch or train it again"
+        )
+    return Loaded(model, tokenizer, f"{Path(path).name}@{_fingerprint(directory)}")
+
+
+def _check_export(directory: Path, mesh: Mesh | None = None) -> None:
+    """Raises UserError if files of an exported model are not those that were written. Weights are
+    read with a mesh only; if it spans several processes, each of them reads some of the files, as
+    each loads a part of the model."""
+    sums = read_checksums(directory)
+    weights = sorted(name for name in sums if name.endswith(".safetensors"))
+    names = sums.keys() - set(weights)
+    if mesh is not None:
+        share = slice(jax.process_index(), None, jax.process_count())
+        names |= set(weights[share] if mesh.is_multi_process else weights)
+    check_files(directory, names, sums)
+
+
+def load_for_training(
+    path: str, *, lora: dict[str, Any] | None, mesh: Mesh, seed: int, **settings: Any
+) -> Loaded:
+    """As `load_model`; where `lora` has settings (`make_adapters`), with new adapters."""
+    loaded = load_model(path, mesh=mesh, seed=seed, **settings)
+    if lora is None:
+        return loaded
+    adapters = sharded_adapters(loaded.model, mesh, seed=seed, **lora)
+    return dataclasses.replace(loaded, model=with_adapters(loaded.model, adapters))
+
+
+def with_new_score(model: Transformer, mesh: Mesh, seed: int) -> Transformer:
+    """A classifier of a language model, with initial weights for its score."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)  # not the draws of the base
+
+    def create() -> Score:
+        return Score(model.config, nnx.Rngs(key), model.embed[...].dtype)
+
+    shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
+    return model.with_score(jax.jit(create, out_shardings=shardings)())
+
+
+def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
+    """New adapters (`make_adapters`), born on the devices of the matrices they belong to."""
+    create = functools.partial(make_adapters, model.blocks, **settings)
+    shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
+    """As `load_model`, in the layout of the sampler; the other one is not kept."""
+    loaded = load_model(path, decoding=True, **settings)
+    return dataclasses.replace(loaded, model=decoding_layout(loaded.model, weights))
+
+
+def config_of(path: str) -> ModelConfig:
+    """The shape of the model that `load_model(path)` would load; of a hub id, its config.json alone
+    is fetched. Raises UserError where there is none, or no network to ask."""
+    if path == "arithmetic":
+        return ModelConfig.from_hf(arithmetic.hf_config())
+    local = _resolve(path)
+    if Path(local).is_dir():
+        _check_export(Path(local))
+        return read_config(local)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return read_config(str(Path(hf_hub_download(path, "config.json")).parent))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot fetch config.json of {path}: {reason} Without a network, name a directory "
+            "that holds the model's config.json"
+        ) from None
+
+
+def load_tokenizer_of(
+    path: str, chat_template_args: Mapping[str, Argument] | None = None
+) -> Tokenizer:
+    """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
+    that the chat template does not take, or with which a run did not train its model."""
+    if path == "arithmetic":
+        with tempfile.TemporaryDirectory() as directory:
+            arithmetic.write_tokenizer(directory)
+            return load_tokenizer(directory, chat_template_args)
+    trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
+    if Path(local).is_dir():
+        _check_export(Path(local))
+    return load_tokenizer(local, chat_template_args, trained=trained)
+
+
+def check_model_exists(path: str) -> None:
+    """Raises the UserError of `load_model`, without reading any weights."""
+    if path != "arithmetic":
+        _resolve(path)
+
+
+def _resolve(path: str) -> str:
+    local = Path(path)
+    if (local / "config.yaml").is_file():
+        manifest = read_manifest(local)
+        if not (local / "model" / "config.json").is_file():
+            raise UserError(
+                f"expected a model in {path}, found a run of stage '{manifest['stage']}', which "
+                "makes none: name a run of sft, judge or classifier, or a Hugging Face directory"
+            )
+        return str(local / "model")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise UserError(
+            f"expected a Hugging Face checkpoint or a run directory at {path}, found neither a "
+            "config.json nor a config.yaml"
+        )
+    if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
+        raise UserError(
+            f"expected a Hugging Face directory, a run directory or a hub id (owner/name), found "
+            f"{nothing_at(path)}"
+        )
+    return path
+
+
+def sharding_of(config: ModelConfig, mesh: Mesh, *, decoding: bool = False) -> ShardingFor:
+    return parameter_sharding(
+        mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, decoding=decoding
+    )
+
+
+def attention_of(config: ModelConfig, mesh: Mesh, compute_dtype: Any) -> Attention:
+    return attention_on(
+        mesh,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(compute_dtype),
+    )
+
+
+def fresh(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    param_dtype: Any,
+    compute_dtype: Any,
+    decoding: bool = False,
+) -> Transformer:
+    """A model with initial weights, born on the devices where they belong."""
+
+    def create() -> Transformer:
+        return Transformer(
+            config,
+            rngs=nnx.Rngs(seed),
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+            attention=attention_of(config, mesh, compute_dtype),
+        )
+
+    sharding_for = sharding_of(config, mesh, decoding=decoding)
+    shardings = shardings_of(nnx.eval_shape(create), sharding_for)
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
+    """The tree of a model, or of a part of it, with a sharding for each parameter."""
+    found = []
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        sharding = sharding_for(variable.get_metadata("axes"), variable.get_value().shape)
+        found.append((path, variable.replace(sharding)))
+    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(found))
+
+
+def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
+    """The parameters of a model in training, adapters merged, in its compute type, on a mesh of the
+    same devices: gathered over data and fsdp, split over tensor."""
+    model = cast_model(model, model.compute_dtype)
+    model.attention = attention_of(model.config, mesh, model.compute_dtype)
+    sharding_for = sharding_of(model.config, mesh, decoding=True)
+    return jax.device_put(model, shardings_of(model, sharding_for))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
+    """Every parameter in `dtype`, where it is, with the adapters in it."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    if not model.adapters:
+        return cast(model)
+    merged = copy.copy(model)  # layer by layer: in float32 there is one at a time
+    merged.blocks = jax.lax.map(lambda block: cast(merge_layer(block)), model.blocks)
+    for name in ("embed", "norm", "head"):
+        if hasattr(model, name):
+            setattr(merged, name, cast(getattr(model, name)))
+    return merged
+
+
+def _fingerprint(directory: str) -> str:
+    """12 hex digits over the ends of every weight file: enough to tell two checkpoints apart."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 22))
+            stream.seek(max(0, size - (1 << 22)))
+            digest.update(stream.read())
+        digest.update(str(size).encode())
+    return digest.hexdigest()[:12]

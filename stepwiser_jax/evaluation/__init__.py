@@ -1,0 +1,1 @@
+"""Scores of judges, and how sure they are."""

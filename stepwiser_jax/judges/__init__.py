@@ -1,0 +1,1 @@
+"""Judges of chunks, a file for each kind, from the prompt to the verdict."""

@@ -1,0 +1,1 @@
+"""The method: values, labels, rewards, log-probs and the GRPO loss."""

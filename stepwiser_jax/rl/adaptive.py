@@ -1,0 +1,73 @@
+"""When is a chunk's label known? Mostly before all M rollouts of the prefixes around it.
+
+After n of M rollouts, c of them right, what the rest will add has a Beta-binomial distribution
+(Jeffreys prior):
+
+    final count ~ c + BetaBinomial(M - n, c + 1/2, n - c + 1/2)
+
+The rule gives a label to each pair of final counts, of the prefix with the chunk and of the one
+before it, and so each label a probability. Confidence 1 asks for more than probability 1: no way to
+finish the rollouts gives another label, so that labels are those of M rollouts, exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+from stepwiser_jax.rl.labels import label_chunks
+
+Label = bool | None
+LABELS: tuple[Label, ...] = (False, True, None)
+
+
+class LabelTable:
+    """The labels of a rule for all final counts 0..M, and what partial counts say of them.
+
+    A partial count is (right, sampled), with sampled <= M.
+    """
+
+    def __init__(self, rule: str, num_rollouts: int, **params: float):
+        M = self.num_rollouts = num_rollouts
+        counts = range(M + 1)
+        self._index_VQ = np.array(
+            [
+                [LABELS.index(label_chunks([v / M, q / M], rule, **params)[0]) for q in counts]
+                for v in counts
+            ]
+        )
+        self._probabilities = functools.lru_cache(None)(self._label_probabilities)
+
+    def likeliest(self, q: tuple[int, int], v: tuple[int, int]) -> Label:
+        """The label of the chunk between partial counts v (before it) and q (with it)."""
+        return LABELS[int(np.argmax(self._probabilities(q, v)))]
+
+    def is_known(self, q: tuple[int, int], v: tuple[int, int], confidence: float) -> bool:
+        """Whether one label has at least this probability; at 1: is the only one possible."""
+        probabilities = self._probabilities(q, v)
+        if confidence == 1:
+            return sum(p > 0 for p in probabilities) == 1
+        return max(probabilities) >= confidence
+
+    def _label_probabilities(self, q: tuple[int, int], v: tuple[int, int]) -> tuple[float, ...]:
+        joint_VQ = np.outer(
+            final_counts(*v, self.num_rollouts), final_counts(*q, self.num_rollouts)
+        )
+        return tuple(float(joint_VQ[self._index_VQ == i].sum()) for i in range(len(LABELS)))
+
+
+@functools.lru_cache(None)
+def final_counts(right: int, sampled: int, num_rollouts: int) -> np.ndarray:
+    """Probabilities (M + 1,) of the number of right rollouts among M, given those so far."""
+    left, a, b = num_rollouts - sampled, right + 0.5, sampled - right + 0.5
+
+    def log_beta(x: float, y: float) -> float:
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    probabilities = np.zeros(num_rollouts + 1)
+    for k in range(left + 1):
+        log_p = math.log(math.comb(left, k)) + log_beta(a + k, b + left - k) - log_beta(a, b)
+        probabilities[right + k] = math.exp(log_p)
+    return probabilities

@@ -1,1 +1,0 @@
-"""Devices, disk and time."""

@@ -1,0 +1,1 @@
+"""Searching for a solution with a judge."""

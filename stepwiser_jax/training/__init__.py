@@ -1,0 +1,1 @@
+"""Training a model: the step, the loop, batches, checkpoints."""

@@ -1,0 +1,136 @@
+"""Orbax checkpoints: train state, loader position and counters in one save, finished or absent. Of
+a model with adapters these are saved, and not the base, which stays what it was.
+
+Orbax and tensorstore have checksums over their own metadata, and none over arrays. So a checksum of
+each array is saved beside them, and compared with that of the array that was read. It is a sum on
+the devices where the array lies: it costs one pass over their memory, reads nothing twice, and is
+the same on every mesh, so that every process checks what all of them have read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from stepwiser_jax.checksums import seal_fits, sealed
+from stepwiser_jax.distributed.fingerprints import sums_of_bits
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.model.lora import trained_part, with_trained
+from stepwiser_jax.training.step import TrainState
+
+
+class Checkpointer:
+    """Saves in the background; after a kill a save is either complete or not there."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self._directory = directory
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def complete_step(self) -> int | None:
+        """The newest step that is on disk as a whole: a save gets its name last."""
+        names = (path.name for path in self._directory.iterdir())
+        return max((int(name) for name in names if name.isdigit()), default=None)
+
+    def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
+        """`host_state` is JSON, with the loader's position as `loader`."""
+        parts = {
+            "model": trained_part(state.model),
+            "rest": (state.opt_state, state.step, state.skipped),
+        }
+        sums = {name: checksums_of(tree) for name, tree in parts.items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                host=ocp.args.JsonSave(sealed(host_state | {"sums": sums})),
+                **{name: ocp.args.StandardSave(tree) for name, tree in parts.items()},
+            ),
+        )
+
+    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest save, bit for bit, with the shapes and shardings of `template`.
+
+        Raises UserError where a part of it is missing, cannot be read, or is not what was saved.
+        """
+        step = self._manager.latest_step()
+        rest = (template.opt_state, template.step, template.skipped)
+        host = self._restore_host(step)
+        model = self._restore_tree(step, "model", trained_part(template.model), host)
+        rest = self._restore_tree(step, "rest", rest, host)
+        loader = {"loader": host["loader"]}
+        return TrainState(with_trained(template.model, model), *rest), loader
+
+    def restore_model(self, template: Any, step: int | None = None) -> Any:
+        """The parameters of one save (the newest by default). `template`: abstract or real model;
+        with adapters, their base is the template's.
+
+        Raises UserError where there is no such save, or its model is not what was saved.
+        """
+        steps = sorted(self._manager.all_steps())
+        wanted = step if step is not None else self._manager.latest_step()
+        if wanted not in steps:
+            raise UserError(
+                f"expected checkpoint {'of any step' if step is None else step} in "
+                f"{self._directory}, found the steps {steps}"
+            )
+        host = self._restore_host(wanted)
+        restored = self._restore_tree(wanted, "model", trained_part(template), host)
+        return with_trained(template, restored)
+
+    def _restore_host(self, step: int | None) -> dict[str, Any]:
+        host = self._restore(step, "host", ocp.args.JsonRestore())
+        names = set(host) - {"sums", "sha256"}
+        if names != {"loader"}:  # also if a bit of another name was flipped
+            raise self._damaged(step, "host", f"expected the loader's state, found {sorted(names)}")
+        if not seal_fits(host):
+            raise self._damaged(step, "host", "it is not what was saved")
+        return host
+
+    def _restore_tree(self, step: int | None, part: str, like: Any, host: dict[str, Any]) -> Any:
+        tree = self._restore(step, part, ocp.args.StandardRestore(_abstract(like)))
+        saved = host["sums"][part] if "sums" in host else None  # none in older ones
+        if saved is not None and (found := checksums_of(tree)) != saved:
+            names = [name for name in found if saved.get(name) != found[name]]
+            raise self._damaged(step, part, f"not what was saved: {', '.join(names)}")
+        return tree
+
+    def _restore(self, step: int | None, part: str, how: Any) -> Any:
+        try:
+            args = ocp.args.Composite(**{part: how})
+            return self._manager.restore(step, args=args)[part]
+        except Exception as error:  # Orbax has no type of its own for what it cannot read
+            raise self._damaged(step, part, str(error)) from error
+
+    def _damaged(self, step: int | None, part: str, reason: str) -> UserError:
+        before = [found for found in sorted(self._manager.all_steps()) if found != step]
+        go_on = f"go on from step {before[-1]}" if before else "begin again: there is no other step"
+        return UserError(
+            f"the part {part!r} of the checkpoint {self._directory / str(step)} cannot be read "
+            f"({' '.join(reason.split())[:200]}): where it is missing or damaged put it back, or "
+            f"delete that directory to {go_on}"
+        )
+
+    def wait(self) -> None:
+        """Until every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def checksums_of(tree: Any) -> dict[str, int]:
+    """A sum of bits for each array of a tree, by name. All processes must call this."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    return dict(zip(names, np.asarray(sums_of_bits(tree)).tolist(), strict=True))
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
