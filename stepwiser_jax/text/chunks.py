@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import TokenIds, Tokenizer, completion_text
 
 CHUNK_OPEN = "<chunk>"
 CHUNK_CLOSE = "</chunk>"
@@ -127,10 +127,8 @@ def chunk_ends(
     return tuple(chunks)
 
 
-def chunk_texts(
-    tokenizer: Tokenizer, completion_ids: Sequence[int], ends: Sequence[int]
-) -> list[str]:
-    """The exact text of every chunk, without the end token."""
+def chunk_texts(tokenizer: Tokenizer, completion_ids: TokenIds, ends: Sequence[int]) -> list[str]:
+    """Returns the exact text of every chunk, without the end token."""
     starts = [0, *ends[:-1]]
     return [
         completion_text(tokenizer, completion_ids[start:end])

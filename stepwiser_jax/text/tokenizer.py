@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
@@ -104,9 +106,12 @@ def check_ids(ids: Sequence[int], known: frozenset[int]) -> None:
         )
 
 
-def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """What a completion says: its text without the end token."""
-    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
+TokenIds = Sequence[int] | np.ndarray
+
+
+def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
+    """Returns the text of a completion without the end token."""
+    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in tokenizer.eos_ids])
 
 
 class HuggingFaceTokenizer:
