@@ -112,6 +112,7 @@ def _decode(value: Any, to: Any) -> Any:
         return tuple(_decode(item, item_type) for item in value)
     if isinstance(to, type) and issubclass(to, enum.Enum):
         return to(value)
+    to = typing.get_origin(to) or to  # a dict of other columns is not looked into
     if to is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not to:
@@ -155,6 +156,8 @@ def parse_json(line: str) -> Any:
 def from_fields(fields: Any, record_type: type[R]) -> R:
     """A record of what `json` made of its line; raises UserError as `from_json` does."""
     types_of = _field_types(record_type)
+    if isinstance(fields, dict) and record_type is Problem:
+        fields = {"extra": {}} | fields  # runs of before have none
     if not isinstance(fields, dict) or set(fields) != set(types_of):
         found = sorted(fields) if isinstance(fields, dict) else fields
         raise UserError(

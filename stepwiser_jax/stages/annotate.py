@@ -34,7 +34,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -82,12 +82,15 @@ def annotate_blocks(
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
     check_trajectories(trajectories, engine, params)
 
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
-            answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
-            references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
-            return verifier.verify(list(zip(answers, references, strict=True)))
+            return verifier.verify(
+                [completion_text(tokenizer, ids) for _, ids in rows],
+                [problems[trajectory.problem_id] for trajectory, _ in rows],
+            )
 
         def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
             values = []
