@@ -242,7 +242,7 @@ def test_equal_answers_are_compared_once():
             for way, answer in zip("abc", ("0.5", HALF[0], HALF[0]), strict=True)
         ]
         assert verifier.verify(texts, half) == [True] * 3
-        assert verifier._workers[0].questions == 1
+        assert verifier._workers[0].questions == 2
         assert verifier.verify(["#### \\frac{3}{6}\nend"], half[:1]) == [True]
 
 
