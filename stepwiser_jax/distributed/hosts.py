@@ -65,7 +65,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
 
-WHOLE = Shard()
+NO_SHARD = Shard()
 
 
 class Agreement:
@@ -158,7 +158,7 @@ def _give_up() -> None:
     os._exit(2)
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process. One that failed does not wait for the others, which hear of it."""
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -186,7 +186,7 @@ def _watch(over: threading.Event) -> None:
             _agreement.exchange(client, jax.process_index(), jax.process_count())
             now = time.monotonic()
             # Process 0 hears all; the others hear of a death when its service is gone.
-            found = client.key_value_dir_get("alive") if is_first() else []
+            found = client.key_value_dir_get("alive") if is_primary() else []
         except Exception as error:  # whatever the service's failure is called
             _end(f"process 0 cannot be reached any more ({str(error).splitlines()[0]})")
         for name, beat in found:
@@ -206,7 +206,7 @@ def _end(reason: str) -> NoReturn:
 
 
 @contextmanager
-def noticing_deaths() -> Iterator[None]:
+def report_lost_peers() -> Iterator[None]:
     """A collective fails at once where another process is gone: that is no bug, and one line."""
     try:
         yield
@@ -216,7 +216,7 @@ def noticing_deaths() -> Iterator[None]:
         _end(f"another process is gone or cannot be reached ({str(error).splitlines()[0]})")
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
 
@@ -233,7 +233,7 @@ def all_stop_here(asked: bool) -> bool:
     return asked if jax.process_count() == 1 else _agreement.here(asked)
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. All must call it, at the same point; it waits for the
     devices of all."""
     if jax.process_count() == 1:

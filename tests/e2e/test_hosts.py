@@ -245,7 +245,7 @@ ASKED = """
 import sys
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.runs.directory import stop
+from stepwiser_jax.runs.signals import stop
 
 hosts.BEAT_SECONDS = 0.05
 stop.requested = sys.argv[-1] == "1"  # of the second process

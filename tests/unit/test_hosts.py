@@ -31,7 +31,7 @@ def test_a_peer_that_is_gone_is_told_from_what_cannot_be_compiled(monkeypatch, m
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts, "_end", end)
-    with pytest.raises(expected, match=message.split(":")[0]), hosts.noticing_deaths():
+    with pytest.raises(expected, match=message.split(":")[0]), hosts.report_lost_peers():
         raise jax.errors.JaxRuntimeError(message)
 
 
