@@ -24,7 +24,7 @@ import jax
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.data.datasets import shuffled
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -45,7 +45,7 @@ IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
 
 
-def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Annotate block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:

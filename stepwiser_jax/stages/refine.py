@@ -26,7 +26,7 @@ import jax
 from stepwiser_jax.config import Engine as Shapes
 from stepwiser_jax.config import Model, Refine
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.processbench import first_predicted_error, verdicts_at
@@ -51,7 +51,7 @@ from stepwiser_jax.text.prompts import solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
-def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Refine, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Refine block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "refine", config, shard)
     if directory.finished:

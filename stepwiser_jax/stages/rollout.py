@@ -19,7 +19,7 @@ import jax
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -42,7 +42,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 _log = logging.getLogger(__name__)
 
 
-def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Rollout, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Sample block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:

@@ -47,7 +47,7 @@ import numpy as np
 
 from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.statistics import accuracy
@@ -73,7 +73,7 @@ from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk
 from stepwiser_jax.text.tokenizer import completion_text
 
 
-def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Search block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "search", config, shard)
     if directory.finished:

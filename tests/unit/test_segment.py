@@ -13,7 +13,8 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SampleOutput, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Segmentation, Trajectory
-from stepwiser_jax.runs.directory import RunDirectory, stop
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.stages import chunk_solutions, sft
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
