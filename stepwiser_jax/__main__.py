@@ -145,7 +145,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             options["shard"] = hosts.Shard.parse(shard)
         if distributed or (coordinator, num_processes, process_id) != (None, None, None):
             hosts.connect(coordinator, num_processes, process_id)
-        with hosts.noticing_deaths(), writing_to(run_dir):
+        with hosts.report_lost_peers(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         print_summary(summary, run_dir)
 
@@ -292,7 +292,8 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runs.directory import Interrupted, keep_freed_memory
+    from stepwiser_jax.runs.directory import keep_freed_memory
+    from stepwiser_jax.runs.signals import Interrupted
 
     keep_freed_memory()
     try:
@@ -312,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console script."""
-    from stepwiser_jax.distributed.hosts import leave
+    from stepwiser_jax.distributed.hosts import exit_process
 
     # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
     # own handler would wait for it. What has something to save waits for the end of its work.
@@ -323,7 +324,7 @@ def run() -> None:
         # Python's own exit would wait for the other processes.
         traceback.print_exc()
         status = 1
-    leave(status)
+    exit_process(status)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,14 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with its reference answer; the id looks like `gsm8k/train/000123`."""
+    """A question with its reference answer; the id looks like `gsm8k/train/000123`. `extra` holds
+    the other columns of its row, such as the unit tests of a program."""
 
     problem_id: str
     question: str
     answer: str
     source: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def record_id(self) -> str:

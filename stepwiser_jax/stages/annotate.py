@@ -25,7 +25,7 @@ import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.data.datasets import shuffled
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -35,7 +35,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -46,7 +46,7 @@ IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
 
 
-def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Annotate block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
@@ -84,12 +84,15 @@ def annotate_blocks(
     check_lengths(trajectories, engine, params)
     check_ids(chain.from_iterable(work), engine)
 
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
-            answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
-            references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
-            return verifier.verify(list(zip(answers, references, strict=True)))
+            return verifier.verify(
+                [completion_text(tokenizer, ids) for _, ids in rows],
+                [problems[trajectory.problem_id] for trajectory, _ in rows],
+            )
 
         def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
             values = []

@@ -21,7 +21,7 @@ import numpy as np
 
 from stepwiser_jax.config import ChunkSolutions
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -48,7 +48,7 @@ Proposals = list[list[tuple[Outcome, tuple[str, ...]]]]
 """Of each solution, what became of each proposal, and its chunks."""
 
 
-def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Cut block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "chunk-solutions", config, shard)
     if directory.finished:

@@ -23,7 +23,7 @@ import jax
 
 from stepwiser_jax.config import Classify
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -35,7 +35,7 @@ from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 
 
-def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Classify, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Score block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "classify", config, shard)
     if directory.finished:

@@ -32,7 +32,7 @@ import numpy as np
 
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.prmbench import score_prmbench
@@ -59,7 +59,7 @@ from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
 
 
-def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Judge block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:

@@ -20,7 +20,7 @@ import numpy as np
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -29,7 +29,7 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
 from stepwiser_jax.records import Problem, Tokens, Trajectory, natural_key
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -43,15 +43,15 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 _log = logging.getLogger(__name__)
 
 
-def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Rollout, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Sample block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
     directory.begin()
     dropped = Counter(duplicate=0, unverifiable=0)
-    problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = drop_duplicates(read_problems(config.problems, dropped, config.verifier), dropped)
+    problems = keep_verifiable(problems, config, dropped)
     problems = keep_fitting(config, problems, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
@@ -76,7 +76,9 @@ def sample_blocks(
     if CHUNK_CLOSE in end_patterns(config.chunking):
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
         seconds, sampled = directory.write_blocks(
             work, Trajectory, lambda block: sample(block, verifier)
         )
@@ -148,7 +150,7 @@ class BlockSampler:
         )
         self.key = jax.random.key(config.seed)
 
-    def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
+    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[Trajectory]:
         ids_B = trajectory_ids(self.config, block)
         tokenizer = self.loaded.tokenizer
         prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
@@ -161,9 +163,10 @@ class BlockSampler:
         )
         group_size = self.config.group_size
         completions_B = [output.ids(b) for b in range(len(ids_B))]
-        answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
-        references_B = [block[b // group_size].answer for b in range(len(ids_B))]
-        correct_B = verifier.verify(list(zip(answers_B, references_B, strict=True)))
+        correct_B = verifier.verify(
+            [completion_text(tokenizer, ids) for ids in completions_B],
+            [block[b // group_size] for b in range(len(ids_B))],
+        )
         return [
             Trajectory(
                 trajectory_id=ids_B[b],

@@ -56,8 +56,9 @@ from stepwiser_jax.rl.grpo import (
 from stepwiser_jax.rl.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.runs import compilation
-from stepwiser_jax.runs.directory import RunDirectory, per_item, stop
+from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
+from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.text.prompts import encode_judge_prompt, is_bare_verdict, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
 from stepwiser_jax.training.batches import Group, RolloutBatch, example_loader, rollout_batch
@@ -197,9 +198,9 @@ class GroupCollector:
             ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
             drawn = (iteration, draw, sampled_by)
             judged = training.pending.read(*drawn)
-            if hosts.any_of(judged is None):  # all sample together, or none
+            if hosts.any_process(judged is None):  # all sample together, or none
                 rows = training.pending.read_rows(*drawn)
-                if hosts.any_of(not rows):  # all go on from the same rows, or from none
+                if hosts.any_process(not rows):  # all go on from the same rows, or from none
                     rows = {}
                 with jax.set_mesh(self.mesh):
                     is_whole = self.sample(engine, examples, ids, rows)

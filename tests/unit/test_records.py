@@ -28,7 +28,9 @@ from stepwiser_jax.records import (
     Verdict,
     natural_key,
 )
-from stepwiser_jax.runs.directory import Interrupted, Metrics, RunDirectory, blocks, stop
+from stepwiser_jax.runs.directory import RunDirectory, blocks
+from stepwiser_jax.runs.metrics import Metrics
+from stepwiser_jax.runs.signals import Interrupted, stop
 from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
@@ -47,7 +49,7 @@ def test_every_kind_of_field_survives():
     ("change", "message"),
     [
         ({"answer": None}, "Problem.answer"),
-        ({"extra": 1}, "Problem.extra: Unexpected"),
+        ({"other": 1}, "Problem.other: Unexpected"),
         ({"answer": "x", "source": 1}, r"Problem.source: .*found 1"),
         ({"question": 3}, "Problem.question"),
         ({"question": "a\ud800b"}, "expected one JSON object a line, .*hex escape"),
@@ -303,7 +305,7 @@ def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(
     assert seconds > 0 and made == 2
     told = capsys.readouterr().err.splitlines()
     assert [line[9:].partition(", ")[0] for line in told] == [
-        "label: goes on after 1 of 2 blocks",
+        "label: resumes after 1 of 2 blocks",
         "label: block 2 of 2",
     ]
     assert done == [PROBLEMS[:2], PROBLEMS[2:]]

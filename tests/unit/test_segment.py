@@ -14,9 +14,11 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SampleOutput, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Segmentation, Tokens, Trajectory
-from stepwiser_jax.runs.directory import RunDirectory, stop
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.stages import chunk_solutions, sft
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunking import read_segmentation
 from stepwiser_jax.text.chunks import strip_tags
 
@@ -30,7 +32,7 @@ def rollouts(tmp_path, word_tokenizer):
     problems = arithmetic.generate_problems(COUNT, 0, "rollout")
     trajectories = []
     for problem, example in zip(
-        problems, arithmetic.untagged_demonstrations(problems, 0), strict=True
+        problems, demonstrations.untagged_demonstrations(problems, 0), strict=True
     ):
         ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
         for g, is_correct in enumerate((True, False, True)):
@@ -222,7 +224,7 @@ def test_a_server_may_move(tmp_path, rollouts):
 def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     """The whole path, with a teacher that knows these solutions by heart."""
     problems = arithmetic.generate_problems(COUNT, 0, "rollout")
-    write_records(tmp_path / "cuts.jsonl", arithmetic.segmenter_demonstrations(problems, 0))
+    write_records(tmp_path / "cuts.jsonl", demonstrations.segmenter_demonstrations(problems, 0))
     words = ["sft", "--config", str(CONFIGS / "arithmetic_segmenter.yaml")]
     words += ["--run-dir", str(tmp_path / "teacher")]
     for setting in (f"data.source={tmp_path / 'cuts.jsonl'}", "data.count=null", "steps=100"):
@@ -240,7 +242,7 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     assert sum(summary["proposals"].values()) == 2 * 2 * COUNT
     assert summary["proposals"]["kept"] > 2 * COUNT and summary["mean_chunks"] > 2
     assert summary["compiled"]
-    known = {e.completion for e in arithmetic.segmenter_demonstrations(problems, 0)}
+    known = {e.completion for e in demonstrations.segmenter_demonstrations(problems, 0)}
     learned = sft.read_examples(str(tmp_path / "s"), "bare")
     assert len(learned) == summary["cut"] > COUNT
     assert {" ".join(e.completion.split()) for e in learned} <= {" ".join(k.split()) for k in known}

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunking import (
     Outcome,
     majority_segmentation,
@@ -75,9 +76,9 @@ def test_rules_of_thumb():
 
 def test_the_embedded_tasks_segmenter_learns_to_cut_what_the_policy_writes():
     problems = arithmetic.generate_problems(20, 0, "train")
-    untagged = arithmetic.untagged_demonstrations(problems, 0)
-    cut = arithmetic.segmenter_demonstrations(problems, 0)
-    whole = arithmetic.policy_demonstrations(problems, 0)
+    untagged = demonstrations.untagged_demonstrations(problems, 0)
+    cut = demonstrations.segmenter_demonstrations(problems, 0)
+    whole = demonstrations.policy_demonstrations(problems, 0)
     for solution, example, demonstration in zip(untagged, cut, whole, strict=True):
         assert example.prompt == f"{solution.completion} ?"
         assert example.completion == demonstration.completion

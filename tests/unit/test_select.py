@@ -12,6 +12,7 @@ from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
 from stepwiser_jax.stages import select_responses, sft
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, chunk_ends
 
 COUNT, RESPONSES = 6, 5
@@ -24,7 +25,7 @@ def rollouts(tmp_path, word_tokenizer):
     matcher = TokenMatcher.build(word_tokenizer.token_bytes(), (CHUNK_CLOSE,))
     trajectories = []
     for g in range(RESPONSES):
-        for p, example in enumerate(arithmetic.policy_demonstrations(problems, g)):
+        for p, example in enumerate(demonstrations.policy_demonstrations(problems, g)):
             ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
             trajectories.append(
                 Trajectory(

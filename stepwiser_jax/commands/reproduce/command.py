@@ -39,7 +39,7 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import paired_bootstrap
 from stepwiser_jax.record_io import atomic_write, check_run_file, read_records
 from stepwiser_jax.records import SearchResult, Trajectory
-from stepwiser_jax.runs.directory import read_metrics
+from stepwiser_jax.runs.metrics import read_metrics
 from stepwiser_jax.stages.rollout import right_by_problem
 from stepwiser_jax.stages.search import solved_by_method
 from stepwiser_jax.tasks import arithmetic
