@@ -34,10 +34,12 @@ from pydantic import (
     model_validator,
 )
 
+from stepwiser_jax import plugins
 from stepwiser_jax.data.datasets import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
+from stepwiser_jax.rl.labels import LABEL_RULES
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -217,23 +219,18 @@ class Training(Config):
 
 
 class LabelRule(Config):
-    """A rule (paper eqs 1-3, GenPRM's relative progress) with the parameters of all of them."""
+    """How the value before a chunk (v) and after it (q) become a label."""
 
-    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
-    alpha: float = Field(0.8, gt=0)
-    best_of: int = Field(4, ge=1)
-    gamma: float = Field(0.7, gt=0)
-    epsilon: float = Field(0.8, gt=0)
+    rule: str = "rel_effective"
+    """`abs_q`, `rel_effective` or `rel_ratio` (paper eqs 1-3), `relative_progress` (GenPRM), or a
+    function of your own as `module:function`."""
+    rule_args: dict[str, float] = Field(default_factory=dict)
+    """Arguments of the rule, such as `{alpha: 0.8}`; what is not given has the rule's default."""
 
-    @property
-    def parameters(self) -> dict[str, float]:
-        """The settings that the rule takes."""
-        return {
-            "abs_q": {},
-            "rel_effective": {"alpha": self.alpha, "n": self.best_of},
-            "rel_ratio": {"gamma": self.gamma},
-            "relative_progress": {"epsilon": self.epsilon},
-        }[self.rule]
+    @model_validator(mode="after")
+    def _rule_is_there(self) -> LabelRule:
+        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
+        return self
 
 
 class GenPrm(Config):

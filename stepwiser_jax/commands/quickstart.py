@@ -13,20 +13,20 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from stepwiser_jax.commands.results import judgment_text
-from stepwiser_jax.config import STAGE_CONFIGS, LabelRule, validate
+from stepwiser_jax.config import STAGE_CONFIGS, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
 from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one, in_words
 from stepwiser_jax.record_io import atomic_write, read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
-from stepwiser_jax.rl.labels import label_chunks
+from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -92,7 +92,7 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
         "rollouts": rollouts,
         "tokenizer": policy,
         "rule": "rel_effective",
-        "alpha": 0.8,
+        "rule_args": {"alpha": 0.8},
         "min_prefix_value": 0.2,
         "max_prompt_tokens": 160,
     }
@@ -245,17 +245,13 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
     first error, where the prefix before the chunk has a value above 0, with the 95% interval over
     problems. Parameters are the defaults: the paper's for 7B (4.1), and GenPRM's."""
-    parameters = {
-        rule: LabelRule.model_validate({"rule": rule}).parameters
-        for rule in get_args(LabelRule.model_fields["rule"].annotation)
-    }
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
     values: dict[str, list[float]] = {}
     for value in read_records(run_dir / "values", PrefixValue):
         values.setdefault(value.trajectory_id, []).append(value.value)
     tokenizer = load_tokenizer_of(str(run_dir / "policy"))
-    found: dict[str, dict[str, LabelsAndTruths]] = {rule: {} for rule in parameters}
+    found: dict[str, dict[str, LabelsAndTruths]] = {rule: {} for rule in LABEL_RULES}
     for trajectory_id, q in values.items():
         trajectory = trajectories[trajectory_id]
         texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
@@ -263,8 +259,8 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
         truth = arithmetic.chunk_truth(question, texts)
         end = truth.index(False) + 1 if False in truth else len(truth)
         scope = [j for j in range(end) if q[j] > 0]
-        for rule in parameters:
-            given = label_chunks(q, rule, **parameters[rule])
+        for rule in LABEL_RULES:
+            given = label_chunks(q, rule)
             of_problem = found[rule].setdefault(trajectory.problem_id, [])
             of_problem += [(bool(given[j]), truth[j]) for j in scope]
     return {rule: label_scores(list(of_rule.values())) for rule, of_rule in found.items()}

@@ -66,7 +66,7 @@ from stepwiser_jax.records import (
     SftExample,
     natural_key,
 )
-from stepwiser_jax.rl.labels import balanced
+from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 from stepwiser_jax.text.prompts import PromptStyle, encode_message, judge_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
