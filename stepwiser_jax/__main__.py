@@ -50,7 +50,7 @@ STAGES = {
     ),
     "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
-        "Reads a rollout run and a teacher. Writes segmentations.",
+        "Reads a rollout run and a teacher. Writes chunked solutions.",
     ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",

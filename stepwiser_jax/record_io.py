@@ -32,6 +32,7 @@ from typing import Any, NoReturn, TypeVar
 from stepwiser_jax.checksums import seal_fits, sealed, sha256_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import (
+    ChunkedSolution,
     ChunkLabel,
     ClassifierExample,
     Dialogue,
@@ -43,7 +44,6 @@ from stepwiser_jax.records import (
     Rationale,
     Record,
     SearchResult,
-    Segmentation,
     Selection,
     SftExample,
     Trajectory,
@@ -61,7 +61,7 @@ KIND: dict[type, str] = {
     Trajectory: "trajectories",
     SftExample: "sft_examples",
     Dialogue: "dialogues",
-    Segmentation: "segmentations",
+    ChunkedSolution: "segmentations",
     Rationale: "rationales",
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
