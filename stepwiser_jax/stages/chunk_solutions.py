@@ -6,7 +6,8 @@
 Where the paper is silent: it keeps the proposals that reconstruct their solution, and does not say
 what it does with several. Here a solution is one example, cut as most of them cut it.
 
-Reads `rollouts` and the teacher. Writes chunked solutions, also those of which no proposal was kept.
+Reads `rollouts` and the teacher. Writes chunked solutions, also those
+without a proposal that was kept.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """Splits a rendered conversation before the thought at its end, which is begun or empty; without
-    one the second part is empty."""
+    """Splits a rendered conversation before the thought at its end, which is begun or empty. The
+    second part is empty if there is none."""
     for thought in (NO_THOUGHT, THOUGHT):
         begun = tokenizer.encode(thought)
         if ids[-len(begun) :] == begun:
