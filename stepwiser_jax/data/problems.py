@@ -161,12 +161,12 @@ def check_tokenizer(
     questions = {problem.problem_id: problem.question for problem in problems}
 
     def reads(trajectory: Trajectory) -> bool:
-        prompt = tokenizer.decode(trajectory.prompt_ids)
+        prompt = tokenizer.decode(trajectory.prompt_ids.tolist())
         return "".join(questions[trajectory.problem_id].split()) in "".join(prompt.split())
 
     if not any(map(reads, trajectories[:16])):
         raise UserError(
             "tokenizer: expected that of the policy that sampled the rollouts; by this one the "
             f"prompt of {trajectories[0].trajectory_id} is "
-            f"{tokenizer.decode(trajectories[0].prompt_ids)[:80]!r}"
+            f"{tokenizer.decode(trajectories[0].prompt_ids.tolist())[:80]!r}"
         )

@@ -14,13 +14,14 @@ Reads `rollouts` and `policy`. Writes prefix values.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise, product
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.data.datasets import shuffled
@@ -80,7 +81,8 @@ def annotate_blocks(
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
-    check_trajectories(trajectories, engine, params)
+    check_lengths(trajectories, engine, params)
+    check_ids(chain.from_iterable(work), engine)
 
     with Verifier(
         config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
@@ -172,29 +174,37 @@ def rollouts_by_problem(config: Annotate, trajectories: Sequence[Trajectory]) ->
     return {problem: config.rollouts_at(sum(r) / len(r)) for problem, r in right.items()}
 
 
-def check_trajectories(
+def check_lengths(
     trajectories: Sequence[Trajectory], engine: Engine, params: SamplingParams
 ) -> None:
-    """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
-    `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
-    or one with token ids that the policy's vocabulary lacks."""
-    config = engine.model.config
-    known = frozenset(range(config.vocab_size)).difference(*config.unknown_ids)
+    """Raises UserError for a trajectory that is longer than `params.max_new_tokens`, which prefix
+    and continuation share, or that does not fit the context."""
     for trajectory in trajectories:
-        name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
-        if length > params.max_new_tokens:
+        name, tokens = trajectory.trajectory_id, trajectory.tokens
+        if tokens.num_completion > params.max_new_tokens:
             raise UserError(
                 f"{name}: prefix and continuation share sampling.max_new_tokens = "
-                f"{params.max_new_tokens}, found a trajectory of {length} tokens: set it to "
-                "that of the rollouts"
+                f"{params.max_new_tokens}, found a trajectory of {tokens.num_completion} tokens: "
+                "set it to that of the rollouts"
             )
-        engine.check_length(len(trajectory.prompt_ids), params.max_new_tokens, name)
-        unknown = {*trajectory.prompt_ids, *trajectory.completion_ids} - known
-        if unknown:
+        engine.check_length(tokens.num_prompt, params.max_new_tokens, name)
+
+
+def check_ids(trajectories: Iterable[Trajectory], engine: Engine) -> None:
+    """Raises UserError for token ids that the policy's vocabulary lacks."""
+    config = engine.model.config
+    known_V = np.ones(config.vocab_size, bool)
+    for ids in config.unknown_ids:
+        known_V[ids] = False
+    for trajectory in trajectories:
+        tokens = trajectory.tokens.read()
+        ids = np.concatenate([tokens.prompt_ids, tokens.completion_ids])
+        unknown = ids[(ids >= len(known_V)) | ~known_V[np.minimum(ids, len(known_V) - 1)]]
+        if len(unknown):
             raise UserError(
-                f"{name}: expected token ids of the policy's vocabulary (the largest is "
-                f"{max(known)}), found {max(unknown)}: name the policy that sampled the rollouts, "
-                "or one with its tokenizer"
+                f"{trajectory.trajectory_id}: expected token ids of the policy's vocabulary (the "
+                f"largest is {np.flatnonzero(known_V)[-1]}), found {unknown.max()}: name the "
+                "policy that sampled the rollouts, or one with its tokenizer"
             )
 
 
@@ -212,7 +222,7 @@ class ChunkPrefix:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.trajectory.prompt_ids) + self.num_completion_tokens
+        return self.trajectory.tokens.num_prompt + self.num_completion_tokens
 
     @property
     def sampling_id(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
@@ -26,7 +27,7 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.records import Problem, Trajectory, natural_key
+from stepwiser_jax.records import Problem, Tokens, Trajectory, natural_key
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
@@ -171,9 +172,11 @@ class BlockSampler:
                 trajectory_id=ids_B[b],
                 problem_id=block[b // group_size].problem_id,
                 policy_id=self.loaded.model_id,
-                prompt_ids=tuple(prompts_P[b // group_size]),
-                completion_ids=tuple(completions_B[b]),
-                logprobs=tuple(output.logprobs(b)),
+                tokens=Tokens(
+                    np.array(prompts_P[b // group_size]),
+                    np.array(completions_B[b]),
+                    np.array(output.logprobs(b)),
+                ),
                 chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
                 stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
                 is_correct=correct_B[b],
@@ -189,7 +192,7 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         "trajectories": count,
         **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
-        "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
+        "mean_tokens": sum(t.tokens.num_completion for t in trajectories) / count,
         "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }
 

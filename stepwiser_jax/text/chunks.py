@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import TokenIds, Tokenizer, completion_text
 
 CHUNK_OPEN = "<chunk>"
 CHUNK_CLOSE = "</chunk>"
@@ -128,9 +128,7 @@ def chunk_ends(
     return tuple(chunks)
 
 
-def chunk_texts(
-    tokenizer: Tokenizer, completion_ids: Sequence[int], ends: Sequence[int]
-) -> list[str]:
+def chunk_texts(tokenizer: Tokenizer, completion_ids: TokenIds, ends: Sequence[int]) -> list[str]:
     """Returns the exact text of every chunk, without the end token."""
     starts = [0, *ends[:-1]]
     return [

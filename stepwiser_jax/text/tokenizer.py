@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
@@ -95,9 +97,12 @@ def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
     return tuple(range(a + 1, b) for a, b in itertools.pairwise(known) if a + 1 < b)
 
 
-def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+TokenIds = Sequence[int] | np.ndarray
+
+
+def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
     """Returns the text of a completion without its end token."""
-    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
+    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in tokenizer.eos_ids])
 
 
 class HuggingFaceTokenizer:

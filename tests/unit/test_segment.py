@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
@@ -12,7 +13,7 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SampleOutput, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
-from stepwiser_jax.records import ChunkedSolution, Problem, Trajectory
+from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.stages import chunk_solutions, sft
@@ -38,8 +39,9 @@ def rollouts(tmp_path, word_tokenizer):
             name = f"{problem.problem_id}#{g}"
             trajectories.append(
                 Trajectory(
-                    name, problem.problem_id, "p", tuple(word_tokenizer.encode(problem.question)),
-                    ids, (0.0,) * len(ids), (len(ids),), "stop_id", is_correct,
+                    name, problem.problem_id, "p",
+                    Tokens(word_tokenizer.encode(problem.question), ids, np.zeros(len(ids))),
+                    (len(ids),), "stop_id", is_correct,
                 )
             )  # fmt: skip
     run = tmp_path / "rollouts"
@@ -180,14 +182,17 @@ def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
 
 
 def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_tokenizer):
-    file = next((rollouts / "records" / "trajectories").iterdir())
+    file = next((rollouts / "records" / "trajectories").glob("*.jsonl"))
     whole = read_records(file, Trajectory)
     tags = word_tokenizer.encode("<chunk> </chunk>")
     tagged = [
         dataclasses.replace(
             t,
-            completion_ids=(tags[0], *t.completion_ids[:-1], tags[1], 3),
-            logprobs=(*t.logprobs, -1.0, -1.0),
+            tokens=Tokens(
+                t.prompt_ids,
+                np.array([tags[0], *t.completion_ids[:-1], tags[1], 3]),
+                np.array([*t.logprobs, -1.0, -1.0]),
+            ),
             chunk_ends=(len(t.completion_ids) + 2,),
         )
         for t in whole
@@ -253,7 +258,7 @@ def test_another_tokenizer_than_the_policys_is_refused(tmp_path, rollouts, bpe_d
 
 
 def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
-    file = next((rollouts / "records" / "trajectories").iterdir())
+    file = next((rollouts / "records" / "trajectories").glob("*.jsonl"))
     file.write_text(file.read_text().replace('"is_correct":true', '"is_correct":false'))
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     with pytest.raises(UserError, match="none of the 18 solutions"):

@@ -22,13 +22,15 @@ from stepwiser_jax.records import (
     PrefixValue,
     Problem,
     SampledRow,
+    Tokens,
     Trajectory,
     Verdict,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
-    check_trajectories,
+    check_ids,
+    check_lengths,
     estimate_prefix_values,
     rollouts_by_problem,
     select_trajectories,
@@ -76,9 +78,7 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
         "p#0",
         "p",
         "policy",
-        PROMPT,
-        tuple(range(20, 40)),
-        (-1.0,) * 20,
+        Tokens(PROMPT, range(20, 40), (-1.0,) * 20),
         (8, 16, 20),
         "length",
         False,
@@ -113,12 +113,10 @@ def test_trajectories_that_cannot_be_annotated_are_named(tiny_model, completion_
 
     def check(ids):
         ends = (1, len(ids))
-        logprobs = (-1.0,) * len(ids)
-        check_trajectories(
-            [Trajectory("p#0", "p", "policy", PROMPT, ids, logprobs, ends, "length", False)],
-            engine,
-            params,
-        )
+        tokens = Tokens(PROMPT, ids, (-1.0,) * len(ids))
+        trajectories = [Trajectory("p#0", "p", "policy", tokens, ends, "length", False)]
+        check_lengths(trajectories, engine, params)
+        check_ids(trajectories, engine)
 
     check((63,) * 20)
     with pytest.raises(UserError, match=message):
@@ -134,9 +132,7 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
             f"p#{i}",
             "p",
             "policy",
-            PROMPT,
-            tuple(rng.integers(0, 64, 16).tolist()),
-            (-1.0,) * 16,
+            Tokens(PROMPT, rng.integers(0, 64, 16), (-1.0,) * 16),
             (4, 8, 12, 16),
             "length",
             bool(i),
@@ -171,8 +167,9 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
 
 def outcomes(problem, right, count):
     """Trajectories of a problem, the first `right` of them right."""
+    tokens = Tokens((1,), (2, 3), (0.0,) * 2)
     return [
-        Trajectory(f"{problem}#{i}", problem, "", (1,), (2, 3), (0.0,) * 2, (1, 2), "", i < right)
+        Trajectory(f"{problem}#{i}", problem, "", tokens, (1, 2), "", i < right)
         for i in range(count)
     ]
 
@@ -220,7 +217,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         ids = tuple(tokenizer.encode(text))
         ends = chunk_ends(ids, matcher, tokenizer)
         trajectories[f"p#{i}"] = Trajectory(
-            f"p#{i}", "p", "", PROMPT, ids, (0.0,) * len(ids), ends, stop_reason, False
+            f"p#{i}", "p", "", Tokens(PROMPT, ids, (0.0,) * len(ids)), ends, stop_reason, False
         )
     labels = [
         ChunkLabel(t.trajectory_id, j, 0.0, 1.0, False, "abs_q")
