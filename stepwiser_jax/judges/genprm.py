@@ -31,8 +31,9 @@ from stepwiser_jax.config import GenPrm
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.processbench import verdicts_at
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.judges.genprm_form import (
     CODE_OUTPUT,
     FORMS,

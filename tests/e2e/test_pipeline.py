@@ -116,7 +116,7 @@ def test_a_classifier_steers_and_selects(runs, tmp_path):
 def test_summaries_tell_what_was_compiled(runs):
     for name, program, shape in (
         ("policy", "jit(train_step)", "train step 8x"),
-        ("rollouts", "jit(decode_segment)", "decode "),
+        ("rollouts", "jit(decode_burst)", "decode "),
         ("judge", "jit(train_step)", "train step 4x320"),
     ):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]

@@ -134,7 +134,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
         rows = [shards * 2**n for n in range(13)]
 
         def sampling_fits(count: int) -> bool:
-            return fits("decode segment", changed(engine={"rows": [count]}))
+            return fits("decode burst", changed(engine={"rows": [count]}))
 
         found["engine.rows"] = largest(rows, sampling_fits)
     if isinstance(config, TrainJudge | Sft | TrainClassifier):
