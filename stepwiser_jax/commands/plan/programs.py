@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stepwiser_jax.commands.plan.hlo_cost import Cost, Instruction, KernelCost
+from stepwiser_jax.commands.plan.hlo_cost import Cost, KernelCost
+from stepwiser_jax.commands.plan.hlo_text import Instruction
 from stepwiser_jax.commands.plan.tpu import (
     Program,
     abstract_model,
