@@ -43,9 +43,10 @@ from stepwiser_jax.inference.params import (
 )
 from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
+from stepwiser_jax.model.attention.cpu import suffix_dtype
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
-from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
 
 SHARED_BY = 16
@@ -161,11 +162,9 @@ class Engine(Sampler):
 
     @property
     def own_dtype(self) -> Any:
-        """Of the rows' own keys and values. XLA's CPU backend turns a bfloat16 cache to float32 and
-        back at every write into it."""
-        of_mesh = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        on_cpu = (of_mesh or jax.default_backend()) == "cpu"
-        return jnp.dtype("float32") if on_cpu else self.model.compute_dtype
+        """Returns the type of the rows' own keys and values."""
+        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        return suffix_dtype(platform or jax.default_backend(), self.model.compute_dtype)
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that
@@ -427,7 +426,7 @@ def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> Engin
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def empty_state(
-    model: Transformer,
+    model: Decoder,
     mesh: Mesh | None,
     places: int,
     rows: int,
@@ -459,9 +458,9 @@ def empty_state(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def read_trunks(
-    model: Transformer, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
+    model: Decoder, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
 ) -> EngineState:
-    _, cache = model.read(tokens_QT)
+    _, cache = model.prefill(tokens_QT)
     stored = jax.tree.map(
         lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"), state.prefix.cache, cache
     )
@@ -484,7 +483,7 @@ def _compact_state(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def decode_segment(
-    model: Transformer,
+    model: Decoder,
     state: EngineState,
     start: Rows,
     draw: TokenSampler,
@@ -516,7 +515,7 @@ def decode_segment(
     def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
         steps, state = carry
         running_B, place_B = state.running_B, state.own.length_B
-        hidden_BD, own = model.extend_shared(state.last_token_B, running_B, state.prefix, state.own)
+        hidden_BD, own = model.decode_step(state.last_token_B, running_B, state.prefix, state.own)
         position_B = state.prefix.length_B + 1 + place_B
         token_B, logprob_B = draw(model.logits(hidden_BD), state.hash_B, position_B)
         token_B = jnp.where(running_B, token_B, state.last_token_B)
