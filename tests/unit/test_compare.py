@@ -232,7 +232,7 @@ def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, 
     quality = dict.fromkeys(("rel_effective", "abs_q"), quality)
     monkeypatch.setattr(command, "label_quality", lambda run_dir: quality)
     monkeypatch.setattr(
-        command, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
+        command, "compare_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
     )
     monkeypatch.setattr(command, "right_of", lambda runs, number: np.arange(8) % 2)
     training = {"clipped_from_above": 0.01, "reward": 0.6}
