@@ -37,6 +37,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from stepwiser_jax.checksums import seal_fits, sealed, sha256_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import (
+    ChunkedSolution,
     ChunkLabel,
     ClassifierExample,
     Dialogue,
@@ -48,7 +49,6 @@ from stepwiser_jax.records import (
     Rationale,
     Record,
     SearchResult,
-    Segmentation,
     Selection,
     SftExample,
     Trajectory,
@@ -67,7 +67,7 @@ KIND: dict[type, str] = {
     Trajectory: "trajectories",
     SftExample: "sft_examples",
     Dialogue: "dialogues",
-    Segmentation: "segmentations",
+    ChunkedSolution: "segmentations",
     Rationale: "rationales",
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",

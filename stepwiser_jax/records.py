@@ -178,7 +178,7 @@ class Dialogue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class ChunkedSolution:
     """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
     them; none where no proposal was kept. `outcomes` says what became of every proposal
     (`text.chunking.Outcome`); `votes` of those that were kept propose just these chunks."""
@@ -520,7 +520,7 @@ Record = (
     | Trajectory
     | SftExample
     | Dialogue
-    | Segmentation
+    | ChunkedSolution
     | Rationale
     | PrefixValue
     | ChunkLabel

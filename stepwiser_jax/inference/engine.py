@@ -47,9 +47,10 @@ from stepwiser_jax.inference.scheduler import (
     Scheduler,
 )
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
+from stepwiser_jax.model.attention.cpu import suffix_dtype
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
-from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
 
 BURST_STEPS = 512
@@ -146,11 +147,9 @@ class Engine(Sampler):
 
     @property
     def suffix_dtype(self) -> Any:
-        """The dtype of the suffix cache. XLA's CPU backend converts a whole bfloat16 cache to
-        float32 and back at each write into it."""
-        of_mesh = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        on_cpu = (of_mesh or jax.default_backend()) == "cpu"
-        return jnp.dtype("float32") if on_cpu else self.model.compute_dtype
+        """The type of the suffix cache's keys and values."""
+        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        return suffix_dtype(platform or jax.default_backend(), self.model.compute_dtype)
 
     def sample(
         self,
@@ -333,7 +332,7 @@ def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> Engin
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def empty_state(
-    model: Transformer,
+    decoder: Decoder,
     mesh: Mesh | None,
     grid: Grid,
     prefix_tokens: int,
@@ -342,7 +341,7 @@ def empty_state(
 ) -> EngineState:
     """Creates the state on the devices where it belongs: no device ever holds all of it."""
     B = grid.rows
-    config, dtype = model.config, model.compute_dtype
+    config, dtype = decoder.config, decoder.compute_dtype
     state = EngineState(
         prefix=SharedPrefix(
             KVCache.create(config, grid.slots, prefix_tokens, dtype), jnp.zeros((B,), jnp.int32)
@@ -364,10 +363,10 @@ def empty_state(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def prefill(
-    model: Transformer, state: EngineState, tokens_PT: jax.Array, slot_P: jax.Array
+    decoder: Decoder, state: EngineState, tokens_PT: jax.Array, slot_P: jax.Array
 ) -> EngineState:
     """Stores the keys and values of P right-padded prefixes in these slots."""
-    _, cache = model.read(tokens_PT)
+    _, cache = decoder.prefill(tokens_PT)
     stored = jax.tree.map(
         lambda old, new: old.at[slot_P].set(new, mode="drop"), state.prefix.cache, cache
     )
@@ -406,7 +405,7 @@ def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def decode_burst(
-    model: Transformer,
+    decoder: Decoder,
     state: EngineState,
     starting: StartingRows,
     token_sampler: TokenSampler,
@@ -437,11 +436,11 @@ def decode_burst(
     def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
         steps, state = carry
         running_B, sampled_B = state.running_B, state.suffix.length_B
-        hidden_BD, suffix = model.extend_shared(
+        hidden_BD, suffix = decoder.decode_step(
             state.last_token_B, running_B, state.prefix, state.suffix
         )
         position_B = state.prefix.length_B + 1 + sampled_B
-        token_B, logprob_B = token_sampler(model.logits(hidden_BD), state.hash_B, position_B)
+        token_B, logprob_B = token_sampler(decoder.logits(hidden_BD), state.hash_B, position_B)
         token_B = jnp.where(running_B, token_B, state.last_token_B)
         # A row that has ended writes after its last token, where nothing is read.
         tokens_BC = state.tokens_BC.at[rows_B, sampled_B].set(token_B, mode="drop")

@@ -25,10 +25,10 @@ from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import KIND, read_manifest, read_records
-from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample
+from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.tasks.sources import EXAMPLES
-from stepwiser_jax.text.chunking import tagged
+from stepwiser_jax.text.chunking import join_tagged
 from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 from stepwiser_jax.training.batches import TokenBatch, num_batches, sft_documents, sft_loader
@@ -140,17 +140,17 @@ def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Di
             )
             for selection in read_records(source, Selection)
         ]
-    if KIND[Segmentation] not in kinds:
+    if KIND[ChunkedSolution] not in kinds:
         return read_records(source, SftExample)
     return [
         SftExample(
-            example_id=segmentation.trajectory_id,
-            problem_id=segmentation.problem_id,
-            prompt=solve_prompt(segmentation.question, style),
-            completion=tagged(segmentation.chunks),
+            example_id=solution.trajectory_id,
+            problem_id=solution.problem_id,
+            prompt=solve_prompt(solution.question, style),
+            completion=join_tagged(solution.chunks),
         )
-        for segmentation in read_records(source, Segmentation)
-        if segmentation.chunks
+        for solution in read_records(source, ChunkedSolution)
+        if solution.chunks
     ]
 
 

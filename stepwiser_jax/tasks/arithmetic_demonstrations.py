@@ -47,8 +47,8 @@ from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import (
     PromptStyle,
     bare_judge_prompt,
+    chunking_prompt,
     parse_verdict,
-    segment_prompt,
 )
 
 # --- the teacher ----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def untagged_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftE
 def segmenter_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
     """Returns prompts that hold a solution without tags, completed by the same with tags."""
     return [
-        dataclasses.replace(example, prompt=segment_prompt(untagged(example.completion), "bare"))
+        dataclasses.replace(example, prompt=chunking_prompt(untagged(example.completion), "bare"))
         for example in policy_demonstrations(problems, seed)
     ]
 

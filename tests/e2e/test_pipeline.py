@@ -153,7 +153,7 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
-def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
+def test_a_comparison_has_the_scores_of_both_summaries(runs, capsys):
     assert main(["compare-judges", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
     judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]

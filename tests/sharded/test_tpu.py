@@ -17,13 +17,13 @@ pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'"
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.plan.command import make_plan
 from stepwiser_jax.commands.plan.hlo_cost import Collective, program_cost
-from stepwiser_jax.commands.plan.programs import for_decoding, lower_update
+from stepwiser_jax.commands.plan.programs import abstract_decoder, lower_update
 from stepwiser_jax.commands.plan.tpu import abstract_model, abstract_rows, tpu_topology
 from stepwiser_jax.config import Annotate, TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
-from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.training.batches import Group, rollout_batch
 from tpu_step import JUDGE
 
@@ -75,15 +75,15 @@ def test_prompts_are_read_by_splash_attention_on_tpu(sizes):
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     attention = attention_of(config, mesh, "bfloat16")
     model = abstract_model(config, mesh, attention, param_dtype="bfloat16", decoding=True)
-    decoder, _ = for_decoding(model, "model")
+    decoder, _ = abstract_decoder(model, "model")
     tokens = abstract_rows(np.zeros((4, LENGTH), np.int32), mesh)
 
     def text_of(read) -> str:
         return jax.jit(read).lower(decoder, tokens).compile().as_text()
 
-    for_cache = text_of(lambda model, tokens: Transformer.read(model, tokens)[1])
+    for_cache = text_of(lambda decoder, tokens: Decoder.prefill(decoder, tokens)[1])
     for text, layers in (
-        (text_of(Transformer.read), config.num_layers),
+        (text_of(Decoder.prefill), config.num_layers),
         (for_cache, config.num_layers - 1),
     ):
         assert text.count('custom_call_target="tpu_custom_call"') == layers

@@ -13,13 +13,13 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SampleOutput, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
-from stepwiser_jax.records import Problem, Segmentation, Tokens, Trajectory
+from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.stages import chunk_solutions, sft
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
-from stepwiser_jax.text.chunking import read_segmentation
+from stepwiser_jax.text.chunking import read_chunks
 from stepwiser_jax.text.chunks import strip_tags
 
 COUNT = 6
@@ -139,11 +139,11 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     questions = {p.problem_id: p.question for p in read_records(rollouts, Problem)}
     examples = sft.read_examples(str(tmp_path / "s"), "bare")
     assert len(examples) == COUNT
-    segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", Segmentation)}
+    segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", ChunkedSolution)}
     for example in examples:
         assert example.prompt == questions[example.problem_id]
         solution = " ".join(strip_tags(example.completion).split())
-        _, chunks = read_segmentation(example.completion, solution)
+        _, chunks = read_chunks(example.completion, solution)
         assert chunks == segmentations[example.example_id].chunks
         assert len(chunks[0].split()) == 6
 

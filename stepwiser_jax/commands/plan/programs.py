@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from stepwiser_jax.commands.plan.hlo_cost import Cost, Instruction, KernelCost
+from stepwiser_jax.commands.plan.hlo_cost import Cost, KernelCost
+from stepwiser_jax.commands.plan.hlo_text import Instruction
 from stepwiser_jax.commands.plan.tpu import (
     Program,
     abstract_model,
@@ -58,13 +58,13 @@ from stepwiser_jax.inference.engine import (
     prefill,
     state_sharding,
 )
-from stepwiser_jax.inference.params import Weights
 from stepwiser_jax.inference.scheduler import choose_grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
 from stepwiser_jax.model.lora import base_of
-from stepwiser_jax.model.transformer import Transformer, layer_for_decoding
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import default_slices
 from stepwiser_jax.stages.sft import sft_train_step
 from stepwiser_jax.stages.train_classifier import classifier_train_step
@@ -385,23 +385,28 @@ def _gather(
     )
 
 
-def for_decoding(model: Transformer, weights: Weights) -> tuple[Transformer, Any]:
-    """What `Transformer.for_decoding` gives, and the program, lowered, that it runs for each layer:
-    the compiler says where a layer's matrices then lie."""
-    lowered = layer_for_decoding.lower(
+def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any]:
+    """Returns what `Decoder.from_transformer` gives, and the lowered program that it runs for each
+    layer: the compiler says where the layer's matrices then lie."""
+    lowered = convert_layer.lower(
         model.blocks,
         jax.ShapeDtypeStruct((), jnp.int32),
         dtype=model.compute_dtype,
         weights=weights,
     )
     of_layer = lowered.compile().output_shardings
-    decoder = jax.eval_shape(lambda model: model.for_decoding(weights), model)
-    decoder.blocks = nnx.List([jax.tree.map(placed, block, of_layer) for block in decoder.blocks])
-    for name in ("embed", "norm", "head"):
-        if hasattr(model, name):
-            kept = jax.tree.map(lambda x: x.sharding, getattr(model, name))
-            setattr(decoder, name, jax.tree.map(placed, getattr(decoder, name), kept))
-    return decoder, lowered
+    decoder = jax.eval_shape(lambda model: Decoder.from_transformer(model, weights), model)
+
+    def placed_like(leaf: Any, kept: Any) -> Any:
+        return None if leaf is None else placed(leaf, kept.get_value().sharding)
+
+    return dataclasses.replace(
+        decoder,
+        blocks=tuple(jax.tree.map(placed, block, of_layer) for block in decoder.blocks),
+        embed_VD=placed_like(decoder.embed_VD, model.embed),
+        norm_D=placed_like(decoder.norm_D, model.norm),
+        untied_head_VD=placed_like(decoder.untied_head_VD, model.head),
+    ), lowered
 
 
 def _of_sampling(
@@ -421,7 +426,7 @@ def _of_sampling(
     of_judge = isinstance(config, TrainJudge)
     copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
     model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
-    decoder, reshard = for_decoding(model, engine_config.weights)
+    decoder, reshard = abstract_decoder(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
     prompt = prompt or max(1, engine.shapes.max_length - new)
