@@ -21,9 +21,9 @@ import numpy as np
 
 from stepwiser_jax import token_files
 from stepwiser_jax.config import Label
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.record_io import stream_records, write_manifest, write_records
 from stepwiser_jax.records import PrefixValue, Problem, Tokens, Trajectory
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages import label
 
 GROUP, NUM_ROLLOUTS = 16, 16
