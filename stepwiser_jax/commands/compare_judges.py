@@ -11,14 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stepwiser_jax.config import Classify, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.processbench import contrast, first_predicted_error, verdicts_at
-from stepwiser_jax.record_io import read_manifest, read_records, read_run_json
+from stepwiser_jax.evaluation.processbench import contrast, first_predicted_error
+from stepwiser_jax.record_io import read_manifest, read_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem
-from stepwiser_jax.stages.evaluate import counts_unparsed_as, verdicts_of, voters_of
+from stepwiser_jax.stages.evaluate import (
+    counts_unparsed_as,
+    threshold_of,
+    verdicts_of,
+    voters_of,
+    votes_of,
+)
 
 SEED = 0
 """Of the bootstrap: the same two runs give the same numbers."""
@@ -54,44 +60,37 @@ def read_judged(run: Path, *, votes: bool) -> Judged:
     """A run, counted as it counted itself: with its `unparsed_as`, or its threshold. Of one with
     votes the greedy judgments, or what `votes` say together."""
     stage = read_manifest(run)["stage"]
-    if stage not in ("evaluate", "classify"):
-        raise UserError(f"expected a run of evaluate or classify, found one of {stage} in {run}")
+    if stage != "evaluate":
+        raise UserError(f"expected a run of evaluate, found one of {stage} in {run}")
     file = run / "config.yaml"
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
-    if stage == "evaluate":
-        config = validate(Evaluate, read_run_settings(run), str(file))
-        items = items_of(config, config.judge.path)
-        counted, suffixes = list(voters_of(config).items())[-1 if votes else 0]
-        check_judged(run, judgments, items, suffixes)
-        unparsed_as = counts_unparsed_as(config)
-        verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
-    else:
-        config = validate(Classify, read_run_settings(run), str(file))
-        items = items_of(config, config.classifier.path)
-        threshold = read_run_json(run, "summary.json")["threshold"]
-        counted, unparsed_as = f"threshold {threshold:.3g}", "negative"
-        check_judged(run, judgments, items, [""])
-        verdicts = [
-            verdicts_at(threshold, [judgments[i].p_positive for i in step_ids(item, "")])
-            for item in items
-        ]
+    config = validate(Evaluate, read_run_settings(run), str(file))
+    items = items_of(config)
+    counted, suffixes = list(voters_of(config).items())[-1 if votes else 0]
+    check_judged(run, judgments, items, suffixes)
+    threshold = threshold_of(config, items, judgments)
+    if isinstance(config.judge, ClassifierJudge):
+        counted = f"threshold {threshold:.3g}"
+    unparsed_as = counts_unparsed_as(threshold)
+    verdicts = [verdicts_of(threshold, item, judgments, suffixes) for item in items]
     found = [first_predicted_error(of_item, unparsed_as=unparsed_as) for of_item in verdicts]
-    return Judged(items, found, counted, config.votes if isinstance(config, Evaluate) else 0)
+    return Judged(items, found, counted, votes_of(config))
 
 
-def items_of(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
+def items_of(config: Evaluate) -> list[ProcessBenchItem]:
+    benchmark = config.benchmark
     items = load_items(
-        config.items,
-        load_tokenizer_of(model),
-        split=config.split,
-        limit=config.limit,
-        on_malformed=config.on_malformed,
+        benchmark.source,
+        load_tokenizer_of(config.judge.path),
+        split=benchmark.split,
+        limit=benchmark.limit,
+        on_malformed=benchmark.on_malformed,
     )
     found = [item for item in items if isinstance(item, ProcessBenchItem)]
     if len(found) < len(items):
         raise UserError(
             f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {config.items}: compare the prm_score of both in their summary.json"
+            f"PRMBench in {benchmark.source}: compare the prm_score of both in their summary.json"
         )
     return found
 
