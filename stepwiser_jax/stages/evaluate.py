@@ -29,22 +29,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, ThinkPrmJudge
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import (
-    best_threshold,
-    majority_verdict,
-    score_by_subset,
-    solutions_by_subset,
-    verdicts_at,
+from stepwiser_jax.evaluation.judgments import (
+    VotingRule,
+    score_judgments,
+    score_whole_solutions,
+    vote_suffixes,
+    votes_of,
 )
 from stepwiser_jax.judges.classifier import Scorer
 from stepwiser_jax.judges.load import load_judge
@@ -55,13 +52,13 @@ from stepwiser_jax.judges.stepwiser import (
     judgment_of,
 )
 from stepwiser_jax.judges.thinkprm import Verification
-from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem
 from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.runs.directory import per_item
 
 
-def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Judges the items of a benchmark, block after block."""
 
     def prepare() -> Work[BenchmarkItem, Judgment]:
@@ -132,16 +129,11 @@ def begin(
     return lambda block: judge_block(config, judge, block)
 
 
-def votes_of(config: Evaluate) -> int:
-    """Returns the number of judgments of a step that are sampled beside the greedy one."""
-    return 0 if isinstance(config.judge, ClassifierJudge) else config.judge.votes
-
-
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     """Returns the ids of a block's judgments."""
     whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
-    return ids + [f"{i}/vote{k}" for i in ids for k in range(votes_of(config))]
+    return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(votes_of(config))]
 
 
 def classify_block(judge: Scorer, block: Sequence[BenchmarkItem]) -> list[Judgment]:
@@ -160,7 +152,7 @@ def judge_block(config: Evaluate, judge: Any, block: Sequence[BenchmarkItem]) ->
     passes = [([""], judge.sample(solutions, 0.0, [""]))]
     assert not isinstance(config.judge, ClassifierJudge)
     if config.judge.votes:
-        suffixes = [f"/vote{k}" for k in range(config.judge.votes)]
+        suffixes = vote_suffixes(config.judge.votes)
         sampling = config.judge.sampling
         truncation = {"top_k": sampling.top_k, "top_p": sampling.top_p}
         sampled = judge.sample(solutions, sampling.temperature, suffixes, **truncation)
@@ -192,102 +184,17 @@ def judgments_of(
     return [judgment_of(item, step, opinion, judge_id, suffix) for step, opinion in enumerate(said)]
 
 
-# --- scores -------------------------------------------------------------------------------------
-
-
 def summarize(
     config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
     """Returns the scores of the greedy judgments and, with votes, of the sampled ones; fractions
     between 0 and 1."""
-    score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
-    threshold = threshold_of(config, items, judgments)
-    unparsed_as = counts_unparsed_as(threshold)
-    summary: dict[str, Any] = {"items": len(items), "unparsed_as": unparsed_as}
+    rule = VotingRule.of_run(config, items, judgments)
+    settings = {"votes": votes_of(config), "seed": config.seed}
+    summary = score_judgments(items, judgments, rule, **settings)
     if isinstance(config.judge, ClassifierJudge):
-        summary |= {"threshold": threshold, "threshold_chosen_on": config.threshold_subset}
-    for name, suffixes in voters_of(config).items():
-        verdicts = [verdicts_of(threshold, item, judgments, suffixes) for item in items]
-        summary[name] = score(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
-    if isinstance(config.judge, ThinkPrmJudge) and score is score_by_subset:
-        summary["solution"] = score_solutions(config, items, judgments)
+        summary |= {"threshold": rule.threshold, "threshold_chosen_on": config.threshold_subset}
+    whole = [item for item in items if isinstance(item, ProcessBenchItem)]
+    if isinstance(config.judge, ThinkPrmJudge) and whole:
+        summary["solution"] = score_whole_solutions(whole, judgments, **settings)
     return summary
-
-
-def threshold_of(
-    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
-) -> float | None:
-    """Returns the probability below which a step is wrong: that of the settings, or the one with
-    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
-    judge = config.judge
-    if isinstance(judge, GenPrmJudge):
-        return judge.threshold
-    if not isinstance(judge, ClassifierJudge):
-        return None
-    if config.threshold_subset is None:
-        return 0.5 if judge.threshold is None else judge.threshold
-    chosen_on = [item for item in items if item.subset == config.threshold_subset]
-    p_positive = [
-        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
-        for item in chosen_on
-    ]
-    return best_threshold(p_positive, [item.first_error for item in chosen_on])
-
-
-def verdicts_of(
-    threshold: float | None,
-    item: BenchmarkItem,
-    judgments: dict[str, Judgment],
-    suffixes: Sequence[str],
-) -> list[Verdict]:
-    """Returns what the judgments of each step with these suffixes say together: the majority or,
-    with a threshold, the mean probability if any of them has a verdict."""
-    verdicts = []
-    for step in range(len(item.steps)):
-        votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
-        verdict = majority_verdict([vote.verdict for vote in votes])
-        if threshold is not None and verdict.is_given:
-            mean = sum(vote.p_positive for vote in votes) / len(votes)
-            (verdict,) = verdicts_at(threshold, [mean])
-        verdicts.append(verdict)
-    return verdicts
-
-
-def counts_unparsed_as(threshold: float | None) -> Literal["negative", "positive"]:
-    """Returns how a step without a verdict counts; with a threshold it has the probability 1/2."""
-    return "negative" if threshold is None or threshold > 0.5 else "positive"
-
-
-def voters_of(config: Evaluate, together: str | None = None) -> dict[str, list[str]]:
-    """Returns the suffixes of the judgments that are scored together, by name: `greedy`, and how
-    votes become one, with their number."""
-    together = together or ("mean" if isinstance(config.judge, GenPrmJudge) else "majority")
-    voters = {"greedy": [""]}
-    if votes := votes_of(config):
-        voters[f"{together}_{votes}"] = [f"/vote{k}" for k in range(votes)]
-    return voters
-
-
-def score_solutions(
-    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
-) -> dict[str, Any]:
-    """Returns how well P(right) of a whole solution tells right solutions from wrong ones: of the
-    greedy chain and, with votes, of the mean of the sampled ones. An output is bad if it lacks the
-    verdict on a step up to its first incorrect one."""
-
-    def p_correct(item: BenchmarkItem, suffix: str) -> float:
-        return judgments[f"{item.item_id}/solution{suffix}"].p_positive
-
-    def is_bad(item: BenchmarkItem, suffix: str) -> bool:
-        steps = range(len(item.steps))
-        return Verdict.UNPARSED in {judgments[f"{item.item_id}/{s}{suffix}"].verdict for s in steps}
-
-    return {
-        name: solutions_by_subset(
-            items,
-            [float(np.mean([p_correct(item, x) for x in suffixes])) for item in items],
-            [float(np.mean([is_bad(item, x) for x in suffixes])) for item in items],
-            seed=config.seed,
-        )
-        for name, suffixes in voters_of(config, "mean").items()
-    }
