@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import yaml
@@ -28,6 +28,7 @@ from stepwiser_jax.evaluation.statistics import balanced_accuracy
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
+from stepwiser_jax.rl.labels import LABEL_RULES
 from stepwiser_jax.stages import annotate
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
@@ -45,7 +46,7 @@ def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixV
 
 
 def labels(values: dict[str, list[PrefixValue]], rule: LabelRule) -> dict[str, list[bool | None]]:
-    table = LabelTable(rule.rule, next(iter(values.values()))[0].max_rollouts, **rule.parameters)
+    table = LabelTable(rule.rule, next(iter(values.values()))[0].max_rollouts, **rule.rule_args)
     return {
         name: [table.likeliest(q.counts, v.counts) for v, q in itertools.pairwise(some)]
         for name, some in values.items()
@@ -93,7 +94,7 @@ def main() -> None:
             "| rule | confidence | tokens | labels as with all | balanced accuracy | with all |\n"
             "|---|---|---|---|---|---|"
         )
-        for name in get_args(LabelRule.model_fields["rule"].annotation):
+        for name in LABEL_RULES:
             rule = LabelRule.model_validate({"rule": name})
             expected = labels(fixed, rule)
             for confidence in CONFIDENCES:

@@ -17,7 +17,7 @@ import time
 SIDES = {
     "all weights": {},
     "LoRA": {"lora": {}},
-    "LoRA, base in bfloat16": {"lora": {}, "param_dtype": "bfloat16"},
+    "LoRA, base in bfloat16": {"lora": {}, "dtype": "bfloat16"},
 }
 
 
@@ -56,7 +56,7 @@ def main() -> None:
             tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
         config = validate(TrainJudge, tree, "the benchmark")
         schedule, optimizer = optimizer_of(config.training, 1)
-        model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+        model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
         state = create_train_state(model, optimizer, mesh)
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         groups = [

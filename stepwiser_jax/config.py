@@ -155,17 +155,17 @@ class Model(ChatTemplate):
         }
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of each block that get an adapter."""
+
+
 class Lora(Config):
-    """Low-rank adapters, in float32. When there are adapters, nothing else is trained."""
+    """Low-rank adapters of all matrices of the blocks, in float32. Nothing else is trained then."""
 
     rank: int = Field(16, ge=1)
     """The rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
     """Scales what an adapter adds, by `alpha / rank`."""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
-        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
-    )
-    """The matrices of each block that get an adapter."""
 
 
 class TrainedModel(Model):
@@ -179,7 +179,7 @@ class TrainedModel(Model):
     def load_args(self) -> dict[str, Any]:
         if self.lora is None:
             return super().load_args | {"param_dtype": "float32", "lora": None}
-        return super().load_args | {"lora": self.lora.model_dump()}
+        return super().load_args | {"lora": self.lora.model_dump() | {"targets": LORA_TARGETS}}
 
 
 class Sampling(Config):
@@ -195,7 +195,7 @@ class Sampling(Config):
     """The most tokens of one completion."""
 
 
-class Engine(Config):
+class EngineShapes(Config):
     """The shapes that sampling is compiled for."""
 
     rows: Sizes = (64,)
@@ -208,12 +208,17 @@ class Engine(Config):
     sampled from a slightly different distribution."""
 
 
-class Sampler(Config):
-    """What every part that samples from a model needs."""
+class Drawn(Config):
+    """What every part that draws tokens needs."""
 
     sampling: Sampling
     """How tokens are drawn."""
-    engine: Engine
+
+
+class Sampled(Drawn):
+    """What every part that samples from a model on this machine needs."""
+
+    engine: EngineShapes
     """The shapes that sampling is compiled for."""
 
 
@@ -233,10 +238,17 @@ class JudgePrompted(Config):
     an analysis. `bare` is the form of the embedded task."""
 
 
+class PromptLimit(Config):
+    """What every part needs that leaves out long prompts."""
+
+    max_prompt_tokens: int = Field(3096, ge=1)
+    """Examples with a longer prompt for the judge are left out."""
+
+
 # --- judges -------------------------------------------------------------------------------------
 
 
-class StepwiserTeacher(Sampler, JudgePrompted, Model):
+class StepwiserTeacher(Sampled, JudgePrompted, Model):
     """A model that reasons about one chunk, then writes its verdict (StepWiser)."""
 
     kind: Literal["stepwiser"] = "stepwiser"
@@ -247,7 +259,7 @@ class StepwiserTeacher(Sampler, JudgePrompted, Model):
         mesh.check_rows("judge.engine.rows", self.engine.rows)
 
 
-class WholeSolutionJudge(Sampler, Prompted, Model):
+class WholeSolutionJudge(Sampled, Prompted, Model):
     """A judge that writes about all steps of a solution."""
 
     def check_rows(self, mesh: Mesh) -> None:
@@ -286,19 +298,23 @@ class Votes(Config):
     ThinkPRM: the mean probability). 0 takes one greedy judgment. `evaluate` scores both."""
 
 
-class StepwiserJudge(Votes, StepwiserTeacher):
+class Threshold(Config):
+    """When a probability is a verdict."""
+
+    threshold: Share | None = None
+    """A chunk is wrong if the probability that it is right is below this; by default 0.5."""
+
+
+class StepwiserConfig(Votes, StepwiserTeacher):
     """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
     it is the share of them that say Positive."""
 
 
-class GenPrmJudge(Votes, GenPrm):
+class GenPrmConfig(Threshold, Votes, GenPrm):
     """GenPRM's judge. The score of a step is P(right)."""
 
-    threshold: Share = 0.5
-    """A step is wrong if its P(right) is below this."""
 
-
-class ThinkPrmJudge(Votes, ThinkPrm):
+class ThinkPrmConfig(Votes, ThinkPrm):
     """ThinkPRM's judge. `search` and `select-responses` have it verify the prefix that ends with a
     chunk; the score of the chunk is then P(yes)."""
 
@@ -307,14 +323,12 @@ class ThinkPrmJudge(Votes, ThinkPrm):
     `sampling.max_new_tokens`."""
 
 
-class ClassifierJudge(Prompted, Model):
+class ClassifierConfig(Threshold, Prompted, Model):
     """A classifier trained by `train-classifier`, which reads all chunks of a solution in one pass.
     The score of a chunk is P(+)."""
 
     kind: Literal["classifier"] = "classifier"
     """The kind of judge."""
-    threshold: Share | None = None
-    """A chunk is wrong if its P(+) is below this; by default 0.5."""
     rows: Annotated[int, OnResume.FREE] = Field(8, ge=1)
     """Rows that are read at a time, each with several solutions."""
     max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
@@ -349,19 +363,19 @@ class ThinkPrmTeacher(ThinkPrm):
 
 
 ChunkJudge = Annotated[
-    Annotated[StepwiserJudge, Tag("stepwiser")]
-    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
-    | Annotated[ClassifierJudge, Tag("classifier")],
+    Annotated[StepwiserConfig, Tag("stepwiser")]
+    | Annotated[ThinkPrmConfig, Tag("thinkprm")]
+    | Annotated[ClassifierConfig, Tag("classifier")],
     Discriminator(_kind_of),
 ]
 """A judge that can be asked about the last chunk of an unfinished solution. GenPRM's cannot: it
 would write its whole conversation anew for every chunk."""
 
 Judge = Annotated[
-    Annotated[StepwiserJudge, Tag("stepwiser")]
-    | Annotated[GenPrmJudge, Tag("genprm")]
-    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
-    | Annotated[ClassifierJudge, Tag("classifier")],
+    Annotated[StepwiserConfig, Tag("stepwiser")]
+    | Annotated[GenPrmConfig, Tag("genprm")]
+    | Annotated[ThinkPrmConfig, Tag("thinkprm")]
+    | Annotated[ClassifierConfig, Tag("classifier")],
     Discriminator(_kind_of),
 ]
 
@@ -450,11 +464,9 @@ class CheckedAnswers(Config):
     verifier: str = "mathematics"
     """What says whether a solution is right: `mathematics` (the meaning of its final answer),
     `code` (the unit tests of the problem), or a function of your own as `module:function`."""
-    answer_timeout_seconds: float = Field(5.0, gt=0)
-    """A solution whose answer takes longer to check counts as wrong."""
 
 
-class PolicyStage(SamplingStage, Sampler, CheckedAnswers):
+class PolicyStage(SamplingStage, Sampled, CheckedAnswers):
     """What every stage has that samples from a policy."""
 
     policy: Model
@@ -498,22 +510,27 @@ class Rollout(SolvingStage):
 
 
 class FromRollouts(Config):
-    """What every stage has that reads the solutions of a `rollout` run."""
+    """What every stage has that reads a `rollout` run."""
 
     rollouts: str
     """A finished `rollout` run."""
+
+
+class FromSolutions(FromRollouts):
+    """What every stage has that reads the text of the solutions of a `rollout` run."""
+
     tokenizer: str
     """The model whose tokenizer wrote the solutions: the policy of that run."""
 
 
-class TeacherModel(Sampler, Prompted, Model):
+class TeacherModel(Sampled, Prompted, Model):
     """A model that proposes how to cut a solution."""
 
     kind: Literal["model"] = "model"
     """The kind of teacher."""
 
 
-class TeacherServer(ChatTemplate, Prompted):
+class TeacherServer(Drawn, ChatTemplate, Prompted):
     """A model on an OpenAI-compatible server, such as vLLM's, that takes and returns token ids."""
 
     kind: Literal["server"] = "server"
@@ -526,8 +543,6 @@ class TeacherServer(ChatTemplate, Prompted):
     """A directory or hub id with the tokenizer of that model."""
     context: int = Field(ge=2)
     """The context of the model, in tokens."""
-    sampling: Sampling
-    """How tokens are drawn."""
 
     @field_validator("url")
     @classmethod
@@ -549,7 +564,7 @@ def _teacher_kind_of(value: Any) -> Any:
     return value.get("kind", "model") if isinstance(value, dict) else getattr(value, "kind", "")
 
 
-class ChunkSolutions(SamplingStage, FromRollouts):
+class ChunkSolutions(SamplingStage, FromSolutions):
     """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`."""
 
     teacher: Annotated[
@@ -612,11 +627,9 @@ NumRollouts = Annotated[
 ]
 
 
-class Annotate(PolicyStage):
+class Annotate(PolicyStage, FromRollouts):
     """Estimate the value of every prefix by Monte Carlo rollouts (paper 3.2)."""
 
-    rollouts: str
-    """A finished `rollout` run."""
     num_rollouts: NumRollouts = 16
     """Rollouts of each prefix (M), or the most of them if they are `adaptive`. A list of pairs
     (bound, M) makes M depend on the problem's share of right trajectories: M is that of the first
@@ -649,7 +662,7 @@ class Annotate(PolicyStage):
         return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(Stage, FromRollouts, ChatTemplate, JudgePrompted, LabelRule):
+class Label(Stage, FromSolutions, ChatTemplate, JudgePrompted, PromptLimit, LabelRule):
     """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
     values: str
@@ -659,8 +672,6 @@ class Label(Stage, FromRollouts, ChatTemplate, JudgePrompted, LabelRule):
     With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
-    max_prompt_tokens: int = Field(3096, ge=1)
-    """Examples with a longer judge prompt are left out."""
 
 
 # --- stages that train --------------------------------------------------------------------------
@@ -760,9 +771,6 @@ class SupervisedStage(TrainingStage, Prompted):
 class Sft(SupervisedStage):
     """Fine-tune a model: a policy on chunked solutions (paper 3.1), or a judge on judgments."""
 
-    packing: bool = True
-    """Put several examples into a row; false gives each its own."""
-
     @model_validator(mode="after")
     def _examples_are_consistent(self) -> Sft:
         self.examples.check_unused("examples", ("source", "limit", "seed"))
@@ -794,11 +802,6 @@ class Grpo(Config):
     """The importance ratio is clipped at 1 plus this (DAPO's clip-higher)."""
     kl_coef: float = Field(0.0, ge=0)
     """The weight of the KL divergence from the model that training began with."""
-    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
-    """How the losses of tokens are averaged: over all tokens, over the means of sequences, or over
-    `sampling.max_new_tokens` for each sequence (Dr. GRPO)."""
-    normalize: Literal["std", "none"] = "std"
-    """`std` divides the advantages of a group by the standard deviation of its rewards."""
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
     """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
     than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""
@@ -809,7 +812,7 @@ class Grpo(Config):
     (DAPO's dynamic sampling)."""
 
 
-class TrainJudge(TrainingStage, Sampler, JudgePrompted):
+class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
     iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
@@ -820,8 +823,6 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     """Judgments of each chunk."""
     updates_per_iteration: int = Field(1, ge=1)
     """Optimizer updates of an iteration, each on its part of the chunks."""
-    max_prompt_tokens: int = Field(3096, ge=1)
-    """Examples with a longer prompt are left out."""
     format_penalty: float = Field(0.0, ge=0)
     """For a judge that is to write its verdict and nothing else: any other judgment earns the
     negative of this. 0 for none; 1 in the paper's ablation of reasoning (A.1)."""
@@ -954,7 +955,7 @@ class Evaluate(SamplingStage):
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
         if self.threshold_subset is None:
             return self
-        if not isinstance(self.judge, ClassifierJudge):
+        if not isinstance(self.judge, ClassifierConfig):
             raise ValueError(
                 f"threshold_subset is for a classifier, found a judge of kind {self.judge.kind}: "
                 "set it to null"
@@ -1022,7 +1023,7 @@ class Search(SolvingStage):
         return self
 
 
-class SelectResponses(SamplingStage, FromRollouts):
+class SelectResponses(SamplingStage, FromSolutions):
     """Choose the best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one
     with the highest mean score of its chunks."""
 
@@ -1041,7 +1042,7 @@ class SelectResponses(SamplingStage, FromRollouts):
 class Refine(SolvingStage):
     """Let a policy think again where GenPRM's judge finds its first wrong step."""
 
-    judge: GenPrmJudge
+    judge: GenPrmConfig
     """The judge, of kind `genprm`. It writes greedily."""
     turns: int = Field(3, ge=1)
     """How often the policy thinks again, at most."""
@@ -1106,6 +1107,7 @@ RENAMED_SETTINGS = {
     "splitter": "teacher, with kind: rule",
     "max_refills": "max_resamples",
     "rollouts_by_pass_rate": "num_rollouts",
+    "answer_timeout_seconds": "always 5 seconds",
     "param_dtype": "dtype",
     "compute_dtype": "dtype",
     **dict.fromkeys(("alpha", "gamma", "epsilon"), "in rule_args"),

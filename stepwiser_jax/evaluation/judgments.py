@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge
+from stepwiser_jax.config import ClassifierConfig, Evaluate, Threshold
 from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
@@ -72,9 +72,7 @@ def threshold_of(
     """Returns the probability below which a step is wrong: that of the settings, or the one with
     the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
     judge = config.judge
-    if isinstance(judge, GenPrmJudge):
-        return judge.threshold
-    if not isinstance(judge, ClassifierJudge):
+    if not isinstance(judge, Threshold):
         return None
     if config.threshold_subset is None:
         return 0.5 if judge.threshold is None else judge.threshold
@@ -88,7 +86,7 @@ def threshold_of(
 
 def votes_of(config: Evaluate) -> int:
     """Returns the number of judgments of a step that are sampled beside the greedy one."""
-    return 0 if isinstance(config.judge, ClassifierJudge) else config.judge.votes
+    return 0 if isinstance(config.judge, ClassifierConfig) else config.judge.votes
 
 
 def vote_suffixes(votes: int) -> list[str]:

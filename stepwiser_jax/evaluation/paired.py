@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierConfig, Evaluate, read_run_settings, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
@@ -117,7 +117,7 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     rule = VotingRule.of_run(config, items, judgments)
     counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
     check_complete(run, judgments, items, suffixes)
-    if isinstance(config.judge, ClassifierJudge):
+    if isinstance(config.judge, ClassifierConfig):
         counted = f"threshold {rule.threshold:.3g}"
     predictions = [
         first_predicted_error(

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from stepwiser_jax.config import (
-    ClassifierJudge,
-    GenPrmJudge,
-    StepwiserJudge,
-    ThinkPrmJudge,
+    ClassifierConfig,
+    GenPrmConfig,
+    StepwiserConfig,
+    ThinkPrmConfig,
 )
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.inference.engine import Engine
@@ -20,7 +20,7 @@ from stepwiser_jax.judges.stepwiser import ChunkJudge
 
 
 def load_judge(
-    config: StepwiserJudge | ThinkPrmJudge | ClassifierJudge | GenPrmJudge,
+    config: StepwiserConfig | ThinkPrmConfig | ClassifierConfig | GenPrmConfig,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
@@ -35,7 +35,7 @@ def load_judge(
         name: Names the draws, so that judges of different stages draw differently.
     """
     load_args = {**config.load_args, "mesh": mesh, "seed": seed}
-    if isinstance(config, ClassifierJudge):
+    if isinstance(config, ClassifierConfig):
         return Scorer(
             load_model(**load_args, classifier=True),
             mesh,
@@ -52,9 +52,9 @@ def load_judge(
         "max_new_tokens": config.sampling.max_new_tokens,
         "key": jax.random.key(seed),
     }
-    if isinstance(config, GenPrmJudge):
+    if isinstance(config, GenPrmConfig):
         return genprm.GenPrmJudge(loaded, engine, code_rounds=config.code_rounds, **settings)
     settings |= {"votes": config.votes, "vote_temperature": config.sampling.temperature}
-    if isinstance(config, ThinkPrmJudge):
+    if isinstance(config, ThinkPrmConfig):
         return thinkprm.ThinkPrmJudge(loaded, engine, rounds=config.rounds, **settings)
     return ChunkJudge(loaded, engine, **settings)

@@ -85,9 +85,7 @@ def annotate_blocks(
     check_lengths(trajectories, engine, params)
     check_ids(chain.from_iterable(work), engine)
 
-    with Verifier(
-        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
-    ) as verifier:
+    with Verifier(config.verifier, workers=worker_count()) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
             return verifier.verify(

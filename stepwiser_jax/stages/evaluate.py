@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, ThinkPrmJudge
+from stepwiser_jax.config import ClassifierConfig, Evaluate, GenPrmConfig, ThinkPrmConfig
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
@@ -113,25 +113,25 @@ def begin(
 ) -> Callable[[Sequence[BenchmarkItem]], list[Judgment]]:
     """Returns the function that judges a block. Raises UserError for an item that is too long."""
     settings = config.judge
-    if isinstance(settings, ClassifierJudge):
+    if isinstance(settings, ClassifierConfig):
         # Records say the likelier sign, whatever the threshold that the summary uses.
         settings = settings.model_copy(update={"threshold": None})
     judge = load_judge(settings, mesh=session.mesh, seed=config.seed, name="evaluate")
     judge.check_lengths([Solution.of_item(item) for item in items])
     session.compiled["judge"] = judge.compiled_shapes
-    if isinstance(settings, ClassifierJudge):
+    if isinstance(settings, ClassifierConfig):
         return lambda block: classify_block(judge, block)
     session.measures.append(
         lambda made: {"tokens_per_judgment": per_item(judge.engine.sampled_tokens, made)}
     )
-    if isinstance(settings, GenPrmJudge):
+    if isinstance(settings, GenPrmConfig):
         session.measures.append(lambda made: judge.writer.measured)
     return lambda block: judge_block(config, judge, block)
 
 
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     """Returns the ids of a block's judgments."""
-    whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
+    whole = ["solution"] if isinstance(config.judge, ThinkPrmConfig) else []
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
     return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(votes_of(config))]
 
@@ -150,7 +150,7 @@ def judge_block(config: Evaluate, judge: Any, block: Sequence[BenchmarkItem]) ->
     """Returns judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
     passes = [([""], judge.sample(solutions, 0.0, [""]))]
-    assert not isinstance(config.judge, ClassifierJudge)
+    assert not isinstance(config.judge, ClassifierConfig)
     if config.judge.votes:
         suffixes = vote_suffixes(config.judge.votes)
         sampling = config.judge.sampling
@@ -192,9 +192,9 @@ def summarize(
     rule = VotingRule.of_run(config, items, judgments)
     settings = {"votes": votes_of(config), "seed": config.seed}
     summary = score_judgments(items, judgments, rule, **settings)
-    if isinstance(config.judge, ClassifierJudge):
+    if isinstance(config.judge, ClassifierConfig):
         summary |= {"threshold": rule.threshold, "threshold_chosen_on": config.threshold_subset}
     whole = [item for item in items if isinstance(item, ProcessBenchItem)]
-    if isinstance(config.judge, ThinkPrmJudge) and whole:
+    if isinstance(config.judge, ThinkPrmConfig) and whole:
         summary["solution"] = score_whole_solutions(whole, judgments, **settings)
     return summary

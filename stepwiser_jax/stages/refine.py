@@ -170,7 +170,7 @@ class Refiner:
             attempt.judge_tokens += sum(opinion.num_tokens for opinion in opinions)
             verdicts = [opinion.verdict for opinion in opinions]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
-            threshold = self.config.judge.threshold
+            threshold = self.config.judge.threshold or 0.5
             found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in opinions])
             if found != -1:
                 style = self.config.judge.prompt_style

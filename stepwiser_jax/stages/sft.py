@@ -56,7 +56,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "max_length": config.max_length,
         "seed": config.seed,
-        "packing": config.packing,
+        "packing": True,
         "epochs": config.epochs,
     }
     steps = config.steps or num_batches(documents, **batches)

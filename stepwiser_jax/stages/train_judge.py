@@ -318,7 +318,7 @@ def assemble(groups: Sequence[RolloutGroup], config: TrainJudge) -> RolloutBatch
     allowed length that holds the longest group."""
     rewards_PG = np.array([group.rewards_G for group in groups], np.float32)
     rewards_PG = rewards_PG.reshape(len(groups), config.group_size)
-    advantages_PG = np.asarray(group_advantages(rewards_PG, normalize=config.grpo.normalize))
+    advantages_PG = np.asarray(group_advantages(rewards_PG))
     rows = [
         Group(group.prompt_ids, group.completions_G, group.logprobs_G, advantages_G.tolist())
         for group, advantages_G in zip(groups, advantages_PG, strict=True)
@@ -414,7 +414,7 @@ def judge_denominators(batch: RolloutBatch, *, config: TrainJudge) -> dict[str, 
     loss = loss_denominator(
         mask_BT,
         batch.segment_ids_BT,
-        aggregation=config.grpo.aggregation,
+        aggregation="token_mean",
         max_completion_tokens=config.sampling.max_new_tokens,
     )
     return {"loss": loss, "tokens": jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1.0)}
@@ -469,7 +469,7 @@ def judge_loss(
         ref_logprobs_BT=batch.ref_logprobs_BT,
         importance_weights_BT=weights_BT,
         segment_ids_BT=batch.segment_ids_BT,
-        aggregation=grpo.aggregation,
+        aggregation="token_mean",
         denominator=denominators["loss"],
     )
     gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - batch.sampler_logprobs_BT), 0)

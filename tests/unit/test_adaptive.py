@@ -78,14 +78,14 @@ def test_confidence_is_the_probability_that_the_label_stays():
 
 def test_annotations_for_another_rule_are_refused(tmp_path):
     def label(**rule):
-        return Label(annotations=str(tmp_path), rollouts="", tokenizer="", **rule)
+        return Label(values=str(tmp_path), rollouts="", tokenizer="", **rule)
 
     check_rule(label())
-    adaptive = {"rule": "rel_effective", "alpha": 0.4, "best_of": 4, "confidence": 0.95}
+    adaptive = {"rule": "rel_effective", "rule_args": {"alpha": 0.4}, "confidence": 0.95}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"adaptive": adaptive}))
-    check_rule(label(alpha=0.4))
+    check_rule(label(rule_args={"alpha": 0.4}))
     with pytest.raises(UserError, match=r"alpha.: 0\.4.*use that rule"):
-        check_rule(label(alpha=0.8))
+        check_rule(label(rule_args={"alpha": 0.8}))
     with pytest.raises(UserError, match="found rule abs_q"):
         check_rule(label(rule="abs_q"))
     (tmp_path / "config.yaml").write_text("group_size: 4")

@@ -37,7 +37,7 @@ def items(tmp_path):
 
 def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
     """`p_positive[i][step]`; the verdict is what `verdict_of` makes of it."""
-    ids = [row["id"] for row in json.loads(Path(settings["items"]).read_text())]
+    ids = [row["id"] for row in json.loads(Path(settings["benchmark"]["source"]).read_text())]
     judgments = [
         Judgment(f"{item_id}/{step}", "judge", "", verdict_of(p), p, 0.0)
         for item_id, row in zip(ids, p_positive, strict=False)
@@ -55,37 +55,40 @@ def rejecting_from(first, at):
     return [at if step == first else 0.9 for step in range(3)]
 
 
-def evaluated(directory, items, predictions, *, unparsed_as="negative", **settings):
+def evaluated(directory, items, predictions, **judge):
     tree = {
-        "judge": {"path": "arithmetic"},
-        "items": str(items),
-        "max_new_tokens": 8,
-        "unparsed_as": unparsed_as,
-        "engine": {"buckets": [64]},
-        **settings,
+        "judge": {
+            "path": "arithmetic",
+            "sampling": {"max_new_tokens": 8},
+            "engine": {"buckets": [64]},
+            **judge,
+        },
+        "benchmark": {"source": str(items)},
     }
-    # A rejected step is unparsed where that counts as a rejection.
-    rejected = Verdict.UNPARSED if unparsed_as == "negative" else Verdict.NEGATIVE
     return finished_run(
         directory,
         "evaluate",
         tree,
         [rejecting_from(first, 0.0) for first in predictions],
         {},
-        lambda p: Verdict.POSITIVE if p > 0.5 else rejected,
+        # A rejected step is unparsed, which counts as a rejection.
+        lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.UNPARSED,
     )
 
 
 def classified(directory, items, predictions, *, threshold):
     tree = {
-        "classifier": {"path": "arithmetic"},
-        "items": str(items),
-        "threshold_subset": "gsm8k",
-        "max_length": 64,
+        "judge": {
+            "kind": "classifier",
+            "path": "arithmetic",
+            "max_length": 64,
+            "threshold": threshold,
+        },
+        "benchmark": {"source": str(items)},
     }
     return finished_run(
         directory,
-        "classify",
+        "evaluate",
         tree,
         [rejecting_from(first, threshold - 0.05) for first in predictions],
         {"threshold": threshold},

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData, load_config
+from stepwiser_jax.config import DataSource, load_config
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Completion, Engine
@@ -323,7 +323,7 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
 
 @pytest.mark.parametrize("style", ["instruct", "bare"])
 def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
-    (dialogue,) = load_examples(SftData(source="arithmetic-genprm", count=1), style)
+    (dialogue,) = load_examples(DataSource(source="arithmetic-genprm", limit=1), style)
     assert dialogue.texts[-1].endswith(FORMS[style].ending)
     assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 
@@ -363,7 +363,7 @@ def test_p_right_against_the_full_forward(yes_no_tokenizer):
         SimpleNamespace(tokenizer=yes_no_tokenizer),
         Engine(model, yes_no_tokenizer, rows=(2,), buckets=(512,)),
         name="judge",
-        genprm=GenPrmVerdicts(code=False),
+        code_rounds=0,
         prompt_style="instruct",
         max_new_tokens=8,
         key=KEY,
@@ -453,7 +453,9 @@ def code(block):
     return f"```python\n{block}\n```\n{CODE_OUTPUT}"
 
 
-def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, **genprm):
+def judge_of(
+    bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, code_rounds=3
+):
     monkeypatch.setattr("stepwiser_jax.judges.genprm.verdict_ids", lambda tokenizer, form: (1, 2))
     engine = ScriptedEngine(bpe_tokenizer, script, max_length)
     loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
@@ -461,7 +463,7 @@ def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tok
         loaded,
         engine,
         name="judge",
-        genprm=GenPrmVerdicts(**genprm),
+        code_rounds=code_rounds,
         prompt_style="instruct",
         max_new_tokens=max_new_tokens,
         key=KEY,
@@ -503,7 +505,7 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
 
 @needs_landlock
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
-    judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), max_code_rounds=2)
+    judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), code_rounds=2)
     ((first, _),) = judge([SOLUTION])
     assert first.completion.count(CODE_OUTPUT) == 3 and first.completion.count("```\n1\n```") == 2
     assert first.verdict is Verdict.POSITIVE
@@ -572,7 +574,7 @@ def test_a_critique_is_finished_whose_turns_came_to_their_end(
         return says if row.split("/")[2] == "1" else " so.</analyze>\n<output>"
 
     judge = judge_of(
-        bpe_tokenizer, monkeypatch, script, max_new_tokens=300, max_code_rounds=1, code=True
+        bpe_tokenizer, monkeypatch, script, max_new_tokens=300, code_rounds=1, code=True
     )
     monkeypatch.setattr(judge.engine, "log_odds", second_is_wrong(bpe_tokenizer))
     params = SamplingParams(300, stop_ids=bpe_tokenizer.eos_ids)
@@ -628,7 +630,7 @@ def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
     }
     loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
     engine = ScriptedEngine(bpe_tokenizer, says.__getitem__)
-    settings = {"name": "t", "genprm": GenPrm(max_code_rounds=1), "key": KEY}
+    settings = {"name": "t", "code_rounds": 1, "key": KEY}
     teacher = Synthesizer(loaded, engine, **settings, max_new_tokens=500)
     params = SamplingParams(500, stop_ids=bpe_tokenizer.eos_ids)
     (((text, finished),),) = teacher.critiques([SOLUTION], params, ["/k"])

@@ -151,7 +151,7 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
             adaptive=adaptive,
         )
         used = AdaptiveRollouts(rule=rule)
-        table = LabelTable(rule, 12, **used.parameters)
+        table = LabelTable(rule, 12, **used.rule_args)
         labels = [
             table.likeliest(values[j + 1].counts, values[j].counts)
             for start in (0, 5)
@@ -195,7 +195,7 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(request):
 def test_rollouts_by_pass_rate(request):
     """GenPRM's K: of all sampled trajectories, whichever of them are annotated."""
     file = request.config.rootpath / "configs" / "smoke_values.yaml"
-    by_rate = "rollouts_by_pass_rate=[[0.1, 128], [0.9, 64], [1, 32]]"
+    by_rate = "num_rollouts=[[0.1, 128], [0.9, 64], [1, 32]]"
     config = load_config("annotate", file, (by_rate,))
     rates = {"a": 0, "b": 9, "c": 10, "d": 89, "e": 90, "f": 100}
     sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 100)]
@@ -224,7 +224,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         for t in trajectories.values()
         for j in range(len(t.chunk_ends))
     ]
-    config = Label(annotations="", rollouts=str(tmp_path), tokenizer="arithmetic")
+    config = Label(values="", rollouts=str(tmp_path), tokenizer="arithmetic")
     kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     examples = classifier_examples(
         kept, trajectories, {"p": Problem("p", "q ?", "1", "s")}, tokenizer
@@ -288,7 +288,7 @@ def test_problems_to_annotate_are_drawn_by_the_seed_alone(request):
 
 def test_labels_of_trajectories_that_were_sampled_differently(request):
     """Each from its own M: what is 2 of 4 for one is 2 of 64 for another."""
-    config = Label(annotations="", rollouts="", tokenizer="", rule="relative_progress")
+    config = Label(values="", rollouts="", tokenizer="", rule="relative_progress")
     values = [
         PrefixValue(f"t{M}", j, M, right, M, "")
         for M in (4, 64)

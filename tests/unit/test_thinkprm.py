@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config import GenerativeJudge
+from stepwiser_jax.config import ThinkPrmConfig
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -336,20 +336,20 @@ def test_search_and_selection_may_ask_it():
     settings = {
         "path": "arithmetic",
         "prompt_style": "bare",
-        "thinkprm": {"rounds": 2},
-        "max_new_tokens": 8,
+        "rounds": 2,
+        "sampling": {"max_new_tokens": 8},
         "votes": 2,
         "engine": {"rows": [8], "buckets": [128]},
     }
-    judge = load_judge(GenerativeJudge.model_validate(settings), mesh=make_mesh(), seed=0)
+    judge = load_judge(ThinkPrmConfig.model_validate(settings), mesh=make_mesh(), seed=0)
     assert isinstance(judge, ThinkPrmJudge) and (judge.rounds, judge.votes) == (2, 2)
     judge.check_room("a", SOLUTIONS[0].question, 20)
     judge.check_lengths(SOLUTIONS)
     found = judge([dataclasses.replace(SOLUTIONS[0], start=1), SOLUTIONS[1]])
     assert [len(opinions) for opinions in found] == [1, 1] and judge.compiled_shapes
     assert all(0 < opinion.p_positive < 1 for (opinion,) in found)
-    with pytest.raises(ValidationError, match="verdict is StepWiser's: with thinkprm"):
-        GenerativeJudge.model_validate(settings | {"prompt_style": "verdict"})
+    with pytest.raises(ValidationError, match="'instruct' or 'bare'"):
+        ThinkPrmConfig.model_validate(settings | {"prompt_style": "verdict"})
 
 
 def test_the_forced_question_against_the_full_forward(loaded):

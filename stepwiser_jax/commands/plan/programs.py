@@ -29,9 +29,10 @@ from stepwiser_jax.commands.plan.tpu import (
 )
 from stepwiser_jax.config import (
     Annotate,
-    ClassifierJudge,
+    ClassifierConfig,
     ComputeStage,
     Config,
+    EngineShapes,
     Evaluate,
     Model,
     Rollout,
@@ -41,7 +42,6 @@ from stepwiser_jax.config import (
     TrainedModel,
     TrainJudge,
 )
-from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.distributed.loading import (
     attention_of,
     cast_model,
@@ -107,7 +107,7 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
         judge = config.judge
-        if isinstance(judge, ClassifierJudge):
+        if isinstance(judge, ClassifierConfig):
             raise UserError("expected a judge that writes, found a classifier, which has no plan")
         sampling = judge.sampling
         if not judge.votes:
@@ -415,7 +415,7 @@ def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any
 def _of_sampling(
     config: ComputeStage,
     settings: Model,
-    engine_config: EngineConfig,
+    engine_config: EngineShapes,
     sampling: Sampling,
     per_wave: tuple[int, int],
     mesh: jax.sharding.Mesh,
