@@ -43,7 +43,6 @@ from stepwiser_jax.inference.params import (
 )
 from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
-from stepwiser_jax.model.attention.cpu import suffix_dtype
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
@@ -163,8 +162,7 @@ class Engine(Sampler):
     @property
     def own_dtype(self) -> Any:
         """Returns the type of the rows' own keys and values."""
-        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        return suffix_dtype(platform or jax.default_backend(), self.model.compute_dtype)
+        return self.model.suffix_dtype
 
     def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
         """P places of R rows for so many trunks with at most so many forks each: the smallest that

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from stepwiser_jax.checksums import write_checksums
 from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import XLA, Attention
+from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
@@ -102,7 +102,7 @@ def load_hf(
     tokenizer: Tokenizer | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
-    attention: Attention = XLA,
+    attention: Attention | None = None,
     sharding_for: ShardingFor | None = None,
 ) -> Transformer:
     """A checkpoint's model with parameters of `dtype`.

@@ -18,7 +18,7 @@ from stepwiser_jax.distributed.loading import decoding_copy, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import Sampler
-from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
@@ -224,7 +224,7 @@ def test_a_model_without_adapters_is_trained_whole():
 
 def test_plan_knows_the_adapters():
     mesh, lora = make_mesh(1, 2, 2), {"rank": RANK, "alpha": ALPHA, "targets": ALL}
-    model = abstract_model(tiny_config(), mesh, XLA, param_dtype="bfloat16", lora=lora)
+    model = abstract_model(tiny_config(), mesh, PLAIN, param_dtype="bfloat16", lora=lora)
     real = adapted(base_model("llama"))
     for leaf, expected in zip(
         jax.tree.leaves(model.adapters), jax.tree.leaves(real.adapters), strict=True
