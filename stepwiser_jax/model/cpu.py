@@ -44,18 +44,21 @@ def keep_freed_memory() -> None:
 
 def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
     """As `linear.product_over_rows`. The fast bfloat16 product contracts the last axis of its left
-    operand. The barrier keeps XLA from folding the transpose into a product in float32."""
-    a_IT = lax.optimization_barrier(a_TI.T)
-    return lax.dot_general(a_IT, b_TO, (((1,), (0,)), ((), ())), preferred_element_type=F32)
+    operand. Without the padding XLA folds the transpose into a product in float32."""
+    padded_IT = jnp.pad(a_TI.T, ((0, 8), (0, 0)))
+    dimensions = (((1,), (0,)), ((), ()))
+    product = lax.dot_general(padded_IT, b_TO, dimensions, preferred_element_type=F32)
+    return product[: a_TI.shape[1]]
 
 
 def scores(q_WH: jax.Array, k_SH: jax.Array) -> jax.Array:
     """As `attention.plain_scores`. In float32 few queries run several times faster if the keys are
-    the left operand; the barrier keeps XLA from turning them around again."""
+    the left operand. Without the padding XLA turns the operands around again."""
     if k_SH.dtype != F32:
         return plain_scores(q_WH, k_SH)
     scores_SW = jnp.einsum("...sh,...wh->...sw", k_SH, q_WH)
-    return lax.optimization_barrier(scores_SW).swapaxes(-1, -2)
+    padded_SW = jnp.pad(scores_SW, [(0, 0)] * (scores_SW.ndim - 1) + [(0, 8)])
+    return padded_SW.swapaxes(-1, -2)[..., : q_WH.shape[-2], :]
 
 
 # --- packed rows, a visible pair of blocks at a time --------------------------------------------
