@@ -292,10 +292,8 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runs.directory import keep_freed_memory
     from stepwiser_jax.runs.signals import Interrupted
 
-    keep_freed_memory()
     try:
         status = app(arguments, standalone_mode=False)
     except UserError as error:

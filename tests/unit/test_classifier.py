@@ -21,7 +21,7 @@ from stepwiser_jax.judges.classifier import Scorer
 from stepwiser_jax.judges.classifier_loss import classifier_loss
 from stepwiser_jax.judges.stepwiser import Solution
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
-from stepwiser_jax.model.hf import named_tensors, save_hf
+from stepwiser_jax.model.hf import save_hf, tensors_by_name
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_io import write_records
 from stepwiser_jax.records import ClassifierExample, ProcessBenchItem
@@ -326,10 +326,10 @@ def test_a_scalar_head_is_a_token_classifier_on_disk(word_tokenizer, family, tmp
     """And takes the output matrix's place; what samples or learns tokens refuses it."""
     mesh = make_mesh(1, 2, 2)
     base = Transformer(tiny_config(family), rngs=nnx.Rngs(0))
-    before = set(dict(named_tensors(base)))
+    before = set(tensors_by_name(base))
     model = with_new_score(base, mesh, seed=0)
-    assert set(dict(named_tensors(base))) == before, "the language model is what it was"
-    assert set(dict(named_tensors(model))) == before - {"lm_head.weight"} | {
+    assert set(tensors_by_name(base)) == before, "the language model is what it was"
+    assert set(tensors_by_name(model)) == before - {"lm_head.weight"} | {
         "score.weight",
         "score.bias",
     }

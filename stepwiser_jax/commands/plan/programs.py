@@ -434,7 +434,7 @@ def _of_sampling(
     grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
     B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
     state = jax.eval_shape(
-        lambda: empty_state(decoder, None, grid, slots, new, engine.suffix_dtype)
+        lambda: empty_state(decoder, None, grid, slots, new, decoder.suffix_dtype)
     )
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
     at_once = min(grid.slots, engine.read_at_once(slots))
