@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from stepwiser_jax.data.datasets import OnMalformed
+from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS

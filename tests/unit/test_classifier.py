@@ -151,8 +151,8 @@ def test_labels_that_are_not_of_the_chunks_are_refused(tmp_path, changes):
     file = tmp_path / "solutions.jsonl"
     write_records(file, [SOLUTION])
     assert load_classifier_examples(str(file)) == [SOLUTION]
-    write_records(file, [dataclasses.replace(SOLUTION, **changes)])
-    with pytest.raises(UserError, match=r"solutions.jsonl, line 1: p#0 has 4 chunks"):
+    file.write_text(json.dumps(dataclasses.asdict(SOLUTION) | changes))
+    with pytest.raises(UserError, match=r"solutions.jsonl, line 1: .*expected .*found .*p#0"):
         load_classifier_examples(str(file))
 
 
