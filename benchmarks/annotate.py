@@ -169,8 +169,9 @@ def arithmetic(quickstart: Path, count: int) -> Work:
 def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.inference.engine import Completion, Engine, Prefix
+    from stepwiser_jax.inference.engine import Completion, Engine
     from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.inference.scheduler import Prefix
     from stepwiser_jax.stages.annotate import estimate_prefix_values
 
     class RecordingEngine(Engine):
@@ -184,7 +185,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
                 lengths |= {done.row_id: len(done.ids) for done in completions}
                 yield completions
             self.trunks = [
-                (trunk.num_tokens, [(f.num_tokens, lengths[f.row_id]) for f in trunk.forks])
+                (trunk.num_tokens, [(f.num_tokens, lengths[f.row_id]) for f in trunk.samples])
                 for trunk in trunks
             ]
 

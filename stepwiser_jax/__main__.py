@@ -189,9 +189,9 @@ def compare_judges(
     the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
     votes, of classify the run's threshold. Writes nothing.
     """
-    from stepwiser_jax.commands.compare_judges import print_contrast
+    from stepwiser_jax.commands.compare_judges import print_comparison
 
-    print_contrast(run_a, run_b, votes=votes, as_json=json)
+    print_comparison(run_a, run_b, votes=votes, as_json=json)
 
 
 @app.command("reproduce")
@@ -211,14 +211,14 @@ def reproduce(
     compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
     command with all of them then makes the table.
     """
-    from stepwiser_jax.commands.reproduce import command
+    from stepwiser_jax.commands.reproduce import measure, report
     from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         if tune:
-            command.tune(run_dir)
+            measure.tune(run_dir)
         else:
-            command.run_compare(run_dir, seed or (0, 1, 2))
+            report.reproduce(run_dir, seed or (0, 1, 2))
 
 
 @app.command()

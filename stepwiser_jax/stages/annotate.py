@@ -29,8 +29,9 @@ from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import SHARED_BY, Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Prefix, SampleRequest
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
@@ -317,16 +318,15 @@ def estimate_prefix_values(
             prefix_of[row_id] = prefix
         trunks.append(Prefix([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
 
-    def is_wanted(fork: SampleRequest) -> bool:
-        return counts.needs_more(prefix_of[fork.row_id])
+    def is_needed(sample: SampleRequest) -> bool:
+        return counts.needs_more(prefix_of[sample.row_id])
 
-    rows_per_trunk = SHARED_BY if adaptive is None else ADAPTIVE_ROWS
     for completions in engine.sample(
         trunks,
         params,
         key=key,
-        wanted=is_wanted if adaptive is not None else None,
-        rows_per_trunk=rows_per_trunk,
+        is_needed=is_needed if adaptive is not None else None,
+        samples_per_prefix=SAMPLES_PER_PREFIX if adaptive is None else ADAPTIVE_ROWS,
     ):
         prefixes = [prefix_of[completion.row_id] for completion in completions]
         solutions = [

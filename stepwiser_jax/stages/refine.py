@@ -29,8 +29,8 @@ from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
-from stepwiser_jax.evaluation.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.judges.genprm import Draft, GenPrmJudge, Writer
@@ -192,8 +192,8 @@ class Refiner:
             attempt.judge_tokens += sum(opinion.num_tokens for opinion in opinions)
             verdicts = [opinion.verdict for opinion in opinions]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
-            p_right = [opinion.p_positive for opinion in opinions]
-            found = first_predicted_error(verdicts_at(self.config.judge.genprm.threshold, p_right))
+            threshold = self.config.judge.genprm.threshold
+            found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in opinions])
             if found != -1:
                 style = self.config.judge.prompt_style
                 analysis = analysis_of(opinions[found].completion, style)

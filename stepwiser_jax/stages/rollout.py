@@ -10,7 +10,7 @@ Reads `problems` and `policy`. Writes problems and trajectories.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.records import Problem, Tokens, Trajectory, natural_key
+from stepwiser_jax.records import Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
@@ -195,12 +195,3 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         "mean_tokens": sum(t.tokens.num_completion for t in trajectories) / count,
         "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }
-
-
-def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
-    """The share of each problem's trajectories that is right, in the order of their ids, whoever
-    wrote which part."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
-        right[trajectory.problem_id].append(trajectory.is_correct)
-    return [sum(found) / len(found) for found in right.values()]
