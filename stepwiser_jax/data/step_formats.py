@@ -310,37 +310,20 @@ def _tree_of_prefixes(question: str, prefixes: Sequence[Any]) -> Row:
 
 
 def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
-    """Returns the modified process with its wrong steps, and for rows of the class `redundency` the
-    original too: it is in the benchmark once for every class, and its own loader takes it there."""
-    steps, wrong = _prmbench_steps(row)
-    kind = _field(row, "classification", str)
-    solutions = [
+    """Returns the solutions of `prmbench_items`, each step with its own label."""
+    return [
         LabelledSolution(
-            solution_id=f"{row_id}#0",
+            solution_id=f"{row_id}#{k}",
             problem_id=row_id,
-            source=f"prmbench/{kind}",
-            question=_field(row, "modified_question", str),
+            source=f"prmbench/{item.subset}",
+            question=item.question,
             answer=None,
-            steps=steps,
-            labels=tuple(0.0 if step in wrong else 1.0 for step in range(len(steps))),
+            steps=item.steps,
+            labels=tuple(float(item.is_right(step)) for step in range(len(item.steps))),
             cumulative=False,
         )
+        for k, item in enumerate(prmbench_items(row))
     ]
-    if kind == _WITH_ORIGINAL:
-        original = tuple(_texts(row, "original_process"))
-        solutions.append(
-            LabelledSolution(
-                solution_id=f"{row_id}#1",
-                problem_id=row_id,
-                source="prmbench/correct",
-                question=_field(row, "original_question", str),
-                answer=None,
-                steps=original,
-                labels=(1.0,) * len(original),
-                cumulative=False,
-            )
-        )
-    return solutions
 
 
 def _prmbench_steps(row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -365,8 +348,9 @@ def error_steps_past_the_end(row: Row) -> int:
 
 
 def prmbench_items(row: Row) -> list[PrmBenchItem]:
-    """Returns a PRMBench row's solution with its wrong steps, and for the rows of one class the
-    original solution too, as the benchmark's own loader does: 758 originals beside 6,211 others.
+    """Returns a PRMBench row's modified solution with its wrong steps, and for rows of the class
+    `redundency` the original too. Each original is in the benchmark once for every class, and the
+    benchmark's own loader takes it from there: 758 originals beside 6,211 others.
 
     Raises UserError for a row without PRMBench's columns.
     """
