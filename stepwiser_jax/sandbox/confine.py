@@ -115,8 +115,8 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
 
 
 def restrict_files(readable: list[str], scratch: str) -> None:
-    """Landlock: allows reading of `readable`, and reading and writing of the files in `scratch`, and
-    forbids all else that its version on this kernel can. Raises OSError before version 3 (Linux
+    """Landlock: allows reading of `readable`, and reading and writing of the files in `scratch`,
+    and forbids all else that its version on this kernel can. Raises OSError before version 3 (Linux
     6.2), in which opening a file for reading could empty it, with O_TRUNC."""
     version = _landlock(_CREATE_RULESET, None, 0, 1)
     if version < 3:

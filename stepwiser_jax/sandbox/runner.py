@@ -9,9 +9,9 @@ to be made on a platform that lacks a part.
 Not protected against: errors in the kernel or the processor. Code can learn whether a file exists,
 how large it is and when it was changed, if it guesses the path (Landlock restricts opening, not
 `stat`), and the name of the machine. Calls that run at the same time slow one another down.
-Scratch files stay until the end, also those that code removes, so that all of them are counted. This
-happens ten times a second: in between, all files together can exceed the limit, but no single file
-can. If the parent is killed, its children die with it, and their scratch folders remain.
+Scratch files stay until the end, also those that code removes, so that all of them are counted.
+This happens ten times a second: in between, all files together can exceed the limit, but no single
+file can. If the parent is killed, its children die with it, and their scratch folders remain.
 
 A call takes about 20 ms on one core, 250 ms if the code imports sympy (numpy: 70 ms).
 """
