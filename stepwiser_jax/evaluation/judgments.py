@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import Evaluate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge
 from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import score_by_subset
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
 from stepwiser_jax.evaluation.whole_solutions import solutions_by_subset
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem, Verdict
@@ -32,13 +32,16 @@ class VotingRule:
     unparsed_as: UnparsedAs = "negative"
 
     @classmethod
-    def of_run(cls, config: Evaluate) -> VotingRule:
-        """Returns the rule by which a run of `evaluate` counts. GenPRM has P(right), which is 1/2
-        without a verdict."""
-        if config.genprm is None:
-            return cls(unparsed_as=config.unparsed_as)
-        threshold = config.genprm.threshold
-        return cls(threshold, "negative" if threshold > 0.5 else "positive")
+    def of_run(
+        cls,
+        config: Evaluate,
+        items: Sequence[BenchmarkItem],
+        judgments: Mapping[str, Judgment],
+    ) -> VotingRule:
+        """Returns the rule by which a run of `evaluate` counts. A step without a verdict has the
+        probability 1/2 if there is a threshold."""
+        threshold = threshold_of(config, items, judgments)
+        return cls(threshold, "negative" if threshold is None or threshold > 0.5 else "positive")
 
     @property
     def name(self) -> str:
@@ -61,6 +64,31 @@ class VotingRule:
             self.verdict([judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes])
             for step in range(len(item.steps))
         ]
+
+
+def threshold_of(
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: Mapping[str, Judgment]
+) -> float | None:
+    """Returns the probability below which a step is wrong: that of the settings, or the one with
+    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
+    judge = config.judge
+    if isinstance(judge, GenPrmJudge):
+        return judge.threshold
+    if not isinstance(judge, ClassifierJudge):
+        return None
+    if config.threshold_subset is None:
+        return 0.5 if judge.threshold is None else judge.threshold
+    chosen_on = [item for item in items if item.subset == config.threshold_subset]
+    p_positive = [
+        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
+        for item in chosen_on
+    ]
+    return best_threshold(p_positive, [item.first_error for item in chosen_on])
+
+
+def votes_of(config: Evaluate) -> int:
+    """Returns the number of judgments of a step that are sampled beside the greedy one."""
+    return 0 if isinstance(config.judge, ClassifierJudge) else config.judge.votes
 
 
 def vote_suffixes(votes: int) -> list[str]:

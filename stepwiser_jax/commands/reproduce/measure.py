@@ -118,7 +118,7 @@ def judge_score(runs: SeedRuns, name: str) -> dict[str, Any]:
     They are of greedy judgments, or of a classifier's threshold.
     """
     summary = runs.summary(f"{name}_score")
-    subset = summary.get("greedy", summary)["subsets"][arithmetic.SUBSET]
+    subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
     return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
 
 
