@@ -20,6 +20,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -27,7 +28,6 @@ from typing import Any
 
 import jax
 
-from stepwiser_jax.config import GenPrm
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.processbench import verdicts_at
@@ -50,6 +50,9 @@ from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
 from stepwiser_jax.text.prompts import JudgePromptStyle, encode_dialogue
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+CODE_LIMITS = Limits(seconds=5.0, memory_bytes=2**30, output_bytes=2048)
+"""What one run of code may take: wall-clock time, memory, and output that is kept."""
 
 
 @dataclass
@@ -193,16 +196,10 @@ def first_end(text: str, stops: Sequence[str]) -> int:
     return min(text.index(stop) + len(stop) for stop in stops if stop in text)
 
 
-def sandbox_of(genprm: GenPrm) -> Sandbox | None:
-    """Raises UserError where this machine cannot confine code that is to be run."""
-    if not genprm.code:
-        return None
-    limits = Limits(
-        seconds=genprm.code_seconds,
-        memory_bytes=genprm.code_memory_bytes,
-        output_bytes=genprm.code_output_bytes,
-    )
-    return Sandbox(limits, worker_count())
+def sandbox_of(code_rounds: int) -> Sandbox | None:
+    """Returns where code is run, None without code. Raises UserError if this machine cannot confine
+    it."""
+    return Sandbox(CODE_LIMITS, worker_count()) if code_rounds else None
 
 
 class GenPrmJudge:
@@ -215,14 +212,14 @@ class GenPrmJudge:
         engine: Engine,
         *,
         name: str,
-        genprm: GenPrm,
+        code_rounds: int,
         prompt_style: JudgePromptStyle,
         max_new_tokens: int,
         key: jax.Array,
     ):
         """Raises UserError where a verdict is no token of its own, or as `sandbox_of` does."""
         self.loaded, self.engine, self.name = loaded, engine, name
-        self.genprm, self.max_new_tokens = genprm, max_new_tokens
+        self.code_rounds, self.max_new_tokens = code_rounds, max_new_tokens
         self.form = FORMS[prompt_style]
         self.word_ids = verdict_ids(loaded.tokenizer, self.form)
         self.writer = Writer(
@@ -230,7 +227,7 @@ class GenPrmJudge:
             engine,
             prompt_style=prompt_style,
             key=key,
-            sandbox=sandbox_of(genprm),
+            sandbox=sandbox_of(code_rounds),
         )
         longest = self.form.to_verdict("<analyze><verify>") + self.form.verdict(True)
         self.reserve = len(loaded.tokenizer.encode(longest)) + 4
@@ -249,7 +246,7 @@ class GenPrmJudge:
             )
 
     def _begin(self, suffix: str) -> Draft:
-        draft = Draft("", suffix, self.genprm.max_code_rounds)
+        draft = Draft("", suffix, self.code_rounds)
         draft.say("system", self.form.system)
         return draft
 
@@ -257,6 +254,10 @@ class GenPrmJudge:
         draft.name = f"{self.name}/{solution.solution_id}/{t}"
         draft.say("user", self.form.user_turn(solution.question, solution.chunks, t))
         draft.begin_turn(self.form.opening.format(number=t + 1))
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        return self.engine.compiled_shapes
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
         """The greedy path's opinion of every chunk."""
@@ -384,25 +385,25 @@ class Synthesizer:
         engine: Engine,
         *,
         name: str,
-        genprm: GenPrm,
+        code_rounds: int,
         max_new_tokens: int,
         key: jax.Array,
     ):
         """Raises UserError as `sandbox_of` does."""
-        self.name, self.genprm, self.max_new_tokens = name, genprm, max_new_tokens
+        self.name, self.code_rounds, self.max_new_tokens = name, code_rounds, max_new_tokens
         self.writer = Writer(
             loaded.tokenizer,
             engine,
             prompt_style="instruct",
             key=key,
-            sandbox=sandbox_of(genprm),
+            sandbox=sandbox_of(code_rounds),
         )
 
     def _begin(self, solution: Solution, suffix: str) -> Draft:
-        rounds = self.genprm.max_code_rounds * len(solution.chunks)
+        rounds = self.code_rounds * len(solution.chunks)
         draft = Draft(f"{self.name}/{solution.solution_id}", suffix, rounds)
         draft.say(
-            "user", synthesis_prompt(solution.question, solution.chunks, code=self.genprm.code)
+            "user", synthesis_prompt(solution.question, solution.chunks, code=bool(self.code_rounds))
         )
         draft.begin_turn(SYNTHESIS_OPENING)
         return draft

@@ -99,17 +99,17 @@ def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dic
     """Examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
     examples = load_classifier_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected classifier examples in {config.examples}, found none")
-    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+        raise UserError(f"expected classifier examples in {config.examples.source}, found none")
+    return drop_held_out(examples, held_out_questions(config.examples.exclude), dropped), dict(dropped)
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
     """The model to train. With a scalar head it may have one already."""
     scalar = config.head == "scalar"
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)
     if not scalar or loaded.model.config.classifier:
         return loaded
