@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import Classify, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.judgments import GREEDY, VotingRule, voters
+from stepwiser_jax.evaluation.judgments import VotingRule, voters
 from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
@@ -104,24 +104,19 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     """Reads a run, and counts its judgments as it counted them itself.
 
     Args:
-        run: A finished run of `evaluate` or `classify`.
+        run: A finished run of `evaluate`.
         votes: Whether the sampled judgments count, if the run has any, in place of the greedy ones.
     """
     stage = read_manifest(run)["stage"]
-    if stage not in ("evaluate", "classify"):
-        raise UserError(f"expected a run of evaluate or classify, found one of {stage} in {run}")
-    settings, file = read_run_settings(run), str(run / "config.yaml")
-    has_votes = False
-    if stage == "evaluate":
-        config = validate(Evaluate, settings, file)
-        model, rule, has_votes = config.judge.path, VotingRule.of_run(config), config.votes > 0
-        counted, suffixes = list(voters(rule.name, config.votes).items())[-1 if votes else 0]
-    else:
-        config = validate(Classify, settings, file)
-        threshold = read_run_json(run, "summary.json")["threshold"]
-        model, rule = config.classifier.path, VotingRule(threshold)
-        counted, suffixes = f"threshold {threshold:.3g}", GREEDY
-    items = read_items(config, model)
+    if stage != "evaluate":
+        raise UserError(f"expected a run of evaluate, found one of {stage} in {run}")
+    config = validate(Evaluate, read_run_settings(run), str(run / "config.yaml"))
+    threshold = read_run_json(run, "summary.json").get("threshold")
+    rule, num_votes = VotingRule(threshold), getattr(config.judge, "votes", 0)
+    counted, suffixes = list(voters(rule.name, num_votes).items())[-1 if votes else 0]
+    if isinstance(config.judge, ClassifierJudge):
+        counted = f"threshold {threshold:.3g}"
+    items = read_items(config)
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
     check_complete(run, judgments, items, suffixes)
     predictions = [
@@ -130,22 +125,24 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
         )
         for item in items
     ]
-    return JudgedRun(items, predictions, counted, has_votes)
+    return JudgedRun(items, predictions, counted, num_votes > 0)
 
 
-def read_items(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
+def read_items(config: Evaluate) -> list[ProcessBenchItem]:
+    """Reads the items that a run judged. Raises UserError if they are PRMBench's."""
     items = load_items(
-        config.items,
-        load_tokenizer_of(model),
-        split=config.split,
-        limit=config.limit,
-        on_malformed=config.on_malformed,
+        config.benchmark.source,
+        load_tokenizer_of(config.judge.path),
+        split=config.benchmark.split,
+        limit=config.benchmark.limit,
+        on_malformed=config.benchmark.on_malformed,
     )
     found = [item for item in items if isinstance(item, ProcessBenchItem)]
     if len(found) < len(items):
         raise UserError(
             f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {config.items}: compare the prm_score of both in their summary.json"
+            f"PRMBench in {config.benchmark.source}: compare the prm_score of both in their "
+            "summary.json"
         )
     return found
 

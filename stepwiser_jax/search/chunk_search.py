@@ -44,7 +44,7 @@ import numpy as np
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution, SolutionJudge
+from stepwiser_jax.judges.base import ChunkJudgment, Judge, Solution
 from stepwiser_jax.records import Problem, Verdict
 from stepwiser_jax.runs.directory import blocks
 from stepwiser_jax.search.voting import AGGREGATES
@@ -263,7 +263,7 @@ def best_row(rows: Sequence[Row]) -> Row:
 
 def search_chunks(
     policy: Policy,
-    judge: SolutionJudge,
+    judge: Judge,
     problems: Sequence[Problem],
     method: Method,
     *,
@@ -294,9 +294,7 @@ def search_chunks(
     return trees
 
 
-def _search(
-    policy: Policy, judge: SolutionJudge, trees: Sequence[Tree], method: Method, room: int
-) -> None:
+def _search(policy: Policy, judge: Judge, trees: Sequence[Tree], method: Method, room: int) -> None:
     """Until no tree has rows."""
     longest = max(len(tree.prompt_ids) for tree in trees)
     state = policy.engine.prefill([tree.prompt_ids for tree in trees], longest + room)
@@ -337,7 +335,7 @@ def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
 
 def judge_last_chunks(
     policy: Policy,
-    judge: SolutionJudge,
+    judge: Judge,
     rows: Sequence[tuple[Tree, Row]],
     row_ids: Sequence[str],
 ) -> None:

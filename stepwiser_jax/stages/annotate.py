@@ -53,7 +53,7 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory.begin()
     sampled = read_records(config.rollouts, Trajectory)
     trajectories, dropped = select_trajectories(config, sampled)
-    work = blocks(trajectories, config.trajectories_per_block)
+    work = blocks(trajectories, config.block_size)
     work = directory.pending(work, PrefixValue, prefix_ids)
     measured = annotate_blocks(config, directory, trajectories, work, sampled) if work else {}
     writer = directory.writer(PrefixValue)
@@ -75,7 +75,7 @@ def annotate_blocks(
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+        **config.policy.load_args, weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())

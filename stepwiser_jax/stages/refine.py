@@ -16,28 +16,26 @@ Leaves out, and counts, problems whose reference answer cannot be verified. Read
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from stepwiser_jax.config import Engine as Shapes
-from stepwiser_jax.config import Model, Refine
+from stepwiser_jax.config import Refine
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import WHOLE, Shard
-from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
-from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.judges.genprm import Draft, GenPrmJudge, Writer
-from stepwiser_jax.judges.genprm_form import analysis_of, rethink_prompt
-from stepwiser_jax.judges.stepwiser import Solution
+from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
+from stepwiser_jax.judges.genprm.judge import Conversation, Writer
+from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
@@ -51,63 +49,45 @@ from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
-    """Refine block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "refine", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    dropped: Counter[str] = Counter()
-    problems = read_problems(config.problems, dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
-    work = blocks(problems, config.problems_per_block)
-    work = directory.pending(work, SearchResult, lambda block: result_ids(config, block))
-    measured = refine_blocks(config, directory, problems, work) if work else {}
-    writer = directory.writer(SearchResult)
-    counts = {"problems": len(problems), "dropped": dict(dropped)}
-    return directory.finish(lambda: counts | summarize(config, writer.read()) | measured)
+    """Refines solutions of every problem, block after block."""
+
+    def prepare() -> Work[Problem, SearchResult]:
+        dropped: Counter[str] = Counter()
+        problems = read_problems(config.problems, dropped)
+        problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        return Work(
+            items=problems,
+            record_type=SearchResult,
+            ids_of=lambda block: result_ids(config, block),
+            begin=lambda session: begin(config, session, problems),
+            summarize=lambda results: counts | summarize(config, results),
+            unit="solution",
+        )
+
+    return run_blocks("refine", config, run_dir, shard, prepare)
 
 
 def result_ids(config: Refine, block: Sequence[Problem]) -> list[str]:
     return [f"{p.problem_id}/turn{turn}" for p in block for turn in range(config.turns + 1)]
 
 
-def refine_blocks(
-    config: Refine,
-    directory: RunDirectory,
-    problems: Sequence[Problem],
-    work: Sequence[Sequence[Problem]],
-) -> dict[str, Any]:
-    """Results of these blocks, written; returns what was measured. Checks all problems first: every
-    worker must refuse what one would."""
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-
-    def load(model: Model, shapes: Shapes) -> tuple[Loaded, Engine]:
-        path = model.model_dump(include=set(Model.model_fields))
-        loaded = load_for_decoding(**path, weights=shapes.weights, mesh=mesh, seed=config.seed)
-        return loaded, Engine(loaded.model, loaded.tokenizer, mesh=mesh, **shapes.model_dump())
-
-    policy, engine = load(config.policy, config.engine)
-    judge = GenPrmJudge(
-        *load(config.judge, config.judge.engine),
-        name="refine",
-        genprm=config.judge.genprm,
-        prompt_style=config.judge.prompt_style,
-        max_new_tokens=config.judge.max_new_tokens,
-        key=jax.random.key(config.seed),
-    )
+def begin(
+    config: Refine, session: Session, problems: Sequence[Problem]
+) -> Callable[[Sequence[Problem]], list[SearchResult]]:
+    """Returns the function that refines the solutions of a block. Raises UserError for a problem
+    that is too long."""
+    verifier = session.verifier(config)
+    policy, engine = session.load(config.policy, config.engine)
+    judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed, name="refine")
+    session.compiled["judge"] = judge.compiled_shapes
     refine = Refiner(config, policy.tokenizer, engine, judge)
     refine.check_lengths(problems)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
-        seconds, _ = directory.write_blocks(
-            work, SearchResult, lambda block: refine(block, verifier)
-        )
-    return {
-        "seconds_per_problem": per_item(seconds, sum(map(len, work))),
-        "verifier_timeouts": verifier.timeouts,
-        "verifier_failures": verifier.failures,
-        "steps_without_verdict": refine.steps_without_verdict,
-        "compiled": {"policy": engine.compiled_shapes, "judge": judge.engine.compiled_shapes},
-    } | judge.writer.measured
+    session.measures += [
+        lambda made: {"steps_without_verdict": refine.steps_without_verdict},
+        judge.measured,
+    ]
+    return lambda block: refine(block, verifier)
 
 
 @dataclass
@@ -116,7 +96,7 @@ class Attempt:
     stands last in it, and what was spent."""
 
     problem: Problem
-    draft: Draft
+    conversation: Conversation
     solution: str = ""
     accepted_tokens: int = 0
     rejected_tokens: int = 0
@@ -127,7 +107,7 @@ class Refiner:
     """Problems of one block -> the results of all turns. `steps_without_verdict`: so far, those at
     which the judge's context was full."""
 
-    def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: GenPrmJudge):
+    def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: Judge):
         self.config, self.tokenizer, self.judge = config, tokenizer, judge
         self.steps_without_verdict = 0
         key = jax.random.key(config.seed)
@@ -138,17 +118,17 @@ class Refiner:
         self.params = SamplingParams(**sampling, stop_ids=tokenizer.eos_ids)
 
     def _begin(self, problem: Problem) -> Attempt:
-        attempt = Attempt(problem, Draft("", ""))
+        attempt = Attempt(problem, Conversation("", ""))
         tags = CHUNK_CLOSE in self.patterns
         prompt = solve_prompt(problem.question, self.config.prompt_style, tags=tags)
-        attempt.draft.say("user", prompt)
+        attempt.conversation.say("user", prompt)
         return attempt
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         """Raises UserError where the policy's context does not hold a first solution, or the
         judge's the first step of none."""
         for problem in problems:
-            length = len(self.writer.encode(self._begin(problem).draft))
+            length = len(self.writer.encode(self._begin(problem).conversation))
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
         self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
 
@@ -166,17 +146,17 @@ class Refiner:
         """The next solution; returns the attempts that have room for it."""
         attempts = [attempt for attempt in attempts if self._has_room(attempt)]
         for attempt in attempts:
-            attempt.draft.name = f"refine/{attempt.problem.problem_id}/policy{turn}"
-            attempt.draft.begin_turn("")
-        self.writer.write([a.draft for a in attempts], self.params, stops=[], reserve=0)
+            attempt.conversation.name = f"refine/{attempt.problem.problem_id}/policy{turn}"
+            attempt.conversation.begin_turn("")
+        self.writer.write([a.conversation for a in attempts], self.params, stops=[], reserve=0)
         for attempt in attempts:
-            attempt.solution = attempt.draft.turn
+            attempt.solution = attempt.conversation.turn
             attempt.rejected_tokens += attempt.accepted_tokens
-            attempt.accepted_tokens = attempt.draft.num_tokens
+            attempt.accepted_tokens = attempt.conversation.num_tokens
         return attempts
 
     def _has_room(self, attempt: Attempt) -> bool:
-        length = len(self.writer.encode(attempt.draft))
+        length = len(self.writer.encode(attempt.conversation))
         return length + self.params.max_new_tokens <= self.writer.engine.shapes.max_length
 
     def _criticise(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
@@ -189,13 +169,13 @@ class Refiner:
             attempt.judge_tokens += sum(opinion.num_tokens for opinion in opinions)
             verdicts = [opinion.verdict for opinion in opinions]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
-            threshold = self.config.judge.genprm.threshold
+            threshold = self.config.judge.threshold
             found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in opinions])
             if found != -1:
                 style = self.config.judge.prompt_style
                 analysis = analysis_of(opinions[found].completion, style)
                 message = rethink_prompt(solution.chunks[found], analysis, self.config.prompt_style)
-                attempt.draft.say("user", message)
+                attempt.conversation.say("user", message)
                 criticised.append(attempt)
         return criticised
 

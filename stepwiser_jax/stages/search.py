@@ -29,7 +29,7 @@ solution at most: compare the tokens that `summary.json` gives, not B. Where a r
 B was not what limited it: for an equal budget ask for more samples.
 
 Leaves out, and counts, problems whose reference answer cannot be verified. Reads `problems`,
-`policy`, and `judge` or `classifier`. Writes search results.
+`policy` and `judge`. Writes search results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,12 @@ import numpy as np
 from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import WHOLE, Shard
-from stepwiser_jax.distributed.loading import load_for_decoding
-from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.statistics import accuracy
-from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.judges.load import load_judge
-from stepwiser_jax.judges.stepwiser import Solution, SolutionJudge
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.search.chunk_search import (
     Method,
     Policy,
@@ -73,51 +70,40 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 
 def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
-    """Search block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "search", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    dropped: Counter[str] = Counter()
-    problems = read_problems(config.problems, dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
-    work = blocks(problems, config.problems_per_block)
-    work = directory.pending(work, SearchResult, lambda block: search_ids(config, block))
-    measured = search_blocks(config, directory, problems, work) if work else {}
-    writer = directory.writer(SearchResult)
-    counts = {"problems": len(problems), "dropped": dict(dropped)}
-    return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
+    """Searches for solutions of every problem, block after block."""
 
-
-def search_blocks(
-    config: Search,
-    directory: RunDirectory,
-    problems: Sequence[Problem],
-    work: Sequence[Sequence[Problem]],
-) -> dict[str, Any]:
-    """Results for these blocks, written; returns what was measured. Checks all problems first:
-    every worker must refuse what one would."""
-    policy, judge = load_solvers(config)
-    check_lengths(config, policy, judge, problems)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
-        seconds, found = directory.write_blocks(
-            work,
-            SearchResult,
-            lambda block: verified(search_block(config, policy, judge, block), block, verifier),
+    def prepare() -> Work[Problem, SearchResult]:
+        dropped: Counter[str] = Counter()
+        problems = read_problems(config.problems, dropped)
+        problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        return Work(
+            items=problems,
+            record_type=SearchResult,
+            ids_of=lambda block: search_ids(config, block),
+            begin=lambda session: begin(config, session, problems),
+            summarize=lambda results: summarize(config, results) | counts,
+            unit="solution",
         )
-    return {
-        "seconds_per_solution": per_item(seconds, found),
-        "verifier_timeouts": verifier.timeouts,
-        "verifier_failures": verifier.failures,
-        "compiled": {
-            "policy": policy.engine.compiled_shapes,
-            "judge": judge.compiled_shapes,
-        },
-    }
+
+    return run_blocks("search", config, run_dir, shard, prepare)
+
+
+def begin(
+    config: Search, session: Session, problems: Sequence[Problem]
+) -> Callable[[Sequence[Problem]], list[SearchResult]]:
+    """Returns the function that searches for solutions of a block. Raises UserError for a problem
+    that is too long."""
+    verifier = session.verifier(config)
+    policy = load_policy(config, session)
+    judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed)
+    session.compiled["judge"] = judge.compiled_shapes
+    check_lengths(config, policy, judge, problems)
+    return lambda block: verified(search_block(config, policy, judge, block), block, verifier)
 
 
 def check_lengths(
-    config: Search, policy: Policy, judge: SolutionJudge, problems: Sequence[Problem]
+    config: Search, policy: Policy, judge: Judge, problems: Sequence[Problem]
 ) -> None:
     """Raises UserError where a solution does not fit the policy's context, or a judgment of it not
     the judge's."""
@@ -128,30 +114,17 @@ def check_lengths(
         judge.check_room(problem.problem_id, problem.question, room)
 
 
-def load_solvers(config: Search) -> tuple[Policy, SolutionJudge]:
-    """The policy, writing one chunk at a time, and the judge."""
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
-    )
+def load_policy(config: Search, session: Session) -> Policy:
+    """Returns the policy, which writes one chunk at a time."""
+    loaded, engine = session.load(config.policy, config.engine)
     stop_strings = end_patterns(config.chunking)
     if CHUNK_CLOSE in stop_strings:
         check_tags(loaded.tokenizer)
     chunk_sampling = config.sampling.model_copy(update={"max_new_tokens": config.max_chunk_tokens})
-    policy = Policy(
-        loaded,
-        Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()),
-        config.prompt_style,
-        SamplingParams(
-            **chunk_sampling.model_dump(),
-            stop_ids=loaded.tokenizer.eos_ids,
-            stop_strings=stop_strings,
-        ),
-        jax.random.key(config.seed),
+    params = SamplingParams(
+        **chunk_sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids, stop_strings=stop_strings
     )
-    settings = config.judge or config.classifier
-    assert settings is not None
-    return policy, load_judge(settings, mesh=mesh, seed=config.seed)
+    return Policy(loaded, engine, config.prompt_style, params, jax.random.key(config.seed))
 
 
 # --- a block ------------------------------------------------------------------------------------
@@ -177,7 +150,7 @@ def search_ids(config: Search, block: Sequence[Problem]) -> list[str]:
 
 
 def search_block(
-    config: Search, policy: Policy, judge: SolutionJudge, block: Sequence[Problem]
+    config: Search, policy: Policy, judge: Judge, block: Sequence[Problem]
 ) -> list[SearchResult]:
     """Every method on every problem of the block, not yet verified."""
     results = []
@@ -240,7 +213,7 @@ def steered_result(policy: Policy, method: str, tree: Tree) -> SearchResult:
 def whole_solutions(
     sampling: Sampling,
     policy: Policy,
-    judge: SolutionJudge,
+    judge: Judge,
     block: Sequence[Problem],
     names: Sequence[str],
     num_judged: int,

@@ -7,7 +7,7 @@ share of its votes, or a classifier's P(+)). Of equals, which a judge without vo
 draw chooses one, the same whatever the judge. Without a judge all are equal: that is the paper's
 baseline, selection by the outcome alone, or at random with `only_correct: false`.
 
-Reads `rollouts` and, if given, `judge` or `classifier`. Writes selections, one of every problem
+Reads `rollouts` and, if given, `judge`. Writes selections, one of every problem
 that has a response to choose.
 """
 
@@ -15,27 +15,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jax
-
 from stepwiser_jax.config import SelectResponses, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.distributed.hosts import WHOLE, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
-from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.judges.load import load_judge
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Problem, Selection, Trajectory, natural_key
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -60,22 +57,25 @@ class Candidates:
 
 
 def run(config: SelectResponses, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
-    """Select block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "select-responses", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    tokenizer = load_tokenizer_of(config.tokenizer)
-    problems = read_records(config.rollouts, Problem)
-    responses = read_records(config.rollouts, Trajectory)
-    check_tokenizer(tokenizer, problems, responses)
-    candidates = find_candidates(config, problems, responses)
-    work = blocks(candidates, config.problems_per_block)
-    work = directory.pending(work, Selection, lambda block: [c.problem.problem_id for c in block])
-    measured = select_blocks(config, directory, tokenizer, candidates, work) if work else {}
-    writer = directory.writer(Selection)
-    counts = {"problems": len(problems), "responses": len(responses)}
-    return directory.finish(lambda: counts | summarize(config, writer.read()) | measured)
+    """Selects a response to every problem, block after block."""
+
+    def prepare() -> Work[Candidates, Selection]:
+        tokenizer = load_tokenizer_of(config.tokenizer)
+        problems = read_records(config.rollouts, Problem)
+        responses = read_records(config.rollouts, Trajectory)
+        check_tokenizer(tokenizer, problems, responses)
+        candidates = find_candidates(config, problems, responses)
+        counts = {"problems": len(problems), "responses": len(responses)}
+        return Work(
+            items=candidates,
+            record_type=Selection,
+            ids_of=lambda block: [each.problem.problem_id for each in block],
+            begin=lambda session: begin(config, session, tokenizer, candidates),
+            summarize=lambda selections: counts | summarize(config, selections),
+            unit="problem",
+        )
+
+    return run_blocks("select-responses", config, run_dir, shard, prepare)
 
 
 def find_candidates(
@@ -99,21 +99,19 @@ def find_candidates(
     ]
 
 
-def select_blocks(
+def begin(
     config: SelectResponses,
-    directory: RunDirectory,
+    session: Session,
     tokenizer: Tokenizer,
     candidates: Sequence[Candidates],
-    work: Sequence[Sequence[Candidates]],
-) -> dict[str, Any]:
-    """Selections of these blocks, written; returns what was measured. Checks all responses first:
-    every worker must refuse what one would."""
-    settings = config.judge or config.classifier
+) -> Callable[[Sequence[Candidates]], list[Selection]]:
+    """Returns the function that selects the responses of a block. Raises UserError for a response
+    that is too long."""
     judge = None
-    if settings is not None:
-        mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-        judge = load_judge(settings, mesh=mesh, seed=config.seed)
+    if config.judge is not None:
+        judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed)
         judge.check_lengths([s for each in candidates for s in each.solutions(tokenizer)])
+        session.compiled["judge"] = judge.compiled_shapes
     chunking = read_run_settings(config.rollouts).get("chunking", "tags")
 
     def selections_of(block: Sequence[Candidates]) -> list[Selection]:
@@ -130,10 +128,7 @@ def select_blocks(
             for each in block
         ]
 
-    seconds, _ = directory.write_blocks(work, Selection, selections_of)
-    responses = sum(len(each.responses) for block in work for each in block)
-    compiled = {} if judge is None else {"compiled": judge.compiled_shapes}
-    return {"seconds_per_response": per_item(seconds, responses)} | compiled
+    return selections_of
 
 
 def select(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import optax
 
-from stepwiser_jax.config import Sft, SftData
+from stepwiser_jax.config import DataSource, Sft
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -42,10 +42,10 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
-    examples = load_examples(config.data, config.prompt_style)
+    examples = load_examples(config.examples, config.prompt_style)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
-    loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_training(**config.model.load_args, mesh=mesh, seed=config.seed)
     documents, too_long = sft_documents(
         examples,
         functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),
@@ -110,14 +110,14 @@ def sft_loss(
     )
 
 
-def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
+def load_examples(data: DataSource, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
     """Demonstrations from a file, of a `segment`, `select` or `rationalize` run, or of the embedded
     task. Raises UserError for an empty set."""
     if not data.source.startswith("arithmetic-"):
         examples = read_examples(data.source, style)
         if not examples:
             raise UserError(f"expected examples in {data.source}, found none")
-        return examples[: data.count]
+        return examples[: data.limit]
     makers: dict[str, Callable[..., list[SftExample] | list[Dialogue]]] = {
         "arithmetic-policy": arithmetic.policy_demonstrations,
         "arithmetic-untagged": arithmetic.untagged_demonstrations,
@@ -128,10 +128,10 @@ def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[
         "arithmetic-thinkprm": functools.partial(arithmetic.thinkprm_demonstrations, style=style),
     }
     if data.source not in makers:
-        raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
-    if data.count is None:
-        raise UserError(f"data.count must say how many examples of {data.source} to generate")
-    problems = arithmetic.generate_problems(data.count, data.seed, "train")
+        raise UserError(f"expected examples.source among {sorted(makers)}, found {data.source!r}")
+    if data.limit is None:
+        raise UserError(f"examples.limit must say how many examples of {data.source} to generate")
+    problems = arithmetic.generate_problems(data.limit, data.seed, "train")
     return makers[data.source](problems, data.seed)
 
 

@@ -39,7 +39,8 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.records import Dialogue, Problem, ProcessBenchItem, SftExample, Verdict
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
 from stepwiser_jax.text.prompts import (
@@ -452,7 +453,7 @@ def thinkprm_demonstrations(
     """One verification chain per problem, in ThinkPRM's form: a judgment of one chunk of an
     imperfect solution after another, until one is wrong; then the question, and yes where none
     was."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm_form.FORMS[style]
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
@@ -467,7 +468,7 @@ def thinkprm_demonstrations(
             SftExample(
                 example_id=f"{problem.problem_id}/verification",
                 problem_id=problem.problem_id,
-                prompt=thinkprm_form.verify_prompt(problem.question, chunks, style),
+                prompt=thinkprm.verify_prompt(problem.question, chunks, style),
                 completion=form.whole(chain, is_correct),
             )
         )

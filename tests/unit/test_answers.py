@@ -12,7 +12,8 @@ from collections import Counter
 import pytest
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.tasks import mathematics
 from stepwiser_jax.tasks.mathematics import AnswerVerifier, compare_plainly, extract_answer
 from stepwiser_jax.text import chunking
@@ -82,9 +83,9 @@ def cpu_seconds(function, text):
 
 
 def of_chain(text):
-    chain = thinkprm_form.cut_chain(text, thinkprm_form.FORMS["instruct"], 10**6)
-    thinkprm_form.verdicts_of([chain], thinkprm_form.FORMS["instruct"], len(chain) // 10)
-    thinkprm_form.cleaned(chain, thinkprm_form.FORMS["instruct"])
+    chain = thinkprm.cut_chain(text, thinkprm.FORMS["instruct"], 10**6)
+    thinkprm.verdicts_of([chain], thinkprm.FORMS["instruct"], len(chain) // 10)
+    thinkprm.cleaned(chain, thinkprm.FORMS["instruct"])
 
 
 def of_critique(text):

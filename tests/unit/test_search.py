@@ -17,7 +17,7 @@ from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SampleOutput, SamplingParams, Shapes, StopReason
 from stepwiser_jax.inference.reference_sampler import Sampler
-from stepwiser_jax.judges.stepwiser import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.search.chunk_search import (

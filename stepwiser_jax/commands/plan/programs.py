@@ -29,6 +29,7 @@ from stepwiser_jax.commands.plan.tpu import (
 )
 from stepwiser_jax.config import (
     Annotate,
+    ClassifierJudge,
     ComputeStage,
     Config,
     Evaluate,
@@ -98,19 +99,21 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
     if isinstance(config, TrainJudge):
         return _of_judge(config, mesh)
     if isinstance(config, Rollout):
-        per_wave = (config.problems_per_block, config.group_size)
+        per_wave = (config.block_size, config.group_size)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Annotate):
         # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
-        per_wave = (config.trajectories_per_block, config.most_rollouts)
+        per_wave = (config.block_size, config.most_rollouts)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
-        temperature = config.vote_temperature if config.votes else 0.0
-        sampling = Sampling.model_validate(
-            {"temperature": temperature, "max_new_tokens": config.max_new_tokens}
-        )
-        per_wave = (config.items_per_block, max(1, config.votes))
-        return _of_sampling(config, config.judge, config.engine, sampling, per_wave, mesh)
+        judge = config.judge
+        if isinstance(judge, ClassifierJudge):
+            raise UserError("expected a judge that writes, found a classifier, which has no plan")
+        sampling = judge.sampling
+        if not judge.votes:
+            sampling = sampling.model_copy(update={"temperature": 0.0})
+        per_wave = (config.block_size, max(1, judge.votes))
+        return _of_sampling(config, judge, judge.engine, sampling, per_wave, mesh)
     raise UserError(f"expected a stage of {', '.join(PLANNED)}")
 
 
