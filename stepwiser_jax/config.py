@@ -967,6 +967,19 @@ class Beams(Config):
         return self
 
 
+class OwnMethod(Config):
+    """A search method of your own."""
+
+    method: str
+    """The function, `module:name`, a `stepwiser_jax.search.methods.Method`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for it."""
+    beams: int = Field(1, ge=1)
+    """Unfinished solutions of a problem that it begins with."""
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
+
+
 class Search(SolvingStage):
     """Compare ways to spend tokens on a problem, with a judge (paper 4.3) and without. Greedy
     decoding, plain sampling and chunk-reset search are always among them."""
@@ -983,6 +996,8 @@ class Search(SolvingStage):
     """Beam search; null leaves it out."""
     dvts: Beams | None = None
     """Diverse verifier tree search; null leaves it out."""
+    own: dict[str, OwnMethod] = {}
+    """Search methods of your own, by name. See docs/extending.md."""
     token_budget: int | None = Field(None, ge=1)
     """Tokens that policy and judge may write for a problem together; null for no limit."""
     max_chunk_tokens: int = Field(ge=1)
@@ -996,7 +1011,7 @@ class Search(SolvingStage):
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
-        for name, method in (("beam", self.beam), ("dvts", self.dvts)):
+        for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):
                 raise ValueError(
                     f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "
