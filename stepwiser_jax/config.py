@@ -36,10 +36,12 @@ from pydantic import (
     model_validator,
 )
 
+from stepwiser_jax import plugins
 from stepwiser_jax.data.datasets import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
+from stepwiser_jax.rl.labels import LABEL_RULES
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -226,7 +228,7 @@ class JudgePrompted(Config):
 # --- judges -------------------------------------------------------------------------------------
 
 
-class StepwiserTeacher(Model, Sampler, JudgePrompted):
+class StepwiserTeacher(Sampler, JudgePrompted, Model):
     """A model that reasons about one chunk, then writes its verdict (StepWiser)."""
 
     kind: Literal["stepwiser"] = "stepwiser"
@@ -237,7 +239,7 @@ class StepwiserTeacher(Model, Sampler, JudgePrompted):
         mesh.check_rows("judge.engine.rows", self.engine.rows)
 
 
-class WholeSolutionJudge(Model, Sampler, Prompted):
+class WholeSolutionJudge(Sampler, Prompted, Model):
     """A judge that writes about all steps of a solution."""
 
     def check_rows(self, mesh: Mesh) -> None:
@@ -276,19 +278,19 @@ class Votes(Config):
     ThinkPRM: the mean probability). 0 takes one greedy judgment. `evaluate` scores both."""
 
 
-class StepwiserJudge(StepwiserTeacher, Votes):
+class StepwiserJudge(Votes, StepwiserTeacher):
     """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
     it is the share of them that say Positive."""
 
 
-class GenPrmJudge(GenPrm, Votes):
+class GenPrmJudge(Votes, GenPrm):
     """GenPRM's judge. The score of a step is P(right)."""
 
     threshold: Share = 0.5
     """A step is wrong if its P(right) is below this."""
 
 
-class ThinkPrmJudge(ThinkPrm, Votes):
+class ThinkPrmJudge(Votes, ThinkPrm):
     """ThinkPRM's judge. `search` and `select-responses` have it verify the prefix that ends with a
     chunk; the score of the chunk is then P(yes)."""
 
@@ -297,7 +299,7 @@ class ThinkPrmJudge(ThinkPrm, Votes):
     `sampling.max_new_tokens`."""
 
 
-class ClassifierJudge(Model, Prompted):
+class ClassifierJudge(Prompted, Model):
     """A classifier trained by `train-classifier`, which reads all chunks of a solution in one pass.
     The score of a chunk is P(+)."""
 
@@ -405,6 +407,12 @@ class DataSource(Config):
     seed: Seed = 0
     """Decides the order of shuffled rows, and what a generator makes."""
 
+    @property
+    def one_split(self) -> str | None:
+        """The split, where a list of them makes no sense."""
+        assert not isinstance(self.split, tuple)
+        return self.split
+
     def check_unused(self, name: str, used: tuple[str, ...]) -> None:
         """Raises ValueError for settings of `name` that the stage does not use."""
         defaults = type(self).model_fields
@@ -502,7 +510,7 @@ class FromRollouts(Config):
     """The model whose tokenizer wrote the solutions: the policy of that run."""
 
 
-class TeacherModel(Model, Sampler, Prompted):
+class TeacherModel(Sampler, Prompted, Model):
     """A model that proposes how to cut a solution."""
 
     kind: Literal["model"] = "model"
@@ -575,6 +583,11 @@ class LabelRule(Config):
     function of your own as `module:function`."""
     rule_args: dict[str, float] = Field(default_factory=dict)
     """Arguments of the rule, such as `{alpha: 0.8}`; what is not given has the rule's default."""
+
+    @model_validator(mode="after")
+    def _rule_is_there(self) -> LabelRule:
+        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
+        return self
 
 
 class AdaptiveRollouts(LabelRule):
@@ -841,26 +854,6 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
         return self.grpo.sampler_correction
 
     @model_validator(mode="after")
-    def _updates_are_consistent(self) -> TrainJudge:
-        self.check_length("iterations", self.iterations)
-        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
-        if self.prompts_per_iteration % self.updates_per_iteration:
-            raise ValueError(
-                f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
-                f"updates_per_iteration ({self.updates_per_iteration})"
-            )
-        self.check_micro_batches(
-            self.prompts_per_iteration // self.updates_per_iteration,
-            "prompts_per_iteration / updates_per_iteration",
-        )
-        if self.format_penalty and self.prompt_style == "instruct":
-            raise ValueError(
-                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _sampling_is_consistent(self) -> TrainJudge:
         name = "mesh" if self.sampling_mesh is None else "sampling_mesh"
         mesh = self.sampling_mesh or self.mesh
@@ -884,6 +877,26 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
                 f"({self.max_prompt_tokens}) + group_size ({self.group_size}) x "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) = {longest}, found "
                 f"{list(self.row_lengths)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_are_consistent(self) -> TrainJudge:
+        self.check_length("iterations", self.iterations)
+        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
+        if self.prompts_per_iteration % self.updates_per_iteration:
+            raise ValueError(
+                f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
+                f"updates_per_iteration ({self.updates_per_iteration})"
+            )
+        self.check_micro_batches(
+            self.prompts_per_iteration // self.updates_per_iteration,
+            "prompts_per_iteration / updates_per_iteration",
+        )
+        if self.format_penalty and self.prompt_style == "instruct":
+            raise ValueError(
+                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
+                "prompt_style to 'verdict', or format_penalty to 0"
             )
         return self
 
@@ -937,12 +950,14 @@ class Evaluate(SamplingStage):
     def _consistent(self) -> Evaluate:
         self.judge.check_rows(self.mesh)
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
-        if self.threshold_subset is not None and not isinstance(self.judge, ClassifierJudge):
+        if self.threshold_subset is None:
+            return self
+        if not isinstance(self.judge, ClassifierJudge):
             raise ValueError(
                 f"threshold_subset is for a classifier, found a judge of kind {self.judge.kind}: "
                 "set it to null"
             )
-        if self.threshold_subset is not None and self.judge.threshold is not None:
+        if self.judge.threshold is not None:
             raise ValueError(
                 "set either judge.threshold, or threshold_subset: the subset that it is chosen on; "
                 f"found {self.judge.threshold} and {self.threshold_subset!r}"
@@ -1133,7 +1148,7 @@ def load_config(
     path: str | Path,
     overrides: tuple[str, ...] = (),
     run_dir: str | Path | None = None,
-) -> Config:
+) -> Stage:
     """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
     `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stepwiser_jax.config import Problems, read_run_settings
+from stepwiser_jax.config import DataSource, read_run_settings
 from stepwiser_jax.data.datasets import (
     OnMalformed,
     Split,
@@ -31,7 +31,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> list[Problem]:
+def read_problems(problems: DataSource, dropped: Counter[str] | None = None) -> list[Problem]:
     """What is left out is counted in `dropped`. Raises UserError for an empty set, and for a
     malformed row unless those are left out."""
     if problems.source == "arithmetic":
@@ -43,7 +43,7 @@ def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> li
         return drop_held_out([found[i] for i in ids], held_out, dropped)[: problems.limit]
     return load_problems(
         problems.source,
-        split=problems.split,
+        split=problems.one_split,
         subset=problems.subset,
         shuffle_seed=problems.seed if problems.shuffle else None,
         is_excluded=lambda problem: is_held_out(problem, held_out),
@@ -53,13 +53,13 @@ def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> li
     )
 
 
-def _generated(problems: Problems) -> list[Problem]:
-    if problems.limit is None or problems.split is None:
+def _generated(problems: DataSource) -> list[Problem]:
+    if problems.limit is None or problems.one_split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "
             "generate when problems.source is 'arithmetic'"
         )
-    return arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
+    return arithmetic.generate_problems(problems.limit, problems.seed, problems.one_split)
 
 
 def keep_verifiable(

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, OwnJudge
 from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import score_by_subset
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
 from stepwiser_jax.evaluation.whole_solutions import solutions_by_subset
 from stepwiser_jax.judges.base import ChunkJudgment, SolutionJudgment
@@ -21,6 +22,11 @@ from stepwiser_jax.rl.rewards import judge_reward
 
 GREEDY = ("",)
 """The suffix of greedy judgments."""
+
+
+def votes_of(config: Evaluate) -> int:
+    """Returns the number of judgments of a step that are sampled beside the greedy one."""
+    return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
 
 
 def vote_suffixes(votes: int) -> list[str]:
@@ -124,6 +130,26 @@ class VotingRule:
             self.verdict([judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes])
             for step in range(len(item.steps))
         ]
+
+
+def threshold_of(
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
+) -> float | None:
+    """Returns the probability below which a step is wrong: that of the settings, or the one with
+    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
+    judge = config.judge
+    if isinstance(judge, GenPrmJudge):
+        return judge.threshold
+    if not isinstance(judge, ClassifierJudge):
+        return None
+    if config.threshold_subset is None:
+        return 0.5 if judge.threshold is None else judge.threshold
+    chosen_on = [item for item in items if item.subset == config.threshold_subset]
+    p_positive = [
+        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
+        for item in chosen_on
+    ]
+    return best_threshold(p_positive, [item.first_error for item in chosen_on])
 
 
 def score_judgments(

@@ -13,11 +13,17 @@ from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, v
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.judgments import VotingRule, voters
+from stepwiser_jax.evaluation.judgments import (
+    GREEDY,
+    VotingRule,
+    threshold_of,
+    voters,
+    votes_of,
+)
 from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
-from stepwiser_jax.record_io import read_manifest, read_records, read_run_json
+from stepwiser_jax.record_io import read_manifest, read_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem
 
 
@@ -111,21 +117,22 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     if stage != "evaluate":
         raise UserError(f"expected a run of evaluate, found one of {stage} in {run}")
     config = validate(Evaluate, read_run_settings(run), str(run / "config.yaml"))
-    threshold = read_run_json(run, "summary.json").get("threshold")
-    rule, num_votes = VotingRule(threshold), getattr(config.judge, "votes", 0)
-    counted, suffixes = list(voters(rule.name, num_votes).items())[-1 if votes else 0]
-    if isinstance(config.judge, ClassifierJudge):
-        counted = f"threshold {threshold:.3g}"
     items = read_items(config)
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
+    check_complete(run, judgments, items, GREEDY)
+    threshold = threshold_of(config, items, judgments)
+    rule = VotingRule(threshold)
+    counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
     check_complete(run, judgments, items, suffixes)
+    if isinstance(config.judge, ClassifierJudge):
+        counted = f"threshold {threshold:.3g}"
     predictions = [
         first_predicted_error(
             rule.verdicts(item, judgments, suffixes), unparsed_as=rule.unparsed_as
         )
         for item in items
     ]
-    return JudgedRun(items, predictions, counted, num_votes > 0)
+    return JudgedRun(items, predictions, counted, votes_of(config) > 0)
 
 
 def read_items(config: Evaluate) -> list[ProcessBenchItem]:

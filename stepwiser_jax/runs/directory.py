@@ -71,12 +71,9 @@ WHERE = (
     "mesh",
     "sampling_mesh",
     "compilation_cache",
-    "server.url",
-    "server.concurrent_requests",
-    "server.timeout_seconds",
-    "server.retries",
-    "classifier.rows",
-    "classifier.max_length",
+    "teacher.url",
+    "judge.rows",
+    "judge.max_length",
 )
 """Settings that say where a run computes, not what: it may go on with others. A longer row changes
 no score of a classifier but by rounding."""
@@ -104,11 +101,18 @@ LENGTH = {
     "sft": "steps",
     "train-judge": "iterations",
     "train-classifier": "steps",
-    "evaluate": "limit",
-    "classify": "limit",
+    "evaluate": "benchmark.limit",
 }
 """By stage, how much is to be done, null being all there is. It may be raised: what a run has done
 is kept, finished or not, and the rest is done."""
+
+
+def _setting(tree: dict[str, Any], name: str | None) -> Any:
+    """Returns the setting `a.b` of a dumped config, None if it is not there."""
+    for key in name.split(".") if name else ["none"]:
+        tree = (tree or {}).get(key)  # pyright: ignore[reportAssignmentType]
+    return tree
+
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -175,7 +179,7 @@ class RunDirectory:
         """Whether the run with the settings `found` is the beginning of this one. Raises UserError
         if it would be, had its learning rate not followed its length."""
         name = LENGTH.get(self.stage)
-        before, now = (found.get(name), self._settings.get(name)) if name else (None, None)
+        before, now = (_setting(found, name), _setting(self._settings, name))
         training = found.get("training")
         if before is None or (training is not None and now is None):  # all there is; or by epochs
             return False

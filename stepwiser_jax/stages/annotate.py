@@ -254,7 +254,7 @@ class Counts:
                 for prefix in (before, behind):
                     self.pairs_at[prefix.sampling_id].append((before, behind))
         if adaptive is not None:
-            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.parameters)
+            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.rule_args)
 
     def add(self, prefix: ChunkPrefix, is_right: bool) -> None:
         self.right[prefix.sampling_id] += is_right

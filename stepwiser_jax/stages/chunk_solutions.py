@@ -38,7 +38,7 @@ from stepwiser_jax.text.chunking import (
     split_solution,
 )
 from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.prompts import encode_message, segment_prompt
+from stepwiser_jax.text.prompts import PromptStyle, encode_message, segment_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokenizer
 
 Solutions = Sequence[tuple[Trajectory, str]]
@@ -130,7 +130,8 @@ class Proposer:
         engine: Engine | RemoteEngine,
         context: int,
     ):
-        self.num_segmentations, self.prompt_style = config.num_segmentations, teacher.prompt_style
+        self.num_segmentations = config.num_segmentations
+        self.prompt_style: PromptStyle = teacher.prompt_style
         self.tokenizer, self.engine, self.context = tokenizer, engine, context
         self.params = SamplingParams(**teacher.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
         self.key = jax.random.key(config.seed)

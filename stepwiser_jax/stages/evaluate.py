@@ -34,7 +34,6 @@ from typing import Any
 from stepwiser_jax.config import (
     ClassifierJudge,
     Evaluate,
-    GenPrmJudge,
     OwnJudge,
     ThinkPrmJudge,
 )
@@ -48,9 +47,10 @@ from stepwiser_jax.evaluation.judgments import (
     judgment_records,
     score_judgments,
     score_whole_solutions,
+    threshold_of,
     vote_suffixes,
+    votes_of,
 )
-from stepwiser_jax.evaluation.processbench import best_threshold
 from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem
@@ -122,11 +122,6 @@ def begin(
     return lambda block: judge_block(config, judge, block)
 
 
-def votes_of(config: Evaluate) -> int:
-    """Returns the number of judgments of a step that are sampled beside the greedy one."""
-    return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
-
-
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     """Returns the ids of a block's judgments."""
     whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
@@ -165,23 +160,3 @@ def summarize(
     if isinstance(config.judge, ThinkPrmJudge) and whole:
         summary["solution"] = score_whole_solutions(whole, judgments, **how)
     return summary
-
-
-def threshold_of(
-    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
-) -> float | None:
-    """Returns the probability below which a step is wrong: that of the settings, or the one with
-    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
-    judge = config.judge
-    if isinstance(judge, GenPrmJudge):
-        return judge.threshold
-    if not isinstance(judge, ClassifierJudge):
-        return None
-    if config.threshold_subset is None:
-        return 0.5 if judge.threshold is None else judge.threshold
-    chosen_on = [item for item in items if item.subset == config.threshold_subset]
-    p_positive = [
-        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
-        for item in chosen_on
-    ]
-    return best_threshold(p_positive, [item.first_error for item in chosen_on])

@@ -96,7 +96,7 @@ def run(config: RejectionSample, run_dir: str | Path, shard: Shard = WHOLE) -> d
                     chosen.append(to_learn(config, examples, learned))
 
         def summary(rationales: Sequence[Rationale]) -> dict[str, Any]:
-            chosen = read_written(run_dir, learned_type)
+            chosen = read_written(Path(run_dir), learned_type)
             counts = {"examples": len(examples), "dropped": dropped}
             return counts | summarize(rationales) | {"chosen": len(chosen)}
 

@@ -152,8 +152,8 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all have "
-            f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
+            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return fitting, {"too_long": len(examples) - len(fitting)} | dropped
 

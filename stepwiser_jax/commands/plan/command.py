@@ -31,6 +31,8 @@ from stepwiser_jax.commands.plan.tpu import (
 from stepwiser_jax.config import (
     STAGE_CONFIGS,
     Config,
+    Evaluate,
+    Sampler,
     Sft,
     TrainClassifier,
     TrainJudge,
@@ -130,11 +132,16 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
     def fits(name: str, other: Any) -> bool:
         return not make_plan(stage, other, topology, slices, only=name).too_large
 
-    if hasattr(config, "engine"):
+    if isinstance(config, Sampler | Evaluate):
         rows = [shards * 2**n for n in range(13)]
 
         def sampling_fits(count: int) -> bool:
-            return fits("decode segment", changed(engine={"rows": [count]}))
+            if isinstance(config, Sampler):
+                return fits("decode segment", changed(engine={"rows": [count]}))
+            judge = config.judge.model_dump(mode="json")
+            return fits(
+                "decode segment", changed(judge={"engine": judge["engine"] | {"rows": [count]}})
+            )
 
         found["engine.rows"] = largest(rows, sampling_fits)
     if isinstance(config, TrainJudge | Sft | TrainClassifier):

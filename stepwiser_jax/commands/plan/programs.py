@@ -167,15 +167,15 @@ def _model(
     settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False, scalar: bool = False
 ) -> tuple[ModelConfig, Transformer]:
     config = dataclasses.replace(config_of(settings.path), classifier=scalar)
-    lora = settings.lora if isinstance(settings, TrainedModel) else None
+    load_args = settings.load_args
     model = abstract_model(
         config,
         mesh,
-        attention_of(config, mesh, settings.compute_dtype),
-        param_dtype=settings.param_dtype,
-        compute_dtype=settings.compute_dtype,
+        attention_of(config, mesh, settings.dtype),
+        param_dtype=load_args["param_dtype"],
+        compute_dtype=settings.dtype,
         decoding=decoding,
-        lora=lora.model_dump() if lora else None,
+        lora=load_args.get("lora"),
     )
     return config, model
 
@@ -421,9 +421,9 @@ def _of_sampling(
     """`per_wave`: trunks, and rows of each, sampled together. `prompt`: tokens of the longest, by
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
-    of_judge = isinstance(config, TrainJudge)
-    copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
-    model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
+    if isinstance(settings, TrainedModel):  # sampled from a copy in the type to compute in
+        settings = Model(path=settings.path, dtype=settings.dtype)
+    model_config, model = _model(settings, mesh, decoding=True)
     decoder, reshard = for_decoding(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
@@ -451,7 +451,7 @@ def _of_sampling(
     )
     read = cache_flops(model_config, prompt)
     sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
-    of_mesh = mesh if of_judge else None
+    of_mesh = mesh if isinstance(config, TrainJudge) else None
     programs = [
         Program(
             "reshard (a layer)",

@@ -9,7 +9,6 @@ were. Seeds may be run one by one: named together afterwards, they are only read
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import operator
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from stepwiser_jax.commands.quickstart import label_quality, timed
+from stepwiser_jax.commands.quickstart import label_quality, stage_module, timed
 from stepwiser_jax.commands.reproduce.rows import (
     CHOSEN,
     FACTORS,
@@ -54,15 +53,14 @@ def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> Non
         place = f"stage {number} of {len(stages)}"
         console.print(f"[bold]{runs.run_dir.name}/{name}[/bold] ({stage}), {place}")
         config = validate(STAGE_CONFIGS[stage], settings(), f"compare {name}")
-        module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
-        timed(runs.run_dir / name, module.run, config)
+        timed(runs.run_dir / name, stage_module(stage).run, config)
 
 
 def score_of(runs: SeedRuns, name: str) -> dict[str, Any]:
     """Official F1 with its interval, acc_error and acc_correct: of greedy judgments, or of a
     classifier's threshold."""
     summary = runs.summary(f"{name}_score")
-    subset = summary.get("greedy", summary)["subsets"][arithmetic.SUBSET]
+    subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
     return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
 
 
