@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import SftData, load_config
+from stepwiser_jax.config import DataSource, load_config
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
@@ -44,8 +44,9 @@ from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer, verdict_
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.sandbox.runner import Sandbox
+from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
-from stepwiser_jax.stages.refine import Refiner, summarize
+from stepwiser_jax.stages.refine import summarize
 from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -324,7 +325,7 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
 
 @pytest.mark.parametrize("style", ["instruct", "bare"])
 def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
-    (dialogue,) = load_examples(SftData(source="arithmetic-genprm", count=1), style)
+    (dialogue,) = load_examples(DataSource(source="arithmetic-genprm", limit=1), style)
     assert dialogue.texts[-1].endswith(FORMS[style].ending)
     assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 

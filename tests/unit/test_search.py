@@ -490,7 +490,8 @@ def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer
             sums[extract_answer(text)] += path.score
         assert sums[found.answer] == max(sums.values())
         assert extract_answer(found.completion) == found.answer
-        assert found.policy_tokens == tree.policy_tokens > found.accepted_tokens
+        assert found.accepted_tokens + found.rejected_tokens == tree.policy_tokens
+        assert found.rejected_tokens > 0
         assert len(found.chunk_scores) == found.completion.count(CHUNK_CLOSE)
     assert max(len(tree.solutions) for tree in trees) > 1
 
