@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -45,6 +46,15 @@ from stepwiser_jax.rl.labels import LABEL_RULES
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
+
+
+class OnResume(Enum):
+    """A mark on a setting that may change when a run resumes; all others must stay the same."""
+
+    FREE = "says where or how fast to compute, not what"
+    LONGER = "says how much to do (null: everything), and may be raised"
+    UNTIL_EXAMPLES = "selects the examples to write, and may change until some are written"
+
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -307,9 +317,9 @@ class ClassifierJudge(Prompted, Model):
     """The kind of judge."""
     threshold: Share | None = None
     """A chunk is wrong if its P(+) is below this; by default 0.5."""
-    rows: int = Field(8, ge=1)
+    rows: Annotated[int, OnResume.FREE] = Field(8, ge=1)
     """Rows that are read at a time, each with several solutions."""
-    max_length: int = Field(ge=2)
+    max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
     """Tokens of a row. It must hold the longest solution with the prompts of its chunks."""
 
     def check_rows(self, mesh: Mesh) -> None:
@@ -436,10 +446,10 @@ class Stage(Config):
 class ComputeStage(Stage):
     """What every stage has that runs a model."""
 
-    mesh: Mesh = Mesh()
+    mesh: Annotated[Mesh, OnResume.FREE] = Mesh()
     """The devices. When there are several processes, a stage that trains lays out the devices of
     all of them, and a stage that samples those of each process."""
-    compilation_cache: str | None = None
+    compilation_cache: Annotated[str | None, OnResume.FREE] = None
     """A directory that keeps compiled programs for later runs; runs may share it."""
 
 
@@ -454,6 +464,9 @@ class SamplingStage(ComputeStage):
 class CheckedAnswers(Config):
     """How the answers of solutions are checked."""
 
+    verifier: str = "mathematics"
+    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
+    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
     answer_timeout_seconds: float = Field(5.0, gt=0)
     """A solution whose answer takes longer to check counts as wrong."""
 
@@ -522,7 +535,7 @@ class TeacherServer(ChatTemplate, Prompted):
 
     kind: Literal["server"] = "server"
     """The kind of teacher."""
-    url: str
+    url: Annotated[str, OnResume.FREE]
     """The address of the server's API, such as `http://localhost:8000/v1`."""
     model: str
     """The name of the model on the server."""
@@ -747,7 +760,7 @@ class TrainingStage(ComputeStage, FromExamples):
 class SupervisedStage(TrainingStage, Prompted):
     """What every stage has that learns given targets."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     """Optimizer updates."""
     batch_size: int = Field(ge=1)
     """Rows of an update, each with several examples."""
@@ -816,7 +829,7 @@ class Grpo(Config):
 class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
-    iterations: int | None = Field(None, ge=1)
+    iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     """Iterations: each samples judgments and makes updates on them."""
     prompts_per_iteration: int = Field(ge=1)
     """Chunks that are judged in an iteration."""
@@ -832,7 +845,7 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     row_lengths: Sizes
     """Lengths of packed rows, in tokens. The smallest that holds the longest group is used; a group
     is its prompt once, then its completions."""
-    sampling_mesh: Mesh | None = None
+    sampling_mesh: Annotated[Mesh | None, OnResume.FREE] = None
     """How all devices are laid out for sampling; null lays them out as `mesh`."""
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     """The loss."""
@@ -912,10 +925,10 @@ class RejectionSample(SamplingStage, FromExamples):
     """Who writes: `stepwiser` judges chunks, `genprm` and `thinkprm` whole solutions."""
     samples: int = Field(4, ge=1)
     """Judgments of each example."""
-    balance: bool = True
+    balance: Annotated[bool, OnResume.UNTIL_EXAMPLES] = True
     """Keep as many judgments of positive labels as of negative ones. It may still be changed if
     nothing was left."""
-    max_examples: int | None = Field(None, ge=1)
+    max_examples: Annotated[int | None, OnResume.UNTIL_EXAMPLES] = Field(None, ge=1)
     """Draw this number of the judgments that are left. It may still be changed if nothing was."""
 
     @property
@@ -932,16 +945,22 @@ class RejectionSample(SamplingStage, FromExamples):
         return self
 
 
+class Benchmark(DataSource):
+    """A benchmark for judges, and which items of it are used."""
+
+    limit: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
+    """Use this number of items, the same random ones every time; null uses all."""
+
+
 class Evaluate(SamplingStage):
     """Score a judge on ProcessBench (the first chunk judged wrong is the predicted error, paper
     4.2) or PRMBench (every chunk judged wrong is)."""
 
     judge: Judge
     """The judge: `stepwiser`, `classifier`, `genprm` or `thinkprm`."""
-    benchmark: DataSource
+    benchmark: Benchmark
     """A file or hub id of ProcessBench or PRMBench, or a finished `rollout` run of the embedded
-    task, whose truth is known. `split` is one of ProcessBench's subsets or a list of them. With a
-    `limit` the same random items are taken every time."""
+    task, whose truth is known. `split` is one of ProcessBench's subsets or a list of them."""
     threshold_subset: str | None = None
     """For a classifier: choose the threshold with the best F1 on this subset of ProcessBench and
     use it for all, in place of `judge.threshold`."""
@@ -1341,6 +1360,18 @@ def config_digest(config: Config) -> str:
     """First 16 hex digits of the sha256 of the resolved config."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def settings_marked(config: Config, mark: OnResume, prefix: str = "") -> list[str]:
+    """Returns the dotted names of a config's settings that carry this mark."""
+    names = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if mark in field.metadata:
+            names.append(f"{prefix}{name}")
+        elif isinstance(value, Config):
+            names += settings_marked(value, mark, f"{prefix}{name}.")
+    return names
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

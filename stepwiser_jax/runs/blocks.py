@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.records import Record
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier
+from stepwiser_jax.tasks.verifier import Verifier
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -54,9 +54,11 @@ class Session:
         self.compiled[name] = sampler.compiled_shapes
         return loaded, sampler
 
-    def verifier(self, config: CheckedAnswers) -> AnswerVerifier:
+    def verifier(self, config: CheckedAnswers) -> Verifier:
         """Returns what checks answers, in processes that end with the session."""
-        verifier = AnswerVerifier(worker_count(), config.answer_timeout_seconds)
+        verifier = Verifier(
+            config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+        )
         self.measures.append(
             lambda made: {
                 "verifier_timeouts": verifier.timeouts,

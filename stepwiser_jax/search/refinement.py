@@ -25,7 +25,8 @@ from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
 from stepwiser_jax.judges.genprm.judge import Conversation, Writer
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.results import Found, check_answers
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -78,7 +79,7 @@ class Refiner:
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
         self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
 
-    def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[SearchResult]:
+    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[SearchResult]:
         attempts = [self._begin(problem) for problem in block]
         results, thinking = [], attempts
         for turn in range(self.config.turns + 1):
@@ -133,7 +134,7 @@ class Refiner:
         return Solution(name, attempt.problem.question, chunks, separator="")
 
     def _results(
-        self, attempts: Sequence[Attempt], turn: int, verifier: AnswerVerifier
+        self, attempts: Sequence[Attempt], turn: int, verifier: Verifier
     ) -> list[SearchResult]:
         found = [
             Found(

@@ -11,7 +11,8 @@ from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.chunk_search import Policy
 from stepwiser_jax.search.state import SearchState
 from stepwiser_jax.search.voting import best, vote
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import chunk_ends, chunk_texts
 from stepwiser_jax.text.tokenizer import completion_text
 
@@ -33,9 +34,9 @@ class Found:
     scoring_tokens: int = 0
 
 
-def check_answers(found: Sequence[Found], verifier: AnswerVerifier) -> list[SearchResult]:
+def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResult]:
     """Returns the records of what was found, with whether each answer is right."""
-    pairs = [(each.answer or None, each.problem.answer) for each in found]
+    right = verifier.verify([each.completion for each in found], [each.problem for each in found])
     return [
         SearchResult(
             search_id=f"{each.problem.problem_id}/{each.method}",
@@ -51,7 +52,7 @@ def check_answers(found: Sequence[Found], verifier: AnswerVerifier) -> list[Sear
             chunk_scores=each.chunk_scores,
             scoring_tokens=each.scoring_tokens,
         )
-        for each, is_correct in zip(found, verifier.verify(pairs), strict=True)
+        for each, is_correct in zip(found, right, strict=True)
     ]
 
 

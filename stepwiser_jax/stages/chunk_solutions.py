@@ -6,8 +6,8 @@
 The paper keeps the proposals that reconstruct their solution and does not say what it does with
 several. Here a solution is one example, cut as most of its proposals cut it.
 
-Reads `rollouts` and the teacher. Writes one segmentation of every solution, empty if no proposal
-was kept.
+Reads `rollouts` and the teacher. Writes every solution with its chunks, none if no proposal was
+kept.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import numpy as np
 
 from stepwiser_jax.config import ChunkSolutions, TeacherModel, TeacherRule, TeacherServer
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
 from stepwiser_jax.inference.remote import RemoteEngine
 from stepwiser_jax.record_io import read_records
-from stepwiser_jax.records import Problem, Segmentation, Trajectory
+from stepwiser_jax.records import ChunkedSolution, Problem, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.text.chunking import (
     Outcome,
-    majority_segmentation,
-    read_segmentation,
+    majority_chunking,
+    read_chunks,
     split_solution,
 )
 from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.prompts import PromptStyle, encode_message, segment_prompt
+from stepwiser_jax.text.prompts import PromptStyle, chunking_prompt, encode_message
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokenizer
 
 Solutions = Sequence[tuple[Trajectory, str]]
@@ -48,10 +48,10 @@ Proposals = list[list[tuple[Outcome, tuple[str, ...]]]]
 """For each solution: what became of each proposal, and its chunks."""
 
 
-def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Cuts the right solutions of a rollout run, block after block."""
 
-    def prepare() -> Work[tuple[Trajectory, str], Segmentation]:
+    def prepare() -> Work[tuple[Trajectory, str], ChunkedSolution]:
         tokenizer = load_tokenizer_of(config.tokenizer)
         problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
         trajectories = read_records(config.rollouts, Trajectory)
@@ -69,7 +69,7 @@ def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> di
         counts = {"solutions": len(trajectories), "right": len(right)}
         return Work(
             items=solutions,
-            record_type=Segmentation,
+            record_type=ChunkedSolution,
             ids_of=lambda block: [trajectory.trajectory_id for trajectory, _ in block],
             begin=lambda session: begin(config, session, problems),
             summarize=lambda found: counts | summarize(found, texts, tokenizer),
@@ -81,11 +81,11 @@ def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> di
 
 def begin(
     config: ChunkSolutions, session: Session, problems: dict[str, Problem]
-) -> Callable[[Solutions], list[Segmentation]]:
+) -> Callable[[Solutions], list[ChunkedSolution]]:
     """Returns the function that cuts the solutions of a block."""
     propose = make_proposer(config, session)
 
-    def cut(block: Solutions) -> list[Segmentation]:
+    def cut(block: Solutions) -> list[ChunkedSolution]:
         return [
             choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
             for (trajectory, _), proposals in zip(block, propose(block), strict=True)
@@ -159,13 +159,13 @@ class Proposer:
                     proposals[i][k] = (Outcome.UNFINISHED, ())
                 else:
                     text = completion_text(self.tokenizer, output.ids(b))
-                    proposals[i][k] = read_segmentation(text, block[i][1])
+                    proposals[i][k] = read_chunks(text, block[i][1])
         return proposals
 
     def prompt_ids(self, solution: str) -> list[int]:
         """Returns the prompt that asks for a cut."""
         style = self.prompt_style
-        return encode_message(self.tokenizer, segment_prompt(solution, style), style)
+        return encode_message(self.tokenizer, chunking_prompt(solution, style), style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
         """Whether the context holds the prompt and an answer."""
@@ -174,25 +174,25 @@ class Proposer:
 
 def choose(
     problem: Problem, trajectory_id: str, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
-) -> Segmentation:
+) -> ChunkedSolution:
     """Returns the cut that most of the kept proposals agree on."""
     kept = [chunks for outcome, chunks in proposals if outcome is Outcome.KEPT]
-    chunks, votes = majority_segmentation(kept) if kept else ((), 0)
+    chunks, votes = majority_chunking(kept) if kept else ((), 0)
     outcomes = tuple(outcome.value for outcome, _ in proposals)
-    return Segmentation(
+    return ChunkedSolution(
         trajectory_id, problem.problem_id, problem.question, chunks, votes, outcomes
     )
 
 
 def summarize(
-    segmentations: Sequence[Segmentation], solutions: dict[str, str], tokenizer: Tokenizer
+    chunked: Sequence[ChunkedSolution], solutions: dict[str, str], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Returns how many proposals were kept, and the paper's table 4 for the solutions that were
     cut: chunks and tokens, and the chunks that blank lines would have made of them."""
     outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
-    for segmentation in segmentations:
-        outcomes.update(segmentation.outcomes)
-    cut = [s for s in segmentations if s.chunks]
+    for solution in chunked:
+        outcomes.update(solution.outcomes)
+    cut = [s for s in chunked if s.chunks]
     texts = [solutions[s.trajectory_id] for s in cut]
     tokens = [len(tokenizer.encode(chunk)) for s in cut for chunk in s.chunks]
     return {

@@ -38,7 +38,7 @@ from stepwiser_jax.config import (
     ThinkPrmJudge,
 )
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
@@ -57,7 +57,7 @@ from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Process
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 
 
-def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Judges the items of a benchmark, block after block."""
 
     def prepare() -> Work[BenchmarkItem, Judgment]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stepwiser_jax.config import Refine
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import Problem, SearchResult, natural_key
@@ -22,13 +22,13 @@ from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.search.refinement import Refiner
 
 
-def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Refine, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Refines solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, SearchResult]:
         dropped: Counter[str] = Counter()
-        problems = read_problems(config.problems, dropped)
-        problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+        problems = read_problems(config.problems, dropped, config.verifier)
+        problems = keep_verifiable(problems, config, dropped)
         counts = {"problems": len(problems), "dropped": dict(dropped)}
         return Work(
             items=problems,

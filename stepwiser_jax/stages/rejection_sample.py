@@ -43,7 +43,7 @@ from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_exa
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.rationales import Outcome, judgment_outcome
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -79,7 +79,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 Example = JudgeExample | ClassifierExample
 
 
-def run(config: RejectionSample, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: RejectionSample, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Samples judgments of labelled examples, block after block, and chooses what is learned."""
     learned_type = Dialogue if isinstance(config.judge, GenPrmTeacher) else SftExample
 
@@ -89,10 +89,10 @@ def run(config: RejectionSample, run_dir: str | Path, shard: Shard = WHOLE) -> d
         def choose_what_is_learned(directory: RunDirectory) -> None:
             rationales, chosen = directory.writer(Rationale), directory.writer(learned_type)
             hosts.barrier("rejection-sample: rationales are written")
-            if shard == WHOLE:
+            if shard == NO_SHARD:
                 # In every process: each must refuse what one of them would.
                 learned = choose(config, rationales.read())
-                if hosts.is_first():
+                if hosts.is_primary():
                     chosen.append(to_learn(config, examples, learned))
 
         def summary(rationales: Sequence[Rationale]) -> dict[str, Any]:

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.records import Problem, Trajectory
+from stepwiser_jax.records import Problem, Tokens, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -41,7 +41,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 _log = logging.getLogger(__name__)
 
 
-def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Rollout, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Samples solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, Trajectory]:
@@ -69,8 +69,8 @@ def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str,
 def load_problems(config: Rollout) -> tuple[list[Problem], Counter[str]]:
     """Returns the problems to solve, and counts of those that were left out by the reason."""
     dropped = Counter(duplicate=0, unverifiable=0)
-    problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = drop_duplicates(read_problems(config.problems, dropped, config.verifier), dropped)
+    problems = keep_verifiable(problems, config, dropped)
     return keep_fitting(config, problems, dropped), dropped
 
 
@@ -147,17 +147,20 @@ class BlockSampler:
         )
         group_size = self.config.group_size
         completions_B = [output.ids(b) for b in range(len(ids_B))]
-        answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
-        references_B = [block[b // group_size].answer for b in range(len(ids_B))]
-        correct_B = self.verifier.verify(list(zip(answers_B, references_B, strict=True)))
+        correct_B = self.verifier.verify(
+            [completion_text(tokenizer, ids) for ids in completions_B],
+            [block[b // group_size] for b in range(len(ids_B))],
+        )
         return [
             Trajectory(
                 trajectory_id=ids_B[b],
                 problem_id=block[b // group_size].problem_id,
                 policy_id=self.loaded.model_id,
-                prompt_ids=tuple(prompts_P[b // group_size]),
-                completion_ids=tuple(completions_B[b]),
-                logprobs=tuple(output.logprobs(b)),
+                tokens=Tokens(
+                    np.array(prompts_P[b // group_size]),
+                    np.array(completions_B[b]),
+                    np.array(output.logprobs(b)),
+                ),
                 chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
                 stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
                 is_correct=correct_B[b],
@@ -173,6 +176,6 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         "trajectories": count,
         **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
-        "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
+        "mean_tokens": sum(t.tokens.num_completion for t in trajectories) / count,
         "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }

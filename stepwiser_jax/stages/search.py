@@ -45,7 +45,7 @@ import jax
 from stepwiser_jax import plugins
 from stepwiser_jax.config import Search
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.judges.base import Judge
 from stepwiser_jax.judges.load import load_judge
@@ -58,13 +58,13 @@ from stepwiser_jax.search.results import Found, check_answers, found_by_search, 
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, end_patterns
 
 
-def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Searches for solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, SearchResult]:
         dropped: Counter[str] = Counter()
-        problems = read_problems(config.problems, dropped)
-        problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+        problems = read_problems(config.problems, dropped, config.verifier)
+        problems = keep_verifiable(problems, config, dropped)
         counts = {"problems": len(problems), "dropped": dict(dropped)}
         return Work(
             items=problems,

@@ -20,7 +20,7 @@ from typing import Any
 
 from stepwiser_jax.config import SelectResponses, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.judges.load import load_judge
@@ -32,7 +32,7 @@ from stepwiser_jax.text.chunks import CHUNK_CLOSE, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
-def run(config: SelectResponses, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: SelectResponses, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Selects a response to every problem, block after block."""
 
     def prepare() -> Work[Candidates, Selection]:

@@ -31,6 +31,7 @@ from stepwiser_jax.records import (
     Verdict,
 )
 from stepwiser_jax.runs import directory as run_module
+from stepwiser_jax.runs import signals
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.loop import TrainingRun
 from tiny import logged
@@ -115,7 +116,7 @@ def test_a_classifier_steers_and_selects(runs, tmp_path):
 def test_summaries_tell_what_was_compiled(runs):
     for name, program, shape in (
         ("policy", "jit(train_step)", "train step 8x"),
-        ("rollouts", "jit(decode_segment)", "decode "),
+        ("rollouts", "jit(decode_burst)", "decode "),
         ("judge", "jit(train_step)", "train step 4x320"),
     ):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
@@ -398,7 +399,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
     assert ".rows-" in left.name and len(sampled) == 8 * 4
@@ -419,7 +420,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
     arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
         assert main(arguments) == 130
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -434,7 +435,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     out = tmp_path / "run"
     arguments = command("cold_start", runs, out=out, extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
     monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
-from stepwiser_jax.inference.engine import Prefix, SampleRequest
 from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, judge_by_votes
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
