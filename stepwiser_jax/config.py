@@ -83,8 +83,10 @@ Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_
 
 
 def _kind_of(value: Any) -> Any:
-    """Returns the `kind` of a judge; a judge that names none is StepWiser's."""
-    return value.get("kind", "stepwiser") if isinstance(value, dict) else getattr(value, "kind", "")
+    """Returns the `kind` of a judge; a judge that names none is StepWiser's, and `module:function`
+    is the user's own."""
+    kind = value.get("kind", "stepwiser") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "own" if isinstance(kind, str) and ":" in kind else kind
 
 
 class Config(BaseModel):
@@ -325,6 +327,19 @@ class ClassifierJudge(Prompted, Model):
         mesh.check_rows("judge.rows", (self.rows,))
 
 
+class OwnJudge(Model):
+    """A judge of your own: `kind` is called with these settings, `mesh`, `seed` and `name`, and
+    returns a `stepwiser_jax.judges.base.Judge`. See docs/extending.md."""
+
+    kind: str
+    """The function or class, `module:name`."""
+    args: dict[str, Any] = {}
+    """Settings for it to read."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Does nothing: what the judge needs of the devices is its own concern."""
+
+
 class GenPrmTeacher(GenPrm):
     """A model that writes critiques of whole solutions, for GenPRM's training."""
 
@@ -351,7 +366,8 @@ class ThinkPrmTeacher(ThinkPrm):
 ChunkJudge = Annotated[
     Annotated[StepwiserJudge, Tag("stepwiser")]
     | Annotated[ThinkPrmJudge, Tag("thinkprm")]
-    | Annotated[ClassifierJudge, Tag("classifier")],
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
     Discriminator(_kind_of),
 ]
 """A judge that can be asked about the last chunk of an unfinished solution. GenPRM's cannot: it
@@ -361,7 +377,8 @@ Judge = Annotated[
     Annotated[StepwiserJudge, Tag("stepwiser")]
     | Annotated[GenPrmJudge, Tag("genprm")]
     | Annotated[ThinkPrmJudge, Tag("thinkprm")]
-    | Annotated[ClassifierJudge, Tag("classifier")],
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
     Discriminator(_kind_of),
 ]
 
@@ -984,6 +1001,19 @@ class Beams(Config):
         return self
 
 
+class OwnMethod(Config):
+    """A search method of your own."""
+
+    method: str
+    """The function, `module:name`, a `stepwiser_jax.search.methods.Method`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for it."""
+    beams: int = Field(1, ge=1)
+    """Unfinished solutions of a problem that it begins with."""
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
+
+
 class Search(SolvingStage):
     """Compare ways to spend tokens on a problem, with a judge (paper 4.3) and without. Greedy
     decoding, plain sampling and chunk-reset search are always among them."""
@@ -1000,6 +1030,8 @@ class Search(SolvingStage):
     """Beam search; null leaves it out."""
     dvts: Beams | None = None
     """Diverse verifier tree search; null leaves it out."""
+    own: dict[str, OwnMethod] = {}
+    """Search methods of your own, by name. See docs/extending.md."""
     token_budget: int | None = Field(None, ge=1)
     """Tokens that policy and judge may write for a problem together; null for no limit."""
     max_chunk_tokens: int = Field(ge=1)
@@ -1013,7 +1045,7 @@ class Search(SolvingStage):
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
-        for name, method in (("beam", self.beam), ("dvts", self.dvts)):
+        for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):
                 raise ValueError(
                     f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "

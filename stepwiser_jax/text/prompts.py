@@ -215,52 +215,6 @@ def bare_judge_prompt(question: str, history: str, chunk: str) -> str:
     return " ".join(part.strip() for part in (question, history, chunk, "<judge>") if part.strip())
 
 
-def sign_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens with which a classifier answers, + and -. Raises UserError where they are not one
-    token each."""
-    found = {sign: tokenizer.encode(sign) for sign in ("+", "-")}
-    for sign, ids in found.items():
-        if len(ids) != 1 or tokenizer.decode(ids).strip() != sign:
-            raise UserError(
-                f"a classifier answers with one token, + or -: expected a vocabulary that has "
-                f"both, found {sign!r} encoded as {ids}, which reads {tokenizer.decode(ids)!r}. "
-                "Use another model"
-            )
-    return found["+"][0], found["-"][0]
-
-
-def encode_solution(
-    tokenizer: Tokenizer,
-    question: str,
-    chunks: Sequence[str],
-    style: PromptStyle,
-    is_positive: Sequence[bool] | None = None,
-) -> tuple[list[int], list[int]]:
-    """A whole solution for a classifier, in RLHFlow's form: every chunk is a message of the user's,
-    the first one behind the problem, and is answered by one token, + (where `is_positive` says so,
-    and by default) or -. Returns the ids, which end with the last answer, and the index in them of
-    each chunk's answer. Bare: every chunk, its tags left on, is followed by <judge> and the answer.
-
-    Raises UserError as `before_answers` does.
-    """
-    signs = [True] * len(chunks) if is_positive is None else is_positive
-    plus, minus = sign_ids(tokenizer)
-    if style == "instruct":
-        texts = [strip_tags(chunk).strip() for chunk in chunks]
-        texts[:1] = [f"{question}\n\n{text}" for text in texts[:1]]
-        before = before_answers(tokenizer, [[{"role": "user", "content": x}] for x in texts])
-    else:
-        texts = [bare_judge_prompt("" if j else question, "", x) for j, x in enumerate(chunks)]
-        before = [encode_message(tokenizer, text, style) for text in texts[:1]]
-        before += [tokenizer.encode(text) for text in texts[1:]]
-    ids: list[int] = []
-    places = []
-    for read, sign in zip(before, signs, strict=True):
-        places.append(len(ids) + len(read))
-        ids += [*read, plus if sign else minus]
-    return ids, places
-
-
 SAYS = ("system", "user", "assistant", "output")
 """Roles of a `Dialogue`; the last two are in the assistant's turns."""
 
