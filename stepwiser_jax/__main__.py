@@ -298,10 +298,8 @@ def refuse_old_names(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runs.directory import keep_freed_memory
     from stepwiser_jax.runs.signals import Interrupted
 
-    keep_freed_memory()
     try:
         refuse_old_names(sys.argv[1:] if arguments is None else arguments)
         status = app(arguments, standalone_mode=False)

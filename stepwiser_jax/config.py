@@ -38,7 +38,7 @@ from pydantic import (
 )
 
 from stepwiser_jax import plugins
-from stepwiser_jax.data.datasets import OnMalformed
+from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
@@ -83,8 +83,10 @@ Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_
 
 
 def _kind_of(value: Any) -> Any:
-    """Returns the `kind` of a judge; a judge that names none is StepWiser's."""
-    return value.get("kind", "stepwiser") if isinstance(value, dict) else getattr(value, "kind", "")
+    """Returns the `kind` of a judge; a judge that names none is StepWiser's, and `module:function`
+    is the user's own."""
+    kind = value.get("kind", "stepwiser") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "own" if isinstance(kind, str) and ":" in kind else kind
 
 
 class Config(BaseModel):
@@ -305,16 +307,16 @@ class Threshold(Config):
     """A chunk is wrong if the probability that it is right is below this; by default 0.5."""
 
 
-class StepwiserConfig(Votes, StepwiserTeacher):
+class StepwiserJudge(Votes, StepwiserTeacher):
     """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
     it is the share of them that say Positive."""
 
 
-class GenPrmConfig(Threshold, Votes, GenPrm):
+class GenPrmJudge(Threshold, Votes, GenPrm):
     """GenPRM's judge. The score of a step is P(right)."""
 
 
-class ThinkPrmConfig(Votes, ThinkPrm):
+class ThinkPrmJudge(Votes, ThinkPrm):
     """ThinkPRM's judge. `search` and `select-responses` have it verify the prefix that ends with a
     chunk; the score of the chunk is then P(yes)."""
 
@@ -323,7 +325,7 @@ class ThinkPrmConfig(Votes, ThinkPrm):
     `sampling.max_new_tokens`."""
 
 
-class ClassifierConfig(Threshold, Prompted, Model):
+class ClassifierJudge(Threshold, Prompted, Model):
     """A classifier trained by `train-classifier`, which reads all chunks of a solution in one pass.
     The score of a chunk is P(+)."""
 
@@ -337,6 +339,24 @@ class ClassifierConfig(Threshold, Prompted, Model):
     def check_rows(self, mesh: Mesh) -> None:
         """Raises ValueError unless the rows can be dealt out to the devices."""
         mesh.check_rows("judge.rows", (self.rows,))
+
+
+class OwnArguments(Config):
+    """What something of your own is given."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings for your own function or class."""
+
+
+class OwnJudge(OwnArguments, Model):
+    """A judge of your own: `kind` is called with these settings, `mesh`, `seed` and `name`, and
+    returns a `stepwiser_jax.judges.base.Judge`. See docs/extending.md."""
+
+    kind: str
+    """The function or class, `module:name`."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Does nothing: what the judge needs of the devices is its own concern."""
 
 
 class GenPrmTeacher(GenPrm):
@@ -363,19 +383,21 @@ class ThinkPrmTeacher(ThinkPrm):
 
 
 ChunkJudge = Annotated[
-    Annotated[StepwiserConfig, Tag("stepwiser")]
-    | Annotated[ThinkPrmConfig, Tag("thinkprm")]
-    | Annotated[ClassifierConfig, Tag("classifier")],
+    Annotated[StepwiserJudge, Tag("stepwiser")]
+    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
     Discriminator(_kind_of),
 ]
 """A judge that can be asked about the last chunk of an unfinished solution. GenPRM's cannot: it
 would write its whole conversation anew for every chunk."""
 
 Judge = Annotated[
-    Annotated[StepwiserConfig, Tag("stepwiser")]
-    | Annotated[GenPrmConfig, Tag("genprm")]
-    | Annotated[ThinkPrmConfig, Tag("thinkprm")]
-    | Annotated[ClassifierConfig, Tag("classifier")],
+    Annotated[StepwiserJudge, Tag("stepwiser")]
+    | Annotated[GenPrmJudge, Tag("genprm")]
+    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
     Discriminator(_kind_of),
 ]
 
@@ -395,8 +417,8 @@ class DataSource(Config):
     """
 
     source: str
-    """What to read. The stage says what it may be: a file, a hub id, a run directory, or a
-    generator of the embedded task."""
+    """What to read. The stage says what it may be: a file, a hub id, a run directory, the name of a
+    generator of the embedded task, or a function of your own as `module:function`."""
     split: str | tuple[str, ...] | None = None
     """The split of a hub data set, or the subset of ProcessBench, such as `gsm8k`; only there it
     may be a list. The embedded task has the splits `rollout`, `dev` and `test`."""
@@ -955,7 +977,7 @@ class Evaluate(SamplingStage):
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
         if self.threshold_subset is None:
             return self
-        if not isinstance(self.judge, ClassifierConfig):
+        if not isinstance(self.judge, ClassifierJudge):
             raise ValueError(
                 f"threshold_subset is for a classifier, found a judge of kind {self.judge.kind}: "
                 "set it to null"
@@ -968,21 +990,35 @@ class Evaluate(SamplingStage):
         return self
 
 
-class Beams(Config):
+class Ranked(Config):
+    """How solutions of a problem are ranked."""
+
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
+
+
+class Beams(Ranked):
     """A search over several unfinished solutions of a problem."""
 
     beams: int = Field(ge=1)
     """Unfinished solutions of a problem at a time."""
     width: int = Field(ge=1)
     """After every chunk one of `width` solutions goes on, as `width` copies."""
-    aggregate: Literal["min", "mean", "last", "product"] = "last"
-    """How the scores of its chunks become the score of a solution."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Beams:
         if self.beams % self.width:
             raise ValueError(f"beams ({self.beams}) must be a multiple of width ({self.width})")
         return self
+
+
+class OwnMethod(OwnArguments, Ranked):
+    """A search method of your own."""
+
+    method: str
+    """The function, `module:name`, a `stepwiser_jax.search.methods.Method`."""
+    beams: int = Field(1, ge=1)
+    """Unfinished solutions of a problem that it begins with."""
 
 
 class Search(SolvingStage):
@@ -1001,6 +1037,8 @@ class Search(SolvingStage):
     """Beam search; null leaves it out."""
     dvts: Beams | None = None
     """Diverse verifier tree search; null leaves it out."""
+    own: dict[str, OwnMethod] = Field(default_factory=dict)
+    """Search methods of your own, by name. See docs/extending.md."""
     token_budget: int | None = Field(None, ge=1)
     """Tokens that policy and judge may write for a problem together; null for no limit."""
     max_chunk_tokens: int = Field(ge=1)
@@ -1014,7 +1052,7 @@ class Search(SolvingStage):
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
-        for name, method in (("beam", self.beam), ("dvts", self.dvts)):
+        for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):
                 raise ValueError(
                     f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "
@@ -1042,7 +1080,7 @@ class SelectResponses(SamplingStage, FromSolutions):
 class Refine(SolvingStage):
     """Let a policy think again where GenPRM's judge finds its first wrong step."""
 
-    judge: GenPrmConfig
+    judge: GenPrmJudge
     """The judge, of kind `genprm`. It writes greedily."""
     turns: int = Field(3, ge=1)
     """How often the policy thinks again, at most."""
@@ -1303,8 +1341,8 @@ def _locate(config_type: type[Config], location: tuple[str | int, ...]) -> tuple
     group, members, parts = config_type, [config_type], []
     for part in location:
         if len(members) > 1:  # pydantic puts the kind of a member behind the name of a union
-            members = [m for m in members if m.model_fields["kind"].default == part]
-            group = members[0]
+            (group,) = [m for m in members if m.model_fields["kind"].default == part] or [OwnJudge]
+            members = [group]
             continue
         if isinstance(part, int) or members or part not in ("number", "pairs"):
             parts.append(str(part))

@@ -22,8 +22,8 @@ from stepwiser_jax.commands.results import judgment_text
 from stepwiser_jax.config import STAGE_CONFIGS, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.evaluation.judgments import describe_judgment, example_judgments
 from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
-from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one, in_words
 from stepwiser_jax.record_io import atomic_write, read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
@@ -330,7 +330,9 @@ def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
     chosen = wrong[: count // 2] + right[: count - count // 2]
-    shown = [in_words(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen]
-    misjudged = a_right_and_a_wrong_one(items, judgments)[-1]
+    shown = [
+        describe_judgment(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen
+    ]
+    misjudged = example_judgments(items, judgments)[-1]
     for words in [*shown, *([misjudged] if misjudged not in shown else [])]:
         console.print(judgment_text(words), markup=False, highlight=False, soft_wrap=True)

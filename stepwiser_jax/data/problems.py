@@ -12,15 +12,9 @@ import numpy as np
 
 from stepwiser_jax import plugins
 from stepwiser_jax.config import CheckedAnswers, DataSource, read_run_settings
-from stepwiser_jax.data.datasets import (
-    OnMalformed,
-    Split,
-    load_benchmark,
-    load_problems,
-    numbered_rows,
-    shuffled,
-)
+from stepwiser_jax.data.datasets import load_benchmark, load_problems
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions, is_held_out
+from stepwiser_jax.data.rows import OnMalformed, Split, number_rows, shuffled
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import BenchmarkItem, Problem, ProcessBenchItem, Trajectory
@@ -50,7 +44,7 @@ def read_problems(
     shuffle_seed = problems.seed if problems.shuffle else None
     source, rows = problems.source, None
     if is_function(source, PROBLEMS):
-        rows = numbered_rows(_generate(problems), shuffle_seed)
+        rows = number_rows(_generate(problems), shuffle_seed)
     elif Path(source).is_dir():
         found = {p.problem_id: p for p in read_records(source, Problem)}
         ids = shuffled(found, problems.seed) if problems.shuffle else found

@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierConfig, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.judgments import GREEDY, VotingRule, voters, votes_of
+from stepwiser_jax.evaluation.judgments import (
+    GREEDY,
+    VotingRule,
+    threshold_of,
+    voters,
+    votes_of,
+)
 from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
@@ -114,11 +120,12 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     items = read_items(config)
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
     check_complete(run, judgments, items, GREEDY)
-    rule = VotingRule.of_run(config, items, judgments)
+    threshold = threshold_of(config, items, judgments)
+    rule = VotingRule(threshold)
     counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
     check_complete(run, judgments, items, suffixes)
-    if isinstance(config.judge, ClassifierConfig):
-        counted = f"threshold {rule.threshold:.3g}"
+    if isinstance(config.judge, ClassifierJudge):
+        counted = f"threshold {threshold:.3g}"
     predictions = [
         first_predicted_error(
             rule.verdicts(item, judgments, suffixes), unparsed_as=rule.unparsed_as
@@ -129,19 +136,20 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
 
 
 def read_items(config: Evaluate) -> list[ProcessBenchItem]:
-    benchmark = config.benchmark
+    """Reads the items that a run judged. Raises UserError if they are PRMBench's."""
     items = load_items(
-        benchmark.source,
+        config.benchmark.source,
         load_tokenizer_of(config.judge.path),
-        split=benchmark.split,
-        limit=benchmark.limit,
-        on_malformed=benchmark.on_malformed,
+        split=config.benchmark.split,
+        limit=config.benchmark.limit,
+        on_malformed=config.benchmark.on_malformed,
     )
     found = [item for item in items if isinstance(item, ProcessBenchItem)]
     if len(found) < len(items):
         raise UserError(
             f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {benchmark.source}: compare the prm_score of both in their summary.json"
+            f"PRMBench in {config.benchmark.source}: compare the prm_score of both in their "
+            "summary.json"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Loads the judge that settings name."""
+"""Makes the judge that a config names."""
 
 from __future__ import annotations
 
@@ -6,37 +6,43 @@ from typing import Any
 
 import jax
 
+from stepwiser_jax import plugins
 from stepwiser_jax.config import (
-    ClassifierConfig,
-    GenPrmConfig,
-    StepwiserConfig,
-    ThinkPrmConfig,
+    ClassifierJudge,
+    GenPrmJudge,
+    OwnJudge,
+    StepwiserJudge,
+    ThinkPrmJudge,
 )
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.judges import genprm, thinkprm
-from stepwiser_jax.judges.classifier import Scorer
+from stepwiser_jax.judges.base import Judge
+from stepwiser_jax.judges.classifier import Classifier
+from stepwiser_jax.judges.genprm import judge as genprm
 from stepwiser_jax.judges.stepwiser import ChunkJudge
+from stepwiser_jax.judges.thinkprm import ThinkPrmJudge as ThinkPrm
 
 
 def load_judge(
-    config: StepwiserConfig | ThinkPrmConfig | ClassifierConfig | GenPrmConfig,
+    config: StepwiserJudge | ThinkPrmJudge | ClassifierJudge | GenPrmJudge | OwnJudge,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
     name: str = "judge",
-) -> Any:
-    """Returns a judge of the kind that the settings are for, its model loaded.
+) -> Judge:
+    """Returns a judge of the kind that the settings are for, with its model loaded.
 
     Args:
         config: The settings.
         mesh: The devices.
         seed: Decides what is sampled.
-        name: Names the draws, so that judges of different stages draw differently.
+        name: Begins the ids of sampled rows, so that judges of different stages draw differently.
     """
+    if isinstance(config, OwnJudge):
+        return plugins.load(config.kind, "a judge")(config, mesh=mesh, seed=seed, name=name)
     load_args = {**config.load_args, "mesh": mesh, "seed": seed}
-    if isinstance(config, ClassifierConfig):
-        return Scorer(
+    if isinstance(config, ClassifierJudge):
+        return Classifier(
             load_model(**load_args, classifier=True),
             mesh,
             rows=config.rows,
@@ -51,10 +57,11 @@ def load_judge(
         "prompt_style": config.prompt_style,
         "max_new_tokens": config.sampling.max_new_tokens,
         "key": jax.random.key(seed),
+        "votes": config.votes,
+        "vote_temperature": config.sampling.temperature,
     }
-    if isinstance(config, GenPrmConfig):
+    if isinstance(config, GenPrmJudge):
         return genprm.GenPrmJudge(loaded, engine, code_rounds=config.code_rounds, **settings)
-    settings |= {"votes": config.votes, "vote_temperature": config.sampling.temperature}
-    if isinstance(config, ThinkPrmConfig):
-        return thinkprm.ThinkPrmJudge(loaded, engine, rounds=config.rounds, **settings)
+    if isinstance(config, ThinkPrmJudge):
+        return ThinkPrm(loaded, engine, rounds=config.rounds, **settings)
     return ChunkJudge(loaded, engine, **settings)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -345,18 +344,6 @@ def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def per_item(seconds: float, items: int) -> float | None:
     """Returns seconds per item that this process did; None if a restarted run had none to do."""
     return seconds / items if items else None
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees. XLA's CPU buffers are larger than malloc's threshold for
-    mapping fresh pages, so that by default every step of a small model spends as long in page
-    faults as in arithmetic. Nothing happens on other C libraries."""
-    trim_threshold, mmap_threshold, top_pad = -1, -3, -2
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, 1 << 26)
 
 
 def peak_memory_bytes() -> int:

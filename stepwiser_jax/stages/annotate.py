@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.data.datasets import shuffled
+from stepwiser_jax.data.rows import shuffled
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh

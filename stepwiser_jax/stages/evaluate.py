@@ -31,31 +31,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import ClassifierConfig, Evaluate, GenPrmConfig, ThinkPrmConfig
+from stepwiser_jax.config import (
+    ClassifierJudge,
+    Evaluate,
+    OwnJudge,
+    ThinkPrmJudge,
+)
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
     VotingRule,
+    example_judgments,
+    judgment_records,
     score_judgments,
     score_whole_solutions,
+    threshold_of,
     vote_suffixes,
     votes_of,
 )
-from stepwiser_jax.judges.classifier import Scorer
+from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.judges.load import load_judge
-from stepwiser_jax.judges.stepwiser import (
-    ChunkJudgment,
-    Solution,
-    a_right_and_a_wrong_one,
-    judgment_of,
-)
-from stepwiser_jax.judges.thinkprm import Verification
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem
-from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
-from stepwiser_jax.runs.directory import per_item
 
 
 def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[
 
         def scores(found: Sequence[Judgment]) -> dict[str, Any]:
             judgments = {judgment.example_id: judgment for judgment in found}
-            examples = {"judgments": a_right_and_a_wrong_one(items, judgments)}
+            examples = {"judgments": example_judgments(items, judgments)}
             return summarize(config, items, judgments) | {"dropped": dict(dropped)} | examples
 
         return Work(
@@ -113,75 +112,38 @@ def begin(
 ) -> Callable[[Sequence[BenchmarkItem]], list[Judgment]]:
     """Returns the function that judges a block. Raises UserError for an item that is too long."""
     settings = config.judge
-    if isinstance(settings, ClassifierConfig):
+    if isinstance(settings, ClassifierJudge):
         # Records say the likelier sign, whatever the threshold that the summary uses.
         settings = settings.model_copy(update={"threshold": None})
     judge = load_judge(settings, mesh=session.mesh, seed=config.seed, name="evaluate")
     judge.check_lengths([Solution.of_item(item) for item in items])
     session.compiled["judge"] = judge.compiled_shapes
-    if isinstance(settings, ClassifierConfig):
-        return lambda block: classify_block(judge, block)
-    session.measures.append(
-        lambda made: {"tokens_per_judgment": per_item(judge.engine.sampled_tokens, made)}
-    )
-    if isinstance(settings, GenPrmConfig):
-        session.measures.append(lambda made: judge.writer.measured)
+    session.measures.append(judge.measured)
     return lambda block: judge_block(config, judge, block)
 
 
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     """Returns the ids of a block's judgments."""
-    whole = ["solution"] if isinstance(config.judge, ThinkPrmConfig) else []
+    whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
     return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(votes_of(config))]
 
 
-def classify_block(judge: Scorer, block: Sequence[BenchmarkItem]) -> list[Judgment]:
-    """Returns a classifier's judgments of all steps of these items."""
-    found = judge([Solution.of_item(item) for item in block])
-    return [
-        judgment
-        for item, said in zip(block, found, strict=True)
-        for judgment in judgments_of(item, said, judge.loaded.model_id, "")
-    ]
-
-
-def judge_block(config: Evaluate, judge: Any, block: Sequence[BenchmarkItem]) -> list[Judgment]:
+def judge_block(config: Evaluate, judge: Judge, block: Sequence[BenchmarkItem]) -> list[Judgment]:
     """Returns judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
-    passes = [([""], judge.sample(solutions, 0.0, [""]))]
-    assert not isinstance(config.judge, ClassifierConfig)
-    if config.judge.votes:
-        suffixes = vote_suffixes(config.judge.votes)
-        sampling = config.judge.sampling
-        truncation = {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        sampled = judge.sample(solutions, sampling.temperature, suffixes, **truncation)
-        passes.append((suffixes, sampled))
+    passes = [([""], judge.sample(solutions, [""], temperature=0.0))]
+    if suffixes := vote_suffixes(votes_of(config)):
+        assert not isinstance(config.judge, ClassifierJudge | OwnJudge)
+        how = config.judge.sampling.model_dump(include={"temperature", "top_k", "top_p"})
+        passes.append((suffixes, judge.sample(solutions, suffixes, **how)))
     return [
-        judgment
+        record
         for suffixes, found_of in passes
         for item, found in zip(block, found_of, strict=True)
-        for suffix, said in zip(suffixes, found, strict=True)
-        for judgment in judgments_of(item, said, judge.loaded.model_id, suffix)
+        for suffix, judgment in zip(suffixes, found, strict=True)
+        for record in judgment_records(item, judgment, judge.judge_id, suffix)
     ]
-
-
-def judgments_of(
-    item: BenchmarkItem, said: list[ChunkJudgment] | Verification, judge_id: str, suffix: str
-) -> list[Judgment]:
-    """Returns the records of judgments of an item's steps and, if there is one, of all of it."""
-    if isinstance(said, Verification):
-        whole = said.solution
-        of_solution = Judgment(
-            example_id=f"{item.item_id}/solution{suffix}",
-            judge_id=judge_id,
-            completion=whole.completion,
-            verdict=whole.verdict,
-            p_positive=whole.p_positive,
-            reward=judge_reward(whole.verdict, item.first_error == -1),
-        )
-        return [*judgments_of(item, said.steps, judge_id, suffix), of_solution]
-    return [judgment_of(item, step, opinion, judge_id, suffix) for step, opinion in enumerate(said)]
 
 
 def summarize(
@@ -189,12 +151,12 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the scores of the greedy judgments and, with votes, of the sampled ones; fractions
     between 0 and 1."""
-    rule = VotingRule.of_run(config, items, judgments)
-    settings = {"votes": votes_of(config), "seed": config.seed}
-    summary = score_judgments(items, judgments, rule, **settings)
-    if isinstance(config.judge, ClassifierConfig):
-        summary |= {"threshold": rule.threshold, "threshold_chosen_on": config.threshold_subset}
+    threshold = threshold_of(config, items, judgments)
+    how = {"votes": votes_of(config), "seed": config.seed}
+    summary = score_judgments(items, judgments, VotingRule(threshold), **how)
+    if threshold is not None:
+        summary |= {"threshold": threshold, "threshold_chosen_on": config.threshold_subset}
     whole = [item for item in items if isinstance(item, ProcessBenchItem)]
-    if isinstance(config.judge, ThinkPrmConfig) and whole:
-        summary["solution"] = score_whole_solutions(whole, judgments, **settings)
+    if isinstance(config.judge, ThinkPrmJudge) and whole:
+        summary["solution"] = score_whole_solutions(whole, judgments, **how)
     return summary

@@ -7,12 +7,12 @@ sampled once from the judge that GRPO starts from. Where the paper is silent: ev
 a chunk is learned, equal texts once; and the larger class of labels is down-sampled again, since a
 judge finds one of the two easier (`balance`).
 
-GenPRM (arXiv 2504.00891; `judges/genprm_form.py`):
+GenPRM (arXiv 2504.00891; `judges/genprm/form.py`):
 
     labelled solution -> `samples` critiques, their code run on the way -> those that agree with all
                          labels -> dialogues
 
-ThinkPRM (arXiv 2504.16828; `judges/thinkprm_form.py`):
+ThinkPRM (arXiv 2504.16828; `judges/thinkprm.py`):
 
     labelled solution, or prefix -> `samples` verification chains -> those with a verdict on every
                                     step that agree with the labels up to the first error and are
@@ -48,9 +48,9 @@ from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.judges import thinkprm_form
-from stepwiser_jax.judges.genprm import GenPrmJudge, Synthesizer
-from stepwiser_jax.judges.genprm_form import (
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.base import Solution
+from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
     FORMS,
     Critique,
@@ -60,7 +60,7 @@ from stepwiser_jax.judges.genprm_form import (
     parse_turns,
     synthesis_prompt,
 )
-from stepwiser_jax.judges.stepwiser import Solution
+from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer
 from stepwiser_jax.record_io import read_written
 from stepwiser_jax.records import (
     ClassifierExample,
@@ -193,23 +193,21 @@ def judgments(style: PromptStyle) -> TextForm:
 
 def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextForm:
     """Returns the form of ThinkPRM's chains about solutions."""
-    form = thinkprm_form.FORMS[style]
+    form = thinkprm.FORMS[style]
 
     def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, Outcome]:
-        chunks, labels = thinkprm_form.to_verify(example)
-        chain = thinkprm_form.cut_chain(text, form, len(chunks))
-        outcome = thinkprm_form.chain_outcome(chain, finished, labels, len(chunks), form)
+        chunks, labels = thinkprm.to_verify(example)
+        chain = thinkprm.cut_chain(text, form, len(chunks))
+        outcome = thinkprm.chain_outcome(chain, finished, labels, len(chunks), form)
         if outcome is not Outcome.KEPT:
             return chain, outcome
-        chain = thinkprm_form.cleaned(chain, form)
+        chain = thinkprm.clean_chain(chain, form)
         is_long = len(tokenizer.encode(form.whole(chain, labels[-1]))) > max_tokens
         return chain, Outcome.TOO_LONG if is_long else Outcome.KEPT
 
     return TextForm(
-        prompt=lambda e: thinkprm_form.verify_prompt(
-            e.question, thinkprm_form.to_verify(e)[0], style
-        ),
-        label=lambda e: thinkprm_form.to_verify(e)[1][-1],
+        prompt=lambda e: thinkprm.verify_prompt(e.question, thinkprm.to_verify(e)[0], style),
+        label=lambda e: thinkprm.to_verify(e)[1][-1],
         read=read,
         opening=form.opening,
         stop_strings=form.stops,
@@ -391,7 +389,7 @@ def learned_text(judge: StepwiserTeacher | ThinkPrmTeacher, rationale: Rationale
     """Returns the completion that `sft` imitates."""
     if not isinstance(judge, ThinkPrmTeacher):
         return rationale.completion
-    form = thinkprm_form.FORMS[judge.prompt_style]
+    form = thinkprm.FORMS[judge.prompt_style]
     return form.whole(rationale.completion, rationale.is_positive)
 
 

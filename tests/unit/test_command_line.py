@@ -11,8 +11,8 @@ from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.results import print_summary
 from stepwiser_jax.config import Label
+from stepwiser_jax.evaluation.judgments import example_judgments
 from stepwiser_jax.evaluation.processbench import score_by_subset
-from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one
 from stepwiser_jax.record_io import nothing_at
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runs.directory import RunDirectory
@@ -184,7 +184,7 @@ def test_scores_are_lines_in_percent_with_a_right_and_a_wrong_judgment(tmp_path,
         "items": 2,
         "greedy": score_by_subset(items, said, seed=0),
         "compiled": {"read 8x16": 3},
-        "judgments": a_right_and_a_wrong_one(items, judgments),
+        "judgments": example_judgments(items, judgments),
         "warm_up": {"programs": ["decode"]},
     }
     print_summary(summary, tmp_path)

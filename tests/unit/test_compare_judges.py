@@ -35,7 +35,7 @@ def items(tmp_path):
     return file
 
 
-def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
+def finished_run(directory, stage, settings, p_positive, verdict_of):
     """`p_positive[i][step]`; the verdict is what `verdict_of` makes of it."""
     ids = [row["id"] for row in json.loads(Path(settings["benchmark"]["source"]).read_text())]
     judgments = [
@@ -45,7 +45,7 @@ def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
     ]
     write_records(directory / "records" / "judgments" / "part-00000-of-00001.jsonl", judgments)
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "summary.json").write_text("{}")
     write_manifest(directory, stage, "0", [Judgment])
     return directory
 
@@ -56,7 +56,7 @@ def rejecting_from(first, at):
 
 
 def evaluated(directory, items, predictions, **judge):
-    tree = {
+    settings = {
         "judge": {
             "path": "arithmetic",
             "sampling": {"max_new_tokens": 8},
@@ -68,30 +68,27 @@ def evaluated(directory, items, predictions, **judge):
     return finished_run(
         directory,
         "evaluate",
-        tree,
+        settings,
         [rejecting_from(first, 0.0) for first in predictions],
-        {},
-        # A rejected step is unparsed, which counts as a rejection.
-        lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.UNPARSED,
+        lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.UNPARSED,  # which counts as a rejection
     )
 
 
 def classified(directory, items, predictions, *, threshold):
-    tree = {
+    settings = {
         "judge": {
             "kind": "classifier",
             "path": "arithmetic",
-            "max_length": 64,
             "threshold": threshold,
+            "max_length": 64,
         },
         "benchmark": {"source": str(items)},
     }
     return finished_run(
         directory,
         "evaluate",
-        tree,
+        settings,
         [rejecting_from(first, threshold - 0.05) for first in predictions],
-        {"threshold": threshold},
         lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.NEGATIVE,
     )
 
@@ -117,12 +114,10 @@ def test_a_judge_beside_a_classifier_each_counted_as_its_run_counts(tmp_path, it
     assert found["average"]["mcnemar_p"] == 0.5
 
 
-def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
+def test_steps_without_a_verdict_count_as_the_rule_of_the_run_says(tmp_path, items, capsys):
+    """For GenPRM they have the probability 1/2, which a lower threshold accepts."""
     a = evaluated(tmp_path / "a", items, OF_A)
-    settings = yaml.safe_load((a / "config.yaml").read_text()) | {"unparsed_as": "positive"}
-    b = evaluated(tmp_path / "b", items, OF_A)
-    (b / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_manifest(b, "evaluate", "0", [Judgment])
+    b = evaluated(tmp_path / "b", items, OF_A, kind="genprm", threshold=0.4)
     found = compared(capsys, a, b)["average"]
     assert (found["right_by_a_alone"], found["right_by_b_alone"]) == (1, 1)
     assert found["f1_b"] == 0 < found["f1_a"]
@@ -147,7 +142,7 @@ def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys
 @pytest.mark.parametrize("genprm", [False, True])
 def test_votes_count_together(tmp_path, items, capsys, genprm):
     """Greedy, everything is right; of three votes two, or the mean, say what B found."""
-    settings = {"votes": 3} | ({"genprm": {"threshold": 0.4}} if genprm else {})
+    settings = {"votes": 3} | ({"kind": "genprm", "threshold": 0.4} if genprm else {})
     b = evaluated(tmp_path / "b", items, [-1] * len(LABELS), **settings)
     part = next((b / "records" / "judgments").iterdir())
     judgments = read_records(b, Judgment)
@@ -213,8 +208,6 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, items, capsys):
     assert "is not finished" in refused(capsys, unfinished, a)
     rollout = evaluated(tmp_path / "rollout", items, OF_B)
     write_manifest(rollout, "rollout", "0", [Judgment])
-    assert "expected a run of evaluate or classify, found one of rollout" in refused(
-        capsys, a, rollout
-    )
+    assert "expected a run of evaluate, found one of rollout" in refused(capsys, a, rollout)
     grown = evaluated(tmp_path / "grown", items, OF_A[:5])
     assert "grown has no judgment math-1/0" in refused(capsys, grown, a)

@@ -69,9 +69,10 @@ def test_rollout_reads_problems_without_those_excluded(tmp_path):
     assert dropped == {"malformed": 1, "excluded": 1}
 
 
-def test_generated_problems_are_not_excluded():
-    with pytest.raises(ValueError, match="shuffle and exclude are of data sets"):
-        DataSource(source="arithmetic", limit=4, split="train", exclude=("held_out.json",))
+def test_generated_problems_are_not_excluded(pytestconfig):
+    file = pytestconfig.rootpath / "configs" / "smoke_rollouts.yaml"
+    with pytest.raises(UserError, match="shuffle and exclude are for data sets"):
+        load_config("rollout", file, ("problems.exclude=[held_out.json]",))
 
 
 def test_the_limit_counts_what_malformed_and_excluded_rows_leave(tmp_path):

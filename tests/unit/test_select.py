@@ -7,7 +7,7 @@ import pytest
 
 from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.stepwiser import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
 from stepwiser_jax.stages import select_responses, sft

@@ -29,7 +29,7 @@ from stepwiser_jax.commands.plan.tpu import (
 )
 from stepwiser_jax.config import (
     Annotate,
-    ClassifierConfig,
+    ClassifierJudge,
     ComputeStage,
     Config,
     EngineShapes,
@@ -107,7 +107,7 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
         judge = config.judge
-        if isinstance(judge, ClassifierConfig):
+        if isinstance(judge, ClassifierJudge):
             raise UserError("expected a judge that writes, found a classifier, which has no plan")
         sampling = judge.sampling
         if not judge.votes:
@@ -437,7 +437,7 @@ def _of_sampling(
     grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
     B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
     state = jax.eval_shape(
-        lambda: empty_state(decoder, None, grid, slots, new, engine.suffix_dtype)
+        lambda: empty_state(decoder, None, grid, slots, new, decoder.suffix_dtype)
     )
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
     at_once = min(grid.slots, engine.read_at_once(slots))
