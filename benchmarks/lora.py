@@ -17,7 +17,7 @@ import time
 SIDES = {
     "all weights": {},
     "LoRA": {"lora": {}},
-    "LoRA, base in bfloat16": {"lora": {}, "param_dtype": "bfloat16"},
+    "LoRA, base in bfloat16": {"lora": {}, "dtype": "bfloat16"},
 }
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     from stepwiser_jax.config import TrainJudge, validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
-    from stepwiser_jax.model.lora import trained_part
+    from stepwiser_jax.model.lora import trainable
     from stepwiser_jax.stages import train_judge
     from stepwiser_jax.training.loop import optimizer_of
     from stepwiser_jax.training.step import create_train_state
@@ -56,7 +56,7 @@ def main() -> None:
             tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
         config = validate(TrainJudge, tree, "the benchmark")
         schedule, optimizer = optimizer_of(config.training, 1)
-        model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+        model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
         state = create_train_state(model, optimizer, mesh)
         rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
         groups = [
@@ -70,7 +70,7 @@ def main() -> None:
         programs[name] = step.lower(state, batches[name]).compile()
         states[name] = state
         memory = programs[name].memory_analysis()
-        trained = sum(leaf.size for leaf in jax.tree.leaves(trained_part(model)))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable(model)))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         sizes = (held, memory.temp_size_in_bytes, held + memory.temp_size_in_bytes)
         state_mib, temporary_mib, all_mib = (size / 2**20 for size in sizes)

@@ -57,8 +57,8 @@ RIVALS = {"trl": "trl_update.py"}
 def settings(model_dir: str) -> dict[str, Any]:
     """A judge's: each group in a row of its own, its prompt once."""
     return {
-        "model": {"path": model_dir, "compute_dtype": "bfloat16"},
-        "examples": "",
+        "model": {"path": model_dir, "dtype": "bfloat16"},
+        "examples": {"source": "unused"},
         "iterations": 1,
         "prompts_per_iteration": len(PROMPTS),
         "group_size": SAMPLES,
@@ -102,7 +102,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         end_fraction=1.0,
     )
     optimizer = make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+    model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
     state = create_train_state(model, optimizer, mesh)
     del model
     train_step = make_train_step(

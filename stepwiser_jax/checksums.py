@@ -1,8 +1,8 @@
 """Checksums, which show whether a file still holds what was written.
 
 A directory that is handed on as a whole, such as an exported model, has a file `SHA256SUMS`, which
-`sha256sum -c` reads too. A JSON object that vouches for itself has a field `sha256` over all others.
-Files without a checksum, such as models of others and older runs, are read unchecked.
+`sha256sum -c` reads too. A JSON object that vouches for itself has a field `sha256`, computed from
+the others. Files without a checksum, such as models of others, are read unchecked.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from stepwiser_jax.config import read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
@@ -47,7 +47,7 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         template = loaded.model
     else:
         config = read_config(str(run_dir / "template"))
-        template = abstract_model(config, here, XLA)
+        template = abstract_model(config, here, PLAIN)
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
     if names := non_finite(model):
         raise UserError(

@@ -53,6 +53,6 @@ def score_lines(name: str, scores: dict[str, Any]) -> Iterator[str]:
 
 
 def judgment_text(judgment: dict[str, str]) -> str:
-    """Returns a judgment (`judges.stepwiser.in_words`), a part a line."""
+    """Returns a judgment (`evaluation.judgments.describe_judgment`), a part a line."""
     parts = {name: " ".join(text.split()) for name, text in judgment.items() if text}
     return "\n" + "\n".join(f"  {name:<9} {text}" for name, text in parts.items())

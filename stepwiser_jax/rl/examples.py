@@ -114,31 +114,29 @@ def history_text(tokenizer: Tokenizer, trajectory: Trajectory, chunk: int) -> st
 
 
 class PromptLengths:
-    """Lengths of judge prompts in tokens, against the limits of paper 4.1."""
+    """Lengths of judge prompts in tokens, against the limit of paper 4.1."""
 
-    def __init__(self, tokenizer: Tokenizer, style: JudgePromptStyle, shortest: int, longest: int):
+    def __init__(self, tokenizer: Tokenizer, style: JudgePromptStyle, longest: int):
         self.tokenizer = tokenizer
         self.style: JudgePromptStyle = style
-        self.shortest, self.longest = shortest, longest
+        self.longest = longest
         self._without_chunks: dict[str, int] = {}
 
-    def misfit(self, trajectory: Trajectory, chunk: int, problem: Problem) -> str | None:
-        """Returns "too_short" or "too_long" for a prompt that does not fit.
+    def fits(self, trajectory: Trajectory, chunk: int, problem: Problem) -> bool:
+        """Returns whether the prompt about a chunk is short enough.
 
         Text that is encoded again has nearly as many tokens as were sampled, less those of tags. So
-        a prompt is only made if that number is within a factor of 2 of a limit.
+        a prompt is only made if that number is more than half the limit.
         """
         if problem.problem_id not in self._without_chunks:
             self._without_chunks[problem.problem_id] = self._length(problem.question, "", "")
         length = self._without_chunks[problem.problem_id] + trajectory.chunk_ends[chunk]
-        if not 2 * self.shortest <= length <= self.longest / 2:
+        if length > self.longest / 2:
             start = trajectory.chunk_ends[chunk - 1] if chunk else 0
             ids = trajectory.completion_ids
             texts = chunk_texts(self.tokenizer, ids, (start, trajectory.chunk_ends[chunk]))
             length = self._length(problem.question, *texts)
-        if length < self.shortest:
-            return "too_short"
-        return "too_long" if length > self.longest else None
+        return length <= self.longest
 
     def _length(self, question: str, history: str, chunk: str) -> int:
         return len(encode_judge_prompt(self.tokenizer, question, history, chunk, self.style))

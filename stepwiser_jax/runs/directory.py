@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ from stepwiser_jax.record_io import (
     atomic_write,
     check_finished,
     read_run_json,
-    read_written,
+    stream_written,
     write_manifest,
 )
 from stepwiser_jax.records import Dialogue, Record, SftExample
@@ -60,6 +60,15 @@ from stepwiser_jax.runs.storage import check_writable
 LOCK_SECONDS = 120
 """How long a process waits for a lock: a machine that was lost keeps its locks on a shared file
 system for about a minute and a half."""
+
+
+def _setting(tree: dict[str, Any], name: str) -> Any:
+    """Returns the setting `a.b` of a dumped config, None if it is not there."""
+    *groups, last = name.split(".")
+    for group in groups:
+        tree = tree.get(group) or {}
+    return tree.get(last)
+
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -112,7 +121,8 @@ class RunDirectory:
         if self._is_longer and (self.path / MANIFEST).is_file():
             check_finished(self.path)  # for the last time: the next manifest names what is there
         free = settings_marked(self.config, OnResume.FREE)
-        if not any(read_written(self.path, kind) for kind in (SftExample, Dialogue)):
+        examples = chain(*(stream_written(self.path, kind) for kind in (SftExample, Dialogue)))
+        if next(examples, None) is None:
             free += settings_marked(self.config, OnResume.UNTIL_EXAMPLES)
         if self._is_longer:
             free += settings_marked(self.config, OnResume.LONGER)
@@ -135,7 +145,7 @@ class RunDirectory:
         Raises UserError if its learning rates depend on its length.
         """
         for name in settings_marked(self.config, OnResume.LONGER):
-            before, now = found.get(name), self._settings.get(name)
+            before, now = _setting(found, name), _setting(self._settings, name)
             training = found.get("training")
             if before is None or (training is not None and now is None):  # all of it; or by epochs
                 continue
@@ -248,7 +258,7 @@ class RunDirectory:
         """
         if (self.path / "config.yaml").is_file():
             self._lock()
-        done = {record.record_id for record in read_written(self.path, record_type)}
+        done = {record.record_id for record in stream_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
         left = [block for block in mine if not done.issuperset(ids_of(block))]
         self._blocks_done = len(mine) - len(left)
@@ -336,18 +346,6 @@ def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def per_item(seconds: float, items: int) -> float | None:
     """Returns seconds per item that this process did; None if a restarted run had none to do."""
     return seconds / items if items else None
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees. XLA's CPU buffers are larger than malloc's threshold for
-    mapping fresh pages, so that by default every step of a small model spends as long in page
-    faults as in arithmetic. Nothing happens on other C libraries."""
-    trim_threshold, mmap_threshold, top_pad = -1, -3, -2
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, 1 << 26)
 
 
 def peak_memory_bytes() -> int:

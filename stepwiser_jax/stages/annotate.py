@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import Annotate
-from stepwiser_jax.data.datasets import shuffled
+from stepwiser_jax.data.rows import shuffled
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -42,7 +42,7 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[
     directory.begin()
     sampled = read_records(config.rollouts, Trajectory)
     trajectories, dropped = select_trajectories(config, sampled)
-    work = blocks(trajectories, config.trajectories_per_block)
+    work = blocks(trajectories, config.block_size)
     work = directory.pending(work, PrefixValue, prefix_ids)
     rollouts_of = rollouts_by_problem(config, sampled)
     measured = annotate_blocks(config, directory, trajectories, work, rollouts_of) if work else {}
@@ -63,7 +63,7 @@ def annotate_blocks(
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+        **config.policy.load_args, weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids)
@@ -74,9 +74,7 @@ def annotate_blocks(
         rule = load_rule(adaptive.rule, adaptive.rule_args)
         tables = {m: LabelTable(rule, m) for m in set(rollouts_of.values())}
 
-    with Verifier(
-        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
-    ) as verifier:
+    with Verifier(config.verifier, workers=worker_count()) as verifier:
 
         def is_correct(solutions: Sequence[tuple[Problem, str]]) -> list[bool]:
             return verifier.verify([text for _, text in solutions], [p for p, _ in solutions])

@@ -7,7 +7,7 @@ Two kinds of chunks get no label, whatever their values, and are counted: the on
 that closes no chunk though the policy was asked for tags, since it is a whole solution; and the
 last one of a response that was cut at the length limit, whose outcome says nothing about it.
 
-Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
+Changing the label rule reruns this stage only. Reads `values`, `rollouts` and `tokenizer`.
 Writes chunk labels (all but those of these two kinds), judge examples (filtered and balanced), and
 classifier examples, whole solutions for a classifier: neither filtered by length nor balanced.
 """
@@ -63,7 +63,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     unknown = {label.trajectory_id for label in labels} - set(trajectories)
     if unknown:
         raise UserError(
-            f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
+            f"{config.values} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
     tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
@@ -102,7 +102,7 @@ def label_trajectories(config: Label) -> tuple[list[ChunkLabel], int]:
     rule = load_rule(config.rule, config.rule_args)
     tables: dict[int, LabelTable] = {}
     labels, no_label = [], 0
-    values = stream_records(config.annotations, PrefixValue)  # those of one trajectory together
+    values = stream_records(config.values, PrefixValue)  # those of one trajectory together
     for _, group in groupby(values, lambda value: value.trajectory_id):
         of_one = list(group)
         num_rollouts = of_one[0].max_rollouts
@@ -131,7 +131,7 @@ def drop_undeserved(
         text = completion_text(tokenizer, trajectory.completion_ids)
         return not any(pattern in text for pattern in patterns)
 
-    kept, dropped = [], Counter(untagged=0, cut=0, too_short=0, too_long=0)
+    kept, dropped = [], Counter(untagged=0, cut=0, too_long=0)
     for label in labels:
         trajectory = trajectories[label.trajectory_id]
         last = len(trajectory.chunk_ends) - 1
@@ -152,18 +152,17 @@ def keep_fitting(
     tokenizer: Tokenizer,
     dropped: Counter[str],
 ) -> list[ChunkLabel]:
-    """Returns the labels whose judge prompts are neither overly short nor excessively long (paper
-    4.1). The others are counted in `dropped`."""
-    limits = (config.min_prompt_tokens, config.max_prompt_tokens)
-    lengths = PromptLengths(tokenizer, config.prompt_style, *limits)
+    """Returns the labels whose judge prompts are not excessively long (paper 4.1). The others are
+    counted in `dropped`."""
+    lengths = PromptLengths(tokenizer, config.prompt_style, config.max_prompt_tokens)
     kept = []
     for label in labels:
         trajectory = trajectories[label.trajectory_id]
         problem = problems[trajectory.problem_id]
-        if misfit := lengths.misfit(trajectory, label.chunk_index, problem):
-            dropped[misfit] += 1
-        else:
+        if lengths.fits(trajectory, label.chunk_index, problem):
             kept.append(label)
+        else:
+            dropped["too_long"] += 1
     return kept
 
 
@@ -212,14 +211,14 @@ def write_examples(
 
 def check_rule(config: Label) -> None:
     """Raises UserError if the annotations stopped early for the labels of another rule."""
-    is_run = (Path(config.annotations) / "config.yaml").is_file()
-    adaptive = read_run_settings(config.annotations).get("adaptive") if is_run else None
+    is_run = (Path(config.values) / "config.yaml").is_file()
+    adaptive = read_run_settings(config.values).get("adaptive") if is_run else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)
     if (sampled_for.rule, sampled_for.rule_args) != (config.rule, config.rule_args):
         raise UserError(
-            f"{config.annotations} sampled until the labels of {sampled_for.rule} "
+            f"{config.values} sampled until the labels of {sampled_for.rule} "
             f"{sampled_for.rule_args} were known, found rule {config.rule} {config.rule_args}: "
             "use that rule, or annotate without adaptive"
         )

@@ -73,6 +73,11 @@ from stepwiser_jax.training.step import (
     used_micro_batches,
 )
 
+DUAL_CLIP = 3.0
+"""The bound of a token's loss when its advantage is negative (verl's)."""
+CORRECTION_CAP = 2.0
+"""The largest weight of `grpo.sampler_correction`."""
+
 
 def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     """GRPO for `iterations` or `epochs`, resuming from the last checkpoint."""
@@ -82,7 +87,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     directory.begin()
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
     examples, dropped = load_examples(config, loaded)
@@ -137,11 +142,11 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     left out."""
     dropped: Counter[str] = Counter()
     examples = load_judge_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected judge examples in {config.examples}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
+        raise UserError(f"expected judge examples in {config.examples.source}, found none")
+    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
     fitting = [
         example
         for example in examples
@@ -149,8 +154,8 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples} is left: {len(examples)} were read, all have "
-            f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
+            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return fitting, {"too_long": len(examples) - len(fitting)} | dropped
 
@@ -194,7 +199,7 @@ class GroupCollector:
         sampled: list[RolloutGroup] = []
         kept: list[RolloutGroup] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
-        for draw in range(1 + self.config.grpo.max_refills):
+        for draw in range(1 + self.config.grpo.max_resamples):
             examples, name = next(training.loader), f"judge/it{iteration}/draw{draw}"
             ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
             drawn = (iteration, draw, sampled_by)
@@ -313,7 +318,7 @@ def assemble(groups: Sequence[RolloutGroup], config: TrainJudge) -> RolloutBatch
     allowed length that holds the longest group."""
     rewards_PG = np.array([group.rewards_G for group in groups], np.float32)
     rewards_PG = rewards_PG.reshape(len(groups), config.group_size)
-    advantages_PG = np.asarray(group_advantages(rewards_PG, normalize=config.grpo.normalize))
+    advantages_PG = np.asarray(group_advantages(rewards_PG))
     rows = [
         Group(group.prompt_ids, group.completions_G, group.logprobs_G, advantages_G.tolist())
         for group, advantages_G in zip(groups, advantages_PG, strict=True)
@@ -409,7 +414,7 @@ def judge_denominators(batch: RolloutBatch, *, config: TrainJudge) -> dict[str, 
     loss = loss_denominator(
         mask_BT,
         batch.segment_ids_BT,
-        aggregation=config.grpo.aggregation,
+        aggregation="token_mean",
         max_completion_tokens=config.sampling.max_new_tokens,
     )
     return {"loss": loss, "tokens": jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1.0)}
@@ -446,11 +451,11 @@ def judge_loss(
             mask_BT,
             batch.segment_ids_BT,
             level=config.correction,
-            cap=grpo.sampler_correction_cap,
+            cap=CORRECTION_CAP,
         )
         weight_metrics = {
             "importance_weight_mean": mean(weights_BT),
-            "importance_truncated_share": mean(weights_BT >= grpo.sampler_correction_cap),
+            "importance_truncated_share": mean(weights_BT >= CORRECTION_CAP),
         }
     loss, metrics = grpo_loss(
         logprobs_BT,
@@ -459,12 +464,12 @@ def judge_loss(
         mask_BT,
         clip_eps_low=grpo.clip_eps_low,
         clip_eps_high=grpo.clip_eps_high,
-        dual_clip=grpo.dual_clip,
+        dual_clip=DUAL_CLIP,
         kl_coef=grpo.kl_coef,
         ref_logprobs_BT=batch.ref_logprobs_BT,
         importance_weights_BT=weights_BT,
         segment_ids_BT=batch.segment_ids_BT,
-        aggregation=grpo.aggregation,
+        aggregation="token_mean",
         denominator=denominators["loss"],
     )
     gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - batch.sampler_logprobs_BT), 0)

@@ -22,7 +22,7 @@ from stepwiser_jax.commands.plan.tpu import abstract_model, abstract_rows, tpu_t
 from stepwiser_jax.config import Annotate, TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
-from stepwiser_jax.model.attention import Attention, attention, segment_mask
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.training.batches import Group, rollout_batch
 from tpu_step import JUDGE
@@ -93,9 +93,7 @@ def test_prompts_are_read_by_splash_attention_on_tpu(sizes):
 @pytest.mark.slow
 def test_dense_attention_would_make_such_an_array():
     """That the search above finds what it looks for."""
-    text = compiled(
-        lambda *_: Attention(segment_mask, attention), head_dim=128, sizes=(1, 1, 1), rows=1
-    ).as_text()
+    text = compiled(lambda *_: PLAIN, head_dim=128, sizes=(1, 1, 1), rows=1).as_text()
     assert with_two_axes_of_positions(text)
 
 
@@ -147,7 +145,7 @@ def planned(tmp_path, layers, capsys, **changes):
     )
     (tmp_path / "config.json").write_text(json.dumps(model.to_hf()))
     config = tmp_path / "judge.yaml"
-    settings = {"path": str(tmp_path), "compute_dtype": "bfloat16"}
+    settings = {"path": str(tmp_path), "dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(PLANNED | {"model": settings} | changes))
     command = ["plan", "train-judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
     status = main(command)
@@ -196,10 +194,10 @@ def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
     def intensity(rollouts: int) -> float:
         """FLOPs for each byte of HBM."""
         settings = {
-            "policy": {"path": str(tmp_path), "compute_dtype": "bfloat16"},
+            "policy": {"path": str(tmp_path), "dtype": "bfloat16"},
             "rollouts": "unused",
             "num_rollouts": rollouts,
-            "trajectories_per_block": 512 // rollouts,
+            "block_size": 512 // rollouts,
             "sampling": {"max_new_tokens": 128},
             "engine": {"rows": [512], "buckets": [4096 + 128]},
             "mesh": {"data": 4},

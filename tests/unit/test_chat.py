@@ -13,7 +13,9 @@ from stepwiser_jax.config import Label, Model, load_config, validate
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.classifier import encode_solution
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
 from stepwiser_jax.stages.sft import render, spells_control
@@ -24,7 +26,6 @@ from stepwiser_jax.text.prompts import (
     encode_dialogue,
     encode_judge_prompt,
     encode_message,
-    encode_solution,
     encode_solve_prompt,
 )
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -165,7 +166,7 @@ def test_settings_take_them(tmp_path):
     assert found == {"a": False, "b": 1, "c": "x"} and found["a"] is False
     with pytest.raises(UserError, match=r"chat_template_args\.a"):
         validate(Model, {"path": "m", "chat_template_args": {"a": [1]}}, "here")
-    tree = {"annotations": "a", "rollouts": "r", "tokenizer": "t"}
+    tree = {"values": "a", "rollouts": "r", "tokenizer": "t"}
     (tmp_path / "label.yaml").write_text(json.dumps(tree))
     override = ("chat_template_args.enable_thinking=false",)
     label = load_config("label", tmp_path / "label.yaml", override)
@@ -232,7 +233,7 @@ def test_a_template_may_keep_empty_thoughts(directory_of):
 
 def test_an_answer_that_brings_its_thought_has_no_other(qwen3):
     tokenizer = load_tokenizer(qwen3, {"enable_thinking": False})
-    opening = thinkprm_form.FORMS["instruct"].opening
+    opening = thinkprm.FORMS["instruct"].opening
     verified = encode_message(tokenizer, "How?", "instruct", answer=opening)
     assert tokenizer.decode(verified).endswith(ASSISTANT)
     ids, _ = render(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
@@ -327,8 +328,8 @@ PROMPTS = {
         t, genprm_form.synthesis_prompt(x, [x], code=True), "instruct"
     ),
     "ThinkPRM": lambda t, x: (
-        encode_message(t, thinkprm_form.verify_prompt(x, [x, x], "instruct"), "instruct")
-        + t.encode(thinkprm_form.FORMS["instruct"].whole(x, True))
+        encode_message(t, thinkprm.verify_prompt(x, [x, x], "instruct"), "instruct")
+        + t.encode(thinkprm.FORMS["instruct"].whole(x, True))
     ),
     "refine": lambda t, x: encode_dialogue(
         t,
@@ -486,12 +487,9 @@ def test_a_server_is_prompted_with_its_arguments(qwen3, monkeypatch):
         {
             "rollouts": "r",
             "tokenizer": "t",
-            "server": server,
-            "sampling": {"max_new_tokens": 8},
+            "teacher": {"kind": "server", "sampling": {"max_new_tokens": 8}, **server},
         }
     )
-    teacher, _ = chunk_solutions.make_proposer(config)
+    teacher = chunk_solutions.make_proposer(config, session=None)
     assert prompt(teacher.tokenizer).endswith(NO_THOUGHT)
-    assert vars(teacher.engine).keys() == {
-        *("url", "model", "vocab_size", "concurrent_requests", "timeout_seconds", "retries"),
-    }
+    assert vars(teacher.engine).keys() == {"url", "model", "vocab_size"}

@@ -207,7 +207,7 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(request):
 def test_rollouts_by_pass_rate(request):
     """GenPRM's K: of all sampled trajectories, whichever of them are annotated."""
     file = request.config.rootpath / "configs" / "smoke_values.yaml"
-    by_rate = "rollouts_by_pass_rate=[[0.1, 128], [0.9, 64], [1, 32]]"
+    by_rate = "num_rollouts=[[0.1, 128], [0.9, 64], [1, 32]]"
     config = load_config("annotate", file, (by_rate,))
     rates = {"a": 0, "b": 9, "c": 10, "d": 89, "e": 90, "f": 100}
     sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 100)]
@@ -236,7 +236,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         for t in trajectories.values()
         for j in range(len(t.chunk_ends))
     ]
-    config = Label(annotations="", rollouts=str(tmp_path), tokenizer="arithmetic")
+    config = Label(values="", rollouts=str(tmp_path), tokenizer="arithmetic")
     kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     made = list(examples(kept, kept, trajectories, {"p": PROBLEM}, tokenizer))
     chunks = {solution.solution_id: solution.chunks for solution, _ in made}
