@@ -202,8 +202,6 @@ class Training(Config):
     micro_batches: int = Field(1, ge=1)
     remat: bool = False
     checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    max_skipped_in_a_row: int = Field(5, ge=1)
 
 
 class LabelRule(Config):
@@ -558,20 +556,20 @@ class Grpo(Config):
     """Loss settings; the paper's where it states them (clip), verl's defaults elsewhere.
 
     `sampler_correction`: each token's loss is weighted by how much likelier the judge makes it than
-    the sampler did, or makes its whole sequence, at most by `sampler_correction_cap`. `auto`: see
-    `TrainJudge.correction`.
+    the sampler did, or makes its whole sequence, at most by 2. `auto`: see `TrainJudge.correction`.
+
+    `max_resamples` (dynamic sampling): how many more batches of examples are sampled to replace
+    groups that `drop_zero_variance` drops, whose completions all earned the same reward.
     """
 
     clip_eps_low: float = Field(0.2, ge=0)
     clip_eps_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(3.0, gt=1)
     kl_coef: float = Field(0.0, ge=0)
-    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
-    normalize: Literal["std", "none"] = "std"
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
-    sampler_correction_cap: float = Field(2.0, ge=1)
     drop_zero_variance: bool = True
-    max_refills: int = Field(0, ge=0)
+    max_resamples: int = Field(0, ge=0)
 
 
 class TrainJudge(ComputeStage):
@@ -585,13 +583,14 @@ class TrainJudge(ComputeStage):
     One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
     makes `updates_per_iteration` optimizer steps on them. A group is its prompt once, then its
     completions; groups are packed into rows of the smallest of `row_lengths` that holds the
-    longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
-    reward. There are `iterations`, or as many as draw every example `epochs` times, refills not
-    counted; the last one may begin another epoch.
+    longest. There are `iterations`, or as many as draw every example `epochs` times, resampled
+    batches not counted; the last one may begin another epoch.
 
-    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
-    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
-    (A.1).
+    `reward`: a name of `rl.rewards`, or `module:function` of your own, with `reward_args` as its
+    keyword arguments. `verdict` is 1 if the verdict is the label, else 0. Its argument
+    `format_penalty` is for a judge that is to write its verdict and nothing else: any other
+    judgment earns minus the penalty, right or wrong; 1 in the paper's ablation of the chain of
+    thought (A.1).
 
     It samples on the devices of all processes, laid out as `sampling_mesh`, by default as `mesh`:
     `engine.rows` are in flight on all of them together.
@@ -608,13 +607,19 @@ class TrainJudge(ComputeStage):
     group_size: int = Field(4, ge=2)
     updates_per_iteration: int = Field(1, ge=1)
     max_prompt_tokens: int = Field(3096, ge=1)
-    format_penalty: float = Field(0.0, ge=0)
+    reward: str = "verdict"
+    reward_args: dict[str, Any] = Field(default_factory=dict)
     row_lengths: Sizes
     sampling: Sampling
     sampling_mesh: Mesh | None = None
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     training: Training
+
+    @property
+    def wants_bare_verdict(self) -> bool:
+        """Whether a judgment earns less if it is more than its verdict."""
+        return self.reward == "verdict" and bool(self.reward_args.get("format_penalty"))
 
     @property
     def sampling_axes(self) -> dict[str, int] | None:
@@ -642,10 +647,10 @@ class TrainJudge(ComputeStage):
             "prompts_per_iteration / updates_per_iteration",
             self.training.micro_batches,
         )
-        if self.format_penalty and self.prompt_style == "instruct":
+        if self.wants_bare_verdict and self.prompt_style == "instruct":
             raise ValueError(
                 "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
+                "prompt_style to 'verdict', or leave format_penalty out of reward_args"
             )
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(

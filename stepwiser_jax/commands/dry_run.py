@@ -24,15 +24,17 @@ from stepwiser_jax.data.datasets import (
     load_classifier_examples,
     load_judge_examples,
 )
+from stepwiser_jax.data.demonstrations import load_demonstrations
 from stepwiser_jax.data.held_out import held_out_questions
 from stepwiser_jax.data.problems import read_problems
 from stepwiser_jax.distributed.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.plugins import load
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
+from stepwiser_jax.rl.rewards import REWARDS
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 RECORDS_OF = {
@@ -76,7 +78,9 @@ def check_inputs(
             exclude = tuple(source for source in value.exclude if source not in awaited)
             read_problems(value.model_copy(update={"exclude": exclude}))
         elif name == "data" and isinstance(config, Sft):
-            load_examples(config.data, config.prompt_style)
+            load_demonstrations(config.data, config.prompt_style)
+        elif name == "reward" and isinstance(config, TrainJudge):
+            load(value, "a reward", REWARDS, config.reward_args)
         elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
             wanted = RECORDS_OF[name]
             if name == "examples" and reads_solutions(config):
@@ -85,8 +89,8 @@ def check_inputs(
         elif name == "examples" and isinstance(
             config, TrainJudge | RejectionSample | TrainClassifier
         ):
-            load = load_classifier_examples if reads_solutions(config) else load_judge_examples
-            load(value, on_malformed=config.on_malformed)
+            read = load_classifier_examples if reads_solutions(config) else load_judge_examples
+            read(value, on_malformed=config.on_malformed)
         elif name == "items" and isinstance(config, Evaluate | Classify):
             load_benchmark(value, split=config.split, on_malformed=config.on_malformed)
         elif name == "exclude":

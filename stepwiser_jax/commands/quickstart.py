@@ -116,7 +116,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
         "row_lengths": [256, 320, 416],
         "sampling": {"temperature": 1.0, "max_new_tokens": 32},
         "engine": JUDGE_ENGINE,
-        "grpo": {"max_refills": 1, "kl_coef": 0.2},
+        "grpo": {"max_resamples": 1, "kl_coef": 0.2},
         "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
     }
     return [

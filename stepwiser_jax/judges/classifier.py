@@ -27,7 +27,7 @@ from stepwiser_jax.rl.logprobs import token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
-from stepwiser_jax.training.batches import TokenBatch, first_fit, packed_batch
+from stepwiser_jax.training.batches import Document, TokenBatch, first_fit, pack_documents
 
 
 class Scorer:
@@ -83,12 +83,14 @@ class Scorer:
         """The verdict on every chunk to be judged, and P(+)."""
         encoded = [self._encode(solution) for solution in solutions]
         scores: list[list[float]] = [[] for _ in solutions]
-        packed = first_fit([len(ids) for ids, _ in encoded], self.max_length)
+        documents = [Document(np.array(ids), np.array(False)) for ids, _ in encoded]
+        indices, lengths = range(len(encoded)), [len(ids) for ids, _ in encoded]
+        blocks = first_fit(indices, lengths.__getitem__, self.max_length, len(encoded))
+        packed = next(blocks, [])
         for start in range(0, len(packed), self.rows):
             of_rows = packed[start : start + self.rows]
-            batch = packed_batch(
-                [[encoded[i][0] for i in row] for row in of_rows], self.rows, self.max_length
-            )
+            rows = [[documents[i] for i in row] for row in of_rows]
+            batch = pack_documents(rows, self.rows, self.max_length)
             log_odds_BT = self._score(batch)
             for log_odds_T, row in zip(log_odds_BT, of_rows, strict=False):
                 offset = 0

@@ -11,31 +11,28 @@ import jax
 import jax.numpy as jnp
 
 from stepwiser_jax.rl.logprobs import LanguageModel, token_log_odds
+from stepwiser_jax.training.batches import TokenBatch
 
 
 def classifier_loss(
     model: LanguageModel,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    answer_mask_BT: jax.Array,
-    targets_BT: jax.Array,
+    batch: TokenBatch,
+    normalizer: jax.Array,
     *,
     signs: tuple[int, int],
-    denominator: jax.Array,
     remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of P(+) against `targets_BT`, 1 or 0 or a value between, in nats, summed over
-    the answers and divided by `denominator`. `signs`: the ids of + and -.
-
-    `accuracy`: of the answers, the share on whose target's side of 1/2 P(+) is.
-    """
-    log_odds_BT = token_log_odds(model, tokens_BT, positions_BT, segment_ids_BT, signs, remat=remat)
-    right_BT = (log_odds_BT > 0) == (targets_BT > 0.5)
-    loss_BT = -targets_BT * jax.nn.log_sigmoid(log_odds_BT)
-    loss_BT -= (1 - targets_BT) * jax.nn.log_sigmoid(-log_odds_BT)
+    """Returns the cross-entropy of P(+) against the targets of the answers, in nats, summed over
+    `normalizer`, and `accuracy`: the share of answers whose P(+) and target are on the same side of
+    1/2. `signs` are the ids of + and -."""
+    log_odds_BT = token_log_odds(
+        model, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, signs, remat=remat
+    )
+    right_BT = (log_odds_BT > 0) == (batch.targets_BT > 0.5)
+    loss_BT = -batch.targets_BT * jax.nn.log_sigmoid(log_odds_BT)
+    loss_BT -= (1 - batch.targets_BT) * jax.nn.log_sigmoid(-log_odds_BT)
 
     def mean(values_BT: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(answer_mask_BT, values_BT, 0)) / denominator
+        return jnp.sum(jnp.where(batch.target_mask_BT, values_BT, 0)) / normalizer
 
     return mean(loss_BT), {"accuracy": mean(right_BT.astype(jnp.float32))}
