@@ -7,16 +7,15 @@ What the assistant's code printed is read and not learned: at inference the inte
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 
+from stepwiser_jax import plugins
 from stepwiser_jax.config import SftData
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import KIND, read_manifest, read_records
-from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample
-from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.chunking import tagged
+from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
+from stepwiser_jax.tasks.sources import EXAMPLES
+from stepwiser_jax.text.chunking import join_tagged
 from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 
@@ -24,31 +23,19 @@ Demonstrations = list[SftExample] | list[Dialogue]
 
 
 def load_demonstrations(data: SftData, style: PromptStyle) -> Demonstrations:
-    """Returns demonstrations from a file, a finished run, or the embedded task.
+    """Returns demonstrations of a file, of a finished run, or of a function.
 
     Raises:
         UserError: There are none, or the source is unknown.
     """
-    if not data.source.startswith("arithmetic-"):
+    if Path(data.source).exists():
         examples = read_demonstrations(data.source, style)
-        if not examples:
-            raise UserError(f"expected examples in {data.source}, found none")
-        return examples[: data.count]
-    makers: dict[str, Callable[..., Demonstrations]] = {
-        "arithmetic-policy": arithmetic.policy_demonstrations,
-        "arithmetic-untagged": arithmetic.untagged_demonstrations,
-        "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
-        "arithmetic-judge": arithmetic.judge_demonstrations,
-        "arithmetic-verdicts": arithmetic.verdict_demonstrations,
-        "arithmetic-genprm": functools.partial(arithmetic.genprm_demonstrations, style=style),
-        "arithmetic-thinkprm": functools.partial(arithmetic.thinkprm_demonstrations, style=style),
-    }
-    if data.source not in makers:
-        raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
-    if data.count is None:
-        raise UserError(f"data.count must say how many examples of {data.source} to generate")
-    problems = arithmetic.generate_problems(data.count, data.seed, "train")
-    return makers[data.source](problems, data.seed)
+    else:
+        make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
+        examples = make(count=data.count, seed=data.seed, style=style)
+    if not examples:
+        raise UserError(f"expected examples in {data.source}, found none")
+    return examples[: data.count]
 
 
 def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
@@ -68,17 +55,17 @@ def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
             )
             for selection in read_records(source, Selection)
         ]
-    if KIND[Segmentation] not in kinds:
+    if KIND[ChunkedSolution] not in kinds:
         return read_records(source, SftExample)
     return [
         SftExample(
-            example_id=segmentation.trajectory_id,
-            problem_id=segmentation.problem_id,
-            prompt=solve_prompt(segmentation.question, style),
-            completion=tagged(segmentation.chunks),
+            example_id=solution.trajectory_id,
+            problem_id=solution.problem_id,
+            prompt=solve_prompt(solution.question, style),
+            completion=join_tagged(solution.chunks),
         )
-        for segmentation in read_records(source, Segmentation)
-        if segmentation.chunks
+        for solution in read_records(source, ChunkedSolution)
+        if solution.chunks
     ]
 
 

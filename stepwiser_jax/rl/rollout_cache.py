@@ -57,7 +57,7 @@ class RolloutCache:
         self, iteration: int, resample: int, param_hash: str, rows: dict[str, SampledRow]
     ) -> None:
         """Writes these rows in place of those of the same name, whole or not at all."""
-        if not rows or not hosts.is_first():
+        if not rows or not hosts.is_primary():
             return
         name, ids = _name(iteration, resample, param_hash), sorted(rows)
         buffer = io.BytesIO()
@@ -85,7 +85,7 @@ class RolloutCache:
     def forget_before(self, iteration: int) -> None:
         """Removes the rows that a checkpoint after `iteration` iterations has learned from, and
         what a kill left half-written."""
-        for file in self._directory.glob("*-draw*") if hosts.is_first() else ():
+        for file in self._directory.glob("*-draw*") if hosts.is_primary() else ():
             if file.suffix == ".tmp" or int(file.name.partition("-")[0]) < iteration:
                 file.unlink()
 

@@ -22,11 +22,12 @@ from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import fingerprint
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.rl.rewards import Reward
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
-from stepwiser_jax.runs.directory import Interrupted, stop
+from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.text.tokenizer import completion_text
 
 
@@ -121,7 +122,7 @@ class RolloutSampler:
         prompts = [np.asarray(self.encode(example), np.int32) for example in examples]
         cached = (iteration, resample, self._param_hash)
         rows = self.cache.read(*cached)
-        if hosts.any_of(not rows):  # all processes begin with the same rows, or with none
+        if hosts.any_process(not rows):  # all processes begin with the same rows, or with none
             rows = {}
         if len(rows) < len(ids) * self.group_size:
             with jax.set_mesh(self.mesh):
@@ -151,7 +152,7 @@ class RolloutSampler:
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
         ended = self._loaded_engine.sample(
-            prefixes, self.params, key=self.key, wanted=lambda _: True
+            prefixes, self.params, key=self.key, is_needed=lambda _: True
         )
         for completions in ended:
             for done in completions:

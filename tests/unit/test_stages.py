@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import AdaptiveRollouts, Label, load_config
+from stepwiser_jax.config import AdaptiveRollouts, CheckedAnswers, Label, load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import fingerprint
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
@@ -22,15 +22,18 @@ from stepwiser_jax.records import (
     JudgeExample,
     PrefixValue,
     Problem,
+    Tokens,
     Trajectory,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.update import add_old_and_reference_logprobs, completion_logprobs
-from stepwiser_jax.runs.directory import Interrupted, RunDirectory, stop
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
-    check_trajectories,
+    check_ids,
+    check_lengths,
     estimate_prefix_values,
     rollouts_by_problem,
     select_trajectories,
@@ -72,9 +75,7 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
         "p#0",
         "p",
         "policy",
-        PROMPT,
-        tuple(range(20, 40)),
-        (-1.0,) * 20,
+        Tokens(PROMPT, range(20, 40), (-1.0,) * 20),
         (8, 16, 20),
         "length",
         False,
@@ -109,12 +110,10 @@ def test_trajectories_that_cannot_be_annotated_are_named(tiny_model, completion_
 
     def check(ids):
         ends = (1, len(ids))
-        logprobs = (-1.0,) * len(ids)
-        check_trajectories(
-            [Trajectory("p#0", "p", "policy", PROMPT, ids, logprobs, ends, "length", False)],
-            engine,
-            params,
-        )
+        tokens = Tokens(PROMPT, ids, (-1.0,) * len(ids))
+        trajectories = [Trajectory("p#0", "p", "policy", tokens, ends, "length", False)]
+        check_lengths(trajectories, engine, params)
+        check_ids(trajectories, engine)
 
     check((63,) * 20)
     with pytest.raises(UserError, match=message):
@@ -130,9 +129,7 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
             f"p#{i}",
             "p",
             "policy",
-            PROMPT,
-            tuple(rng.integers(0, 64, 16).tolist()),
-            (-1.0,) * 16,
+            Tokens(PROMPT, rng.integers(0, 64, 16), (-1.0,) * 16),
             (4, 8, 12, 16),
             "length",
             bool(i),
@@ -167,8 +164,9 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
 
 def outcomes(problem, right, count):
     """Trajectories of a problem, the first `right` of them right."""
+    tokens = Tokens((1,), (2, 3), (0.0,) * 2)
     return [
-        Trajectory(f"{problem}#{i}", problem, "", (1,), (2, 3), (0.0,) * 2, (1, 2), "", i < right)
+        Trajectory(f"{problem}#{i}", problem, "", tokens, (1, 2), "", i < right)
         for i in range(count)
     ]
 
@@ -216,7 +214,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         ids = tuple(tokenizer.encode(text))
         ends = chunk_ends(ids, matcher, tokenizer)
         trajectories[f"p#{i}"] = Trajectory(
-            f"p#{i}", "p", "", PROMPT, ids, (0.0,) * len(ids), ends, stop_reason, False
+            f"p#{i}", "p", "", Tokens(PROMPT, ids, (0.0,) * len(ids)), ends, stop_reason, False
         )
     labels = [
         ChunkLabel(t.trajectory_id, j, 0.0, 1.0, False, "abs_q")
@@ -402,14 +400,16 @@ def problems_with(*references):
 def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
     dropped = Counter()
     found = problems_with("5", "assert double(2) == 4", "x+1", "")
-    kept = keep_verifiable(found, 5.0, dropped)
+    kept = keep_verifiable(found, CheckedAnswers(), dropped)
     assert kept == [found[0], found[2]] and dropped == {"unverifiable": 2}
-    assert "2 of 4 problems" in caplog.text and "'assert double(2) == 4' of p1" in caplog.text
+    assert "2 of 4 problems cannot be checked" in caplog.text and "such as p1: " in caplog.text
+    assert "found 'assert double(2) == 4'" in caplog.text
 
 
 def test_a_data_set_without_mathematics_is_refused():
-    with pytest.raises(UserError, match=r"2 of 2 problems .* 'assert f\(1\) == 1' of p0"):
-        keep_verifiable(problems_with("assert f(1) == 1", "assert f(2) == 4"), 5.0, Counter())
+    problems = problems_with("assert f(1) == 1", "assert f(2) == 4")
+    with pytest.raises(UserError, match=r"2 of 2 problems .* such as p0: .*'assert f\(1\) == 1'"):
+        keep_verifiable(problems, CheckedAnswers(), Counter())
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):
