@@ -1,10 +1,7 @@
 """Rewards: the judge's, a user's own, and what they leave in the metrics."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from stepwiser_jax.errors import UserError
@@ -89,30 +86,3 @@ def test_metrics_of_rollouts():
 def test_a_reward_that_is_no_finite_number_is_refused(value):
     with pytest.raises(UserError, match=r"finite number.* for g"):
         add_rewards([group()], lambda example, text, tokens: value)
-
-
-OWN = '''"""A judge that is right, and brief."""
-
-from stepwiser_jax.rl.rewards import verdict_reward
-
-
-def brief(example, text, tokens, *, free_tokens=2, cost=0.125):
-    """1 if the verdict is the label, less `cost` for each token after the first ones."""
-    return {
-        "verdict": verdict_reward(example, text, tokens),
-        "length": -cost * max(0, len(tokens) - free_tokens),
-    }
-'''
-
-
-def test_an_own_reward_is_named_in_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The example of docs/extending.md: `reward: my_rewards:brief`, in the working directory."""
-    (tmp_path / "my_rewards.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    reward = load("my_rewards:brief", "a reward", REWARDS, {"free_tokens": 3})
-    (rewarded,) = add_rewards([group()], reward)
-    assert rewarded.rewards_G.tolist() == [1, 0, 1, -0.125]
-    assert rewarded.rewards_G.dtype == np.float64
-    metrics = rollout_metrics([rewarded], num_kept=1)
-    assert metrics["reward_verdict"] == 0.5 and metrics["reward_length"] == -0.03125
