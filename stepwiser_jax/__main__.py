@@ -50,7 +50,7 @@ STAGES = {
     ),
     "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
-        "Reads a rollout run and a teacher. Writes segmentations.",
+        "Reads a rollout run and a teacher. Writes chunked solutions.",
     ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",
@@ -189,9 +189,9 @@ def compare_judges(
     the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
     votes, of classify the run's threshold. Writes nothing.
     """
-    from stepwiser_jax.commands.compare_judges import print_contrast
+    from stepwiser_jax.commands.compare_judges import print_comparison
 
-    print_contrast(run_a, run_b, votes=votes, as_json=json)
+    print_comparison(run_a, run_b, votes=votes, as_json=json)
 
 
 @app.command("reproduce")

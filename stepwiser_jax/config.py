@@ -369,6 +369,15 @@ class ComputeStage(Config):
             )
 
 
+class CheckedAnswers(Config):
+    """`verifier` says whether a solution is right: `mathematics` (by the meaning of its final
+    answer), `code` (by the problem's unit tests), or `module:function` (docs/extending.md). A
+    solution that takes it longer than `answer_timeout_seconds` is wrong."""
+
+    verifier: str = "mathematics"
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
 class SftData(Config):
     """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
     a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
@@ -406,7 +415,7 @@ class Sft(ComputeStage):
         return self
 
 
-class Rollout(ComputeStage):
+class Rollout(ComputeStage, CheckedAnswers):
     """Sample `group_size` chunked solutions of every problem (paper 4.1).
 
     `chunking`: what ends a chunk; the policy's closing tag, a blank line, or any string of a list,
@@ -420,7 +429,6 @@ class Rollout(ComputeStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(64, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
 class Server(Config):
@@ -491,7 +499,7 @@ class AdaptiveRollouts(LabelRule):
     confidence: float = Field(1.0, gt=0.5, le=1)
 
 
-class Annotate(ComputeStage):
+class Annotate(ComputeStage, CheckedAnswers):
     """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`, or at
     most so many where they are `adaptive`).
 
@@ -516,7 +524,6 @@ class Annotate(ComputeStage):
     sampling: Sampling
     engine: Engine
     trajectories_per_block: int = Field(64, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Annotate:
@@ -887,7 +894,7 @@ class Beams(Config):
         return self
 
 
-class Search(JudgedStage):
+class Search(JudgedStage, CheckedAnswers):
     """Ways to spend tokens on a problem, with a judge (paper 4.3) and without.
 
     Greedy decoding, plain sampling and chunk-reset search always; on top the `majority` vote of so
@@ -911,7 +918,6 @@ class Search(JudgedStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(32, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
@@ -956,7 +962,7 @@ class GenPrmJudge(Model):
         return self
 
 
-class Refine(ComputeStage):
+class Refine(ComputeStage, CheckedAnswers):
     """A policy thinks again where a judge of GenPRM's form finds its first wrong step, up to
     `turns` times (arXiv 2504.00891).
 
@@ -973,7 +979,6 @@ class Refine(ComputeStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(32, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
 STAGE_CONFIGS: dict[str, type[Config]] = {

@@ -9,6 +9,7 @@ from devices import xla_flags
 
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 
+import hypothesis
 import jax
 import pytest
 from flax import nnx
@@ -40,6 +41,11 @@ def pytest_xdist_make_scheduler(config, log):
             return "runs" if file.startswith("tests/e2e/") else file
 
     return ByFile(config, log)
+
+
+# The same examples in every run, and no time limit, since machines may be busy.
+hypothesis.settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,21 +25,22 @@ from jax.sharding import Mesh
 from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.distributed.mesh import ShardingFor, attention_on, parameter_sharding
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.params import Weights, decoding_layout
 from stepwiser_jax.model.attention import Attention
+from stepwiser_jax.model.block import ClassifierHead, replace
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
-from stepwiser_jax.model.lora import Adapter, make_adapters, merge_layer, with_adapters
-from stepwiser_jax.model.transformer import Score, Transformer
+from stepwiser_jax.model.lora import Adapter, base_of, make_adapters, merge_block, with_adapters
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_io import nothing_at, read_manifest
-from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Loaded:
-    model: Transformer
+    model: Any  # a Transformer, or a Decoder
     tokenizer: Tokenizer
     model_id: str
 
@@ -62,11 +62,11 @@ def load_model(
     `classifier`: whether a model that scores classes in place of a vocabulary will do.
     """
     tokenizer = load_tokenizer_of(path, chat_template_args)
-    if path == "arithmetic":
-        config = ModelConfig.from_hf(arithmetic.hf_config())
+    if path in MODELS:
+        config = config_of(path)
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
-        return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
+        return Loaded(model, tokenizer, f"{path}@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
     _check_export(Path(directory), mesh)
     config = read_config(directory)
@@ -118,11 +118,11 @@ def with_new_score(model: Transformer, mesh: Mesh, seed: int) -> Transformer:
     """A classifier of a language model, with initial weights for its score."""
     key = jax.random.fold_in(jax.random.key(seed), 2**31)  # not the draws of the base
 
-    def create() -> Score:
-        return Score(model.config, nnx.Rngs(key), model.embed[...].dtype)
+    def create() -> ClassifierHead:
+        return ClassifierHead(model.config, nnx.Rngs(key), model.embed[...].dtype)
 
     shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
-    return model.with_score(jax.jit(create, out_shardings=shardings)())
+    return model.as_classifier(jax.jit(create, out_shardings=shardings)())
 
 
 def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
@@ -135,14 +135,16 @@ def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dic
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
     """As `load_model`, in the layout of the sampler; the other one is not kept."""
     loaded = load_model(path, decoding=True, **settings)
-    return dataclasses.replace(loaded, model=decoding_layout(loaded.model, weights))
+    return dataclasses.replace(loaded, model=Decoder.from_transformer(loaded.model, weights))
 
 
 def config_of(path: str) -> ModelConfig:
     """The shape of the model that `load_model(path)` would load; of a hub id, its config.json alone
     is fetched. Raises UserError where there is none, or no network to ask."""
-    if path == "arithmetic":
-        return ModelConfig.from_hf(arithmetic.hf_config())
+    if path in MODELS:
+        with tempfile.TemporaryDirectory() as directory:
+            MODELS[path](directory)
+            return read_config(directory)
     local = _resolve(path)
     if Path(local).is_dir():
         _check_export(Path(local))
@@ -165,9 +167,9 @@ def load_tokenizer_of(
 ) -> Tokenizer:
     """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
     that the chat template does not take, or with which a run did not train its model."""
-    if path == "arithmetic":
+    if path in MODELS:
         with tempfile.TemporaryDirectory() as directory:
-            arithmetic.write_tokenizer(directory)
+            MODELS[path](directory)
             return load_tokenizer(directory, chat_template_args)
     trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
     if Path(local).is_dir():
@@ -177,7 +179,7 @@ def load_tokenizer_of(
 
 def check_model_exists(path: str) -> None:
     """Raises the UserError of `load_model`, without reading any weights."""
-    if path != "arithmetic":
+    if path not in MODELS:
         _resolve(path)
 
 
@@ -258,7 +260,8 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
     """The parameters of a model in training, adapters merged, in its compute type, on a mesh of the
     same devices: gathered over data and fsdp, split over tensor."""
     model = cast_model(model, model.compute_dtype)
-    model.attention = attention_of(model.config, mesh, model.compute_dtype)
+    attention = attention_of(model.config, mesh, model.compute_dtype)
+    model = replace(model, attention=attention)
     sharding_for = sharding_of(model.config, mesh, decoding=True)
     return jax.device_put(model, shardings_of(model, sharding_for))
 
@@ -272,12 +275,9 @@ def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
 
     if not model.adapters:
         return cast(model)
-    merged = copy.copy(model)  # layer by layer: in float32 there is one at a time
-    merged.blocks = jax.lax.map(lambda block: cast(merge_layer(block)), model.blocks)
-    for name in ("embed", "norm", "head"):
-        if hasattr(model, name):
-            setattr(merged, name, cast(getattr(model, name)))
-    return merged
+    # Layer by layer: one of them is in float32 at a time.
+    blocks = jax.lax.map(lambda block: cast(merge_block(block)), model.blocks)
+    return replace(cast(base_of(model)), blocks=blocks)
 
 
 def _fingerprint(directory: str) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.linear import is_quantised
+from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.text.chunks import TokenMatcher
 from stepwiser_jax.text.tokenizer import Tokenizer
@@ -118,17 +117,15 @@ class Shapes:
         raise ValueError(f"{count} rows exceed the largest batch of {self.max_rows}")
 
 
-Weights = Literal["model", "int8"]
-
-
-def decoding_layout(model: Transformer, weights: Weights = "model") -> Transformer:
-    """The model `for_decoding`; itself where it already is. Raises ValueError where it is with
+def decoding_layout(model: Transformer | Decoder, weights: Weights = "model") -> Decoder:
+    """Returns a decoder of the model; itself if it is one. Raises ValueError if it is one with
     other weights."""
-    if not model.is_for_decoding:
-        return model.for_decoding(weights)
-    found = "int8" if is_quantised(model.blocks) else "model"
-    if found != weights:
-        raise ValueError(f"expected a model with weights {weights!r}, found one with {found!r}")
+    if not isinstance(model, Decoder):
+        return Decoder.from_transformer(model, weights)
+    if model.weights != weights:
+        raise ValueError(
+            f"expected a model with weights {weights!r}, found one with {model.weights!r}"
+        )
     return model
 
 
@@ -147,7 +144,7 @@ class StopTables:
             raise ValueError("stop_strings need a tokenizer: Sampler(model, tokenizer, ...)")
         if stop_strings not in self._tables:
             matcher = TokenMatcher.build(self._tokenizer.token_bytes(), stop_strings)
-            self._tables[stop_strings] = jnp.asarray(matcher.table_SV)
+            self._tables[stop_strings] = jnp.asarray(matcher.table_AV)
         return self._tables[stop_strings]
 
 

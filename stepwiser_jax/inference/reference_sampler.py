@@ -36,6 +36,7 @@ from stepwiser_jax.inference.params import (
     find_stops,
 )
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.compilation import compiling
@@ -68,7 +69,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Decoder,
         tokenizer: Tokenizer | None = None,
         *,
         rows: Sequence[int],
@@ -93,7 +94,7 @@ class Sampler:
         self.compiled_shapes: Counter[str] = Counter()
         self.sampled_tokens = 0
 
-    def with_model(self, model: Transformer) -> Self:
+    def with_model(self, model: Transformer | Decoder) -> Self:
         """The same shapes and counters with other weights."""
         other = copy.copy(self)
         other.model = decoding_layout(model, self.weights)
@@ -279,10 +280,10 @@ class Sampler:
 
 @functools.partial(jax.jit, static_argnames=("pair",))
 def _log_odds(
-    model: Transformer, tokens_BT: jax.Array, last_B: jax.Array, *, pair: tuple[int, int]
+    model: Decoder, tokens_BT: jax.Array, last_B: jax.Array, *, pair: tuple[int, int]
 ) -> jax.Array:
     """(B,): of the first of two tokens against the second, after the token at `last_B`."""
-    hidden_BTD, _ = model.read(tokens_BT)
+    hidden_BTD, _ = model.prefill(tokens_BT)
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
     logits_B2 = model.pair_logits(hidden_B1D, pair)[:, 0]
     return logits_B2[:, 0] - logits_B2[:, 1]
@@ -290,11 +291,11 @@ def _log_odds(
 
 @functools.partial(jax.jit, static_argnames=("slots",))
 def _prefill(
-    model: Transformer, tokens_BT: jax.Array, num_tokens_B: jax.Array, *, slots: int
+    model: Decoder, tokens_BT: jax.Array, num_tokens_B: jax.Array, *, slots: int
 ) -> SamplerState:
     B, T = tokens_BT.shape
     cache = KVCache.create(model.config, B, slots, model.compute_dtype)
-    _, cache = model.extend(tokens_BT, num_tokens_B - 1, cache)
+    _, cache = model.append(tokens_BT, num_tokens_B - 1, cache)
     return SamplerState(cache, jnp.pad(tokens_BT, ((0, 0), (0, slots - T))), num_tokens_B)
 
 
@@ -309,7 +310,7 @@ def _fork(state: SamplerState, source_B: jax.Array, num_tokens_B: jax.Array) -> 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens",), donate_argnames=("state",))
 def _decode(
-    model: Transformer,
+    model: Decoder,
     state: SamplerState,
     row_hash_B: jax.Array,
     active_B: jax.Array,
@@ -327,7 +328,7 @@ def _decode(
     def step(carry: Any) -> Any:
         t, state, running_B, match_B, reason_B, tokens_BC, logprobs_BC = carry
         last_B = state.tokens_BS[rows_B, state.num_tokens_B - 1]
-        hidden_BTD, cache = model.extend(last_B[:, None], running_B.astype(jnp.int32), state.cache)
+        hidden_BTD, cache = model.append(last_B[:, None], running_B.astype(jnp.int32), state.cache)
         token_B, logprob_B = draw(model.logits(hidden_BTD[:, 0]), row_hash_B, state.num_tokens_B)
         token_B = jnp.where(running_B, token_B, 0)
         # A stopped row writes its last token again, where it stands.

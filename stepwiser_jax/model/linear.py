@@ -3,8 +3,6 @@ weights of 8-bit integers, for sampling; and with the output matrix, which gives
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import qwix
@@ -12,9 +10,9 @@ import qwix
 
 def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
     """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32. The
-    weight's gradient is in float32 up to its own type; quantised weights have none."""
+    weight's gradient is in float32 up to its own type; quantized weights have none."""
     if isinstance(weight_OI, qwix.QArray):
-        return _quantised_linear(x, weight_OI)
+        return _quantized_linear(x, weight_OI)
     return _linear(x, weight_OI)
 
 
@@ -38,23 +36,23 @@ def output_logits(
     return logits
 
 
+def pair_logits(hidden: jax.Array, head_VD: jax.Array, pair: tuple[int, int]) -> jax.Array:
+    """Returns logits (..., 2), float32, of two tokens alone."""
+    rows_2D = head_VD[jnp.array(pair)].astype(hidden.dtype)
+    return product(hidden, rows_2D, (hidden.ndim - 1, 1))
+
+
 # --- int8 weights -------------------------------------------------------------------------------
 
 
-def quantise(weight_IO: jax.Array) -> qwix.QArray:
+def quantize(weight_IO: jax.Array) -> qwix.QArray:
     """8-bit integers with one float32 scale for each output: its largest weight is 127."""
     return qwix.quantize(
         weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
     )
 
 
-def is_quantised(weights: Any) -> bool:
-    """Whether any weight of a tree is."""
-    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
-    return any(isinstance(leaf, qwix.QArray) for leaf in leaves)
-
-
-def _quantised_linear(x: jax.Array, weight_OI: qwix.QArray) -> jax.Array:
+def _quantized_linear(x: jax.Array, weight_OI: qwix.QArray) -> jax.Array:
     # Without a barrier XLA turns the weights to floating point once, before a decode loop, which
     # then reads those. The products are in floating point: int8 activations triple the gap.
     x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))

@@ -1,15 +1,13 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): trained where the model's own weights stay
-as they are.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), which are trained in place of the weights.
 
     y = W x + (alpha / rank) B A x        W (out, in), frozen; A (rank, in) normal, B (out, rank) 0
 
-They are float32 whatever the type of W, stacked over layers like the matrices they belong to, and
-merged into them, W + (alpha / rank) B A, wherever a model leaves training: to sample, to export.
+Adapters are float32, whatever the type of W, and stacked over layers like their matrices. They are
+merged into them, W + (alpha / rank) B A, whenever a model leaves training: to sample, to export.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stepwiser_jax.model.block import Block, replace
 from stepwiser_jax.model.linear import linear
 
 
 class Adapter(nnx.Module):
-    """Of one matrix, in one layer or in all of them, stacked."""
+    """The adapter of one matrix, in one layer or in all of them, stacked."""
 
     def __init__(self, weight: nnx.Variable, rank: int, alpha: float, rngs: nnx.Rngs):
         layers, out, width = weight.get_value().shape
@@ -33,56 +32,54 @@ class Adapter(nnx.Module):
         self.scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., in) -> (..., out), what is to be added to W x, in the type of x."""
+        """Returns what is added to W x: (..., in) -> (..., out), in the type of x."""
         return linear(self.scale * linear(x, self.a[...]), self.b[...])
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        """W (..., out, in), of a layer or of all, with the adapter in it; float32."""
+        """Returns W (..., out, in) with the adapter in it, float32."""
         change = jnp.matmul(self.b[...], self.a[...], precision=jax.lax.Precision.HIGHEST)
         return weight.astype(jnp.float32) + self.scale * change
 
 
 def make_adapters(
-    blocks: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+    blocks: Block, *, rank: int, alpha: float, targets: Sequence[str], seed: int
 ) -> nnx.Dict[Adapter]:
-    """An adapter, which changes nothing yet, for each matrix of the blocks that `targets` names."""
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 2**31))  # not the draws of the base
+    """Returns an adapter, which changes nothing yet, for each matrix that `targets` names."""
+    # Another key than that of the base, so that they do not share random numbers.
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 2**31))
     return nnx.Dict({name: Adapter(getattr(blocks, name), rank, alpha, rngs) for name in targets})
 
 
 def with_adapters(model: Any, adapters: nnx.Dict[Adapter]) -> Any:
-    """The same model, and the same arrays, with these adapters; with none it is the base."""
-    model, blocks = copy.copy(model), copy.copy(model.blocks)
-    blocks.adapters, model.blocks = adapters, blocks
-    return model
+    """Returns a `Transformer` with the same arrays and these adapters."""
+    return replace(model, blocks=replace(model.blocks, adapters=adapters))
 
 
 def base_of(model: Any) -> Any:
-    """The model without its adapters: what it was before training, and no copy of it."""
+    """Returns the model without its adapters, as it was before training; it copies nothing."""
     return with_adapters(model, nnx.Dict())
 
 
-def merge_layer(block: Any) -> Any:
-    """A block of one layer with its adapters in its matrices, which are float32 then."""
-    merged = copy.copy(block)
+def merge_block(block: Block) -> Block:
+    """Returns a block of one layer with its adapters merged into its matrices, in float32."""
+    merged = {}
     for name, adapter in block.adapters.items():
         weight = getattr(block, name)
-        setattr(merged, name, weight.replace(adapter.merge(weight[...])))
-    merged.adapters = nnx.Dict()
-    return merged
+        merged[name] = weight.replace(adapter.merge(weight[...]))
+    return replace(block, adapters=nnx.Dict(), **merged)
 
 
 # --- what is trained ----------------------------------------------------------------------------
 
 
 def trained_part(model: Any) -> Any:
-    """What training changes: the adapters where the model has any, else all of it."""
+    """Returns what training changes: the adapters if the model has any, else all of it."""
     adapters = nnx.state(model, nnx.LoRAParam)
     return adapters if jax.tree.leaves(adapters) else model
 
 
 def with_trained(model: Any, trained: Any) -> Any:
-    """The model with another `trained_part`."""
+    """Returns the model with another `trained_part`."""
     if not isinstance(trained, nnx.State):
         return trained
     graphdef, _, frozen = nnx.split(model, nnx.LoRAParam, ...)

@@ -26,12 +26,12 @@ from rich.progress import (
 
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.records import (
+    ChunkedSolution,
     Judgment,
     PrefixValue,
     Rationale,
     Record,
     SearchResult,
-    Segmentation,
     Selection,
     Trajectory,
 )
@@ -44,7 +44,7 @@ SPEED_WINDOW = 20
 
 BLOCK_MEANS: dict[type[Record], tuple[str, Callable[[Any], float]]] = {
     Trajectory: ("right", lambda trajectory: trajectory.is_correct),
-    Segmentation: ("cut", lambda segmentation: bool(segmentation.chunks)),
+    ChunkedSolution: ("cut", lambda solution: bool(solution.chunks)),
     PrefixValue: ("value", lambda value: value.value),
     Rationale: ("kept", lambda rationale: rationale.outcome == "kept"),
     Judgment: ("right", lambda judgment: judgment.reward),

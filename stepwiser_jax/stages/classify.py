@@ -28,7 +28,8 @@ from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset, verdicts_at
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
+from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.judges.classifier import Scorer
 from stepwiser_jax.judges.stepwiser import Solution, judgment_of
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem
@@ -129,7 +130,7 @@ def summarize(
             [p_positive[i] for i in chosen_on], [items[i].first_error for i in chosen_on]
         )
     score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
-    verdicts = [verdicts_at(threshold, p_of_steps) for p_of_steps in p_positive]
+    verdicts = [[verdict_at(threshold, p) for p in p_of_steps] for p_of_steps in p_positive]
     return {
         "items": len(items),
         "threshold": threshold,

@@ -43,8 +43,9 @@ from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.records import JudgeExample, RolloutGroup, SampledRow, Verdict
 from stepwiser_jax.rl.grpo import (
@@ -236,10 +237,10 @@ class GroupCollector:
                 ]
                 trunks.append(Prefix(prompt, forks))
 
-        def is_missing(fork: SampleRequest) -> bool:
-            return fork.row_id not in rows
+        def is_missing(sample: SampleRequest) -> bool:
+            return sample.row_id not in rows
 
-        for ended in engine.sample(trunks, self.params, key=self.key, wanted=is_missing):
+        for ended in engine.sample(trunks, self.params, key=self.key, is_needed=is_missing):
             for done in ended:
                 rows[done.row_id] = SampledRow(done.row_id, tuple(done.ids), tuple(done.logprobs))
             if hosts.all_stop_here(stop.requested):

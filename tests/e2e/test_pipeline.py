@@ -116,7 +116,7 @@ def test_a_classifier_steers_and_selects(runs, tmp_path):
 def test_summaries_tell_what_was_compiled(runs):
     for name, program, shape in (
         ("policy", "jit(train_step)", "train step 8x"),
-        ("rollouts", "jit(decode_segment)", "decode "),
+        ("rollouts", "jit(decode_burst)", "decode "),
         ("judge", "jit(train_step)", "train step 4x320"),
     ):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
@@ -153,7 +153,7 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
-def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
+def test_a_comparison_has_the_scores_of_both_summaries(runs, capsys):
     assert main(["compare-judges", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
     judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]

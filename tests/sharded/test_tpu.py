@@ -17,13 +17,13 @@ pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'"
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.plan.command import make_plan
 from stepwiser_jax.commands.plan.hlo_cost import Collective, program_cost
-from stepwiser_jax.commands.plan.programs import for_decoding, lower_update
+from stepwiser_jax.commands.plan.programs import abstract_decoder, lower_update
 from stepwiser_jax.commands.plan.tpu import abstract_model, abstract_rows, tpu_topology
 from stepwiser_jax.config import Annotate, TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import Attention, attention, segment_mask
-from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.training.batches import Group, rollout_batch
 from tpu_step import JUDGE
 
@@ -75,15 +75,15 @@ def test_prompts_are_read_by_splash_attention_on_tpu(sizes):
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
     attention = attention_of(config, mesh, "bfloat16")
     model = abstract_model(config, mesh, attention, param_dtype="bfloat16", decoding=True)
-    decoder, _ = for_decoding(model, "model")
+    decoder, _ = abstract_decoder(model, "model")
     tokens = abstract_rows(np.zeros((4, LENGTH), np.int32), mesh)
 
     def text_of(read) -> str:
         return jax.jit(read).lower(decoder, tokens).compile().as_text()
 
-    for_cache = text_of(lambda model, tokens: Transformer.read(model, tokens)[1])
+    for_cache = text_of(lambda decoder, tokens: Decoder.prefill(decoder, tokens)[1])
     for text, layers in (
-        (text_of(Transformer.read), config.num_layers),
+        (text_of(Decoder.prefill), config.num_layers),
         (for_cache, config.num_layers - 1),
     ):
         assert text.count('custom_call_target="tpu_custom_call"') == layers
@@ -163,10 +163,10 @@ def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
     for layers in (2, 4, 12):
         status, plans[layers] = planned(tmp_path, layers, capsys)
         assert status == 0 and plans[layers]["fits"]
-    for name in ("prefill", "decode segment", "train step"):
+    for name in ("prefill", "decode burst", "train step"):
         few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 12))
         assert few["flops"] + (more["flops"] - few["flops"]) * 5 == pytest.approx(many["flops"])
-        # Of so small a model a decode segment is partly held on the chip, and a train step's
+        # Of so small a model a decode burst is partly held on the chip, and a train step's
         # temporaries are packed otherwise for 12 layers than for 4: each adds what it saves.
         part = {"prefill": "total", "train step": "arguments"}.get(name)
         if part is not None:
@@ -205,7 +205,7 @@ def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
             "mesh": {"data": 4},
         }
         config = Annotate.model_validate(settings)
-        (need,) = make_plan("annotate", config, "v5e:2x2", only="decode segment").needs
+        (need,) = make_plan("annotate", config, "v5e:2x2", only="decode burst").needs
         assert need.cost is not None
         return need.cost.flops / need.cost.hbm_bytes
 
@@ -228,5 +228,5 @@ def test_what_is_too_large_exits_with_1(tmp_path, capsys):
     )
     assert status == 1 and not plan["fits"]
     too_large = {name for name, entry in plan["programs"].items() if not entry["fits"]}
-    assert "decode segment" in too_large and "train step" not in too_large
-    assert "lower engine.rows" in plan["programs"]["decode segment"]["change"]
+    assert "decode burst" in too_large and "train step" not in too_large
+    assert "lower engine.rows" in plan["programs"]["decode burst"]["change"]

@@ -10,9 +10,11 @@ from flax import nnx
 
 from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import Sampler
-from stepwiser_jax.model.transformer import Transformer, quantise
+from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.linear import quantize
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import token_logprobs
 from tiny import tiny_config
 
@@ -48,7 +50,7 @@ def rounded(model):
     def of_layers(x):
         if x.ndim < 3:
             return x
-        return jnp.stack([qwix.dequantize(quantise(matrix.T)).T for matrix in x])
+        return jnp.stack([qwix.dequantize(quantize(matrix.T)).T for matrix in x])
 
     model = nnx.merge(*nnx.split(model))
     model.blocks = jax.tree.map(of_layers, model.blocks)
@@ -57,7 +59,7 @@ def rounded(model):
 
 def test_weights_are_off_by_half_a_step_at_most():
     weight_IO = jnp.asarray(RNG.normal(0, 1, (32, 5)) * [1, 10, 0.1, 1e-3, 0], jnp.float32)
-    found = quantise(weight_IO)
+    found = quantize(weight_IO)
     step_O = np.abs(weight_IO).max(axis=0) / 127
     assert found.qvalue.dtype == jnp.int8
     assert found.scale.shape == (1, 5)
@@ -69,18 +71,18 @@ def test_weights_are_off_by_half_a_step_at_most():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_only_the_matrices_of_the_blocks_are_int8(family):
     model = Transformer(tiny_config(family), rngs=nnx.Rngs(0))
-    for block in decoding_layout(model, "int8").blocks:
+    for block in Decoder.from_transformer(model, "int8").blocks:
         matrices = [block.q, block.k, block.v, block.o, block.gate, block.up, block.down]
         assert all(matrix[...].qvalue.dtype == jnp.int8 for matrix in matrices)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(block)} == {"int8", "float32"}
         assert len(jax.tree.leaves(block)) == len(jax.tree.leaves(model.blocks)) + len(matrices)
-    assert decoding_layout(model, "int8").embed[...].dtype == jnp.float32
+    assert Decoder.from_transformer(model, "int8").embed_VD.dtype == jnp.float32
 
 
 def test_a_model_for_decoding_keeps_its_weights_or_is_refused(tiny_model):
     for weights, other in (("model", "int8"), ("int8", "model")):
-        model = decoding_layout(tiny_model, weights)
-        assert decoding_layout(model, weights) is model
+        model = Decoder.from_transformer(tiny_model, weights)
+        assert Engine(model, weights=weights, **SHAPES).model is model
         with pytest.raises(ValueError, match=f"weights '{other}', found one with '{weights}'"):
             Engine(model, weights=other, **SHAPES)
 
@@ -104,10 +106,10 @@ def test_the_engine_samples_what_the_sampler_does(tiny_model):
         assert_drawn(rounded(tiny_model), prompts_B, IDS, PARAMS, jax.random.key(7), output)
 
 
-def test_other_weights_are_quantised_too_and_compile_nothing(tiny_model):
+def test_other_weights_are_quantized_too_and_compile_nothing(tiny_model):
     engine = Engine(tiny_model, weights="int8", **SHAPES)
     first = sample(engine)
-    programs = (engine_module.read_trunks, engine_module.decode_segment)
+    programs = (engine_module.prefill, engine_module.decode_burst)
     warm = [program._cache_size() for program in programs]
     other_model = jax.tree.map(lambda x: x * 1.3, tiny_model)
     second = sample(engine.with_model(other_model))

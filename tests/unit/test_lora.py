@@ -19,12 +19,13 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import Sampler
 from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
     Adapter,
     base_of,
     make_adapters,
-    merge_layer,
+    merge_block,
     trained_part,
     with_adapters,
     with_trained,
@@ -126,13 +127,15 @@ def test_adapters_are_merged_wherever_a_model_leaves_training(tmp_path):
     ]
     np.testing.assert_array_equal(samples[0].tokens_BC, samples[1].tokens_BC)
     assert not np.array_equal(samples[1].tokens_BC, samples[2].tokens_BC)
-    int8 = [m.for_decoding("int8").blocks[1].gate[...].qvalue for m in (model, expected)]
+    int8 = [
+        Decoder.from_transformer(m, "int8").blocks[1].gate[...].qvalue for m in (model, expected)
+    ]
     assert jnp.max(jnp.abs(int8[0].astype(int) - int8[1].astype(int))) <= 1  # rounding
 
 
 def test_merging_is_in_float32():
     model = adapted(base_model(param_dtype=jnp.bfloat16))
-    block = merge_layer(jax.tree.map(lambda x: x[0], model.blocks))
+    block = merge_block(jax.tree.map(lambda x: x[0], model.blocks))
     assert block.gate[...].dtype == jnp.float32
     assert block.mlp_norm[...].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(model.adapters)} == {jnp.dtype("float32")}

@@ -16,6 +16,7 @@ from stepwiser_jax.model import transformer
 from stepwiser_jax.model.attention import LONG_ROW, save_attention
 from stepwiser_jax.model.attention.cudnn import CUDNN
 from stepwiser_jax.model.attention.splash import SPLASH
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
@@ -86,11 +87,11 @@ def test_extending_a_cache_equals_the_whole_forward(model):
     lengths = jnp.array([3, 7, 5])
     padded = jnp.stack([jnp.pad(row, (0, 8 - len(row)), constant_values=63) for row in rows])
     cache = KVCache.create(model.config, 3, 16, jnp.dtype("float32"))
-    decoder = model.for_decoding()
-    _, cache = decoder.extend(padded, lengths, cache)
+    decoder = Decoder.from_transformer(model)
+    _, cache = decoder.append(padded, lengths, cache)
     for step in (1, 3):
         new = tokens(3, step, seed=10 + step)
-        hidden, cache = decoder.extend(new, jnp.full((3,), step), cache)
+        hidden, cache = decoder.append(new, jnp.full((3,), step), cache)
         rows = [jnp.concatenate([row, new[b]]) for b, row in enumerate(rows)]
         for b, row in enumerate(rows):
             expected = logits(model, row[None])[0, -step:]
@@ -99,12 +100,12 @@ def test_extending_a_cache_equals_the_whole_forward(model):
 
 def test_reading_equals_extending_an_empty_cache(model):
     """Through the attention of training, by visible blocks too."""
-    decoder = model.for_decoding()
+    decoder = Decoder.from_transformer(model)
     for length in (8, LONG_ROW + 20):
         padded = tokens(2, length)
         cache = KVCache.create(model.config, 2, length, jnp.dtype("float32"))
-        expected = decoder.extend(padded, jnp.full((2,), length), cache)
-        found = jax.jit(type(decoder).read)(decoder, padded)
+        expected = decoder.append(padded, jnp.full((2,), length), cache)
+        found = jax.jit(Decoder.prefill)(decoder, padded)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -112,12 +113,12 @@ def test_reading_equals_extending_an_empty_cache(model):
 @one_family
 def test_a_rewound_row_equals_a_fresh_one(model):
     prompt = tokens(1, 6)
-    decoder = model.for_decoding()
+    decoder = Decoder.from_transformer(model)
     cache = KVCache.create(model.config, 1, 12, jnp.dtype("float32"))
-    _, cache = decoder.extend(prompt, jnp.array([6]), cache)
+    _, cache = decoder.append(prompt, jnp.array([6]), cache)
     cache = cache.rewind(jnp.array([2]))
     new = tokens(1, 3, seed=5)
-    hidden, _ = decoder.extend(new, jnp.array([3]), cache)
+    hidden, _ = decoder.append(new, jnp.array([3]), cache)
     expected = model(jnp.concatenate([prompt[:, :2], new], 1))[:, 2:]
     np.testing.assert_allclose(model.logits(hidden), expected, atol=2e-5)
 

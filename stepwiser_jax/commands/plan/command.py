@@ -147,7 +147,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
     found: dict[str, int | None] = {}
     if hasattr(config, "engine"):
         rows = [shards * 2**n for n in range(13)]
-        found["engine.rows"] = largest(rows, lambda n: fits("decode segment", "engine", rows=[n]))
+        found["engine.rows"] = largest(rows, lambda n: fits("decode burst", "engine", rows=[n]))
     if isinstance(config, TrainJudge | Sft | TrainClassifier):
         total = (
             config.prompts_per_iteration // config.updates_per_iteration

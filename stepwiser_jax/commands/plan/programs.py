@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from stepwiser_jax.commands.plan.hlo_cost import Cost, KernelCost
 from stepwiser_jax.commands.plan.hlo_text import Instruction
@@ -52,20 +51,20 @@ from stepwiser_jax.distributed.loading import (
 from stepwiser_jax.distributed.mesh import make_sampling_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import (
-    SHARED_BY,
     Engine,
-    Rows,
-    decode_segment,
+    StartingRows,
+    decode_burst,
     empty_state,
-    read_trunks,
+    prefill,
     state_sharding,
 )
-from stepwiser_jax.inference.params import Weights
+from stepwiser_jax.inference.scheduler import choose_grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
 from stepwiser_jax.model.lora import base_of
-from stepwiser_jax.model.transformer import Transformer, layer_for_decoding
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import default_slices
 from stepwiser_jax.stages.sft import sft_train_step
 from stepwiser_jax.stages.train_classifier import classifier_train_step
@@ -386,23 +385,28 @@ def _gather(
     )
 
 
-def for_decoding(model: Transformer, weights: Weights) -> tuple[Transformer, Any]:
-    """What `Transformer.for_decoding` gives, and the program, lowered, that it runs for each layer:
-    the compiler says where a layer's matrices then lie."""
-    lowered = layer_for_decoding.lower(
+def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any]:
+    """Returns what `Decoder.from_transformer` gives, and the lowered program that it runs for each
+    layer: the compiler says where the layer's matrices then lie."""
+    lowered = convert_layer.lower(
         model.blocks,
         jax.ShapeDtypeStruct((), jnp.int32),
         dtype=model.compute_dtype,
         weights=weights,
     )
     of_layer = lowered.compile().output_shardings
-    decoder = jax.eval_shape(lambda model: model.for_decoding(weights), model)
-    decoder.blocks = nnx.List([jax.tree.map(placed, block, of_layer) for block in decoder.blocks])
-    for name in ("embed", "norm", "head"):
-        if hasattr(model, name):
-            kept = jax.tree.map(lambda x: x.sharding, getattr(model, name))
-            setattr(decoder, name, jax.tree.map(placed, getattr(decoder, name), kept))
-    return decoder, lowered
+    decoder = jax.eval_shape(lambda model: Decoder.from_transformer(model, weights), model)
+
+    def placed_like(leaf: Any, kept: Any) -> Any:
+        return None if leaf is None else placed(leaf, kept.get_value().sharding)
+
+    return dataclasses.replace(
+        decoder,
+        blocks=tuple(jax.tree.map(placed, block, of_layer) for block in decoder.blocks),
+        embed_VD=placed_like(decoder.embed_VD, model.embed),
+        norm_D=placed_like(decoder.norm_D, model.norm),
+        untied_head_VD=placed_like(decoder.untied_head_VD, model.head),
+    ), lowered
 
 
 def _of_sampling(
@@ -416,27 +420,29 @@ def _of_sampling(
     prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
-    """`per_wave`: trunks, and rows of each, sampled together. `prompt`: tokens of the longest, by
+    """`per_wave`: prefixes, and samples of each, run together. `prompt`: tokens of the longest, by
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
     of_judge = isinstance(config, TrainJudge)
     copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
     model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
-    decoder, reshard = for_decoding(model, engine_config.weights)
+    decoder, reshard = abstract_decoder(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
     prompt = prompt or max(1, engine.shapes.max_length - new)
     slots = engine.shapes.bucket(prompt)
-    P, R = engine.first_grid(*per_wave, SHARED_BY)
-    B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
-    state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
+    grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
+    B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
+    state = jax.eval_shape(
+        lambda: empty_state(decoder, None, grid, slots, new, engine.suffix_dtype)
+    )
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
-    at_once = min(P, engine.read_at_once(slots))
+    at_once = min(grid.slots, engine.read_at_once(slots))
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
     )
     ints, numbers = np.zeros((B,), np.int32), np.zeros((B,), np.uint32)
-    start = abstract_rows(Rows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
+    start = abstract_rows(StartingRows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
     draw = jax.eval_shape(
         lambda: TokenSampler.create(
             jax.random.key(0), sampling.temperature, sampling.top_k, sampling.top_p
@@ -464,7 +470,7 @@ def _of_sampling(
             "prefill",
             functools.partial(
                 _lower,
-                read_trunks,
+                prefill,
                 of_mesh,
                 decoder,
                 state,
@@ -478,10 +484,10 @@ def _of_sampling(
             kernel=_splash(model_config, np.ones(slots, np.int32)),
         ),
         Program(
-            "decode segment",
+            "decode burst",
             functools.partial(
                 _lower,
-                decode_segment,
+                decode_burst,
                 of_mesh,
                 decoder,
                 state,
@@ -496,8 +502,9 @@ def _of_sampling(
             useful_flops=B * sampled,
             change=change,
             resident=held,
-            loops={"jit(decode_segment)/while": new},
+            loops={"jit(decode_burst)/while": new},
         ),
     ]
-    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {P} x {R} rows"
+    shape = f"{grid.slots} x {grid.rows_per_slot}"
+    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {shape} rows"
     return Programs(programs, work, waves)

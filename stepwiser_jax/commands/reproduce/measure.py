@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from stepwiser_jax.commands.compare_judges import contrast_runs
 from stepwiser_jax.commands.quickstart import label_quality, timed
 from stepwiser_jax.commands.reproduce.claims import CLAIMS, CLIP_PAIR, Claim
 from stepwiser_jax.commands.reproduce.experiments import (
@@ -34,11 +33,11 @@ from stepwiser_jax.commands.reproduce.experiments import (
     every_stage,
 )
 from stepwiser_jax.config import STAGE_CONFIGS, Search, read_run_settings, validate
-from stepwiser_jax.evaluation.statistics import paired_bootstrap
+from stepwiser_jax.evaluation.paired import compare_runs
+from stepwiser_jax.evaluation.statistics import paired_bootstrap, right_by_problem
 from stepwiser_jax.record_io import atomic_write, check_run_file, read_records
 from stepwiser_jax.records import SearchResult, Trajectory
 from stepwiser_jax.runs.metrics import read_metrics
-from stepwiser_jax.stages.rollout import right_by_problem
 from stepwiser_jax.stages.search import solved_by_method
 from stepwiser_jax.tasks import arithmetic
 
@@ -165,7 +164,7 @@ def paired_p(runs: SeedRuns, claim: Claim) -> float:
         return paired_bootstrap(worse, better, np.mean, seed=0).p
     names = (name.removeprefix("judge/") for name in (claim.worse, claim.better))
     worse, better = (runs.run_dir / f"{name}_score" for name in names)
-    return contrast_runs(worse, better, votes=False)["average"]["difference_p"]
+    return compare_runs(worse, better, votes=False)["average"]["difference_p"]
 
 
 def tune(run_dir: Path) -> dict[str, Any]:
