@@ -9,9 +9,8 @@ from stepwiser_jax.records import Verdict
 class ShortChunks:
     """Accepts chunks of at most `args.words` words."""
 
-    compiled_shapes = Counter()
-
     def __init__(self, config, *, mesh, seed, name):
+        self.compiled_shapes = Counter()
         self.judge_id, self.words = config.path, config.args["words"]
 
     def measured(self, made):
