@@ -1,8 +1,12 @@
-"""A judge and a search method of a user's own, named in a config: no file of ours is touched."""
+"""The judge and the search method of docs/extending.md, named in a config."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from stepwiser_jax.config import load_config
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -13,21 +17,25 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import SearchResult
 from stepwiser_jax.stages import search
 
-JUDGE = {"kind": "stand_in_search:ShortChunks", "path": "mine", "args": {"words": 3}}
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 
-def config_of(tmp_path, **changes):
-    tree = {
+@pytest.fixture
+def config_of(tmp_path, monkeypatch):
+    """Writes the examples' modules; returns a function that makes the config which names them."""
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {}
+    for section in ("A judge", "A search method"):
+        (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+        (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+        (named,) = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)
+        file = tmp_path / code.split()[1]
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+        settings |= yaml.safe_load(named)
+    settings |= {
         "policy": {"path": "arithmetic"},
         "problems": {"source": "arithmetic", "split": "dev", "limit": 2},
-        "judge": JUDGE,
-        "own": {
-            "drop_rejected": {
-                "method": "stand_in_search:drop_rejected",
-                "args": {"keep": 2},
-                "beams": 2,
-            }
-        },
         "prompt_style": "bare",
         "majority": [1],
         "max_attempts": 2,
@@ -35,21 +43,27 @@ def config_of(tmp_path, **changes):
         "sampling": {"max_new_tokens": 8},
         "engine": {"rows": [4], "buckets": [64]},
     }
-    file = tmp_path / "search.yaml"
-    file.write_text(json.dumps(tree | changes))
-    return load_config("search", file)
+
+    def config(**changes):
+        file = tmp_path / "search.yaml"
+        file.write_text(json.dumps(settings | changes))
+        return load_config("search", file)
+
+    yield config
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
+        del sys.modules[name]
 
 
-def test_a_search_with_a_judge_and_a_method_of_ones_own(tmp_path):
-    summary = search.run(config_of(tmp_path), tmp_path / "run")
+def test_a_search_with_a_judge_and_a_method_of_ones_own(tmp_path, config_of):
+    summary = search.run(config_of(), tmp_path / "run")
     results = read_records(tmp_path / "run", SearchResult)
-    methods = {"greedy", "chunk_reset", "drop_rejected", "sample0"}
+    methods = {"greedy", "chunk_reset", "keep_accepted", "sample0"}
     assert {result.method for result in results} == methods and len(results) == 2 * len(methods)
-    assert "accuracy" in summary["drop_rejected"]
+    assert "accuracy" in summary["keep_accepted"]
 
 
-def test_a_judge_of_ones_own_reads_its_settings(tmp_path):
-    judge = load_judge(config_of(tmp_path).judge, mesh=make_mesh(), seed=0)
+def test_a_judge_of_ones_own_reads_its_settings(config_of):
+    judge = load_judge(config_of().judge, mesh=make_mesh(), seed=0)
     (found,) = judge([Solution("s", "q", ["one two", "one two three four", "a"], start=1)])
     assert [judgment.p_positive for judgment in found] == [0.0, 1.0]
 
@@ -57,10 +71,10 @@ def test_a_judge_of_ones_own_reads_its_settings(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge": JUDGE | {"kind": "stand_in_search:Nobody"}}, "has no 'Nobody'"),
+        ({"judge": {"kind": "mypackage.short_chunks:No", "path": "x"}}, "has no 'No'"),
         ({"own": {"x": {"method": "no_such_module:f"}}}, "no module 'no_such_module'"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, changes, message):
+def test_what_is_not_there_is_named(tmp_path, config_of, changes, message):
     with pytest.raises(UserError, match=message):
-        search.run(config_of(tmp_path, **changes), tmp_path / "run")
+        search.run(config_of(**changes), tmp_path / "run")
