@@ -39,7 +39,7 @@ def main() -> None:
     from stepwiser_jax.config import TrainJudge, validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
-    from stepwiser_jax.model.lora import trained_part
+    from stepwiser_jax.model.lora import trainable
     from stepwiser_jax.rl.grpo import group_advantages
     from stepwiser_jax.rl.rollouts import RolloutGroup
     from stepwiser_jax.rl.update import make_objective
@@ -61,7 +61,7 @@ def main() -> None:
         config = validate(TrainJudge, tree, "the benchmark")
         schedule = make_schedule(config.training.optimizer, 1)
         optimizer = make_optimizer(config.training.optimizer, schedule)
-        model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+        model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
         state = create_train_state(model, optimizer, mesh)
         logprobs = [np.full(LENGTH, -1.0)] * SAMPLES
         groups = [
@@ -79,7 +79,7 @@ def main() -> None:
         programs[name] = step.lower(state, batches[name]).compile()
         states[name] = state
         memory = programs[name].memory_analysis()
-        trained = sum(leaf.size for leaf in jax.tree.leaves(trained_part(model)))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable(model)))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         sizes = (held, memory.temp_size_in_bytes, held + memory.temp_size_in_bytes)
         state_mib, temporary_mib, all_mib = (size / 2**20 for size in sizes)

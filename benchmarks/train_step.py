@@ -56,7 +56,7 @@ RIVALS = {"trl": "trl_update.py"}
 def settings(model_dir: str) -> dict[str, Any]:
     """A judge's: each group in a row of its own, its prompt once."""
     return {
-        "model": {"path": model_dir, "compute_dtype": "bfloat16"},
+        "model": {"path": model_dir, "dtype": "bfloat16"},
         "examples": "",
         "iterations": 1,
         "prompts_per_iteration": len(PROMPTS),
@@ -95,7 +95,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     mesh = make_mesh()
     schedule = make_schedule(config.training.optimizer, 1)
     optimizer = make_optimizer(config.training.optimizer, schedule)
-    model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+    model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
     state = create_train_state(model, optimizer, mesh)
     del model
     objective = make_objective(config.grpo, correction="none", temperature=1.0, remat=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepwiser_jax import plugins
-from stepwiser_jax.config import SftData
+from stepwiser_jax.config import DataSource
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import KIND, read_manifest, read_records
 from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
@@ -22,7 +22,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer
 Demonstrations = list[SftExample] | list[Dialogue]
 
 
-def load_demonstrations(data: SftData, style: PromptStyle) -> Demonstrations:
+def load_demonstrations(data: DataSource, style: PromptStyle) -> Demonstrations:
     """Returns demonstrations of a file, of a finished run, or of a function.
 
     Raises:
@@ -32,10 +32,10 @@ def load_demonstrations(data: SftData, style: PromptStyle) -> Demonstrations:
         examples = read_demonstrations(data.source, style)
     else:
         make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
-        examples = make(count=data.count, seed=data.seed, style=style)
+        examples = make(count=data.limit, seed=data.seed, style=style)
     if not examples:
         raise UserError(f"expected examples in {data.source}, found none")
-    return examples[: data.count]
+    return examples[: data.limit]
 
 
 def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:

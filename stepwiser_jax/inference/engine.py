@@ -47,7 +47,6 @@ from stepwiser_jax.inference.scheduler import (
     Scheduler,
 )
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
-from stepwiser_jax.model.attention.cpu import suffix_dtype
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
@@ -145,12 +144,6 @@ class Engine(Sampler):
             output.stop_reason_B[b] = done.stop_reason
         return output
 
-    @property
-    def suffix_dtype(self) -> Any:
-        """The type of the suffix cache's keys and values."""
-        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        return suffix_dtype(platform or jax.default_backend(), self.model.compute_dtype)
-
     def sample(
         self,
         prefixes: Sequence[Prefix],
@@ -225,7 +218,7 @@ class Engine(Sampler):
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
         new = params.max_new_tokens
         state = empty_state(
-            self.model, self.mesh, scheduler.grid, prefix_tokens, new, self.suffix_dtype
+            self.model, self.mesh, scheduler.grid, prefix_tokens, new, self.model.suffix_dtype
         )
         finished: list[Completion] = []
         while scheduler.has_work:

@@ -19,7 +19,7 @@ import numpy as np
 
 from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -100,7 +100,7 @@ class RolloutSampler:
     def weights(self, model: Any) -> Iterator[None]:
         """Samples with these parameters inside the block. Their copy for decoding is freed at its
         end, before an update needs the memory."""
-        self._param_hash = fingerprint(model)
+        self._param_hash = param_hash(model)
         with jax.set_mesh(self.mesh):
             self._loaded_engine = self.engine.with_model(decoding_copy(model, self.mesh))
         try:

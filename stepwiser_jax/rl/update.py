@@ -85,6 +85,10 @@ def completion_logprobs(
 # --- the loss -----------------------------------------------------------------------------------
 
 
+DUAL_CLIP = 3.0
+"""Bounds the loss of a token with a negative advantage, as in verl."""
+
+
 def make_objective(
     grpo: Grpo, *, correction: Correction, temperature: float, remat: bool
 ) -> tuple[Loss, Callable[[RolloutBatch], dict[str, jax.Array]]]:
@@ -154,7 +158,7 @@ def policy_loss(
         mask_BT,
         clip_eps_low=grpo.clip_eps_low,
         clip_eps_high=grpo.clip_eps_high,
-        dual_clip=grpo.dual_clip,
+        dual_clip=DUAL_CLIP,
         kl_coef=grpo.kl_coef,
         reference_logprobs_BT=batch.reference_logprobs_BT,
         importance_weights_BT=weights_BT,

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -60,6 +59,15 @@ from stepwiser_jax.runs.storage import check_writable
 LOCK_SECONDS = 120
 """How long a process waits for a lock: a machine that was lost keeps its locks on a shared file
 system for about a minute and a half."""
+
+
+def _setting(tree: dict[str, Any], name: str) -> Any:
+    """Returns the setting `a.b` of a dumped config, None if it is not there."""
+    *groups, last = name.split(".")
+    for group in groups:
+        tree = tree.get(group) or {}
+    return tree.get(last)
+
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -135,7 +143,7 @@ class RunDirectory:
         Raises UserError if its learning rates depend on its length.
         """
         for name in settings_marked(self.config, OnResume.LONGER):
-            before, now = found.get(name), self._settings.get(name)
+            before, now = _setting(found, name), _setting(self._settings, name)
             training = found.get("training")
             if before is None or (training is not None and now is None):  # all of it; or by epochs
                 continue
@@ -336,18 +344,6 @@ def blocks(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def per_item(seconds: float, items: int) -> float | None:
     """Returns seconds per item that this process did; None if a restarted run had none to do."""
     return seconds / items if items else None
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees. XLA's CPU buffers are larger than malloc's threshold for
-    mapping fresh pages, so that by default every step of a small model spends as long in page
-    faults as in arithmetic. Nothing happens on other C libraries."""
-    trim_threshold, mmap_threshold, top_pad = -1, -3, -2
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, 1 << 26)
 
 
 def peak_memory_bytes() -> int:

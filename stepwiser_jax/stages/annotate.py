@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.data.datasets import shuffled
+from stepwiser_jax.data.rows import shuffled
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -55,7 +55,7 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[
     directory.begin()
     sampled = read_records(config.rollouts, Trajectory)
     trajectories, dropped = select_trajectories(config, sampled)
-    work = blocks(trajectories, config.trajectories_per_block)
+    work = blocks(trajectories, config.block_size)
     work = directory.pending(work, PrefixValue, prefix_ids)
     measured = annotate_blocks(config, directory, trajectories, work, sampled) if work else {}
     writer = directory.writer(PrefixValue)
@@ -77,7 +77,7 @@ def annotate_blocks(
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+        **config.policy.load_args, weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
@@ -268,7 +268,7 @@ class Counts:
                 for prefix in (before, behind):
                     self.pairs_at[prefix.sampling_id].append((before, behind))
         if adaptive is not None:
-            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.parameters)
+            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.rule_args)
 
     def add(self, prefix: ChunkPrefix, is_right: bool) -> None:
         self.right[prefix.sampling_id] += is_right

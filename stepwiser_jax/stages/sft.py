@@ -3,7 +3,8 @@ judge learns the form of a judgment before GRPO, or, of GenPRM's form, all that 
 
     demonstrations -> token ids, and which are learned -> packed TokenBatch -> cross-entropy
 
-Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face directory).
+Reads `examples` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face
+directory).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
-    examples = load_demonstrations(config.data, config.prompt_style)
+    examples = load_demonstrations(config.examples, config.prompt_style)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
-    loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_training(**config.model.load_args, mesh=mesh, seed=config.seed)
     tokenizer = loaded.tokenizer
     encoded = (encode_demonstration(x, tokenizer, config.prompt_style) for x in examples)
     documents, too_long = fitting_documents(

@@ -5,7 +5,7 @@
 
 Only the answers are learned; one pass over a solution learns, and scores, all of its chunks.
 
-1. The loss is over the two signs, not the vocabulary (`judges/classifier_loss.py`).
+1. The loss is over the two signs, not the vocabulary (`judges/classifier.py`).
 2. Hard labels stand in the conversation as the answers, as RLHFlow has it, and + if a chunk has no
    label; scoring puts + everywhere. With soft labels, or a scalar head, every answer is +: it only
    marks where to read, as in Math-Shepherd. Chunks after the last label are left out.
@@ -33,10 +33,9 @@ from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.distributed.loading import Loaded, load_for_training, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.classifier_loss import classifier_loss
+from stepwiser_jax.judges.classifier import classifier_loss, encode_solution, sign_ids
 from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.text.prompts import encode_solution, sign_ids
 from stepwiser_jax.text.tokenizer import Tokenizer
 from stepwiser_jax.training.batches import (
     Document,
@@ -96,17 +95,18 @@ def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dic
     """Returns the examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
     examples = load_classifier_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected classifier examples in {config.examples}, found none")
-    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+        raise UserError(f"expected classifier examples in {config.examples.source}, found none")
+    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
+    return examples, dict(dropped)
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
     """Returns the model to train, with a new scalar head if it is to have one and has none."""
     scalar = config.head == "scalar"
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)
     if not scalar or loaded.model.config.classifier:
         return loaded

@@ -66,7 +66,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     directory.begin()
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     load_model = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load_model()
     examples, dropped = load_examples(config, loaded)
@@ -133,11 +133,11 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     """
     dropped: Counter[str] = Counter()
     examples = load_judge_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected judge examples in {config.examples}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
+        raise UserError(f"expected judge examples in {config.examples.source}, found none")
+    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
     fitting = [
         example
         for example in examples
@@ -145,8 +145,8 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples} is left: {len(examples)} were read, all have "
-            f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
+            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return fitting, {"too_long": len(examples) - len(fitting)} | dropped
 

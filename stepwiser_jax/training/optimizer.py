@@ -10,6 +10,8 @@ from flax import nnx
 
 from stepwiser_jax.config import Optimizer
 
+CLIP_NORM, B1 = 1.0, 0.9
+
 
 def make_schedule(settings: Optimizer, total_updates: int) -> optax.Schedule:
     """Returns the learning rate by update: a linear warm-up, then constant or a cosine."""
@@ -31,10 +33,10 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW (arXiv 1711.05101) after clipping by the global norm."""
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        optax.clip_by_global_norm(CLIP_NORM),
         optax.adamw(
             schedule,
-            b1=settings.b1,
+            b1=B1,
             b2=settings.b2,
             weight_decay=settings.weight_decay,
             mask=decay_mask,

@@ -3,7 +3,7 @@
 Gradients, loss and metrics of micro-batches are sums over a normalizer taken from the whole batch,
 so they add up exactly, however the batch is cut. An update whose gradients are not finite is
 skipped and counted: parameters, moments and the schedule's step stay as they were. If the model has
-adapters, gradients, moments and updates are theirs alone (`lora.trained_part`).
+adapters, gradients, moments and updates are theirs alone (`lora.trainable`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from stepwiser_jax.distributed.mesh import put, replicated
-from stepwiser_jax.model.lora import trained_part, with_trained
+from stepwiser_jax.model.lora import trainable, with_trainable
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
@@ -42,7 +42,7 @@ def create_train_state(
 ) -> TrainState:
     """Returns the state before the first update. Moments are created with the sharding of their
     parameters, never whole on one device."""
-    whole, trained = replicated(mesh), trained_part(model)
+    whole, trained = replicated(mesh), trainable(model)
     shardings = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -86,7 +86,7 @@ def make_train_step(
         grads, metrics = accumulate(loss_fn, normalizer_fn, state.model, batch, micro_batches)
         norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(jnp.asarray(norm))
-        trained = trained_part(state.model)
+        trained = trainable(state.model)
 
         def update() -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -101,7 +101,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": skipped,
         }
-        model = with_trained(state.model, updated)
+        model = with_trainable(state.model, updated)
         return TrainState(model, opt_state, state.step + 1, state.skipped + skipped), metrics
 
     return train_step
@@ -117,10 +117,10 @@ def accumulate(
     """Returns gradients of what is trained, and metrics, of the whole batch, from one micro-batch
     at a time. Micro-batches at its end that are padding take no time. Metrics named `*_max` must
     not be negative."""
-    normalizer, trained = normalizer_fn(batch), trained_part(model)
+    normalizer, trained = normalizer_fn(batch), trainable(model)
 
     def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
-        return loss_fn(with_trained(model, trained), rows, normalizer)
+        return loss_fn(with_trainable(model, trained), rows, normalizer)
 
     if micro_batches == 1:
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)

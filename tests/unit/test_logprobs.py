@@ -16,6 +16,8 @@ from stepwiser_jax.training.batches import TokenBatch, pack_groups
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from tiny import rollout_group, tiny_config
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -19,7 +19,7 @@ from stepwiser_jax.distributed.loading import decoding_copy, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import Sampler
-from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
@@ -27,9 +27,9 @@ from stepwiser_jax.model.lora import (
     base_of,
     make_adapters,
     merge_block,
-    trained_part,
+    trainable,
     with_adapters,
-    with_trained,
+    with_trainable,
 )
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_io import write_records
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_dense_matrices_by_the_chain_rule(micro_batch
     model = adapted(base_model())
     of_dense = gradients(dense(model), batch())
     found = gradients(model, batch(), micro_batches, remat)
-    assert jax.tree.structure(found) == jax.tree.structure(trained_part(model))
+    assert jax.tree.structure(found) == jax.tree.structure(trainable(model))
     for name, adapter in model.adapters.items():
         grad = ALPHA / RANK * getattr(of_dense.blocks, name)[...]
         expected_a = np.einsum("lor,loi->lri", adapter.b[...], grad)
@@ -175,7 +175,7 @@ def test_gradients_of_frozen_weights_are_never_made():
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_updates_leave_the_base_alone(micro_batches):
     model = adapted(base_model(param_dtype=jnp.bfloat16), moved=False)
-    base, before = jax.device_get((base_of(model), trained_part(model)))
+    base, before = jax.device_get((base_of(model), trainable(model)))
     settings = Optimizer(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(settings, lambda _: 1e-2)
     state = create_train_state(model, optimizer, make_mesh())
@@ -193,7 +193,7 @@ def test_updates_leave_the_base_alone(micro_batches):
     assert losses[-1] < 0.9 * losses[0]
     for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(base_of(state.model)), strict=True):
         np.testing.assert_array_equal(a, b)
-    after = jax.tree.leaves(trained_part(state.model))
+    after = jax.tree.leaves(trainable(state.model))
     for a, b in zip(jax.tree.leaves(before), after, strict=True):
         assert not np.array_equal(a, b)
     moments = optax.tree.get(state.opt_state, "mu"), optax.tree.get(state.opt_state, "nu")
@@ -205,7 +205,7 @@ def test_updates_leave_the_base_alone(micro_batches):
 def test_adapters_decay_like_matrices():
     model = adapted(base_model())
     transform = make_optimizer(Optimizer(learning_rate=1.0, weight_decay=0.5), lambda _: 1.0)
-    trained = trained_part(model)
+    trained = trainable(model)
     zeros = jax.tree.map(jnp.zeros_like, trained)
     updates, _ = transform.update(zeros, transform.init(trained), trained)
     for update, x in zip(jax.tree.leaves(updates), jax.tree.leaves(trained), strict=True):
@@ -214,14 +214,14 @@ def test_adapters_decay_like_matrices():
 
 def test_a_model_without_adapters_is_trained_whole():
     model = base_model()
-    assert trained_part(model) is model
+    assert trainable(model) is model
     other = jax.tree.map(lambda x: x + 1, model)
-    assert with_trained(model, other) is other
+    assert with_trainable(model, other) is other
 
 
 def test_plan_knows_the_adapters():
     mesh, lora = make_mesh(1, 2, 2), {"rank": RANK, "alpha": ALPHA, "targets": ALL}
-    model = abstract_model(tiny_config(), mesh, XLA, param_dtype="bfloat16", lora=lora)
+    model = abstract_model(tiny_config(), mesh, PLAIN, param_dtype="bfloat16", lora=lora)
     real = adapted(base_model("llama"))
     for leaf, expected in zip(
         jax.tree.leaves(model.adapters), jax.tree.leaves(real.adapters), strict=True

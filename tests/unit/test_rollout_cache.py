@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 
 
@@ -34,8 +34,8 @@ def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
     assert cache.read(3, 0, "aa") == {}
     cache.write(3, 0, "aa", written)
     assert_equal(cache.read(3, 0, "aa"), written)
-    for iteration, resample, param_hash in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
-        assert cache.read(iteration, resample, param_hash) == {}
+    for iteration, resample, other in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
+        assert cache.read(iteration, resample, other) == {}
 
 
 def test_more_rows_take_the_place_of_some(tmp_path):
@@ -90,6 +90,6 @@ def test_one_bit_of_one_parameter_shows(dtype):
         parameters | {"b": parameters["b"].at[0].set(-0.0)},
         {"a": parameters["b"], "b": parameters["a"]},
     ]
-    found = {fingerprint(parameters), *map(fingerprint, others)}
+    found = {param_hash(parameters), *map(param_hash, others)}
     assert len(found) == 4
-    assert fingerprint(parameters) == fingerprint({k: v + 0 for k, v in parameters.items()})
+    assert param_hash(parameters) == param_hash({k: v + 0 for k, v in parameters.items()})

@@ -10,7 +10,7 @@ import pytest
 
 from stepwiser_jax.config import AdaptiveRollouts, CheckedAnswers, Label, load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
 from stepwiser_jax.errors import UserError
@@ -334,7 +334,7 @@ def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
         patch.setattr(stop, "requested", True)
         with pytest.raises(Interrupted):
             sample(stopped)
-    kept = stopped.cache.read(0, 0, fingerprint(loaded.model))
+    kept = stopped.cache.read(0, 0, param_hash(loaded.model))
     assert 0 < len(kept) < 5 * config.group_size
     for again in (sample(stopped), sample(sampler("stopped"))):
         for found, expected in zip(again, whole, strict=True):
