@@ -161,12 +161,12 @@ class Writer:
         for completions in self.engine.sample(trunks, params, key=self.key):
             for completion in completions:
                 draft = of_row[completion.row_id]
-                text = completion_text(self.tokenizer, completion.ids)
+                text = completion_text(self.tokenizer, completion.tokens.tolist())
                 if completion.stop_reason is StopReason.STOP_STRING:
                     # The last token may hold what comes after the stop string.
                     text = text[: first_end(text, params.stop_strings)]
                 draft.say("assistant", text)
-                draft.num_tokens += len(completion.ids)
+                draft.num_tokens += len(completion.tokens)
                 draft.why = completion.stop_reason
 
     def _run_code(self, drafts: Sequence[Draft]) -> None:

@@ -208,7 +208,7 @@ class ChunkJudge:
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.loaded.tokenizer.eos_ids,
         )
-        output = self.engine.generate(
+        completions = self.engine.generate(
             [self.prompt_ids(solutions[s], j) for s, j in asked],
             params,
             key=self.key,
@@ -222,7 +222,7 @@ class ChunkJudge:
         found: list[list[list[ChunkJudgment]]] = [[[] for _ in suffixes] for _ in solutions]
         for row, (s, _) in enumerate(asked):
             for k in range(len(suffixes)):
-                ids = output.ids(row * len(suffixes) + k)
+                ids = completions[row * len(suffixes) + k].tokens.tolist()
                 text = completion_text(self.loaded.tokenizer, ids)
                 verdict = parse_verdict(text)
                 p_positive = float(verdict is Verdict.POSITIVE)

@@ -142,13 +142,14 @@ class ThinkPrmJudge:
                 for s, suffix in rows
             ]
             group_size = 1 if r else len(suffixes)  # in the first round they begin alike
-            output = self.engine.generate(
+            completions = self.engine.generate(
                 begun[::group_size], params, key=self.key, row_ids=row_ids, group_size=group_size
             )
             for b, (s, _) in enumerate(rows):
-                text = completion_text(self.loaded.tokenizer, output.ids(b))
+                ids = completions[b].tokens.tolist()
+                text = completion_text(self.loaded.tokenizer, ids)
                 thought[b].append(cut_chain(text, self.form, len(solutions[s].chunks)))
-                num_tokens[b] += len(output.ids(b))
+                num_tokens[b] += len(ids)
         chains = [self._joined(texts, self.rounds - 1) for texts in thought]
         p_correct = self._p_correct([prompts[s] for s, _ in rows], chains)
         verified = [

@@ -39,11 +39,11 @@ from itertools import groupby
 from operator import itemgetter
 
 import jax
-import numpy as np
 
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution, SolutionJudge
 from stepwiser_jax.records import Problem, Verdict
 from stepwiser_jax.runs.directory import blocks
@@ -55,12 +55,14 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 @dataclass
 class Policy:
-    """A model with its engine, prompt style and settings: `params` samples one chunk, its
-    `max_new_tokens` bounds a chunk, its `stop_strings` end it. It is asked for tags where they do.
-    """
+    """A model that writes solutions: `engine` whole ones, `sampler` chunk by chunk.
+
+    `params` samples one chunk: its `max_new_tokens` bounds a chunk, its `stop_strings` end it. The
+    prompt asks for tags if they do."""
 
     loaded: Loaded
     engine: Engine
+    sampler: ReferenceSampler
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
@@ -277,7 +279,7 @@ def search_chunks(
     A solution ends where the policy ends it, or when another chunk might not fit into
     `max_new_tokens`. Raises ValueError where the policy has fewer rows than one problem needs.
     """
-    at_once = max(1, policy.engine.shapes.max_rows // rows_per_problem)
+    at_once = max(1, policy.sampler.shapes.max_rows // rows_per_problem)
     trees: list[Tree] = []
     for part in blocks(problems, at_once):
         together = [
@@ -299,16 +301,18 @@ def _search(
 ) -> None:
     """Until no tree has rows."""
     longest = max(len(tree.prompt_ids) for tree in trees)
-    state = policy.engine.prefill([tree.prompt_ids for tree in trees], longest + room)
+    state = policy.sampler.prefill([tree.prompt_ids for tree in trees], longest + room)
     while rows := [(tree, row) for tree in trees for row in tree.rows]:
-        source_B = np.array([row.source for _, row in rows])
-        lengths_B = np.array([len(tree.prompt_ids) + len(row.path.ids) for tree, row in rows])
-        state = policy.engine.fork(state, source_B, lengths_B)
+        state = policy.sampler.branch(state, [row.source for _, row in rows])
+        lengths_B = [len(tree.prompt_ids) + len(row.path.ids) for tree, row in rows]
+        state = policy.sampler.rewind(state, lengths_B)  # a rejected chunk is no part of its path
         row_ids = [tree.row_id(row) for tree, row in rows]
-        output, state = policy.engine.decode(state, policy.params, key=policy.key, row_ids=row_ids)
+        completions, state = policy.sampler.decode(
+            state, policy.params, key=policy.key, row_ids=row_ids
+        )
         for b, (tree, row) in enumerate(rows):
-            ended = bool(output.stop_reason_B[b] == StopReason.STOP_ID)
-            path = extend(policy, row.path, output.ids(b), ended, room)
+            ended = completions[b].stop_reason == StopReason.STOP_ID
+            path = extend(policy, row.path, completions[b].tokens.tolist(), ended, room)
             rows[b] = (tree, Row(path, row.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
         for tree, grown in groupby(rows, key=itemgetter(0)):

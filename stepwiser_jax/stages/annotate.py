@@ -176,7 +176,7 @@ def check_trajectories(
     """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
     `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
     or one with token ids that the policy's vocabulary lacks."""
-    config = engine.model.config
+    config = engine.decoder.config
     known = frozenset(range(config.vocab_size)).difference(*config.unknown_ids)
     for trajectory in trajectories:
         name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
@@ -317,7 +317,10 @@ def estimate_prefix_values(
     ):
         prefixes = [prefix_of[completion.row_id] for completion in completions]
         solutions = [
-            (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.ids])
+            (
+                p.trajectory,
+                [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.tokens.tolist()],
+            )
             for p, c in zip(prefixes, completions, strict=True)
         ]
         for prefix, right in zip(prefixes, is_correct(solutions), strict=True):

@@ -25,7 +25,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.records import Problem, Trajectory, natural_key
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
 from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
@@ -151,7 +151,7 @@ class BlockSampler:
         ids_B = trajectory_ids(self.config, block)
         tokenizer = self.loaded.tokenizer
         prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
-        output = self.engine.generate(
+        completions = self.engine.generate(
             prompts_P,
             self.params,
             key=self.key,
@@ -159,7 +159,7 @@ class BlockSampler:
             group_size=self.config.group_size,
         )
         group_size = self.config.group_size
-        completions_B = [output.ids(b) for b in range(len(ids_B))]
+        completions_B = [completion.tokens.tolist() for completion in completions]
         answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
         references_B = [block[b // group_size].answer for b in range(len(ids_B))]
         correct_B = verifier.verify(list(zip(answers_B, references_B, strict=True)))
@@ -170,9 +170,10 @@ class BlockSampler:
                 policy_id=self.loaded.model_id,
                 prompt_ids=tuple(prompts_P[b // group_size]),
                 completion_ids=tuple(completions_B[b]),
-                logprobs=tuple(output.logprobs(b)),
+                # The shortest decimals that give the float32 values back.
+                logprobs=tuple(float(str(x)) for x in completions[b].logprobs),
                 chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
-                stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
+                stop_reason=completions[b].stop_reason.name.lower(),
                 is_correct=correct_B[b],
             )
             for b in range(len(ids_B))

@@ -53,6 +53,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.judges.stepwiser import Solution, SolutionJudge
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
@@ -110,7 +111,7 @@ def search_blocks(
         "verifier_timeouts": verifier.timeouts,
         "verifier_failures": verifier.failures,
         "compiled": {
-            "policy": policy.engine.compiled_shapes,
+            "policy": policy.engine.compiled_shapes + policy.sampler.compiled_shapes,
             "judge": judge.compiled_shapes,
         },
     }
@@ -141,6 +142,7 @@ def load_solvers(config: Search) -> tuple[Policy, SolutionJudge]:
     policy = Policy(
         loaded,
         Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()),
+        ReferenceSampler(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()),
         config.prompt_style,
         SamplingParams(
             **chunk_sampling.model_dump(),
@@ -249,7 +251,7 @@ def whole_solutions(
     problem are judged."""
     tokenizer = policy.loaded.tokenizer
     ids = [f"{problem.problem_id}/{name}" for problem in block for name in names]
-    output = policy.engine.generate(
+    completions = policy.engine.generate(
         [policy.prompt_ids(problem) for problem in block],
         SamplingParams(**sampling.model_dump(), stop_ids=tokenizer.eos_ids),
         key=policy.key,
@@ -259,13 +261,14 @@ def whole_solutions(
     judged = [b for b in range(len(ids)) if b % len(names) < num_judged]
     solutions = []
     for b in judged:
-        ends = chunk_ends(output.ids(b), policy.chunk_matcher, tokenizer)
-        texts = chunk_texts(tokenizer, output.ids(b), ends)
+        written = completions[b].tokens.tolist()
+        ends = chunk_ends(written, policy.chunk_matcher, tokenizer)
+        texts = chunk_texts(tokenizer, written, ends)
         solutions.append(Solution(ids[b], block[b // len(names)].question, texts, separator=""))
     opinions = dict(zip(judged, judge(solutions) if judged else [], strict=True))
     results = []
     for b, search_id in enumerate(ids):
-        text = completion_text(tokenizer, output.ids(b))
+        text = completion_text(tokenizer, completions[b].tokens.tolist())
         results.append(
             SearchResult(
                 search_id=search_id,
@@ -274,7 +277,7 @@ def whole_solutions(
                 answer=extract_answer(text) or "",
                 is_correct=False,
                 completion=text,
-                accepted_tokens=len(output.ids(b)),
+                accepted_tokens=len(completions[b].tokens),
                 rejected_tokens=0,
                 judge_tokens=0,
                 forced_chunks=0,

@@ -241,7 +241,8 @@ class GroupCollector:
 
         for ended in engine.sample(trunks, self.params, key=self.key, is_needed=is_missing):
             for done in ended:
-                rows[done.row_id] = SampledRow(done.row_id, tuple(done.ids), tuple(done.logprobs))
+                logprobs = tuple(float(str(x)) for x in done.logprobs)  # shortest decimals
+                rows[done.row_id] = SampledRow(done.row_id, tuple(done.tokens.tolist()), logprobs)
             if hosts.all_stop_here(stop.requested):
                 return False
         return True
