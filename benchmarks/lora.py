@@ -38,7 +38,7 @@ def main() -> None:
     from stepwiser_jax.config import TrainJudge, validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
-    from stepwiser_jax.model.lora import trained_part
+    from stepwiser_jax.model.lora import trainable
     from stepwiser_jax.stages import train_judge
     from stepwiser_jax.training.loop import optimizer_of
     from stepwiser_jax.training.step import create_train_state
@@ -70,7 +70,7 @@ def main() -> None:
         programs[name] = step.lower(state, batches[name]).compile()
         states[name] = state
         memory = programs[name].memory_analysis()
-        trained = sum(leaf.size for leaf in jax.tree.leaves(trained_part(model)))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable(model)))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         sizes = (held, memory.temp_size_in_bytes, held + memory.temp_size_in_bytes)
         state_mib, temporary_mib, all_mib = (size / 2**20 for size in sizes)

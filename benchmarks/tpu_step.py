@@ -20,7 +20,7 @@ from stepwiser_jax.commands.plan.tpu import abstract_model, tpu_topology
 from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh
-from stepwiser_jax.model.attention import Attention, attention, segment_mask
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.training.batches import Group, rollout_batch
@@ -69,8 +69,7 @@ def main() -> None:
         f"{args.layers} layers, {mesh.devices.flat[0].device_kind}; blocks of scores computed: "
         f"{int(jnp.sum(steps))} of {blocks**2} ({blocks * (blocks + 1) // 2} are causal)"
     )
-    dense = Attention(segment_mask, attention)
-    for name, kind in (("splash", attention_of(config, mesh, "bfloat16")), ("dense", dense)):
+    for name, kind in (("splash", attention_of(config, mesh, "bfloat16")), ("dense", PLAIN)):
         begin = time.perf_counter()
         try:
             model = abstract_model(config, mesh, kind)

@@ -42,15 +42,16 @@ def _options(version: Annotated[bool, _Version] = False) -> None: ...
 STAGES = {
     "sft": (
         "Fine-tune a policy on chunked solutions, or a judge on judgments (its cold start).",
-        "Reads demonstrations and a model. Writes checkpoints/, metrics.jsonl, model/.",
+        "Reads examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
     "rollout": (
         "Sample chunked solutions of every problem and check their answers.",
-        "Reads problems and a policy. Writes problems and trajectories.",
+        "Reads problems and a policy. Writes problems and trajectories. The embedded task "
+        "(`problems.source: arithmetic`) has the splits rollout, dev and test.",
     ),
     "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
-        "Reads a rollout run and a teacher. Writes segmentations.",
+        "Reads a rollout run and a teacher. Writes chunked solutions.",
     ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",
@@ -75,20 +76,17 @@ STAGES = {
         "examples or dialogues.",
     ),
     "evaluate": (
-        "ProcessBench and PRMBench: find first errors, or wrong steps, with a judge.",
-        "Reads items (a file or hub id of either, or a rollout run) and a judge. Writes judgments.",
-    ),
-    "classify": (
-        "ProcessBench and PRMBench with a classifier, all steps of a solution at once.",
-        "Reads items (as evaluate does) and a classifier. Writes judgments.",
+        "Score a judge or a classifier on ProcessBench or PRMBench.",
+        "Reads a benchmark (a file or hub id of either, or a rollout run) and a judge. Writes "
+        "judgments.",
     ),
     "search": (
         "Chunk-reset, beam search, DVTS and best-of-N beside greedy decoding, sampling and votes.",
-        "Reads problems, a policy, and a judge or a classifier. Writes search results.",
+        "Reads problems, a policy and a judge. Writes search results.",
     ),
     "select-responses": (
         "Choose the best response to every problem by its chunks' mean score, for sft.",
-        "Reads a rollout run and, if given, a judge or a classifier. Writes selections.",
+        "Reads a rollout run and, if given, a judge. Writes selections.",
     ),
     "refine": (
         "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",
@@ -145,7 +143,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             options["shard"] = hosts.Shard.parse(shard)
         if distributed or (coordinator, num_processes, process_id) != (None, None, None):
             hosts.connect(coordinator, num_processes, process_id)
-        with hosts.noticing_deaths(), writing_to(run_dir):
+        with hosts.report_lost_peers(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         print_summary(summary, run_dir)
 
@@ -174,8 +172,8 @@ def quickstart(
 
 @app.command("compare-judges")
 def compare_judges(
-    run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate or classify.")],
-    run_b: Annotated[Path, typer.Argument(help="Another one over the same items.")],
+    run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one on the same items.")],
     votes: Annotated[
         bool, typer.Option("--votes", help="Of evaluate runs with votes, what these say together.")
     ] = False,
@@ -189,9 +187,9 @@ def compare_judges(
     the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
     votes, of classify the run's threshold. Writes nothing.
     """
-    from stepwiser_jax.commands.compare_judges import print_contrast
+    from stepwiser_jax.commands.compare_judges import print_comparison
 
-    print_contrast(run_a, run_b, votes=votes, as_json=json)
+    print_comparison(run_a, run_b, votes=votes, as_json=json)
 
 
 @app.command("reproduce")
@@ -211,14 +209,14 @@ def reproduce(
     compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
     command with all of them then makes the table.
     """
-    from stepwiser_jax.commands.reproduce import command
+    from stepwiser_jax.commands.reproduce import measure, report
     from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         if tune:
-            command.tune(run_dir)
+            measure.tune(run_dir)
         else:
-            command.run_compare(run_dir, seed or (0, 1, 2))
+            report.reproduce(run_dir, seed or (0, 1, 2))
 
 
 @app.command()
@@ -290,12 +288,20 @@ def plan(
         raise typer.Exit(1)
 
 
+def refuse_old_names(arguments: list[str]) -> None:
+    """Raises UserError for a command that has another name now."""
+    from stepwiser_jax.config import RENAMED_COMMANDS
+
+    if arguments and arguments[0] in RENAMED_COMMANDS:
+        raise UserError(f"the command {arguments[0]} is now {RENAMED_COMMANDS[arguments[0]]}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runs.directory import Interrupted, keep_freed_memory
+    from stepwiser_jax.runs.signals import Interrupted
 
-    keep_freed_memory()
     try:
+        refuse_old_names(sys.argv[1:] if arguments is None else arguments)
         status = app(arguments, standalone_mode=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -312,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console script."""
-    from stepwiser_jax.distributed.hosts import leave
+    from stepwiser_jax.distributed.hosts import exit_process
 
     # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
     # own handler would wait for it. What has something to save waits for the end of its work.
@@ -323,7 +329,7 @@ def run() -> None:
         # Python's own exit would wait for the other processes.
         traceback.print_exc()
         status = 1
-    leave(status)
+    exit_process(status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of a training run -> a Hugging Face directory, adapters merged."""
+"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepwiser_jax.config import read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
@@ -20,10 +20,15 @@ from stepwiser_jax.training.loop import check_base
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> None:
-    """Write the model of `<run_dir>` (its newest checkpoint) or `<run_dir>/checkpoints/N`.
+    """Writes the model of a checkpoint to the directory `output`.
 
-    Raises UserError where there is no checkpoint, `output` exists, or the base of the run's
-    adapters (`model.path`) is another by now.
+    Args:
+        checkpoint: `<run_dir>` (then its newest checkpoint) or `<run_dir>/checkpoints/N`.
+        output: a new directory.
+
+    Raises:
+        UserError: if there is no checkpoint, if `output` exists, or if `model.path` now holds
+            another model than the one that the run's adapters were trained on.
     """
     names_step = checkpoint.parent.name == "checkpoints"
     run_dir = checkpoint.parent.parent if names_step else checkpoint
@@ -47,7 +52,7 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         template = loaded.model
     else:
         config = read_config(str(run_dir / "template"))
-        template = abstract_model(config, here, XLA)
+        template = abstract_model(config, here, PLAIN)
     model = Checkpointer(run_dir / "checkpoints").restore_model(template, step)
     if names := non_finite(model):
         raise UserError(

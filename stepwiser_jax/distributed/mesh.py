@@ -10,6 +10,7 @@ the network: what is summed over it, gradients and metrics.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +23,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import XLA, Attention
-from stepwiser_jax.model.attention.cudnn import CUDNN, cudnn_takes
+from stepwiser_jax.model.attention import Attention, attention_for
+from stepwiser_jax.model.cpu import keep_freed_memory
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -58,6 +59,8 @@ def make_mesh(
     sizes = (data, fsdp, tensor)
     devices = _take(jax.devices() if devices is None else devices, sizes)
     slices = len({slice_of(device) for device in devices})
+    if devices[0].platform == "cpu":
+        keep_freed_memory()
     try:
         if devices[0].platform == "tpu" and slices > 1:
             placed = mesh_utils.create_hybrid_device_mesh(
@@ -172,18 +175,11 @@ def _heads_split(mesh: Mesh, num_heads: int, num_kv_heads: int) -> tuple[bool, b
 def attention_on(
     mesh: Mesh, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> Attention:
-    """Splash attention where the mesh is of TPUs, cuDNN's where it is of GPUs that have it for
-    such heads in the compute type `dtype`, attention by XLA elsewhere."""
-    device = mesh.devices.flat[0]
-    if device.platform == "tpu":
-        from stepwiser_jax.model.attention.splash import (
-            SPLASH as kernels,  # Pallas: a third of a second
-        )
-    elif cudnn_takes(device, jnp.dtype(dtype), head_dim):
-        kernels = CUDNN
-    else:
-        return XLA
-    return split_attention(kernels, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    """Returns the attention for the devices of a mesh; kernels run on every device's own share."""
+    attention = attention_for(mesh.devices.flat[0], dtype, head_dim)
+    if not attention.is_kernel:
+        return attention
+    return split_attention(attention, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 def split_attention(
@@ -198,10 +194,9 @@ def split_attention(
     heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
     copies = num_heads // num_kv_heads if heads_split and not kv_heads_split else 1
     rows, heads = batch_sharding(mesh).spec[0], "tensor" if heads_split else None
-    of_queries = PartitionSpec(rows, None, heads)
-    of_keys = PartitionSpec(rows, heads)
+    of_heads = PartitionSpec(rows, None, heads)
 
-    def attend(q_BTNH: jax.Array, k_BKHT: jax.Array, v_BKTH: jax.Array, mask: Any) -> jax.Array:
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Any) -> jax.Array:
         if q_BTNH.shape[0] % batch_shards(mesh):
             raise UserError(
                 f"{q_BTNH.shape[0]} rows cannot be split over data x fsdp = {batch_shards(mesh)} "
@@ -210,12 +205,12 @@ def split_attention(
         return jax.shard_map(
             attention.attend,
             mesh=mesh,
-            in_specs=(of_queries, of_keys, of_keys, PartitionSpec(rows)),
-            out_specs=of_queries,
+            in_specs=(of_heads, of_heads, of_heads, PartitionSpec(rows)),
+            out_specs=of_heads,
             check_vma=False,  # jax's kernels do not say over which axes their results vary
-        )(q_BTNH, jnp.repeat(k_BKHT, copies, axis=1), jnp.repeat(v_BKTH, copies, axis=1), mask)
+        )(q_BTNH, jnp.repeat(k_BTKH, copies, axis=2), jnp.repeat(v_BTKH, copies, axis=2), mask)
 
-    return Attention(attention.mask, attend)
+    return dataclasses.replace(attention, attend=attend)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

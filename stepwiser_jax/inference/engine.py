@@ -51,7 +51,6 @@ from stepwiser_jax.inference.scheduler import (
     Scheduler,
 )
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
-from stepwiser_jax.model.attention.cpu import suffix_dtype
 from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
@@ -120,12 +119,6 @@ class Engine:
     def shards(self) -> int:
         """The number of devices that rows are split over."""
         return 1 if self.mesh is None else batch_shards(self.mesh)
-
-    @property
-    def suffix_dtype(self) -> Any:
-        """The type of the suffix cache's keys and values."""
-        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        return suffix_dtype(platform or jax.default_backend(), self.decoder.compute_dtype)
 
     def prefill_rows(self, num_tokens: int) -> int:
         """Returns how many rows of `num_tokens` tokens go through a prefill at once."""
@@ -219,9 +212,7 @@ class Engine:
         device decodes the next one, and not before."""
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
         new = params.max_new_tokens
-        state = empty_state(
-            self.decoder, self.mesh, scheduler.grid, prefix_tokens, new, self.suffix_dtype
-        )
+        state = empty_state(self.decoder, self.mesh, scheduler.grid, prefix_tokens, new)
         finished: list[Completion] = []
         while scheduler.has_work:
             state = self._prefill(state, scheduler.admit_prefixes())

@@ -74,14 +74,13 @@ def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> Engin
     return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def empty_state(
     decoder: Decoder,
     mesh: Mesh | None,
     grid: Grid,
     prefix_tokens: int,
     max_new_tokens: int,
-    suffix_dtype: Any,
 ) -> EngineState:
     """Creates the state on the devices where it belongs: no device ever holds all of it."""
     B = grid.rows
@@ -90,7 +89,7 @@ def empty_state(
         prefix=SharedPrefix(
             KVCache.create(config, grid.slots, prefix_tokens, dtype), jnp.zeros((B,), jnp.int32)
         ),
-        suffix=SuffixCache.create(config, B, max_new_tokens, suffix_dtype),
+        suffix=SuffixCache.create(config, B, max_new_tokens, decoder.suffix_dtype),
         last_token_B=jnp.zeros((B,), jnp.int32),
         limit_B=jnp.zeros((B,), jnp.int32),
         hash_B=jnp.zeros((B,), jnp.uint32),

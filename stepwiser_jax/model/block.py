@@ -108,7 +108,7 @@ class Block(nnx.Module):
     def qkv(
         self, config: ModelConfig, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns rotated queries (B, T, N, H) and keys (B, K, H, T), and values (B, K, T, H)."""
+        """Returns rotated queries (B, T, N, H) and keys (B, T, K, H), and values (B, T, K, H)."""
         x_BTD = rms_norm(x_BTD, self.attention_norm[...], config.rms_norm_eps)
         q, k, v = (self.project(x_BTD, name) for name in ("q", "k", "v"))
         if config.qkv_bias:
@@ -121,8 +121,7 @@ class Block(nnx.Module):
         if config.qk_norm:
             q = rms_norm(q, self.q_norm[...], config.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], config.rms_norm_eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def finish(self, config: ModelConfig, x_BTD: jax.Array, attended_BTNH: jax.Array) -> jax.Array:
         """Adds the output projection of attention, then the MLP, to the residual stream."""

@@ -1,7 +1,7 @@
-"""What a decoder looks like, read from and written to a Hugging Face config.json.
+"""The shape of a model, read from and written to a Hugging Face config.json.
 
-qwen2 (and 2.5), qwen3 and llama (llama 2 to 3.2, SmolLM2). What we do not implement is refused by
-name: a field that is silently ignored gives a model that is silently wrong.
+Families: qwen2 (and 2.5), qwen3, and llama (llama 2 to 3.2, SmolLM2). Fields that are not
+implemented are refused by name: a model that ignored them would be silently wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-"""Of language models; those that score two classes end in ForTokenClassification."""
+"""Language models; classifiers end in ForTokenClassification in place of ForCausalLM."""
 
 # Fields of config.json that change the computation, and the values that mean "not used".
 _MUST_BE_UNUSED: dict[str, tuple[Any, ...]] = {
@@ -40,7 +40,7 @@ _MUST_BE_UNUSED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies."""
+    """How Llama 3.1 stretches low rotary frequencies."""
 
     factor: float
     low_freq_factor: float
@@ -48,7 +48,7 @@ class Llama3RopeScaling:
     original_max_position_embeddings: int
 
     def scale(self, frequency: float) -> float:
-        """One inverse frequency, in radians per position, stretched where its wave is long."""
+        """Returns a frequency, in radians per position, stretched if its wave is long."""
         wavelength = 2 * math.pi / frequency
         low = self.original_max_position_embeddings / self.low_freq_factor
         high = self.original_max_position_embeddings / self.high_freq_factor
@@ -63,13 +63,14 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder; hashable, so that it can be static under jit.
+    """Sizes and switches of a model; hashable, so that it can be static under jit.
 
-    `classifier`: it scores two classes, 0 for wrong and 1 for right, in place of a vocabulary.
-    `unknown_ids`: ids below `vocab_size` that no token of the tokenizer has. Many models have more
-    logits than tokens, for the sake of round sizes. Such ids have probability 0 wherever logits
-    become probabilities. They follow from the tokenizer that a model is loaded with, and are not
-    written to config.json.
+    Attributes:
+        classifier: whether the model scores two classes, 0 for wrong and 1 for right, in place of a
+            vocabulary.
+        unknown_ids: ids below `vocab_size` without a token, since many models round the number of
+            logits up. Their probability is 0. They follow from the tokenizer that a model is loaded
+            with, and are not written to config.json.
     """
 
     model_type: str
@@ -96,7 +97,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:
-        """Raises UserError naming the field that is missing or asks for what is not implemented."""
+        """Reads a config.json. Raises UserError that names a missing or unsupported field."""
         model_type = fields.get("model_type")
         if str(model_type).startswith("gemma"):
             raise UserError(
@@ -110,7 +111,7 @@ class ModelConfig:
             )
         _refuse_unsupported(fields)
         classifier = "TokenClassification" in str(fields.get("architectures"))
-        classes = len(_typed(fields, "id2label", dict) or "01")  # not written where they are two
+        classes = len(_typed(fields, "id2label", dict) or "01")  # transformers leaves two out
         if classifier and classes != 2:
             raise UserError(f"config.json: expected 2 classes in id2label, found {classes}")
         theta, scaling = _rope(fields)
@@ -147,7 +148,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 4 and 5 read alike."""
+        """Returns a config.json that transformers 4 and 5 read alike."""
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             rope = {"rope_type": "llama3", **vars(self.rope_scaling)}
@@ -180,7 +181,7 @@ class ModelConfig:
 
 
 MAX_LAYERS = 1000
-"""Several times as many as any model has: a number that is larger is a mistake."""
+"""Several times as many as any model has; a larger number is a mistake."""
 
 
 def _size(
@@ -204,7 +205,7 @@ def _positive(fields: dict[str, Any], name: str, default: Any = None) -> float:
 
 
 def _typed(fields: dict[str, Any], name: str, *types: type) -> Any:
-    """A field, or None where it is not set."""
+    """Returns a field, or None if it is not set."""
     value = fields.get(name)
     if value is not None and type(value) not in types:
         expected = " or ".join(kind.__name__ for kind in types)
@@ -228,7 +229,7 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
 
 
 def _rope(fields: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
-    """transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling."""
+    """Reads rope_parameters (transformers 5), or rope_theta and rope_scaling (transformers 4)."""
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= _typed(fields, name, dict) or {}

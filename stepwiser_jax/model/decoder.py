@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from stepwiser_jax.model.attention import Attention, attention, shared_prefix_attention
+from stepwiser_jax.model.attention import Attention
+from stepwiser_jax.model.attention.decoding import cache_attention, shared_prefix_attention
 from stepwiser_jax.model.block import Block, rms_norm, rope_angles
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache, write
+from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
 from stepwiser_jax.model.linear import output_logits, pair_logits, quantize
 from stepwiser_jax.model.lora import merge_block
 from stepwiser_jax.model.transformer import Transformer
@@ -59,6 +60,11 @@ class Decoder:
             weights=weights,
         )
 
+    @property
+    def suffix_dtype(self) -> jnp.dtype:
+        """The type of the suffix cache."""
+        return jnp.dtype(self.attention.suffix_dtype or self.compute_dtype)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns logits (..., V), float32, of hidden states (..., D)."""
         return output_logits(hidden, self._head_VD, self.config.unknown_ids)
@@ -86,8 +92,8 @@ class Decoder:
         keys, values = [], []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            keys.append(k.astype(self.compute_dtype))
-            values.append(v.astype(self.compute_dtype))
+            keys.append(k.astype(self.compute_dtype).swapaxes(1, 2))
+            values.append(v.astype(self.compute_dtype).swapaxes(1, 2))
             return self.attention.attend(q, k, v, mask)
 
         hidden_BTD = self._run_blocks(tokens_BT, positions_BT, attend)
@@ -111,11 +117,11 @@ class Decoder:
         keys, values = [], []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            key, value = suffix.write(layer, k, v)
-            keys.append(key)
-            values.append(value)
-            shared = (prefix.cache.keys[layer], prefix.cache.values[layer], prefix_mask_BS)
-            return shared_prefix_attention(q, shared, (key, value, suffix_mask_BC))
+            keys.append(suffix.write(suffix.keys[layer], k))
+            values.append(suffix.write(suffix.values[layer], v))
+            of_prefix = (prefix.cache.keys[layer], prefix.cache.values[layer], prefix_mask_BS)
+            of_row = (keys[-1], values[-1], suffix_mask_BC)
+            return shared_prefix_attention(q[:, 0], of_prefix, of_row, self.attention.scores)
 
         hidden_B1D = self._run_blocks(tokens_B[:, None], positions_B[:, None], attend)
         return hidden_B1D[:, 0], suffix.step(keys, values, is_running_B.astype(jnp.int32))
@@ -138,9 +144,9 @@ class Decoder:
         keys, values = [], []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            keys.append(write(cache.keys[layer], k, start_B, slot_axis=3))
-            values.append(write(cache.values[layer], v, start_B, slot_axis=2))
-            return attention(q, keys[-1], values[-1], mask_BTS)
+            keys.append(cache.write(cache.keys[layer], k))
+            values.append(cache.write(cache.values[layer], v))
+            return cache_attention(q, keys[-1], values[-1], mask_BTS, self.attention.scores)
 
         hidden_BTD = self._run_blocks(tokens_BT, positions_BT, attend)
         return hidden_BTD, KVCache(tuple(keys), tuple(values), start_B + counts_B)

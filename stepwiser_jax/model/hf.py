@@ -1,18 +1,19 @@
 """Hugging Face checkpoints in and out: safetensors, one file or sharded with an index.
 
-Strict both ways: a tensor that is unknown, missing, doubled or of another shape is refused by name.
-Streamed both ways: a tensor is read slice by slice into arrays that are created sharded, and
-written shard file by shard file; the model is never in memory twice. Our layout is theirs,
-(out, in), with the layers stacked.
+The loader is strict: it refuses by name a tensor that is unknown, missing, doubled or of another
+shape. A tensor is read slice by slice into arrays that are created sharded, and a model is written
+file by file, so that it is never in memory twice. Weights are (out, in) as theirs, with the layers
+stacked.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +23,12 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from stepwiser_jax.checksums import write_checksums
 from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import XLA, Attention
+from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.lora import Adapter, base_of
 from stepwiser_jax.model.transformer import Transformer
@@ -34,6 +36,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
+READ_DTYPES = ("F32", "BF16", "F16")
 _OF_MODEL = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _OF_BLOCK = {
     "attention_norm": "input_layernorm.weight",
@@ -54,13 +57,13 @@ _OF_BLOCK = {
 
 
 class Saveable(Protocol):
-    """What is asked of a tokenizer here."""
+    """A tokenizer that can be saved."""
 
     def save(self, path: str) -> None: ...
 
 
 def hf_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
-    """The tensors of a checkpoint that make one of our parameters: one, or one per layer."""
+    """Returns the tensors of a checkpoint that make one parameter: one, or one per layer."""
     if path[0] == "blocks":
         return [f"model.layers.{i}.{_OF_BLOCK[path[1]]}" for i in range(num_layers)]
     if path[0] == "score":
@@ -72,7 +75,7 @@ def hf_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
 
 
 def read_config(path_or_id: str) -> ModelConfig:
-    """Raises UserError for a missing or unsupported config.json."""
+    """Reads config.json. Raises UserError if it is missing or not supported."""
     file = resolve(path_or_id) / "config.json"
     if not file.is_file():
         raise UserError(f"expected a config.json in {path_or_id}, found none")
@@ -80,7 +83,7 @@ def read_config(path_or_id: str) -> ModelConfig:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it holds something else."""
+    """Returns the object in a JSON file. Raises UserError if it holds something else."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -91,7 +94,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def resolve(path_or_id: str) -> Path:
-    """A local directory, or a hub id's snapshot."""
+    """Returns a local directory, or the snapshot of a hub id."""
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
     return local_directory(path_or_id, patterns)
 
@@ -102,15 +105,22 @@ def load_hf(
     tokenizer: Tokenizer | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
-    attention: Attention = XLA,
+    attention: Attention | None = None,
     sharding_for: ShardingFor | None = None,
 ) -> Transformer:
-    """A checkpoint's model with parameters of `dtype`.
+    """Loads a checkpoint.
 
-    `tokenizer` says which ids have a token: the others are never sampled, and stand outside of the
-    softmax (`ModelConfig.unknown_ids`). None: all count.
-    `sharding_for(axes, shape)` says where each parameter lives; None: on the default device.
-    Raises UserError naming the file or the tensor that is wrong.
+    Args:
+        path_or_id: a local directory or a hub id.
+        tokenizer: says which ids have a token; others are never sampled, and stand outside of the
+            softmax (`ModelConfig.unknown_ids`). None: all have one.
+        dtype: the type of the parameters.
+        compute_dtype: the type of activations and of the operands of products.
+        attention: see `Transformer`.
+        sharding_for: (logical axes, shape) -> where a parameter lives; None: the default device.
+
+    Raises:
+        UserError: names the file or the tensor that is wrong.
     """
     directory = resolve(path_or_id)
     config = read_config(str(directory))
@@ -140,7 +150,7 @@ def load_hf(
 
 
 class CheckpointTensors:
-    """The safetensors files of a directory as one table of tensors, read slice by slice."""
+    """The tensors of all safetensors files of a directory, read slice by slice."""
 
     def __init__(self, directory: Path):
         files = sorted(directory.glob("*.safetensors"))
@@ -162,7 +172,7 @@ class CheckpointTensors:
                 self._handles[name] = handle
 
     def check_names(self, expected: set[str], config: ModelConfig) -> None:
-        """Raises UserError for missing or unknown tensors; a tied head must equal the embedding."""
+        """Raises UserError if a tensor is missing or unknown, or a tied head not the embedding."""
         found = set(self._handles)
         if config.tie_embeddings and "lm_head.weight" in found:
             head = self._handles["lm_head.weight"].get_tensor("lm_head.weight")
@@ -190,7 +200,7 @@ class CheckpointTensors:
         dtype: str,
         sharding: jax.sharding.Sharding | None,
     ) -> jax.Array:
-        """One parameter: a tensor, or the stack of one per layer."""
+        """Returns a parameter: one tensor, or a stack of one per layer."""
         stacked = len(names) > 1 or names[0].startswith("model.layers.")
         slices = [self._handles[name].get_slice(name) for name in names]
         for name, view in zip(names, slices, strict=True):
@@ -211,7 +221,7 @@ class CheckpointTensors:
                 return np.asarray(slices[0][index]).astype(np.dtype(dtype))
             layers = range(len(slices))[index[0]]
             sizes = [len(range(size)[part]) for size, part in zip(shape, index, strict=True)]
-            whole = np.empty(sizes, np.dtype(dtype))  # no second copy, as a stack of parts would be
+            whole = np.empty(sizes, np.dtype(dtype))  # np.stack would hold all parts twice
             for row, layer in zip(whole, layers, strict=True):
                 row[...] = slices[layer][index[1:]]
             return whole
@@ -226,7 +236,7 @@ def _are_names(values: Iterable[Any]) -> bool:
 
 
 def non_finite(model: Any) -> list[str]:
-    """Names of the arrays of a model that hold NaN or infinity. All processes must call this."""
+    """Returns the names of arrays that hold NaN or infinity. All processes must call this."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model)]
     return [
         name for name, good in zip(names, np.asarray(_are_finite(model)), strict=True) if not good
@@ -257,23 +267,28 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write safetensors (with an index where they are several), config.json, the tokenizer, and the
+    """Writes safetensors (with an index if there are several), config.json, the tokenizer, and the
     checksums of all of them (`checksums`).
 
-    The directory appears whole or not at all; one that is there is replaced. Where the model is on
-    the devices of several processes, all must call this, and the first one writes.
+    The directory appears whole or not at all; one that exists is replaced. All processes that hold
+    a part of the model must call this; the primary one writes. A host holds one shard at a time.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
-    if jax.process_index() > 0:
-        for _, value in named_tensors(model):
-            _to_host(value)
+    is_primary = jax.process_index() == 0
+    if is_primary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    tensors = tensors_by_name(model)
+    shards = _split_into_shards(tensors, max_shard_bytes)
+    for file, names in shards.filename_to_tensors.items():
+        arrays = {name: _to_host(tensors[name]()) for name in names}
+        if is_primary:
+            save_file(arrays, temporary / file, metadata={"format": "pt"})
+    if not is_primary:
         return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weight_map, total = _write_shards(model, temporary, max_shard_bytes)
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (temporary / "model.safetensors.index.json").write_text(text)
     dtype = str(model.embed[...].dtype)
@@ -290,82 +305,40 @@ def save_hf(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def named_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
-    """(Hugging Face name, array) one layer's tensor at a time, adapters merged."""
+def tensors_by_name(model: Transformer) -> dict[str, Callable[[], jax.Array]]:
+    """Returns, by its Hugging Face name, what makes each tensor: of one layer, adapters merged."""
+    tensors: dict[str, Callable[[], jax.Array]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(base_of(model))):
         names = hf_names(path, model.config.num_layers)
-        value = variable.get_value()
-        if path[0] != "blocks":
-            yield names[0], value
+        if path[0] == "blocks":
+            stacked = variable.get_value(), model.adapters.get(str(path[1]))
+            for i, name in enumerate(names):
+                tensors[name] = functools.partial(_tensor_of_layer, *stacked, i)
         else:
-            adapter = model.adapters.get(str(path[1]))
-            yield from ((name, _of_layer(value, adapter, i)) for i, name in enumerate(names))
+            tensors[names[0]] = variable.get_value
+    return tensors
 
 
 @jax.jit
-def _of_layer(value: jax.Array, adapter: Adapter | None, layer: int) -> jax.Array:
+def _tensor_of_layer(value: jax.Array, adapter: Adapter | None, layer: int) -> jax.Array:
     value, adapter = jax.tree.map(lambda x_L: x_L[layer], (value, adapter))
     return value if adapter is None else adapter.merge(value).astype(value.dtype)
 
 
-def tensor_shapes(model: Transformer) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    """(Hugging Face name, shape), in the order of `named_tensors`."""
-    for path, variable in nnx.to_flat_state(nnx.state(base_of(model))):
-        value = variable.get_value()
-        shape = value.shape[1:] if path[0] == "blocks" else value.shape
-        leaf = jax.ShapeDtypeStruct(shape, value.dtype)
-        yield from ((name, leaf) for name in hf_names(path, model.config.num_layers))
+def _split_into_shards(tensors: dict[str, Callable[[], jax.Array]], max_bytes: int) -> Any:
+    """Returns the `StateDictSplit` of huggingface_hub."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        {name: jax.eval_shape(make) for name, make in tensors.items()},
+        get_storage_size=lambda leaf: math.prod(leaf.shape) * leaf.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
-    """The whole array, in every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""What is written, and how safetensors spells it."""
-READ_DTYPES = (*DTYPES.values(), "F16")
-
-
-def _write_shards(
-    model: Transformer, directory: Path, max_shard_bytes: int
-) -> tuple[dict[str, str], int]:
-    """Which file each tensor is in, and the bytes of all.
-
-    One tensor is in memory at a time: safetensors' own writer wants those of a file together, and
-    copies them. The format: the length of a header (64 bits), the header in JSON, the bytes.
-    """
-    shapes = dict(tensor_shapes(model))
-    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    tensors, weight_map = named_tensors(model), {}
-    for i, names in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with open(directory / file, "wb") as stream:
-            stream.write(_header({name: shapes[name] for name in names}))
-            for name in names:
-                found, value = next(tensors)
-                assert found == name
-                stream.write(np.ascontiguousarray(_to_host(value)).view(np.uint8).data)
-        weight_map |= dict.fromkeys(names, file)
-    return weight_map, sum(sizes.values())
-
-
-def _header(shapes: dict[str, jax.ShapeDtypeStruct]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, leaf in shapes.items():
-        begin, end = end, end + math.prod(leaf.shape) * leaf.dtype.itemsize
-        dtype = DTYPES[str(leaf.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(leaf.shape), "data_offsets": [begin, end]}
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content
+    """Returns the whole array, in every process."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.ascontiguousarray(array)

@@ -1,7 +1,6 @@
-"""Keys and values of what rows have read so far, with a write position of each row's own.
+"""Caches of keys and values: `KVCache` for prompts, `SuffixCache` for what rows sample.
 
-Rejecting a chunk is a rewind: `length_B` goes back, the slots past it are masked and later
-overwritten. Forking is a gather of rows.
+All arrays of keys and values are (rows, K, slots, H), one for each layer.
 """
 
 from __future__ import annotations
@@ -14,44 +13,66 @@ import jax.numpy as jnp
 
 from stepwiser_jax.model.config import ModelConfig
 
+Layers = tuple[jax.Array, ...]
+
+
+def _zeros(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Layers:
+    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Per layer keys (B, K, H, S) and values (B, K, S, H); row b holds `length_B[b]` tokens."""
+    """Rows of different lengths: a token's position is its slot.
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    Attributes:
+        keys: (B, K, S, H) per layer.
+        values: (B, K, S, H) per layer.
+        length_B: the number of tokens of each row. Slots past it are masked, and overwritten later.
+    """
+
+    keys: Layers
+    values: Layers
     length_B: jax.Array
 
     @classmethod
     def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        B, K, S, H = rows, config.num_kv_heads, slots, config.head_dim
-        layers = range(config.num_layers)
-        return cls(
-            keys=tuple(jnp.zeros((B, K, H, S), dtype) for _ in layers),
-            values=tuple(jnp.zeros((B, K, S, H), dtype) for _ in layers),
-            length_B=jnp.zeros((rows,), jnp.int32),
-        )
+        """Returns an empty cache of B = `rows` and S = `slots`."""
+        zeros = _zeros(config, rows, slots, dtype), _zeros(config, rows, slots, dtype)
+        return cls(*zeros, jnp.zeros((rows,), jnp.int32))
 
     @property
     def slots(self) -> int:
         return self.values[0].shape[2]
 
+    def write(self, cached_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        """Returns keys or values of a layer with T new tokens after each row's length."""
+
+        def write_row(cached_KSH: jax.Array, new_KTH: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(cached_KSH, new_KTH, start, axis=1)
+
+        new_BKTH = new_BTKH.swapaxes(1, 2).astype(cached_BKSH.dtype)
+        return jax.vmap(write_row)(cached_BKSH, new_BKTH, self.length_B)
+
     def rewind(self, length_B: jax.Array) -> KVCache:
-        """Forget what came after the first `length_B` tokens of each row."""
+        """Returns the cache of the first `length_B` tokens of each row."""
         return dataclasses.replace(self, length_B=length_B)
 
     def take(self, rows_B: jax.Array) -> KVCache:
-        """Copies of the named rows: a fork."""
+        """Returns copies of the given rows."""
         return jax.tree.map(lambda x: jnp.take(x, rows_B, axis=0), self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedPrefix:
-    """P stored sequences that rows go on from, B / P rows each: row b sees the first `length_B[b]`
-    tokens of sequence b // (B / P)."""
+    """Prefixes that rows share: row b of B = Q * R rows continues prefix b // R.
+
+    Attributes:
+        cache: the Q prefixes; how much of each is seen, `length_B` says, and not its own lengths.
+        length_B: how many tokens of its prefix each row sees.
+    """
 
     cache: KVCache
     length_B: jax.Array
@@ -60,21 +81,28 @@ class SharedPrefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SuffixCache:
-    """Keys (B, K, H, C) and values (B, K, C, H) of the last C decode steps of all rows.
+    """The last C decode steps of all rows, in a ring.
 
-    Every step writes one slot, `slot`, for all rows together: in place, whereas writes at a place
-    of each row's own are scatters, which cost ten times as much as the attention over them. Row b
-    counts its latest `length_B[b]` slots, going back from `slot` and around the end."""
+    A step writes one slot for all rows at once, in place. Writes at a slot of each row's own would
+    be scatters, which cost ten times as much as the attention over them.
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    Attributes:
+        keys: (B, K, C, H) per layer.
+        values: (B, K, C, H) per layer.
+        slot: the slot that the next step writes.
+        length_B: how many of the latest steps belong to each row.
+    """
+
+    keys: Layers
+    values: Layers
     slot: jax.Array
     length_B: jax.Array
 
     @classmethod
     def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> SuffixCache:
-        cache = KVCache.create(config, rows, slots, dtype)
-        return cls(cache.keys, cache.values, jnp.int32(0), cache.length_B)
+        """Returns an empty cache of B = `rows` and C = `slots`."""
+        zeros = _zeros(config, rows, slots, dtype), _zeros(config, rows, slots, dtype)
+        return cls(*zeros, jnp.int32(0), jnp.zeros((rows,), jnp.int32))
 
     @property
     def visible_BC(self) -> jax.Array:
@@ -83,27 +111,14 @@ class SuffixCache:
         age_C = (self.slot - jnp.arange(slots, dtype=jnp.int32)) % slots
         return age_C[None] <= self.length_B[:, None]
 
-    def write(self, layer: int, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of a layer with the current step's (B, K, H, 1) and (B, K, 1, H)."""
-        keys, values = self.keys[layer], self.values[layer]
-        put = jax.lax.dynamic_update_slice_in_dim
-        return (
-            put(keys, key.astype(keys.dtype), self.slot, axis=3),
-            put(values, value.astype(values.dtype), self.slot, axis=2),
-        )
+    def write(self, cached_BKCH: jax.Array, new_B1KH: jax.Array) -> jax.Array:
+        """Returns keys or values of a layer with those of the current step."""
+        new_BK1H = new_B1KH.swapaxes(1, 2).astype(cached_BKCH.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(cached_BKCH, new_BK1H, self.slot, axis=2)
 
     def step(
         self, keys: Sequence[jax.Array], values: Sequence[jax.Array], counts_B: jax.Array
     ) -> SuffixCache:
-        """After a step was written in all layers; it counts for rows where `counts_B` is 1."""
+        """Returns the cache after a step, which counts for rows whose `counts_B` is 1."""
         slot = (self.slot + 1) % self.values[0].shape[2]
         return SuffixCache(tuple(keys), tuple(values), slot, self.length_B + counts_B)
-
-
-def write(cache: jax.Array, new: jax.Array, start_B: jax.Array, slot_axis: int) -> jax.Array:
-    """Put row b's T new entries at slots start_B[b], start_B[b] + 1, ... (start + T <= S)."""
-
-    def write_row(row: jax.Array, new_row: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, new_row, start, slot_axis - 1)
-
-    return jax.vmap(write_row)(cache, new.astype(cache.dtype), start_B)

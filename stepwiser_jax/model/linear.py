@@ -1,5 +1,4 @@
-"""Matrix products with operands in the compute type and sums in float32, forward and backward; with
-weights of 8-bit integers, for sampling; and with the output matrix, which gives logits."""
+"""Matrix products: operands in the compute type, sums in float32, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,10 +6,15 @@ import jax
 import jax.numpy as jnp
 import qwix
 
+from stepwiser_jax.model import cpu
+
 
 def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
-    """x (..., I) times weight (O, I), contracted over both last axes, accumulated in float32. The
-    weight's gradient is in float32 up to its own type; quantized weights have none."""
+    """Returns x (..., I) times the transpose of a weight (O, I), in the type of x.
+
+    The weight's gradient is summed in float32, and has the weight's type. Quantized weights have
+    none.
+    """
     if isinstance(weight_OI, qwix.QArray):
         return _quantized_linear(x, weight_OI)
     return _linear(x, weight_OI)
@@ -19,15 +23,13 @@ def linear(x: jax.Array, weight_OI: jax.Array | qwix.QArray) -> jax.Array:
 # --- logits -------------------------------------------------------------------------------------
 
 NEVER = -1e30
-"""The logit of an id that no token has: probability 0, and still finite in what is multiplied by
-0, as in an entropy."""
+"""The logit of an id without a token. Its probability is 0, and 0 times it is finite."""
 
 
 def output_logits(
     hidden: jax.Array, head_VD: jax.Array, unknown_ids: tuple[range, ...]
 ) -> jax.Array:
-    """Logits (..., V), float32, of hidden states (..., D); `NEVER` at `unknown_ids`, those of no
-    token. Without unknown ids this is the product alone."""
+    """Returns logits (..., V), float32, of hidden states (..., D); `NEVER` at `unknown_ids`."""
     logits = product(hidden, head_VD.astype(hidden.dtype), (hidden.ndim - 1, 1))
     for unknown in unknown_ids:
         # Compared, not indexed: the vocabulary may be split over devices.
@@ -46,15 +48,15 @@ def pair_logits(hidden: jax.Array, head_VD: jax.Array, pair: tuple[int, int]) ->
 
 
 def quantize(weight_IO: jax.Array) -> qwix.QArray:
-    """8-bit integers with one float32 scale for each output: its largest weight is 127."""
+    """Returns 8-bit integers with a float32 scale for each output: its largest weight is 127."""
     return qwix.quantize(
         weight_IO.astype(jnp.float32), jnp.int8, channelwise_axes=(1,), calibration_method="absmax"
     )
 
 
 def _quantized_linear(x: jax.Array, weight_OI: qwix.QArray) -> jax.Array:
-    # Without a barrier XLA turns the weights to floating point once, before a decode loop, which
-    # then reads those. The products are in floating point: int8 activations triple the gap.
+    # Without a barrier XLA casts the weights before a decode loop, which then reads the casts.
+    # Products are in floating point: int8 activations triple the distance to the model.
     x, weight_OI = jax.lax.optimization_barrier((x, weight_OI))
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     out = qwix.dot_general(
@@ -73,7 +75,7 @@ def _linear(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Over one axis of each, in float32."""
+    """Returns the product over one axis of each, in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -101,18 +103,12 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
-    """(I, O), the sum over rows of their outer products, in float32."""
+    """Returns the sum over rows of their outer products, (I, O), in float32."""
 
     def plain(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
         return product(a_TI, b_TO, (0, 0))
 
-    def transposed(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
-        # XLA's fast bfloat16 product contracts the left operand over its last axis. A transpose
-        # before it is folded into the product, which is then done in float32, at half the rate;
-        # the padding keeps the two apart.
-        padded_IT = jnp.pad(a_TI.T, ((0, 8), (0, 0)))
-        return product(padded_IT, b_TO, (1, 0))[: a_TI.shape[1]]
-
     if a_TI.dtype != jnp.bfloat16:
         return plain(a_TI, b_TO)
-    return jax.lax.platform_dependent(a_TI, b_TO, cpu=transposed, default=plain)
+    # By the platform that the program is lowered for: a gradient does not know its mesh.
+    return jax.lax.platform_dependent(a_TI, b_TO, cpu=cpu.product_over_rows, default=plain)

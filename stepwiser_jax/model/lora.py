@@ -72,14 +72,14 @@ def merge_block(block: Block) -> Block:
 # --- what is trained ----------------------------------------------------------------------------
 
 
-def trained_part(model: Any) -> Any:
+def trainable(model: Any) -> Any:
     """Returns what training changes: the adapters if the model has any, else all of it."""
     adapters = nnx.state(model, nnx.LoRAParam)
     return adapters if jax.tree.leaves(adapters) else model
 
 
-def with_trained(model: Any, trained: Any) -> Any:
-    """Returns the model with another `trained_part`."""
+def with_trainable(model: Any, trained: Any) -> Any:
+    """Returns the model with another `trainable`."""
     if not isinstance(trained, nnx.State):
         return trained
     graphdef, _, frozen = nnx.split(model, nnx.LoRAParam, ...)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepwiser_jax.model.attention import XLA, Attention, save_attention
+from stepwiser_jax.model.attention import Attention, attention_for, save_attention
 from stepwiser_jax.model.block import (
     Block,
     ClassifierHead,
@@ -37,12 +37,23 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         compute_dtype: Any = jnp.float32,
-        attention: Attention = XLA,
+        attention: Attention | None = None,
     ):
+        """Makes a model with random weights.
+
+        Args:
+            config: sizes and switches.
+            rngs: the source of the weights.
+            param_dtype: the type of the weights.
+            compute_dtype: the type of activations and of the operands of products.
+            attention: how attention is computed; None: as suits jax's default device.
+        """
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.attention = attention
+        self.attention = attention or attention_for(
+            jax.devices()[0], compute_dtype, config.head_dim
+        )
         self.embed = parameter(rngs, (V, D), ("vocab", "embed"), std, param_dtype)
         self.blocks = Block(config, config.num_layers, rngs, param_dtype)
         self.norm = parameter(rngs, (D,), ("norm",), 1.0, param_dtype)

@@ -38,18 +38,18 @@ def abs_q(q: float, v: float) -> bool:
     return q > 0
 
 
-def rel_effective(q: float, v: float, *, alpha: float, n: float = 4) -> bool:
+def rel_effective(q: float, v: float, *, alpha: float = 0.8, n: float = 4) -> bool:
     """StepWiser eq 2: q + alpha * (Q^mu_i - Q^mu_{i-1}) > 0 with mu = best of n, whose value is
     Q^mu = 1 - (1 - Q)^n."""
     return q > 0 and q + alpha * ((1 - v) ** n - (1 - q) ** n) > 0
 
 
-def rel_ratio(q: float, v: float, *, gamma: float) -> bool:
+def rel_ratio(q: float, v: float, *, gamma: float = 0.7) -> bool:
     """StepWiser eq 3: q / v > gamma."""
     return q > gamma * v
 
 
-def relative_progress(q: float, v: float, *, epsilon: float) -> bool:
+def relative_progress(q: float, v: float, *, epsilon: float = 0.8) -> bool:
     """GenPRM's relative progress estimation: q / v >= epsilon (arXiv 2504.00891)."""
     return q > 0 and q >= epsilon * v
 

@@ -14,17 +14,18 @@ Reads `rollouts` and `policy`. Writes prefix values.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise, product
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
-from stepwiser_jax.data.datasets import shuffled
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.data.rows import shuffled
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -35,7 +36,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -46,7 +47,7 @@ IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
 
 
-def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Annotate block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
@@ -54,7 +55,7 @@ def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str
     directory.begin()
     sampled = read_records(config.rollouts, Trajectory)
     trajectories, dropped = select_trajectories(config, sampled)
-    work = blocks(trajectories, config.trajectories_per_block)
+    work = blocks(trajectories, config.block_size)
     work = directory.pending(work, PrefixValue, prefix_ids)
     measured = annotate_blocks(config, directory, trajectories, work, sampled) if work else {}
     writer = directory.writer(PrefixValue)
@@ -76,19 +77,23 @@ def annotate_blocks(
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
+        **config.policy.load_args, weights=config.engine.weights, mesh=mesh, seed=config.seed
     )
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
-    check_trajectories(trajectories, engine, params)
+    check_lengths(trajectories, engine, params)
+    check_ids(chain.from_iterable(work), engine)
 
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
-            answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
-            references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
-            return verifier.verify(list(zip(answers, references, strict=True)))
+            return verifier.verify(
+                [completion_text(tokenizer, ids) for _, ids in rows],
+                [problems[trajectory.problem_id] for trajectory, _ in rows],
+            )
 
         def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
             values = []
@@ -170,29 +175,37 @@ def rollouts_by_problem(config: Annotate, trajectories: Sequence[Trajectory]) ->
     return {problem: config.rollouts_at(sum(r) / len(r)) for problem, r in right.items()}
 
 
-def check_trajectories(
+def check_lengths(
     trajectories: Sequence[Trajectory], engine: Engine, params: SamplingParams
 ) -> None:
-    """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
-    `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
-    or one with token ids that the policy's vocabulary lacks."""
-    config = engine.decoder.config
-    known = frozenset(range(config.vocab_size)).difference(*config.unknown_ids)
+    """Raises UserError for a trajectory that is longer than `params.max_new_tokens`, which prefix
+    and continuation share, or that does not fit the context."""
     for trajectory in trajectories:
-        name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
-        if length > params.max_new_tokens:
+        name, tokens = trajectory.trajectory_id, trajectory.tokens
+        if tokens.num_completion > params.max_new_tokens:
             raise UserError(
                 f"{name}: prefix and continuation share sampling.max_new_tokens = "
-                f"{params.max_new_tokens}, found a trajectory of {length} tokens: set it to "
-                "that of the rollouts"
+                f"{params.max_new_tokens}, found a trajectory of {tokens.num_completion} tokens: "
+                "set it to that of the rollouts"
             )
-        engine.check_length(len(trajectory.prompt_ids), params.max_new_tokens, name)
-        unknown = {*trajectory.prompt_ids, *trajectory.completion_ids} - known
-        if unknown:
+        engine.check_length(tokens.num_prompt, params.max_new_tokens, name)
+
+
+def check_ids(trajectories: Iterable[Trajectory], engine: Engine) -> None:
+    """Raises UserError for token ids that the policy's vocabulary lacks."""
+    config = engine.decoder.config
+    known_V = np.ones(config.vocab_size, bool)
+    for ids in config.unknown_ids:
+        known_V[ids] = False
+    for trajectory in trajectories:
+        tokens = trajectory.tokens.read()
+        ids = np.concatenate([tokens.prompt_ids, tokens.completion_ids])
+        unknown = ids[(ids >= len(known_V)) | ~known_V[np.minimum(ids, len(known_V) - 1)]]
+        if len(unknown):
             raise UserError(
-                f"{name}: expected token ids of the policy's vocabulary (the largest is "
-                f"{max(known)}), found {max(unknown)}: name the policy that sampled the rollouts, "
-                "or one with its tokenizer"
+                f"{trajectory.trajectory_id}: expected token ids of the policy's vocabulary (the "
+                f"largest is {np.flatnonzero(known_V)[-1]}), found {unknown.max()}: name the "
+                "policy that sampled the rollouts, or one with its tokenizer"
             )
 
 
@@ -210,7 +223,7 @@ class ChunkPrefix:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.trajectory.prompt_ids) + self.num_completion_tokens
+        return self.trajectory.tokens.num_prompt + self.num_completion_tokens
 
     @property
     def sampling_id(self) -> str:
@@ -255,7 +268,7 @@ class Counts:
                 for prefix in (before, behind):
                     self.pairs_at[prefix.sampling_id].append((before, behind))
         if adaptive is not None:
-            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.parameters)
+            self.labels = LabelTable(adaptive.rule, num_rollouts, **adaptive.rule_args)
 
     def add(self, prefix: ChunkPrefix, is_right: bool) -> None:
         self.right[prefix.sampling_id] += is_right
@@ -317,11 +330,9 @@ def estimate_prefix_values(
     ):
         prefixes = [prefix_of[completion.row_id] for completion in completions]
         solutions = [
-            (
-                p.trajectory,
-                [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.tokens.tolist()],
-            )
+            (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *tokens])
             for p, c in zip(prefixes, completions, strict=True)
+            for tokens in [c.tokens.tolist()]
         ]
         for prefix, right in zip(prefixes, is_correct(solutions), strict=True):
             counts.add(prefix, right)

@@ -7,7 +7,7 @@ Two kinds of chunks get no label, whatever their values, and are counted: the on
 that closes no chunk though the policy was asked for tags, since it is a whole solution; and the
 last one of a response that was cut at the length limit, whose outcome says nothing about it.
 
-Changing the label rule reruns this stage only. Reads `annotations`, `rollouts` and `tokenizer`.
+Changing the label rule reruns this stage only. Reads `values`, `rollouts` and `tokenizer`.
 Writes chunk labels (all but those of these two kinds), judge examples (filtered and balanced), and
 classifier examples, whole solutions for a classifier: neither filtered by length nor balanced.
 """
@@ -49,11 +49,11 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(config.rollouts, Trajectory)}
     check_rule(config)
-    labels, no_label = label_trajectories(config, read_records(config.annotations, PrefixValue))
+    labels, no_label = label_trajectories(config, read_records(config.values, PrefixValue))
     unknown = {label.trajectory_id for label in labels} - set(trajectories)
     if unknown:
         raise UserError(
-            f"{config.annotations} values the trajectory {min(unknown)}, which is not in "
+            f"{config.values} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
     tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
@@ -96,14 +96,14 @@ def label_trajectories(
     for value in values:
         of_trajectory[value.trajectory_id][value.num_chunks] = value
     tables = {
-        num_rollouts: LabelTable(config.rule, num_rollouts, **config.parameters)
+        num_rollouts: LabelTable(config.rule, num_rollouts, **config.rule_args)
         for num_rollouts in {value.max_rollouts for value in values}
     }
     labels, no_label = [], 0
     for trajectory_id, by_chunks in of_trajectory.items():
         if sorted(by_chunks) != list(range(len(by_chunks))):
             raise UserError(
-                f"{config.annotations}: expected values of the prefixes 0..J of {trajectory_id}, "
+                f"{config.values}: expected values of the prefixes 0..J of {trajectory_id}, "
                 f"found {sorted(by_chunks)}"
             )
         for j in range(len(by_chunks) - 1):
@@ -134,7 +134,7 @@ def drop_undeserved(
         text = completion_text(tokenizer, trajectory.completion_ids)
         return not any(pattern in text for pattern in patterns)
 
-    kept, dropped = [], Counter(untagged=0, cut=0, too_short=0, too_long=0)
+    kept, dropped = [], Counter(untagged=0, cut=0, too_long=0)
     for label in labels:
         trajectory = trajectories[label.trajectory_id]
         last = len(trajectory.chunk_ends) - 1
@@ -149,15 +149,15 @@ def drop_undeserved(
 
 def check_rule(config: Label) -> None:
     """Raises UserError where the annotations stopped early for the labels of another rule."""
-    is_run = (Path(config.annotations) / "config.yaml").is_file()
-    adaptive = read_run_settings(config.annotations).get("adaptive") if is_run else None
+    is_run = (Path(config.values) / "config.yaml").is_file()
+    adaptive = read_run_settings(config.values).get("adaptive") if is_run else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)
-    if (sampled_for.rule, sampled_for.parameters) != (config.rule, config.parameters):
+    if (sampled_for.rule, sampled_for.rule_args) != (config.rule, config.rule_args):
         raise UserError(
-            f"{config.annotations} sampled until the labels of {sampled_for.rule} "
-            f"{sampled_for.parameters} were known, found rule {config.rule} {config.parameters}: "
+            f"{config.values} sampled until the labels of {sampled_for.rule} "
+            f"{sampled_for.rule_args} were known, found rule {config.rule} {config.rule_args}: "
             "use that rule, or annotate without adaptive"
         )
 
@@ -218,16 +218,14 @@ def classifier_examples(
 def filter_length(
     config: Label, examples: Sequence[JudgeExample], tokenizer: Tokenizer, dropped: Counter[str]
 ) -> list[JudgeExample]:
-    """Paper 4.1: judge prompts that are overly short or excessively long are left out, and counted
+    """Paper 4.1: judge prompts that are excessively long are left out, and counted
     in `dropped`."""
     kept = []
     for example in examples:
         prompt = encode_judge_prompt(
             tokenizer, example.question, example.history, example.chunk, config.prompt_style
         )
-        if len(prompt) < config.min_prompt_tokens:
-            dropped["too_short"] += 1
-        elif len(prompt) > config.max_prompt_tokens:
+        if len(prompt) > config.max_prompt_tokens:
             dropped["too_long"] += 1
         else:
             kept.append(example)

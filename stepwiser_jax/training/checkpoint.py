@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from stepwiser_jax.checksums import seal_fits, sealed
 from stepwiser_jax.distributed.fingerprints import sums_of_bits
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.lora import trained_part, with_trained
+from stepwiser_jax.model.lora import trainable, with_trainable
 from stepwiser_jax.training.step import TrainState
 
 
@@ -42,7 +42,7 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
         """`host_state` is JSON, with the loader's position as `loader`."""
         parts = {
-            "model": trained_part(state.model),
+            "model": trainable(state.model),
             "rest": (state.opt_state, state.step, state.skipped),
         }
         sums = {name: checksums_of(tree) for name, tree in parts.items()}
@@ -62,10 +62,10 @@ class Checkpointer:
         step = self._manager.latest_step()
         rest = (template.opt_state, template.step, template.skipped)
         host = self._restore_host(step)
-        model = self._restore_tree(step, "model", trained_part(template.model), host)
+        model = self._restore_tree(step, "model", trainable(template.model), host)
         rest = self._restore_tree(step, "rest", rest, host)
         loader = {"loader": host["loader"]}
-        return TrainState(with_trained(template.model, model), *rest), loader
+        return TrainState(with_trainable(template.model, model), *rest), loader
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
         """The parameters of one save (the newest by default). `template`: abstract or real model;
@@ -81,8 +81,8 @@ class Checkpointer:
                 f"{self._directory}, found the steps {steps}"
             )
         host = self._restore_host(wanted)
-        restored = self._restore_tree(wanted, "model", trained_part(template), host)
-        return with_trained(template, restored)
+        restored = self._restore_tree(wanted, "model", trainable(template), host)
+        return with_trainable(template, restored)
 
     def _restore_host(self, step: int | None) -> dict[str, Any]:
         host = self._restore(step, "host", ocp.args.JsonRestore())

@@ -3,7 +3,7 @@
 Gradients, loss and metrics of micro-batches are sums over a denominator taken from the whole batch,
 so they add up exactly, however the batch is cut. An update whose gradients are not finite is
 skipped and counted: parameters, moments and the schedule's step stay as they were. Where the model
-has adapters, gradients, moments and updates are theirs alone (`lora.trained_part`).
+has adapters, gradients, moments and updates are theirs alone (`lora.trainable`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from stepwiser_jax.distributed.mesh import put, replicated
-from stepwiser_jax.model.lora import trained_part, with_trained
+from stepwiser_jax.model.lora import trainable, with_trainable
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(model, micro-batch, denominator of the whole batch) -> (loss, metrics)."""
@@ -105,7 +105,7 @@ def create_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Moments are created with the sharding of their parameters, never whole on one device."""
-    whole, trained = replicated(mesh), trained_part(model)
+    whole, trained = replicated(mesh), trainable(model)
     shardings = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -140,7 +140,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
         norm = optax.tree.norm(grads)
-        trained = trained_part(state.model)
+        trained = trainable(state.model)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         skipped = 1 - jnp.isfinite(jnp.asarray(norm)).astype(jnp.int32)
         metrics |= {
@@ -149,7 +149,7 @@ def make_train_step(
             "skipped": skipped,
         }
         state = TrainState(
-            model=with_trained(state.model, optax.apply_updates(trained, updates)),
+            model=with_trainable(state.model, optax.apply_updates(trained, updates)),
             opt_state=opt_state,
             step=state.step + 1,
             skipped=state.skipped + skipped,
@@ -169,10 +169,10 @@ def accumulate(
     """Gradients of what is trained, and metrics, of the whole batch, one micro-batch at a time;
     those at its end that are padding take no time. Metrics must not be negative where they are
     maximised."""
-    denominator, trained = denominator_fn(batch), trained_part(model)
+    denominator, trained = denominator_fn(batch), trainable(model)
 
     def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss_fn(with_trained(model, trained), rows, denominator)
+        return loss_fn(with_trainable(model, trained), rows, denominator)
 
     if micro_batches == 1:
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)

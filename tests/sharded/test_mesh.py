@@ -14,7 +14,7 @@ from draws import arrays_of, assert_drawn
 from flax import nnx
 
 from stepwiser_jax.config import load_config
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
     cast_model,
     sharded_adapters,
@@ -36,8 +36,8 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import TokenSampler
-from stepwiser_jax.model import attention
-from stepwiser_jax.model.attention import XLA, Attention, VisibleBlocks
+from stepwiser_jax.model import cpu
+from stepwiser_jax.model.attention import PLAIN, Attention
 from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import with_adapters
@@ -140,11 +140,11 @@ def test_visible_blocks_are_equal_on_every_mesh(checkpoint, sizes, monkeypatch):
     """As rows longer than `LONG_ROW` attend, beside the whole mask on one device. Some rows have
     more pairs of blocks, which the devices that hold the others must wait for."""
     one = gradients_on_one_device(checkpoint)
-    monkeypatch.setattr(attention, "LONG_ROW", 15)
-    monkeypatch.setattr(attention, "BLOCK", 4)
-    blocks = XLA.mask(jnp.asarray(batch().segment_ids_BT))
-    assert isinstance(blocks, VisibleBlocks)
-    assert len(set(blocks.count_B.tolist())) > 1
+    monkeypatch.setattr(cpu, "LONG_ROW", 15)
+    monkeypatch.setattr(cpu, "BLOCK", 4)
+    blocks = cpu.CPU.mask(jnp.asarray(batch().segment_ids_BT))
+    assert isinstance(blocks, cpu.VisibleBlocks)
+    assert len(set(blocks.num_pairs_B.tolist())) > 1
     assert_equal_gradients(gradients(checkpoint, sizes), one)
 
 
@@ -227,7 +227,7 @@ def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, s
 def test_checkpoints_move_between_all_meshes(checkpoint, tmp_path):
     states = [train_state(checkpoint, sizes)[1] for sizes in MESHES]
     expected = jax.tree.leaves(jax.device_get(states[0]))
-    prints = {fingerprint(state.model) for state in states}
+    prints = {param_hash(state.model) for state in states}
     assert len(prints) == 1, "what one mesh has sampled is another's too"
     for number, state in enumerate(states):
         saver = Checkpointer(tmp_path / str(number))
@@ -395,8 +395,8 @@ def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = (
         jax.random.normal(keys[0], (4, 24, 4, 8)),
-        jax.random.normal(keys[1], (4, kv_heads, 8, 24)),
-        jax.random.normal(keys[2], (4, kv_heads, 24, 8)),
+        jax.random.normal(keys[1], (4, 24, kv_heads, 8)),
+        jax.random.normal(keys[2], (4, 24, kv_heads, 8)),
     )
     row = [65536] * 9 + [65537] * 8 + [65538] * 7
     segment_ids = shard_batch(np.array([row, row[3:] + [131072] * 3, [1] * 24, [2] * 24]), mesh)
@@ -409,7 +409,7 @@ def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
         with jax.set_mesh(mesh):
             return jax.jit(jax.grad(loss, has_aux=True))(qkv)
 
-    expected, found = gradients(XLA), gradients(split)
+    expected, found = gradients(PLAIN), gradients(split)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -417,9 +417,9 @@ def test_splash_attention_is_split_over_rows_and_heads(sizes, kv_heads):
 def test_splash_attention_wants_whole_rows_and_a_tpu():
     mesh = make_mesh(2, 2, 2)
     on_cpu = attention_on(mesh, num_heads=4, num_kv_heads=2, head_dim=8, dtype=jnp.bfloat16)
-    assert on_cpu is XLA
-    split = split_attention(XLA, mesh, num_heads=4, num_kv_heads=2)
-    q, k = jnp.zeros((6, 8, 4, 8)), jnp.zeros((6, 2, 8, 8))
+    assert on_cpu is cpu.CPU
+    split = split_attention(PLAIN, mesh, num_heads=4, num_kv_heads=2)
+    q, k = jnp.zeros((6, 8, 4, 8)), jnp.zeros((6, 8, 2, 8))
     with pytest.raises(UserError, match="6 rows cannot be split over data x fsdp = 4"):
         split.attend(q, k, k, split.mask(jnp.ones((6, 8), jnp.int32)))
 

@@ -12,9 +12,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from test_splash import HEADS, KV_HEADS, ROWS, inputs, out_and_gradients
 
-from stepwiser_jax.distributed import mesh as meshes
-from stepwiser_jax.distributed.mesh import attention_on, make_mesh
-from stepwiser_jax.model.attention import XLA, attention, cudnn, segment_mask
+from stepwiser_jax.model.attention import PLAIN, attention_for, cudnn, plain_attend, segment_mask
+from stepwiser_jax.model.attention.splash import SPLASH
+from stepwiser_jax.model.cpu import CPU
 
 
 def test_equals_dense_attention():
@@ -23,7 +23,7 @@ def test_equals_dense_attention():
     mask = cudnn.cudnn_mask(segment_ids)
     assert mask.shape == (len(ROWS), 400, 400)
     found = out_and_gradients(attend, mask, segment_ids, 8)
-    expected = out_and_gradients(attention, segment_mask(segment_ids), segment_ids, 8)
+    expected = out_and_gradients(plain_attend, segment_mask(segment_ids), segment_ids, 8)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -66,13 +66,18 @@ def device(platform="gpu", version="PJRT C API\ncuda 13000", capability="9.0"):
         (device("cpu", "cpu"), "bfloat16", 128, False),
     ],
 )
-def test_where_it_is_chosen(found, dtype, head_dim, takes, monkeypatch):
+def test_where_it_is_chosen(found, dtype, head_dim, takes):
     assert cudnn.cudnn_takes(found, jnp.dtype(dtype), head_dim) is takes
-    monkeypatch.setattr(meshes, "cudnn_takes", lambda *args: takes)
-    mesh = make_mesh(1, 2, 1)
-    chosen = attention_on.__wrapped__(
-        mesh, num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype
-    )
-    assert (chosen is not XLA) is takes
-    if takes:
-        assert chosen.mask is cudnn.cudnn_mask
+    assert (attention_for(found, dtype, head_dim) is cudnn.CUDNN) is takes
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (device("cpu", "cpu"), CPU),
+        (device("tpu", "tpu"), SPLASH),
+        (device(version="rocm 70000"), PLAIN),
+    ],
+)
+def test_every_platform_has_its_attention(found, expected):
+    assert attention_for(found, "bfloat16", 128) is expected

@@ -112,6 +112,7 @@ def test_other_weights_are_quantized_too_and_compile_nothing(tiny_model):
     warm = [program._cache_size() for program in programs]
     other_model = jax.tree.map(lambda x: x * 1.3, tiny_model)
     second = sample(engine.with_model(other_model))
+    assert engine.sampled_tokens == 2 * len(IDS) * 12, "both are counted together"
     assert [program._cache_size() for program in programs] == warm
     fresh = sample(Engine(other_model, weights="int8", **SHAPES))
     np.testing.assert_array_equal(arrays_of(second)[0], arrays_of(fresh)[0])

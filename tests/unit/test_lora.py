@@ -18,7 +18,7 @@ from stepwiser_jax.distributed.loading import decoding_copy, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
-from stepwiser_jax.model.attention import XLA
+from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
@@ -26,9 +26,9 @@ from stepwiser_jax.model.lora import (
     base_of,
     make_adapters,
     merge_block,
-    trained_part,
+    trainable,
     with_adapters,
-    with_trained,
+    with_trainable,
 )
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_io import write_records
@@ -121,15 +121,13 @@ def test_adapters_are_merged_wherever_a_model_leaves_training(tmp_path):
         assert not merged.adapters
         np.testing.assert_allclose(merged(tokens()), expected(tokens()), rtol=1e-5, atol=1e-5)
 
-    def sampled(sampler):
+    def sample(model):
+        sampler = ReferenceSampler(model, rows=[2], buckets=[32])
         settings = {"key": jax.random.key(0), "row_ids": list("ab")}
         found = sampler.generate([[1, 2], [3]], SamplingParams(9), **settings)
         return [completion.tokens for completion in found]
 
-    samples = [
-        sampled(ReferenceSampler(m, rows=[2], buckets=[32]))
-        for m in (model, expected, base_of(model))
-    ]
+    samples = [sample(m) for m in (model, expected, base_of(model))]
     np.testing.assert_array_equal(samples[0], samples[1])
     assert not np.array_equal(samples[1], samples[2])
     int8 = [
@@ -152,7 +150,7 @@ def test_gradients_are_those_of_the_dense_matrices_by_the_chain_rule(micro_batch
     model = adapted(base_model())
     of_dense = gradients(dense(model), batch())
     found = gradients(model, batch(), micro_batches, remat)
-    assert jax.tree.structure(found) == jax.tree.structure(trained_part(model))
+    assert jax.tree.structure(found) == jax.tree.structure(trainable(model))
     for name, adapter in model.adapters.items():
         grad = ALPHA / RANK * getattr(of_dense.blocks, name)[...]
         expected_a = np.einsum("lor,loi->lri", adapter.b[...], grad)
@@ -185,7 +183,7 @@ def test_gradients_of_frozen_weights_are_never_made():
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_updates_leave_the_base_alone(micro_batches):
     model = adapted(base_model(param_dtype=jnp.bfloat16), moved=False)
-    base, before = jax.device_get((base_of(model), trained_part(model)))
+    base, before = jax.device_get((base_of(model), trainable(model)))
     optimizer = make_optimizer(lambda _: 1e-2, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
     state = create_train_state(model, optimizer, make_mesh())
     step = make_train_step(
@@ -202,7 +200,7 @@ def test_updates_leave_the_base_alone(micro_batches):
     assert losses[-1] < 0.9 * losses[0]
     for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(base_of(state.model)), strict=True):
         np.testing.assert_array_equal(a, b)
-    after = jax.tree.leaves(trained_part(state.model))
+    after = jax.tree.leaves(trainable(state.model))
     for a, b in zip(jax.tree.leaves(before), after, strict=True):
         assert not np.array_equal(a, b)
     moments = sum(leaf.size for leaf in jax.tree.leaves((state.opt_state.mu, state.opt_state.nu)))
@@ -213,7 +211,7 @@ def test_updates_leave_the_base_alone(micro_batches):
 def test_adapters_decay_like_matrices():
     model = adapted(base_model())
     transform = make_optimizer(lambda _: 1.0, weight_decay=0.5, clip_norm=1.0, b1=0.9, b2=0.95)
-    trained = trained_part(model)
+    trained = trainable(model)
     zeros = jax.tree.map(jnp.zeros_like, trained)
     updates, _ = transform.update(zeros, transform.init(trained), trained)
     for update, x in zip(jax.tree.leaves(updates), jax.tree.leaves(trained), strict=True):
@@ -222,14 +220,14 @@ def test_adapters_decay_like_matrices():
 
 def test_a_model_without_adapters_is_trained_whole():
     model = base_model()
-    assert trained_part(model) is model
+    assert trainable(model) is model
     other = jax.tree.map(lambda x: x + 1, model)
-    assert with_trained(model, other) is other
+    assert with_trainable(model, other) is other
 
 
 def test_plan_knows_the_adapters():
     mesh, lora = make_mesh(1, 2, 2), {"rank": RANK, "alpha": ALPHA, "targets": ALL}
-    model = abstract_model(tiny_config(), mesh, XLA, param_dtype="bfloat16", lora=lora)
+    model = abstract_model(tiny_config(), mesh, PLAIN, param_dtype="bfloat16", lora=lora)
     real = adapted(base_model("llama"))
     for leaf, expected in zip(
         jax.tree.leaves(model.adapters), jax.tree.leaves(real.adapters), strict=True

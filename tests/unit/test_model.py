@@ -13,14 +13,17 @@ from jax.interpreters import partial_eval
 
 from stepwiser_jax.distributed.mesh import make_mesh, split_attention
 from stepwiser_jax.model import transformer
-from stepwiser_jax.model.attention import LONG_ROW, save_attention
+from stepwiser_jax.model.attention import save_attention
 from stepwiser_jax.model.attention.cudnn import CUDNN
 from stepwiser_jax.model.attention.splash import SPLASH
+from stepwiser_jax.model.cpu import LONG_ROW
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 

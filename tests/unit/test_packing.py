@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.model.attention import attention, packed_attention, segment_mask, visible_blocks
+from stepwiser_jax.model.attention import plain_attend, segment_mask
+from stepwiser_jax.model.cpu import packed_attention, visible_blocks
 from stepwiser_jax.model.linear import linear
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
@@ -119,10 +120,10 @@ def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
     ]
     segments = jnp.array(rows, jnp.int32)
     blocks = visible_blocks(segments)
-    assert int(blocks.count_B[0]) < int(blocks.count_B[1]), "the rows have different pairs"
+    assert int(blocks.num_pairs_B[0]) < int(blocks.num_pairs_B[1]), "the rows have different pairs"
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (2, T, N, H))
-    k, v = jax.random.normal(keys[1], (2, K, H, T)), jax.random.normal(keys[2], (2, K, T, H))
+    k, v = (jax.random.normal(key, (2, T, K, H)) for key in keys[1:3])
     weights = jax.random.normal(keys[3], (2, T, N, H)) * (segments != 0)[:, :, None, None]
 
     def of(attend, inputs):
@@ -131,7 +132,7 @@ def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
 
         return jax.value_and_grad(total, (0, 1, 2))(*inputs)
 
-    expected, grads = of(lambda *x: attention(*x, segment_mask(segments)), (q, k, v))
+    expected, grads = of(lambda *x: plain_attend(*x, segment_mask(segments)), (q, k, v))
     cast = [x.astype(dtype) for x in (q, k, v)]
     found, found_grads = of(lambda *x: packed_attention(*x, blocks), cast)
     np.testing.assert_allclose(found, expected, rtol=10 * tolerance)

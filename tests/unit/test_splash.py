@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import attention, segment_mask, splash
+from stepwiser_jax.model.attention import plain_attend, segment_mask, splash
 
 GROUP = 1 << 16
 
@@ -43,8 +43,8 @@ def _small_blocks(monkeypatch):
 def inputs(rows: int, length: int, head_dim: int):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (rows, length, HEADS, head_dim))
-    k = jax.random.normal(keys[1], (rows, KV_HEADS, head_dim, length))
-    v = jax.random.normal(keys[2], (rows, KV_HEADS, length, head_dim))
+    k = jax.random.normal(keys[1], (rows, length, KV_HEADS, head_dim))
+    v = jax.random.normal(keys[2], (rows, length, KV_HEADS, head_dim))
     return q, k, v, jax.random.normal(keys[3], q.shape)
 
 
@@ -68,7 +68,7 @@ def test_equals_dense_attention(head_dim):
     segment_ids = jnp.array(list(ROWS.values()), jnp.int32)
     mask = splash.splash_mask(segment_ids, interpret=True)
     found = out_and_gradients(splash.splash_attention, mask, segment_ids, head_dim)
-    expected = out_and_gradients(attention, segment_mask(segment_ids), segment_ids, head_dim)
+    expected = out_and_gradients(plain_attend, segment_mask(segment_ids), segment_ids, head_dim)
     for name, value in expected.items():
         for r, what in enumerate(ROWS):
             np.testing.assert_allclose(
@@ -107,9 +107,9 @@ def test_visits_the_blocks_that_are_seen_and_no_others():
         found = np.zeros_like(expected)
         runs, blocks = np.asarray(info.block_mask)[:, 0], np.asarray(info.data_next)[:, 0]
         for b, i, j in zip(*np.nonzero(runs), strict=True):
-            place = (b, i, blocks[b, i, j]) if by_query else (b, blocks[b, i, j], j)
-            assert not found[place], "visited twice"
-            found[place] = True
+            where = (b, i, blocks[b, i, j]) if by_query else (b, blocks[b, i, j], j)
+            assert not found[where], "visited twice"
+            found[where] = True
         np.testing.assert_array_equal(found, expected)
 
 

@@ -36,7 +36,7 @@ from stepwiser_jax.distributed.mesh import (
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.lora import make_adapters, trained_part, with_adapters
+from stepwiser_jax.model.lora import make_adapters, trainable, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.training.step import TrainState
 
@@ -184,7 +184,7 @@ def abstract_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """What `trainer.create_train_state` gives."""
-    whole, trained = replicated(mesh), trained_part(model)
+    whole, trained = replicated(mesh), trainable(model)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     moments = optax.tree_map_params(
         optimizer,
