@@ -110,7 +110,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
             for p, ids in enumerate(PROMPTS)
         ]
         parts = engine.sample(trunks, SamplingParams(LENGTH), key=jax.random.key(runs))
-        ids = {done.row_id: list(done.ids) for part in parts for done in part}
+        ids = {done.row_id: done.tokens.tolist() for part in parts for done in part}
         return [[ids[f"{p}/{g}"] for g in range(SAMPLES)] for p in range(len(PROMPTS))]
 
     def run(name: str) -> dict[str, Any]:

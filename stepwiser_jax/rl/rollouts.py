@@ -156,9 +156,7 @@ class RolloutSampler:
         )
         for completions in ended:
             for done in completions:
-                rows[done.row_id] = SampledRow(
-                    np.asarray(done.ids, np.int32), np.asarray(done.logprobs, np.float32)
-                )
+                rows[done.row_id] = SampledRow(done.tokens, done.logprobs)
             if hosts.all_stop_here(stop.requested):
                 return False
         return True

@@ -18,8 +18,8 @@ from stepwiser_jax.data.demonstrations import encode_demonstration, load_demonst
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Completion, Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.judges.genprm.form import (
     BARE,
@@ -445,7 +445,7 @@ class ScriptedEngine:
                 ids = self.tokenizer.encode(text)
                 if len(ids) > fork.max_new_tokens:
                     ids, reason = ids[: fork.max_new_tokens], StopReason.LENGTH
-                yield [Completion(fork.row_id, ids, [0.0] * len(ids), reason)]
+                yield [Completion(fork.row_id, np.array(ids), np.zeros(len(ids)), reason)]
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]

@@ -12,7 +12,7 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.config import load_config
 from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.params import SampleOutput, StopReason
+from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory
@@ -74,14 +74,13 @@ class Parrot:
 
     def generate(self, prompts_P, params, *, key, row_ids, group_size):
         self.blocks += 1
-        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        completions = []
         for b in range(len(row_ids)):
             prompt = self.tokenizer.decode(prompts_P[b // group_size][1:]).removesuffix(" ?")
             text, reason = self.proposals[b % group_size](prompt)
             ids = self.tokenizer.encode(text)
-            output.tokens_BC[b, : len(ids)] = ids
-            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
-        return output
+            completions.append(Completion(row_ids[b], np.array(ids), np.zeros(len(ids)), reason))
+        return completions
 
 
 def halves(solution):

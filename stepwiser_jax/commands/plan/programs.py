@@ -51,8 +51,8 @@ from stepwiser_jax.distributed.loading import (
 )
 from stepwiser_jax.distributed.mesh import make_sampling_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import (
-    Engine,
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.engine_state import (
     StartingRows,
     decode_burst,
     empty_state,
@@ -445,11 +445,9 @@ def _of_sampling(
     slots = engine.shapes.bucket(prompt)
     grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
     B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
-    state = jax.eval_shape(
-        lambda: empty_state(decoder, None, grid, slots, new, decoder.suffix_dtype)
-    )
+    state = jax.eval_shape(lambda: empty_state(decoder, None, grid, slots, new))
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
-    at_once = min(grid.slots, engine.read_at_once(slots))
+    at_once = min(grid.slots, engine.prefill_rows(slots))
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
     )
