@@ -79,12 +79,14 @@ class Work:
 
     def is_correct(self, tokenizer: Any, verifier: Any, rows: Sequence[Any]) -> list[bool]:
         """As the stage: is the final answer of each (trajectory, completion ids) right?"""
-        from stepwiser_jax.tasks.mathematics import extract_answer
+        from stepwiser_jax.records import Problem
         from stepwiser_jax.text.tokenizer import completion_text
 
-        answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
-        references = [self.references[trajectory.problem_id] for trajectory, _ in rows]
-        return verifier.verify(list(zip(answers, references, strict=True)))
+        ids = [trajectory.problem_id for trajectory, _ in rows]
+        return verifier.verify(
+            [completion_text(tokenizer, completion) for _, completion in rows],
+            [Problem(i, "", self.references[i], "") for i in ids],
+        )
 
 
 # --- what to annotate ---------------------------------------------------------------------------
@@ -167,8 +169,9 @@ def arithmetic(quickstart: Path, count: int) -> Work:
 def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.inference.engine import Completion, Engine, Prefix
+    from stepwiser_jax.inference.engine import Completion, Engine
     from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.inference.scheduler import Prefix
     from stepwiser_jax.stages.annotate import estimate_prefix_values
 
     class RecordingEngine(Engine):
@@ -182,7 +185,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
                 lengths |= {done.row_id: len(done.ids) for done in completions}
                 yield completions
             self.trunks = [
-                (trunk.num_tokens, [(f.num_tokens, lengths[f.row_id]) for f in trunk.forks])
+                (trunk.num_tokens, [(f.num_tokens, lengths[f.row_id]) for f in trunk.samples])
                 for trunk in trunks
             ]
 
@@ -326,9 +329,9 @@ SIDES = {"ours": ours, "static batch": static_batch, "transformers": transformer
 
 def serve_side(side: str, work: Work) -> None:
     from stepwiser_jax.runs.directory import worker_count
-    from stepwiser_jax.tasks.mathematics import AnswerVerifier
+    from stepwiser_jax.tasks.verifier import Verifier
 
-    with AnswerVerifier(worker_count()) as verifier:
+    with Verifier(workers=worker_count()) as verifier:
         serve(SIDES[side](work, verifier), warm_up=side != "transformers")
 
 

@@ -55,8 +55,9 @@ NAMES = ("b1", "b8", "group", "b32", "mc")
 def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+    from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+    from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
     from stepwiser_jax.model.hf import load_hf
 
     compiled = compilations()
@@ -74,7 +75,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
             )
             for p, (ids, cuts, samples) in enumerate(some)
         ]
-        rows = sum(len(trunk.forks) for trunk in trunks)
+        rows = sum(len(trunk.samples) for trunk in trunks)
         engine = Engine(model, rows=[rows], buckets=[256, 640, 1024])
         before = len(compiled)
         parts = engine.sample(trunks, SamplingParams(new), key=jax.random.key(runs))

@@ -33,9 +33,10 @@ import numpy as np
 from common import compilations, core_seconds, print_header, print_row, write_json
 from flax import nnx
 
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, decoding_layout
 from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.transformer import Transformer
 
@@ -105,7 +106,7 @@ def engine_side(model: Transformer, point: Point) -> Callable[[], Any]:
             [Prefix(ids, forks)],
             SamplingParams(NEW_TOKENS),
             key=jax.random.key(0),
-            rows_per_trunk=rows,
+            samples_per_prefix=rows,
         )
         assert sum(len(done.ids) for part in parts for done in part) == rows * NEW_TOKENS
 

@@ -80,8 +80,9 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.config import TrainJudge, validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
-    from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+    from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
     from stepwiser_jax.stages import train_judge
     from stepwiser_jax.training.step import (
         create_train_state,

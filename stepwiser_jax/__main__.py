@@ -50,7 +50,7 @@ STAGES = {
     ),
     "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
-        "Reads a rollout run and a teacher. Writes segmentations.",
+        "Reads a rollout run and a teacher. Writes chunked solutions.",
     ),
     "annotate": (
         "Estimate the value of every prefix of every trajectory by Monte Carlo rollouts.",
@@ -145,7 +145,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
             options["shard"] = hosts.Shard.parse(shard)
         if distributed or (coordinator, num_processes, process_id) != (None, None, None):
             hosts.connect(coordinator, num_processes, process_id)
-        with hosts.noticing_deaths(), writing_to(run_dir):
+        with hosts.report_lost_peers(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         print_summary(summary, run_dir)
 
@@ -189,9 +189,9 @@ def compare_judges(
     the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
     votes, of classify the run's threshold. Writes nothing.
     """
-    from stepwiser_jax.commands.compare_judges import print_contrast
+    from stepwiser_jax.commands.compare_judges import print_comparison
 
-    print_contrast(run_a, run_b, votes=votes, as_json=json)
+    print_comparison(run_a, run_b, votes=votes, as_json=json)
 
 
 @app.command("reproduce")
@@ -211,14 +211,14 @@ def reproduce(
     compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
     command with all of them then makes the table.
     """
-    from stepwiser_jax.commands.reproduce import command
+    from stepwiser_jax.commands.reproduce import measure, report
     from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         if tune:
-            command.tune(run_dir)
+            measure.tune(run_dir)
         else:
-            command.run_compare(run_dir, seed or (0, 1, 2))
+            report.reproduce(run_dir, seed or (0, 1, 2))
 
 
 @app.command()
@@ -292,7 +292,7 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from stepwiser_jax.runs.directory import Interrupted
+    from stepwiser_jax.runs.signals import Interrupted
 
     try:
         status = app(arguments, standalone_mode=False)
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console script."""
-    from stepwiser_jax.distributed.hosts import leave
+    from stepwiser_jax.distributed.hosts import exit_process
 
     # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
     # own handler would wait for it. What has something to save waits for the end of its work.
@@ -322,7 +322,7 @@ def run() -> None:
         # Python's own exit would wait for the other processes.
         traceback.print_exc()
         status = 1
-    leave(status)
+    exit_process(status)
 
 
 if __name__ == "__main__":

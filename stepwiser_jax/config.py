@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -40,6 +41,15 @@ from stepwiser_jax.records import MAX_ROLLOUTS
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
+
+
+class OnResume(Enum):
+    """A mark on a setting that may change when a run resumes; all others must stay the same."""
+
+    FREE = "says where or how fast to compute, not what"
+    LONGER = "says how much to do (null: everything), and may be raised"
+    UNTIL_EXAMPLES = "selects the examples to write, and may change until some are written"
+
 
 # --- settings that several stages share ---------------------------------------------------------
 
@@ -300,8 +310,8 @@ class ClassifierJudge(Model):
 
     prompt_style: PromptStyle = "instruct"
     threshold: float = Field(0.5, gt=0, lt=1)
-    rows: int = Field(8, ge=1)
-    max_length: int = Field(ge=2)
+    rows: Annotated[int, OnResume.FREE] = Field(8, ge=1)
+    max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -316,8 +326,8 @@ class ComputeStage(Config):
     it."""
 
     seed: Seed = 0
-    mesh: Mesh = Mesh()
-    compilation_cache: str | None = None
+    mesh: Annotated[Mesh, OnResume.FREE] = Mesh()
+    compilation_cache: Annotated[str | None, OnResume.FREE] = None
 
     @model_validator(mode="after")
     def _rows_fit_the_mesh(self) -> ComputeStage:
@@ -359,6 +369,15 @@ class ComputeStage(Config):
             )
 
 
+class CheckedAnswers(Config):
+    """`verifier` says whether a solution is right: `mathematics` (by the meaning of its final
+    answer), `code` (by the problem's unit tests), or `module:function` (docs/extending.md). A
+    solution that takes it longer than `answer_timeout_seconds` is wrong."""
+
+    verifier: str = "mathematics"
+    answer_timeout_seconds: float = Field(5.0, gt=0)
+
+
 class SftData(Config):
     """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
     a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
@@ -382,7 +401,7 @@ class Sft(ComputeStage):
     model: TrainedModel
     data: SftData
     prompt_style: PromptStyle = "instruct"
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=2)
@@ -396,7 +415,7 @@ class Sft(ComputeStage):
         return self
 
 
-class Rollout(ComputeStage):
+class Rollout(ComputeStage, CheckedAnswers):
     """Sample `group_size` chunked solutions of every problem (paper 4.1).
 
     `chunking`: what ends a chunk; the policy's closing tag, a blank line, or any string of a list,
@@ -410,7 +429,6 @@ class Rollout(ComputeStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(64, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
 class Server(Config):
@@ -418,14 +436,14 @@ class Server(Config):
     `inference.remote`. `model` is its name there, `tokenizer` that of the same model, a directory
     or hub id; `chat_template_args` as in `Model`."""
 
-    url: str
+    url: Annotated[str, OnResume.FREE]
     model: str
     tokenizer: str
     chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
     context: int = Field(ge=2)
-    concurrent_requests: int = Field(64, ge=1)
-    timeout_seconds: float = Field(600.0, gt=0)
-    retries: int = Field(5, ge=0)
+    concurrent_requests: Annotated[int, OnResume.FREE] = Field(64, ge=1)
+    timeout_seconds: Annotated[float, OnResume.FREE] = Field(600.0, gt=0)
+    retries: Annotated[int, OnResume.FREE] = Field(5, ge=0)
 
     @field_validator("url")
     @classmethod
@@ -481,7 +499,7 @@ class AdaptiveRollouts(LabelRule):
     confidence: float = Field(1.0, gt=0.5, le=1)
 
 
-class Annotate(ComputeStage):
+class Annotate(ComputeStage, CheckedAnswers):
     """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`, or at
     most so many where they are `adaptive`).
 
@@ -506,7 +524,6 @@ class Annotate(ComputeStage):
     sampling: Sampling
     engine: Engine
     trajectories_per_block: int = Field(64, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Annotate:
@@ -602,7 +619,7 @@ class TrainJudge(ComputeStage):
     on_malformed: OnMalformed = "stop"
     exclude: tuple[str, ...] = ()
     prompt_style: JudgePromptStyle = "instruct"
-    iterations: int | None = Field(None, ge=1)
+    iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     prompts_per_iteration: int = Field(ge=1)
     group_size: int = Field(4, ge=2)
@@ -611,7 +628,7 @@ class TrainJudge(ComputeStage):
     format_penalty: float = Field(0.0, ge=0)
     row_lengths: Sizes
     sampling: Sampling
-    sampling_mesh: Mesh | None = None
+    sampling_mesh: Annotated[Mesh | None, OnResume.FREE] = None
     engine: Engine
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     training: Training
@@ -720,8 +737,8 @@ class RejectionSample(ComputeStage):
     genprm: GenPrmCritiques | None = None
     thinkprm: ThinkPrmChains | None = None
     samples: int = Field(4, ge=1)
-    balance: bool = True
-    max_examples: int | None = Field(None, ge=1)
+    balance: Annotated[bool, OnResume.UNTIL_EXAMPLES] = True
+    max_examples: Annotated[int | None, OnResume.UNTIL_EXAMPLES] = Field(None, ge=1)
     sampling: Sampling
     engine: Engine
     examples_per_block: int = Field(64, ge=1)
@@ -760,7 +777,7 @@ class TrainClassifier(ComputeStage):
     labels: Literal["hard", "soft"] = "hard"
     head: Literal["signs", "scalar"] = "signs"
     prompt_style: PromptStyle = "instruct"
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=2)
@@ -793,7 +810,7 @@ class Evaluate(ComputeStage):
     judge: Model
     items: str
     split: str | tuple[str, ...] | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     prompt_style: JudgePromptStyle = "instruct"
     genprm: GenPrmVerdicts | None = None
@@ -825,7 +842,7 @@ class Classify(ComputeStage):
     classifier: Model
     items: str
     split: str | tuple[str, ...] | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
     on_malformed: OnMalformed = "stop"
     prompt_style: PromptStyle = "instruct"
     threshold: float | None = Field(None, gt=0, lt=1)
@@ -877,7 +894,7 @@ class Beams(Config):
         return self
 
 
-class Search(JudgedStage):
+class Search(JudgedStage, CheckedAnswers):
     """Ways to spend tokens on a problem, with a judge (paper 4.3) and without.
 
     Greedy decoding, plain sampling and chunk-reset search always; on top the `majority` vote of so
@@ -901,7 +918,6 @@ class Search(JudgedStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(32, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
@@ -946,7 +962,7 @@ class GenPrmJudge(Model):
         return self
 
 
-class Refine(ComputeStage):
+class Refine(ComputeStage, CheckedAnswers):
     """A policy thinks again where a judge of GenPRM's form finds its first wrong step, up to
     `turns` times (arXiv 2504.00891).
 
@@ -963,7 +979,6 @@ class Refine(ComputeStage):
     sampling: Sampling
     engine: Engine
     problems_per_block: int = Field(32, ge=1)
-    answer_timeout_seconds: float = Field(5.0, gt=0)
 
 
 STAGE_CONFIGS: dict[str, type[Config]] = {
@@ -1161,6 +1176,18 @@ def config_digest(config: Config) -> str:
     """First 16 hex digits of the sha256 of the resolved config."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def settings_marked(config: Config, mark: OnResume, prefix: str = "") -> list[str]:
+    """Returns the dotted names of a config's settings that carry this mark."""
+    names = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if mark in field.metadata:
+            names.append(f"{prefix}{name}")
+        elif isinstance(value, Config):
+            names += settings_marked(value, mark, f"{prefix}{name}.")
+    return names
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -3,35 +3,41 @@
 A stage appends records to one JSONL part per process, and writes `manifest.json` last: no manifest
 means the run is not finished.
 
-    <run_dir>/records/<kind>/part-00000-of-00001.jsonl     append-only; a record is one line
-                             part-00000-of-00001.jsonl.crc32    while the run grows: size and CRC-32
-    <run_dir>/manifest.json                                counts and sha256 of every part, sha256
-                                                           of the run's other files and of itself
+    <run_dir>/records/<kind>/part-00000-of-00001.jsonl    one record a line
+                             part-00000-of-00001.tokens   of trajectories: their token arrays
+    <run_dir>/manifest.json    counts and sha256 of every part, sha256 of the run's other files and
+                               of itself
 
-Killed in the middle of a line, a run loses that line only; started again, it skips the ids that are
-present. When a stage finishes, each part is put in id order, so a restarted run leaves the same
-bytes as an undisturbed one.
+While the run grows, a part's `.jsonl.crc32` holds its size and CRC-32, and token arrays are in
+`part-00000-of-00001.growing.tokens`; lines name the file that holds their arrays (`token_files`).
+
+A run that is killed in the middle of a line loses that line only; started again, it skips the ids
+that are present. When a stage finishes, each part is put in id order, so a restarted run leaves the
+same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import enum
 import functools
+import heapq
 import json
-import math
 import os
 import socket
-import types
 import typing
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from stepwiser_jax.checksums import seal_fits, sealed, sha256_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import (
+    ChunkedSolution,
     ChunkLabel,
     ClassifierExample,
     Dialogue,
@@ -43,12 +49,12 @@ from stepwiser_jax.records import (
     Rationale,
     Record,
     SearchResult,
-    Segmentation,
     Selection,
     SftExample,
     Trajectory,
     natural_key,
 )
+from stepwiser_jax.token_files import StoredTokens, TokenFile, TokenSpan, write_row
 
 R = TypeVar("R", bound=Record)
 
@@ -61,7 +67,7 @@ KIND: dict[type, str] = {
     Trajectory: "trajectories",
     SftExample: "sft_examples",
     Dialogue: "dialogues",
-    Segmentation: "segmentations",
+    ChunkedSolution: "segmentations",
     Rationale: "rationales",
     PrefixValue: "prefix_values",
     ChunkLabel: "chunk_labels",
@@ -77,17 +83,15 @@ KIND: dict[type, str] = {
 
 # --- one record <-> one line --------------------------------------------------------------------
 
+_to_json = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value, allow_nan=False
+).encode
+
 
 def to_json(record: Record) -> str:
-    """One line, without its end. Raises UserError if a number is not finite."""
+    """Returns the line of a record, without its end. Raises UserError if a number is not finite."""
     try:
-        return json.dumps(
-            vars(record),
-            ensure_ascii=False,
-            separators=(",", ":"),
-            default=lambda e: e.value,
-            allow_nan=False,
-        )
+        return _to_json(vars(record))
     except ValueError:
         raise UserError(
             f"expected finite numbers in the {type(record).__name__} {record.record_id}, found "
@@ -96,31 +100,53 @@ def to_json(record: Record) -> str:
 
 
 @functools.cache
-def _field_types(record_type: type) -> dict[str, Any]:
-    return typing.get_type_hints(record_type)
+def _adapter(record_type: type) -> TypeAdapter[Any]:
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return TypeAdapter(with_config(config)(record_type))
 
 
-def _decode(value: Any, to: Any) -> Any:
-    if isinstance(to, types.UnionType):  # of one type and None
-        if value is None:
-            return None
-        (to,) = {*typing.get_args(to)} - {types.NoneType}
-    if typing.get_origin(to) is tuple:
-        item_type = typing.get_args(to)[0]
-        if not isinstance(value, list):
-            raise TypeError(f"expected a list, found {value!r}")
-        return tuple(_decode(item, item_type) for item in value)
-    if isinstance(to, type) and issubclass(to, enum.Enum):
-        return to(value)
-    if to is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not to:
-        raise TypeError(f"expected {to.__name__}, found {value!r:.80}")
-    if to is float and not math.isfinite(value):
-        raise ValueError(f"expected a finite number, found {value}")
-    if isinstance(value, str):
-        check_text(value)
-    return value
+def from_json(line: str | bytes, record_type: type[R]) -> R:
+    """Reads one line. Raises UserError that names each missing, unknown or mistyped field."""
+    try:
+        return _adapter(record_type).validate_json(line)
+    except ValidationError as error:
+        raise _refusal(error, record_type) from None
+
+
+def from_fields(fields: Any, record_type: type[R]) -> R:
+    """Returns the record with these fields, which are as `json` reads them. Raises UserError as
+    `from_json` does."""
+    check_text(text := json.dumps(fields, ensure_ascii=False, default=str))
+    return from_json(text, record_type)
+
+
+def _refusal(error: ValidationError, record_type: type) -> UserError:
+    """Says what is wrong in one line, the first three errors of it."""
+    found = []
+    for one in error.errors(include_url=False):
+        if one["type"] == "json_invalid":
+            reason = one["msg"].removeprefix("Invalid JSON: ")
+            line = one["input"] if isinstance(one["input"], str) else one["input"].decode()
+            return UserError(f"expected one JSON object a line, found {line[:80]!r} ({reason})")
+        name = ".".join(map(str, one["loc"]))
+        given = "" if one["type"] == "missing" else f" (found {one['input']!r:.400})"
+        place = f"{record_type.__name__}.{name}: " if name else ""
+        found.append(f"{place}{one['msg'].removeprefix('Value error, ')}{given}")
+    return UserError("; ".join(found[:3]))
+
+
+def parse_json(line: str) -> Any:
+    """Returns the value of a line of JSON. Raises UserError if it is not JSON, or if it holds more
+    than can be read."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # also for integers of thousands of digits
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
+        raise UserError(
+            f"expected one JSON object a line, found {line[:80]!r} ({reason})"
+        ) from None
 
 
 def check_text(text: str) -> None:
@@ -134,90 +160,101 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def from_json(line: str, record_type: type[R]) -> R:
-    """Parse one line. Raises UserError naming the missing, unknown or mistyped field."""
-    return from_fields(parse_json(line), record_type)
-
-
-def parse_json(line: str) -> Any:
-    """Raises UserError for a line that is no JSON, or holds more than can be read."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # also for integers of thousands of digits
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at column {error.colno}"
-        raise UserError(
-            f"expected one JSON object a line, found {line[:80]!r} ({reason})"
-        ) from None
-
-
-def from_fields(fields: Any, record_type: type[R]) -> R:
-    """A record of what `json` made of its line; raises UserError as `from_json` does."""
-    types_of = _field_types(record_type)
-    if not isinstance(fields, dict) or set(fields) != set(types_of):
-        found = sorted(fields) if isinstance(fields, dict) else fields
-        raise UserError(
-            f"a {record_type.__name__} has the fields {sorted(types_of)}, found {found}"
-        )
-    decoded = {}
-    for name, value in fields.items():
-        try:
-            decoded[name] = _decode(value, types_of[name])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{record_type.__name__}.{name}: {error}") from None
-    return record_type(**decoded)
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a new file that takes the place of `path` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # the disk is full, maybe: half a file is in the way
+    except BaseException:  # the disk is full, maybe: half a file is in the way
         temporary.unlink(missing_ok=True)
         raise
 
 
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Write one JSONL file, whole or not at all."""
-    atomic_write(Path(path), "".join(to_json(record) + "\n" for record in records))
+    """Writes one JSONL file, whole or not at all, and beside it the token arrays of trajectories.
+    Keeps one record in memory at a time."""
+    path = Path(path)
+    with contextlib.ExitStack() as files:
+        lines = files.enter_context(_replacing(path))  # entered first: it is replaced last
+        tokens = None
+        for record in records:
+            if tokens is None and isinstance(record, Trajectory):
+                tokens = files.enter_context(_replacing(path.with_suffix(".tokens")))
+            lines.write(_line(record, tokens, path.with_suffix(".tokens").name))
 
 
-def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
-    """One record a line. Raises UserError for what is no record, and for an id that occurs twice,
-    with the file, the lines and the id."""
-    return _read_files([path], record_type)
+def _line(record: Record, tokens: IO[bytes] | None, tokens_name: str) -> bytes:
+    """Returns a record's line. The arrays of a trajectory are appended to `tokens`."""
+    if not isinstance(record, Trajectory) or tokens is None:
+        return f"{to_json(record)}\n".encode()
+    span = write_row(tokens, tokens_name, record.tokens, record.record_id)
+    return f"{_to_json(vars(record) | {'tokens': span})}\n".encode()
 
 
-def _read_files(paths: Sequence[Path], record_type: type[R], *, growing: bool = False) -> list[R]:
-    """Records of all files. `growing`: another process may be writing a file's last line."""
-    of_file = [list(_parse_lines(path, record_type, growing)) for path in paths]
-    records = [record for found in of_file for record in found]
-    if len({record.record_id for record in records}) < len(records):
-        _refuse_duplicate(dict(zip(paths, of_file, strict=True)))
-    return records
+@dataclass(frozen=True)
+class TrajectoryLine:
+    """The line of a trajectory: `tokens` says where its arrays are."""
+
+    trajectory_id: str
+    problem_id: str
+    policy_id: str
+    tokens: TokenSpan
+    chunk_ends: tuple[int, ...]
+    stop_reason: str
+    is_correct: bool
 
 
-def _parse_lines(path: Path, record_type: type[R], growing: bool) -> Iterator[R]:
+def _lines(path: Path, record_type: type[R], *, growing: bool = False) -> Iterator[R]:
+    """Reads the records of a file one by one. `growing`: another process may be writing the last
+    line. Raises UserError with the file and the line of what is no record."""
+    token_file = functools.cache(lambda name: TokenFile(path.parent / name))
+
+    def decode(line: bytes) -> Any:
+        if record_type is not Trajectory:
+            return from_json(line, record_type)
+        fields = vars(from_json(line, TrajectoryLine))  # pyright: ignore[reportArgumentType]
+        span = fields["tokens"]
+        return Trajectory(**fields | {"tokens": StoredTokens(token_file(span.file), span)})
+
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if growing and not line.endswith(b"\n"):
                 return
             try:
-                yield from_json(line.decode(), record_type)
+                line.decode()
+                yield decode(line)
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, line {number}: expected UTF-8: {error}") from None
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def read_jsonl(path: Path, record_type: type[R], *, growing: bool = False) -> list[R]:
+    """Returns one record for each line. Raises UserError for what is no record, and for an id that
+    occurs twice, with the file, the lines and the id."""
+    return _without_duplicates({path: list(_lines(path, record_type, growing=growing))})
+
+
+def _without_duplicates(of_file: Mapping[Path, Sequence[R]]) -> list[R]:
+    records = [record for found in of_file.values() for record in found]
+    if len({record.record_id for record in records}) < len(records):
+        _refuse_duplicate(of_file)
+    return records
 
 
 def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
@@ -236,18 +273,37 @@ def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
 
 
 def read_records(path: str | Path, record_type: type[R]) -> list[R]:
-    """Records of one type, from a JSONL file or a finished run directory.
+    """Returns the records of one type of a JSONL file or a finished run directory.
 
-    Raises UserError where the path is missing, the run is not finished, a part's bytes are not
-    those the manifest promises, or the run holds no records of the type.
+    Raises:
+        UserError: The path is missing, the run is not finished, a part's bytes are not those that
+            the manifest promises, or the run holds no records of the type.
     """
+    return list(stream_records(path, record_type))
+
+
+def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
+    """Yields what `read_records` returns, without keeping it. A run's records come in id order, the
+    order in which one writer alone would have left them."""
     path = Path(path)
     if path.is_file():
-        return read_jsonl(path, record_type)
-    records = _read_files(read_parts(path, record_type), record_type)
-    check_makers(path, makers_of(records))
-    # In the order in which one writer alone would have left them.
-    return sorted(records, key=lambda record: natural_key(record.record_id))
+        yield from read_jsonl(path, record_type)
+        return
+    parts = read_parts(path, record_type)
+    makers: set[str] = set()
+    last = None
+    streams = [_lines(part, record_type) for part in parts]
+    for record in heapq.merge(*streams, key=_order) if len(parts) > 1 else streams[0]:
+        if record.record_id == last:
+            _refuse_duplicate({part: list(_lines(part, record_type)) for part in parts})
+        last = record.record_id
+        makers |= makers_of(record)
+        yield record
+    check_makers(path, makers)
+
+
+def _order(record: Record) -> Any:
+    return natural_key(record.record_id)
 
 
 def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
@@ -285,7 +341,8 @@ def check_finished(run_dir: Path) -> None:
 def _promises(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns name and checksum of every file that a manifest names."""
     parts = [part for kind in manifest["records"].values() for part in kind["parts"]]
-    of_parts = [(part["path"], part["sha256"]) for part in parts]
+    tokens = [part["tokens"] for part in parts if "tokens" in part]
+    of_parts = [(part["path"], part["sha256"]) for part in (*parts, *tokens)]
     return [*of_parts, *manifest.get("files", {}).items()]
 
 
@@ -373,12 +430,22 @@ def _is_manifest(fields: Any) -> bool:
     return are_texts and isinstance(fields["stage"], str) and seal_fits(fields)
 
 
+def stream_written(run_dir: Path, record_type: type[R]) -> Iterator[R]:
+    """Yields what all writers of a run, finished or not, have written so far, part by part."""
+    for part in sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl")):
+        _check_growing(part)
+        yield from _lines(part, record_type, growing=True)
+
+
 def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
-    """What all writers of a run, finished or not, have written so far."""
+    """Returns what all writers of a run, finished or not, have written so far. Raises UserError for
+    an id that occurs twice."""
     parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
     for part in parts:
         _check_growing(part)
-    return _read_files(parts, record_type, growing=True)
+    return _without_duplicates(
+        {part: list(_lines(part, record_type, growing=True)) for part in parts}
+    )
 
 
 def _sum_of_growing(part: Path) -> Path:
@@ -393,9 +460,8 @@ def _check_growing(part: Path) -> None:
     if not file.is_file():
         return
     size, _, found = file.read_text(encoding="utf-8", errors="replace").partition(" ")
-    written = part.read_bytes() if part.is_file() else b""
-    is_whole = size.isdecimal() and len(written) >= int(size)
-    if is_whole and f"{zlib.crc32(written[: int(size)]):08x}\n" == found:
+    is_whole = size.isdecimal() and part.is_file() and part.stat().st_size >= int(size)
+    if is_whole and f"{_crc32(part, int(size)):08x}\n" == found:
         return
     raise UserError(
         f"{part} does not begin with the {size} bytes that were written ({file.name}): put it "
@@ -404,10 +470,19 @@ def _check_growing(part: Path) -> None:
     )
 
 
-def makers_of(records: Iterable[Record]) -> set[str]:
-    """Ids of the models that made these records, as far as records name them."""
-    names = ("policy_id", "judge_id")
-    return {vars(record)[name] for record in records for name in names if name in vars(record)}
+def _crc32(file: Path, size: int) -> int:
+    """Returns the CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(min(size, 1 << 20)):
+            crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
+
+
+def makers_of(record: Record) -> set[str]:
+    """Returns the ids of the models that made this record, as far as it names them."""
+    fields = vars(record)
+    return {fields[name] for name in ("policy_id", "judge_id") if name in fields}
 
 
 def check_makers(where: Path, makers: set[str]) -> None:
@@ -431,32 +506,32 @@ class RecordWriter(typing.Generic[R]):
         self.path = run_dir / "records" / KIND[record_type] / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _check_growing(self.path)
-        self._drop_half_written_line()
+        self.path.touch()
+        _drop_half_written_line(self.path)
         written = self.read()
         self.done = {record.record_id for record in written}
-        self._makers = makers_of(written)
+        self._makers = set().union(*map(makers_of, written))
+        self._tokens = _open_growing_tokens(self.path) if record_type is Trajectory else None
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
-        self._size, self._crc = 0, 0
-        self._count(self.path.read_bytes())
-
-    def _drop_half_written_line(self) -> None:
-        self.path.touch()
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self.path, whole)
+        self._size = self.path.stat().st_size
+        self._crc = _crc32(self.path, self._size)
+        self._count(b"")
 
     def read(self) -> list[R]:
-        """What has been written so far, by all writers of this type, part by part."""
+        """Returns what all writers of this type have written so far, part by part."""
         return read_written(self.run_dir, self.record_type)
 
     def append(self, records: Sequence[R]) -> None:
-        """Write records whose id is new, and make sure they are on disk. Raises UserError if they
+        """Writes records whose id is new, and makes sure they are on disk. Raises UserError if they
         are not of the model that made those before them."""
         new = [record for record in records if record.record_id not in self.done]
-        self._makers |= makers_of(new)
+        self._makers = self._makers.union(*map(makers_of, new))
         check_makers(self.run_dir, self._makers)
-        lines = "".join(to_json(record) + "\n" for record in new).encode()
+        name = _growing_tokens(self.path).name
+        lines = b"".join(_line(record, self._tokens, name) for record in new)
+        if self._tokens is not None:  # first, so that no line names bytes that are not there
+            self._tokens.flush()
+            os.fsync(self._tokens.fileno())
         self._file.write(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -469,30 +544,42 @@ class RecordWriter(typing.Generic[R]):
 
     def close(self) -> None:
         self._file.close()
+        if self._tokens is not None:
+            self._tokens.close()
+
+
+def _drop_half_written_line(part: Path) -> None:
+    with open(part, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+
+def _growing_tokens(part: Path) -> Path:
+    return part.with_suffix(".growing.tokens")
+
+
+def _open_growing_tokens(part: Path) -> IO[bytes]:
+    """Opens the token file of a growing part, without what no line names. A row that is missing is
+    noticed when it is read."""
+    file = _growing_tokens(part)
+    file.touch()
+    with open(part, "rb") as lines:
+        spans = [from_json(line, TrajectoryLine).tokens for line in lines]  # pyright: ignore
+    end = max((span.end for span in spans if span.file == file.name), default=0)
+    if file.stat().st_size > end:
+        os.truncate(file, end)
+    return open(file, "ab")
 
 
 def write_manifest(
     run_dir: Path, stage: str, config_digest: str, record_types: Iterable[type[Record]]
 ) -> None:
-    """Put every part in id order and write the manifest: from here on the run is finished. Parts
-    without a record are left out, where others have some."""
+    """Puts every part in id order and writes the manifest: from here on the run is finished. Parts
+    without a record are left out if others have some."""
     records = {}
     for record_type in record_types:
         kind = KIND[record_type]
-        parts = []
-        for path in sorted((run_dir / "records" / kind).glob("part-*.jsonl")):
-            _check_growing(path)
-            found = read_jsonl(path, record_type)
-            _sum_of_growing(path).unlink(missing_ok=True)  # from here on the order is another one
-            found.sort(key=lambda record: natural_key(record.record_id))
-            write_records(path, found)
-            parts.append(
-                {
-                    "path": str(path.relative_to(run_dir)),
-                    "count": len(found),
-                    "sha256": sha256_of(path),
-                }
-            )
+        paths = sorted((run_dir / "records" / kind).glob("part-*.jsonl"))
+        parts = [_finish_part(path, record_type, run_dir) for path in paths]
         parts = [part for part in parts if part["count"]] or parts[:1]
         records[kind] = {"count": sum(part["count"] for part in parts), "parts": parts}
     files = {
@@ -507,3 +594,25 @@ def write_manifest(
     for unfinished in (*run_dir.glob(".*.tmp"), *(run_dir / "records").glob("*/.*.tmp")):
         unfinished.unlink()  # of a process that was killed while it wrote a whole file
     atomic_write(run_dir / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")
+
+
+def _finish_part(path: Path, record_type: type[Record], run_dir: Path) -> dict[str, Any]:
+    """Puts a part in id order. Returns its entry of the manifest."""
+    _check_growing(path)
+    keys = (natural_key(record.record_id) for record in _lines(path, record_type))
+    is_sorted, count = True, 0
+    previous: Any = ()
+    for key in keys:
+        is_sorted, count, previous = is_sorted and previous <= key, count + 1, key
+    _sum_of_growing(path).unlink(missing_ok=True)  # from here on the order is another one
+    if record_type is Trajectory or not is_sorted:
+        write_records(path, sorted(_lines(path, record_type), key=_order))
+        _growing_tokens(path).unlink(missing_ok=True)  # now no line names it
+
+    def entry(file: Path) -> dict[str, Any]:
+        return {"path": str(file.relative_to(run_dir)), "sha256": sha256_of(file)}
+
+    found = {"count": count} | entry(path)
+    if record_type is Trajectory and count:
+        found["tokens"] = entry(path.with_suffix(".tokens"))
+    return found

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from stepwiser_jax.errors import UserError
 
@@ -42,41 +44,98 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with its reference answer; the id looks like `gsm8k/train/000123`."""
+    """A question with its reference answer; the id looks like `gsm8k/train/000123`. `extra` holds
+    the other columns of its row, such as the unit tests of a program."""
 
     problem_id: str
     question: str
     answer: str
     source: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def record_id(self) -> str:
         return self.problem_id
 
 
+class TokenArrays(Protocol):
+    """The token arrays of a trajectory, in memory (`Tokens`) or in a file (`token_files`)."""
+
+    def read(self) -> Tokens: ...
+    @property
+    def num_prompt(self) -> int: ...
+    @property
+    def num_completion(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """A prompt and its completion: token ids (int32), and for each token of the completion its
+    log-prob (float32) in the distribution it was sampled from. Other types are converted."""
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    logprobs: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("prompt_ids", "i4"), ("completion_ids", "i4"), ("logprobs", "f4")):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+        length = self.num_completion
+        expect(len(self.logprobs) == length, "a log-prob for each token of the completion", self)
+        smallest = min(self.prompt_ids.min(initial=0), self.completion_ids.min(initial=0))
+        expect(smallest >= 0, "token ids from 0", self)
+
+    def read(self) -> Tokens:
+        return self
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_completion(self) -> int:
+        return len(self.completion_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        names = ("prompt_ids", "completion_ids", "logprobs")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """One sampled solution. `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`:
-    the chunks are a partition of the completion. `logprobs` are of the distribution sampled
-    from."""
+    """One sampled solution.
+
+    `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`: the chunks are a partition
+    of the completion. One that was read from a file reads its arrays each time they are asked for:
+    many of them need little memory.
+    """
 
     trajectory_id: str
     problem_id: str
     policy_id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    tokens: TokenArrays = dataclasses.field(hash=False)
     chunk_ends: tuple[int, ...]
     stop_reason: str
     is_correct: bool
 
     def __post_init__(self) -> None:
-        ends, length = self.chunk_ends, len(self.completion_ids)
+        ends, length = self.chunk_ends, self.tokens.num_completion
         partition = list(ends) == sorted(set(ends)) and ends[-1:] == (length,) and ends[0] >= 0
         expect(partition, "chunk_ends that ascend to the completion's length", self)
-        expect(len(self.logprobs) == length, "a log-prob for each token of the completion", self)
-        negative = min((*self.prompt_ids, *self.completion_ids), default=0) < 0
-        expect(not negative, "token ids from 0", self)
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        return self.tokens.read().prompt_ids
+
+    @property
+    def completion_ids(self) -> np.ndarray:
+        return self.tokens.read().completion_ids
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        return self.tokens.read().logprobs
 
     @property
     def record_id(self) -> str:
@@ -119,7 +178,7 @@ class Dialogue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class ChunkedSolution:
     """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
     them; none where no proposal was kept. `outcomes` says what became of every proposal
     (`text.chunking.Outcome`); `votes` of those that were kept propose just these chunks."""
@@ -461,7 +520,7 @@ Record = (
     | Trajectory
     | SftExample
     | Dialogue
-    | Segmentation
+    | ChunkedSolution
     | Rationale
     | PrefixValue
     | ChunkLabel

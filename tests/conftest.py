@@ -3,18 +3,13 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-flags += [
-    "--xla_force_host_platform_device_count=8",
-    # By default XLA starts independent operations of a program in any order, collectives too: two
-    # CPU devices can then wait for one another in different ones, for ever.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    # Most of the time goes into compiling programs that then run for milliseconds.
-    "--xla_backend_optimization_level=0",
-]
-os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from devices import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
+
+import hypothesis
 import jax
 import pytest
 from flax import nnx
@@ -29,16 +24,28 @@ from tiny import tiny_config
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """What shares compiled programs, or the runs of the smoke configs, shares a worker. (`--dist
-    loadgroup` groups nothing with pytest 9.2 and pytest-xdist 3.8.)"""
+    """Tests that share compiled programs, or the runs of the smoke configs, share a worker. Slow
+    tests that start processes have a worker of their own: they take as long as all others.
+
+    (`--dist loadgroup` groups nothing with pytest 9.2 and pytest-xdist 3.8.)
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
+            if config.option.markexpr == "slow" and file.endswith(
+                ("test_hosts.py", "test_kill.py")
+            ):
+                return "processes"
             return "runs" if file.startswith("tests/e2e/") else file
 
     return ByFile(config, log)
+
+
+# The same examples in every run, and no time limit, since machines may be busy.
+hypothesis.settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):

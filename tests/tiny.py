@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.runs.directory import OF_THIS_MACHINE
+from stepwiser_jax.runs.metrics import TIMING_FIELDS
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:
@@ -57,5 +57,5 @@ def logged(run) -> list[str]:
     """The lines of a run's metrics.jsonl without the times of their writing, all else as it is."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["seconds"] >= 0 and line["time"].endswith("Z") for line in lines)
-    kept = [{k: v for k, v in line.items() if k not in OF_THIS_MACHINE} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
     return [json.dumps(line) for line in kept]

@@ -93,7 +93,7 @@ def read_rows(
     if path.is_file() and path.suffix not in _SUFFIXES:
         raise UserError(f"expected a {sorted(_SUFFIXES)} file, found {source}")
     if path.is_file() and path.suffix != ".parquet":
-        rows = _numbered(_json_rows(path), shuffle_seed)
+        rows = numbered_rows(_json_rows(path), shuffle_seed)
     else:
         rows = _table_rows(source, split, subset, shuffle_seed)
     empty = True
@@ -104,9 +104,10 @@ def read_rows(
         raise UserError(f"{source} is empty: expected at least one row, found none")
 
 
-def _numbered(
+def numbered_rows(
     rows: Iterator[tuple[str, Any]], shuffle_seed: int | None
 ) -> Iterator[tuple[int, str, Any]]:
+    """Yields (number from 0, where, row), shuffled if there is a seed."""
     if shuffle_seed is None:
         yield from ((number, place, row) for number, (place, row) in enumerate(rows))
         return
@@ -184,7 +185,8 @@ def _table_rows(
 
 def parse_rows(
     source: str,
-    parse: Callable[[dict[str, Any], int], list[R]],
+    parse: Callable[[Any, int], list[R]],
+    rows: Iterable[tuple[int, str, Any]] | None = None,
     *,
     split: Split = None,
     subset: str | None = None,
@@ -202,12 +204,13 @@ def parse_rows(
     """
     records: dict[str, R] = {}
     good, malformed, excluded, last_error = 0, 0, 0, None
-    rows = read_rows(source, split=split, subset=subset, shuffle_seed=shuffle_seed)
+    if rows is None:
+        rows = read_rows(source, split=split, subset=subset, shuffle_seed=shuffle_seed)
     for number, where, row in rows:
         if good == limit:
             break
         try:
-            new = parse(columns_of(row), number)
+            new = parse(row if isinstance(row, Problem) else columns_of(row), number)
             for record in new:
                 if record.record_id in records:
                     raise UserError(f"the id {record.record_id!r} is there twice")
@@ -258,6 +261,7 @@ def columns_of(row: Any) -> dict[str, Any]:
 
 def load_problems(
     source: str,
+    rows: Iterable[tuple[int, str, Any]] | None = None,
     *,
     split: str | None = None,
     subset: str | None = None,
@@ -266,12 +270,16 @@ def load_problems(
     limit: int | None = None,
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
+    needs_answer: bool = True,
 ) -> list[Problem]:
-    """Problems with their reference answers, from `split` ('train' by default) of a hub data set; a
-    row without one is malformed."""
+    """Returns problems with their answers, of `rows` if there are some, else of the source; of a
+    hub data set from `split`, 'train' by default. If it `needs_answer`, a row without one is
+    malformed."""
     stem, part = _name(source, split)
 
-    def parse(row: dict[str, Any], number: int) -> list[Problem]:
+    def parse(row: dict[str, Any] | Problem, number: int) -> list[Problem]:
+        if isinstance(row, Problem):
+            return [row]
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"expected a 'question' or 'problem', found {sorted(row)}")
@@ -279,14 +287,16 @@ def load_problems(
             Problem(
                 problem_id=str(row.get("problem_id") or f"{stem}/{part}/{number:06d}"),
                 question=question.strip(),
-                answer=_reference(row),
+                answer=_reference(row, needs_answer),
                 source=str(row.get("source") or stem),
+                extra=json.loads(json.dumps(_other_columns(row), default=str)),
             )
         ]
 
     return parse_rows(
         source,
         parse,
+        rows,
         split=split or "train",
         subset=subset,
         shuffle_seed=shuffle_seed,
@@ -306,8 +316,14 @@ def _name(source: str, split: Split) -> tuple[str, str]:
     return source.rsplit("/", 1)[-1], part
 
 
-def _reference(row: dict[str, Any]) -> str:
-    """The final answer: as it is given, or out of a worked solution."""
+def _other_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a verifier may need beside the answer."""
+    used = ("problem_id", "question", "problem", "answer", "solution", "source", "messages")
+    return {name: value for name, value in row.items() if name not in used and value is not None}
+
+
+def _reference(row: dict[str, Any], needed: bool) -> str:
+    """Returns the final answer: as it is given, or from a worked solution."""
     for column in ("answer", "solution"):
         text = row.get(column)
         if text is None or not str(text).strip():
@@ -317,6 +333,8 @@ def _reference(row: dict[str, Any]) -> str:
             return extracted
         if column == "answer":
             return str(text).strip()
+    if not needed:
+        return ""
     raise UserError(
         "the problem has no answer: expected an 'answer', or a 'solution' with \\boxed{} or ####, "
         f"found the columns {sorted(row)} (on_malformed: skip leaves such rows out)"

@@ -1,21 +1,23 @@
-"""Settings -> records. `problems`: a data set, or the embedded task's generator. `items`:
-ProcessBench, or a rollout run of the embedded task."""
+"""Reads what settings name: problems with their answers, and solutions to judge."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import Problems, read_run_settings
+from stepwiser_jax import plugins
+from stepwiser_jax.config import CheckedAnswers, Problems, read_run_settings
 from stepwiser_jax.data.datasets import (
     OnMalformed,
     Split,
     load_benchmark,
     load_problems,
+    numbered_rows,
     shuffled,
 )
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions, is_held_out
@@ -23,62 +25,76 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import BenchmarkItem, Problem, ProcessBenchItem, Trajectory
 from stepwiser_jax.runs.directory import worker_count
-from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.tasks.mathematics import AnswerVerifier
+from stepwiser_jax.tasks.sources import PROBLEMS, TRUTH, is_function
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def read_problems(problems: Problems, dropped: Counter[str] | None = None) -> list[Problem]:
-    """What is left out is counted in `dropped`. Raises UserError for an empty set, and for a
-    malformed row unless those are left out."""
-    if problems.source == "arithmetic":
-        return _generated(problems)
+def read_problems(
+    problems: Problems, dropped: Counter[str] | None = None, verifier: str = "mathematics"
+) -> list[Problem]:
+    """Returns the problems of a data set, a finished run, or a function.
+
+    Args:
+        problems: The settings.
+        dropped: Counts what is left out.
+        verifier: What checks the answers. For `mathematics` a row without an answer is malformed.
+
+    Raises:
+        UserError: No problem is left, or a row is malformed and those are not to be skipped.
+    """
     held_out = held_out_questions(problems.exclude)
-    if Path(problems.source).is_dir():
-        found = {p.problem_id: p for p in read_records(problems.source, Problem)}
+    shuffle_seed = problems.seed if problems.shuffle else None
+    source, rows = problems.source, None
+    if is_function(source, PROBLEMS):
+        rows = numbered_rows(_generate(problems), shuffle_seed)
+    elif Path(source).is_dir():
+        found = {p.problem_id: p for p in read_records(source, Problem)}
         ids = shuffled(found, problems.seed) if problems.shuffle else found
         return drop_held_out([found[i] for i in ids], held_out, dropped)[: problems.limit]
     return load_problems(
-        problems.source,
+        source,
+        rows,
         split=problems.split,
         subset=problems.subset,
-        shuffle_seed=problems.seed if problems.shuffle else None,
+        shuffle_seed=shuffle_seed,
         is_excluded=lambda problem: is_held_out(problem, held_out),
         limit=problems.limit,
         on_malformed=problems.on_malformed,
         dropped=dropped,
+        needs_answer=verifier == "mathematics",
     )
 
 
-def _generated(problems: Problems) -> list[Problem]:
-    if problems.limit is None or problems.split is None:
-        raise UserError(
-            "problems.limit and problems.split must say how many problems of which split to "
-            "generate when problems.source is 'arithmetic'"
-        )
-    return arithmetic.generate_problems(problems.limit, problems.seed, problems.split)
+def _generate(problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yields what a function of `problems.source` makes, each with the place that errors name."""
+    generate = plugins.load(problems.source, "a source of problems", PROBLEMS)
+    limit = None if problems.shuffle else problems.limit
+    rows = generate(split=problems.split, limit=limit, seed=problems.seed)
+    yield from ((f"{problems.source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def keep_verifiable(
-    problems: Sequence[Problem], timeout_seconds: float, dropped: Counter[str]
+    problems: Sequence[Problem], answers: CheckedAnswers, dropped: Counter[str]
 ) -> list[Problem]:
-    """Problems against whose reference an answer can be checked (paper 4.1). The others are counted
-    in `dropped` and told of. Raises UserError where no problem is left, or no worker starts."""
-    with AnswerVerifier(worker_count(), timeout_seconds) as verifier:
-        are_verifiable = verifier.verifiable([problem.answer for problem in problems])
-    kept = [p for p, is_verifiable in zip(problems, are_verifiable, strict=True) if is_verifiable]
+    """Returns the problems that the verifier can check (paper 4.1). The others are counted in
+    `dropped` and logged. Raises UserError if no problem is left, or no worker starts."""
+    seconds = answers.answer_timeout_seconds
+    with Verifier(answers.verifier, workers=worker_count(), timeout_seconds=seconds) as verifier:
+        reasons = verifier.check(problems)
+    kept = [p for p, reason in zip(problems, reasons, strict=True) if reason is None]
     if len(kept) == len(problems):
         return kept
-    first = problems[are_verifiable.index(False)]
+    first = next(i for i, reason in enumerate(reasons) if reason is not None)
     unverifiable = (
-        f"{len(problems) - len(kept)} of {len(problems)} problems have a reference answer that "
-        f"cannot be verified as mathematics, such as {first.answer[:80]!r} of {first.problem_id}"
+        f"{len(problems) - len(kept)} of {len(problems)} problems cannot be checked by the "
+        f"verifier {answers.verifier!r}, such as {problems[first].problem_id}: {reasons[first]}"
     )
     if not kept:
-        raise UserError(f"{unverifiable}: name a data set with mathematical answers")
+        raise UserError(unverifiable)
     _log.warning("left out: %s", unverifiable)
     dropped["unverifiable"] += len(problems) - len(kept)
     return kept
@@ -93,10 +109,12 @@ def load_items(
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[BenchmarkItem]:
-    """Returns items of ProcessBench or PRMBench, or a rollout run of the embedded task with its
-    exact truth. `limit` of them are drawn at random, the same ones every time and in the order of
-    the draw: with a larger limit others follow. ProcessBench's files begin with solutions that hold
-    an error."""
+    """Returns solutions whose first error is known: items of ProcessBench or PRMBench, or a
+    rollout run of a task that knows the truth of its chunks.
+
+    `limit` of them are drawn at random, the same ones every time and in the order of the draw, so
+    that a larger limit adds others. (ProcessBench's files begin with solutions that hold an
+    error.)"""
     if (Path(source) / "config.yaml").is_file():
         items: list[BenchmarkItem] = [*items_of_run(source, tokenizer, split)]
     else:
@@ -106,39 +124,26 @@ def load_items(
     return [items[i] for i in np.random.default_rng(0).permutation(len(items))[:limit]]
 
 
-def check_tokenizer(
-    tokenizer: Tokenizer, problems: Sequence[Problem], trajectories: Sequence[Trajectory]
-) -> None:
-    """Raises UserError where the first prompts, read by `tokenizer`, do not hold their questions:
-    it is not the one that the trajectories were sampled with, and would make other text of them."""
-    questions = {problem.problem_id: problem.question for problem in problems}
-
-    def reads(trajectory: Trajectory) -> bool:
-        prompt = tokenizer.decode(trajectory.prompt_ids)
-        return "".join(questions[trajectory.problem_id].split()) in "".join(prompt.split())
-
-    if not any(map(reads, trajectories[:16])):
-        raise UserError(
-            "tokenizer: expected that of the policy that sampled the rollouts; by this one the "
-            f"prompt of {trajectories[0].trajectory_id} is "
-            f"{tokenizer.decode(trajectories[0].prompt_ids)[:80]!r}"
-        )
-
-
 def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[ProcessBenchItem]:
-    """All trajectories of a rollout run of the embedded task. Raises UserError where their chunks
-    are not the task's own, and for a split."""
+    """Returns all trajectories of a rollout run of a task that knows the truth of its chunks.
+    Raises UserError for another task, other chunks than the task's own, and for a split."""
     if split is not None:
         raise UserError(f"split {split!r} is of a data set, and {source} is a run: set it to null")
     chunking = read_run_settings(source).get("chunking", "tags")
     if chunking != "tags":
         raise UserError(
-            f"the embedded task knows the truth of its own chunks: expected a rollout run with "
-            f"chunking 'tags', found {chunking!r} in {source}"
+            f"a task knows the truth of its own chunks: expected a rollout run with chunking "
+            f"'tags', found {chunking!r} in {source}"
         )
     problems = {p.problem_id: p for p in read_records(source, Problem)}
+    unknown = {problem.source for problem in problems.values()} - set(TRUTH)
+    if unknown:
+        raise UserError(
+            "expected a rollout run of a task that knows which chunks are right "
+            f"({', '.join(TRUTH)}), found problems of {min(unknown)!r} in {source}"
+        )
     return [
-        arithmetic.processbench_item(
+        TRUTH[problems[t.problem_id].source](
             problems[t.problem_id],
             t.trajectory_id,
             chunk_texts(tokenizer, t.completion_ids, t.chunk_ends),
@@ -146,3 +151,22 @@ def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[Proces
         )
         for t in read_records(source, Trajectory)
     ]
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, problems: Sequence[Problem], trajectories: Sequence[Trajectory]
+) -> None:
+    """Raises UserError if the first prompts, decoded by `tokenizer`, do not hold their questions:
+    then it is not the one that the trajectories were sampled with, and its text is another."""
+    questions = {problem.problem_id: problem.question for problem in problems}
+
+    def reads(trajectory: Trajectory) -> bool:
+        prompt = tokenizer.decode(trajectory.prompt_ids.tolist())
+        return "".join(questions[trajectory.problem_id].split()) in "".join(prompt.split())
+
+    if not any(map(reads, trajectories[:16])):
+        raise UserError(
+            "tokenizer: expected that of the policy that sampled the rollouts; by this one the "
+            f"prompt of {trajectories[0].trajectory_id} is "
+            f"{tokenizer.decode(trajectories[0].prompt_ids.tolist())[:80]!r}"
+        )

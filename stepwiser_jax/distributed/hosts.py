@@ -1,12 +1,16 @@
-"""Several processes, one run: how they find one another, share work, and wait.
+"""Several processes in one run: how they find one another, share work, wait and stop.
 
-A training stage is one program over the devices of all processes, what it samples included. In a
+A training stage is one program over the devices of all processes, its sampling included. In a
 sampling stage each process has a copy of the model on its own devices and takes every n-th block of
-the work: processes meet at the end only. Work can also be cut into shards that never meet: runs of
-their own, at any time and place, of which the last, without a shard, finds all records and writes
-the manifest.
+the work: processes meet at the end only. Work can also be cut into shards that never meet. Each is
+a run at any time and place; a last one without a shard finds all records and finishes the run.
 
-The run directory must be one that all processes see.
+All processes must see the run directory.
+
+jax's coordination service, which `connect` starts, ends all processes when one of them dies. It
+does not decide where they stop: its `reached_preemption_sync_point` knows SIGTERM and not Ctrl-C,
+and counts one kind of step. Orbax calls it with the number of each checkpoint, so points inside an
+iteration, between two bursts of decoding, cannot be counted beside these. See `StopAgreement`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,19 +34,21 @@ from stepwiser_jax.errors import UserError
 CONNECT_SECONDS = 1800
 """How long processes wait for all others to start: nodes of a pod boot at different speeds."""
 
-BEAT_SECONDS, SILENCE_SECONDS = 1.0, 60.0
-"""How often a process says that it is alive, and how long it may be silent."""
+SILENCE_SECONDS = 30
+"""How long a process may send no heartbeat before jax ends all. Its heartbeats come from a thread
+in C++, so a process that is busy in Python or in compilation keeps sending them."""
+
+EXCHANGE_SECONDS = 1.0
+"""How often a process looks whether another one was asked to stop."""
 
 BARRIER_SECONDS = 7 * 24 * 3600
-"""A process that dies is noticed long before; one that still works may need days."""
+"""The longest wait at a barrier: a peer that still works may need days, a dead one ends this."""
 
-
-PEER_IS_GONE = re.compile(
+LOST_PEER = re.compile(
     r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): (?!.*(RET_CHECK|compil))",
     re.DOTALL,
 )
-"""What XLA says where a collective fails; it has other words for what it cannot compile, run or
-hold."""
+"""XLA's message when a collective fails. Failures to compile, or for lack of memory, differ."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From `I/N`, 0 <= I < N."""
+        """Returns the shard that `I/N` names, 0 <= I < N. Raises UserError for any other text."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
             raise UserError(f"expected --shard I/N with 0 <= I < N, found {text!r}")
@@ -65,16 +70,17 @@ class Shard:
         return f"{self.index}/{self.count}"
 
 
-WHOLE = Shard()
+NO_SHARD = Shard()
 
 
-class Agreement:
-    """The point of the program at which all processes stop once one of them is asked to.
+class StopAgreement:
+    """Finds the point of the program at which all processes stop once one of them is asked to.
 
-    They call `here` at the same points, and count the calls. When one is asked to stop, each
-    publishes its count, and from then on waits in `here` until all have: they stop at the first
-    call that no process has made yet. `exchange`, in another thread, talks with the others. So no
-    call waits for a device, nor for another process before one is asked to stop.
+    All processes call `here` at the same points of the program and count the calls. When one is
+    asked to stop, each publishes its count and then waits in `here` until all have: they stop at
+    the first call that no process has made yet. `exchange` runs in a thread beside the program, so
+    that a process publishes its count even while it waits for a device. Until one is asked to stop,
+    `here` waits for nothing.
     """
 
     def __init__(self) -> None:
@@ -84,7 +90,7 @@ class Agreement:
         self._stop_at: int | None = None
 
     def here(self, asked: bool) -> bool:
-        """Returns whether all processes stop at this point; `asked`: this one was asked to."""
+        """Returns whether all processes stop here. `asked`: whether this one was asked to."""
         with self._changed:
             self._asked |= asked
             self._changed.wait_for(lambda: not self._published or self._stop_at is not None)
@@ -92,7 +98,7 @@ class Agreement:
             return self._calls == self._stop_at
 
     def exchange(self, client: Any, process: int, processes: int) -> None:
-        """Publish this process's count when a process was asked to stop, and read the others'."""
+        """Publishes this process's count if any was asked to stop, and reads the others'."""
         counts = [int(count) for _, count in client.key_value_dir_get("stop")]
         with self._changed:
             if (self._asked or counts) and not self._published:
@@ -103,16 +109,23 @@ class Agreement:
                 self._changed.notify_all()
 
 
-_agreement = Agreement()
+_agreement = StopAgreement()
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Find the other processes; returns when all are there. Without arguments the cluster is asked
-    (Cloud TPU, GKE, SLURM). Must come before the first use of a device.
+    """Connects to the other processes; returns when all are there.
 
-    From then on a process that dies ends all others within `SILENCE_SECONDS`, with exit status 1.
-    Where the others do not come in time this process ends, with status 2. Raises UserError where
-    the arguments or the cluster do not tell who they are.
+    Call it before the first use of a device. From then on jax ends this process when another one
+    dies. If the others do not come in time, this process ends with status 2.
+
+    Args:
+        coordinator: HOST:PORT of process 0. Without arguments the cluster says who the processes
+            are (Cloud TPU, GKE, SLURM).
+        num_processes: the number of processes.
+        process_id: the number of this one.
+
+    Raises:
+        UserError: if neither the arguments nor the cluster say who the processes are.
     """
     given = (coordinator, num_processes, process_id)
     if None in given and given != (None, None, None):
@@ -128,24 +141,27 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             )
         who = f"process {process_id} of {num_processes} waits for the others at {coordinator}"
     print(f"{who}, {CONNECT_SECONDS // 60} minutes at most", file=sys.stderr, flush=True)
-    # SIGTERM and Ctrl-C are handled by runtime.run: jax's own handler, of SIGTERM alone, would take
-    # its place. See `Agreement`.
+    # jax's own handler of SIGTERM would take the place of that of runs/signals.py.
     jax.config.update("jax_enable_preemption_service", False)
     # jax's own time-out aborts the process with a stack trace.
     timer = threading.Timer(CONNECT_SECONDS, _give_up)
     timer.start()
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=CONNECT_SECONDS + 60
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=CONNECT_SECONDS + 60,
+            heartbeat_timeout_seconds=SILENCE_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes did not find one another: {error}") from None
     finally:
         timer.cancel()
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(over,), daemon=True)
-    watch.start()
-    atexit.register(lambda: (over.set(), watch.join()))  # before jax takes its leave
+    thread = threading.Thread(target=_exchange, args=(over,), daemon=True)
+    thread.start()
+    atexit.register(lambda: (over.set(), thread.join()))  # before jax disconnects
 
 
 def _give_up() -> None:
@@ -158,8 +174,25 @@ def _give_up() -> None:
     os._exit(2)
 
 
-def leave(status: int) -> NoReturn:
-    """End this process. One that failed does not wait for the others, which hear of it."""
+def _exchange(over: threading.Event) -> None:
+    client = _client()
+    while not over.wait(EXCHANGE_SECONDS):
+        try:
+            _agreement.exchange(client, jax.process_index(), jax.process_count())
+        except jax.errors.JaxRuntimeError:
+            continue  # if the service is gone for good, jax ends this process
+
+
+def _client() -> Any:
+    """Returns jax's client of the coordination service, which has no public name. Orbax uses it in
+    the same way."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def exit_process(status: int) -> NoReturn:
+    """Ends this process; after a failure at once, without waiting for the others."""
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -167,75 +200,46 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _client() -> Any:
-    """The coordination service: jax offers no public way to it, and Orbax goes the same one."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
-def _watch(over: threading.Event) -> None:
-    """Say that this process is alive, and end it when another is not. jax would do so as well, 40
-    seconds later and with a stack trace."""
-    client, beats = _client(), 0
-    heard: dict[str, tuple[str, float]] = {}
-    while not over.wait(BEAT_SECONDS):
-        beats += 1
-        try:
-            client.key_value_set(f"alive/{jax.process_index()}", str(beats), allow_overwrite=True)
-            _agreement.exchange(client, jax.process_index(), jax.process_count())
-            now = time.monotonic()
-            # Process 0 hears all; the others hear of a death when its service is gone.
-            found = client.key_value_dir_get("alive") if is_first() else []
-        except Exception as error:  # whatever the service's failure is called
-            _end(f"process 0 cannot be reached any more ({str(error).splitlines()[0]})")
-        for name, beat in found:
-            if heard.get(name, ("",))[0] != beat:
-                heard[name] = (beat, now)
-            elif now - heard[name][1] > SILENCE_SECONDS:
-                _end(
-                    f"process {name.rpartition('/')[2]} has not been heard of for "
-                    f"{SILENCE_SECONDS:.0f} s"
-                )
-
-
-def _end(reason: str) -> NoReturn:
-    here = f"process {jax.process_index()} ends too; start all of them again to go on"
-    print(f"error: {reason}: {here}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 @contextmanager
-def noticing_deaths() -> Iterator[None]:
-    """A collective fails at once where another process is gone: that is no bug, and one line."""
+def report_lost_peers() -> Iterator[None]:
+    """Ends this process with one line when a collective fails because another process is gone."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax turns some into the latter
-        if jax.process_count() == 1 or not PEER_IS_GONE.match(str(error)):
+        if jax.process_count() == 1 or not LOST_PEER.match(str(error)):
             raise
-        _end(f"another process is gone or cannot be reached ({str(error).splitlines()[0]})")
+        print(
+            f"error: another process is gone or cannot be reached ({str(error).splitlines()[0]}): "
+            f"process {jax.process_index()} ends too; start all of them again to resume",
+            file=sys.stderr,
+        )
+        exit_process(1)
 
 
-def is_first() -> bool:
-    """Whether this process writes what is written once."""
+def is_primary() -> bool:
+    """Returns whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Until every process is here; `name` must be used once."""
+    """Waits until every process is here. Each name can be used once."""
     if jax.process_count() > 1:
         _client().wait_at_barrier(name, BARRIER_SECONDS * 1000)
 
 
 def all_stop_here(asked: bool) -> bool:
-    """Whether this process, or any of several, was asked to stop, and all do so at this point. All
-    must call it, at the same points; it does not wait for a device."""
+    """Returns whether all processes stop here, because this or another one was asked to.
+
+    All processes must call it at the same points of the program. It does not wait for a device.
+    """
     return asked if jax.process_count() == 1 else _agreement.here(asked)
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process. All must call it, at the same point; it waits for the
-    devices of all."""
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process.
+
+    All processes must call it at the same point. It waits for the devices of all.
+    """
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

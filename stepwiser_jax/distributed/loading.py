@@ -33,7 +33,7 @@ from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, base_of, make_adapters, merge_block, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_io import nothing_at, read_manifest
-from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,11 +62,11 @@ def load_model(
     `classifier`: whether a model that scores classes in place of a vocabulary will do.
     """
     tokenizer = load_tokenizer_of(path, chat_template_args)
-    if path == "arithmetic":
-        config = ModelConfig.from_hf(arithmetic.hf_config())
+    if path in MODELS:
+        config = config_of(path)
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
-        return Loaded(model, tokenizer, f"arithmetic@fresh-{seed}")
+        return Loaded(model, tokenizer, f"{path}@fresh-{seed}")
     directory = str(resolve(_resolve(path)))
     _check_export(Path(directory), mesh)
     config = read_config(directory)
@@ -141,8 +141,10 @@ def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded
 def config_of(path: str) -> ModelConfig:
     """The shape of the model that `load_model(path)` would load; of a hub id, its config.json alone
     is fetched. Raises UserError where there is none, or no network to ask."""
-    if path == "arithmetic":
-        return ModelConfig.from_hf(arithmetic.hf_config())
+    if path in MODELS:
+        with tempfile.TemporaryDirectory() as directory:
+            MODELS[path](directory)
+            return read_config(directory)
     local = _resolve(path)
     if Path(local).is_dir():
         _check_export(Path(local))
@@ -165,9 +167,9 @@ def load_tokenizer_of(
 ) -> Tokenizer:
     """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
     that the chat template does not take, or with which a run did not train its model."""
-    if path == "arithmetic":
+    if path in MODELS:
         with tempfile.TemporaryDirectory() as directory:
-            arithmetic.write_tokenizer(directory)
+            MODELS[path](directory)
             return load_tokenizer(directory, chat_template_args)
     trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
     if Path(local).is_dir():
@@ -177,7 +179,7 @@ def load_tokenizer_of(
 
 def check_model_exists(path: str) -> None:
     """Raises the UserError of `load_model`, without reading any weights."""
-    if path != "arithmetic":
+    if path not in MODELS:
         _resolve(path)
 
 

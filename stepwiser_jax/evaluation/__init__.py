@@ -1,1 +1,1 @@
-"""Scores of judges, and how sure they are."""
+"""Scores of judges on benchmarks, with confidence intervals."""

@@ -1,55 +1,61 @@
-"""How sure a number is."""
+"""Confidence intervals, paired tests, and the shares that they are computed from."""
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
+
+from stepwiser_jax.records import Trajectory, natural_key
 
 
 def bootstrap_interval(
-    items: Sequence[Any],
-    statistic: Callable[[list[Any]], Any],
+    items: Sequence[Any] | np.ndarray,
+    statistic: Callable[[Any], Any],
     *,
     seed: int,
-    strata: Sequence[Any] | None = None,
+    strata: Sequence[Any] | np.ndarray | None = None,
     samples: int = 1000,
     level: float = 0.95,
 ) -> list[Any]:
-    """Percentile interval [low, high] of `statistic` over resamples of the items, of each of the
-    `strata` (one an item) as many as it has; of a statistic of n numbers n intervals."""
-    values = [
-        statistic([items[i] for i in rows])
-        for rows in _resamples(len(items), strata, samples, seed)
-    ]
+    """Returns the percentile bootstrap interval [low, high] of a statistic.
+
+    `scipy.stats.bootstrap` refuses a stratum of one item, which small benchmarks have.
+
+    Args:
+        items: One entry per item; a resample is an array if this is one, else a list.
+        statistic: Function of a resample; with n values it gets n intervals.
+        seed: Of the resamples.
+        strata: The stratum of each item. Each stratum keeps its size in every resample.
+        samples: Number of resamples.
+        level: Confidence level.
+    """
+
+    def take(rows: np.ndarray) -> Any:
+        return items[rows] if isinstance(items, np.ndarray) else [items[i] for i in rows]
+
+    values = [statistic(take(rows)) for rows in _resamples(len(items), strata, samples, seed)]
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist()
 
 
 def _resamples(
     count: int, strata: Sequence[Any] | np.ndarray | None, samples: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Rows of each resample."""
+    """Yields the row indices of each resample."""
     rng = np.random.default_rng(seed)
-    of_row = np.zeros(count, int) if strata is None else np.asarray(strata)
-    members = [np.flatnonzero(of_row == stratum) for stratum in np.unique(of_row)]
+    stratum_of_row = np.zeros(count, int) if strata is None else np.asarray(strata)
+    members = [np.flatnonzero(stratum_of_row == s) for s in np.unique(stratum_of_row)]
     for _ in range(samples):
-        yield np.concatenate([rng.choice(of_one, len(of_one)) for of_one in members])
-
-
-def accuracy(right: Sequence[float], *, seed: int) -> dict[str, Any]:
-    """Mean of what is right of each problem, a fraction, with its 95% interval over problems."""
-    return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_interval": bootstrap_interval(right, np.mean, seed=seed),
-    }
+        yield np.concatenate([rng.choice(rows, len(rows)) for rows in members])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference with its percentile interval, and the two-sided p of no difference."""
+    """A difference, its percentile interval, and the two-sided p-value of no difference."""
 
     value: float
     low: float
@@ -67,47 +73,63 @@ def paired_bootstrap(
     samples: int = 10_000,
     level: float = 0.95,
 ) -> Difference:
-    """`statistic(b) - statistic(a)`, where row i of both is of the same item: each resample draws
-    items, the same ones for both, and of each of the `strata` (one an item) as many as it has. p is
-    the least level at which the interval reaches 0: twice the smaller share of resampled
-    differences on either side of 0, equality counted on both, and the observed one as one more (so
-    that p is never 0)."""
+    """Returns `statistic(b) - statistic(a)` with a bootstrap over pairs.
+
+    Row i of `a` and `b` is the same item, and every resample draws the same items for both. p is
+    the smallest level at which the interval touches 0: twice the smaller share of resampled
+    differences on either side of 0. A difference of 0 counts on both sides, and the observed one
+    counts as one more, so that p is never 0.
+    """
     differences = np.array(
         [
             statistic(b[rows]) - statistic(a[rows])
             for rows in _resamples(len(a), strata, samples, seed)
         ]
     )
-    tail = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    tail = int(min(np.sum(differences <= 0), np.sum(differences >= 0)))
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     return Difference(
         value=float(statistic(b) - statistic(a)),
         low=float(low),
         high=float(high),
-        p=min(1.0, 2 * (1 + int(tail)) / (1 + samples)),
+        p=min(1.0, 2 * (1 + tail) / (1 + samples)),
     )
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p that two judges are right equally often, from the numbers of items on which
-    one alone is right: the share of all ways to deal these out by coin that are as uneven."""
-    discordant, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    """Returns the exact two-sided p-value of McNemar's test, from the numbers of items on which
+    one judge alone is right."""
+    return float(binomtest(only_a, max(1, only_a + only_b)).pvalue)
+
+
+def accuracy(right: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """Returns the mean of each problem's share of right answers, with its 95% interval over
+    problems."""
+    return {
+        "accuracy": float(np.mean(right)),
+        "accuracy_interval": bootstrap_interval(np.asarray(right), np.mean, seed=seed),
+    }
+
+
+def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
+    """Returns each problem's share of right trajectories, ordered by id, so that the order does
+    not depend on which worker wrote which part."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
+        right[trajectory.problem_id].append(trajectory.is_correct)
+    return [sum(found) / len(found) for found in right.values()]
 
 
 def balanced_accuracy(labels: Sequence[bool], truths: Sequence[bool]) -> dict[str, float]:
-    """Mean of the accuracies on right and on wrong chunks, with precision and recall of the
-    negatives, fractions; an undefined one is 0."""
+    """Returns the mean of the accuracies on right and on wrong chunks, with precision and recall
+    of the negative labels. A fraction over nothing is 0."""
     pairs = list(zip(labels, truths, strict=True))
-    caught = sum(not label and not truth for label, truth in pairs)
+    caught = pairs.count((False, False))
     wrong = sum(not truth for _, truth in pairs)
-    called_wrong = sum(not label for label, _ in pairs)
-    kept = sum(label and truth for label, truth in pairs)
     recall = caught / max(1, wrong)
-    right_accuracy = kept / max(1, len(pairs) - wrong)
+    right_accuracy = pairs.count((True, True)) / max(1, len(pairs) - wrong)
     return {
         "balanced_accuracy": (recall + right_accuracy) / 2,
-        "negative_precision": caught / max(1, called_wrong),
+        "negative_precision": caught / max(1, sum(not label for label, _ in pairs)),
         "negative_recall": recall,
     }

@@ -1,29 +1,26 @@
-"""Sampling many rows from few prefixes: the engine behind rollouts, Monte Carlo values and judging.
+"""The engine: samples many continuations of few prefixes, for rollouts, values and judgments.
 
-    trunk   a sequence that goes through the network once: a prompt, or a trajectory
-    fork    a row that goes on from the first n tokens of a trunk
+    Scheduler    decides which prefixes are in which slots, and which samples run in which rows
+    prefill      computes the keys and values of new prefixes, once for all of their samples
+    decode_burst starts new rows, and decodes all rows until some have ended
+    shrink_grid  moves the last rows to a smaller grid
 
-    P places, each with one stored trunk and R rows -> decode until some rows have ended -> hand
-    their completions out, start waiting forks in their slots -> ...
-
-A trunk's keys and values are stored once, and read once a step for all R rows of its place; a row
-keeps only what it has sampled itself. A place takes the next trunk when its rows have all ended.
-While the device decodes, the caller has the completions of the segment before. When nothing waits
-and few rows are left, they move to a smaller grid.
-
-On a mesh of several processes all of them make the same calls: each holds all completions, so each
-takes the same next step.
+A slot's rows share the keys and values of its prefix; a row stores only those of the tokens that it
+sampled, in the suffix cache. While the device decodes a burst, the caller has the completions of
+the burst before.
 
 A row's state is its tokens, and a cache of all of them but the last: a decode step feeds the last
-token and samples the next, so reading a trunk needs no logits. `Sampler` is the same without trunks
-and without refilling, and the reference: noise is equal, everything else equal to rounding.
+token and samples the next, so a prefill computes no logits. `reference_sampler` samples the same
+without shared prefixes and without refilling. Its noise is equal, all else is equal to rounding.
+
+On a mesh of several processes each process makes the same calls and has all completions, so all
+take the same decisions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -42,44 +39,21 @@ from stepwiser_jax.inference.params import (
     shortest_decimals,
 )
 from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.scheduler import (
+    SAMPLES_PER_PREFIX,
+    Grid,
+    Prefix,
+    SampleRequest,
+    Scheduler,
+)
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
 from stepwiser_jax.runs.progress import rows_done
 
-SHARED_BY = 16
-"""So many rows of a trunk run at the same time, where it has them and other trunks wait: enough for
-its reading to cost little, few enough for a place not to wait long for its last rows."""
-
-REFILL_SHARE = 8
-"""While forks wait, a segment ends when one of this number of rows has ended."""
-
-SEGMENT_STEPS = 512
-"""The most tokens of a row in a segment: seconds of decoding, after which a run can be stopped."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleRequest:
-    """A row that goes on after the first `num_tokens` tokens of its trunk, by at most
-    `max_new_tokens`."""
-
-    row_id: str
-    num_tokens: int
-    max_new_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """A sequence of token ids and its forks."""
-
-    ids: Sequence[int]
-    forks: Sequence[SampleRequest]
-
-    @property
-    def num_tokens(self) -> int:
-        """As far as its longest fork needs it."""
-        return max(fork.num_tokens for fork in self.forks)
+BURST_STEPS = 512
+"""The most decode steps of a burst. It takes seconds, and a run can be stopped between bursts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +68,10 @@ class Completion:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """What the host tells the device of rows that start: see `SampleRequest`."""
+class StartingRows:
+    """The rows that start with a burst: `starts_B` says which, the rest is about these rows. A row
+    sees `prefix_length_B` tokens of its slot's prefix, and then feeds `last_token_B`. It ends after
+    `limit_B` tokens; `hash_B` seeds its noise."""
 
     starts_B: Any
     prefix_length_B: Any
@@ -107,13 +83,14 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """A grid of P places by R rows, B = P R, row b at place b // R.
+    """The decoding grid on the device: Q slots of R rows, B = Q * R, row b in slot b // R.
 
-    `prefix` are the trunks, of which row b sees all but the last token of its fork; `own` caches
-    what was fed since, so `own.length_B` is also the number of tokens sampled."""
+    `prefix` holds a sequence for each slot, and how many of its tokens each row sees. `suffix`
+    caches the tokens that each row has fed since, as many as the row has sampled. `match_B` are
+    the states of the stop strings' automaton."""
 
     prefix: SharedPrefix
-    own: SuffixCache
+    suffix: SuffixCache
     last_token_B: jax.Array
     limit_B: jax.Array
     hash_B: jax.Array
@@ -123,11 +100,19 @@ class EngineState:
     tokens_BC: jax.Array
     logprobs_BC: jax.Array
 
+    @property
+    def num_slots(self) -> int:
+        return self.prefix.cache.length_B.shape[0]
+
+    @property
+    def rows_per_slot(self) -> int:
+        return self.running_B.shape[0] // self.num_slots
+
 
 class Engine(Sampler):
-    """A sampler whose `generate` shares prefixes and refills slots. `rows` are the allowed numbers
-    of rows in flight; `buckets` the allowed lengths of a stored trunk, the last is the context of
-    trunk and completion together."""
+    """Samples with shared prefixes and continuous batching. `rows` are the allowed numbers of rows
+    of the grid; `buckets` the allowed lengths of a stored prefix, the last is the context of prefix
+    and completion together."""
 
     def generate(
         self,
@@ -138,9 +123,9 @@ class Engine(Sampler):
         row_ids: Sequence[str],
         group_size: int = 1,
     ) -> SampleOutput:
-        """As `Sampler.generate`; every prompt is a trunk."""
+        """As `Sampler.generate`; each prompt is a prefix."""
         output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
-        trunks = [
+        prefixes = [
             Prefix(
                 prompt,
                 [
@@ -150,266 +135,180 @@ class Engine(Sampler):
             )
             for p, prompt in enumerate(prompts_P)
         ]
-        place = {row_id: b for b, row_id in enumerate(row_ids)}
-        for done in chain.from_iterable(self.sample(trunks, params, key=key)):
-            b, length = place[done.row_id], len(done.ids)
+        index = {row_id: b for b, row_id in enumerate(row_ids)}
+        for done in chain.from_iterable(self.sample(prefixes, params, key=key)):
+            b, length = index[done.row_id], len(done.ids)
             output.tokens_BC[b, :length] = done.ids
             output.logprobs_BC[b, :length] = done.logprobs
             output.length_B[b] = length
             output.stop_reason_B[b] = done.stop_reason
         return output
 
-    @property
-    def own_dtype(self) -> Any:
-        """Returns the type of the rows' own keys and values."""
-        return self.model.suffix_dtype
-
-    def first_grid(self, trunks: int, forks: int, rows_per_trunk: int) -> tuple[int, int]:
-        """P places of R rows for so many trunks with at most so many forks each: the smallest that
-        holds all at once, or the largest there is. Every shard of the rows holds whole places.
-
-        R is a power of two, so that few shapes are compiled, unless rows would be idle for that.
-        """
-        P = R = 0
-        for rows in self.shapes.rows:
-            shared_by = min(forks, max(rows_per_trunk, rows // trunks))
-            grids = []
-            for R in (1 << (shared_by - 1).bit_length(), shared_by):
-                R = min(R, rows // self.shards)
-                P = rows // R // self.shards * self.shards
-                grids.append((min(trunks, P) * min(forks, R), P, R))
-            busy, P, R = max(grids, key=lambda grid: grid[0])
-            if trunks * forks <= busy:
-                break
-        return P, R
-
     def sample(
         self,
-        trunks: Sequence[Prefix],
+        prefixes: Sequence[Prefix],
         params: SamplingParams,
         *,
         key: jax.Array,
-        wanted: Callable[[SampleRequest], bool] | None = None,
-        rows_per_trunk: int = SHARED_BY,
+        is_needed: Callable[[SampleRequest], bool] | None = None,
+        samples_per_prefix: int = SAMPLES_PER_PREFIX,
     ) -> Iterator[list[Completion]]:
-        """Completions of all forks, some at a time, in the order in which they end.
+        """Samples all requests of the prefixes; yields completions after each burst, as they end.
 
-        `wanted` is asked before a fork starts; one that is not wanted is left out. With it there is
-        a part, an empty one too, after each segment, while the device waits. Up to
-        `rows_per_trunk` forks of a trunk run at the same time; more, where rows would stay idle.
-        `params.max_new_tokens` is the most that any fork may sample. Before anything is sampled,
-        raises UserError for a fork that does not fit the context or goes on from nothing, and
-        ValueError for one that reaches over its trunk or `params`, or a trunk without forks.
+        Args:
+            prefixes: What to sample. All requests have different row ids.
+            params: `max_new_tokens` is the most that any request may ask for.
+            key: With the row id and the position of a token it gives the token's noise.
+            is_needed: Is called before a sample starts; if it returns False, the sample is left
+                out. With it each burst yields its own completions, even if there are none, before
+                the next samples start. Without it they come while the device decodes the next
+                burst.
+            samples_per_prefix: How many samples of a prefix run at once while others wait.
+
+        Raises:
+            UserError: A request does not fit the context, or continues nothing.
+            ValueError: A request exceeds its prefix or `params`, or a prefix has no requests.
+            Both come before anything is sampled.
         """
         by_bucket: dict[int, list[Prefix]] = {}
-        for trunk in trunks:
-            if not trunk.forks:
-                raise ValueError(f"a trunk of {len(trunk.ids)} tokens has no forks")
-            for fork in trunk.forks:
-                self.check_length(fork.num_tokens, fork.max_new_tokens, fork.row_id)
-                if fork.num_tokens > len(trunk.ids):
-                    raise ValueError(
-                        f"{fork.row_id} goes on after token {fork.num_tokens} of a trunk of "
-                        f"{len(trunk.ids)}"
-                    )
-                if not 1 <= fork.max_new_tokens <= params.max_new_tokens:
-                    raise ValueError(
-                        f"{fork.row_id} has max_new_tokens {fork.max_new_tokens}, expected 1 to "
-                        f"{params.max_new_tokens}, that of params"
-                    )
-            by_bucket.setdefault(self.shapes.bucket(trunk.num_tokens), []).append(trunk)
-        done, total = 0, sum(len(trunk.forks) for trunk in trunks)
-        for slots, group in sorted(by_bucket.items()):
-            run = _Run(self, group, params, key, slots, wanted, rows_per_trunk)
-            for ended in run.completions():
-                done += len(ended)
-                rows_done(done, total, sum(len(completion.ids) for completion in ended))
-                yield ended
+        for prefix in prefixes:
+            self._check_prefix(prefix, params.max_new_tokens)
+            by_bucket.setdefault(self.shapes.bucket(prefix.num_tokens), []).append(prefix)
+        done, total = 0, sum(len(prefix.samples) for prefix in prefixes)
+        for prefix_tokens, group in sorted(by_bucket.items()):
+            scheduler = Scheduler(
+                group,
+                self.shapes.rows,
+                shards=self.shards,
+                samples_per_prefix=samples_per_prefix,
+                is_needed=is_needed,
+            )
+            overlap = is_needed is None
+            for part in self._sample_bucket(scheduler, prefix_tokens, params, key, overlap):
+                done += len(part)
+                rows_done(done, total, sum(len(completion.ids) for completion in part))
+                yield part
 
+    def _check_prefix(self, prefix: Prefix, max_new_tokens: int) -> None:
+        if not prefix.samples:
+            raise ValueError(f"a prefix of {len(prefix.ids)} tokens has no samples")
+        for sample in prefix.samples:
+            self.check_length(sample.num_tokens, sample.max_new_tokens, sample.row_id)
+            if sample.num_tokens > len(prefix.ids):
+                raise ValueError(
+                    f"{sample.row_id} continues {sample.num_tokens} tokens of a prefix of "
+                    f"{len(prefix.ids)}"
+                )
+            if not 1 <= sample.max_new_tokens <= max_new_tokens:
+                raise ValueError(
+                    f"{sample.row_id} has max_new_tokens {sample.max_new_tokens}, expected 1 to "
+                    f"{max_new_tokens}, that of params"
+                )
 
-class _Run:
-    """The trunks of one bucket on their way through the grid: what the host knows of it."""
-
-    def __init__(
+    def _sample_bucket(
         self,
-        engine: Engine,
-        trunks: Sequence[Prefix],
+        scheduler: Scheduler,
+        prefix_tokens: int,
         params: SamplingParams,
         key: jax.Array,
-        slots: int,
-        wanted: Callable[[SampleRequest], bool] | None,
-        rows_per_trunk: int,
-    ):
-        self.wanted = wanted
-        self.engine, self.params, self.slots = engine, params, slots
-        self.waiting_trunks = deque(trunks)
-        self.draw = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
-        self.stop_table = engine.stop_tables[params.stop_strings]
-        most = max(len(trunk.forks) for trunk in trunks)
-        self.places, self.rows = engine.first_grid(len(trunks), most, rows_per_trunk)
-        self.waiting: list[deque[SampleRequest]] = [deque() for _ in range(self.places)]
-        self.trunk_at = [Prefix((), ())] * self.places
-        self.running: dict[int, SampleRequest] = {}
-        self.state = empty_state(
-            engine.model,
-            engine.mesh,
-            self.places,
-            self.rows,
-            slots,
-            params.max_new_tokens,
-            engine.own_dtype,
-        )
+        overlap: bool,
+    ) -> Iterator[list[Completion]]:
+        """Samples what the scheduler has. `overlap`: a burst's completions are yielded while the
+        device decodes the next one, and not before."""
+        token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
+        new = params.max_new_tokens
+        state = empty_state(self.model, self.mesh, scheduler.grid, prefix_tokens, new)
+        finished: list[Completion] = []
+        while scheduler.has_work:
+            state = self._prefill(state, scheduler.admit_prefixes())
+            starts = self._starting_rows(scheduler)
+            if not scheduler.running:
+                continue  # no sample of the admitted prefixes is needed
+            grid = f"{scheduler.grid.slots}x{scheduler.grid.rows_per_slot}"
+            with self.running(f"decode {grid} prefix={prefix_tokens} new={new} {token_sampler}"):
+                state = decode_burst(
+                    self.model,
+                    state,
+                    self.place_rows(starts),
+                    token_sampler,
+                    np.int32(scheduler.exit_at()),
+                    np.array(params.stop_ids, np.int32),
+                    self.stop_tables[params.stop_strings],
+                )
+            if finished:
+                yield finished
+            finished = self._collect(state, scheduler)
+            if not overlap:
+                yield finished
+                finished = []
+            if rows := scheduler.shrink():
+                state = self._shrink(state, rows, scheduler.grid.slots)
+        yield finished
 
-    def completions(self) -> Iterator[list[Completion]]:
-        ended: list[Completion] = []
-        while True:
-            self._read_trunks()
-            starting = self._start_forks()
-            if not self.running:
-                if self.waiting_trunks:
-                    continue  # no fork of the trunks that were in place was wanted
-                break
-            self._decode_segment(starting)
-            if ended:
-                yield ended  # while the device decodes
-            ended = self._harvest()
-            if self.wanted is not None:
-                yield ended  # before the next forks start: it says which are wanted
-                ended = []
-            if self.running:
-                self._compact()
-        yield ended
+    def _prefill(self, state: EngineState, admitted: list[tuple[int, Prefix]]) -> EngineState:
+        """Computes the keys and values of the admitted prefixes, in their slots."""
+        slots, length = state.num_slots, state.prefix.cache.slots
+        at_once = min(slots, self.read_at_once(length))
+        while admitted:
+            count = at_once if 2 * len(admitted) > at_once else self.shards
+            batch, admitted = admitted[:count], admitted[count:]
+            tokens_PT = np.zeros((count, length), np.int32)
+            slot_P = np.full((count,), slots, np.int32)  # there is no such slot: nothing is stored
+            for p, (slot, prefix) in enumerate(batch):
+                tokens_PT[p, : prefix.num_tokens] = prefix.ids[: prefix.num_tokens]
+                slot_P[p] = slot
+            with self.running(f"prefill {count}x{length} into {slots}"):
+                state = prefill(self.model, state, *self.place_rows((tokens_PT, slot_P)))
+        return state
 
-    # --- the grid -------------------------------------------------------------------------------
-
-    def _compact(self) -> None:
-        """When nothing waits, the rows that are left move to the smallest grid that holds them,
-        each to a place of its own: one shape for every allowed number of rows, wherever they lay.
-        """
-        places = next(n for n in self.engine.shapes.rows if n >= len(self.running))
-        if self.waiting_trunks or any(self.waiting) or places >= self.places * self.rows:
-            return
-        left = sorted(self.running)
-        source_B = np.zeros((places,), np.int32)
-        source_B[: len(left)] = left
-        active_B = np.arange(places) < len(left)
-        moves = (source_B // self.rows, source_B, active_B)
-        with self.engine.running(f"compact {self._name()} -> {places}x1"):
-            self.state = _compact_state(self.state, *self.engine.place_rows(moves))
-        self.trunk_at = [self.trunk_at[b // self.rows] for b in source_B]
-        self.running = {place: self.running[b] for place, b in enumerate(left)}
-        self.waiting = [deque() for _ in range(places)]
-        self.places, self.rows = places, 1
-
-    def _name(self) -> str:
-        return f"{self.places}x{self.rows}"
-
-    # --- host to device and back ----------------------------------------------------------------
-
-    def _read_trunks(self) -> None:
-        """Places whose rows have all ended take the next trunks."""
-        busy = {b // self.rows for b in self.running}
-        free = [p for p in range(self.places) if p not in busy and not self.waiting[p]]
-        fresh = []
-        for p in free[: len(self.waiting_trunks)]:
-            trunk = self.waiting_trunks.popleft()
-            self.trunk_at[p], self.waiting[p] = trunk, deque(trunk.forks)
-            fresh.append(p)
-        at_once = min(self.places, self.engine.read_at_once(self.slots))
-        while fresh:
-            count = at_once if 2 * len(fresh) > at_once else self.engine.shards
-            self._read(fresh[:count], count)
-            fresh = fresh[count:]
-
-    def _read(self, places: Sequence[int], count: int) -> None:
-        """Trunks of these places through the network, `count` at once."""
-        tokens_QT = np.zeros((count, self.slots), np.int32)
-        # Rows without a trunk write to a place that is not there.
-        place_Q = np.full((count,), self.places, np.int32)
-        for q, p in enumerate(places):
-            trunk = self.trunk_at[p]
-            tokens_QT[q, : trunk.num_tokens] = trunk.ids[: trunk.num_tokens]
-            place_Q[q] = p
-        read = self.engine.place_rows((tokens_QT, place_Q))
-        with self.engine.running(f"read {count}x{self.slots} into {self.places}"):
-            self.state = read_trunks(self.engine.model, self.state, *read)
-
-    def _start_forks(self) -> Rows:
-        """Waiting forks take the free slots of their place."""
-        B = self.places * self.rows
-        rows = Rows(
+    def _starting_rows(self, scheduler: Scheduler) -> StartingRows:
+        B = scheduler.grid.rows
+        rows = StartingRows(
             starts_B=np.zeros((B,), bool),
             prefix_length_B=np.zeros((B,), np.int32),
             last_token_B=np.zeros((B,), np.int32),
             limit_B=np.zeros((B,), np.int32),
             hash_B=np.zeros((B,), np.uint32),
         )
-        for b in range(B):
-            fork = None if b in self.running else self._next_fork(b // self.rows)
-            if fork is None:
-                continue
-            self.running[b] = fork
+        for b, prefix, sample in scheduler.start_samples():
             rows.starts_B[b] = True
-            rows.prefix_length_B[b] = fork.num_tokens - 1
-            rows.last_token_B[b] = self.trunk_at[b // self.rows].ids[fork.num_tokens - 1]
-            rows.limit_B[b] = fork.max_new_tokens
-            rows.hash_B[b] = row_hash(fork.row_id)
+            rows.prefix_length_B[b] = sample.num_tokens - 1
+            rows.last_token_B[b] = prefix.ids[sample.num_tokens - 1]
+            rows.limit_B[b] = sample.max_new_tokens
+            rows.hash_B[b] = row_hash(sample.row_id)
         return rows
 
-    def _next_fork(self, place: int) -> SampleRequest | None:
-        while self.waiting[place]:
-            fork = self.waiting[place].popleft()
-            if self.wanted is None or self.wanted(fork):
-                return fork
-        return None
-
-    def _decode_segment(self, starting: Rows) -> None:
-        new = self.params.max_new_tokens
-        with self.engine.running(f"decode {self._name()} trunk={self.slots} new={new} {self.draw}"):
-            self.state = decode_segment(
-                self.engine.model,
-                self.state,
-                self.engine.place_rows(starting),
-                self.draw,
-                np.int32(self._exit_at()),
-                np.array(self.params.stop_ids, np.int32),
-                self.stop_table,
-            )
-
-    def _exit_at(self) -> int:
-        """How many rows may still run when the segment ends: enough have ended to start waiting
-        forks, or the rest might fit a smaller grid."""
-        running = len(self.running)
-        some_ended = running - max(1, running // REFILL_SHARE)
-        if self.waiting_trunks or any(self.waiting):
-            return some_ended
-        smaller = [n for n in self.engine.shapes.rows if n < self.places * self.rows]
-        if not smaller:
-            return 0
-        return smaller[-1] if smaller[-1] < running else some_ended
-
-    def _harvest(self) -> list[Completion]:
-        """The rows that have ended; waits for the device."""
-        state = self.state
-        counters = (state.running_B, state.own.length_B, state.reason_B)
-        running_B, length_B, reason_B = fetch(counters)
-        ended = [b for b in self.running if not running_B[b]]
+    def _collect(self, state: EngineState, scheduler: Scheduler) -> list[Completion]:
+        """Waits for the device, and returns the completions of the rows that have ended."""
+        running_B, length_B, reason_B = fetch(
+            (state.running_B, state.suffix.length_B, state.reason_B)
+        )
+        ended = [b for b in scheduler.running if not running_B[b]]
         if not ended:
             return []
         tokens_BC, logprobs_BC = fetch((state.tokens_BC, state.logprobs_BC))
         completions = []
-        for b in ended:
+        for b, sample in zip(ended, scheduler.finish(ended), strict=True):
             length = int(length_B[b])
-            self.engine.sampled_tokens += length
+            self.sampled_tokens += length
             completions.append(
                 Completion(
-                    row_id=self.running.pop(b).row_id,
+                    row_id=sample.row_id,
                     ids=tokens_BC[b, :length].tolist(),
                     logprobs=shortest_decimals(logprobs_BC[b, :length]),
                     stop_reason=StopReason(reason_B[b]),
                 )
             )
         return completions
+
+    def _shrink(self, state: EngineState, rows: Sequence[int], slots: int) -> EngineState:
+        """Moves these rows to a grid of `slots` slots with one row each."""
+        source_B = np.zeros((slots,), np.int32)
+        source_B[: len(rows)] = rows
+        is_used_B = np.arange(slots) < len(rows)
+        grid = f"{state.num_slots}x{state.rows_per_slot}"
+        with self.running(f"shrink {grid} -> {slots}x1"):
+            return shrink_grid(state, *self.place_rows((source_B, is_used_B)))
 
 
 # --- device programs ----------------------------------------------------------------------------
@@ -422,24 +321,22 @@ def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> Engin
     return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def empty_state(
-    model: Decoder,
+    decoder: Decoder,
     mesh: Mesh | None,
-    places: int,
-    rows: int,
-    slots: int,
+    grid: Grid,
+    prefix_tokens: int,
     max_new_tokens: int,
-    own_dtype: Any,
 ) -> EngineState:
-    """Born in its places: no device ever holds all of it."""
-    B = places * rows
-    config, dtype = model.config, model.compute_dtype
+    """Creates the state on the devices where it belongs: no device ever holds all of it."""
+    B = grid.rows
+    config, dtype = decoder.config, decoder.compute_dtype
     state = EngineState(
         prefix=SharedPrefix(
-            KVCache.create(config, places, slots, dtype), jnp.zeros((B,), jnp.int32)
+            KVCache.create(config, grid.slots, prefix_tokens, dtype), jnp.zeros((B,), jnp.int32)
         ),
-        own=SuffixCache.create(config, B, max_new_tokens, own_dtype),
+        suffix=SuffixCache.create(config, B, max_new_tokens, decoder.suffix_dtype),
         last_token_B=jnp.zeros((B,), jnp.int32),
         limit_B=jnp.zeros((B,), jnp.int32),
         hash_B=jnp.zeros((B,), jnp.uint32),
@@ -455,85 +352,103 @@ def empty_state(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def read_trunks(
-    model: Decoder, state: EngineState, tokens_QT: jax.Array, place_Q: jax.Array
+def prefill(
+    decoder: Decoder, state: EngineState, tokens_PT: jax.Array, slot_P: jax.Array
 ) -> EngineState:
-    _, cache = model.prefill(tokens_QT)
+    """Stores the keys and values of P right-padded prefixes in these slots."""
+    _, cache = decoder.prefill(tokens_PT)
     stored = jax.tree.map(
-        lambda old, fresh: old.at[place_Q].set(fresh, mode="drop"), state.prefix.cache, cache
+        lambda old, new: old.at[slot_P].set(new, mode="drop"), state.prefix.cache, cache
     )
     return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
 
 
 @jax.jit
-def _compact_state(
-    state: EngineState, source_P: jax.Array, source_B: jax.Array, active_B: jax.Array
-) -> EngineState:
-    slot = state.own.slot
-    moved = jax.tree.map(lambda x: x if x is slot else jnp.take(x, source_B, axis=0), state)
-    cache = state.prefix.cache.take(source_P)
-    return dataclasses.replace(
-        moved,
-        prefix=SharedPrefix(cache, moved.prefix.length_B),
-        running_B=moved.running_B & active_B,
+def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -> EngineState:
+    """Returns a grid of one row per slot: row b is row `source_B[b]`, with the prefix of its slot.
+    Rows that are not used do not run."""
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take(x, source_B, axis=0)
+
+    suffix = state.suffix
+    return EngineState(
+        prefix=SharedPrefix(
+            state.prefix.cache.take(source_B // state.rows_per_slot), take(state.prefix.length_B)
+        ),
+        suffix=dataclasses.replace(
+            suffix,
+            keys=tuple(map(take, suffix.keys)),
+            values=tuple(map(take, suffix.values)),
+            length_B=take(suffix.length_B),
+        ),
+        last_token_B=take(state.last_token_B),
+        limit_B=take(state.limit_B),
+        hash_B=take(state.hash_B),
+        running_B=take(state.running_B) & is_used_B,
+        match_B=take(state.match_B),
+        reason_B=take(state.reason_B),
+        tokens_BC=take(state.tokens_BC),
+        logprobs_BC=take(state.logprobs_BC),
     )
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def decode_segment(
-    model: Decoder,
+def decode_burst(
+    decoder: Decoder,
     state: EngineState,
-    start: Rows,
-    draw: TokenSampler,
+    starting: StartingRows,
+    token_sampler: TokenSampler,
     exit_at: jax.Array,
     stop_ids: jax.Array,
-    stop_table_SV: jax.Array | None,
+    stop_table_AV: jax.Array | None,
 ) -> EngineState:
-    """Start the new rows, then a step per token until at most `exit_at` rows are running, and for
-    at most `SEGMENT_STEPS` steps."""
+    """Starts the new rows, then takes decode steps until at most `exit_at` rows are running, or for
+    `BURST_STEPS` steps."""
 
-    def begin(new: Any, old: jax.Array) -> jax.Array:
-        return jnp.where(start.starts_B, new, old)
+    def start(new: Any, old: jax.Array) -> jax.Array:
+        return jnp.where(starting.starts_B, new, old)
 
+    prefix, suffix = state.prefix, state.suffix
     state = dataclasses.replace(
         state,
-        prefix=SharedPrefix(
-            state.prefix.cache, begin(start.prefix_length_B, state.prefix.length_B)
-        ),
-        own=dataclasses.replace(state.own, length_B=begin(0, state.own.length_B)),
-        last_token_B=begin(start.last_token_B, state.last_token_B),
-        limit_B=begin(start.limit_B, state.limit_B),
-        hash_B=begin(start.hash_B, state.hash_B),
-        running_B=state.running_B | start.starts_B,
-        match_B=begin(0, state.match_B),
-        reason_B=begin(int(StopReason.LENGTH), state.reason_B),
+        prefix=SharedPrefix(prefix.cache, start(starting.prefix_length_B, prefix.length_B)),
+        suffix=dataclasses.replace(suffix, length_B=start(0, suffix.length_B)),
+        last_token_B=start(starting.last_token_B, state.last_token_B),
+        limit_B=start(starting.limit_B, state.limit_B),
+        hash_B=start(starting.hash_B, state.hash_B),
+        running_B=state.running_B | starting.starts_B,
+        match_B=start(0, state.match_B),
+        reason_B=start(int(StopReason.LENGTH), state.reason_B),
     )
     rows_B = jnp.arange(state.running_B.shape[0])
 
     def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
         steps, state = carry
-        running_B, place_B = state.running_B, state.own.length_B
-        hidden_BD, own = model.decode_step(state.last_token_B, running_B, state.prefix, state.own)
-        position_B = state.prefix.length_B + 1 + place_B
-        token_B, logprob_B = draw(model.logits(hidden_BD), state.hash_B, position_B)
+        running_B, sampled_B = state.running_B, state.suffix.length_B
+        hidden_BD, suffix = decoder.decode_step(
+            state.last_token_B, running_B, state.prefix, state.suffix
+        )
+        position_B = state.prefix.length_B + 1 + sampled_B
+        token_B, logprob_B = token_sampler(decoder.logits(hidden_BD), state.hash_B, position_B)
         token_B = jnp.where(running_B, token_B, state.last_token_B)
-        # The place of a row that has ended is its length, which is past what counts or dropped.
-        tokens_BC = state.tokens_BC.at[rows_B, place_B].set(token_B, mode="drop")
-        logprobs_BC = state.logprobs_BC.at[rows_B, place_B].set(logprob_B, mode="drop")
-        stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_SV)
+        # A row that has ended writes after its last token, where nothing is read.
+        tokens_BC = state.tokens_BC.at[rows_B, sampled_B].set(token_B, mode="drop")
+        logprobs_BC = state.logprobs_BC.at[rows_B, sampled_B].set(logprob_B, mode="drop")
+        stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_AV)
         return steps + 1, dataclasses.replace(
             state,
-            own=own,
+            suffix=suffix,
             last_token_B=token_B,
-            running_B=running_B & ~stop_B & (own.length_B < state.limit_B),
+            running_B=running_B & ~stop_B & (suffix.length_B < state.limit_B),
             match_B=jnp.where(running_B, match_B, state.match_B),
             reason_B=jnp.where(running_B, reason_B, state.reason_B),
             tokens_BC=tokens_BC,
             logprobs_BC=logprobs_BC,
         )
 
-    def go_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
+    def goes_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
         steps, state = carry
-        return (jnp.sum(state.running_B) > exit_at) & (steps < SEGMENT_STEPS)
+        return (jnp.sum(state.running_B) > exit_at) & (steps < BURST_STEPS)
 
-    return jax.lax.while_loop(go_on, step, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]

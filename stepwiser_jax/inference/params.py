@@ -144,7 +144,7 @@ class StopTables:
             raise ValueError("stop_strings need a tokenizer: Sampler(model, tokenizer, ...)")
         if stop_strings not in self._tables:
             matcher = TokenMatcher.build(self._tokenizer.token_bytes(), stop_strings)
-            self._tables[stop_strings] = jnp.asarray(matcher.table_SV)
+            self._tables[stop_strings] = jnp.asarray(matcher.table_AV)
         return self._tables[stop_strings]
 
 

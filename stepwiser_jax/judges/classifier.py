@@ -18,7 +18,7 @@ import numpy as np
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.processbench import verdicts_at
+from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import probabilities
 from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
 from stepwiser_jax.model.transformer import Transformer
@@ -112,7 +112,7 @@ class Scorer:
 
 def opinion_of(p_positive: float, threshold: float) -> ChunkJudgment:
     """One token: + or -."""
-    (verdict,) = verdicts_at(threshold, [p_positive])
+    verdict = verdict_at(threshold, p_positive)
     sign = "+" if verdict is Verdict.POSITIVE else "-"
     return ChunkJudgment(sign, verdict, p_positive, num_tokens=1)
 

@@ -30,9 +30,10 @@ import jax
 from stepwiser_jax.config import GenPrm
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.processbench import verdicts_at
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.evaluation.verdicts import verdict_at
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.judges.genprm_form import (
     CODE_OUTPUT,
     FORMS,
@@ -345,7 +346,7 @@ class GenPrmJudge:
     def _opinion(self, draft: Draft, p_right: float | None) -> ChunkJudgment:
         if p_right is None:
             return ChunkJudgment(draft.turn, Verdict.UNPARSED, 0.5, draft.num_tokens)
-        (verdict,) = verdicts_at(0.5, [p_right])
+        verdict = verdict_at(0.5, p_right)
         draft.say("assistant", self.form.verdict(verdict is Verdict.POSITIVE))
         return ChunkJudgment(draft.turn, verdict, p_right, draft.num_tokens)
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import jax
 
 from stepwiser_jax.distributed.loading import Loaded
-from stepwiser_jax.evaluation.processbench import majority_verdict
+from stepwiser_jax.evaluation.verdicts import majority_verdict
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.records import BenchmarkItem, Judgment, Verdict

@@ -42,7 +42,7 @@ class RolloutCache:
 
     def write(self, iteration: int, draw: int, sampled_by: str, groups: list[RolloutGroup]) -> None:
         """A draw, whole or not at all."""
-        if hosts.is_first():
+        if hosts.is_primary():
             name = _name(iteration, draw, sampled_by)
             self._write(name, groups)
             self._remove(f"{name}.rows")
@@ -56,12 +56,12 @@ class RolloutCache:
         self, iteration: int, draw: int, sampled_by: str, rows: Iterable[SampledRow]
     ) -> None:
         """Writes the finished rows of a draw that is stopped, whole or not at all."""
-        if hosts.is_first():
+        if hosts.is_primary():
             self._write(f"{_name(iteration, draw, sampled_by)}.rows", rows)
 
     def forget_before(self, iteration: int) -> None:
         """Remove what a checkpoint of this step has made part of the parameters."""
-        for file in self._directory.glob("*-draw*.jsonl") if hosts.is_first() else ():
+        for file in self._directory.glob("*-draw*.jsonl") if hosts.is_primary() else ():
             if int(file.name.partition("-")[0]) < iteration:
                 file.unlink()
 

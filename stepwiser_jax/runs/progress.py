@@ -1,9 +1,8 @@
 """What a run says while it works: a bar on a terminal, lines elsewhere (SLURM, GKE, a file).
 
-    10:29:30 judge: iteration 12 of 800, reward 0.61, unparsed_rate 0.01, 41.2 s each, 9:02:00 left
+    10:29:30 train-judge: iteration 12 of 800, reward 0.61, kl 0.002, 41.2 s each, 9:02:00 left
 
-All of it goes to stderr: stdout carries results. If there are several processes, the first one
-speaks.
+All of it goes to stderr; stdout carries results. With several processes only the primary speaks.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import datetime
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -25,27 +25,47 @@ from rich.progress import (
 )
 
 from stepwiser_jax.distributed import hosts
+from stepwiser_jax.records import (
+    ChunkedSolution,
+    Judgment,
+    PrefixValue,
+    Rationale,
+    Record,
+    SearchResult,
+    Selection,
+    Trajectory,
+)
 
 LINE_SECONDS, ROWS_SECONDS = 10.0, 60.0
 """The least time between two lines about units of work, and about rows within a unit."""
 
-SPEED_OVER = 20
-"""The seconds of a unit are the mean of the last ones, at most this number of them: compilation
-soon counts no more."""
+SPEED_WINDOW = 20
+"""Seconds per unit are the mean over this number of units, so that compilation soon drops out."""
+
+BLOCK_MEANS: dict[type[Record], tuple[str, Callable[[Any], float]]] = {
+    Trajectory: ("right", lambda trajectory: trajectory.is_correct),
+    ChunkedSolution: ("cut", lambda solution: bool(solution.chunks)),
+    PrefixValue: ("value", lambda value: value.value),
+    Rationale: ("kept", lambda rationale: rationale.outcome == "kept"),
+    Judgment: ("right", lambda judgment: judgment.reward),
+    SearchResult: ("right", lambda result: result.is_correct),
+    Selection: ("right", lambda selection: selection.is_correct),
+}
+"""The number whose mean over a block of records is shown, and its name."""
 
 _console = Console(stderr=True)
 
 
 def say(text: str) -> None:
     """Prints a line that begins with the time of day."""
-    if hosts.is_first():
+    if hosts.is_primary():
         _console.print(
             f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True
         )
 
 
-class Told:
-    """How far the work has come: `total` units of it, such as steps, of which `done` are done."""
+class Report:
+    """How far a stage has come: `done` of `total` units of work, such as steps."""
 
     def __init__(self, stage: str, unit: str, total: int, done: int):
         self.stage, self.unit, self.total, self.done = stage, unit, total, done
@@ -59,17 +79,17 @@ class Told:
             TimeRemainingColumn(),
             TextColumn("{task.fields[rows]}{task.fields[note]}"),
         )
-        on_terminal = _console.is_terminal and hosts.is_first()
+        on_terminal = _console.is_terminal and hosts.is_primary()
         self.bar = Progress(*columns, console=_console, disable=not on_terminal)
         self.task = self.bar.add_task(stage, total=total, completed=done, rows="", note="")
-        self._ends = deque([time.monotonic()], maxlen=SPEED_OVER + 1)
+        self._ends = deque([time.monotonic()], maxlen=SPEED_WINDOW + 1)
         self._last_line = float("-inf")
         self._tokens = 0
 
     def advance(self, **numbers: float) -> None:
-        """Tells of one more unit that is done, with the numbers that matter.
+        """Counts one more unit as done and shows these numbers.
 
-        The time from the end of the unit before it counts as its own.
+        The unit's time runs from the end of the unit before it.
         """
         self.done += 1
         now = time.monotonic()
@@ -88,8 +108,8 @@ class Told:
             parts += [f"{each:.3g} s each", f"{left} left"]
             say(f"{self.stage}: {', '.join(filter(None, parts))}")
 
-    def move(self, done: int, total: int, tokens: int) -> None:
-        """Tells of rows that are done within the unit, and of tokens that were sampled for them."""
+    def rows_done(self, done: int, total: int, tokens: int) -> None:
+        """Shows rows within the current unit, and counts tokens sampled since the last call."""
         self._tokens += tokens
         rows = f"{done} of {total} rows"
         self.bar.update(self.task, rows=f"{rows}, ")
@@ -103,28 +123,37 @@ class Told:
             )
 
 
-_now: Told | None = None
-"""The work that is being done."""
+_current: Report | None = None
 
 
 @contextmanager
-def progress(stage: str, unit: str, total: int, done: int = 0) -> Iterator[Told]:
-    """Around a loop: yields what is to be told after each of its units."""
-    global _now
-    told = Told(stage, unit, total, done)
-    outer, _now = _now, told
+def progress(stage: str, unit: str, total: int, done: int = 0) -> Iterator[Report]:
+    """Yields a report for a loop over `total` units, of which `done` are done already."""
+    global _current
+    report = Report(stage, unit, total, done)
+    outer, _current = _current, report
     try:
-        with told.bar:
-            yield told
+        with report.bar:
+            yield report
     finally:
-        _now = outer
+        _current = outer
 
 
 def rows_done(done: int, total: int, tokens: int) -> None:
-    """Tells whoever follows the work that `done` of `total` rows are sampled, and the number of
-    tokens since it was told before."""
-    if _now is not None:
-        _now.move(done, total, tokens)
+    """Shows in the current report, if any, that `done` of `total` rows are sampled.
+
+    `tokens` were sampled since the last call.
+    """
+    if _current is not None:
+        _current.rows_done(done, total, tokens)
+
+
+def block_means(records: Sequence[Record]) -> dict[str, float]:
+    """Returns the number of records, and the mean that says how good they are."""
+    if not records or type(records[0]) not in BLOCK_MEANS:
+        return {"rows": len(records)}
+    name, number = BLOCK_MEANS[type(records[0])]
+    return {"rows": len(records), name: sum(map(number, records)) / len(records)}
 
 
 def _short(value: float) -> str:

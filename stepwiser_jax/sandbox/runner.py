@@ -82,7 +82,7 @@ class Sandbox:
         self.failures: Counter[Failure] = Counter()
         if sys.platform != "linux":
             raise _refusal(f"this is {sys.platform}")
-        probe = _execute("import sympy", replace(limits, seconds=START_SECONDS))
+        probe = execute("import sympy", replace(limits, seconds=START_SECONDS))
         if probe.failure is not None:
             raise UserError(
                 "code that a model wrote must be able to import sympy, but in a confined process "
@@ -95,7 +95,7 @@ class Sandbox:
         """The executions, in the order of the codes. Raises for nothing that code does."""
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                executions = list(pool.map(lambda code: _execute(code, self.limits), codes))
+                executions = list(pool.map(lambda code: execute(code, self.limits), codes))
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # nobody wants the rest
                 raise
@@ -124,7 +124,7 @@ def _packages() -> list[str]:
     ]
 
 
-def _execute(code: str, limits: Limits) -> Execution:
+def execute(code: str, limits: Limits) -> Execution:
     """Raises UserError where the process could not confine itself."""
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-") as scratch,

@@ -14,27 +14,29 @@ Reads `rollouts` and `policy`. Writes prefix values.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise, product
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.data.datasets import shuffled
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import SHARED_BY, Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Prefix, SampleRequest
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.tokenizer import completion_text
 
 ADAPTIVE_ROWS = 4
@@ -45,7 +47,7 @@ IsCorrect = Callable[[Sequence[tuple[Trajectory, Sequence[int]]]], list[bool]]
 """(trajectory, its prefix with a continuation, as completion ids) -> is the final answer right."""
 
 
-def run(config: Annotate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Annotate block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "annotate", config, shard)
     if directory.finished:
@@ -80,14 +82,18 @@ def annotate_blocks(
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, mesh=mesh, **config.engine.model_dump())
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
-    check_trajectories(trajectories, engine, params)
+    check_lengths(trajectories, engine, params)
+    check_ids(chain.from_iterable(work), engine)
 
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
 
         def is_correct(rows: Sequence[tuple[Trajectory, Sequence[int]]]) -> list[bool]:
-            answers = [extract_answer(completion_text(tokenizer, ids)) for _, ids in rows]
-            references = [problems[trajectory.problem_id].answer for trajectory, _ in rows]
-            return verifier.verify(list(zip(answers, references, strict=True)))
+            return verifier.verify(
+                [completion_text(tokenizer, ids) for _, ids in rows],
+                [problems[trajectory.problem_id] for trajectory, _ in rows],
+            )
 
         def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
             values = []
@@ -169,29 +175,37 @@ def rollouts_by_problem(config: Annotate, trajectories: Sequence[Trajectory]) ->
     return {problem: config.rollouts_at(sum(r) / len(r)) for problem, r in right.items()}
 
 
-def check_trajectories(
+def check_lengths(
     trajectories: Sequence[Trajectory], engine: Engine, params: SamplingParams
 ) -> None:
-    """Raises UserError for a trajectory that this policy cannot go on from: one that is longer than
-    `params.max_new_tokens`, which prefix and continuation share, one that does not fit the context,
-    or one with token ids that the policy's vocabulary lacks."""
-    config = engine.model.config
-    known = frozenset(range(config.vocab_size)).difference(*config.unknown_ids)
+    """Raises UserError for a trajectory that is longer than `params.max_new_tokens`, which prefix
+    and continuation share, or that does not fit the context."""
     for trajectory in trajectories:
-        name, length = trajectory.trajectory_id, len(trajectory.completion_ids)
-        if length > params.max_new_tokens:
+        name, tokens = trajectory.trajectory_id, trajectory.tokens
+        if tokens.num_completion > params.max_new_tokens:
             raise UserError(
                 f"{name}: prefix and continuation share sampling.max_new_tokens = "
-                f"{params.max_new_tokens}, found a trajectory of {length} tokens: set it to "
-                "that of the rollouts"
+                f"{params.max_new_tokens}, found a trajectory of {tokens.num_completion} tokens: "
+                "set it to that of the rollouts"
             )
-        engine.check_length(len(trajectory.prompt_ids), params.max_new_tokens, name)
-        unknown = {*trajectory.prompt_ids, *trajectory.completion_ids} - known
-        if unknown:
+        engine.check_length(tokens.num_prompt, params.max_new_tokens, name)
+
+
+def check_ids(trajectories: Iterable[Trajectory], engine: Engine) -> None:
+    """Raises UserError for token ids that the policy's vocabulary lacks."""
+    config = engine.model.config
+    known_V = np.ones(config.vocab_size, bool)
+    for ids in config.unknown_ids:
+        known_V[ids] = False
+    for trajectory in trajectories:
+        tokens = trajectory.tokens.read()
+        ids = np.concatenate([tokens.prompt_ids, tokens.completion_ids])
+        unknown = ids[(ids >= len(known_V)) | ~known_V[np.minimum(ids, len(known_V) - 1)]]
+        if len(unknown):
             raise UserError(
-                f"{name}: expected token ids of the policy's vocabulary (the largest is "
-                f"{max(known)}), found {max(unknown)}: name the policy that sampled the rollouts, "
-                "or one with its tokenizer"
+                f"{trajectory.trajectory_id}: expected token ids of the policy's vocabulary (the "
+                f"largest is {np.flatnonzero(known_V)[-1]}), found {unknown.max()}: name the "
+                "policy that sampled the rollouts, or one with its tokenizer"
             )
 
 
@@ -209,7 +223,7 @@ class ChunkPrefix:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.trajectory.prompt_ids) + self.num_completion_tokens
+        return self.trajectory.tokens.num_prompt + self.num_completion_tokens
 
     @property
     def sampling_id(self) -> str:
@@ -304,16 +318,15 @@ def estimate_prefix_values(
             prefix_of[row_id] = prefix
         trunks.append(Prefix([*trajectory.prompt_ids, *trajectory.completion_ids], forks))
 
-    def is_wanted(fork: SampleRequest) -> bool:
-        return counts.needs_more(prefix_of[fork.row_id])
+    def is_needed(sample: SampleRequest) -> bool:
+        return counts.needs_more(prefix_of[sample.row_id])
 
-    rows_per_trunk = SHARED_BY if adaptive is None else ADAPTIVE_ROWS
     for completions in engine.sample(
         trunks,
         params,
         key=key,
-        wanted=is_wanted if adaptive is not None else None,
-        rows_per_trunk=rows_per_trunk,
+        is_needed=is_needed if adaptive is not None else None,
+        samples_per_prefix=SAMPLES_PER_PREFIX if adaptive is None else ADAPTIVE_ROWS,
     ):
         prefixes = [prefix_of[completion.row_id] for completion in completions]
         solutions = [

@@ -6,7 +6,8 @@
 Where the paper is silent: it keeps the proposals that reconstruct their solution, and does not say
 what it does with several. Here a solution is one example, cut as most of them cut it.
 
-Reads `rollouts` and the teacher. Writes segmentations, also of solutions that none was kept of.
+Reads `rollouts` and the teacher. Writes chunked solutions, also those
+without a proposal that was kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from stepwiser_jax.config import ChunkSolutions
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -29,16 +30,16 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
 from stepwiser_jax.inference.remote import RemoteEngine
 from stepwiser_jax.record_io import read_records
-from stepwiser_jax.records import Problem, Segmentation, Trajectory
+from stepwiser_jax.records import ChunkedSolution, Problem, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 from stepwiser_jax.text.chunking import (
     Outcome,
-    majority_segmentation,
-    read_segmentation,
+    majority_chunking,
+    read_chunks,
     split_solution,
 )
 from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.prompts import encode_message, segment_prompt
+from stepwiser_jax.text.prompts import chunking_prompt, encode_message
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokenizer
 
 Solutions = Sequence[tuple[Trajectory, str]]
@@ -48,7 +49,7 @@ Proposals = list[list[tuple[Outcome, tuple[str, ...]]]]
 """Of each solution, what became of each proposal, and its chunks."""
 
 
-def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Cut block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "chunk-solutions", config, shard)
     if directory.finished:
@@ -68,9 +69,11 @@ def run(config: ChunkSolutions, run_dir: str | Path, shard: Shard = WHOLE) -> di
         (t, strip_tags(completion_text(tokenizer, t.completion_ids)).strip()) for t in right
     ]
     work = blocks(solutions, config.solutions_per_block)
-    work = directory.pending(work, Segmentation, lambda block: [t.trajectory_id for t, _ in block])
+    work = directory.pending(
+        work, ChunkedSolution, lambda block: [t.trajectory_id for t, _ in block]
+    )
     measured = cut_blocks(config, directory, problems, work) if work else {}
-    writer = directory.writer(Segmentation)
+    writer = directory.writer(ChunkedSolution)
     counts = {"solutions": len(trajectories), "right": len(right)}
     texts = {trajectory.trajectory_id: text for trajectory, text in solutions}
     return directory.finish(lambda: counts | summarize(writer.read(), texts, tokenizer) | measured)
@@ -94,13 +97,13 @@ def cut_blocks(
     """Segmentations of these blocks, written; returns what was measured."""
     propose, measured = make_proposer(config)
 
-    def cut(block: Solutions) -> list[Segmentation]:
+    def cut(block: Solutions) -> list[ChunkedSolution]:
         return [
             choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
             for (trajectory, _), proposals in zip(block, propose(block), strict=True)
         ]
 
-    seconds, solutions = directory.write_blocks(work, Segmentation, cut)
+    seconds, solutions = directory.write_blocks(work, ChunkedSolution, cut)
     return {"seconds_per_solution": per_item(seconds, solutions)} | measured
 
 
@@ -169,12 +172,12 @@ class Teacher:
                     proposals[i][k] = (Outcome.UNFINISHED, ())
                 else:
                     text = completion_text(self.tokenizer, output.ids(b))
-                    proposals[i][k] = read_segmentation(text, block[i][1])
+                    proposals[i][k] = read_chunks(text, block[i][1])
         return proposals
 
     def prompt_ids(self, solution: str) -> list[int]:
         style = self.config.prompt_style
-        return encode_message(self.tokenizer, segment_prompt(solution, style), style)
+        return encode_message(self.tokenizer, chunking_prompt(solution, style), style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
         return len(prompt) + self.params.max_new_tokens <= self.context
@@ -182,25 +185,25 @@ class Teacher:
 
 def choose(
     problem: Problem, trajectory_id: str, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
-) -> Segmentation:
+) -> ChunkedSolution:
     """The cut that most of the kept proposals agree on."""
     kept = [chunks for outcome, chunks in proposals if outcome is Outcome.KEPT]
-    chunks, votes = majority_segmentation(kept) if kept else ((), 0)
+    chunks, votes = majority_chunking(kept) if kept else ((), 0)
     outcomes = tuple(outcome.value for outcome, _ in proposals)
-    return Segmentation(
+    return ChunkedSolution(
         trajectory_id, problem.problem_id, problem.question, chunks, votes, outcomes
     )
 
 
 def summarize(
-    segmentations: Sequence[Segmentation], solutions: dict[str, str], tokenizer: Tokenizer
+    chunked: Sequence[ChunkedSolution], solutions: dict[str, str], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Proposals by what became of them, and the paper's table 4 for the solutions that were cut:
     chunks and tokens, beside what blank lines would have made of them."""
     outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
-    for segmentation in segmentations:
-        outcomes.update(segmentation.outcomes)
-    cut = [s for s in segmentations if s.chunks]
+    for solution in chunked:
+        outcomes.update(solution.outcomes)
+    cut = [s for s in chunked if s.chunks]
     texts = [solutions[s.trajectory_id] for s in cut]
     tokens = [len(tokenizer.encode(chunk)) for s in cut for chunk in s.chunks]
     return {

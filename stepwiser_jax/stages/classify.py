@@ -23,19 +23,20 @@ import jax
 
 from stepwiser_jax.config import Classify
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset, verdicts_at
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
+from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.judges.classifier import Scorer
 from stepwiser_jax.judges.stepwiser import Solution, judgment_of
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 
 
-def run(config: Classify, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Classify, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Score block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "classify", config, shard)
     if directory.finished:
@@ -129,7 +130,7 @@ def summarize(
             [p_positive[i] for i in chosen_on], [items[i].first_error for i in chosen_on]
         )
     score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
-    verdicts = [verdicts_at(threshold, p_of_steps) for p_of_steps in p_positive]
+    verdicts = [[verdict_at(threshold, p) for p in p_of_steps] for p_of_steps in p_positive]
     return {
         "items": len(items),
         "threshold": threshold,

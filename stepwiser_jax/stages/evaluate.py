@@ -25,22 +25,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
 from stepwiser_jax.config import Evaluate
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
-from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import (
-    majority_verdict,
-    score_by_subset,
-    solutions_by_subset,
-    verdicts_at,
+from stepwiser_jax.evaluation.judgments import (
+    VotingRule,
+    score_judgments,
+    score_whole_solutions,
+    vote_suffixes,
 )
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.judges.genprm import GenPrmJudge
@@ -52,14 +50,14 @@ from stepwiser_jax.judges.stepwiser import (
     judgment_of,
 )
 from stepwiser_jax.judges.thinkprm import ThinkPrmJudge, Verification
-from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, Verdict
+from stepwiser_jax.records import BenchmarkItem, Judgment, ProcessBenchItem
 from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
 
 AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
 
 
-def run(config: Evaluate, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Judge block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "evaluate", config, shard)
     if directory.finished:
@@ -131,7 +129,7 @@ def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> AnyJudge:
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
     whole = [] if config.thinkprm is None else ["solution"]
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
-    return ids + [f"{i}/vote{k}" for i in ids for k in range(config.votes)]
+    return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(config.votes)]
 
 
 def judge_block(
@@ -141,7 +139,7 @@ def judge_block(
     solutions = [Solution.of_item(item) for item in block]
     passes = [([""], judge.sample(solutions, 0.0, [""]))]
     if config.votes:
-        suffixes = [f"/vote{k}" for k in range(config.votes)]
+        suffixes = vote_suffixes(config.votes)
         truncation: dict[str, Any] = {"top_k": config.vote_top_k, "top_p": config.vote_top_p}
         sampled = judge.sample(solutions, config.vote_temperature, suffixes, **truncation)
         passes.append((suffixes, sampled))
@@ -172,79 +170,13 @@ def judgments_of(
     return [judgment_of(item, step, opinion, judge_id, suffix) for step, opinion in enumerate(said)]
 
 
-# --- scores -------------------------------------------------------------------------------------
-
-
 def summarize(
     config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
-    """Scores of the greedy judge and, with votes, of all of these; fractions between 0 and 1."""
-    score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
-    unparsed_as = counts_unparsed_as(config)
-    summary: dict[str, Any] = {"items": len(items), "unparsed_as": unparsed_as}
-    for name, suffixes in voters_of(config).items():
-        verdicts = [verdicts_of(config, item, judgments, suffixes) for item in items]
-        summary[name] = score(items, verdicts, seed=config.seed, unparsed_as=unparsed_as)
-    if config.thinkprm is not None and score is score_by_subset:
-        summary["solution"] = score_solutions(config, items, judgments)
+    """Returns the scores of the greedy judge and, with votes, of all of these; fractions."""
+    rule, settings = VotingRule.of_run(config), {"votes": config.votes, "seed": config.seed}
+    summary = score_judgments(items, judgments, rule, **settings)
+    whole = [item for item in items if isinstance(item, ProcessBenchItem)]
+    if config.thinkprm is not None and whole:
+        summary["solution"] = score_whole_solutions(whole, judgments, **settings)
     return summary
-
-
-def verdicts_of(
-    config: Evaluate,
-    item: BenchmarkItem,
-    judgments: dict[str, Judgment],
-    suffixes: Sequence[str],
-) -> list[Verdict]:
-    """On every step what its judgments with these suffixes say together: the majority, or, of a
-    judge in GenPRM's form, the mean of P(right) where any of them has a verdict."""
-    verdicts = []
-    for step in range(len(item.steps)):
-        votes = [judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes]
-        verdict = majority_verdict([vote.verdict for vote in votes])
-        if config.genprm is not None and verdict.is_given:
-            mean = sum(vote.p_positive for vote in votes) / len(votes)
-            (verdict,) = verdicts_at(config.genprm.threshold, [mean])
-        verdicts.append(verdict)
-    return verdicts
-
-
-def counts_unparsed_as(config: Evaluate) -> Literal["negative", "positive"]:
-    """How a step without a verdict counts: of a judge in GenPRM's form it has 1/2."""
-    if config.genprm is None:
-        return config.unparsed_as
-    return "negative" if config.genprm.threshold > 0.5 else "positive"
-
-
-def voters_of(config: Evaluate, together: str | None = None) -> dict[str, list[str]]:
-    """The suffixes of the judgments that are scored together, by name: `greedy`, and how votes
-    become one, with their number."""
-    together = together or ("majority" if config.genprm is None else "mean")
-    voters = {"greedy": [""]}
-    if config.votes:
-        voters[f"{together}_{config.votes}"] = [f"/vote{k}" for k in range(config.votes)]
-    return voters
-
-
-def score_solutions(
-    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
-) -> dict[str, Any]:
-    """Of the greedy chain and, with votes, of the mean of the sampled ones' probabilities. An
-    output is bad that lacks the verdict on a step up to its first incorrect one."""
-
-    def p_correct(item: BenchmarkItem, suffix: str) -> float:
-        return judgments[f"{item.item_id}/solution{suffix}"].p_positive
-
-    def is_bad(item: BenchmarkItem, suffix: str) -> bool:
-        steps = range(len(item.steps))
-        return Verdict.UNPARSED in {judgments[f"{item.item_id}/{s}{suffix}"].verdict for s in steps}
-
-    return {
-        name: solutions_by_subset(
-            items,
-            [float(np.mean([p_correct(item, x) for x in suffixes])) for item in items],
-            [float(np.mean([is_bad(item, x) for x in suffixes])) for item in items],
-            seed=config.seed,
-        )
-        for name, suffixes in voters_of(config, "mean").items()
-    }

@@ -26,11 +26,11 @@ import jax
 from stepwiser_jax.config import Engine as Shapes
 from stepwiser_jax.config import Model, Refine
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
-from stepwiser_jax.evaluation.processbench import first_predicted_error, verdicts_at
 from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.judges.genprm import Draft, GenPrmJudge, Writer
@@ -38,7 +38,8 @@ from stepwiser_jax.judges.genprm_form import analysis_of, rethink_prompt
 from stepwiser_jax.judges.stepwiser import Solution
 from stepwiser_jax.records import Problem, SearchResult, Verdict, natural_key
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -50,15 +51,15 @@ from stepwiser_jax.text.prompts import solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
-def run(config: Refine, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Refine, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Refine block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "refine", config, shard)
     if directory.finished:
         return directory.summary()
     directory.begin()
     dropped: Counter[str] = Counter()
-    problems = read_problems(config.problems, dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = read_problems(config.problems, dropped, config.verifier)
+    problems = keep_verifiable(problems, config, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: result_ids(config, block))
     measured = refine_blocks(config, directory, problems, work) if work else {}
@@ -97,7 +98,9 @@ def refine_blocks(
     )
     refine = Refiner(config, policy.tokenizer, engine, judge)
     refine.check_lengths(problems)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
         seconds, _ = directory.write_blocks(
             work, SearchResult, lambda block: refine(block, verifier)
         )
@@ -152,7 +155,7 @@ class Refiner:
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
         self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
 
-    def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[SearchResult]:
+    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[SearchResult]:
         attempts = [self._begin(problem) for problem in block]
         results, thinking = [], attempts
         for turn in range(self.config.turns + 1):
@@ -189,8 +192,8 @@ class Refiner:
             attempt.judge_tokens += sum(opinion.num_tokens for opinion in opinions)
             verdicts = [opinion.verdict for opinion in opinions]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
-            p_right = [opinion.p_positive for opinion in opinions]
-            found = first_predicted_error(verdicts_at(self.config.judge.genprm.threshold, p_right))
+            threshold = self.config.judge.genprm.threshold
+            found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in opinions])
             if found != -1:
                 style = self.config.judge.prompt_style
                 analysis = analysis_of(opinions[found].completion, style)
@@ -207,11 +210,12 @@ class Refiner:
         return Solution(name, attempt.problem.question, chunks, separator="")
 
     def _results(
-        self, attempts: Sequence[Attempt], turn: int, verifier: AnswerVerifier
+        self, attempts: Sequence[Attempt], turn: int, verifier: Verifier
     ) -> list[SearchResult]:
         answers = [extract_answer(attempt.solution) for attempt in attempts]
-        references = [attempt.problem.answer for attempt in attempts]
-        right = verifier.verify(list(zip(answers, references, strict=True)))
+        right = verifier.verify(
+            [attempt.solution for attempt in attempts], [attempt.problem for attempt in attempts]
+        )
         return [
             SearchResult(
                 search_id=f"{attempt.problem.problem_id}/turn{turn}",

@@ -39,7 +39,7 @@ from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_exa
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.rationales import Outcome, judgment_outcome
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -74,7 +74,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 Example = JudgeExample | ClassifierExample
 
 
-def run(config: RejectionSample, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: RejectionSample, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Write block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "rejection-sample", config, shard)
     if directory.finished:
@@ -87,9 +87,9 @@ def run(config: RejectionSample, run_dir: str | Path, shard: Shard = WHOLE) -> d
     writer = directory.writer(Rationale)
     chosen = directory.writer(SftExample if config.genprm is None else Dialogue)
     hosts.barrier("rationalize: rationales are written")
-    if shard == WHOLE:
+    if shard == NO_SHARD:
         learned = choose(config, writer.read())  # by all: every process must refuse what one would
-        if hosts.is_first():
+        if hosts.is_primary():
             chosen.append(to_learn(config, examples, learned))
     counts = {"examples": len(examples), "dropped": dropped}
     return directory.finish(

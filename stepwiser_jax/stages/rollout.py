@@ -10,25 +10,26 @@ Reads `problems` and `policy`. Writes problems and trajectories.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.records import Problem, Trajectory, natural_key
+from stepwiser_jax.records import Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -42,15 +43,15 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 _log = logging.getLogger(__name__)
 
 
-def run(config: Rollout, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Rollout, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Sample block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "rollout", config, shard)
     if directory.finished:
         return directory.summary()
     directory.begin()
     dropped = Counter(duplicate=0, unverifiable=0)
-    problems = drop_duplicates(read_problems(config.problems, dropped), dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = drop_duplicates(read_problems(config.problems, dropped, config.verifier), dropped)
+    problems = keep_verifiable(problems, config, dropped)
     problems = keep_fitting(config, problems, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
@@ -75,7 +76,9 @@ def sample_blocks(
     if CHUNK_CLOSE in end_patterns(config.chunking):
         check_tags(loaded.tokenizer)
     sample = BlockSampler(config, loaded, mesh)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
         seconds, sampled = directory.write_blocks(
             work, Trajectory, lambda block: sample(block, verifier)
         )
@@ -147,7 +150,7 @@ class BlockSampler:
         )
         self.key = jax.random.key(config.seed)
 
-    def __call__(self, block: Sequence[Problem], verifier: AnswerVerifier) -> list[Trajectory]:
+    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[Trajectory]:
         ids_B = trajectory_ids(self.config, block)
         tokenizer = self.loaded.tokenizer
         prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
@@ -160,17 +163,20 @@ class BlockSampler:
         )
         group_size = self.config.group_size
         completions_B = [output.ids(b) for b in range(len(ids_B))]
-        answers_B = [extract_answer(completion_text(tokenizer, ids)) for ids in completions_B]
-        references_B = [block[b // group_size].answer for b in range(len(ids_B))]
-        correct_B = verifier.verify(list(zip(answers_B, references_B, strict=True)))
+        correct_B = verifier.verify(
+            [completion_text(tokenizer, ids) for ids in completions_B],
+            [block[b // group_size] for b in range(len(ids_B))],
+        )
         return [
             Trajectory(
                 trajectory_id=ids_B[b],
                 problem_id=block[b // group_size].problem_id,
                 policy_id=self.loaded.model_id,
-                prompt_ids=tuple(prompts_P[b // group_size]),
-                completion_ids=tuple(completions_B[b]),
-                logprobs=tuple(output.logprobs(b)),
+                tokens=Tokens(
+                    np.array(prompts_P[b // group_size]),
+                    np.array(completions_B[b]),
+                    np.array(output.logprobs(b)),
+                ),
                 chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
                 stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
                 is_correct=correct_B[b],
@@ -186,15 +192,6 @@ def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, 
         "trajectories": count,
         **accuracy(right_by_problem(trajectories), seed=config.seed),
         "mean_chunks": sum(len(t.chunk_ends) for t in trajectories) / count,
-        "mean_tokens": sum(len(t.completion_ids) for t in trajectories) / count,
+        "mean_tokens": sum(t.tokens.num_completion for t in trajectories) / count,
         "stopped_by_length": sum(t.is_cut for t in trajectories) / count,
     }
-
-
-def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
-    """The share of each problem's trajectories that is right, in the order of their ids, whoever
-    wrote which part."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for trajectory in sorted(trajectories, key=lambda t: natural_key(t.trajectory_id)):
-        right[trajectory.problem_id].append(trajectory.is_correct)
-    return [sum(found) / len(found) for found in right.values()]

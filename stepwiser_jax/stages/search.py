@@ -47,7 +47,7 @@ import numpy as np
 
 from stepwiser_jax.config import Beams, Sampling, Search
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.evaluation.statistics import accuracy
@@ -67,20 +67,21 @@ from stepwiser_jax.search.chunk_search import (
     search_chunks,
 )
 from stepwiser_jax.search.voting import AGGREGATES, best, vote
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, extract_answer
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, chunk_ends, chunk_texts, end_patterns
 from stepwiser_jax.text.tokenizer import completion_text
 
 
-def run(config: Search, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Search block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "search", config, shard)
     if directory.finished:
         return directory.summary()
     directory.begin()
     dropped: Counter[str] = Counter()
-    problems = read_problems(config.problems, dropped)
-    problems = keep_verifiable(problems, config.answer_timeout_seconds, dropped)
+    problems = read_problems(config.problems, dropped, config.verifier)
+    problems = keep_verifiable(problems, config, dropped)
     work = blocks(problems, config.problems_per_block)
     work = directory.pending(work, SearchResult, lambda block: search_ids(config, block))
     measured = search_blocks(config, directory, problems, work) if work else {}
@@ -99,7 +100,9 @@ def search_blocks(
     every worker must refuse what one would."""
     policy, judge = load_solvers(config)
     check_lengths(config, policy, judge, problems)
-    with AnswerVerifier(worker_count(), config.answer_timeout_seconds) as verifier:
+    with Verifier(
+        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
+    ) as verifier:
         seconds, found = directory.write_blocks(
             work,
             SearchResult,
@@ -201,14 +204,17 @@ def search_block(
 
 
 def verified(
-    results: Sequence[SearchResult], block: Sequence[Problem], verifier: AnswerVerifier
+    results: Sequence[SearchResult], block: Sequence[Problem], verifier: Verifier
 ) -> list[SearchResult]:
-    """With `is_correct` as it is."""
-    references = {problem.problem_id: problem.answer for problem in block}
-    pairs = [(result.answer or None, references[result.problem_id]) for result in results]
+    """Returns the results with `is_correct` filled in."""
+    problems = {problem.problem_id: problem for problem in block}
+    are_correct = verifier.verify(
+        [result.completion for result in results],
+        [problems[result.problem_id] for result in results],
+    )
     return [
         dataclasses.replace(result, is_correct=is_correct)
-        for result, is_correct in zip(results, verifier.verify(pairs), strict=True)
+        for result, is_correct in zip(results, are_correct, strict=True)
     ]
 
 

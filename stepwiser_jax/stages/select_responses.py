@@ -26,7 +26,7 @@ import jax
 
 from stepwiser_jax.config import SelectResponses, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.hosts import WHOLE, Shard
+from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -59,7 +59,7 @@ class Candidates:
         ]
 
 
-def run(config: SelectResponses, run_dir: str | Path, shard: Shard = WHOLE) -> dict[str, Any]:
+def run(config: SelectResponses, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
     """Select block after block; a restarted run repeats the block it was killed in."""
     directory = RunDirectory(run_dir, "select-responses", config, shard)
     if directory.finished:

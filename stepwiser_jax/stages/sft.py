@@ -13,22 +13,22 @@ Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Huggi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
+from stepwiser_jax import plugins
 from stepwiser_jax.config import Sft, SftData
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import KIND, read_manifest, read_records
-from stepwiser_jax.records import Dialogue, Segmentation, Selection, SftExample
+from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.chunking import tagged
+from stepwiser_jax.tasks.sources import EXAMPLES
+from stepwiser_jax.text.chunking import join_tagged
 from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 from stepwiser_jax.training.batches import TokenBatch, num_batches, sft_documents, sft_loader
@@ -111,28 +111,16 @@ def sft_loss(
 
 
 def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
-    """Demonstrations from a file, of a `segment`, `select` or `rationalize` run, or of the embedded
-    task. Raises UserError for an empty set."""
-    if not data.source.startswith("arithmetic-"):
+    """Returns examples of a file, of a finished run, or of a function. Raises UserError for an
+    empty set."""
+    if Path(data.source).exists():
         examples = read_examples(data.source, style)
-        if not examples:
-            raise UserError(f"expected examples in {data.source}, found none")
-        return examples[: data.count]
-    makers: dict[str, Callable[..., list[SftExample] | list[Dialogue]]] = {
-        "arithmetic-policy": arithmetic.policy_demonstrations,
-        "arithmetic-untagged": arithmetic.untagged_demonstrations,
-        "arithmetic-segmenter": arithmetic.segmenter_demonstrations,
-        "arithmetic-judge": arithmetic.judge_demonstrations,
-        "arithmetic-verdicts": arithmetic.verdict_demonstrations,
-        "arithmetic-genprm": functools.partial(arithmetic.genprm_demonstrations, style=style),
-        "arithmetic-thinkprm": functools.partial(arithmetic.thinkprm_demonstrations, style=style),
-    }
-    if data.source not in makers:
-        raise UserError(f"expected data.source among {sorted(makers)}, found {data.source!r}")
-    if data.count is None:
-        raise UserError(f"data.count must say how many examples of {data.source} to generate")
-    problems = arithmetic.generate_problems(data.count, data.seed, "train")
-    return makers[data.source](problems, data.seed)
+    else:
+        make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
+        examples = make(count=data.count, seed=data.seed, style=style)
+    if not examples:
+        raise UserError(f"expected examples in {data.source}, found none")
+    return examples[: data.count]
 
 
 def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
@@ -152,17 +140,17 @@ def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Di
             )
             for selection in read_records(source, Selection)
         ]
-    if KIND[Segmentation] not in kinds:
+    if KIND[ChunkedSolution] not in kinds:
         return read_records(source, SftExample)
     return [
         SftExample(
-            example_id=segmentation.trajectory_id,
-            problem_id=segmentation.problem_id,
-            prompt=solve_prompt(segmentation.question, style),
-            completion=tagged(segmentation.chunks),
+            example_id=solution.trajectory_id,
+            problem_id=solution.problem_id,
+            prompt=solve_prompt(solution.question, style),
+            completion=join_tagged(solution.chunks),
         )
-        for segmentation in read_records(source, Segmentation)
-        if segmentation.chunks
+        for solution in read_records(source, ChunkedSolution)
+        if solution.chunks
     ]
 
 

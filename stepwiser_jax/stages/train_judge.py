@@ -43,8 +43,9 @@ from stepwiser_jax.distributed.fingerprints import fingerprint
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.records import JudgeExample, RolloutGroup, SampledRow, Verdict
 from stepwiser_jax.rl.grpo import (
@@ -56,8 +57,9 @@ from stepwiser_jax.rl.grpo import (
 from stepwiser_jax.rl.logprobs import token_logprobs, token_logprobs_and_entropy
 from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.runs import compilation
-from stepwiser_jax.runs.directory import RunDirectory, per_item, stop
+from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
+from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.text.prompts import encode_judge_prompt, is_bare_verdict, parse_verdict
 from stepwiser_jax.text.tokenizer import completion_text
 from stepwiser_jax.training.batches import Group, RolloutBatch, example_loader, rollout_batch
@@ -197,9 +199,9 @@ class GroupCollector:
             ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
             drawn = (iteration, draw, sampled_by)
             judged = training.pending.read(*drawn)
-            if hosts.any_of(judged is None):  # all sample together, or none
+            if hosts.any_process(judged is None):  # all sample together, or none
                 rows = training.pending.read_rows(*drawn)
-                if hosts.any_of(not rows):  # all go on from the same rows, or from none
+                if hosts.any_process(not rows):  # all go on from the same rows, or from none
                     rows = {}
                 with jax.set_mesh(self.mesh):
                     is_whole = self.sample(engine, examples, ids, rows)
@@ -235,10 +237,10 @@ class GroupCollector:
                 ]
                 trunks.append(Prefix(prompt, forks))
 
-        def is_missing(fork: SampleRequest) -> bool:
-            return fork.row_id not in rows
+        def is_missing(sample: SampleRequest) -> bool:
+            return sample.row_id not in rows
 
-        for ended in engine.sample(trunks, self.params, key=self.key, wanted=is_missing):
+        for ended in engine.sample(trunks, self.params, key=self.key, is_needed=is_missing):
             for done in ended:
                 rows[done.row_id] = SampledRow(done.row_id, tuple(done.ids), tuple(done.logprobs))
             if hosts.all_stop_here(stop.requested):

@@ -1,10 +1,11 @@
-"""Cutting a finished solution into chunks (StepWiser 3.1): by what a teacher wrote, or by a rule.
+"""Cuts a finished solution into chunks (StepWiser 3.1): as a teacher tagged it, or by a rule.
 
     solution -> teacher -> <chunk>...</chunk> <chunk>...</chunk> -> its chunks, if they are the
                                                                      solution again
 
-Where the paper is silent: white space around tags is no part of a chunk. So a solution is
-reconstructed exactly if its chunks, one after another, are all of it but white space between them.
+The paper does not say what becomes of white space around tags: here it is no part of a chunk. So a
+solution is reconstructed exactly if its chunks, one after another, are all of it but white space
+between them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BOUNDARIES: dict[Splitter, str] = {
 
 
 class Outcome(enum.Enum):
-    """Why a segmentation is kept, or is not."""
+    """What became of a teacher's proposal: it is KEPT, or why it is not."""
 
     KEPT = "kept"
     NO_ROOM = "no_room"
@@ -38,8 +39,8 @@ class Outcome(enum.Enum):
     ALTERED = "altered"
 
 
-def read_segmentation(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
-    """The chunks of `solution` that a teacher marked in `text`; none unless it is KEPT."""
+def read_chunks(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
+    """Returns the chunks of `solution` that a teacher tagged in `text`, none unless it is KEPT."""
     outside, *parts = re.split(f"({CHUNK_OPEN}|{CHUNK_CLOSE})", text)
     tags, between = parts[::2], [part.strip() for part in parts[1::2]]
     if tags != [CHUNK_OPEN, CHUNK_CLOSE] * (len(tags) // 2):
@@ -58,20 +59,18 @@ def read_segmentation(text: str, solution: str) -> tuple[Outcome, tuple[str, ...
     return (Outcome.ALTERED, ()) if solution[end:].strip() else (Outcome.KEPT, tuple(chunks))
 
 
-def majority_segmentation(
-    segmentations: Sequence[tuple[str, ...]],
-) -> tuple[tuple[str, ...], int]:
-    """(the one that occurs most often, the earliest of equals; how often)."""
-    return Counter(segmentations).most_common(1)[0]
+def majority_chunking(proposals: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
+    """Returns the proposal that occurs most often, the earliest of equals, and how often."""
+    return Counter(proposals).most_common(1)[0]
 
 
 def split_solution(solution: str, splitter: Splitter) -> tuple[str, ...]:
-    """Chunks by a rule of thumb: at blank lines, before lines that begin with `Step n`, or behind
+    """Splits by a rule of thumb: at blank lines, before lines that begin with `Step n`, or after
     sentences."""
     parts = re.split(_BOUNDARIES[splitter], solution)
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def tagged(chunks: Sequence[str]) -> str:
-    """The solution that a policy learns to write."""
+def join_tagged(chunks: Sequence[str]) -> str:
+    """Returns the solution that a policy learns to write."""
     return "\n".join(f"{CHUNK_OPEN}\n{chunk}\n{CHUNK_CLOSE}" for chunk in chunks)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import TokenIds, Tokenizer, completion_text
 
 CHUNK_OPEN = "<chunk>"
 CHUNK_CLOSE = "</chunk>"
@@ -24,7 +24,7 @@ BLANK_LINE = "\n\n"
 
 
 def end_patterns(chunking: str | Sequence[str]) -> tuple[str, ...]:
-    """The strings that end a chunk: those that are listed, or those of `tags` or `blank_lines`."""
+    """Returns the strings that end a chunk: those listed, or those of `tags` or `blank_lines`."""
     if isinstance(chunking, str):
         return {"tags": (CHUNK_CLOSE,), "blank_lines": (BLANK_LINE,)}[chunking]
     return tuple(chunking)
@@ -32,11 +32,12 @@ def end_patterns(chunking: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TokenMatcher:
-    """Aho-Corasick over bytes, compiled to tokens: `table_SV[state, token]` is the next state.
-    State 0 is the start; the last state accepts and absorbs: some pattern was completed in this
-    token or before it."""
+    """Finds strings in token ids: Aho-Corasick over bytes, compiled to tokens.
 
-    table_SV: np.ndarray
+    `table_AV[state, token]` is the next state. State 0 is the start. The last state accepts and
+    absorbs: some pattern was completed in this token or before it."""
+
+    table_AV: np.ndarray
 
     @classmethod
     def build(cls, token_bytes: Sequence[bytes], patterns: Sequence[str]) -> TokenMatcher:
@@ -47,22 +48,23 @@ class TokenMatcher:
         length_V = np.array([len(token) for token in token_bytes])
         for token, content in enumerate(token_bytes):
             bytes_VL[token, : len(content)] = np.frombuffer(content, np.uint8)
-        table_SV = np.repeat(np.arange(len(step))[:, None], len(token_bytes), axis=1)
+        table_AV = np.repeat(np.arange(len(step))[:, None], len(token_bytes), axis=1)
         for position in range(longest):
             inside_V = position < length_V
-            moved_SV = step[table_SV[:, inside_V], bytes_VL[inside_V, position][None]]
-            table_SV[:, inside_V] = moved_SV
-        return cls(table_SV.astype(np.int16))
+            moved_AV = step[table_AV[:, inside_V], bytes_VL[inside_V, position][None]]
+            table_AV[:, inside_V] = moved_AV
+        return cls(table_AV.astype(np.int16))
 
     @property
     def accept(self) -> int:
-        return len(self.table_SV) - 1
+        return len(self.table_AV) - 1
 
     def ends(self, ids: Sequence[int]) -> list[int]:
-        """Exclusive ends: after every token that completes a pattern, starting anew behind it."""
+        """Returns the exclusive end of every token that completes a pattern; after it the search
+        starts anew."""
         ends, state = [], 0
         for position, token in enumerate(ids, 1):
-            state = int(self.table_SV[state, token])
+            state = int(self.table_AV[state, token])
             if state == self.accept:
                 ends.append(position)
                 state = 0
@@ -70,7 +72,7 @@ class TokenMatcher:
 
 
 def _byte_automaton(patterns: Sequence[bytes]) -> np.ndarray:
-    """(states, 256) next states; the last state accepts and absorbs."""
+    """Returns the next states as (states, 256); the last state accepts and absorbs."""
     if not patterns or not all(patterns):
         raise ValueError(f"expected non-empty patterns, found {list(patterns)}")
     children: list[dict[int, int]] = [{}]
@@ -103,21 +105,20 @@ def _byte_automaton(patterns: Sequence[bytes]) -> np.ndarray:
 def chunk_ends(
     completion_ids: Sequence[int], matcher: TokenMatcher, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-    """Exclusive token ends of the chunks, a partition of the completion.
+    """Returns the exclusive token ends of the chunks, a partition of the completion.
 
-    A span without text of its own (white space, tags, end tokens) is no chunk and joins the one
-    before it, or the one after it where it comes first. What follows the last closed chunk joins it
-    (the answer may stand right behind the tag, paper Table 11), unless it opens a chunk itself;
-    with blank lines as boundaries it is a chunk like any other.
+    A span that holds no text (only white space, tags, end tokens) is no chunk: it joins the chunk
+    before it, or the one after it if it comes first. What follows the last closed chunk joins that
+    (the answer may follow the tag at once, paper Table 11), unless it opens a chunk itself; with
+    blank lines as boundaries it is a chunk like any other.
     """
-    total = len(completion_ids)
-    ends = [end for end in matcher.ends(completion_ids) if end < total]
+    total, matches = len(completion_ids), matcher.ends(completion_ids)
     tagged = CHUNK_CLOSE in tokenizer.decode(completion_ids)
     chunks: list[int] = []
     start = 0
-    for end in [*ends, total]:
+    for end in [*(match for match in matches if match < total), total]:
         text = completion_text(tokenizer, completion_ids[start:end])
-        is_tail = end == total and end not in matcher.ends(completion_ids)
+        is_tail = end == total and total not in matches
         joins = not strip_tags(text).strip() or (is_tail and tagged and CHUNK_OPEN not in text)
         if joins and chunks:
             chunks[-1] = end
@@ -127,10 +128,8 @@ def chunk_ends(
     return tuple(chunks)
 
 
-def chunk_texts(
-    tokenizer: Tokenizer, completion_ids: Sequence[int], ends: Sequence[int]
-) -> list[str]:
-    """The exact text of every chunk, without the end token."""
+def chunk_texts(tokenizer: Tokenizer, completion_ids: TokenIds, ends: Sequence[int]) -> list[str]:
+    """Returns the exact text of every chunk, without the end token."""
     starts = [0, *ends[:-1]]
     return [
         completion_text(tokenizer, completion_ids[start:end])
@@ -139,8 +138,8 @@ def chunk_texts(
 
 
 def strip_tags(text: str) -> str:
-    """Returns the text without its tags, for a judge that knows none. A tag that the removal of
-    another one makes, as in `<chu</chunk>nk>`, is removed too."""
+    """Returns the text without its tags, for a judge that knows none. A tag that results from the
+    removal of another one, as in `<chu</chunk>nk>`, is removed too."""
     kept = ""
     for piece in re.split("(?<=>)", text):
         kept += piece
@@ -149,7 +148,7 @@ def strip_tags(text: str) -> str:
 
 
 def check_tags(tokenizer: Tokenizer) -> None:
-    """Raises UserError where the tokenizer does not give the tags back."""
+    """Raises UserError if the tokenizer does not give the tags back."""
     text = f"one {CHUNK_OPEN} two {CHUNK_CLOSE} three"
     back = tokenizer.decode(tokenizer.encode(text))
     if CHUNK_OPEN not in back or CHUNK_CLOSE not in back:

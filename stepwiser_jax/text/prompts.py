@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Literal
 
 from stepwiser_jax.errors import UserError
@@ -37,7 +36,7 @@ Solve the problem step by step, and give the final answer inside \\boxed{{}}.
 Problem: {question}"""
 """For models that were not taught to mark their chunks: a small one copies the tags and no more."""
 
-SEGMENT_PROMPT = """\
+CHUNKING_PROMPT = """\
 You are given the solution of a mathematical problem. Cut it into chunks of thought.
 
 How to cut:
@@ -102,14 +101,14 @@ Nothing but the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \\bo
 
 
 def solve_prompt(question: str, style: PromptStyle, *, tags: bool = True) -> str:
-    """What the user says: paper Table 11, or without a word of chunks where `tags` is false."""
+    """Returns the prompt of paper Table 11, or one without chunks if `tags` is false."""
     prompt = SOLVE_PROMPT if tags else SOLVE_PROMPT_WITHOUT_TAGS
     return prompt.format(question=question) if style == "instruct" else question
 
 
-def segment_prompt(solution: str, style: PromptStyle) -> str:
-    """Paper Table 1; bare, the solution and a question mark."""
-    return SEGMENT_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
+def chunking_prompt(solution: str, style: PromptStyle) -> str:
+    """Returns the prompt of paper Table 1; bare, the solution and a question mark."""
+    return CHUNKING_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
 def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyle) -> str:
@@ -149,8 +148,8 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """Returns a rendered conversation in two parts: what stands before the thought at its end, and
-    that thought, begun or empty; without one the second part is empty."""
+    """Splits a rendered conversation before the thought at its end, which is begun or empty. The
+    second part is empty if there is none."""
     for thought in (NO_THOUGHT, THOUGHT):
         begun = tokenizer.encode(thought)
         if ids[-len(begun) :] == begun:
@@ -161,22 +160,32 @@ def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list
 def before_answers(
     tokenizer: Tokenizer, groups: Sequence[Sequence[dict[str, str]]]
 ) -> list[list[int]]:
-    """Returns the ids that the chat template puts before each of the assistant's answers, one
-    answer after each of the `groups` of messages. They hold a thought that is empty, but none that
-    is only begun. The template is rendered with + in the place of answers: so the tokens of an
-    answer do not depend on what follows.
+    """Returns the ids that the chat template writes before each of the assistant's answers.
 
-    Raises UserError where the template does not keep the beginning of a conversation when it goes
-    on. It may drop an empty thought, as Qwen3's does.
+    The conversation is rendered up to each answer, with + for the answers before it; what one
+    rendering adds to the one before is what is wanted:
+
+        user How? assistant             -> user How? assistant
+        user How? assistant + user Why? assistant      -> user Why? assistant
+
+    The ids hold a thought that is empty, but none that is only begun.
+
+    Args:
+        tokenizer: With a chat template.
+        groups: The messages before each answer.
+
+    Raises:
+        UserError: The template changes the beginning of a conversation when it goes on. It may drop
+            an empty thought, as Qwen3's does.
     """
     messages: list[dict[str, str]] = []
-    begun: list[list[int]] = [[]]
+    beginnings: list[list[int]] = [[]]  # what the next rendering may begin with
     found = []
     for group in groups:
         messages += group
         whole = tokenizer.render_chat(messages)
         read, thought = split_thought(tokenizer, whole)
-        kept = next((len(ids) for ids in begun if read[: len(ids)] == ids), None)
+        kept = next((len(ids) for ids in beginnings if read[: len(ids)] == ids), None)
         if kept is None:
             raise UserError(
                 "the chat template does not keep the beginning of a conversation when it goes on, "
@@ -186,7 +195,7 @@ def before_answers(
         is_empty = thought == tokenizer.encode(NO_THOUGHT)
         found.append(read[kept:] + (thought if is_empty else []))
         messages.append({"role": "assistant", "content": "+"})
-        begun = [ids + tokenizer.encode("+") for ids in (whole, read)]
+        beginnings = [ids + tokenizer.encode("+") for ids in (whole, read)]
     return found
 
 
@@ -259,16 +268,52 @@ SAYS = ("system", "user", "assistant", "output")
 def encode_dialogue(
     tokenizer: Tokenizer, roles: Sequence[str], texts: Sequence[str], style: JudgePromptStyle
 ) -> tuple[list[int], list[bool]]:
-    """Returns a conversation (`records.Dialogue`) as ids, up to and including its last text, and
-    which of them are learned: what the assistant says, and the end tokens between its turns.
+    """Encodes a conversation (`records.Dialogue`) up to and including its last text.
 
-    Every text is encoded by itself, exactly as it stands, and what stands between turns is
-    `before_answers`. Bare, the texts follow one another, with an end token after each of the
-    assistant's turns.
+    Every text is encoded alone, exactly as it is, so its tokens do not depend on what follows.
+    Between turns stands what the chat template writes there (`before_answers`); in the style
+    `bare` an end token.
 
-    Raises UserError for roles in no such order or of another number than the texts, or as
-    `before_answers` does.
+    Args:
+        tokenizer: The model's.
+        roles: Who says each text, of `SAYS`.
+        texts: What is said.
+        style: The form of the prompts.
+
+    Returns:
+        The ids, and which of them are learned: what the assistant says, and the end tokens between
+        its turns.
+
+    Raises:
+        UserError: The roles are not in such an order, or as for `before_answers`.
     """
+    turns = _turns(roles, texts)
+    asked = [question for question, _ in turns]
+    if style == "bare":
+        first, *later = [" ".join(text for _, text in question) for question in asked]
+        before = [encode_message(tokenizer, first, style)]
+        before += [[tokenizer.eos_ids[0], *tokenizer.encode(text)] for text in later]
+    else:
+        messages = [[{"role": role, "content": text} for role, text in part] for part in asked]
+        before = before_answers(tokenizer, messages)
+    ids: list[int] = []
+    learned: list[bool] = []
+    for new, (_, answer) in zip(before, turns, strict=True):
+        is_end = bool(ids) and new[0] in tokenizer.eos_ids
+        ids += new
+        learned += [is_end] + [False] * (len(new) - 1)
+        for role, text in answer:
+            new = tokenizer.encode(text)
+            ids += new
+            learned += [role == "assistant"] * len(new)
+    return ids, learned
+
+
+def _turns(
+    roles: Sequence[str], texts: Sequence[str]
+) -> list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
+    """Returns what is said before each of the assistant's turns, and the turn: (role, text) pairs.
+    The last turn is empty if the conversation ends with a question."""
     if len(roles) != len(texts):
         raise UserError(
             f"expected a text of every role, found {len(texts)} texts of {len(roles)} roles"
@@ -278,30 +323,13 @@ def encode_dialogue(
             f"expected a conversation of {', '.join(SAYS)}, which one of the first two begins, "
             f"found {list(roles)}"
         )
-    parts = zip(roles, texts, strict=True)
-    turns = [(of, [*part]) for of, part in groupby(parts, lambda part: part[0] in SAYS[2:])]
-    asked = [part for in_turn, part in turns if not in_turn]
-    if style != "bare":
-        before = before_answers(
-            tokenizer, [[{"role": role, "content": text} for role, text in x] for x in asked]
-        )
-    else:
-        first, *later = [" ".join(text for _, text in part) for part in asked]
-        before = [encode_message(tokenizer, first, style)]
-        before += [[tokenizer.eos_ids[0], *tokenizer.encode(text)] for text in later]
-    ids: list[int] = []
-    learned: list[bool] = []
-    for in_turn, part in turns:
-        if not in_turn:
-            new = before.pop(0)
-            learned += [bool(ids) and new[0] in tokenizer.eos_ids] + [False] * (len(new) - 1)
-            ids += new
-            continue
-        for role, text in part:
-            new = tokenizer.encode(text)
-            ids += new
-            learned += [role == "assistant"] * len(new)
-    return ids, learned
+    turns: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]] = []
+    for role, text in zip(roles, texts, strict=True):
+        answers = role in SAYS[2:]
+        if not answers and (not turns or turns[-1][1]):
+            turns.append(([], []))
+        turns[-1][answers].append((role, text))
+    return turns
 
 
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")

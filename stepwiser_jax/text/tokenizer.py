@@ -9,22 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
+from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
+from stepwiser_jax.text.token_ids import check_ids, end_ids, sentencepiece_bytes, write_end_ids
 
 FILES = ("*.json", "*.jinja", "*.model")
 """The files of a hub id that a tokenizer needs."""
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids. `encode` adds no special tokens, and control tokens (`text.chat`) that
-    are spelled out in the text stay text; only `render_chat` gives some, where the chat template
-    has them. `decode` keeps special tokens and cleans nothing up; it raises UserError for an id
-    that no token has.
+    """Text <-> token ids.
 
-    `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
-    than the largest."""
+    `encode` adds no special tokens, and control tokens (`text.chat`) that the text spells stay
+    text; only `render_chat` gives some, if the chat template has them. `decode` keeps special
+    tokens and cleans nothing up; it raises UserError for an id that no token has. `known_ids` are
+    the ids of all tokens. There may be gaps between them; `vocab_size` is one more than the
+    largest."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -44,7 +48,7 @@ class Tokenizer(Protocol):
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]: ...
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, none in gaps; joined over ids they are the decoded text, up
+        """Returns the bytes of each id, none in gaps. Joined over ids they are the decoded text, up
         to one leading space in vocabularies whose words carry their own space."""
         ...
 
@@ -57,21 +61,19 @@ def load_tokenizer(
     *,
     trained: bool = False,
 ) -> Tokenizer:
-    """A Hugging Face tokenizer (directory or hub id), or a SentencePiece `.model` file, also a
-    directory or hub id with a tokenizer.model and no tokenizer.json (which need the extra
+    """Returns a Hugging Face tokenizer, or a SentencePiece one for a `.model` file or a directory
+    or hub id with a tokenizer.model and no tokenizer.json (which needs the extra `sentencepiece` or
     `tf-text`).
 
     Args:
-        path_or_id: where it is. Without a network, a hub id has to be in the cache.
-        chat_template_args: what `render_chat` hands to the template; `save` writes them into it.
-        trained: whether it is of a model that a run of this project trained, whose arguments can
-            be repeated and not changed.
+        path_or_id: File, directory or hub id. Without a network, a hub id has to be in the cache.
+        chat_template_args: What `render_chat` hands to the template; `save` writes them into it.
+        trained: Whether it is of a model that a run of this project trained. Its arguments may be
+            repeated, and not changed.
 
     Raises:
-        UserError: there is no tokenizer, or its chat template does not take the arguments.
+        UserError: There is no tokenizer, or its chat template does not take the arguments.
     """
-    from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
-
     arguments = chat_template_args or {}
     if path_or_id.endswith(".model"):
         return SentencePieceTokenizer(path_or_id, arguments, trained=trained)
@@ -83,8 +85,8 @@ def load_tokenizer(
 
 
 def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
-    """Returns the ids below `size`, a model's number of logits, that no token has, as runs in
-    ascending order. Raises UserError where a token's id is not below it."""
+    """Returns the ids below `size`, a model's number of logits, that no token has, as ranges in
+    ascending order. Raises UserError if a token's id is not below it."""
     known = [-1, *sorted(tokenizer.known_ids), size]
     if known[-2] >= size:
         raise UserError(
@@ -95,18 +97,12 @@ def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
     return tuple(range(a + 1, b) for a, b in itertools.pairwise(known) if a + 1 < b)
 
 
-def check_ids(ids: Sequence[int], known: frozenset[int]) -> None:
-    """Raises UserError where one of the ids is of no token."""
-    if not known.issuperset(ids):
-        raise UserError(
-            f"expected ids of the tokenizer's tokens (the largest is {max(known)}), found "
-            f"{max(set(ids) - known)}: name the tokenizer of the model that sampled them"
-        )
+TokenIds = Sequence[int] | np.ndarray
 
 
-def completion_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """What a completion says: its text without the end token."""
-    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
+def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
+    """Returns the text of a completion without its end token."""
+    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in tokenizer.eos_ids])
 
 
 class HuggingFaceTokenizer:
@@ -180,7 +176,7 @@ class HuggingFaceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError where the tokenizer has no chat template, or it fails."""
+        """Raises UserError if the tokenizer has no chat template, or it fails."""
         return self._encode(
             chat.render(
                 chat.default_template(self._hf.chat_template),
@@ -201,48 +197,14 @@ class HuggingFaceTokenizer:
         return [spelled.get(i, b"") for i in range(self.vocab_size)]
 
     def save(self, path: str) -> None:
-        """With all end tokens, which the tokenizer's own files cannot name."""
+        """Writes the tokenizer's files, and all end tokens, which those cannot name."""
         self._hf.save_pretrained(path)
         write_end_ids(Path(path), self.eos_ids, self.pad_id)
 
 
-def end_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that generation_config.json adds to it. Raises UserError
-    where there is none."""
-    ids = [eos_id]
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        ids += _listed_end_ids(generation)
-    unique = tuple(dict.fromkeys(i for i in ids if i is not None))
-    if not unique:
-        raise UserError(f"the tokenizer of {directory} defines no end token (eos_token)")
-    return unique
-
-
-def _listed_end_ids(file: Path) -> list[int | None]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON in UTF-8: {error}") from None
-    listed = fields.get("eos_token_id") if isinstance(fields, dict) else fields
-    ids = listed if isinstance(listed, list) else [listed]
-    if not isinstance(fields, dict) or any(
-        i is not None and (type(i) is not int or i < 0) for i in ids
-    ):
-        raise UserError(
-            f"{file}: expected eos_token_id to be token ids from 0, found {listed!r:.80}"
-        )
-    return ids
-
-
-def write_end_ids(directory: Path, eos_ids: Sequence[int], pad_id: int) -> None:
-    generation = {"eos_token_id": list(eos_ids), "pad_token_id": pad_id}
-    file = directory / "generation_config.json"
-    file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-
-
 def _bytes_of_token(backend: dict[str, Any]) -> Any:
-    """How this tokenizer.json spells bytes: byte-level, SentencePiece-style, or plain words."""
+    """Returns the function from a token of this tokenizer.json to its bytes: byte-level,
+    SentencePiece-style, or plain words."""
     parts = json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
     if "ByteLevel" in parts:
         alphabet = {char: byte for byte, char in _byte_level_alphabet().items()}
@@ -252,15 +214,8 @@ def _bytes_of_token(backend: dict[str, Any]) -> Any:
     return lambda token: b" " + token.encode()
 
 
-def sentencepiece_bytes(token: str) -> bytes:
-    """What a piece of a SentencePiece vocabulary stands for."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()
-
-
 def _byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte."""
+    """Returns GPT-2's printable stand-in for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -28,14 +28,9 @@ from stepwiser_jax.model.hf import non_finite, save_hf
 from stepwiser_jax.record_io import atomic_write
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.runs import compilation
-from stepwiser_jax.runs.directory import (
-    Interrupted,
-    RunDirectory,
-    install_signal_handlers,
-    per_item,
-    stop,
-)
+from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress, say
+from stepwiser_jax.runs.signals import Interrupted, install_signal_handlers, stop
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.step import create_train_state, make_optimizer, make_schedule
 
@@ -127,7 +122,7 @@ class TrainingRun:
         template = self._directory.create() / "template"
         if self._loaded.model.adapters:
             check_base(template, self._loaded.model_id)
-        if not hosts.is_first():
+        if not hosts.is_primary():
             return
         config = self._loaded.model.config.to_hf()
         atomic_write(template / "config.json", json.dumps(config, indent=2) + "\n")

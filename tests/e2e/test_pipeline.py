@@ -31,6 +31,7 @@ from stepwiser_jax.records import (
     Verdict,
 )
 from stepwiser_jax.runs import directory as run_module
+from stepwiser_jax.runs import signals
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.loop import TrainingRun
 from tiny import logged
@@ -115,7 +116,7 @@ def test_a_classifier_steers_and_selects(runs, tmp_path):
 def test_summaries_tell_what_was_compiled(runs):
     for name, program, shape in (
         ("policy", "jit(train_step)", "train step 8x"),
-        ("rollouts", "jit(decode_segment)", "decode "),
+        ("rollouts", "jit(decode_burst)", "decode "),
         ("judge", "jit(train_step)", "train step 4x320"),
     ):
         warm_up = json.loads((runs / name / "summary.json").read_text())["warm_up"]
@@ -152,7 +153,7 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
     )
 
 
-def test_contrast_has_the_scores_of_both_summaries(runs, capsys):
+def test_a_comparison_has_the_scores_of_both_summaries(runs, capsys):
     assert main(["compare-judges", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
     judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]
@@ -386,7 +387,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "sample", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
     (left,) = (run / "pending").iterdir()
     assert ".rows-" in left.name and len(sampled) == 8 * 4
@@ -407,7 +408,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):
     arguments = command("cold_start", runs, out=tmp_path / "run", extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
         assert main(arguments) == 130
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -422,7 +423,7 @@ def test_a_second_training_in_one_directory_is_refused(runs, tmp_path, monkeypat
     out = tmp_path / "run"
     arguments = command("cold_start", runs, out=out, extra=("steps=2",))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stop, "requested", True)
+        patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
     gc.collect()  # this process lets go of it
     monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)

@@ -13,7 +13,7 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.record_io import read_records
-from stepwiser_jax.records import PrefixValue, SearchResult, Trajectory
+from stepwiser_jax.records import PrefixValue, SearchResult, Tokens, Trajectory
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import logged, with_unknown_ids
 
@@ -59,7 +59,8 @@ def test_rollouts(runs, rollouts):
     expected, found = (read_records(run, Trajectory) for run in (runs / "rollouts", rollouts))
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-        assert without_id(dataclasses.replace(a, logprobs=b.logprobs)) == without_id(b)
+        tokens = Tokens(a.prompt_ids, a.completion_ids, b.logprobs)
+        assert without_id(dataclasses.replace(a, tokens=tokens)) == without_id(b)
 
 
 @pytest.mark.slow

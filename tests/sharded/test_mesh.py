@@ -332,7 +332,7 @@ def test_noise_is_identical_on_every_mesh():
 def test_keys_and_values_lie_with_their_rows_and_heads(checkpoint, monkeypatch):
     """Created there, and there behind every program: a device holds its share of them."""
     mesh, states = make_mesh(2, 2, 2), []
-    decode, read = engine_module.decode_segment, engine_module.read_trunks
+    decode, read = engine_module.decode_burst, engine_module.prefill
 
     def watched(program):
         def call(model, state, *inputs):
@@ -342,8 +342,8 @@ def test_keys_and_values_lie_with_their_rows_and_heads(checkpoint, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(engine_module, "decode_segment", watched(decode))
-    monkeypatch.setattr(engine_module, "read_trunks", watched(read))
+    monkeypatch.setattr(engine_module, "decode_burst", watched(decode))
+    monkeypatch.setattr(engine_module, "prefill", watched(read))
     engine = Engine(load(checkpoint, mesh), rows=(8, 16), buckets=(16,), mesh=mesh)
     prompts = [[3, 4, 5], [9], [7, 7, 8, 1]] * 3  # more than there are rows: places are refilled
     ids = [f"{p}/{g}" for p in range(9) for g in range(4)]
@@ -351,11 +351,11 @@ def test_keys_and_values_lie_with_their_rows_and_heads(checkpoint, monkeypatch):
     compiled = [program._cache_size() for program in (decode, read)]
     engine.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
     for state in states:
-        for x in jax.tree.leaves((state.prefix.cache.keys, state.own.values)):
+        for x in jax.tree.leaves((state.prefix.cache.keys, state.suffix.values)):
             assert x.sharding.shard_shape(x.shape)[:2] == (x.shape[0] // 4, x.shape[1] // 2)
         rows = state.tokens_BC.shape[0]
         assert state.tokens_BC.sharding.shard_shape(state.tokens_BC.shape)[0] == rows // 4
-    shapes = len({shape for shape in engine.compiled_shapes if not shape.startswith("compact")})
+    shapes = len({shape for shape in engine.compiled_shapes if not shape.startswith("shrink")})
     assert sum(program._cache_size() for program in (decode, read)) - sum(compiled) == shapes
 
 

@@ -161,10 +161,10 @@ def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
     for layers in (2, 4, 12):
         status, plans[layers] = planned(tmp_path, layers, capsys)
         assert status == 0 and plans[layers]["fits"]
-    for name in ("prefill", "decode segment", "train step"):
+    for name in ("prefill", "decode burst", "train step"):
         few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 12))
         assert few["flops"] + (more["flops"] - few["flops"]) * 5 == pytest.approx(many["flops"])
-        # Of so small a model a decode segment is partly held on the chip, and a train step's
+        # Of so small a model a decode burst is partly held on the chip, and a train step's
         # temporaries are packed otherwise for 12 layers than for 4: each adds what it saves.
         part = {"prefill": "total", "train step": "arguments"}.get(name)
         if part is not None:
@@ -203,7 +203,7 @@ def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
             "mesh": {"data": 4},
         }
         config = Annotate.model_validate(settings)
-        (need,) = make_plan("annotate", config, "v5e:2x2", only="decode segment").needs
+        (need,) = make_plan("annotate", config, "v5e:2x2", only="decode burst").needs
         assert need.cost is not None
         return need.cost.flops / need.cost.hbm_bytes
 
@@ -226,5 +226,5 @@ def test_what_is_too_large_exits_with_1(tmp_path, capsys):
     )
     assert status == 1 and not plan["fits"]
     too_large = {name for name, entry in plan["programs"].items() if not entry["fits"]}
-    assert "decode segment" in too_large and "train step" not in too_large
-    assert "lower engine.rows" in plan["programs"]["decode segment"]["change"]
+    assert "decode burst" in too_large and "train step" not in too_large
+    assert "lower engine.rows" in plan["programs"]["decode burst"]["change"]

@@ -1,24 +1,24 @@
-"""Final answers: where they stand, whether they are right, and how long that may take."""
+"""Final answers: where they are, whether they are right, and how long that may take."""
 
 import os
-import random
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from landlock import needs_landlock
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges import genprm_form, thinkprm_form
-from stepwiser_jax.tasks import mathematics
-from stepwiser_jax.tasks.mathematics import AnswerVerifier, compare_plainly, extract_answer
+from stepwiser_jax.records import Problem
+from stepwiser_jax.tasks import mathematics, verifier
+from stepwiser_jax.tasks.mathematics import compare_plainly, extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text import chunking
 from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
-
-HALF = ("\\frac{2}{4}", "\\frac12")
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,9 @@ def last_box_by_counting(text):
     return None
 
 
-def test_the_last_box_against_counting():
-    rng, found = random.Random(0), Counter()
-    for _ in range(2000):
-        text = "".join(rng.choices(["\\boxed{", "{", "}", "x", " "], k=rng.randrange(12)))
-        assert mathematics.last_box(text) == last_box_by_counting(text), text
-        found[last_box_by_counting(text) is None, "\\boxed" in text] += 1
-    assert found[True, True] > 200 and found[False, True] > 200
+@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "x", " "]), max_size=12).map("".join))
+def test_the_last_box_against_counting(text):
+    assert mathematics.last_box(text) == last_box_by_counting(text)
 
 
 def cpu_seconds(function, text):
@@ -95,8 +91,8 @@ def of_critique(text):
 
 
 def of_segments(text):
-    chunking.read_segmentation(text, text)
-    chunking.read_segmentation(chunking.tagged(text.split()), text)
+    chunking.read_chunks(text, text)
+    chunking.read_chunks(chunking.join_tagged(text.split()), text)
     for splitter in ("blank_lines", "steps", "sentences"):
         chunking.split_solution(text, splitter)
 
@@ -195,104 +191,129 @@ NO_MATHEMATICS = [
 ]
 
 
+def problems(*answers):
+    return [Problem(f"p{i}", "q", answer, "s") for i, answer in enumerate(answers)]
+
+
+def verify(verifier, pairs):
+    """Whether each answer, in a box, equals its reference."""
+    answers = ["" if answer is None else f"so \\boxed{{{answer}}}" for answer, _ in pairs]
+    return verifier.verify(answers, problems(*(reference for _, reference in pairs)))
+
+
 def test_what_is_mathematics():
-    with AnswerVerifier(workers=1) as verifier:
-        assert dict(zip(MATHEMATICS, verifier.verifiable(MATHEMATICS), strict=True)) == (
-            dict.fromkeys(MATHEMATICS, True)
-        )
-        assert dict(zip(NO_MATHEMATICS, verifier.verifiable(NO_MATHEMATICS), strict=True)) == (
-            dict.fromkeys(NO_MATHEMATICS, False)
-        )
+    with Verifier(workers=1) as verifier:
+        assert verifier.check(problems(*MATHEMATICS)) == [None] * len(MATHEMATICS)
+        reasons = verifier.check(problems(*NO_MATHEMATICS))
+        assert all("expected a reference answer that is mathematics" in r for r in reasons)
         assert verifier.timeouts == verifier.failures == 0
 
 
 # --- workers --------------------------------------------------------------------------------------
 
+OWN = "stand_in_verifiers:follow"
+HALF = ("\\frac{2}{4}", "\\frac12")
 
-def started(verifier, timeout_seconds):
-    """The verifier with its workers, and from now on with this deadline."""
-    thirds = [(f"\\frac{{{n}}}{{{3 * n}}}", "\\frac13") for n in range(2, 2 + verifier._limit)]
-    assert all(verifier.verify(thirds)) and len(verifier._workers) == verifier._limit
-    verifier._timeout = timeout_seconds
-    return verifier
+
+def own(count_or_orders):
+    """As `stand_in_verifiers.follow` takes them."""
+    return list(count_or_orders), problems(*("",) * len(count_or_orders))
 
 
 def test_verifier_uses_workers_for_what_is_hard_only():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([("3", "3"), ("4", "3"), (None, "3")]) == [True, False, False]
-        assert verifier.verifiable(["3", "", "f(1) == 2"]) == [True, False, False]
+    with Verifier(workers=1) as verifier:
+        assert verify(verifier, [("3", "3"), ("4", "3"), (None, "3")]) == [True, False, False]
+        first, *others = verifier.check(problems("3", "", "f(1) == 2"))
+        assert first is None and all(others)
         assert not verifier._workers
-        assert verifier.verify([HALF]) == [True]
+        assert verify(verifier, [HALF, (None, "\\frac12")]) == [True, False]
         assert len(verifier._workers) == 1
+
+
+def test_equal_answers_are_compared_once():
+    with Verifier(workers=1) as verifier:
+        half = problems("\\frac12") * 3
+        texts = [
+            f"{way} \\boxed{{{answer}}}"
+            for way, answer in zip("abc", ("0.5", HALF[0], HALF[0]), strict=True)
+        ]
+        assert verifier.verify(texts, half) == [True] * 3
+        assert verifier._workers[0].questions == 2
+        assert verifier.verify(["#### \\frac{3}{6}\nend"], half[:1]) == [True]
 
 
 def test_many_hard_answers_take_their_deadlines_and_no_more():
     """Of each the deadline, by two workers at a time, and something for what replaces a worker."""
-    with started(AnswerVerifier(workers=2), 0.5) as verifier:
+    with Verifier(workers=2, timeout_seconds=60) as verifier:
+        assert all(verify(verifier, [(f"\\frac{{{n}}}{{{3 * n}}}", "\\frac13") for n in (2, 3)]))
+        verifier._timeout = 0.5
         start = time.monotonic()
         hard = [(f"{n}^{{9^{{9^{{9}}}}}}", "\\frac12") for n in range(2, 12)]
-        assert verifier.verify(hard) == [False] * 10
+        assert verify(verifier, hard) == [False] * 10
         assert 2.5 <= time.monotonic() - start < 8
         assert (verifier.timeouts, verifier.failures) == (10, 0)
         verifier._timeout = 5.0
-        assert verifier.verify([HALF]) == [True]
+        assert verify(verifier, [HALF]) == [True]
 
 
 def test_a_deadline_holds_for_a_reference_and_for_what_cannot_be_interrupted():
-    with started(AnswerVerifier(workers=1), 0.5) as verifier:
-        start = time.monotonic()
-        assert verifier.verifiable(["{" * 480 + "1" + "}" * 480]) == [False]
-        assert verifier._ask(pow, [(7, 10**9)]) == [False], "holds the interpreter"
-        assert verifier._ask(signal.sigwait, [(signal.valid_signals(),)]) == [False]
-        assert time.monotonic() - start < 6
-        assert verifier.timeouts == 3
+    start = time.monotonic()
+    with Verifier(timeout_seconds=0.5) as verifier:
+        (reason,) = verifier.check(problems("{" * 480 + "1" + "}" * 480))
+        assert reason == "the verifier took longer than 0.5 s"
+    with Verifier(OWN, timeout_seconds=0.5) as verifier:
+        assert verifier.verify(*own(["hold the interpreter", "wait for a signal"])) == [False] * 2
+        assert verifier.timeouts == 2
+    assert time.monotonic() - start < 30
 
 
 def test_a_slow_answer_does_not_stop_the_others():
-    with started(AnswerVerifier(workers=2), 20.0) as verifier:
+    with Verifier(OWN, workers=2, timeout_seconds=20.0) as verifier:
+        verifier.verify(*own(["sleep 0.1", "sleep 0.2"]))
         start = time.monotonic()
-        verifier._ask(select.select, [((), (), (), seconds) for seconds in (1.5, 0.0, 0.0, 1.5)])
+        slow_and_fast = ["sleep 1.5", "sleep 0", "sleep 0.0", "sleep 1.50"]
+        assert verifier.verify(*own(slow_and_fast)) == [True] * 4
         assert 1.5 <= time.monotonic() - start < 2.6, "two after one another are 3 seconds"
         assert verifier.timeouts == verifier.failures == 0
 
 
 def test_a_worker_that_was_killed_is_replaced_and_asked_again():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([HALF]) == [True]
+    with Verifier(workers=1) as verifier:
+        assert verify(verifier, [HALF]) == [True]
         verifier._workers[0].process.kill()
         verifier._workers[0].process.join()
-        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verify(verifier, [("\\frac{3}{6}", "\\frac12")]) == [True]
         assert verifier.failures == 0
 
 
 def test_ctrl_c_does_not_reach_the_workers():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier.verify([HALF]) == [True]
+    with Verifier(workers=1) as verifier:
+        assert verify(verifier, [HALF]) == [True]
         process = verifier._workers[0].process
         os.kill(process.pid, signal.SIGINT)
-        assert verifier.verify([("\\frac{3}{6}", "\\frac12")]) == [True]
+        assert verify(verifier, [("\\frac{3}{6}", "\\frac12")]) == [True]
         assert verifier._workers[0].process is process
 
 
 def test_what_kills_two_workers_or_raises_is_a_failure_of_its_own():
-    with AnswerVerifier(workers=1) as verifier:
-        assert verifier._ask(os._exit, [(1,)]) == [False]
+    with Verifier(OWN, workers=1) as verifier:
+        assert verifier.verify(*own(["exit"])) == [False]
         assert verifier.failures == 1
-        assert verifier._ask(int, [("x",)]) == [False]
+        assert verifier.verify(*own(["raise"])) == [False]
         assert verifier.failures == 2
-        assert verifier.verify([HALF]) == [True]
+        assert verifier.verify(*own(["right", "wrong"])) == [True, False]
 
 
 def test_a_worker_is_replaced_when_it_is_used_up(monkeypatch):
-    monkeypatch.setattr(mathematics, "QUESTIONS_PER_WORKER", 2)
-    with AnswerVerifier(workers=1) as verifier:
-        verifier._ask(bool, [(1,)])
-        first = verifier._workers[0].process
-        assert verifier._ask(bool, [(1,), (0,)]) == [True, False]
-        assert verifier._workers[0].process is not first and not first.is_alive()
+    monkeypatch.setattr(verifier, "QUESTIONS_PER_WORKER", 2)
+    with Verifier(OWN, workers=1) as checker:
+        checker.verify(*own(["right"]))
+        first = checker._workers[0].process
+        assert checker.verify(*own(["right", "wrong"])) == [True, False]
+        assert checker._workers[0].process is not first and not first.is_alive()
 
 
-def sleeps(pipe):
+def sleeps(pipe, name):
     time.sleep(60)
 
 
@@ -301,20 +322,22 @@ def sleeps(pipe):
 )
 def test_workers_that_cannot_start_are_no_wrong_answers(monkeypatch, serve, seconds, reason):
     """`int` raises on what it is given, as a module does that cannot be imported."""
-    monkeypatch.setattr(mathematics, "_serve", serve)
-    monkeypatch.setattr(mathematics, "START_SECONDS", seconds)
-    with AnswerVerifier(workers=2) as verifier:
+    monkeypatch.setattr(verifier, "_serve", serve)
+    monkeypatch.setattr(verifier, "START_SECONDS", seconds)
+    with Verifier(workers=2) as checker:
         with pytest.raises(UserError, match=rf"could not be started.*{reason}.*__main__"):
-            verifier.verify([HALF])
-        assert not verifier._workers
+            verify(checker, [HALF])
+        assert not checker._workers
 
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from stepwiser_jax.tasks.mathematics import AnswerVerifier\n"
-        "with AnswerVerifier(workers=2) as verifier:\n"
-        f"    print(verifier.verify([{HALF!r}]))\n"
+        "from stepwiser_jax.records import Problem\n"
+        "from stepwiser_jax.tasks.verifier import Verifier\n"
+        "with Verifier(workers=2) as verifier:\n"
+        f"    problem = Problem('p', 'q', {HALF[1]!r}, 's')\n"
+        f"    print(verifier.verify(['#### ' + {HALF[0]!r}], [problem]))\n"
     )
     found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert found.returncode == 1 and found.stdout == ""
@@ -322,6 +345,56 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
 
 
 def test_workers_import_no_jax():
-    code = "import stepwiser_jax.tasks.math_warm_up, sys; print('jax' in sys.modules)"
+    code = (
+        "import stepwiser_jax.tasks.math_warm_up, stepwiser_jax.tasks.verifier, sys; "
+        "print('jax' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+# --- programs with unit tests ---------------------------------------------------------------------
+
+TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
+
+
+def program(code):
+    return f"I double it.\n```python\n{code}\n```\nThat is all."
+
+
+@needs_landlock
+def test_a_program_is_right_if_its_tests_pass():
+    by_text = Problem("p", "double", "", "s", {"tests": "\n".join(TESTS)})
+    by_list = Problem("q", "double", "", "s", {"tests": TESTS})
+    right = program("def double(x):\n    return 2 * x")
+    wrong = {
+        "another function": program("def double(x):\n    return x * x"),
+        "no code": "double(x) = 2 * x",
+        "an unfinished fence": "```python\ndef double(x):\n    return 2 * x\n",
+        "an exit before the tests": program("raise SystemExit(0)"),
+        "a hard exit": program("import os\nos._exit(0)"),
+        "an endless loop": program("while True: pass"),
+    }
+    with Verifier("code", workers=2, timeout_seconds=30) as verifier:
+        assert verifier.check([by_text, by_list]) == [None, None]
+        assert verifier.verify([right, f"{wrong['a hard exit']}\n{right}"], [by_text, by_list]) == [
+            True,
+            True,
+        ]
+        found = verifier.verify(list(wrong.values()), [by_text] * len(wrong))
+        assert dict(zip(wrong, found, strict=True)) == dict.fromkeys(wrong, False)
+        assert verifier.timeouts == verifier.failures == 0
+
+
+@needs_landlock
+@pytest.mark.parametrize("tests", [None, 3, [], ["assert True", 4]])
+def test_a_problem_without_tests_cannot_be_checked_as_code(tests):
+    extra = {"level": "hard"} | ({} if tests is None else {"tests": tests})
+    with Verifier("code", workers=1) as verifier:
+        (reason,) = verifier.check([Problem("p", "double", "4", "s", extra)])
+    assert "expected a column 'tests' with Python code" in reason and "'level'" in reason
+
+
+def test_a_verifier_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="a verifier: code, mathematics, or module"):
+        Verifier("math")

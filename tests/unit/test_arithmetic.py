@@ -12,12 +12,13 @@ from stepwiser_jax.judges import genprm_form
 from stepwiser_jax.judges.thinkprm_form import FORMS, cleaned, step_verdicts
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.tasks import arithmetic as task
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.prompts import parse_verdict
 
 PROBLEMS = task.generate_problems(300, 0, "train")
 
 
-class Infallible(task.Teacher):
+class Infallible(demonstrations.Teacher):
     def __init__(self):
         self.misbelief = {}
 
@@ -26,7 +27,7 @@ class Infallible(task.Teacher):
 
 
 def perfect(question):
-    return task.demonstrate(question, Infallible(), np.random.default_rng(0))
+    return demonstrations.demonstrate(question, Infallible(), np.random.default_rng(0))
 
 
 def test_answers_by_another_route():
@@ -95,7 +96,7 @@ def test_malformed_or_early_chunks_are_wrong(chunk):
 
 
 def test_the_teacher_is_wrong_in_the_same_way_each_time():
-    teacher, rng = task.Teacher(0), np.random.default_rng(1)
+    teacher, rng = demonstrations.Teacher(0), np.random.default_rng(1)
     facts = [(x, "*", d) for x in range(10) for d in task.FACTORS]
     errors = defaultdict(Counter)
     for fact in facts * 60:
@@ -111,7 +112,7 @@ def test_the_teacher_is_wrong_in_the_same_way_each_time():
 def test_demonstrations_are_imperfect_but_mostly_right():
     chunks = [
         re.findall(r"<chunk> .*? </chunk>", example.completion)
-        for example in task.policy_demonstrations(PROBLEMS, 0)
+        for example in demonstrations.policy_demonstrations(PROBLEMS, 0)
     ]
     truth = [
         right
@@ -122,12 +123,12 @@ def test_demonstrations_are_imperfect_but_mostly_right():
 
 
 def test_an_exact_full_judgment_is_the_truth():
-    teacher, rng = task.Teacher(0), np.random.default_rng(0)
+    teacher, rng = demonstrations.Teacher(0), np.random.default_rng(0)
     seen = Counter()
     for problem in PROBLEMS:
-        chunks = task.demonstrate(problem.question, teacher, rng)
+        chunks = demonstrations.demonstrate(problem.question, teacher, rng)
         for j, right in enumerate(task.chunk_truth(problem.question, chunks)):
-            analysis, verdict = task.judge_chunk(
+            analysis, verdict = demonstrations.judge_chunk(
                 problem.question, chunks[: j + 1], "full", teacher, rng, 0.0
             )
             assert verdict == right
@@ -137,7 +138,9 @@ def test_an_exact_full_judgment_is_the_truth():
 
 
 def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
-    examples = task.judge_demonstrations(PROBLEMS, 0) + task.policy_demonstrations(PROBLEMS, 0)
+    examples = demonstrations.judge_demonstrations(
+        PROBLEMS, 0
+    ) + demonstrations.policy_demonstrations(PROBLEMS, 0)
     for example in examples:
         text = f"{example.prompt} {example.completion}"
         ids = word_tokenizer.encode(text)
@@ -153,8 +156,8 @@ def test_verdicts_are_the_judgments_without_their_analysis():
     from stepwiser_jax.text.prompts import is_bare_verdict
 
     whole, verdicts = (
-        task.judge_demonstrations(PROBLEMS, 0),
-        task.verdict_demonstrations(PROBLEMS, 0),
+        demonstrations.judge_demonstrations(PROBLEMS, 0),
+        demonstrations.verdict_demonstrations(PROBLEMS, 0),
     )
     for judgment, verdict in zip(whole, verdicts, strict=True):
         assert is_bare_verdict(verdict.completion) and not is_bare_verdict(judgment.completion)
@@ -166,7 +169,7 @@ def test_verdicts_are_the_judgments_without_their_analysis():
 @pytest.mark.parametrize("style", ["bare", "instruct"])
 def test_verification_demonstrations_are_chains_that_stop_at_the_first_error(style, word_tokenizer):
     form = FORMS[style]
-    examples = task.thinkprm_demonstrations(PROBLEMS, 0, style)
+    examples = demonstrations.thinkprm_demonstrations(PROBLEMS, 0, style)
     assert len(examples) == len(PROBLEMS)
     answers = Counter()
     for example in examples:
@@ -206,7 +209,7 @@ def turns_of(dialogue):
 @pytest.mark.parametrize("style", ["bare", "instruct"])
 def test_conversation_demonstrations_are_what_a_judge_writes(style):
     form, verdicts = genprm_form.FORMS[style], Counter()
-    dialogues = task.genprm_demonstrations(PROBLEMS, 0, style)
+    dialogues = demonstrations.genprm_demonstrations(PROBLEMS, 0, style)
     assert [d.problem_id for d in dialogues] == [p.problem_id for p in PROBLEMS]
     for dialogue, problem in zip(dialogues, PROBLEMS, strict=True):
         assert dialogue.roles[0] == ("user" if style == "bare" else "system")
@@ -229,7 +232,7 @@ def test_conversation_demonstrations_are_what_a_judge_writes(style):
 def test_code_in_demonstrations_prints_what_follows_it_and_decides(capsys):
     """Also where the analysis before it is wrong; but for the tenth that is flipped."""
     agreeing, without_code = defaultdict(list), 0
-    for dialogue in task.genprm_demonstrations(PROBLEMS, 0, "instruct"):
+    for dialogue in demonstrations.genprm_demonstrations(PROBLEMS, 0, "instruct"):
         for turn in turns_of(dialogue)[0]:
             said = turn[0][1]
             code = genprm_form.code_to_run(said)

@@ -20,12 +20,12 @@ from stepwiser_jax.stages.sft import render, spells_control
 from stepwiser_jax.text import chat
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
+    chunking_prompt,
     encode_dialogue,
     encode_judge_prompt,
     encode_message,
     encode_solution,
     encode_solve_prompt,
-    segment_prompt,
 )
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
@@ -318,7 +318,7 @@ PROMPTS = {
     "judge": lambda t, x: encode_judge_prompt(t, x, x, x, "instruct"),
     "judge, verdict": lambda t, x: encode_judge_prompt(t, x, x, x, "verdict"),
     "judge, bare": lambda t, x: encode_judge_prompt(t, x, x, x, "bare"),
-    "chunk-solutions": lambda t, x: encode_message(t, segment_prompt(x, "instruct"), "instruct"),
+    "chunk-solutions": lambda t, x: encode_message(t, chunking_prompt(x, "instruct"), "instruct"),
     "classifier": lambda t, x: encode_solution(t, x, [x, x], "instruct")[0],
     "classifier, bare": lambda t, x: encode_solution(t, x, [x, x], "bare")[0],
     "GenPRM": lambda t, x: encode_dialogue(t, *conversation(x, "instruct"), "instruct")[0],

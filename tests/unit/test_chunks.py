@@ -2,8 +2,9 @@
 
 import re
 
-import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text.chunks import (
@@ -28,14 +29,44 @@ def slow_ends(token_bytes, ids, patterns):
     return ends
 
 
-@pytest.mark.parametrize("patterns", [("ab",), ("aab",), ("abab", "ba"), ("aaaa", "aab", "b")])
-def test_matcher_agrees_with_spelling_it_out(patterns):
-    rng = np.random.default_rng(0)
-    token_bytes = [b"a", b"b", b"ab", b"ba", b"aa", b"abab", b"c", b"", b"aab"]
-    matcher = TokenMatcher.build(token_bytes, patterns)
-    for _ in range(200):
-        ids = rng.integers(len(token_bytes), size=15).tolist()
-        assert matcher.ends(ids) == slow_ends(token_bytes, ids, patterns)
+TOKENS = [b"a", b"b", b"ab", b"ba", b"aa", b"abab", b"c", b"", b"aab"]
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(0, len(TOKENS) - 1), max_size=15),
+)
+def test_matcher_agrees_with_spelling_it_out(patterns, ids):
+    matcher = TokenMatcher.build(TOKENS, patterns)
+    assert matcher.ends(ids) == slow_ends(TOKENS, ids, patterns)
+
+
+PIECES = [
+    "<chunk>",
+    "</chunk>",
+    "</",
+    "chunk",
+    ">",
+    " >\n",
+    "\n\n",
+    "a step",
+    "the answer is 3.",
+    " ",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), st.booleans(), st.booleans())
+def test_chunks_are_a_partition_and_none_is_empty(bpe_tokenizer, pieces, by_tags, with_end):
+    text = "".join(pieces)
+    ids = bpe_tokenizer.encode(text) + [bpe_tokenizer.eos_ids[0]] * with_end
+    pattern = CHUNK_CLOSE if by_tags else BLANK_LINE
+    matcher = TokenMatcher.build(bpe_tokenizer.token_bytes(), (pattern,))
+    ends = chunk_ends(ids, matcher, bpe_tokenizer)
+    assert ends[-1] == len(ids) and list(ends) == sorted(set(ends))
+    texts = chunk_texts(bpe_tokenizer, ids, ends)
+    assert "".join(texts) == text
+    assert all(strip_tags(part).strip() for part in texts) or len(texts) == 1
+    assert set(ends[:-1]) <= set(matcher.ends(ids)), "a chunk ends where its pattern does"
 
 
 def test_a_tag_of_several_tokens_that_shares_its_last_one(bpe_tokenizer):
@@ -88,14 +119,18 @@ def test_tags_are_taken_off():
 
 def test_no_tag_is_left_where_others_were_taken_off():
     assert strip_tags("<chu</chunk>nk>a<</chunk>/chunk>") == "a"
-    rng = np.random.default_rng(0)
-    pieces = ["<chunk>", "</chunk>", "<", "/", "chunk", ">", "a", "<chu", "nk>"]
-    for _ in range(2000):
-        text = expected = "".join(rng.choice(pieces, rng.integers(12)))
-        while expected != (shorter := re.sub("</?chunk>", "", expected)):
-            expected = shorter
-        assert strip_tags(text) == expected, text
     assert strip_tags("<chu" * 20000 + "nk>" * 20000) == "", "and it takes no seconds"
+
+
+PARTS = st.sampled_from(["<chunk>", "</chunk>", "<", "/", "chunk", ">", "a", "<chu", "nk>"])
+
+
+@given(st.lists(PARTS, max_size=12))
+def test_tags_are_removed_until_there_are_none(parts):
+    text = expected = "".join(parts)
+    while expected != (shorter := re.sub("</?chunk>", "", expected)):
+        expected = shorter
+    assert strip_tags(text) == expected
 
 
 def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path, word_tokenizer):

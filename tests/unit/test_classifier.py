@@ -15,12 +15,8 @@ from stepwiser_jax.data.datasets import load_classifier_examples
 from stepwiser_jax.distributed.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.processbench import (
-    best_threshold,
-    first_predicted_error,
-    processbench_f1,
-    verdicts_at,
-)
+from stepwiser_jax.evaluation.processbench import best_threshold, processbench_f1
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.judges.classifier import Scorer
 from stepwiser_jax.judges.classifier_loss import classifier_loss
 from stepwiser_jax.judges.stepwiser import Solution
@@ -380,7 +376,9 @@ def test_packed_batches_are_the_documents_behind_one_another():
 
 
 def f1_at(threshold, p_positive, labels):
-    predictions = [first_predicted_error(verdicts_at(threshold, row)) for row in p_positive]
+    predictions = [
+        first_predicted_error([verdict_at(threshold, p) for p in row]) for row in p_positive
+    ]
     return processbench_f1(predictions, labels)["f1"]
 
 

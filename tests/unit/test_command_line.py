@@ -15,7 +15,8 @@ from stepwiser_jax.evaluation.processbench import score_by_subset
 from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one
 from stepwiser_jax.record_io import nothing_at
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, Verdict
-from stepwiser_jax.runs.directory import RunDirectory, stop
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import stop
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -1,5 +1,6 @@
 """Damage on disk: every flipped bit is refused with one message, or changes nothing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.record_io import (
     RecordWriter,
+    check_finished,
     check_run_file,
     from_json,
     read_manifest,
@@ -33,7 +35,7 @@ from stepwiser_jax.record_io import (
     write_manifest,
     write_records,
 )
-from stepwiser_jax.records import PrefixValue, Problem, RolloutGroup, Trajectory, Verdict
+from stepwiser_jax.records import PrefixValue, Problem, RolloutGroup, Tokens, Trajectory, Verdict
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.runs import directory as run_module
 from stepwiser_jax.runs.directory import RunDirectory
@@ -372,7 +374,8 @@ VALUE = {
     "max_rollouts": 4,
     "policy_id": "m",
 }
-TRAJECTORY = Trajectory("t", "p", "m", (1, 2), (3, 4), (-0.5, -0.5), (1, 2), "stop_id", True)
+TOKENS = Tokens((1, 2), (3, 4), (-0.5, -0.25))
+TRAJECTORY = Trajectory("t", "p", "m", TOKENS, (1, 2), "stop_id", True)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +394,7 @@ TRAJECTORY = Trajectory("t", "p", "m", (1, 2), (3, 4), (-0.5, -0.5), (1, 2), "st
 )
 def test_values_that_cannot_be_are_refused(change):
     assert from_json(json.dumps(VALUE), PrefixValue).value == 0.5
-    with pytest.raises(UserError, match="expected"):
+    with pytest.raises(UserError, match=r"expected|should be a valid integer"):
         from_json(json.dumps(VALUE | change), PrefixValue)
 
 
@@ -401,16 +404,39 @@ def test_values_that_cannot_be_are_refused(change):
         {"chunk_ends": [2, 2]},
         {"chunk_ends": [1]},
         {"chunk_ends": []},
-        {"logprobs": [-0.5]},
-        {"logprobs": [float("nan"), -0.5]},
-        {"completion_ids": [3, -4]},
+        {"tokens": {"file": "../x.tokens"}},
+        {"tokens": {"offset": -1}},
+        {"tokens": {"offset": 10**30}},
+        {"tokens": {"completion": 3}},
     ],
     ids=str,
 )
-def test_trajectories_that_cannot_be_are_refused(change):
-    fields = json.loads(to_json(TRAJECTORY))
-    with pytest.raises(UserError, match="expected"):
-        from_json(json.dumps(fields | change), Trajectory)
+def test_trajectories_that_cannot_be_are_refused(tmp_path, change):
+    file = tmp_path / "t.jsonl"
+    write_records(file, [TRAJECTORY])
+    assert read_records(file, Trajectory) == [TRAJECTORY]
+    fields = json.loads(file.read_text())
+    change = {"tokens": fields["tokens"] | change.get("tokens", {})} | (
+        {} if "tokens" in change else change
+    )
+    file.write_text(json.dumps(fields | change) + "\n")
+    with pytest.raises(UserError, match=r"line 1: .*expected"):
+        read_records(file, Trajectory)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs"), [((3, 4), (-0.5,)), ((3, -4), (-0.5, -0.5)), ((2**31, 4), (-0.5, -0.5))]
+)
+def test_tokens_that_cannot_be_are_refused(ids, logprobs):
+    with pytest.raises((UserError, OverflowError)):
+        Tokens((1, 2), ids, logprobs)
+
+
+def test_log_probs_that_are_not_finite_are_not_written(tmp_path):
+    tokens = Tokens((1, 2), (3, 4), (float("nan"), -0.5))
+    with pytest.raises(UserError, match="finite log-probs in the trajectory t, "):
+        write_records(tmp_path / "t.jsonl", [dataclasses.replace(TRAJECTORY, tokens=tokens)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_that_nobody_can_read_are_refused(tmp_path):
@@ -433,6 +459,106 @@ def test_values_of_a_model_that_was_replaced_are_refused(tmp_path):
     with pytest.raises(UserError, match="of one model"):
         RecordWriter(tmp_path, PrefixValue).append(values[1:])
     assert len(RecordWriter(tmp_path, PrefixValue).done) == 1
+
+
+# --- token arrays -------------------------------------------------------------------------------
+
+
+def trajectories(count, seed=0):
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        length = int(rng.integers(1, 9))
+        tokens = Tokens(rng.integers(0, 99, 3), rng.integers(0, 99, length), -rng.random(length))
+        found.append(Trajectory(f"p#{i}", "p", "m", tokens, (length,), "stop_id", bool(i % 2)))
+    return found
+
+
+def finish(run, batches, kill=None):
+    """A run of trajectories in these batches; `kill` damages what lies there between them."""
+    for number, batch in enumerate(batches, 1):
+        writer = RecordWriter(run, Trajectory)
+        writer.append(batch)
+        writer.close()
+        if kill and number < len(batches):
+            kill(writer.path)
+    write_manifest(run, "rollout", "digest", [Trajectory])
+    (run / "config.yaml").write_text("seed: 0\n")
+    return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.*")}
+
+
+def test_token_arrays_are_the_same_bytes_after_any_kill(tmp_path):
+    """Killed after the row and before its line, in the middle of a line, and in another order."""
+    records = trajectories(12)
+
+    def half_a_row(part):
+        with open(part.with_suffix(".growing.tokens"), "ab") as file:
+            file.write(b"half a row")
+
+    def half_a_line(part):
+        half_a_row(part)
+        with open(part, "ab") as file:
+            file.write(b'{"trajectory_id": "p#9')
+
+    whole = finish(tmp_path / "whole", [records])
+    assert sorted(whole) == [
+        "config.yaml",
+        "manifest.json",
+        "records/trajectories/part-00000-of-00001.jsonl",
+        "records/trajectories/part-00000-of-00001.tokens",
+    ]
+    for number, kill in enumerate((None, half_a_row, half_a_line)):
+        batches = [records[6:9], records[:6], records[3:]]
+        assert finish(tmp_path / f"{number}", batches, kill) == whole
+    assert read_records(tmp_path / "0", Trajectory) == records
+    found = read_records(tmp_path / "0", Trajectory)[3]
+    assert found.completion_ids.dtype == np.int32 and found.logprobs.dtype == np.float32
+    assert not found.completion_ids.flags.owndata, "it is a view"
+
+
+def test_a_run_killed_between_its_two_files_goes_on(tmp_path, monkeypatch):
+    """The sorted token file lies there, and the lines still name the growing one."""
+    records = trajectories(12)[::-1]
+    whole = finish(tmp_path / "whole", [records])
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith(".jsonl"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(tmp_path / "run", [records])
+    assert list((tmp_path / "run").rglob("*1.tokens"))
+    assert finish(tmp_path / "run", [records]) == whole
+
+
+def test_a_flipped_bit_of_token_arrays_is_refused_when_its_row_is_read(tmp_path):
+    records = trajectories(12)
+    finish(tmp_path, [records])
+    (file,) = tmp_path.rglob("*.tokens")
+    flip(file, 0.99)
+    found = read_records(tmp_path, Trajectory)
+    assert found[:11] == records[:11], "nobody asked for the last one"
+    with pytest.raises(UserError, match=rf"{file} is missing, or its bytes \d+ to \d+ are not"):
+        _ = found[11].logprobs
+    with pytest.raises(UserError, match=f"{file} is missing or is not the file that"):
+        check_finished(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file} is missing, or"):
+        _ = read_records(tmp_path, Trajectory)[0].prompt_ids
+
+
+def test_a_missing_row_of_a_growing_part_is_refused(tmp_path):
+    writer = RecordWriter(tmp_path, Trajectory)
+    writer.append(trajectories(12))
+    writer.close()
+    file = writer.path.with_suffix(".growing.tokens")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match="is missing, or its bytes"):
+        write_manifest(tmp_path, "rollout", "digest", [Trajectory])
 
 
 # --- configs ------------------------------------------------------------------------------------

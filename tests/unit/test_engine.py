@@ -9,9 +9,10 @@ from draws import assert_drawn
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference import engine as engine_module
-from stepwiser_jax.inference.engine import Engine, Prefix, SampleRequest
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SampleOutput, SamplingParams
 from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(0)
@@ -49,20 +50,20 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     assert engine.sampled_tokens == output.length_B.sum()
 
 
-def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypatch):
-    """Fewer rows than forks and fewer places than trunks: 8 slots, 30 rows of many lengths."""
+def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatch):
+    """Fewer rows than samples and fewer slots than prefixes: 8 rows, 30 samples of many lengths."""
     params = SamplingParams(24, stop_ids=STOPS)
     told = []
     monkeypatch.setattr(engine_module, "rows_done", lambda *numbers: told.append(numbers))
     engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
-    segments = [
+    bursts = [
         completions
-        for completions in engine.sample(trunks(24), params, key=KEY, rows_per_trunk=2)
+        for completions in engine.sample(requests(24), params, key=KEY, samples_per_prefix=2)
         if completions
     ]
-    assert len(segments) > 4
+    assert len(bursts) > 4
     found = SampleOutput.empty(len(IDS), IDS, 24)
-    for done in (completion for part in segments for completion in part):
+    for done in (completion for part in bursts for completion in part):
         b = IDS.index(done.row_id)
         assert found.length_B[b] == 0, "it was handed out twice"
         found.tokens_BC[b, : len(done.ids)] = done.ids
@@ -73,11 +74,11 @@ def test_slots_are_refilled_and_places_take_the_next_trunk(tiny_model, monkeypat
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert told[-1][:2] == (len(IDS), len(IDS)) and len({done for done, _, _ in told}) > 4
     assert sum(tokens for _, _, tokens in told) == engine.sampled_tokens
-    places = [name for name in engine.compiled_shapes if name.startswith("decode")]
-    assert places == ["decode 4x2 trunk=32 new=24 top_k=0 top_p=False"]
+    grids = [name for name in engine.compiled_shapes if name.startswith("decode")]
+    assert grids == ["decode 4x2 prefix=32 new=24 top_k=0 top_p=False"]
 
 
-def trunks(max_new_tokens):
+def requests(max_new_tokens):
     return [
         Prefix(
             prompt,
@@ -91,7 +92,7 @@ def test_few_rows_that_are_left_move_to_a_smaller_grid(tiny_model):
     params = SamplingParams(30, stop_ids=STOPS)
     engine = Engine(tiny_model, rows=(4, 32), buckets=(64,))
     output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
-    assert any(name.startswith("compact") for name in engine.compiled_shapes)
+    assert any(name.startswith("shrink") for name in engine.compiled_shapes)
     check(tiny_model, params, output)
 
 
@@ -100,19 +101,19 @@ def other_noise(state, b):
 
 
 def other_values(state, b):
-    values = tuple(x.at[b].multiply(0.9) for x in state.own.values)
-    return dataclasses.replace(state, own=dataclasses.replace(state.own, values=values))
+    values = tuple(x.at[b].multiply(0.9) for x in state.suffix.values)
+    return dataclasses.replace(state, suffix=dataclasses.replace(state.suffix, values=values))
 
 
 @pytest.mark.parametrize("corrupt", [other_noise, other_values])
 def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt):
     """The check is as sharp as it has to be: the last row that is left, and no other."""
-    compact = engine_module._compact_state
+    shrink_grid = engine_module.shrink_grid
 
-    def corrupting(state, source_P, source_B, active_B):
-        return corrupt(compact(state, source_P, source_B, active_B), int(active_B.sum()) - 1)
+    def corrupting(state, source_B, is_used_B):
+        return corrupt(shrink_grid(state, source_B, is_used_B), int(is_used_B.sum()) - 1)
 
-    monkeypatch.setattr(engine_module, "_compact_state", corrupting)
+    monkeypatch.setattr(engine_module, "shrink_grid", corrupting)
     params = SamplingParams(30, stop_ids=STOPS)
     engine = Engine(tiny_model, rows=(4, 32), buckets=(64,))
     output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
@@ -120,45 +121,54 @@ def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt)
         check(tiny_model, params, output)
 
 
-def test_a_segment_has_a_most_number_of_steps(tiny_model, monkeypatch):
-    monkeypatch.setattr(engine_module, "SEGMENT_STEPS", 5)
+def test_a_burst_is_bounded(tiny_model, monkeypatch):
+    monkeypatch.setattr(engine_module, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
-    parts = list(engine.sample(trunks(19), SamplingParams(19), key=KEY, wanted=lambda fork: True))
+    parts = list(
+        engine.sample(requests(19), SamplingParams(19), key=KEY, is_needed=lambda sample: True)
+    )
     assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
     expected = reference(tiny_model, SamplingParams(19))
     assert all(done.ids == expected.ids(IDS.index(done.row_id)) for done in parts[3])
 
 
-def test_forks_that_are_not_wanted_do_not_start(tiny_model):
+def test_samples_that_are_not_needed_do_not_start(tiny_model):
     """What has been handed out decides about what starts next."""
     engine, seen = Engine(tiny_model, rows=(8,), buckets=(64,)), []
 
-    def wanted(fork):
-        return fork.row_id.split("/")[0] not in {row_id.split("/")[0] for row_id in seen}
+    def is_needed(sample):
+        return sample.row_id.split("/")[0] not in {row_id.split("/")[0] for row_id in seen}
 
     params = SamplingParams(6)
-    for part in engine.sample(trunks(6), params, key=KEY, wanted=wanted, rows_per_trunk=2):
+    for part in engine.sample(
+        requests(6), params, key=KEY, is_needed=is_needed, samples_per_prefix=2
+    ):
         seen += [completion.row_id for completion in part]
     assert sorted(seen) == sorted(f"p{p}/{g}" for p in range(len(PROMPTS)) for g in range(2))
 
 
-def test_forks_inside_a_trunk(tiny_model):
-    """A trajectory cut in three places: as if each prefix had been read by itself."""
-    trunk, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
+def test_samples_that_continue_a_part_of_their_prefix(tiny_model):
+    """A trajectory cut in three places: as if each part had been prefilled by itself."""
+    prefix, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
     engine = Engine(tiny_model, rows=(4,), buckets=(64,))
-    forks = [SampleRequest(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
+    samples = [SampleRequest(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
     found = {
-        c.row_id: c for part in engine.sample([Prefix(trunk, forks)], params, key=KEY) for c in part
+        c.row_id: c
+        for part in engine.sample([Prefix(prefix, samples)], params, key=KEY)
+        for c in part
     }
     sampler = Sampler(tiny_model, rows=(4,), buckets=(64,))
     expected = sampler.generate(
-        [trunk[:cut] for cut in cuts], params, key=KEY, row_ids=[fork.row_id for fork in forks]
+        [prefix[:cut] for cut in cuts],
+        params,
+        key=KEY,
+        row_ids=[sample.row_id for sample in samples],
     )
-    for b, fork in enumerate(forks):
-        assert found[fork.row_id].ids == expected.ids(b)[: fork.max_new_tokens]
+    for b, sample in enumerate(samples):
+        assert found[sample.row_id].ids == expected.ids(b)[: sample.max_new_tokens]
 
 
-def test_stop_strings_reach_over_segments(word_tokenizer):
+def test_stop_strings_reach_over_bursts(word_tokenizer):
     """A stop string's automaton is a row's own, through refills and moves."""
     from flax import nnx
 
@@ -192,9 +202,9 @@ def test_programs_are_compiled_once(tiny_model):
         engine.generate(prompts, params, key=KEY, row_ids=ids, group_size=4)
 
     programs = (
-        engine_module.read_trunks,
-        engine_module.decode_segment,
-        engine_module._compact_state,
+        engine_module.prefill,
+        engine_module.decode_burst,
+        engine_module.shrink_grid,
     )
     for seed in range(6):
         sample(seed)
@@ -205,35 +215,17 @@ def test_programs_are_compiled_once(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("rows", "trunks", "forks", "grid"),
-    [
-        ((64,), 100, 9, (7, 9)),  # 4 x 16 would hold 36 rows
-        ((64,), 100, 16, (4, 16)),
-        ((64,), 100, 40, (4, 16)),
-        ((64,), 1, 23, (2, 32)),  # no row more with 23: the shape that other numbers share
-        ((64,), 3, 20, (3, 20)),
-        ((64, 128), 7, 9, (7, 9)),
-        ((64, 128), 8, 9, (8, 16)),
-        ((4, 64), 4, 1, (4, 1)),
-    ],
-)
-def test_a_grid_keeps_its_rows_busy(tiny_model, rows, trunks, forks, grid):
-    engine = Engine(tiny_model, rows=rows, buckets=(64,))
-    assert engine.first_grid(trunks, forks, engine_module.SHARED_BY) == grid
-
-
-@pytest.mark.parametrize(
-    ("forks", "error", "message"),
+    ("samples", "error", "message"),
     [
         ([SampleRequest("long", 10, 7)], UserError, "long: prompt of 10 tokens"),
         ([SampleRequest("none", 0, 1)], UserError, "none: expected a prompt of at least one token"),
-        ([SampleRequest("far", 11, 1)], ValueError, "far goes on after token 11 of a trunk of 10"),
+        ([SampleRequest("far", 11, 1)], ValueError, "far continues 11 tokens of a prefix of 10"),
         ([SampleRequest("zero", 5, 0)], ValueError, "zero has max_new_tokens 0, expected 1 to 7"),
         ([SampleRequest("much", 5, 8)], ValueError, "much has max_new_tokens 8, expected 1 to 7"),
-        ([], ValueError, "a trunk of 10 tokens has no forks"),
+        ([], ValueError, "a prefix of 10 tokens has no samples"),
     ],
 )
-def test_forks_that_cannot_be_sampled_are_named(tiny_model, forks, error, message):
+def test_requests_that_cannot_be_sampled_are_named(tiny_model, samples, error, message):
     engine = Engine(tiny_model, rows=(4,), buckets=(16,))
     with pytest.raises(error, match=message):
-        list(engine.sample([Prefix([1] * 10, forks)], SamplingParams(7), key=KEY))
+        list(engine.sample([Prefix([1] * 10, samples)], SamplingParams(7), key=KEY))

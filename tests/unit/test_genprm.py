@@ -428,7 +428,7 @@ class ScriptedEngine:
 
     def sample(self, trunks, params, *, key):
         for trunk in trunks:
-            for fork in trunk.forks:
+            for fork in trunk.samples:
                 assert fork.num_tokens == len(trunk.ids)
                 assert fork.num_tokens + fork.max_new_tokens <= self.shapes.max_length
                 self.prompts[fork.row_id] = self.tokenizer.decode(trunk.ids)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, Shape, program_cost
+from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, program_cost
+from stepwiser_jax.commands.plan.hlo_text import Shape
 
 # What the TPU compiler makes of (1024, 512) @ (512, 2048) on four devices that hold a quarter of
 # the columns each, and return all of them.

@@ -9,15 +9,11 @@ import pytest
 from stepwiser_jax.distributed import hosts
 
 
-class Ended(Exception):
-    """In place of the end of the process."""
-
-
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", Ended),
-        ("INTERNAL: Failed to synchronize: the task was reset", Ended),
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", SystemExit),
+        ("INTERNAL: Failed to synchronize: the task was reset", SystemExit),
         ("RESOURCE_EXHAUSTED: Used 20G of 16G hbm", jax.errors.JaxRuntimeError),
         (
             "INTERNAL: RET_CHECK failure: Unexpected device_id 4\nwhile compiling %all-reduce",
@@ -25,14 +21,13 @@ class Ended(Exception):
         ),
     ],
 )
-def test_a_peer_that_is_gone_is_told_from_what_cannot_be_compiled(monkeypatch, message, expected):
-    def end(reason):
-        raise Ended(reason)
-
+def test_a_peer_that_is_gone_is_told_from_what_cannot_be_compiled(
+    monkeypatch, capsys, message, expected
+):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_end", end)
-    with pytest.raises(expected, match=message.split(":")[0]), hosts.noticing_deaths():
+    with pytest.raises(expected), hosts.report_lost_peers():
         raise jax.errors.JaxRuntimeError(message)
+    assert (message.splitlines()[0] in capsys.readouterr().err) == (expected is SystemExit)
 
 
 class Store:
@@ -55,7 +50,7 @@ def test_all_processes_stop_at_the_same_point(seed):
     rng, store, over = np.random.default_rng(seed), Store(), threading.Event()
     asked_at = [*rng.integers(50, 60, 3).tolist(), None]
     pauses = rng.uniform(0, 0.002, 4).tolist()
-    agreements = [hosts.Agreement() for _ in asked_at]
+    agreements = [hosts.StopAgreement() for _ in asked_at]
     stopped = {}
 
     def watch(i):

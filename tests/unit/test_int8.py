@@ -109,7 +109,7 @@ def test_the_engine_samples_what_the_sampler_does(tiny_model):
 def test_other_weights_are_quantized_too_and_compile_nothing(tiny_model):
     engine = Engine(tiny_model, weights="int8", **SHAPES)
     first = sample(engine)
-    programs = (engine_module.read_trunks, engine_module.decode_segment)
+    programs = (engine_module.prefill, engine_module.decode_burst)
     warm = [program._cache_size() for program in programs]
     other_model = jax.tree.map(lambda x: x * 1.3, tiny_model)
     second = sample(engine.with_model(other_model))

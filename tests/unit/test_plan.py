@@ -152,6 +152,16 @@ def test_what_is_held_at_once_decides_whether_it_fits():
     assert "train step does not fit: lower it" in as_text(too_large)
 
 
+def test_the_first_line_says_whether_it_fits_and_the_least_time():
+    first = as_text(plan_of(GIB)).splitlines()[0]
+    assert first == (  # 2 GiB come and go, 1 temporary, 1 held; 3 calls
+        "fits: 4.0 of 16 GiB a chip (train step); all calls take at least 3.0 s, with the "
+        "interconnect 6.0 s"
+    )
+    first = as_text(plan_of(13 * GIB + 1)).splitlines()[0]
+    assert first == "does not fit: train step needs more than the 16 GiB of a chip"
+
+
 def test_the_share_of_peak_is_useful_work_over_the_longest_time():
     train = as_dict(plan_of(GIB))["programs"]["train step"]
     assert train["share_of_peak_without_interconnect"] == pytest.approx(0.5)

@@ -7,22 +7,24 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.paired import paired_comparison
 from stepwiser_jax.evaluation.processbench import (
-    contrast,
-    first_predicted_error,
-    majority_verdict,
     processbench_f1,
     processbench_f1_by_final_answer,
     score_by_subset,
-    score_items,
-    solution_scores,
-    solutions_by_subset,
 )
 from stepwiser_jax.evaluation.statistics import (
     balanced_accuracy,
     bootstrap_interval,
     mcnemar,
     paired_bootstrap,
+)
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, majority_verdict
+from stepwiser_jax.evaluation.whole_solutions import (
+    OUTCOME,
+    SCORES,
+    solution_scores,
+    solutions_by_subset,
 )
 from stepwiser_jax.records import ProcessBenchItem, Verdict
 from stepwiser_jax.rl.rewards import judge_reward
@@ -104,7 +106,7 @@ def test_majority_verdict_for_every_small_vote():
 
 def test_steps_without_a_verdict_are_counted_and_a_box_with_something_else_apart():
     items = [ProcessBenchItem("i", "s", "q", ("a",) * 5, -1, True)]
-    scores = score_items(items, [[P, U, X, X, N]], seed=0, unparsed_as="negative")
+    scores = score_by_subset(items, [[P, U, X, X, N]], seed=0)["subsets"]["s"]
     assert (scores["unparsed_rate"], scores["other_box_rate"]) == (0.6, 0.4)
 
 
@@ -122,18 +124,24 @@ def slow_solution_scores(p_correct, is_correct):
     }
 
 
+def scores_of(p_correct, is_correct):
+    outcomes = np.zeros(len(is_correct), OUTCOME)
+    outcomes["is_correct"], outcomes["is_accepted"] = is_correct, np.array(p_correct) >= 0.5
+    return dict(zip(SCORES, solution_scores(outcomes), strict=True))
+
+
 def test_scores_of_whole_solutions_against_counting():
     rng = np.random.default_rng(0)
     for n in [1, 1, 2, 2, 3, *[30] * 40]:
         p_correct = rng.choice([0.0, 0.2, 0.5, 0.8, 1.0], n).tolist()
         is_correct = [bool(x) for x in rng.integers(0, 2, n)]
-        found = solution_scores(p_correct, is_correct)
+        found = scores_of(p_correct, is_correct)
         assert found == pytest.approx(slow_solution_scores(p_correct, is_correct))
-    assert set(solution_scores([], []).values()) == {0.0}
+    assert set(scores_of([], []).values()) == {0.0}
     # The paper's random baselines: half of all, of which 34% and 24% are correct.
     for share, f1 in ((339, 0.404), (241, 0.325)):
         labels = [True] * share + [False] * (1000 - share)
-        found = solution_scores([1.0, 0.0] * 500, labels)
+        found = scores_of([1.0, 0.0] * 500, labels)
         assert found["binary_f1"] == pytest.approx(f1, abs=2e-3)
 
 
@@ -281,14 +289,14 @@ def items_of(labels, subsets):
     ]
 
 
-def test_contrast_has_the_f1_of_the_scores_and_counts_by_hand():
+def test_a_paired_comparison_has_the_f1_of_the_scores_and_counts_by_hand():
     rng = np.random.default_rng(0)
     labels = rng.integers(-1, 3, 60).tolist()
     subsets = rng.choice(["math", "gsm8k", "omnimath"], 60).tolist()
     a, b = (
         [y if rng.random() < p else int(rng.integers(-1, 3)) for y in labels] for p in (0.3, 0.6)
     )
-    found = contrast(items_of(labels, subsets), a, b, seed=0)
+    found = paired_comparison(items_of(labels, subsets), a, b, seed=0)
     assert set(found["subsets"]) == set(subsets)
     expected = {"a": [], "b": []}
     for subset, row in found["subsets"].items():
@@ -311,11 +319,11 @@ def test_contrast_has_the_f1_of_the_scores_and_counts_by_hand():
         assert average[name] == sum(row[name] for row in found["subsets"].values())
 
 
-def test_contrast_the_other_way_round_is_the_negative():
+def test_a_paired_comparison_the_other_way_round_is_the_negative():
     labels, subsets = [0, 1, -1, -1, 2, -1] * 5, ["gsm8k"] * 30
     a, b = [0, 1, -1, 0, 0, -1] * 5, [0, -1, -1, -1, 2, 0] * 5
-    one = contrast(items_of(labels, subsets), a, b, seed=0)["average"]
-    other = contrast(items_of(labels, subsets), b, a, seed=0)["average"]
+    one = paired_comparison(items_of(labels, subsets), a, b, seed=0)["average"]
+    other = paired_comparison(items_of(labels, subsets), b, a, seed=0)["average"]
     assert one["difference"] == -other["difference"]
     assert one["difference_interval"] == pytest.approx(
         [-x for x in other["difference_interval"][::-1]]
@@ -324,8 +332,8 @@ def test_contrast_the_other_way_round_is_the_negative():
     assert (one["difference_p"], one["mcnemar_p"]) == (other["difference_p"], other["mcnemar_p"])
 
 
-def test_contrast_of_items_without_an_error_is_zero_not_nan():
-    found = contrast(items_of([-1, -1], ["x", "x"]), [-1, 0], [-1, -1], seed=0)["average"]
+def test_a_paired_comparison_of_items_without_an_error_is_zero_not_nan():
+    found = paired_comparison(items_of([-1, -1], ["x", "x"]), [-1, 0], [-1, -1], seed=0)["average"]
     assert (found["f1_a"], found["f1_b"], found["difference_p"]) == (0, 0, 1)
     assert found["right_by_b_alone"] == 1
 

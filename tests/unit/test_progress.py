@@ -11,8 +11,7 @@ from rich.console import Console
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.records import PrefixValue
 from stepwiser_jax.runs import progress as told
-from stepwiser_jax.runs.directory import worth
-from stepwiser_jax.runs.progress import progress, rows_done, say
+from stepwiser_jax.runs.progress import block_means, progress, rows_done, say
 
 
 @pytest.fixture
@@ -86,17 +85,17 @@ def test_a_terminal_has_a_bar_with_units_and_rows(monkeypatch, capsys):
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(hosts, "is_primary", lambda: False)
     with progress("sft", "step", 1) as work:
         work.advance(loss=1.0)
     say("here")
     assert lines(capsys) == []
 
 
-def test_a_block_is_worth_the_mean_of_its_records():
+def test_of_a_block_the_means_of_its_records_are_shown():
     values = [PrefixValue("t", j, 4, right, 4, "policy") for j, right in enumerate((1, 2, 3))]
-    assert worth(values) == {"rows": 3, "value": 0.5}
-    assert worth([]) == {"rows": 0}
+    assert block_means(values) == {"rows": 3, "value": 0.5}
+    assert block_means([]) == {"rows": 0}
 
 
 def test_nobody_hears_that_there_is_no_pytorch(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
@@ -12,11 +13,13 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SampleOutput, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
-from stepwiser_jax.records import Problem, Segmentation, Trajectory
-from stepwiser_jax.runs.directory import RunDirectory, stop
+from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import stop
 from stepwiser_jax.stages import chunk_solutions, sft
 from stepwiser_jax.tasks import arithmetic
-from stepwiser_jax.text.chunking import read_segmentation
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
+from stepwiser_jax.text.chunking import read_chunks
 from stepwiser_jax.text.chunks import strip_tags
 
 COUNT = 6
@@ -29,15 +32,16 @@ def rollouts(tmp_path, word_tokenizer):
     problems = arithmetic.generate_problems(COUNT, 0, "rollout")
     trajectories = []
     for problem, example in zip(
-        problems, arithmetic.untagged_demonstrations(problems, 0), strict=True
+        problems, demonstrations.untagged_demonstrations(problems, 0), strict=True
     ):
         ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
         for g, is_correct in enumerate((True, False, True)):
             name = f"{problem.problem_id}#{g}"
             trajectories.append(
                 Trajectory(
-                    name, problem.problem_id, "p", tuple(word_tokenizer.encode(problem.question)),
-                    ids, (0.0,) * len(ids), (len(ids),), "stop_id", is_correct,
+                    name, problem.problem_id, "p",
+                    Tokens(word_tokenizer.encode(problem.question), ids, np.zeros(len(ids))),
+                    (len(ids),), "stop_id", is_correct,
                 )
             )  # fmt: skip
     run = tmp_path / "rollouts"
@@ -135,11 +139,11 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     questions = {p.problem_id: p.question for p in read_records(rollouts, Problem)}
     examples = sft.read_examples(str(tmp_path / "s"), "bare")
     assert len(examples) == COUNT
-    segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", Segmentation)}
+    segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", ChunkedSolution)}
     for example in examples:
         assert example.prompt == questions[example.problem_id]
         solution = " ".join(strip_tags(example.completion).split())
-        _, chunks = read_segmentation(example.completion, solution)
+        _, chunks = read_chunks(example.completion, solution)
         assert chunks == segmentations[example.example_id].chunks
         assert len(chunks[0].split()) == 6
 
@@ -178,14 +182,17 @@ def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
 
 
 def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_tokenizer):
-    file = next((rollouts / "records" / "trajectories").iterdir())
+    file = next((rollouts / "records" / "trajectories").glob("*.jsonl"))
     whole = read_records(file, Trajectory)
     tags = word_tokenizer.encode("<chunk> </chunk>")
     tagged = [
         dataclasses.replace(
             t,
-            completion_ids=(tags[0], *t.completion_ids[:-1], tags[1], 3),
-            logprobs=(*t.logprobs, -1.0, -1.0),
+            tokens=Tokens(
+                t.prompt_ids,
+                np.array([tags[0], *t.completion_ids[:-1], tags[1], 3]),
+                np.array([*t.logprobs, -1.0, -1.0]),
+            ),
             chunk_ends=(len(t.completion_ids) + 2,),
         )
         for t in whole
@@ -217,7 +224,7 @@ def test_a_server_may_move(tmp_path, rollouts):
 def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     """The whole path, with a teacher that knows these solutions by heart."""
     problems = arithmetic.generate_problems(COUNT, 0, "rollout")
-    write_records(tmp_path / "cuts.jsonl", arithmetic.segmenter_demonstrations(problems, 0))
+    write_records(tmp_path / "cuts.jsonl", demonstrations.segmenter_demonstrations(problems, 0))
     words = ["sft", "--config", str(CONFIGS / "arithmetic_segmenter.yaml")]
     words += ["--run-dir", str(tmp_path / "teacher")]
     for setting in (f"data.source={tmp_path / 'cuts.jsonl'}", "data.count=null", "steps=100"):
@@ -235,7 +242,7 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     assert sum(summary["proposals"].values()) == 2 * 2 * COUNT
     assert summary["proposals"]["kept"] > 2 * COUNT and summary["mean_chunks"] > 2
     assert summary["compiled"]
-    known = {e.completion for e in arithmetic.segmenter_demonstrations(problems, 0)}
+    known = {e.completion for e in demonstrations.segmenter_demonstrations(problems, 0)}
     learned = sft.read_examples(str(tmp_path / "s"), "bare")
     assert len(learned) == summary["cut"] > COUNT
     assert {" ".join(e.completion.split()) for e in learned} <= {" ".join(k.split()) for k in known}
@@ -251,7 +258,7 @@ def test_another_tokenizer_than_the_policys_is_refused(tmp_path, rollouts, bpe_d
 
 
 def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
-    file = next((rollouts / "records" / "trajectories").iterdir())
+    file = next((rollouts / "records" / "trajectories").glob("*.jsonl"))
     file.write_text(file.read_text().replace('"is_correct":true', '"is_correct":false'))
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     with pytest.raises(UserError, match="none of the 18 solutions"):

@@ -9,9 +9,10 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.stepwiser import ChunkJudgment
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
-from stepwiser_jax.records import Problem, Selection, Trajectory, Verdict
+from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
 from stepwiser_jax.stages import select_responses, sft
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, chunk_ends
 
 COUNT, RESPONSES = 6, 5
@@ -24,13 +25,13 @@ def rollouts(tmp_path, word_tokenizer):
     matcher = TokenMatcher.build(word_tokenizer.token_bytes(), (CHUNK_CLOSE,))
     trajectories = []
     for g in range(RESPONSES):
-        for p, example in enumerate(arithmetic.policy_demonstrations(problems, g)):
+        for p, example in enumerate(demonstrations.policy_demonstrations(problems, g)):
             ids = (*word_tokenizer.encode(example.completion), word_tokenizer.eos_ids[0])
             trajectories.append(
                 Trajectory(
                     f"{example.problem_id}#{g}", example.problem_id, "p",
-                    tuple(word_tokenizer.encode(problems[p].question)), ids,
-                    (0.0,) * len(ids), chunk_ends(ids, matcher, word_tokenizer), "stop_id",
+                    Tokens(word_tokenizer.encode(problems[p].question), ids, np.zeros(len(ids))),
+                    chunk_ends(ids, matcher, word_tokenizer), "stop_id",
                     p > 0 and g < RESPONSES - 1,
                 )
             )  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import random
+import subprocess
 import sys
 
 import pytest
@@ -16,8 +17,9 @@ from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import JudgeExample, SftExample
 from stepwiser_jax.stages import sft, train_judge
+from stepwiser_jax.text import sentencepiece
 from stepwiser_jax.text.chunks import TokenMatcher
-from stepwiser_jax.text.sentencepiece import Vocabulary
+from stepwiser_jax.text.sentencepiece import read_model
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
@@ -85,10 +87,19 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module", params=["tensorflow_text", "sentencepiece"])
+def library(request):
+    """Encodes: tensorflow-text if it is installed, else the sentencepiece library."""
+    pytest.importorskip(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "sentencepiece":
+            patch.setitem(sys.modules, "tensorflow", None)
+        yield request.param
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
-def directory(request, tmp_path_factory):
+def directory(request, library, tmp_path_factory):
     """A model of each layout, trained here, alone in its directory."""
-    pytest.importorskip("tensorflow_text")
     spm = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
@@ -109,9 +120,9 @@ def tokenizer(directory):
 
 @pytest.fixture(scope="module")
 def reference(directory):
-    import sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
-    return sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    return SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
 
 
 def with_files(directory, target, **files):
@@ -323,6 +334,12 @@ def test_training_stages_take_it_and_hand_it_on(directory, tmp_path):
 # --- without the extra --------------------------------------------------------------------------
 
 
+def without_sentencepiece(model, path, make=sentencepiece.make_encoder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "sentencepiece", None)
+        return make(model, path)
+
+
 def small_model(directory):
     """Four pieces, `<unk> </s> <s> a`, by hand: the end is 1, the start 2, no pad."""
     kinds = {b"<unk>": 2, b"</s>": 3, b"<s>": 3, b"a": 1}
@@ -337,18 +354,35 @@ def small_model(directory):
 
 def test_special_ids_are_read_from_the_model(tmp_path):
     file = small_model(tmp_path)
-    vocabulary = Vocabulary.parse(file.read_bytes(), str(file))
-    assert vocabulary.pieces == ["<unk>", "</s>", "<s>", "a"]
-    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (2, 1, None)
-    assert vocabulary.special() == {"<unk>": 0, "</s>": 1, "<s>": 2}
-    assert vocabulary.add_dummy_prefix
+    model = read_model(file.read_bytes(), str(file))
+    assert [(piece.piece, piece.type) for piece in model.pieces] == [
+        ("<unk>", 2),
+        ("</s>", 3),
+        ("<s>", 3),
+        ("a", 1),
+    ]
+    trainer = model.trainer_spec
+    assert (trainer.bos_id, trainer.eos_id, trainer.pad_id) == (2, 1, -1)
+    assert model.normalizer_spec.add_dummy_prefix
 
 
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     small_model(tmp_path)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UserError, match=r"tokenizer\.model is a Sent.*install the extra 'tf-text'"):
+    monkeypatch.setattr(sentencepiece, "make_encoder", without_sentencepiece)
+    with pytest.raises(UserError, match=r"model is a Sent.*install the extra 'sentencepiece'"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_model_is_read_without_the_sentencepiece_library(tmp_path):
+    file = small_model(tmp_path)
+    code = (
+        "import sys; sys.modules['sentencepiece'] = None; "
+        "from stepwiser_jax.text.sentencepiece import read_model; "
+        f"print(len(read_model(open({str(file)!r}, 'rb').read(), 'm').pieces))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "4"
 
 
 @pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff"])

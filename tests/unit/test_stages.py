@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import AdaptiveRollouts, Label, load_config
+from stepwiser_jax.config import AdaptiveRollouts, CheckedAnswers, Label, load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.loading import decoding_copy, load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
@@ -22,13 +22,15 @@ from stepwiser_jax.records import (
     PrefixValue,
     Problem,
     SampledRow,
+    Tokens,
     Trajectory,
     Verdict,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
-    check_trajectories,
+    check_ids,
+    check_lengths,
     estimate_prefix_values,
     rollouts_by_problem,
     select_trajectories,
@@ -76,9 +78,7 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
         "p#0",
         "p",
         "policy",
-        PROMPT,
-        tuple(range(20, 40)),
-        (-1.0,) * 20,
+        Tokens(PROMPT, range(20, 40), (-1.0,) * 20),
         (8, 16, 20),
         "length",
         False,
@@ -113,12 +113,10 @@ def test_trajectories_that_cannot_be_annotated_are_named(tiny_model, completion_
 
     def check(ids):
         ends = (1, len(ids))
-        logprobs = (-1.0,) * len(ids)
-        check_trajectories(
-            [Trajectory("p#0", "p", "policy", PROMPT, ids, logprobs, ends, "length", False)],
-            engine,
-            params,
-        )
+        tokens = Tokens(PROMPT, ids, (-1.0,) * len(ids))
+        trajectories = [Trajectory("p#0", "p", "policy", tokens, ends, "length", False)]
+        check_lengths(trajectories, engine, params)
+        check_ids(trajectories, engine)
 
     check((63,) * 20)
     with pytest.raises(UserError, match=message):
@@ -134,9 +132,7 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
             f"p#{i}",
             "p",
             "policy",
-            PROMPT,
-            tuple(rng.integers(0, 64, 16).tolist()),
-            (-1.0,) * 16,
+            Tokens(PROMPT, rng.integers(0, 64, 16), (-1.0,) * 16),
             (4, 8, 12, 16),
             "length",
             bool(i),
@@ -171,8 +167,9 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
 
 def outcomes(problem, right, count):
     """Trajectories of a problem, the first `right` of them right."""
+    tokens = Tokens((1,), (2, 3), (0.0,) * 2)
     return [
-        Trajectory(f"{problem}#{i}", problem, "", (1,), (2, 3), (0.0,) * 2, (1, 2), "", i < right)
+        Trajectory(f"{problem}#{i}", problem, "", tokens, (1, 2), "", i < right)
         for i in range(count)
     ]
 
@@ -220,7 +217,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         ids = tuple(tokenizer.encode(text))
         ends = chunk_ends(ids, matcher, tokenizer)
         trajectories[f"p#{i}"] = Trajectory(
-            f"p#{i}", "p", "", PROMPT, ids, (0.0,) * len(ids), ends, stop_reason, False
+            f"p#{i}", "p", "", Tokens(PROMPT, ids, (0.0,) * len(ids)), ends, stop_reason, False
         )
     labels = [
         ChunkLabel(t.trajectory_id, j, 0.0, 1.0, False, "abs_q")
@@ -429,14 +426,16 @@ def problems_with(*references):
 def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
     dropped = Counter()
     found = problems_with("5", "assert double(2) == 4", "x+1", "")
-    kept = keep_verifiable(found, 5.0, dropped)
+    kept = keep_verifiable(found, CheckedAnswers(), dropped)
     assert kept == [found[0], found[2]] and dropped == {"unverifiable": 2}
-    assert "2 of 4 problems" in caplog.text and "'assert double(2) == 4' of p1" in caplog.text
+    assert "2 of 4 problems cannot be checked" in caplog.text and "such as p1: " in caplog.text
+    assert "found 'assert double(2) == 4'" in caplog.text
 
 
 def test_a_data_set_without_mathematics_is_refused():
-    with pytest.raises(UserError, match=r"2 of 2 problems .* 'assert f\(1\) == 1' of p0"):
-        keep_verifiable(problems_with("assert f(1) == 1", "assert f(2) == 4"), 5.0, Counter())
+    problems = problems_with("assert f(1) == 1", "assert f(2) == 4")
+    with pytest.raises(UserError, match=r"2 of 2 problems .* such as p0: .*'assert f\(1\) == 1'"):
+        keep_verifiable(problems, CheckedAnswers(), Counter())
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):

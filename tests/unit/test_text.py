@@ -1,6 +1,8 @@
 """Tokenizers, prompts and verdicts."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import Verdict
@@ -171,3 +173,26 @@ def test_an_answer_does_not_hold_the_end_token(bpe_tokenizer):
     ids = [*bpe_tokenizer.encode("so\n#### 18"), bpe_tokenizer.eos_ids[0]]
     assert extract_answer(completion_text(bpe_tokenizer, ids)) == "18"
     assert extract_answer(bpe_tokenizer.decode(ids)) != "18"
+
+
+PARTS = st.sampled_from(
+    [
+        "\\boxed{Positive}",
+        "\\boxed{",
+        "}",
+        "{",
+        "Negative",
+        "\\text{ ",
+        "**",
+        " ",
+        "\\boxed{ Negative }",
+    ]
+)
+
+
+@given(st.lists(PARTS, max_size=8).map("".join), st.sampled_from(["Positive", "Negative"]))
+def test_the_last_finished_box_decides(before, verdict):
+    for box in (verdict, f"\\text{{{verdict}}}", f" **{verdict.upper()}.** "):
+        assert parse_verdict(f"{before}\\boxed{{{box}}} so.").value == verdict
+    assert parse_verdict(f"{before}\\boxed{{{verdict}") is Verdict.UNPARSED
+    assert parse_verdict(f"{before}\\boxed{{{verdict} or not}}") is Verdict.OTHER

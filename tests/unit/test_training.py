@@ -456,7 +456,7 @@ def test_no_step_of_several_processes_waits_for_the_devices_of_all(training, mon
     for step in (1, 2):
         training.finish_step(step, {"loss": jnp.ones(())})
     with pytest.raises(AssertionError, match="a collective"):
-        hosts.any_of(False)
+        hosts.any_process(False)
 
 
 def test_parameters_that_are_not_finite_are_not_exported(training):

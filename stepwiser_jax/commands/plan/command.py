@@ -1,9 +1,10 @@
-"""`stepwiser plan`: does a run fit a TPU slice, and how fast can it be? Nothing is run, and no TPU
-is needed: every program of the run is compiled by the TPU's own compiler.
+"""`stepwiser plan`: does a run fit a TPU slice, and how fast can it be?
 
-    memory      what a program takes and gives, temporaries, code, and what else the run holds
-    time        the larger of products and HBM, and of the interconnect too: a bound from below
-    share       useful FLOPs (no padding, nothing twice) over the peak of all chips times that time
+Nothing is run and no TPU is needed: the TPU's own compiler compiles every program of the run.
+
+    memory      inputs, outputs, temporaries and code of a program, and what else the run holds
+    seconds     a lower bound: the largest of the times for products, for HBM, and for links
+    share       useful FLOPs (no padding, no recomputation) over the peak of all chips in that time
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ from stepwiser_jax.config import (
 )
 from stepwiser_jax.distributed.mesh import make_mesh, processes_of
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.runs.progress import progress
 
 
 @dataclass(frozen=True)
 class Plan:
+    """The programs of a run, and what each needs of a device."""
+
     stage: str
     topology: Topology
     mesh: jax.sharding.Mesh
@@ -57,49 +61,61 @@ class Plan:
         return not need.refused and need.total_bytes <= self.bytes_per_device
 
     @property
+    def too_large(self) -> list[Need]:
+        return [need for need in self.needs if not self.fits(need)]
+
+    @property
     def notes(self) -> list[str]:
         """What the numbers do not show."""
         of_host = self.mesh.devices.size < len(self.topology.devices)
         if not (of_host and self.topology.chip.whole_slices):
             return []
         return [
-            f"the compiler refuses programs of part of a {self.topology.kind} slice: planned for a "
-            "slice of one host; use as many of them as you like, with --shard"
+            f"the compiler refuses programs on a part of a {self.topology.kind} slice, so this is "
+            "a plan for a slice of one host; use any number of them, with --shard"
         ]
-
-    @property
-    def too_large(self) -> list[Need]:
-        return [need for need in self.needs if not self.fits(need)]
 
 
 def make_plan(
     stage: str, config: Config, topology: str, slices: int = 1, only: str | None = None
 ) -> Plan:
-    """Compiles every program, or the one called `only`. Raises UserError for a topology or a stage
-    that has none, and a mesh that is not of all its devices."""
+    """Returns the plan of a run.
+
+    Args:
+        stage: the name of the stage.
+        config: its config.
+        topology: chips of a slice, such as v5p:4x4x4.
+        slices: the number of slices.
+        only: the name of the one program to compile; by default all of them.
+
+    Raises:
+        UserError: for an unknown topology, a stage without a plan, or a mesh that does not use all
+            devices.
+    """
     jax.config.update("jax_platforms", "cpu")
     described = tpu_topology(topology, slices)
     mesh_config = getattr(config, "mesh", None)
     if mesh_config is None:
         raise UserError(f"stage {stage} runs no model: there is nothing to plan")
     devices, owner = described.devices, f"{topology} x {slices}"
-    if (
-        not isinstance(config, TrainJudge | Sft | TrainClassifier)
-        and len(processes_of(devices)) > 1
-    ):
-        # Every process samples its share with a copy of the model on its own devices.
-        devices = host_devices(described)
-        owner = f"each process of {owner}"
-    if math.prod(mesh_config.model_dump().values()) != len(devices):
+    trains = isinstance(config, TrainJudge | Sft | TrainClassifier)
+    if not trains and len(processes_of(devices)) > 1:
+        # Each process samples its share with a copy of the model on its own devices.
+        devices, owner = host_devices(described), f"each process of {owner}"
+    sizes = mesh_config.model_dump()
+    if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"{owner} has {len(devices)} devices, the mesh "
-            f"{math.prod(mesh_config.model_dump().values())}: make mesh.data x mesh.fsdp x "
-            "mesh.tensor the number of devices"
+            f"{owner} has {len(devices)} devices, the mesh {math.prod(sizes.values())}: make "
+            "mesh.data x mesh.fsdp x mesh.tensor the number of devices"
         )
-    mesh = make_mesh(**mesh_config.model_dump(), devices=devices)
+    mesh = make_mesh(**sizes, devices=devices)
     programs = programs_of(config, mesh)
-    chosen = [p for p in programs.programs if only in (None, p.name)]
-    needs = [compile_program(program) for program in chosen]
+    chosen = [program for program in programs.programs if only in (None, program.name)]
+    needs = []
+    with progress(f"plan {stage}", "program", len(chosen)) as report:
+        for program in chosen:
+            needs.append(compile_program(program))
+            report.advance()
     return Plan(stage, described, mesh, programs, needs)
 
 
@@ -107,7 +123,7 @@ def make_plan(
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The last candidate that fits, of ascending ones; None where the first does not."""
+    """Returns the last of ascending candidates that fits; None if the first does not."""
     low, high = -1, len(candidates)
     while high - low > 1:
         middle = (low + high) // 2
@@ -116,27 +132,22 @@ def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | Non
 
 
 def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int | None]:
-    """Setting -> its value for the largest batch that fits: rows in flight for sampling, rows of a
-    micro-batch for training."""
+    """Returns the settings of the largest batches that fit, None for one that never fits.
+
+    For sampling that is the number of rows in flight, for training the rows of a micro-batch.
+    """
     shards = config.mesh.data * config.mesh.fsdp
-    found: dict[str, int | None] = {}
 
-    def changed(**settings: Any) -> Any:
+    def fits(program: str, group: str, **settings: Any) -> bool:
         tree = config.model_dump(mode="json")
-        for key, value in settings.items():
-            tree[key] = tree[key] | value
-        return validate(STAGE_CONFIGS[stage], tree, "--search")
+        tree[group] |= settings
+        other = validate(STAGE_CONFIGS[stage], tree, "--search")
+        return not make_plan(stage, other, topology, slices, only=program).too_large
 
-    def fits(name: str, other: Any) -> bool:
-        return not make_plan(stage, other, topology, slices, only=name).too_large
-
+    found: dict[str, int | None] = {}
     if hasattr(config, "engine"):
         rows = [shards * 2**n for n in range(13)]
-
-        def sampling_fits(count: int) -> bool:
-            return fits("decode segment", changed(engine={"rows": [count]}))
-
-        found["engine.rows"] = largest(rows, sampling_fits)
+        found["engine.rows"] = largest(rows, lambda n: fits("decode burst", "engine", rows=[n]))
     if isinstance(config, TrainJudge | Sft | TrainClassifier):
         total = (
             config.prompts_per_iteration // config.updates_per_iteration
@@ -144,11 +155,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
             else config.batch_size
         )
         sizes = [shards * n for n in range(1, total // shards + 1) if total % (shards * n) == 0]
-
-        def training_fits(rows: int) -> bool:
-            return fits("train step", changed(training={"micro_batches": total // rows}))
-
-        size = largest(sizes, training_fits)
+        size = largest(sizes, lambda n: fits("train step", "training", micro_batches=total // n))
         found["rows of a micro-batch"] = size
         found["training.micro_batches"] = None if size is None else total // size
     return found
@@ -158,43 +165,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """Everything, for --json: bytes of a device, seconds of a call, shares between 0 and 1."""
-    chip = plan.topology.chip
-    programs = {}
-    for need in plan.needs:
-        entry: dict[str, Any] = {
-            "calls": need.program.calls,
-            "fits": plan.fits(need),
-            "compile_seconds": need.compile_seconds,
-        }
-        if not plan.fits(need):
-            entry["change"] = need.program.change
-        if need.cost is None:
-            programs[need.program.name] = entry | {"refused": need.refused}
-            continue
-        seconds = roofline(need.cost, plan.topology, need.program.mesh)
-        alone = max(seconds["compute"], seconds["hbm"])
-        peak = chip.flops / chip.devices * need.program.mesh.devices.size
-        collectives: Counter[str] = Counter()
-        for collective, received in need.cost.collectives.items():
-            collectives[f"{collective.kind} of {len(collective.group)}"] += int(received)
-        programs[need.program.name] = entry | {
-            "memory": need.memory
-            | {"held_beside": need.program.resident, "total": need.total_bytes}
-            if need.memory
-            else None,
-            "flops": need.cost.flops,
-            "hbm_bytes": need.cost.hbm_bytes,
-            "collectives": dict(collectives),
-            "seconds": seconds,
-            "seconds_without_interconnect": alone,
-            "seconds_with_interconnect": max(alone, seconds["interconnect"]),
-            "useful_flops": need.program.useful_flops,
-            "share_of_peak_without_interconnect": _share(need, peak, alone),
-            "share_of_peak_with_interconnect": _share(
-                need, peak, max(alone, seconds["interconnect"])
-            ),
-        }
+    """Returns everything for --json: bytes of a device, seconds of a call, shares from 0 to 1."""
     return {
         "stage": plan.stage,
         "topology": {
@@ -207,27 +178,63 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "mesh": dict(plan.mesh.shape),
         "work": plan.programs.work,
         "waves": plan.programs.waves,
-        "programs": programs,
+        "programs": {need.program.name: _program(plan, need) for need in plan.needs},
         "fits": not plan.too_large,
         "notes": plan.notes,
     }
 
 
-def _share(need: Need, peak: float, seconds: float) -> float:
-    return need.program.useful_flops / (peak * seconds) if seconds else 0.0
+def _program(plan: Plan, need: Need) -> dict[str, Any]:
+    program, chip = need.program, plan.topology.chip
+    entry: dict[str, Any] = {
+        "calls": program.calls,
+        "fits": plan.fits(need),
+        "compile_seconds": need.compile_seconds,
+    }
+    if not plan.fits(need):
+        entry["change"] = program.change
+    if need.cost is None or need.memory is None:
+        return entry | {"refused": need.refused}
+    seconds = roofline(need.cost, plan.topology, program.mesh)
+    without = max(seconds["compute"], seconds["hbm"])
+    with_links = max(without, seconds["interconnect"])
+    peak = chip.flops / chip.devices * program.mesh.devices.size
+    collectives: Counter[str] = Counter()
+    for collective, received in need.cost.collectives.items():
+        collectives[f"{collective.kind} of {len(collective.group)}"] += int(received)
+    return entry | {
+        "memory": need.memory | {"held_beside": program.resident, "total": need.total_bytes},
+        "flops": need.cost.flops,
+        "hbm_bytes": need.cost.hbm_bytes,
+        "collectives": dict(collectives),
+        "seconds": seconds,
+        "seconds_without_interconnect": without,
+        "seconds_with_interconnect": with_links,
+        "useful_flops": program.useful_flops,
+        "share_of_peak_without_interconnect": _share(program.useful_flops, peak * without),
+        "share_of_peak_with_interconnect": _share(program.useful_flops, peak * with_links),
+    }
+
+
+def _share(useful: float, possible: float) -> float:
+    return useful / possible if possible else 0.0
 
 
 def as_text(plan: Plan) -> str:
+    """Returns the tables for a person; the first line says whether the run fits."""
     whole, chip = as_dict(plan), plan.topology.chip
+    compiled = {name: p for name, p in whole["programs"].items() if "refused" not in p}
     sizes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    each = f", {chip.devices} devices each" if chip.devices > 1 else ""
     lines = [
+        _verdict(plan, compiled),
+        "",
         f"{plan.stage} on {plan.topology.chips} {plan.topology.kind} chips, mesh {sizes}; "
-        f"{chip.hbm_gib} GiB a chip"
-        + (f", {chip.devices} devices each" if chip.devices > 1 else ""),
+        f"{chip.hbm_gib} GiB a chip{each}",
         f"{plan.programs.work}; the longest case: every prompt and completion at its limit",
         "",
-        f"{'':19}{'':>6}  GiB a device (in, out, donated, temporaries, code, held beside: all)",
-        f"{'':19}{'calls':>6}{'in':>8}{'out':>8}{'donated':>8}{'temp':>8}{'code':>8}{'beside':>8}"
+        f"{'':19}{'':>6}  GiB a device; donated: inputs that outputs replace; held: by the run",
+        f"{'':19}{'calls':>6}{'in':>8}{'out':>8}{'donated':>8}{'temp':>8}{'code':>8}{'held':>8}"
         f"{'all':>8}{'a chip':>8}",
     ]
     for name, entry in whole["programs"].items():
@@ -236,38 +243,46 @@ def as_text(plan: Plan) -> str:
             continue
         parts = ("arguments", "outputs", "donated", "temporaries", "code", "held_beside", "total")
         gib = [entry["memory"][part] / GIB for part in parts]
-        gib.append(gib[-1] * chip.devices)
-        cells = "".join(f"{size:8.2f}" for size in gib)
+        cells = "".join(f"{size:8.2f}" for size in (*gib, gib[-1] * chip.devices))
         lines.append(f"{name:19}{entry['calls']:>6}{cells}{'' if entry['fits'] else '  too large'}")
     lines += [
         "",
         f"{'':19}{'TFLOP':>9}{'HBM GiB':>9} |{'compute':>9}{'HBM':>9}{'links':>9} |"
         f"{'share of peak':>14}{'with links':>11}{'compiled':>10}",
     ]
-    total = {"seconds_without_interconnect": 0.0, "seconds_with_interconnect": 0.0}
-    for name, entry in whole["programs"].items():
-        if "refused" in entry:
-            continue
+    for name, entry in compiled.items():
         seconds = entry["seconds"]
-        for key in total:
-            total[key] += entry["calls"] * entry[key]
         lines.append(
             f"{name:19}{entry['flops'] / 1e12:9.2f}{entry['hbm_bytes'] / GIB:9.1f} |"
             f"{seconds['compute']:8.3f}s{seconds['hbm']:8.3f}s{seconds['interconnect']:8.3f}s |"
             f"{entry['share_of_peak_without_interconnect']:14.1%}"
             f"{entry['share_of_peak_with_interconnect']:11.1%}{entry['compile_seconds']:9.0f}s"
         )
-        moved = sorted(entry["collectives"].items(), key=lambda item: -item[1])
-        if moved:
-            listed = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in moved)
+        received = sorted(entry["collectives"].items(), key=lambda item: -item[1])
+        if received:
+            listed = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in received)
             lines.append(f"{'':19}received, GiB: {listed}")
-    lines.append(
-        f"all calls: at least {total['seconds_without_interconnect']:.1f} s, with the interconnect "
-        f"{total['seconds_with_interconnect']:.1f} s"
-    )
     lines += [f"{need.program.name} does not fit: {need.program.change}" for need in plan.too_large]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan, compiled: dict[str, Any]) -> str:
+    """One sentence: whether the run fits, and the least time of its calls."""
+    hbm = plan.topology.chip.hbm_gib
+    if plan.too_large:
+        names = ", ".join(need.program.name for need in plan.too_large)
+        return f"does not fit: {names} needs more than the {hbm} GiB of a chip"
+    largest_need = max(plan.needs, key=lambda need: need.total_bytes)
+    gib = largest_need.total_bytes * plan.topology.chip.devices / GIB
+    without, with_links = (
+        sum(entry["calls"] * entry[f"seconds_{how}_interconnect"] for entry in compiled.values())
+        for how in ("without", "with")
+    )
+    return (
+        f"fits: {gib:.1f} of {hbm} GiB a chip ({largest_need.program.name}); all calls take at "
+        f"least {without:.1f} s, with the interconnect {with_links:.1f} s"
+    )
 
 
 def print_plan(
@@ -280,7 +295,7 @@ def print_plan(
     as_json: bool,
     searched: bool,
 ) -> bool:
-    """The command itself; returns whether everything fits."""
+    """Prints the plan of a run; returns whether everything fits."""
     config = load_config(stage, config_file, overrides)
     plan = make_plan(stage, config, topology, slices)
     largest_batches = search(stage, config, topology, slices) if searched else {}

@@ -1,31 +1,27 @@
-"""What a compiled program costs one device, read from its HLO text, loops as often as they run.
+"""Computes what a compiled program costs one device, from its HLO text.
 
-    flops         of matrix products (the rest is bound by memory), and what kernels state
-    hbm_bytes     read and written; what stays on the chip (memory spaces S(1), ...) is not counted
+    flops         of matrix products (the rest is bound by memory), and of kernels that state them
+    hbm_bytes     read and written; memory on the chip (memory spaces S(1), ...) does not count
     collectives   bytes that a device receives, by kind and by the group that exchanges them
 
-XLA's own `cost_analysis` counts a loop's body once, and has no collectives. HBM bytes follow its
-rules: a fusion reads its operands once, of a slice only the slice is read, and an update in place
-writes the update. Sizes are those of the layout, padding of tiles included.
+XLA's own `cost_analysis` counts the body of a loop once, and has no collectives. Bytes of HBM
+follow its rules: a fusion reads each operand once, a slice reads only the slice, and an update in
+place writes only the update. Sizes include the padding of tiles.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-BYTES_OF = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
-    "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0,
-}  # fmt: skip
+from stepwiser_jax.commands.plan.hlo_text import Computation, Instruction, Shape, parse
 
 COLLECTIVES = (
     "all-gather",
@@ -40,7 +36,7 @@ FREE = {
     "replica-id", "opt-barrier", "optimization-barrier", "add-dependency", "copy-done",
     "slice-done", "async-done", "async-update", "call-done", "call-update", "domain",
 }  # fmt: skip
-"""Names for what is in memory already, or ends of what was counted where it began."""
+"""Instructions that move nothing, or whose cost was counted at their start."""
 
 BOOKKEEPING = {
     "AllocateBuffer",
@@ -53,102 +49,8 @@ BOOKKEEPING = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One array: its bytes as they lie in memory, and whether that memory is HBM."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    layout: str = ""
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.dims)
-
-    @property
-    def in_hbm(self) -> bool:
-        return re.search(r"S\([1-9]\d*\)", self.layout) is None
-
-    @functools.cached_property
-    def bytes(self) -> float:
-        """With the padding of the first tile, T(8,128), over the minor axes."""
-        dims = list(self.dims)
-        tile = re.search(r"T\(([\d,]+)\)", self.layout)
-        order = re.match(r"\{([\d,]+)", self.layout)
-        if tile and order:
-            minor_first = [int(axis) for axis in order[1].split(",")]
-            sizes = [int(size) for size in tile[1].split(",")][::-1]
-            if len(sizes) <= len(dims):  # one larger than the array stands for a single tile
-                for axis, size in zip(minor_first, sizes, strict=False):
-                    dims[axis] = math.ceil(dims[axis] / size) * size
-        return math.prod(dims) * BYTES_OF.get(self.dtype, 1)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """`shapes` are the leaves of its result; `operands` names in the same computation."""
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    operands: tuple[str, ...]
-    text: str
-    """What stands after the opcode: literal operands and attributes."""
-
-    def attribute(self, pattern: str) -> str | None:
-        match = re.search(pattern, self.text)
-        return match[1] if match else None
-
-    def called(self, role: str) -> str:
-        """The computation that it calls as its `body`, `condition`, ..."""
-        name = self.attribute(rf"(?:{role})=%?([\w.\-]+)")
-        assert name is not None, (self.name, role)
-        return name
-
-    @property
-    def op_name(self) -> str:
-        return self.attribute(r'op_name="([^"]*)"') or ""
-
-    @property
-    def hbm_bytes(self) -> float:
-        return sum(shape.bytes for shape in self.shapes if shape.in_hbm)
-
-
-@dataclass
-class Computation:
-    name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
-    root: str = ""
-
-    @functools.cached_property
-    def users(self) -> dict[str, list[Instruction]]:
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for instruction in self.instructions.values():
-            for operand in set(instruction.operands):
-                found[operand].append(instruction)
-        return found
-
-    @functools.cached_property
-    def parameters(self) -> dict[int, Instruction]:
-        return {
-            int(i.text[1 : i.text.index(")")]): i
-            for i in self.instructions.values()
-            if i.opcode == "parameter"
-        }
-
-    def operands(self, instruction: Instruction) -> list[Instruction]:
-        return [self.instructions[name] for name in instruction.operands]
-
-    def behind(self, name: str) -> Instruction:
-        """The instruction itself, seen through copies of a value."""
-        instruction = self.instructions[name]
-        while instruction.opcode in ("copy", "bitcast", "convert"):
-            instruction = self.instructions[instruction.operands[0]]
-        return instruction
-
-
-@dataclass(frozen=True)
 class Collective:
-    """`group`: the devices of one of the groups that exchange data, in the program's numbering."""
+    """A kind of exchange, and the devices of one of its groups as the program numbers them."""
 
     kind: str
     group: tuple[int, ...]
@@ -156,7 +58,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device. `collectives`: bytes received."""
+    """The cost of one device; `collectives` are bytes received."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -173,88 +75,27 @@ class Cost:
 
 
 Trips = Callable[[str], float | None]
-"""The op_name of a loop whose bound is data -> how often it runs, None where it is not known."""
+"""Returns how often a loop runs whose bound is data, from its op_name; None if unknown."""
 
 KernelCost = Callable[[Instruction, list[Instruction]], Cost | None]
-"""A kernel that states no cost, with its operands -> its cost, None where it is not known."""
+"""Returns the cost of a kernel that states none, from its call and operands; None if unknown."""
 
 
 def program_cost(
     text: str, *, trips: Trips = lambda _: None, kernel: KernelCost = lambda *_: None
 ) -> Cost:
-    """The cost of an optimized HLO module (`compiled.as_text()`).
+    """Returns the cost of an optimized HLO module (`compiled.as_text()`).
 
-    Raises ValueError for a loop of unknown length and for a kernel of unknown cost.
+    Args:
+        text: the module.
+        trips: says how often loops run whose bound is data.
+        kernel: says what kernels cost that do not state it.
+
+    Raises:
+        ValueError: for a loop of unknown length or a kernel of unknown cost.
     """
     reader = _Reader(parse(text), trips, kernel)
     return reader.of(next(name for name in reader.computations if name.startswith("ENTRY ")))
-
-
-# --- text -> instructions -----------------------------------------------------------------------
-
-
-def parse(text: str) -> dict[str, Computation]:
-    """Computations by name; the entry's name begins with `ENTRY `."""
-    computations: dict[str, Computation] = {}
-    current: Computation | None = None
-    for line in _statements(text):
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header and not line.startswith(" "):
-            current = Computation((header[1] or "") + header[2])
-            computations[current.name] = current
-        elif current is not None and (
-            match := re.match(r" +(ROOT )?%?([\w.\-]+) = (.*)", line, re.S)
-        ):
-            instruction = _instruction(match[2], match[3])
-            current.instructions[instruction.name] = instruction
-            if match[1]:
-                current.root = instruction.name
-    return computations
-
-
-def _statements(text: str) -> Iterator[str]:
-    """Lines, joined where an attribute holds line breaks."""
-    held: list[str] = []
-    for line in text.splitlines():
-        is_new = re.match(r" +(ROOT )?%?[\w.\-]+ = |(ENTRY )?%?[\w.\-]+ \(.*\{$|\}$|$", line)
-        if is_new and held:
-            yield "\n".join(held)
-            held = []
-        held.append(line)
-    yield "\n".join(held)
-
-
-def _instruction(name: str, rest: str) -> Instruction:
-    rest = re.sub(r"/\*.*?\*/", "", rest)
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else _end_of_shape(rest)
-    match = re.match(r"\s*([\w\-]+)\(", rest[end:])
-    assert match is not None, rest[:200]
-    start = end + match.end() - 1
-    close = _closing(rest, start)
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:close]))
-    return Instruction(name, match[1], _shapes(rest[:end]), operands, rest[start:])
-
-
-def _end_of_shape(rest: str) -> int:
-    match = re.match(r"\w+\[[^\]]*\](\{[^}]*\})?|token\[\]", rest)
-    assert match is not None, rest[:200]
-    return match.end()
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for match in re.finditer(r"[()]", text[start:]):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return start + match.start()
-    raise ValueError(f"unbalanced parentheses in {text[start : start + 200]!r}")
-
-
-def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(
-        Shape(dtype, tuple(int(d.strip("<=")) for d in dims.split(",") if d), layout or "")
-        for dtype, dims, layout in re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", text)
-    )
 
 
 # --- instructions -> costs ----------------------------------------------------------------------
@@ -304,7 +145,7 @@ class _Reader:
         return cost + Cost(flops=_product_flops(i, computation))
 
     def _inside(self, fusion: Instruction) -> Cost:
-        """Products and collectives of a fusion: its bytes are its operands' and its result's."""
+        """Returns the products and collectives inside a fusion; its bytes are counted outside."""
         called = self.computations[fusion.called("calls")]
         total = Cost()
         for i in called.instructions.values():
@@ -345,19 +186,19 @@ class _Reader:
         return counted
 
     def _counted(self, loop: Instruction, computation: Computation) -> int | None:
-        """Of `for (i = constant; i < constant; i += constant)`, the counter in the loop's state."""
+        """Returns the length of a loop `for (i = constant; i < constant; i += constant)`."""
         condition = self.computations[loop.called("condition")]
         body = self.computations[loop.called("body")]
         test = condition.instructions[condition.root]
         if test.opcode != "compare" or "direction=LT" not in test.text:
             return None
-        counter, limit = (condition.behind(name) for name in test.operands)
+        counter, limit = (condition.source(name) for name in test.operands)
         index = counter.attribute(r"index=(\d+)")
         if counter.opcode != "get-tuple-element" or index is None:
             return None
         step = self._step(body, int(index))
         start = self._entry_of(loop, computation, int(index))
-        end = _constant(limit)
+        end = limit.constant
         place = limit.attribute(r"index=(\d+)")
         if end is None and place is not None and self._step(body, int(place)) == 0:
             end = self._entry_of(loop, computation, int(place))
@@ -366,20 +207,20 @@ class _Reader:
         return max(0, math.ceil((end - start) / step))
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """What the body adds to an entry of its state; 0 where it hands it on."""
-        new = body.behind(body.instructions[body.root].operands[index])
+        """Returns what the body adds to an entry of its state; 0 if it hands it on unchanged."""
+        new = body.source(body.instructions[body.root].operands[index])
         if new.opcode == "get-tuple-element" and f"index={index}" in re.split(r"[, ]", new.text):
             return 0
         if new.opcode != "add":
             return None
-        steps = [_constant(body.behind(name)) for name in new.operands]
+        steps = [body.source(name).constant for name in new.operands]
         return next((step for step in steps if step is not None), None)
 
     def _entry_of(self, loop: Instruction, computation: Computation, index: int) -> int | None:
-        state = computation.behind(loop.operands[0])
+        state = computation.source(loop.operands[0])
         if state.opcode != "tuple":
             return None
-        return _constant(computation.behind(state.operands[index]))
+        return computation.source(state.operands[index]).constant
 
     # --- bytes ----------------------------------------------------------------------------------
 
@@ -410,7 +251,7 @@ class _Reader:
         return sum(operand.hbm_bytes for operand in operands) + i.hbm_bytes
 
     def _read(self, computation: Computation, number: int) -> float:
-        """Bytes of its parameter `number` that a fused computation reads."""
+        """Returns how many bytes of a parameter a fused computation reads."""
         parameter = computation.parameters[number]
         whole = sum(shape.bytes for shape in parameter.shapes)
         return min(whole, self._read_by_users(computation, parameter, whole))
@@ -435,7 +276,7 @@ class _Reader:
         return read
 
     def _written(self, computation: Computation, name: str, shapes: tuple[Shape, ...]) -> float:
-        """Bytes of a fused result, whose leaves lie as in `shapes`."""
+        """Returns the bytes that a fused computation writes; its leaves lie as in `shapes`."""
         value = computation.instructions[name]
         while value.opcode == "bitcast":
             value = computation.instructions[value.operands[0]]
@@ -455,11 +296,6 @@ class _Reader:
         return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
 
-def _constant(instruction: Instruction) -> int | None:
-    literal = instruction.attribute(r"^\((-?\d+)\)")
-    return int(literal) if instruction.opcode == "constant" and literal is not None else None
-
-
 # --- products -----------------------------------------------------------------------------------
 
 
@@ -476,8 +312,10 @@ def _product_flops(i: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """On TPU every product is one; batch axes are windows that skip what is not theirs, so only
-    pairs of positions that meet inside the input count."""
+    """Returns the FLOPs of a convolution; on TPU every product is one.
+
+    Batch axes are windows with gaps, so only pairs of positions that meet in the input count.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
     assert labels is not None, i.text[:200]
     size_of_left = dict(zip(labels[1], left, strict=True))
@@ -508,7 +346,7 @@ def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, 
 
 
 def _collective(kind: str, i: Instruction, computation: Computation) -> Cost:
-    """Bytes that one device receives by the best algorithm there is on a ring."""
+    """Returns the bytes that one device receives by the best algorithm on a ring."""
     group = _first_group(i)
     size = len(group)
     sent = sum(sum(s.bytes for s in operand.shapes) for operand in computation.operands(i))
@@ -526,7 +364,7 @@ def _collective(kind: str, i: Instruction, computation: Computation) -> Cost:
 
 
 def _first_group(i: Instruction) -> tuple[int, ...]:
-    """One group of devices, of the three ways in which HLO writes them."""
+    """Returns one group of devices; HLO writes groups in three ways."""
     if (pairs := i.attribute(r"source_target_pairs=\{(.*?\})\}")) is not None:
         ends = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs)]
         return next((pair for pair in ends if pair[0] != pair[1]), (0,))
@@ -548,8 +386,10 @@ def _first_group(i: Instruction) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: 0..7 as (2, 4), transposed, then as (4, 2); the last part may be
-    missing, and the first."""
+    """Returns the ids that `[4,2]<=[2,4]T(1,0)` means: 0..7 as (2, 4), transposed, as (4, 2).
+
+    The first and the last part are optional.
+    """
     match = re.match(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert match is not None, text
     target, source, order = (

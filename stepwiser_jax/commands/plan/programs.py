@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepwiser_jax.commands.plan.hlo_cost import Cost, Instruction, KernelCost
+from stepwiser_jax.commands.plan.hlo_cost import Cost, KernelCost
+from stepwiser_jax.commands.plan.hlo_text import Instruction
 from stepwiser_jax.commands.plan.tpu import (
     Program,
     abstract_model,
@@ -50,14 +51,14 @@ from stepwiser_jax.distributed.loading import (
 from stepwiser_jax.distributed.mesh import make_sampling_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import (
-    SHARED_BY,
     Engine,
-    Rows,
-    decode_segment,
+    StartingRows,
+    decode_burst,
     empty_state,
-    read_trunks,
+    prefill,
     state_sharding,
 )
+from stepwiser_jax.inference.scheduler import choose_grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
@@ -419,7 +420,7 @@ def _of_sampling(
     prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
-    """`per_wave`: trunks, and rows of each, sampled together. `prompt`: tokens of the longest, by
+    """`per_wave`: prefixes, and samples of each, run together. `prompt`: tokens of the longest, by
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
     of_judge = isinstance(config, TrainJudge)
@@ -430,16 +431,16 @@ def _of_sampling(
     new, trunks = sampling.max_new_tokens, per_wave[0]
     prompt = prompt or max(1, engine.shapes.max_length - new)
     slots = engine.shapes.bucket(prompt)
-    P, R = engine.first_grid(*per_wave, SHARED_BY)
-    B, waves = P * R, math.ceil(math.prod(per_wave) / (P * R))
-    state = jax.eval_shape(lambda: empty_state(decoder, None, P, R, slots, new, engine.own_dtype))
+    grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
+    B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
+    state = jax.eval_shape(lambda: empty_state(decoder, None, grid, slots, new))
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
-    at_once = min(P, engine.read_at_once(slots))
+    at_once = min(grid.slots, engine.read_at_once(slots))
     fresh = abstract_rows(
         (np.zeros((at_once, slots), np.int32), np.zeros((at_once,), np.int32)), mesh
     )
     ints, numbers = np.zeros((B,), np.int32), np.zeros((B,), np.uint32)
-    start = abstract_rows(Rows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
+    start = abstract_rows(StartingRows(np.zeros((B,), bool), ints, ints, ints, numbers), mesh)
     draw = jax.eval_shape(
         lambda: TokenSampler.create(
             jax.random.key(0), sampling.temperature, sampling.top_k, sampling.top_p
@@ -467,7 +468,7 @@ def _of_sampling(
             "prefill",
             functools.partial(
                 _lower,
-                read_trunks,
+                prefill,
                 of_mesh,
                 decoder,
                 state,
@@ -481,10 +482,10 @@ def _of_sampling(
             kernel=_splash(model_config, np.ones(slots, np.int32)),
         ),
         Program(
-            "decode segment",
+            "decode burst",
             functools.partial(
                 _lower,
-                decode_segment,
+                decode_burst,
                 of_mesh,
                 decoder,
                 state,
@@ -499,8 +500,9 @@ def _of_sampling(
             useful_flops=B * sampled,
             change=change,
             resident=held,
-            loops={"jit(decode_segment)/while": new},
+            loops={"jit(decode_burst)/while": new},
         ),
     ]
-    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {P} x {R} rows"
+    shape = f"{grid.slots} x {grid.rows_per_slot}"
+    work = f"{trunks} prompts x {per_wave[1]} in {waves} wave(s) of {shape} rows"
     return Programs(programs, work, waves)

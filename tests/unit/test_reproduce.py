@@ -4,20 +4,20 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from rich.console import Console
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.quickstart import timed
-from stepwiser_jax.commands.reproduce import command, rows
-from stepwiser_jax.commands.reproduce.rows import SeedRuns
+from stepwiser_jax.commands.reproduce import claims, experiments, measure
+from stepwiser_jax.commands.reproduce.experiments import SeedRuns
 from stepwiser_jax.config import STAGE_CONFIGS, validate
 from stepwiser_jax.records import SearchResult
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages.search import solved_by_method
 
 REPOSITORY = Path(__file__).parents[2]
-JUDGES = [*rows.JUDGES, *rows.FEWER_LABELS]
+JUDGES = [*experiments.JUDGES, *experiments.FEWER_LABELS]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def earlier_stages(monkeypatch):
 def configs_of(runs):
     return [
         (name, stage, validate(STAGE_CONFIGS[stage], settings(), name))
-        for name, stage, settings in rows.every_stage(runs)
+        for name, stage, settings in experiments.every_stage(runs)
     ]
 
 
@@ -62,7 +62,7 @@ def test_tuning_sees_nothing_of_the_test_split(tmp_path):
 
 
 def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
-    for name, (row, rate) in rows.JUDGES.items():
+    for name, (row, rate) in experiments.JUDGES.items():
         steps = [
             next(settings() for run, _, settings in row(runs, name, rate) if run == name)
             for runs in (SeedRuns(tmp_path, 0), SeedRuns(tmp_path, 0, share_of_steps=0.5))
@@ -81,17 +81,17 @@ def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
 
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
     tuning = json.loads((REPOSITORY / "docs" / "comparison_tuning.json").read_text())
-    assert tuning["chosen"] == rows.CHOSEN
-    assert set(tuning["scores"]) == set(rows.JUDGES)
+    assert tuning["chosen"] == experiments.CHOSEN
+    assert set(tuning["scores"]) == set(experiments.JUDGES)
     for name, scores in tuning["scores"].items():
-        assert list(map(float, scores)) == list(rows.FACTORS)
+        assert list(map(float, scores)) == list(experiments.FACTORS)
         assert scores[f"{tuning['chosen'][name]:g}"] == max(scores.values())
-    assert {of for of, _ in rows.FEWER_LABELS.values()} <= set(rows.JUDGES)
+    assert {of for of, _ in experiments.FEWER_LABELS.values()} <= set(experiments.JUDGES)
 
 
 def test_settings_are_changed_in_a_copy():
     tree = {"grpo": {"kl_coef": 0.2}, "seed": 0}
-    found = rows.changed(tree, grpo__clip_eps_high=0.2, training__micro_batches=2, seed=1)
+    found = experiments.changed(tree, grpo__clip_eps_high=0.2, training__micro_batches=2, seed=1)
     assert found == {
         "grpo": {"kl_coef": 0.2, "clip_eps_high": 0.2},
         "training": {"micro_batches": 2},
@@ -142,10 +142,10 @@ def seeds_with(shares, *pairs):
         ((0.01, 0.01), [(0.7, 0.6, 0.01), (0.7, 0.5, 0.01)], "not tested", 0, 0),
     ],
 )
-def test_a_claim_holds_where_it_does_in_every_seed(shares, pairs, verdict, holds_in, tested_in):
-    """And the clip is tested where the two were not clipped alike."""
-    claim = next(claim for claim in command.CLAIMS if claim.worse == "judge/clip")
-    found = command.verdict_on(claim, seeds_with(shares, *pairs))
+def test_a_claim_holds_if_it_does_in_every_seed(shares, pairs, verdict, holds_in, tested_in):
+    """The clip is tested only if the two were not clipped alike."""
+    claim = next(claim for claim in claims.CLAIMS if claim.worse == "judge/clip")
+    found = claims.decide(claim, seeds_with(shares, *pairs))
     assert (found["verdict"], found["holds_in"]) == (verdict, holds_in)
     assert found["tested_in"] == tested_in
     assert found["difference"] == pytest.approx(sum(a - b for a, b, _ in pairs) / 2)
@@ -153,9 +153,9 @@ def test_a_claim_holds_where_it_does_in_every_seed(shares, pairs, verdict, holds
 
 
 def test_without_a_test_of_its_own_a_difference_counts_by_its_sign():
-    claim = next(claim for claim in command.CLAIMS if claim.worse == "labels/abs_q")
+    claim = next(claim for claim in claims.CLAIMS if claim.worse == "labels/abs_q")
     seed = {"numbers": {claim.better: 0.7, claim.worse: 0.6}, "paired_p": {}}
-    assert command.told_by(claim, seed) == 1
+    assert claims.direction(claim, seed) == 1
 
 
 def result_of(problem, method, is_correct):
@@ -169,7 +169,7 @@ def result_of(problem, method, is_correct):
 def test_searches_are_compared_problem_by_problem(tmp_path):
     """In the order of the problems' ids, whatever order they were written in."""
     runs = SeedRuns(tmp_path, 0)
-    _, stage, settings = rows.searches(runs)[0]
+    _, stage, settings = experiments.searches(runs)[0]
     config = validate(STAGE_CONFIGS[stage], settings(), stage)
     directory = RunDirectory(tmp_path / "search", stage, config)
     rights = {"p-10": (True, False, False), "p-2": (False, True, True)}
@@ -185,73 +185,51 @@ def test_searches_are_compared_problem_by_problem(tmp_path):
     assert [problem.right for problem in solved_by_method(config, results)["beam"]] == [0, 1]
     directory.writer(SearchResult).append(results)
     directory.finish(dict)
-    assert command.right_of(runs, "search/chunk_reset").tolist() == [0, 1]
-    assert command.right_of(runs, "search/plain").tolist() == [1, 0]
-    assert command.right_of(runs, "search/majority").tolist() == [1, 0]
+    assert measure.solved_by_problem(runs, "search/chunk_reset").tolist() == [0, 1]
+    assert measure.solved_by_problem(runs, "search/plain").tolist() == [1, 0]
+    assert measure.solved_by_problem(runs, "search/majority").tolist() == [1, 0]
 
 
-def test_tuning_takes_the_best_factor_of_each_judge(tmp_path, monkeypatch):
-    trained = []
+class Finished(SeedRuns):
+    """Runs whose summaries say nothing: every judge, search and policy has the same numbers."""
 
-    def run_stages(runs, stages, console):
-        assert (runs.seed, runs.split, runs.share_of_steps) == (command.TUNING_SEED, "dev", 0.5)
-        trained.extend(name for name, _, _ in stages)
+    def summary(self, name):
+        method = {"accuracy": 0.5, "accuracy_interval": [0.45, 0.55]}
+        method |= {"policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0}
+        official = {"f1": 0.7, "acc_error": 0.6, "acc_correct": 0.8}
+        score = {"official": official, "official_f1_interval": [0.65, 0.75]}
+        if name.endswith("_score"):
+            return {"subsets": {"arithmetic": score}}
+        methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
+        return (
+            method
+            | dict.fromkeys(methods, method)
+            | {
+                "majority": {"8": method},
+                "best_of": {"mean": {"8": method}},
+                "weighted_majority": {"product": {"8": method}},
+            }
+        )
 
-    def score_of(runs, name):
-        judge, factor = name.rsplit("_x", 1)
-        return {"f1": 0.5 if judge == "offline" else float(factor) / 10}
 
-    monkeypatch.setattr(command, "run_stages", run_stages)
-    monkeypatch.setattr(command, "score_of", score_of)
-    assert main(["reproduce", "--run-dir", str(tmp_path), "--tune"]) == 0
-    found = json.loads((tmp_path / "tuning.json").read_text())
-    expected = dict.fromkeys(rows.JUDGES, 2.0) | {"offline": 0.5}
-    assert found["chosen"] == expected
-    assert {f"{name}_x{f:g}" for name in expected for f in rows.FACTORS} <= set(trained)
-
-
-def test_the_command_writes_every_claim_with_its_numbers(tmp_path, monkeypatch, capsys):
-    method = {"accuracy": 0.5, "policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0}
-    method["accuracy_interval"] = [0.45, 0.55]
-    methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
-    summary = dict.fromkeys(methods, method) | {
-        "majority": {"8": method},
-        "best_of": {"mean": {"8": method}},
-        "weighted_majority": {"product": {"8": method}},
-        "accuracy": 0.4,
-        "accuracy_interval": [0.35, 0.45],
-    }
-    official = {"f1": 0.7, "acc_error": 0.6, "acc_correct": 0.8}
-    score = {
-        "subsets": {"arithmetic": {"official": official, "official_f1_interval": [0.65, 0.75]}}
-    }
-    found = lambda runs, name: score if name.endswith("_score") else summary  # noqa: E731
-    monkeypatch.setattr(SeedRuns, "summary", found)
-    monkeypatch.setattr(command, "run_stages", lambda runs, stages, console: None)
+def test_every_claim_is_about_numbers_that_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "run_stages", lambda *_: None)
     quality = {"balanced_accuracy": 0.8, "balanced_accuracy_interval": [0.75, 0.85]}
-    quality = dict.fromkeys(("rel_effective", "abs_q"), quality)
-    monkeypatch.setattr(command, "label_quality", lambda run_dir: quality)
-    monkeypatch.setattr(
-        command, "contrast_runs", lambda a, b, votes: {"average": {"difference_p": 0.3}}
-    )
-    monkeypatch.setattr(command, "right_of", lambda runs, number: np.arange(8) % 2)
-    training = {"clipped_from_above": 0.01, "reward": 0.6}
-    monkeypatch.setattr(command, "training_of", lambda runs, name: training)
-    monkeypatch.setattr(command, "seconds_of", lambda runs, stages: {"policy": 60.0})
-    assert main(["reproduce", "--run-dir", str(tmp_path), "--seed", "4", "--seed", "7"]) == 0
-    printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "compare.json").read_text())
-    assert list(result["seeds"]) == ["4", "7"] and "Minutes: 1, 1." in printed
-    assert [claim["claim"] for claim in result["claims"]] == [c.says for c in command.CLAIMS]
-    for claim in command.CLAIMS:
-        assert claim.says in printed
-    assert "| judge/stepwiser | 70.0 [65.0, 75.0] | 70.0 [65.0, 75.0] |" in printed
-    assert "| search/plain | 50.0 [45.0, 55.0] |" in printed
-    assert "| labels/abs_q | 80.0 [75.0, 85.0] |" in printed
-    assert "| selection/before | 40.0 [35.0, 45.0] |" in printed
-    for seed in result["seeds"].values():
-        assert {c.better for c in command.CLAIMS} <= set(seed["numbers"])
-        assert {c.worse for c in command.CLAIMS} <= set(seed["numbers"])
+    rules = dict.fromkeys(("rel_effective", "abs_q"), quality)
+    monkeypatch.setattr(measure, "label_quality", lambda run_dir: rules)
+    monkeypatch.setattr(measure, "paired_p", lambda runs, claim: 0.3)
+    runs = Finished(tmp_path, 0)
+    for name, _, _ in experiments.every_stage(runs):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "seconds.json").write_text("60")
+    line = {"step": 1, "clip_fraction_high": 0.01, "reward": 0.6}
+    for name in claims.CLIP_PAIR:
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    seed = measure.run_seed(runs, Console(quiet=True))
+    for claim in claims.CLAIMS:
+        assert {claim.better, claim.worse} <= set(seed["numbers"])
+    assert set(seed["numbers"]) - set(seed["intervals"]) == {"reward/clip_higher", "reward/clip"}
+    assert set(seed["paired_p"]) == {claim.says for claim in claims.CLAIMS if claim.is_paired}
 
 
 def test_the_seed_of_the_tuning_is_refused(tmp_path, capsys):

@@ -1,33 +1,44 @@
 """Cutting finished solutions into chunks."""
 
-import random
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunking import (
     Outcome,
-    majority_segmentation,
-    read_segmentation,
+    Splitter,
+    join_tagged,
+    majority_chunking,
+    read_chunks,
     split_solution,
-    tagged,
 )
-from stepwiser_jax.text.chunks import strip_tags
 
 SOLUTION = "Let x = 3.\nThen  2x = 6.\n\nSo the answer is \\boxed{6}."
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_cut_at_white_space_is_kept_and_gives_the_text_back(seed):
-    rng, words = random.Random(seed), SOLUTION.split(" ")
-    cuts = sorted(rng.sample(range(1, len(words)), rng.randrange(1, 5)))
-    parts = [" ".join(words[a:b]) for a, b in zip([0, *cuts], [*cuts, len(words)], strict=True)]
-    parts = [part.strip() for part in parts if part.strip()]
-    gap = rng.choice(["", "\n", " \n\n"])
+WORDS = st.text("ab.\\{}<>/3 ", min_size=1, max_size=8).map(str.strip).filter(bool)
+GAPS = st.sampled_from(["", "\n", " \n\n"])
+
+
+@given(st.lists(WORDS, min_size=1, max_size=6), st.sampled_from([" ", "\n", "\n\n  "]), GAPS)
+def test_any_cut_at_white_space_is_kept_and_gives_the_text_back(parts, between, gap):
+    solution = between.join(parts)
     text = gap + gap.join(f"<chunk>{gap}{part}{gap}</chunk>" for part in parts) + gap
-    assert read_segmentation(text, SOLUTION) == (Outcome.KEPT, tuple(parts))
-    assert read_segmentation(tagged(parts), SOLUTION) == (Outcome.KEPT, tuple(parts))
-    assert "".join(strip_tags(tagged(parts)).split()) == "".join(SOLUTION.split())
+    assert read_chunks(text, solution) == (Outcome.KEPT, tuple(parts))
+    assert read_chunks(join_tagged(parts), solution) == (Outcome.KEPT, tuple(parts))
+
+
+@given(st.text("ab. \n3Step1:#", max_size=30), st.sampled_from(get_args(Splitter)))
+def test_rules_of_thumb_keep_all_but_white_space(solution, splitter):
+    chunks = split_solution(solution, splitter)
+    assert all(chunk and chunk == chunk.strip() for chunk in chunks)
+    assert "".join("".join(chunks).split()) == "".join(solution.split())
+    if chunks:
+        assert read_chunks(join_tagged(chunks), solution) == (Outcome.KEPT, chunks)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +60,12 @@ def test_any_cut_at_white_space_is_kept_and_gives_the_text_back(seed):
     ],
 )
 def test_what_is_not_the_solution_in_the_format_is_rejected(text, outcome):
-    assert read_segmentation(text, SOLUTION) == (outcome, ())
+    assert read_chunks(text, SOLUTION) == (outcome, ())
 
 
 def test_the_cut_that_occurs_most_often_is_chosen():
-    assert majority_segmentation([("a", "b"), ("ab",), ("ab",)]) == (("ab",), 2)
-    assert majority_segmentation([("a", "b"), ("ab",)]) == (("a", "b"), 1)
+    assert majority_chunking([("a", "b"), ("ab",), ("ab",)]) == (("ab",), 2)
+    assert majority_chunking([("a", "b"), ("ab",)]) == (("a", "b"), 1)
 
 
 def test_rules_of_thumb():
@@ -75,13 +86,13 @@ def test_rules_of_thumb():
 
 def test_the_embedded_tasks_segmenter_learns_to_cut_what_the_policy_writes():
     problems = arithmetic.generate_problems(20, 0, "train")
-    untagged = arithmetic.untagged_demonstrations(problems, 0)
-    cut = arithmetic.segmenter_demonstrations(problems, 0)
-    whole = arithmetic.policy_demonstrations(problems, 0)
+    untagged = demonstrations.untagged_demonstrations(problems, 0)
+    cut = demonstrations.segmenter_demonstrations(problems, 0)
+    whole = demonstrations.policy_demonstrations(problems, 0)
     for solution, example, demonstration in zip(untagged, cut, whole, strict=True):
         assert example.prompt == f"{solution.completion} ?"
         assert example.completion == demonstration.completion
-        outcome, chunks = read_segmentation(example.completion, solution.completion)
+        outcome, chunks = read_chunks(example.completion, solution.completion)
         assert outcome is Outcome.KEPT
         assert len(chunks) == demonstration.completion.count("</chunk>")
         assert set(example.prompt.split()) <= set(arithmetic.VOCABULARY)

@@ -1,4 +1,4 @@
-"""The command `contrast` on runs that are written down here."""
+"""The command `compare-judges` on runs that are written down here."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def classified(directory, items, predictions, *, threshold):
     )
 
 
-def contrasted(capsys, *runs):
+def compared(capsys, *runs):
     assert main(["compare-judges", *map(str, runs), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -105,7 +105,7 @@ def f1(predictions, rows):
 def test_a_judge_beside_a_classifier_each_counted_as_its_run_counts(tmp_path, items, capsys):
     a = classified(tmp_path / "a", items, OF_A, threshold=0.8)
     b = evaluated(tmp_path / "b", items, OF_B)
-    found = contrasted(capsys, a, b)
+    found = compared(capsys, a, b)
     for subset, rows in (("gsm8k", range(4)), ("math", range(4, 6))):
         assert found["subsets"][subset]["f1_a"] == pytest.approx(f1(OF_A, rows))
         assert found["subsets"][subset]["f1_b"] == pytest.approx(f1(OF_B, rows))
@@ -120,7 +120,7 @@ def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
     b = evaluated(tmp_path / "b", items, OF_A)
     (b / "config.yaml").write_text(yaml.safe_dump(settings))
     write_manifest(b, "evaluate", "0", [Judgment])
-    found = contrasted(capsys, a, b)["average"]
+    found = compared(capsys, a, b)["average"]
     assert (found["right_by_a_alone"], found["right_by_b_alone"]) == (1, 1)
     assert found["f1_b"] == 0 < found["f1_a"]
 
@@ -157,10 +157,10 @@ def test_votes_count_together(tmp_path, items, capsys, genprm):
     write_records(part, judgments)
     write_manifest(b, "evaluate", "0", [Judgment])
     a = classified(tmp_path / "a", items, OF_A, threshold=0.8)
-    greedy = contrasted(capsys, a, b)
+    greedy = compared(capsys, a, b)
     assert (greedy["counted_a"], greedy["counted_b"]) == ("threshold 0.8", "greedy")
     assert greedy["average"]["f1_b"] == 0
-    voted = contrasted(capsys, a, b, "--votes")
+    voted = compared(capsys, a, b, "--votes")
     assert voted["counted_b"] == ("mean_3" if genprm else "majority_3")
     assert voted["subsets"]["gsm8k"]["f1_b"] == pytest.approx(f1(OF_B, range(4)))
     assert "--votes: expected an evaluate run with votes" in refused(capsys, a, a, "--votes")

@@ -1,0 +1,79 @@
+"""Scores of a judge that says of a whole solution whether it is right, as ThinkPRM's tables have.
+
+A solution without an error is the positive class. The paper does not name that class; its random
+baselines (39.1 on OlympiadBench and 32.7 on Omni-MATH, of which about 34% and 24% are correct) are
+those of this one. This F1 is binary, and another quantity than ProcessBench's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwiser_jax.evaluation.processbench import (
+    count_outcomes,
+    harmonic_mean,
+    subset_indices,
+    subset_names,
+)
+from stepwiser_jax.evaluation.statistics import bootstrap_interval
+from stepwiser_jax.records import ProcessBenchItem
+
+OUTCOME = np.dtype([("subset", int), ("is_correct", bool), ("is_accepted", bool)])
+SCORES = ("binary_f1", "precision", "recall", "accuracy")
+
+
+def solution_scores(outcomes: np.ndarray) -> np.ndarray:
+    """Returns `SCORES` of an array of `OUTCOME`, averaged over subsets. What is undefined is 0."""
+    counts = count_outcomes(outcomes)
+    hits = counts[:, 1, 1]
+    precision = hits / np.maximum(1, counts[:, :, 1].sum(axis=1))
+    recall = hits / np.maximum(1, counts[:, 1, :].sum(axis=1))
+    accuracy = (counts[:, 0, 0] + hits) / np.maximum(1, counts.sum(axis=(1, 2)))
+    f1 = harmonic_mean(precision, recall)
+    return np.array([f1, precision, recall, accuracy]).mean(axis=1)
+
+
+def solutions_by_subset(
+    items: Sequence[ProcessBenchItem],
+    p_correct: Sequence[float],
+    bad_outputs: Sequence[float],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Returns the scores of each subset and their plain average, with 95% intervals.
+
+    Args:
+        items: Solutions with their first errors.
+        p_correct: The probability that each solution is right; it is accepted from 1/2 on.
+        bad_outputs: The share of bad outputs about each solution.
+        seed: Of the bootstrap.
+    """
+    subset = subset_indices(items)
+    outcomes = np.zeros(len(items), OUTCOME)
+    outcomes["subset"] = subset
+    outcomes["is_correct"] = [item.first_error == -1 for item in items]
+    outcomes["is_accepted"] = np.asarray(p_correct) >= 0.5
+    names, bad = np.array([item.subset for item in items]), np.asarray(bad_outputs)
+
+    def scores(rows: np.ndarray) -> dict[str, Any]:
+        values = solution_scores(outcomes[rows]).tolist()
+        bad_of_subset = [bad[rows][subset[rows] == s].mean() for s in np.unique(subset[rows])]
+        intervals = bootstrap_interval(
+            outcomes[rows], solution_scores, seed=seed, strata=names[rows]
+        )
+        return {
+            **dict(zip(SCORES, values, strict=True)),
+            "bad_outputs": float(np.mean(bad_of_subset)),
+            "binary_f1_interval": intervals[SCORES.index("binary_f1")],
+            "accuracy_interval": intervals[SCORES.index("accuracy")],
+        }
+
+    return {
+        "subsets": {
+            name: scores(np.flatnonzero(subset == s)) for s, name in enumerate(subset_names(items))
+        },
+        "average": scores(np.arange(len(items))),
+    }

@@ -1,0 +1,101 @@
+"""The metrics of a run: metrics.jsonl and TensorBoard events side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stepwiser_jax.distributed import hosts
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import atomic_write
+
+TIMING_FIELDS = ("time", "seconds")
+"""Fields of a line of metrics.jsonl that differ when a run is repeated: when the line was written
+(UTC), and the seconds since the line before it."""
+
+
+class Metrics:
+    """The writer of a run's metrics. Only the primary process writes."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "metrics.jsonl"
+        self._tensorboard, self._last_line = None, time.perf_counter()
+        if hosts.is_primary():
+            # Not tensorboardX.SummaryWriter: if the disk is full, its thread dies, and the next
+            # call that adds to its queue waits for ever.
+            from tensorboardX.event_file_writer import EventsWriter
+
+            folder = run_dir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self._tensorboard = EventsWriter(str(folder / "events"))
+
+    def resume_at(self, step: int) -> dict[str, float]:
+        """Removes what a killed run logged after the checkpoint of `step`.
+
+        Returns the last values up to `step`. Raises UserError if lines before it are missing.
+        """
+        lines = read_metrics(self._path) if self._path.exists() else []
+        kept = [line for line in lines if line["step"] <= step]
+        last = kept[-1] if kept else {}
+        last_step = last.get("step", 0)
+        if last_step < step:
+            raise UserError(
+                f"{self._path} ends at step {last_step}, but the checkpoint to resume from is of "
+                f"step {step}: put the file back, or delete the checkpoints after step {last_step}"
+            )
+        if self._tensorboard is not None:
+            atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        return {k: value for k, value in last.items() if k not in ("step", *TIMING_FIELDS)}
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line, and the same values as a TensorBoard event."""
+        if self._tensorboard is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        now = time.perf_counter()
+        values = {name: float(value) for name, value in values.items()}
+        values["seconds"], self._last_line = round(now - self._last_line, 3), now
+        line = {"step": step, **values, "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._tensorboard.write_event(event)
+        self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """Waits until all lines are on disk. Call it before a checkpoint that relies on them."""
+        if self._tensorboard is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """Returns the lines of a metrics.jsonl, without a last one that a kill cut short.
+
+    Raises UserError if another line is damaged.
+    """
+    lines: list[dict[str, float]] = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        before = lines[-1]["step"] if lines else 0
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict) and type(fields.get("step")) is int and fields["step"] > before:
+            lines.append(fields)
+        elif line.endswith(b"\n"):
+            raise UserError(
+                f"{file}, line {number} is damaged ({line[:80]!r}): put the file back, or delete "
+                "that line; the training itself does not depend on it"
+            )
+    return lines

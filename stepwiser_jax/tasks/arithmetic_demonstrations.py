@@ -1,0 +1,328 @@
+"""Demonstrations of the embedded task, by an imperfect teacher.
+
+    judgment    4 * 7 = 8 8 same ; 8 + 5 = 3 3 same | \\boxed{ Positive }
+    chain       such judgments, one after another, then <judge> Positive
+
+The judge recomputes a line, repeats the value that the chunk claims, and says whether they are the
+same.
+
+What the demonstrations teach, and what they do not:
+
+1. The policy's teacher is wrong *systematically*: a seventh of the 250 facts (x * d, m + a, m - a)
+   are hard; each has a fixed wrong value that the teacher writes with a fixed probability. Random
+   slips alone would be averaged away, and greedy decoding would solve everything.
+2. After a wrong chunk the teacher sometimes repairs it, so that a prefix with an error keeps a
+   value above 0, as real solutions do.
+3. The judge's demonstrations carry the *skill* to recompute, noisily. They know the hard facts
+   better than the policy's teacher, but not fully. Only a part of them recompute everything, a part
+   look at the last line only, and the rest glance at the chunk and guess. A tenth of all verdicts
+   are flipped. That recomputing pays, and which facts are wrong, is left to GRPO on Monte Carlo
+   labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.records import Dialogue, Problem, SftExample, Verdict
+from stepwiser_jax.tasks.arithmetic import (
+    FACTORS,
+    Line,
+    Operation,
+    State,
+    answer_text,
+    chunk_text,
+    chunk_truth,
+    claimed_lines,
+    compute,
+    exact_lines,
+    parse_question,
+)
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.prompts import (
+    PromptStyle,
+    bare_judge_prompt,
+    chunking_prompt,
+    parse_verdict,
+)
+
+# --- the teacher ----------------------------------------------------------------------------------
+
+
+class Teacher:
+    """Knows most facts. On hard ones it writes a fixed wrong value with a fixed probability."""
+
+    def __init__(
+        self, seed: int, *, hard_share: float = 0.13, wrong: tuple[float, float] = (0.3, 0.65)
+    ):
+        rng = np.random.default_rng((seed, 1))
+        facts = [(x, "*", d) for x in range(10) for d in FACTORS]
+        facts += [(x, op, a) for x in range(10) for op in "+-" for a in range(1, 10)]
+        hard = rng.choice(len(facts), round(hard_share * len(facts)), replace=False)
+        self.misbelief = {
+            facts[i]: ((compute(*facts[i]) + int(rng.integers(1, 10))) % 10, rng.uniform(*wrong))
+            for i in hard
+        }
+
+    def line(
+        self, left: int, op: str, right: int, rng: np.random.Generator, error_scale: float = 1.0
+    ) -> Line:
+        """Returns what the teacher believes. `error_scale` multiplies the chance of a misbelief."""
+        wrong_value, probability = self.misbelief.get((left, op, right), (0, 0.0))
+        if rng.random() < error_scale * probability:
+            return Line(left, op, right, wrong_value)
+        return Line(left, op, right, compute(left, op, right))
+
+    def chunk(self, value: int, operation: Operation, rng: np.random.Generator) -> list[Line]:
+        """Returns two lines, in one of 100 chunks with a random slip."""
+        first = self.line(value, "*", operation.factor, rng)
+        second = self.line(first.result, operation.sign, operation.addend, rng)
+        if rng.random() < 0.005:
+            sign = "-" if operation.sign == "+" else "+"
+            second = self.line(first.result, sign, operation.addend, rng)
+        elif rng.random() < 0.005:
+            second = Line(second.left, second.op, second.right, int(rng.integers(10)))
+        return [first, second]
+
+
+REPAIR_PROBABILITY = {False: 0.02, True: 0.3}
+"""How often the teacher does an operation again, by whether it was wrong."""
+
+
+def demonstrate(question: str, teacher: Teacher, rng: np.random.Generator) -> list[str]:
+    """Returns the teacher's solution as chunks."""
+    value, operations = parse_question(question)
+    chunks = []
+    for operation in operations:
+        lines = teacher.chunk(value, operation, rng)
+        chunks.append(chunk_text(lines))
+        is_wrong = tuple(lines) != exact_lines(value, operation)
+        if rng.random() < REPAIR_PROBABILITY[is_wrong]:
+            lines = list(exact_lines(value, operation)) if is_wrong else lines
+            chunks.append(chunk_text(lines, repair=True))
+        value = lines[-1].result
+    return [*chunks, answer_text(value)]
+
+
+def policy_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """Returns one imperfect solution of every problem."""
+    teacher, rng = Teacher(seed), np.random.default_rng((seed, 2))
+    return [
+        SftExample(
+            example_id=f"{problem.problem_id}/demonstration",
+            problem_id=problem.problem_id,
+            prompt=problem.question,
+            completion=" ".join(demonstrate(problem.question, teacher, rng)),
+        )
+        for problem in problems
+    ]
+
+
+def untagged(solution: str) -> str:
+    """Returns what a policy writes that knows no chunks."""
+    return " ".join(strip_tags(solution).split())
+
+
+def untagged_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """Returns the same solutions without their tags."""
+    return [
+        dataclasses.replace(example, completion=untagged(example.completion))
+        for example in policy_demonstrations(problems, seed)
+    ]
+
+
+def segmenter_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """Returns prompts that hold a solution without tags, completed by the same with tags."""
+    return [
+        dataclasses.replace(example, prompt=chunking_prompt(untagged(example.completion), "bare"))
+        for example in policy_demonstrations(problems, seed)
+    ]
+
+
+# --- the judge's cold start ---------------------------------------------------------------------
+
+
+def demonstrate_opinion(
+    question: str,
+    chunks: Sequence[str],
+    teacher: Teacher,
+    rng: np.random.Generator,
+    *,
+    runs_code: bool = False,
+    full: float = 0.40,
+    partial: float = 0.45,
+    flip: float = 0.1,
+    error_scale: float = 0.4,
+) -> tuple[str, bool]:
+    """Returns the analysis of the last chunk, and whether the verdict is Positive.
+
+    Args:
+        question: The problem.
+        chunks: The solution up to the chunk that is judged.
+        teacher: The policy's teacher.
+        rng: Decides how this judgment is made.
+        runs_code: Whether the verdict shares no misbelief; the analysis still does.
+        full: Probability to recompute every line.
+        partial: Probability to recompute the last line only. With the remaining probability the
+            judge glances, and says Positive in 60% of the cases, whatever the chunk holds.
+        flip: Share of verdicts that are flipped.
+        error_scale: How much of the teacher's misbelief the judge shares.
+    """
+    mode = rng.choice(["full", "partial", "glance"], p=[full, partial, 1 - full - partial])
+    analysis, positive = judge_chunk(question, chunks, mode, teacher, rng, error_scale)
+    if runs_code:
+        _, positive = judge_chunk(question, chunks, mode, teacher, rng, 0.0)
+    return analysis, positive != (rng.random() < flip)
+
+
+def demonstrate_judgment(
+    question: str, chunks: Sequence[str], teacher: Teacher, rng: np.random.Generator
+) -> str:
+    """Returns a judgment of the last chunk as text."""
+    analysis, positive = demonstrate_opinion(question, chunks, teacher, rng)
+    return f"{analysis} \\boxed{{ {'Positive' if positive else 'Negative'} }}"
+
+
+def judge_demonstrations(
+    problems: Sequence[Problem], seed: int, *, wrong_share: float = 0.5
+) -> list[SftExample]:
+    """Returns one judgment per problem, of a random chunk of an imperfect solution. If the solution
+    has wrong chunks, it is one of those with probability `wrong_share`."""
+    teacher, rng = Teacher(seed), np.random.default_rng((seed, 3))
+    examples = []
+    for problem in problems:
+        chunks = demonstrate(problem.question, teacher, rng)
+        wrong = [j for j, right in enumerate(chunk_truth(problem.question, chunks)) if not right]
+        chosen = int(rng.integers(len(chunks)))
+        if wrong and rng.random() < wrong_share:
+            chosen = int(rng.choice(wrong))
+        judgment = demonstrate_judgment(problem.question, chunks[: chosen + 1], teacher, rng)
+        history = " ".join(chunks[:chosen])
+        examples.append(
+            SftExample(
+                example_id=f"{problem.problem_id}/judgment",
+                problem_id=problem.problem_id,
+                prompt=bare_judge_prompt(problem.question, history, chunks[chosen]),
+                completion=judgment,
+            )
+        )
+    return examples
+
+
+def verdict_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """Returns the same judgments without their analysis."""
+    return [
+        dataclasses.replace(
+            example, completion=example.completion[example.completion.index("\\boxed") :]
+        )
+        for example in judge_demonstrations(problems, seed)
+    ]
+
+
+_FACT = re.compile(r"(\d) ([*+-]) (\d) =")
+
+
+def demonstrate_turn(
+    question: str, chunks: Sequence[str], teacher: Teacher, rng: np.random.Generator
+) -> str:
+    """Returns GenPRM's turn about the last chunk. Its code recomputes the lines that the analysis
+    recomputed. What it prints is exact although the teacher may err, and the verdict follows it (a
+    tenth is flipped all the same). A teacher that recomputed nothing writes no code."""
+    analysis, positive = demonstrate_opinion(question, chunks, teacher, rng, runs_code=True)
+    facts = _FACT.findall(analysis)
+    code = "".join(f"print(({left} {op} {right}) % 10)\n" for left, op, right in facts)
+    printed = "\n".join(str(compute(int(left), op, int(right))) for left, op, right in facts)
+    verification = genprm_form.code_and_output(code, printed) if facts else ""
+    return genprm_form.whole_turn(len(chunks) - 1, analysis, verification, is_right=positive)
+
+
+def genprm_demonstrations(
+    problems: Sequence[Problem], seed: int, style: PromptStyle
+) -> list[Dialogue]:
+    """Returns one conversation per problem in GenPRM's form: a turn judges each chunk of an
+    imperfect solution, in the instruct form with code."""
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm_form.FORMS[style]
+    say = demonstrate_judgment if style == "bare" else demonstrate_turn
+    dialogues = []
+    for problem in problems:
+        question, chunks = problem.question, demonstrate(problem.question, teacher, rng)
+        turns = [say(question, chunks[: t + 1], teacher, rng) for t in range(len(chunks))]
+        roles, texts = genprm_form.conversation(question, chunks, turns, form)
+        name = f"{problem.problem_id}/dialogue"
+        dialogues.append(Dialogue(name, problem.problem_id, roles, texts))
+    return dialogues
+
+
+def thinkprm_demonstrations(
+    problems: Sequence[Problem], seed: int, style: PromptStyle
+) -> list[SftExample]:
+    """Returns one verification chain per problem in ThinkPRM's form. It judges the chunks of an
+    imperfect solution until one is wrong, then answers the question whether all are correct."""
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm_form.FORMS[style]
+    examples = []
+    for problem in problems:
+        chunks = demonstrate(problem.question, teacher, rng)
+        analyses, verdicts = [], []
+        while len(verdicts) < len(chunks) and Verdict.NEGATIVE not in verdicts:
+            so_far = chunks[: len(verdicts) + 1]
+            judgment = demonstrate_judgment(problem.question, so_far, teacher, rng)
+            analyses.append(judgment.split(" \\boxed")[0])
+            verdicts.append(parse_verdict(judgment))
+        chain, is_correct = form.chain(analyses, verdicts), Verdict.NEGATIVE not in verdicts
+        examples.append(
+            SftExample(
+                example_id=f"{problem.problem_id}/verification",
+                problem_id=problem.problem_id,
+                prompt=thinkprm_form.verify_prompt(problem.question, chunks, style),
+                completion=form.whole(chain, is_correct),
+            )
+        )
+    return examples
+
+
+def _digit(word: str) -> int:
+    """Returns the digit a word is; 0 for any other word, which no line may hold."""
+    return int(word) if len(word) == 1 and word.isdigit() else 0
+
+
+def judge_chunk(
+    question: str,
+    chunks: Sequence[str],
+    mode: str,
+    teacher: Teacher,
+    rng: np.random.Generator,
+    error_scale: float,
+) -> tuple[str, bool]:
+    """Returns the analysis of the last chunk, and whether the verdict is Positive. With
+    `error_scale` 0 the full analysis is the exact truth."""
+    if mode == "glance":
+        return "looks fine", bool(rng.random() < 0.6)
+    value, operations = parse_question(question)
+    state = State(operations, value)
+    for chunk in chunks[:-1]:
+        state.advance(chunk)
+    expected = state.expected(chunks[-1])
+    if expected is None:
+        return "? diff |", False
+    if "\\boxed{" in expected:
+        claimed = chunks[-1].split()[2]
+        same = chunks[-1] == expected
+        return f"{state.value} {claimed} {'same' if same else 'diff'} |", same
+    parts, verdict = [], True
+    claimed = claimed_lines(chunks[-1])
+    exact = claimed_lines(expected)
+    for i in [1] if mode == "partial" else [0, 1]:
+        if i >= len(claimed):
+            return " ; ".join([*parts, "? diff |"]), False
+        # From what the chunk itself claims for the line before: each line is checked on its own.
+        left = int(exact[0][0]) if i == 0 else _digit(claimed[0][-1])
+        line = teacher.line(left, exact[i][1], int(exact[i][2]), rng, error_scale)
+        same = " ".join(claimed[i]) == line.text
+        parts.append(f"{line.text} {claimed[i][-1]} {'same' if same else 'diff'}")
+        verdict = verdict and same
+    return " ; ".join(parts) + " |", verdict

@@ -1,0 +1,18 @@
+"""The fake devices that tests run on, and how programs are compiled for them."""
+
+import os
+
+OPTIMIZED = bool(os.environ.get("OPTIMIZED"))
+"""Whether programs are compiled as users compile them. By default they are not: most of the time of
+a test goes into compiling programs that then run for milliseconds."""
+
+
+def xla_flags(devices: int) -> str:
+    """Returns XLA_FLAGS for a process with this number of CPU devices."""
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        # By default XLA starts independent operations of a program in any order, collectives too:
+        # two CPU devices can then wait for one another in different ones, for ever.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    return " ".join(flags if OPTIMIZED else [*flags, "--xla_backend_optimization_level=0"])
