@@ -77,7 +77,7 @@ need_names() { # need_names OPTION...: each is a name as Google Cloud and Kubern
 }
 
 need_sharded() { # the stage can be divided into shards
-  local stages="rollout chunk-solutions annotate rejection-sample evaluate classify search select-responses refine"
+  local stages="rollout chunk-solutions annotate rejection-sample evaluate search select-responses refine"
   [[ " $stages " == *" ${run[0]} "* ]] ||
     fail "--shards: expected a stage of $stages, found '${run[0]}'"
 }

@@ -46,7 +46,7 @@ stage select-responses select
 
 # 8. The baseline: a classifier learns the same labels, and judges a solution in one pass.
 stage train-classifier classifier
-stage classify classify
+stage evaluate evaluate_classifier
 
 # 9. The offline judge: the cold start's own judgments, where they agree with the labels.
 stage rejection-sample rationales
@@ -62,7 +62,7 @@ stage evaluate thinkprm_evaluate
 
 # Every stage left a manifest and a summary; a finished stage started again does nothing.
 for run in policy rollouts values labels cold_start judge heldout evaluate search select classifier \
-  classify rationales thinkprm_start thinkprm_chains thinkprm thinkprm_evaluate; do
+  evaluate_classifier rationales thinkprm_start thinkprm_chains thinkprm thinkprm_evaluate; do
   test -s "$runs/$run/manifest.json" && test -s "$runs/$run/summary.json"
 done
 test -s "$runs/judge_hf/model.safetensors"

@@ -42,11 +42,12 @@ def _options(version: Annotated[bool, _Version] = False) -> None: ...
 STAGES = {
     "sft": (
         "Fine-tune a policy on chunked solutions, or a judge on judgments (its cold start).",
-        "Reads demonstrations and a model. Writes checkpoints/, metrics.jsonl, model/.",
+        "Reads examples and a model. Writes checkpoints/, metrics.jsonl, model/.",
     ),
     "rollout": (
         "Sample chunked solutions of every problem and check their answers.",
-        "Reads problems and a policy. Writes problems and trajectories.",
+        "Reads problems and a policy. Writes problems and trajectories. The embedded task "
+        "(`problems.source: arithmetic`) has the splits rollout, dev and test.",
     ),
     "chunk-solutions": (
         "Cut right solutions into chunks, by a teacher's proposals or a rule, for sft.",
@@ -75,20 +76,17 @@ STAGES = {
         "examples or dialogues.",
     ),
     "evaluate": (
-        "ProcessBench and PRMBench: find first errors, or wrong steps, with a judge.",
-        "Reads items (a file or hub id of either, or a rollout run) and a judge. Writes judgments.",
-    ),
-    "classify": (
-        "ProcessBench and PRMBench with a classifier, all steps of a solution at once.",
-        "Reads items (as evaluate does) and a classifier. Writes judgments.",
+        "Score a judge or a classifier on ProcessBench or PRMBench.",
+        "Reads a benchmark (a file or hub id of either, or a rollout run) and a judge. Writes "
+        "judgments.",
     ),
     "search": (
         "Chunk-reset, beam search, DVTS and best-of-N beside greedy decoding, sampling and votes.",
-        "Reads problems, a policy, and a judge or a classifier. Writes search results.",
+        "Reads problems, a policy and a judge. Writes search results.",
     ),
     "select-responses": (
         "Choose the best response to every problem by its chunks' mean score, for sft.",
-        "Reads a rollout run and, if given, a judge or a classifier. Writes selections.",
+        "Reads a rollout run and, if given, a judge. Writes selections.",
     ),
     "refine": (
         "Let a policy think again where a judge of GenPRM's form finds its first wrong step.",
@@ -174,8 +172,8 @@ def quickstart(
 
 @app.command("compare-judges")
 def compare_judges(
-    run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate or classify.")],
-    run_b: Annotated[Path, typer.Argument(help="Another one over the same items.")],
+    run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one on the same items.")],
     votes: Annotated[
         bool, typer.Option("--votes", help="Of evaluate runs with votes, what these say together.")
     ] = False,
@@ -290,11 +288,20 @@ def plan(
         raise typer.Exit(1)
 
 
+def refuse_old_names(arguments: list[str]) -> None:
+    """Raises UserError for a command that has another name now."""
+    from stepwiser_jax.config import RENAMED_COMMANDS
+
+    if arguments and arguments[0] in RENAMED_COMMANDS:
+        raise UserError(f"the command {arguments[0]} is now {RENAMED_COMMANDS[arguments[0]]}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     from stepwiser_jax.runs.signals import Interrupted
 
     try:
+        refuse_old_names(sys.argv[1:] if arguments is None else arguments)
         status = app(arguments, standalone_mode=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,13 @@
-"""Every setting of every stage: typed, frozen, with its default here and nowhere else; and how a
-YAML file becomes a config.
+"""The settings of every stage, each with its type, default and meaning; and how a YAML file becomes
+a config.
 
-A config is a YAML file in the schema of its stage plus `--set a.b=c` overrides. Unknown keys are
-refused and the closest real key is named. The resolved config is written to the run directory in
-the same schema, so that `--config <run_dir>/config.yaml` repeats the run. Beside its settings a
-file may name its `stage`; and in a path `RUNS/` is the directory that the run's own lies in, so
-that runs that lie side by side find one another by name.
+A config is a YAML file in the schema of its stage, plus `--set a.b=c` overrides. An unknown key is
+refused, and the error names the closest one. The resolved config is written to the run directory in
+the same schema, so that `--config <run_dir>/config.yaml` repeats the run. A file may also name its
+`stage`. A path that begins with `RUNS/` lies in the directory that holds the run directory, so that
+runs that lie side by side find each other by name.
+
+The text below a field is its documentation: docs/settings.md is made from it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -25,8 +26,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -34,10 +37,12 @@ from pydantic import (
     model_validator,
 )
 
-from stepwiser_jax.data.datasets import OnMalformed
+from stepwiser_jax import plugins
+from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
+from stepwiser_jax.rl.labels import LABEL_RULES
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -51,9 +56,11 @@ class OnResume(Enum):
     UNTIL_EXAMPLES = "selects the examples to write, and may change until some are written"
 
 
-# --- settings that several stages share ---------------------------------------------------------
+# --- types --------------------------------------------------------------------------------------
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rollouts = Annotated[int, Field(gt=0, le=MAX_ROLLOUTS)]
 
 
 def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,11 +82,19 @@ Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_l
 Chunking = Annotated[Literal["tags", "blank_lines"] | Strings, BeforeValidator(_named_or_listed)]
 
 
-ChatTemplateArgs = dict[str, Argument]
+def _kind_of(value: Any) -> Any:
+    """Returns the `kind` of a judge; a judge that names none is StepWiser's, and `module:function`
+    is the user's own."""
+    kind = value.get("kind", "stepwiser") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "own" if isinstance(kind, str) and ":" in kind else kind
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    """A group of settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -90,360 +105,446 @@ class Config(BaseModel):
         return value
 
 
+# --- models and how they are sampled ------------------------------------------------------------
+
+
 class Mesh(Config):
-    """Sizes of the device mesh's axes; their product is the number of devices used."""
+    """The axes of the device mesh. The product of their sizes is the number of devices used."""
 
     data: PositiveInt = 1
+    """Copies of the model, each of which takes its part of the batch."""
     fsdp: PositiveInt = 1
+    """Devices that share the weights of one copy, and its part of the batch."""
     tensor: PositiveInt = 1
+    """Devices that share each matrix of the model."""
+
+    def check_rows(self, name: str, sizes: Sizes, mesh_name: str = "mesh") -> None:
+        """Raises ValueError unless rows (called `name`) can be dealt out to the devices."""
+        shards = self.data * self.fsdp
+        if any(rows % shards for rows in sizes):
+            raise ValueError(
+                f"{name} {list(sizes)} must be multiples of {mesh_name}.data x {mesh_name}.fsdp = "
+                f"{shards}"
+            )
 
 
-class Model(Config):
-    """Where the weights come from: a Hugging Face directory or hub id, the run directory of a
-    finished stage that trains, or `arithmetic`: the embedded task's tiny model, fresh.
-    `chat_template_args`: what its chat template is told in every prompt, such as
-    `{enable_thinking: false}` for Qwen3. The trained model keeps them: stages that name its run
-    leave them out, or repeat them."""
+class ChatTemplate(Config):
+    """How a chat template is called."""
+
+    chat_template_args: dict[str, Argument] = Field(default_factory=dict)
+    """Arguments of the chat template, the same in every prompt, such as `{enable_thinking: false}`
+    for Qwen3. A trained model keeps them: a stage that names its run leaves them out."""
+
+
+class Model(ChatTemplate):
+    """A model with its tokenizer."""
 
     path: str
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
+    """A Hugging Face directory or hub id; the run directory of a finished stage that trains; or
+    `arithmetic`, the tiny model of the embedded task with fresh weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type to compute in, and to store weights in that are not trained. Weights that are
+    trained are always float32: bfloat16 would round an update of 1e-6 away."""
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        """The arguments of `distributed.loading` that these settings are."""
+        return {
+            "path": self.path,
+            "param_dtype": self.dtype,
+            "compute_dtype": self.dtype,
+            "chat_template_args": self.chat_template_args,
+        }
 
 
 class Lora(Config):
-    """Low-rank adapters, in float32, of the blocks' matrices named in `targets`; `alpha / rank`
-    scales what they add. They alone are trained then."""
+    """Low-rank adapters, in float32. When there are adapters, nothing else is trained."""
 
     rank: int = Field(16, ge=1)
+    """The rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
+    """Scales what an adapter adds, by `alpha / rank`."""
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
         ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
     )
+    """The matrices of each block that get an adapter."""
 
 
 class TrainedModel(Model):
-    """Weights that are trained are float32: in bfloat16 an update of 1e-6 is rounded away. With
-    `lora` (`{}`: its defaults) the model's own are not, and may be bfloat16; what is exported, with
-    the adapters merged, has their type."""
+    """A model to train."""
 
     lora: Lora | None = None
+    """Train low-rank adapters instead of all weights; `{}` takes their defaults. The exported model
+    has the adapters merged."""
 
-    @model_validator(mode="after")
-    def _master_weights(self) -> TrainedModel:
-        if self.lora is None and self.param_dtype != "float32":
-            raise ValueError(
-                f"param_dtype must be float32 where all weights are trained, found "
-                f"{self.param_dtype}: leave it out, or set lora"
-            )
-        return self
-
-
-class Problems(Config):
-    """`source`: a hub id, a local jsonl/json/parquet file, a finished `rollout` run (its problems),
-    or `arithmetic` (then `limit`, `split` and `seed` say which problems are generated). `subset` is
-    a hub data set's configuration, such as `main`.
-
-    Rows are taken in this order, here and wherever these settings stand:
-
-    1. `shuffle`: in an order that `seed` decides, the same on every machine; else as they stand.
-    2. `on_malformed`: a row that cannot be read stops the stage, or is counted and left out.
-    3. `exclude`: problems of these evaluation sets are left out (local files, finished `rollout`
-       runs, or hub data sets of one configuration, with all their splits).
-    4. `limit`: at most this number of what is left is used. Duplicates, and answers that cannot be
-       verified, leave the stage with fewer."""
-
-    source: str
-    split: str | None = None
-    subset: str | None = None
-    shuffle: bool = False
-    limit: int | None = Field(None, ge=1)
-    on_malformed: OnMalformed = "stop"
-    exclude: tuple[str, ...] = ()
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Problems:
-        if self.source == "arithmetic" and (self.shuffle or self.exclude):
-            raise ValueError(
-                "shuffle and exclude are of data sets, and arithmetic generates its problems at "
-                "random, each split apart: leave them out"
-            )
-        return self
+    @property
+    def load_args(self) -> dict[str, Any]:
+        if self.lora is None:
+            return super().load_args | {"param_dtype": "float32", "lora": None}
+        return super().load_args | {"lora": self.lora.model_dump()}
 
 
 class Sampling(Config):
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off."""
+    """How tokens are drawn."""
 
     temperature: float = Field(1.0, ge=0)
+    """0 always takes the likeliest token."""
     top_k: int = Field(0, ge=0)
+    """Draw from the `top_k` likeliest tokens; 0 draws from all."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that together have this probability; 1 draws from all."""
     max_new_tokens: int = Field(ge=1)
+    """The most tokens of one completion."""
 
 
 class Engine(Config):
-    """Compiled shapes: `rows` in flight (the smallest number that holds the work is used), and
-    `buckets`, the lengths of stored prompts; the largest is the context, completion included.
-    `weights`: `int8` stores the blocks' matrices as 8-bit integers and samples from a slightly
-    different distribution; made for accelerators, slower than bfloat16 on a CPU."""
+    """The shapes that sampling is compiled for."""
 
     rows: Sizes = (64,)
+    """Completions in flight at a time. The smallest number that holds the work is used."""
     buckets: Sizes
+    """Lengths that prompts are padded to, in tokens. The largest is the context: it must hold the
+    prompt and its completion."""
     weights: Literal["model", "int8"] = "model"
+    """`int8` stores the matrices of the blocks as 8-bit integers: faster on accelerators, and
+    sampled from a slightly different distribution."""
 
 
-class Optimizer(Config):
-    """AdamW. `warmup_steps` rise linearly, then `schedule` falls to `end_fraction` of the peak."""
+class Sampler(Config):
+    """What every part that samples from a model needs."""
 
-    learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "constant"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    end_fraction: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
+    sampling: Sampling
+    """How tokens are drawn."""
+    engine: Engine
+    """The shapes that sampling is compiled for."""
 
 
-class Training(Config):
-    """What every training stage has beside its data and its loss."""
+class Prompted(Config):
+    """What every part that asks a model needs."""
 
-    optimizer: Optimizer
-    micro_batches: int = Field(1, ge=1)
-    remat: bool = False
-    checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    max_skipped_in_a_row: int = Field(5, ge=1)
+    prompt_style: PromptStyle = "instruct"
+    """`instruct` asks in words, through the chat template. `bare` is the form of the embedded
+    task."""
 
 
-class LabelRule(Config):
-    """A rule (paper eqs 1-3, GenPRM's relative progress) with the parameters of all of them."""
-
-    rule: Literal["abs_q", "rel_effective", "rel_ratio", "relative_progress"] = "rel_effective"
-    alpha: float = Field(0.8, gt=0)
-    best_of: int = Field(4, ge=1)
-    gamma: float = Field(0.7, gt=0)
-    epsilon: float = Field(0.8, gt=0)
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """The settings that the rule takes."""
-        return {
-            "abs_q": {},
-            "rel_effective": {"alpha": self.alpha, "n": self.best_of},
-            "rel_ratio": {"gamma": self.gamma},
-            "relative_progress": {"epsilon": self.epsilon},
-        }[self.rule]
-
-
-class GenPrm(Config):
-    """A judge in GenPRM's form (arXiv 2504.00891): a turn of a conversation for every step.
-
-    `code`: it may have Python code run, at most `max_code_rounds` times a step, in a process of its
-    own with these limits (`sandbox.runner`), in which earlier steps' code is run again.
-    """
-
-    code: bool = True
-    max_code_rounds: int = Field(3, ge=1)
-    code_seconds: float = Field(5.0, gt=0)
-    code_memory_bytes: int = Field(2**30, ge=2**26)
-    code_output_bytes: int = Field(2048, ge=1)
-
-    def check_style(self, prompt_style: JudgePromptStyle) -> None:
-        """Raises ValueError for a style that the form is not known in, or that has no code."""
-        if prompt_style == "verdict":
-            raise ValueError("prompt_style verdict is StepWiser's: with genprm, instruct or bare")
-        if self.code and prompt_style == "bare":
-            raise ValueError("prompt_style bare has no code in it: set genprm.code to false")
-
-
-class GenPrmVerdicts(GenPrm):
-    """A step whose P(right) is below `threshold` is wrong."""
-
-    threshold: float = Field(0.5, gt=0, lt=1)
-
-
-class ThinkPrm(Config):
-    """A judge in ThinkPRM's form (arXiv 2504.16828): one chain about a whole solution, then
-    P(yes)."""
-
-    def check_style(self, prompt_style: JudgePromptStyle) -> None:
-        """Raises ValueError for a style that the form is not known in."""
-        if prompt_style == "verdict":
-            raise ValueError("prompt_style verdict is StepWiser's: with thinkprm, instruct or bare")
-
-
-class ThinkPrmVerdicts(ThinkPrm):
-    """Its thought has `rounds`, one after another (sequential scaling), each of at most
-    `max_new_tokens`."""
-
-    rounds: int = Field(1, ge=1, le=4)
-
-
-class GenerativeJudge(Model):
-    """A judge that reasons about a chunk before its verdict. A chunk's score is 1 where the verdict
-    is Positive, else 0; with `votes` it is the share of so many judgments that say Positive,
-    sampled at `vote_temperature`, and the verdict is the majority's.
-
-    `thinkprm`: it verifies the prefix that ends with the chunk, whose score is then P(yes), or the
-    mean of `votes` chains (parallel scaling). A judge of GenPRM's form would write its whole
-    conversation anew for every chunk: it judges in `evaluate` and `refine` only."""
+class JudgePrompted(Config):
+    """What every part that asks a judge for one chunk needs."""
 
     prompt_style: JudgePromptStyle = "instruct"
-    thinkprm: ThinkPrmVerdicts | None = None
-    max_new_tokens: int = Field(ge=1)
-    votes: int = Field(0, ge=0)
-    vote_temperature: float = Field(1.0, gt=0)
-    engine: Engine
+    """`instruct` asks in words, through the chat template. `verdict` asks for the verdict without
+    an analysis. `bare` is the form of the embedded task."""
+
+
+# --- judges -------------------------------------------------------------------------------------
+
+
+class StepwiserTeacher(Sampler, JudgePrompted, Model):
+    """A model that reasons about one chunk, then writes its verdict (StepWiser)."""
+
+    kind: Literal["stepwiser"] = "stepwiser"
+    """The kind of judge."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
+        mesh.check_rows("judge.engine.rows", self.engine.rows)
+
+
+class WholeSolutionJudge(Sampler, Prompted, Model):
+    """A judge that writes about all steps of a solution."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
+        mesh.check_rows("judge.engine.rows", self.engine.rows)
+
+
+class GenPrm(WholeSolutionJudge):
+    """GenPRM (arXiv 2504.00891): a conversation with one turn for every step.
+    `sampling.max_new_tokens` bounds a turn."""
+
+    kind: Literal["genprm"] = "genprm"
+    """The kind of judge."""
+    code_rounds: int = Field(3, ge=0)
+    """How often in a turn the judge may have Python code run, in a sandbox; 0 for no code."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> GenerativeJudge:
-        if self.thinkprm is not None:
-            self.thinkprm.check_style(self.prompt_style)
+    def _bare_has_no_code(self) -> GenPrm:
+        if self.code_rounds and self.prompt_style == "bare":
+            raise ValueError("prompt_style bare has no code in it: set code_rounds to 0")
         return self
 
 
-class ClassifierJudge(Model):
-    """A classifier as a judge: a chunk's score is P(+), and its verdict is Negative where that is
-    below `threshold`. `rows` of `max_length` tokens are scored at once; a row must hold the longest
-    solution with what its prompt puts around every chunk."""
+class ThinkPrm(WholeSolutionJudge):
+    """ThinkPRM (arXiv 2504.16828): one chain of thought about a whole solution, then P(yes)."""
 
-    prompt_style: PromptStyle = "instruct"
-    threshold: float = Field(0.5, gt=0, lt=1)
+    kind: Literal["thinkprm"] = "thinkprm"
+    """The kind of judge."""
+
+
+class Votes(Config):
+    """How often a judge is asked."""
+
+    votes: int = Field(0, ge=0)
+    """Sample this number of judgments, as `sampling` says, and let the majority decide (GenPRM and
+    ThinkPRM: the mean probability). 0 takes one greedy judgment. `evaluate` scores both."""
+
+
+class StepwiserJudge(Votes, StepwiserTeacher):
+    """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
+    it is the share of them that say Positive."""
+
+
+class GenPrmJudge(Votes, GenPrm):
+    """GenPRM's judge. The score of a step is P(right)."""
+
+    threshold: Share = 0.5
+    """A step is wrong if its P(right) is below this."""
+
+
+class ThinkPrmJudge(Votes, ThinkPrm):
+    """ThinkPRM's judge. `search` and `select-responses` have it verify the prefix that ends with a
+    chunk; the score of the chunk is then P(yes)."""
+
+    rounds: int = Field(1, ge=1, le=4)
+    """Rounds of thought, one after another (sequential scaling), each of at most
+    `sampling.max_new_tokens`."""
+
+
+class ClassifierJudge(Prompted, Model):
+    """A classifier trained by `train-classifier`, which reads all chunks of a solution in one pass.
+    The score of a chunk is P(+)."""
+
+    kind: Literal["classifier"] = "classifier"
+    """The kind of judge."""
+    threshold: Share | None = None
+    """A chunk is wrong if its P(+) is below this; by default 0.5."""
     rows: Annotated[int, OnResume.FREE] = Field(8, ge=1)
+    """Rows that are read at a time, each with several solutions."""
     max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
+    """Tokens of a row. It must hold the longest solution with the prompts of its chunks."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Raises ValueError unless the rows can be dealt out to the devices."""
+        mesh.check_rows("judge.rows", (self.rows,))
+
+
+class OwnJudge(Model):
+    """A judge of your own: `kind` is called with these settings, `mesh`, `seed` and `name`, and
+    returns a `stepwiser_jax.judges.base.Judge`. See docs/extending.md."""
+
+    kind: str
+    """The function or class, `module:name`."""
+    args: dict[str, Any] = {}
+    """Settings for it to read."""
+
+    def check_rows(self, mesh: Mesh) -> None:
+        """Does nothing: what the judge needs of the devices is its own concern."""
+
+
+class GenPrmTeacher(GenPrm):
+    """A model that writes critiques of whole solutions, for GenPRM's training."""
+
+    turn_by_turn: bool = False
+    """Write a critique as GenPRM does, a turn for every step. By default a critique is written in
+    one go, which any model can do."""
+
+    @model_validator(mode="after")
+    def _style_has_a_critique(self) -> GenPrmTeacher:
+        if self.prompt_style == "bare" and not self.turn_by_turn:
+            raise ValueError(
+                "prompt_style bare knows no critique in one go: set turn_by_turn to true"
+            )
+        return self
+
+
+class ThinkPrmTeacher(ThinkPrm):
+    """A model that writes chains about whole solutions, for ThinkPRM's training."""
+
+    max_tokens: int = Field(4096, ge=1)
+    """Longer chains are not kept; question and answer count."""
+
+
+ChunkJudge = Annotated[
+    Annotated[StepwiserJudge, Tag("stepwiser")]
+    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
+    Discriminator(_kind_of),
+]
+"""A judge that can be asked about the last chunk of an unfinished solution. GenPRM's cannot: it
+would write its whole conversation anew for every chunk."""
+
+Judge = Annotated[
+    Annotated[StepwiserJudge, Tag("stepwiser")]
+    | Annotated[GenPrmJudge, Tag("genprm")]
+    | Annotated[ThinkPrmJudge, Tag("thinkprm")]
+    | Annotated[ClassifierJudge, Tag("classifier")]
+    | Annotated[OwnJudge, Tag("own")],
+    Discriminator(_kind_of),
+]
+
+Teacher = Annotated[
+    Annotated[StepwiserTeacher, Tag("stepwiser")]
+    | Annotated[GenPrmTeacher, Tag("genprm")]
+    | Annotated[ThinkPrmTeacher, Tag("thinkprm")],
+    Discriminator(_kind_of),
+]
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class DataSource(Config):
+    """Data, and which rows of it are used. Rows are taken in this order: they are shuffled; rows
+    that cannot be read are left out; excluded problems are left out; `limit` of the rest are used.
+    """
+
+    source: str
+    """What to read. The stage says what it may be: a file, a hub id, a run directory, the name of a
+    generator of the embedded task, or a function of your own as `module:function`."""
+    split: str | tuple[str, ...] | None = None
+    """The split of a hub data set, or the subset of ProcessBench, such as `gsm8k`; only there it
+    may be a list. The embedded task has the splits `rollout`, `dev` and `test`."""
+    subset: str | None = None
+    """The configuration of a hub data set, such as `main`."""
+    shuffle: bool = False
+    """Take the rows in an order that `seed` decides, the same on every machine."""
+    limit: int | None = Field(None, ge=1)
+    """Use at most this number of rows; null uses all. A generator makes this number."""
+    on_malformed: OnMalformed = "stop"
+    """What to do with a row that cannot be read: `stop`, or `skip` it and count it."""
+    exclude: tuple[str, ...] = ()
+    """Leave out the problems of these evaluation sets: local files, hub ids (all their splits), or
+    finished `rollout` runs."""
+    seed: Seed = 0
+    """Decides the order of shuffled rows, and what a generator makes."""
+
+    @property
+    def one_split(self) -> str | None:
+        """The split, where a list of them makes no sense."""
+        assert not isinstance(self.split, tuple)
+        return self.split
+
+    def check_unused(self, name: str, used: tuple[str, ...]) -> None:
+        """Raises ValueError for settings of `name` that the stage does not use."""
+        defaults = type(self).model_fields
+        unused = [k for k, value in self if k not in used and value != defaults[k].default]
+        if unused:
+            raise ValueError(
+                f"{name} takes {', '.join(used)} here, found {', '.join(unused)}: leave them out"
+            )
 
 
 # --- stages -------------------------------------------------------------------------------------
 
-Rollouts = Annotated[int, Field(gt=0, le=MAX_ROLLOUTS)]
 
-
-class ComputeStage(Config):
-    """What every stage has that runs a model. With several processes `mesh` is of all their devices
-    where a stage trains, and of each process's own where it samples. `compilation_cache`: a
-    directory that keeps compiled programs for the next process; several stages and runs may share
-    it."""
+class Stage(Config):
+    """What every stage has."""
 
     seed: Seed = 0
+    """Decides everything random. The same seed gives the same records."""
+
+
+class ComputeStage(Stage):
+    """What every stage has that runs a model."""
+
     mesh: Annotated[Mesh, OnResume.FREE] = Mesh()
+    """The devices. When there are several processes, a stage that trains lays out the devices of
+    all of them, and a stage that samples those of each process."""
     compilation_cache: Annotated[str | None, OnResume.FREE] = None
+    """A directory that keeps compiled programs for later runs; runs may share it."""
 
-    @model_validator(mode="after")
-    def _rows_fit_the_mesh(self) -> ComputeStage:
-        name = "mesh" if getattr(self, "sampling_mesh", None) is None else "sampling_mesh"
-        mesh = getattr(self, name)
-        shards = mesh.data * mesh.fsdp
-        for part, value in self:
-            sizes: tuple[int, ...] = ()
-            if isinstance(value, Engine):
-                sizes = value.rows
-            elif isinstance(value, GenerativeJudge | GenPrmJudge):
-                part, sizes = f"{part}.engine", value.engine.rows
-            elif isinstance(value, ClassifierJudge):
-                sizes = (value.rows,)
-            if any(rows % shards for rows in sizes):
-                raise ValueError(
-                    f"{part}.rows {list(sizes)} must be multiples of {name}.data x "
-                    f"{name}.fsdp = {shards}"
-                )
-        return self
 
-    def check_micro_batches(self, rows: int, name: str, micro_batches: int) -> None:
-        """Raises ValueError unless `rows` (called `name`) can be cut into micro-batches, and each
-        of those dealt out to the devices that rows are split over."""
-        parts = self.mesh.data * self.mesh.fsdp * micro_batches
-        if rows % parts:
-            raise ValueError(
-                f"rows per update ({rows} = {name}) must be a multiple of training.micro_batches "
-                f"({micro_batches}) x mesh.data x mesh.fsdp = {parts}"
-            )
+class SamplingStage(ComputeStage):
+    """What every stage has that samples block after block."""
 
-    def check_length(self, name: str) -> None:
-        """Raises ValueError unless the training is as long as `name` says, or `epochs`."""
-        given = [key for key in (name, "epochs") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"expected either {name} or epochs, found {' and '.join(given) or 'neither'}: set "
-                "one of them, and the other to null"
-            )
+    block_size: int = Field(64, ge=1)
+    """Inputs (problems, trajectories, items, ...) of a block. A block is sampled at once, then
+    written; a stopped run loses at most the block it is in."""
 
 
 class CheckedAnswers(Config):
-    """`verifier` says whether a solution is right: `mathematics` (by the meaning of its final
-    answer), `code` (by the problem's unit tests), or `module:function` (docs/extending.md). A
-    solution that takes it longer than `answer_timeout_seconds` is wrong."""
+    """How the answers of solutions are checked."""
 
     verifier: str = "mathematics"
+    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
+    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
     answer_timeout_seconds: float = Field(5.0, gt=0)
+    """A solution whose answer takes longer to check counts as wrong."""
 
 
-class SftData(Config):
-    """`source`: SftExample or Dialogue records in a JSONL file or of a finished `rationalize` run;
-    a finished `segment` or `select` run; or of the embedded task `arithmetic-policy` (its
-    solutions), `arithmetic-untagged` (without chunks), `arithmetic-segmenter` (from those to
-    these), `arithmetic-judge` (judgments), `arithmetic-verdicts` (without analysis),
-    `arithmetic-genprm` (conversations) or `arithmetic-thinkprm` (chains); then `count` and `seed`
-    say which demonstrations are generated."""
+class PolicyStage(SamplingStage, Sampler, CheckedAnswers):
+    """What every stage has that samples from a policy."""
 
-    source: str
-    count: int | None = Field(None, ge=1)
-    seed: Seed = 0
-
-
-class Sft(ComputeStage):
-    """Supervised fine-tuning: of the policy on chunked solutions (paper 3.1), or of the judge as
-    its cold start.
-
-    It takes `steps`, or `epochs`: every example is then learned that number of times, and the last
-    batch is filled up with padding."""
-
-    model: TrainedModel
-    data: SftData
-    prompt_style: PromptStyle = "instruct"
-    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(ge=1)
-    max_length: int = Field(ge=2)
-    packing: bool = True
-    training: Training
+    policy: Model
+    """The model that solves problems."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Sft:
-        self.check_length("steps")
-        self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
+    def _rows_fit(self) -> PolicyStage:
+        self.mesh.check_rows("engine.rows", self.engine.rows)
         return self
 
 
-class Rollout(ComputeStage, CheckedAnswers):
-    """Sample `group_size` chunked solutions of every problem (paper 4.1).
+class SolvingStage(PolicyStage, Prompted):
+    """What every stage has that solves problems."""
 
-    `chunking`: what ends a chunk; the policy's closing tag, a blank line, or any string of a list,
-    such as ["\\n"] for lines. It is asked for tags where they end a chunk."""
-
-    policy: Model
-    problems: Problems
-    prompt_style: PromptStyle = "instruct"
+    problems: DataSource
+    """A file, a hub id, a finished `rollout` run (its problems), or `arithmetic`, for which `split`
+    and `limit` are required. Duplicates, and problems whose answers cannot be verified, are left
+    out after the limit."""
     chunking: Chunking = "tags"
+    """What ends a chunk: `tags`, which the prompt then asks for; `blank_lines`; or a list of
+    strings, such as ["\\n"]."""
+
+    @model_validator(mode="after")
+    def _problems_are_consistent(self) -> SolvingStage:
+        problems = self.problems
+        if problems.source == "arithmetic" and (problems.shuffle or problems.exclude):
+            raise ValueError(
+                "shuffle and exclude are for data sets, and arithmetic generates its problems at "
+                "random, each split apart: leave them out"
+            )
+        if isinstance(problems.split, tuple):
+            raise ValueError(f"problems.split: expected one split, found {list(problems.split)}")
+        return self
+
+
+class Rollout(SolvingStage):
+    """Sample chunked solutions of every problem (paper 4.1)."""
+
     group_size: int = Field(16, ge=1)
-    sampling: Sampling
-    engine: Engine
-    problems_per_block: int = Field(64, ge=1)
+    """Solutions of each problem."""
 
 
-class Server(Config):
-    """An OpenAI-compatible server, such as vLLM's, that takes and returns token ids: see
-    `inference.remote`. `model` is its name there, `tokenizer` that of the same model, a directory
-    or hub id; `chat_template_args` as in `Model`."""
+class FromRollouts(Config):
+    """What every stage has that reads the solutions of a `rollout` run."""
 
-    url: Annotated[str, OnResume.FREE]
-    model: str
+    rollouts: str
+    """A finished `rollout` run."""
     tokenizer: str
-    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
+    """The model whose tokenizer wrote the solutions: the policy of that run."""
+
+
+class TeacherModel(Sampler, Prompted, Model):
+    """A model that proposes how to cut a solution."""
+
+    kind: Literal["model"] = "model"
+    """The kind of teacher."""
+
+
+class TeacherServer(ChatTemplate, Prompted):
+    """A model on an OpenAI-compatible server, such as vLLM's, that takes and returns token ids."""
+
+    kind: Literal["server"] = "server"
+    """The kind of teacher."""
+    url: Annotated[str, OnResume.FREE]
+    """The address of the server's API, such as `http://localhost:8000/v1`."""
+    model: str
+    """The name of the model on the server."""
+    tokenizer: str
+    """A directory or hub id with the tokenizer of that model."""
     context: int = Field(ge=2)
-    concurrent_requests: Annotated[int, OnResume.FREE] = Field(64, ge=1)
-    timeout_seconds: Annotated[float, OnResume.FREE] = Field(600.0, gt=0)
-    retries: Annotated[int, OnResume.FREE] = Field(5, ge=0)
+    """The context of the model, in tokens."""
+    sampling: Sampling
+    """How tokens are drawn."""
 
     @field_validator("url")
     @classmethod
@@ -452,218 +553,324 @@ class Server(Config):
         return url
 
 
-class ChunkSolutions(ComputeStage):
-    """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`.
+class TeacherRule(Config):
+    """A rule that cuts a solution by its punctuation."""
 
-    Who cuts them: a `teacher`, any model (then `engine` are its shapes), or one behind a `server`,
-    which propose `num_segmentations` each; or a `splitter`, a rule of thumb, which needs neither
-    `sampling` nor `engine`. `tokenizer` is that of the policy which wrote the solutions,
-    `prompt_style` the teacher's. At most `max_per_problem` right solutions are cut.
-    """
+    kind: Literal["rule"] = "rule"
+    """The kind of teacher."""
+    splitter: Splitter
+    """Where to cut."""
 
-    rollouts: str
-    tokenizer: str
-    teacher: Model | None = None
-    server: Server | None = None
-    splitter: Splitter | None = None
-    prompt_style: PromptStyle = "instruct"
+
+def _teacher_kind_of(value: Any) -> Any:
+    return value.get("kind", "model") if isinstance(value, dict) else getattr(value, "kind", "")
+
+
+class ChunkSolutions(SamplingStage, FromRollouts):
+    """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`."""
+
+    teacher: Annotated[
+        Annotated[TeacherModel, Tag("model")]
+        | Annotated[TeacherServer, Tag("server")]
+        | Annotated[TeacherRule, Tag("rule")],
+        Discriminator(_teacher_kind_of),
+    ]
+    """Who cuts: a model (kind `model`), a model on a server (`server`), or a rule (`rule`)."""
     num_segmentations: int = Field(8, ge=1)
+    """Proposals of the teacher for each solution; the majority of them is kept."""
     max_per_problem: int = Field(4, ge=1)
-    sampling: Sampling | None = None
-    engine: Engine | None = None
-    solutions_per_block: int = Field(64, ge=1)
+    """The most right solutions of a problem that are cut."""
 
     @model_validator(mode="after")
-    def _one_who_cuts(self) -> ChunkSolutions:
-        given = [name for name in ("teacher", "server", "splitter") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(f"expected one of teacher, server and splitter, found {given}")
-        wanted = {
-            "teacher": ["sampling", "engine"],
-            "server": ["sampling"],
-            "splitter": [],
-        }[given[0]]
-        found = [name for name in ("sampling", "engine") if getattr(self, name)]
-        if found != wanted:
-            raise ValueError(
-                f"a {given[0]} takes the settings {wanted}, found {found}: set others to null"
-            )
+    def _rows_fit(self) -> ChunkSolutions:
+        if isinstance(self.teacher, TeacherModel):
+            self.mesh.check_rows("teacher.engine.rows", self.teacher.engine.rows)
+        return self
+
+
+class LabelRule(Config):
+    """How the value before a chunk (v) and after it (q) become a label."""
+
+    rule: str = "rel_effective"
+    """`abs_q`, `rel_effective` or `rel_ratio` (paper eqs 1-3), `relative_progress` (GenPRM), or a
+    function of your own as `module:function`."""
+    rule_args: dict[str, float] = Field(default_factory=dict)
+    """Arguments of the rule, such as `{alpha: 0.8}`; what is not given has the rule's default."""
+
+    @model_validator(mode="after")
+    def _rule_is_there(self) -> LabelRule:
+        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
         return self
 
 
 class AdaptiveRollouts(LabelRule):
-    """Stop sampling a prefix when the labels around it are known with `confidence`. 1: when they
-    cannot change, so that they are those of `num_rollouts` rollouts. `label` then has to use the
-    same rule."""
+    """Stop sampling a prefix once the labels around it are known. `label` must then use the same
+    rule with the same arguments."""
 
     confidence: float = Field(1.0, gt=0.5, le=1)
+    """How sure a label must be. With 1 it can no longer change: labels are then those of
+    `num_rollouts` rollouts."""
 
 
-class Annotate(ComputeStage, CheckedAnswers):
-    """Monte Carlo values of every prefix of every trajectory (paper 3.2, M = `num_rollouts`, or at
-    most so many where they are `adaptive`).
+def _bounds_ascend(pairs: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
+    bounds = [bound for bound, _ in pairs]
+    if not bounds or bounds != sorted(set(bounds)) or bounds[0] <= 0 or bounds[-1] != 1:
+        raise ValueError(
+            f"expected pairs (bound, rollouts) with bounds above 0, ascending, the last of them 1, "
+            f"found bounds {bounds}"
+        )
+    return pairs
 
-    `rollouts_by_pass_rate`: pairs (bound, M), bounds ascending up to 1, in place of `num_rollouts`:
-    M is that of the first bound that the problem's share of right trajectories is below (GenPRM:
-    `[[0.1, 128], [0.9, 64], [1, 32]]`).
 
-    `drop_uniform_problems`: leave out problems whose trajectories are all right or all wrong. Of
-    those that are left `max_problems` are drawn, by `seed`; of each of them the first
-    `max_trajectories_per_problem` are valued, and of all of those the first `limit`.
-    """
+NumRollouts = Annotated[
+    Annotated[Rollouts, Tag("number")]
+    | Annotated[tuple[tuple[float, Rollouts], ...], AfterValidator(_bounds_ascend), Tag("pairs")],
+    Discriminator(lambda value: "pairs" if isinstance(value, list | tuple) else "number"),
+]
 
-    policy: Model
+
+class Annotate(PolicyStage):
+    """Estimate the value of every prefix by Monte Carlo rollouts (paper 3.2)."""
+
     rollouts: str
-    num_rollouts: Rollouts = 16
-    rollouts_by_pass_rate: tuple[tuple[float, Rollouts], ...] | None = Field(None, min_length=1)
+    """A finished `rollout` run."""
+    num_rollouts: NumRollouts = 16
+    """Rollouts of each prefix (M), or the most of them if they are `adaptive`. A list of pairs
+    (bound, M) makes M depend on the problem's share of right trajectories: M is that of the first
+    bound above it (GenPRM: `[[0.1, 128], [0.9, 64], [1, 32]]`)."""
     adaptive: AdaptiveRollouts | None = None
+    """Stop early where the labels are known; null never does."""
     drop_uniform_problems: bool = True
+    """Leave out problems whose trajectories are all right or all wrong."""
     max_problems: int | None = Field(None, ge=1)
+    """Draw this number of the problems that are left."""
     max_trajectories_per_problem: int | None = Field(None, ge=1)
+    """Use the first trajectories of each problem only."""
     limit: int | None = Field(None, ge=1)
-    sampling: Sampling
-    engine: Engine
-    trajectories_per_block: int = Field(64, ge=1)
+    """Use the first trajectories of all problems only."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Annotate:
-        bounds = [bound for bound, _ in self.rollouts_by_pass_rate or [(1.0, 1)]]
-        if bounds != sorted(set(bounds)) or bounds[0] <= 0 or bounds[-1] != 1:
-            raise ValueError(
-                f"rollouts_by_pass_rate: expected bounds above 0, ascending, the last of them 1, "
-                f"found {bounds}"
-            )
-        return self
+    @property
+    def rollouts_by_pass_rate(self) -> tuple[tuple[float, int], ...]:
+        """`num_rollouts` as pairs (bound, M)."""
+        pairs = self.num_rollouts
+        return ((1.0, pairs),) if isinstance(pairs, int) else pairs
 
     @property
     def most_rollouts(self) -> int:
         """The largest M of any problem."""
-        pairs = self.rollouts_by_pass_rate or [(1.0, self.num_rollouts)]
-        return max(num_rollouts for _, num_rollouts in pairs)
+        return max(num_rollouts for _, num_rollouts in self.rollouts_by_pass_rate)
 
     def rollouts_at(self, pass_rate: float) -> int:
-        """M for a problem whose trajectories are right at this rate."""
-        if self.rollouts_by_pass_rate is None:
-            return self.num_rollouts
-        fitting = [m for bound, m in self.rollouts_by_pass_rate if pass_rate < bound]
-        return fitting[0] if fitting else self.rollouts_by_pass_rate[-1][1]
+        """Returns M for a problem whose trajectories are right at this rate."""
+        pairs = self.rollouts_by_pass_rate
+        return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(LabelRule):
-    """Prefix values to chunk labels to judge examples (paper eqs 1-3, and 4.1 for the filters).
+class Label(Stage, FromRollouts, ChatTemplate, JudgePrompted, LabelRule):
+    """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
-    `min_prefix_value`: chunks whose prefix was worth less give no judge example. With M rollouts a
-    prefix worth v is followed by no right answer with probability (1 - v)^M though nothing is wrong
-    with the chunk; 0 keeps them all, as the paper does.
-
-    `chat_template_args` as in `Model`, for the lengths of prompts.
-    """
-
-    seed: Seed = 0
-    annotations: str
-    rollouts: str
-    tokenizer: str
-    chat_template_args: ChatTemplateArgs = Field(default_factory=dict)
-    prompt_style: JudgePromptStyle = "instruct"
+    values: str
+    """A finished `annotate` run of these rollouts."""
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
+    """Chunks whose prefix was worth less give no judge example; 0 keeps all, as the paper does.
+    With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
     balance: bool = True
-    min_prompt_tokens: int = Field(1, ge=0)
+    """Keep as many examples with positive labels as with negative ones."""
     max_prompt_tokens: int = Field(3096, ge=1)
+    """Examples with a longer judge prompt are left out."""
+
+
+# --- stages that train --------------------------------------------------------------------------
+
+
+class Optimizer(Config):
+    """AdamW with gradients clipped to norm 1, and its learning rate."""
+
+    learning_rate: float = Field(gt=0)
+    """The peak of the learning rate."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates in which the learning rate rises linearly to its peak."""
+    end_fraction: float = Field(0.0, ge=0, le=1)
+    """The share of the peak at which `cosine` ends."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices."""
+    b2: float = Field(0.95, ge=0, lt=1)
+    """The decay of the second moment; that of the first is 0.9."""
+
+
+class Training(Config):
+    """How a model is trained, beside its data and its loss."""
+
+    optimizer: Optimizer
+    """The optimizer."""
+    micro_batches: int = Field(1, ge=1)
+    """Cut each batch into this number of parts and add their gradients up, to save memory."""
+    remat: bool = False
+    """Compute activations again in the backward pass, to save memory."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Updates (iterations of `train-judge`) between checkpoints. The last two are kept."""
+
+
+class FromExamples(Config):
+    """What every stage has that reads examples."""
+
+    examples: DataSource
+    """`sft`: an `SftExample` or `Dialogue` file, a finished run of `rejection-sample`,
+    `chunk-solutions` or `select-responses`, or a generator of the embedded task
+    (`arithmetic-policy`, `-untagged`, `-segmenter`, `-judge`, `-verdicts`, `-genprm`, `-thinkprm`).
+    Other stages: a finished `label` run, a `JudgeExample` or `ClassifierExample` file, or solutions
+    with labelled steps in a known format (ProcessBench, PRM800K, Math-Shepherd, ...)."""
+
+
+class TrainingStage(ComputeStage, FromExamples):
+    """What every stage has that trains."""
+
+    model: TrainedModel
+    """The model to begin with."""
+    training: Training
+    """How it is trained."""
+    epochs: int | None = Field(None, ge=1)
+    """Learn every example this number of times, in place of `steps` or `iterations`."""
+
+    def check_micro_batches(self, rows: int, name: str) -> None:
+        """Raises ValueError unless `rows` (called `name`) can be cut into micro-batches, and each
+        of them dealt out to the devices."""
+        micro_batches = self.training.micro_batches
+        parts = self.mesh.data * self.mesh.fsdp * micro_batches
+        if rows % parts:
+            raise ValueError(
+                f"rows per update ({rows} = {name}) must be a multiple of training.micro_batches "
+                f"({micro_batches}) x mesh.data x mesh.fsdp = {parts}"
+            )
+
+    def check_length(self, name: str, length: int | None) -> None:
+        """Raises ValueError unless either `length` (called `name`) or `epochs` is given."""
+        given = [
+            key for key, value in ((name, length), ("epochs", self.epochs)) if value is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected either {name} or epochs, found {' and '.join(given) or 'neither'}: set "
+                "one of them, and the other to null"
+            )
+
+
+class SupervisedStage(TrainingStage, Prompted):
+    """What every stage has that learns given targets."""
+
+    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
+    """Optimizer updates."""
+    batch_size: int = Field(ge=1)
+    """Rows of an update, each with several examples."""
+    max_length: int = Field(ge=2)
+    """Tokens of a row. Longer examples are left out."""
+
+    @model_validator(mode="after")
+    def _rows_and_length(self) -> SupervisedStage:
+        self.check_length("steps", self.steps)
+        self.check_micro_batches(self.batch_size, "batch_size")
+        return self
+
+
+class Sft(SupervisedStage):
+    """Fine-tune a model: a policy on chunked solutions (paper 3.1), or a judge on judgments."""
+
+    packing: bool = True
+    """Put several examples into a row; false gives each its own."""
+
+    @model_validator(mode="after")
+    def _examples_are_consistent(self) -> Sft:
+        self.examples.check_unused("examples", ("source", "limit", "seed"))
+        return self
+
+
+class TrainClassifier(SupervisedStage):
+    """Train a discriminative process reward model: + or - after every chunk (paper 4.2)."""
+
+    labels: Literal["hard", "soft"] = "hard"
+    """`hard` learns the labels, `soft` the value after the chunk (Math-Shepherd)."""
+    head: Literal["signs", "scalar"] = "signs"
+    """`signs` reads P(+) from two tokens of the vocabulary; `scalar` from a new output."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainClassifier:
+        if self.head == "scalar" and self.model.lora is not None:
+            raise ValueError("with model.lora only adapters are trained: set head to signs")
+        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
+        return self
 
 
 class Grpo(Config):
-    """Loss settings; the paper's where it states them (clip), verl's defaults elsewhere.
-
-    `sampler_correction`: each token's loss is weighted by how much likelier the judge makes it than
-    the sampler did, or makes its whole sequence, at most by `sampler_correction_cap`. `auto`: see
-    `TrainJudge.correction`.
-    """
+    """The loss of GRPO: the paper's settings where it states them, verl's defaults elsewhere."""
 
     clip_eps_low: float = Field(0.2, ge=0)
+    """The importance ratio is clipped at 1 minus this."""
     clip_eps_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(3.0, gt=1)
+    """The importance ratio is clipped at 1 plus this (DAPO's clip-higher)."""
     kl_coef: float = Field(0.0, ge=0)
+    """The weight of the KL divergence from the model that training began with."""
     aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    """How the losses of tokens are averaged: over all tokens, over the means of sequences, or over
+    `sampling.max_new_tokens` for each sequence (Dr. GRPO)."""
     normalize: Literal["std", "none"] = "std"
+    """`std` divides the advantages of a group by the standard deviation of its rewards."""
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
-    sampler_correction_cap: float = Field(2.0, ge=1)
+    """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
+    than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""
     drop_zero_variance: bool = True
-    max_refills: int = Field(0, ge=0)
+    """Leave out groups whose judgments all have the same reward."""
+    max_resamples: int = Field(0, ge=0)
+    """Sample groups in place of those that were left out at most this number of times an iteration
+    (DAPO's dynamic sampling)."""
 
 
-class TrainJudge(ComputeStage):
-    """Train the judge by GRPO (paper 3.3).
+class TrainJudge(TrainingStage, Sampler, JudgePrompted):
+    """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
-    `examples`: a finished `label` run, a JSONL file of JudgeExample records, or solutions with
-    labelled steps, a hub id or a local file, in a format of `data.step_formats` (ProcessBench,
-    PRM800K, Math-Shepherd, ...), whose labels are then used. `on_malformed` and `exclude` as in
-    `Problems`.
-
-    One iteration draws `prompts_per_iteration` chunks, samples `group_size` judgments of each and
-    makes `updates_per_iteration` optimizer steps on them. A group is its prompt once, then its
-    completions; groups are packed into rows of the smallest of `row_lengths` that holds the
-    longest. `max_refills`: how many more draws replace groups whose judgments all earned the same
-    reward. There are `iterations`, or as many as draw every example `epochs` times, refills not
-    counted; the last one may begin another epoch.
-
-    `format_penalty`, for a judge that is to write its verdict and nothing else: any other judgment
-    earns its negative, right or wrong. 0: off; 1 in the paper's ablation of the chain of thought
-    (A.1).
-
-    It samples on the devices of all processes, laid out as `sampling_mesh`, by default as `mesh`:
-    `engine.rows` are in flight on all of them together.
-    """
-
-    model: TrainedModel
-    examples: str
-    on_malformed: OnMalformed = "stop"
-    exclude: tuple[str, ...] = ()
-    prompt_style: JudgePromptStyle = "instruct"
     iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
+    """Iterations: each samples judgments and makes updates on them."""
     prompts_per_iteration: int = Field(ge=1)
+    """Chunks that are judged in an iteration."""
     group_size: int = Field(4, ge=2)
+    """Judgments of each chunk."""
     updates_per_iteration: int = Field(1, ge=1)
+    """Optimizer updates of an iteration, each on its part of the chunks."""
     max_prompt_tokens: int = Field(3096, ge=1)
+    """Examples with a longer prompt are left out."""
     format_penalty: float = Field(0.0, ge=0)
+    """For a judge that is to write its verdict and nothing else: any other judgment earns the
+    negative of this. 0 for none; 1 in the paper's ablation of reasoning (A.1)."""
     row_lengths: Sizes
-    sampling: Sampling
+    """Lengths of packed rows, in tokens. The smallest that holds the longest group is used; a group
+    is its prompt once, then its completions."""
     sampling_mesh: Annotated[Mesh | None, OnResume.FREE] = None
-    engine: Engine
+    """How all devices are laid out for sampling; null lays them out as `mesh`."""
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
-    training: Training
+    """The loss."""
 
     @property
     def sampling_axes(self) -> dict[str, int] | None:
+        """The axes of `sampling_mesh`."""
         return None if self.sampling_mesh is None else self.sampling_mesh.model_dump()
 
     @property
     def correction(self) -> Literal["none", "token", "sequence"]:
-        """Of the gap between sampler and judge. Left to itself (`auto`) it is per token where the
-        sampler's weights are int8, a different policy from the one that learns, and none where the
-        two differ by rounding. Not per sequence: a product of that many ratios is mostly noise."""
+        """`grpo.sampler_correction`, with `auto` resolved.
+
+        With int8 weights the sampler is another policy than the one that learns, else the two
+        differ by rounding. Not by sequence: a product of that many ratios is mostly noise.
+        """
         if self.grpo.sampler_correction == "auto":
             return "token" if self.engine.weights == "int8" else "none"
         return self.grpo.sampler_correction
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainJudge:
-        self.check_length("iterations")
-        if self.prompts_per_iteration % self.updates_per_iteration:
-            raise ValueError(
-                f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
-                f"updates_per_iteration ({self.updates_per_iteration})"
-            )
-        self.check_micro_batches(
-            self.prompts_per_iteration // self.updates_per_iteration,
-            "prompts_per_iteration / updates_per_iteration",
-            self.training.micro_batches,
-        )
-        if self.format_penalty and self.prompt_style == "instruct":
-            raise ValueError(
-                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
-            )
+    def _sampling_is_consistent(self) -> TrainJudge:
+        name = "mesh" if self.sampling_mesh is None else "sampling_mesh"
+        mesh = self.sampling_mesh or self.mesh
+        mesh.check_rows("engine.rows", self.engine.rows, name)
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(
                 "GRPO's importance ratio needs untruncated sampling: set sampling.top_k to 0, "
@@ -686,206 +893,106 @@ class TrainJudge(ComputeStage):
             )
         return self
 
-
-class GenPrmCritiques(GenPrm):
-    """Critiques of whole solutions are written in one go, by any model, or `turn_by_turn`, by a
-    judge of this form, whose verdicts are then those of its own P(right)."""
-
-    turn_by_turn: bool = False
-
-
-class ThinkPrmChains(ThinkPrm):
-    """How chains for ThinkPRM's training are kept: those of at most `max_tokens`, question and
-    answer included."""
-
-    max_tokens: int = Field(4096, ge=1)
-
-
-def check_form(config: RejectionSample | Evaluate) -> None:
-    """Raises ValueError where it names two forms of judge, or a style that a form is not known
-    in."""
-    if config.thinkprm is not None:
-        config.thinkprm.check_style(config.prompt_style)
-    if config.genprm is not None and config.thinkprm is not None:
-        raise ValueError(
-            "expected one form of judge, found genprm and thinkprm: leave one of them out"
+    @model_validator(mode="after")
+    def _updates_are_consistent(self) -> TrainJudge:
+        self.check_length("iterations", self.iterations)
+        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
+        if self.prompts_per_iteration % self.updates_per_iteration:
+            raise ValueError(
+                f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
+                f"updates_per_iteration ({self.updates_per_iteration})"
+            )
+        self.check_micro_batches(
+            self.prompts_per_iteration // self.updates_per_iteration,
+            "prompts_per_iteration / updates_per_iteration",
         )
-    if config.genprm is not None:
-        config.genprm.check_style(config.prompt_style)
+        if self.format_penalty and self.prompt_style == "instruct":
+            raise ValueError(
+                "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
+                "prompt_style to 'verdict', or format_penalty to 0"
+            )
+        return self
 
 
-class RejectionSample(ComputeStage):
-    """Write judgments of labelled chunks and keep those that agree with the labels: examples for
-    `sft` (paper A.1, RS-FT).
+# --- stages that use judges ---------------------------------------------------------------------
 
-    `judge` writes `samples` judgments of every one of the first `limit` `examples`, which are read
-    as `judge` reads them, with `on_malformed` and `exclude`. `balance`: as many of positive as of
-    negative labels; of what is then left, `max_examples` are drawn. Both may still be changed where
-    nothing was left.
 
-    `thinkprm`: it verifies whole solutions, which are read as `classifier` reads them. `genprm`: it
-    writes critiques of whole solutions, which are read as `classifier` reads them, and
-    what is kept are conversations. `sampling.max_new_tokens` are of a critique, or of a turn.
-    """
+class RejectionSample(SamplingStage, FromExamples):
+    """Sample judgments of labelled chunks, or solutions, and keep those that agree with the labels:
+    examples for `sft` (paper A.1, RS-FT)."""
 
-    judge: Model
-    examples: str
-    on_malformed: OnMalformed = "stop"
-    exclude: tuple[str, ...] = ()
-    limit: int | None = Field(None, ge=1)
-    prompt_style: PromptStyle = "instruct"
-    genprm: GenPrmCritiques | None = None
-    thinkprm: ThinkPrmChains | None = None
+    judge: Teacher
+    """Who writes: `stepwiser` judges chunks, `genprm` and `thinkprm` whole solutions."""
     samples: int = Field(4, ge=1)
+    """Judgments of each example."""
     balance: Annotated[bool, OnResume.UNTIL_EXAMPLES] = True
+    """Keep as many judgments of positive labels as of negative ones. It may still be changed if
+    nothing was left."""
     max_examples: Annotated[int | None, OnResume.UNTIL_EXAMPLES] = Field(None, ge=1)
-    sampling: Sampling
-    engine: Engine
-    examples_per_block: int = Field(64, ge=1)
+    """Draw this number of the judgments that are left. It may still be changed if nothing was."""
 
     @property
     def of_solutions(self) -> bool:
         """Whether the examples are whole solutions, not chunks."""
-        return self.genprm is not None or self.thinkprm is not None
+        return not isinstance(self.judge, StepwiserTeacher)
 
     @model_validator(mode="after")
     def _consistent(self) -> RejectionSample:
-        check_form(self)
-        in_one_go = self.genprm is not None and not self.genprm.turn_by_turn
-        if in_one_go and self.prompt_style == "bare":
-            raise ValueError(
-                "prompt_style bare knows no critique in one go: set genprm.turn_by_turn to true"
-            )
+        self.judge.check_rows(self.mesh)
+        if self.judge.prompt_style == "verdict":
+            raise ValueError("judge.prompt_style: a verdict alone is no example: instruct or bare")
+        self.examples.check_unused("examples", ("source", "limit", "on_malformed", "exclude"))
         return self
 
 
-class TrainClassifier(ComputeStage):
-    """Train a discriminative process reward model: + or - after every chunk (paper 4.2's baseline).
+class Benchmark(DataSource):
+    """A benchmark for judges, and which items of it are used."""
 
-    `examples`: a finished `label` run, a file of ClassifierExample records, or others' solutions
-    with labelled steps, as `judge` reads them; `on_malformed` and `exclude` as in `Problems`.
-    `labels`: `hard` ones are the label rule's, 1 or 0; `soft` ones the value with the chunk
-    (Math-Shepherd). `head`: P(+) is of the vocabulary's two `signs`, or of a `scalar` score that
-    takes the vocabulary's place. `batch_size` rows of `max_length` tokens, several solutions to a
-    row. `steps` and `epochs` are those of `Sft`.
-    """
-
-    model: TrainedModel
-    examples: str
-    on_malformed: OnMalformed = "stop"
-    exclude: tuple[str, ...] = ()
-    labels: Literal["hard", "soft"] = "hard"
-    head: Literal["signs", "scalar"] = "signs"
-    prompt_style: PromptStyle = "instruct"
-    steps: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(ge=1)
-    max_length: int = Field(ge=2)
-    training: Training
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainClassifier:
-        if self.head == "scalar" and self.model.lora is not None:
-            raise ValueError("with model.lora only adapters are trained: set head to signs")
-        self.check_length("steps")
-        self.check_micro_batches(self.batch_size, "batch_size", self.training.micro_batches)
-        return self
-
-
-class Evaluate(ComputeStage):
-    """ProcessBench: the first chunk judged Negative is the predicted error (paper 4.2). PRMBench: a
-    chunk judged Negative is a predicted error.
-
-    `items`: a file or hub id of ProcessBench or PRMBench, or a finished `rollout` run of the
-    embedded task, whose exact truth is then used. `split` of ProcessBench is a subset, such as
-    `gsm8k`, or a list of them, which are scored one by one and averaged. `limit` of the items, the
-    same random ones every time. `votes` judgments per chunk are sampled for Maj@votes, with the
-    settings that begin with `vote_`; 0: greedy only. `on_malformed` as in `Problems`. `genprm`: the
-    judge is of its form; then Maj@votes is the mean of P(right), and `max_new_tokens` are those of
-    a step, all its rounds of code together. `thinkprm`: the judge verifies whole solutions, `votes`
-    are chains about one (parallel scaling), and on ProcessBench it is also scored on how well it
-    tells right solutions from wrong ones.
-    """
-
-    judge: Model
-    items: str
-    split: str | tuple[str, ...] | None = None
     limit: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
-    on_malformed: OnMalformed = "stop"
-    prompt_style: JudgePromptStyle = "instruct"
-    genprm: GenPrmVerdicts | None = None
-    thinkprm: ThinkPrmVerdicts | None = None
-    max_new_tokens: int = Field(ge=1)
-    votes: int = Field(0, ge=0)
-    vote_temperature: float = Field(1.0, gt=0)
-    vote_top_k: int = Field(0, ge=0)
-    vote_top_p: float = Field(1.0, gt=0, le=1)
-    unparsed_as: Literal["negative", "positive"] = "negative"
-    engine: Engine
-    items_per_block: int = Field(64, ge=1)
+    """Use this number of items, the same random ones every time; null uses all."""
+
+
+class Evaluate(SamplingStage):
+    """Score a judge on ProcessBench (the first chunk judged wrong is the predicted error, paper
+    4.2) or PRMBench (every chunk judged wrong is)."""
+
+    judge: Judge
+    """The judge: `stepwiser`, `classifier`, `genprm` or `thinkprm`."""
+    benchmark: Benchmark
+    """A file or hub id of ProcessBench or PRMBench, or a finished `rollout` run of the embedded
+    task, whose truth is known. `split` is one of ProcessBench's subsets or a list of them."""
+    threshold_subset: str | None = None
+    """For a classifier: choose the threshold with the best F1 on this subset of ProcessBench and
+    use it for all, in place of `judge.threshold`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
-        check_form(self)
-        return self
-
-
-class Classify(ComputeStage):
-    """ProcessBench with a classifier: the first chunk whose P(+) is below a threshold is the
-    predicted error. PRMBench: every such chunk is.
-
-    `items` to `on_malformed` are those of `evaluate`. The threshold is given, or it is the one
-    with the best official F1 on the items of `threshold_subset` (ProcessBench only), and is used
-    for all. `rows` of `max_length` tokens are scored at once, several solutions to a row.
-    """
-
-    classifier: Model
-    items: str
-    split: str | tuple[str, ...] | None = None
-    limit: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
-    on_malformed: OnMalformed = "stop"
-    prompt_style: PromptStyle = "instruct"
-    threshold: float | None = Field(None, gt=0, lt=1)
-    threshold_subset: str | None = None
-    rows: int = Field(8, ge=1)
-    max_length: int = Field(ge=2)
-    items_per_block: int = Field(64, ge=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Classify:
-        if (self.threshold is None) == (self.threshold_subset is None):
+        self.judge.check_rows(self.mesh)
+        self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
+        if self.threshold_subset is None:
+            return self
+        if not isinstance(self.judge, ClassifierJudge):
             raise ValueError(
-                "set either threshold, or threshold_subset: the subset of the items that it is "
-                f"chosen on; found {self.threshold} and {self.threshold_subset}"
+                f"threshold_subset is for a classifier, found a judge of kind {self.judge.kind}: "
+                "set it to null"
             )
-        shards = self.mesh.data * self.mesh.fsdp
-        if self.rows % shards:
+        if self.judge.threshold is not None:
             raise ValueError(
-                f"rows ({self.rows}) must be a multiple of mesh.data x mesh.fsdp = {shards}"
+                "set either judge.threshold, or threshold_subset: the subset that it is chosen on; "
+                f"found {self.judge.threshold} and {self.threshold_subset!r}"
             )
-        return self
-
-
-class JudgedStage(ComputeStage):
-    """What asks for opinions of chunks: of a `judge` that reasons, or of a `classifier`."""
-
-    judge: GenerativeJudge | None = None
-    classifier: ClassifierJudge | None = None
-
-    @model_validator(mode="after")
-    def _one_judge_at_most(self) -> JudgedStage:
-        if self.judge is not None and self.classifier is not None:
-            raise ValueError("expected a judge or a classifier, found both: set one to null")
         return self
 
 
 class Beams(Config):
-    """`beams` rows a problem: after every chunk one of `width` goes on, as `width` copies. Rows are
-    ranked, and solutions weighed, by the `aggregate` of their chunks' scores."""
+    """A search over several unfinished solutions of a problem."""
 
     beams: int = Field(ge=1)
+    """Unfinished solutions of a problem at a time."""
     width: int = Field(ge=1)
+    """After every chunk one of `width` solutions goes on, as `width` copies."""
     aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Beams:
@@ -894,41 +1001,51 @@ class Beams(Config):
         return self
 
 
-class Search(JudgedStage, CheckedAnswers):
-    """Ways to spend tokens on a problem, with a judge (paper 4.3) and without.
+class OwnMethod(Config):
+    """A search method of your own."""
 
-    Greedy decoding, plain sampling and chunk-reset search always; on top the `majority` vote of so
-    many samples, the best and the weighted majority of so many (`best_of`: their chunks are then
-    judged), `beam` search and `dvts`. `chunking` is that of `Rollout`; `max_chunk_tokens` bounds
-    one chunk, `sampling.max_new_tokens` the whole solution, `token_budget` what policy and judge
-    write for one problem (`stages.search` says what each method does then).
-    """
+    method: str
+    """The function, `module:name`, a `stepwiser_jax.search.methods.Method`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for it."""
+    beams: int = Field(1, ge=1)
+    """Unfinished solutions of a problem that it begins with."""
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
 
-    policy: Model
-    problems: Problems
-    prompt_style: PromptStyle = "instruct"
-    chunking: Chunking = "tags"
+
+class Search(SolvingStage):
+    """Compare ways to spend tokens on a problem, with a judge (paper 4.3) and without. Greedy
+    decoding, plain sampling and chunk-reset search are always among them."""
+
+    judge: ChunkJudge
+    """The judge: `stepwiser`, `classifier` or `thinkprm`."""
     majority: tuple[PositiveInt, ...] = (2, 4, 8)
+    """Numbers of samples that vote."""
     best_of: tuple[PositiveInt, ...] = ()
+    """Numbers of samples whose chunks are judged: the best one, and their weighted vote."""
     max_attempts: int = Field(5, ge=1)
+    """How often chunk-reset search writes a chunk that is rejected; the last attempt is kept."""
     beam: Beams | None = None
+    """Beam search; null leaves it out."""
     dvts: Beams | None = None
+    """Diverse verifier tree search; null leaves it out."""
+    own: dict[str, OwnMethod] = {}
+    """Search methods of your own, by name. See docs/extending.md."""
     token_budget: int | None = Field(None, ge=1)
+    """Tokens that policy and judge may write for a problem together; null for no limit."""
     max_chunk_tokens: int = Field(ge=1)
-    sampling: Sampling
-    engine: Engine
-    problems_per_block: int = Field(32, ge=1)
+    """The most tokens of one chunk; `sampling.max_new_tokens` bounds the whole solution."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
-        if self.judge is None and self.classifier is None:
-            raise ValueError("expected a judge or a classifier, found neither")
+        self.judge.check_rows(self.mesh)
         if self.max_chunk_tokens > self.sampling.max_new_tokens:
             raise ValueError(
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
-        for name, method in (("beam", self.beam), ("dvts", self.dvts)):
+        for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):
                 raise ValueError(
                     f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "
@@ -937,51 +1054,39 @@ class Search(JudgedStage, CheckedAnswers):
         return self
 
 
-class SelectResponses(JudgedStage):
-    """The best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one with
-    the highest mean score of its chunks, among right ones unless `only_correct` is false. Without a
-    judge it is any of them. `tokenizer` is that of the policy which wrote the responses."""
+class SelectResponses(SamplingStage, FromRollouts):
+    """Choose the best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one
+    with the highest mean score of its chunks."""
 
-    rollouts: str
-    tokenizer: str
+    judge: ChunkJudge | None = None
+    """The judge: `stepwiser`, `classifier` or `thinkprm`; null chooses at random."""
     only_correct: bool = True
-    problems_per_block: int = Field(64, ge=1)
-
-
-class GenPrmJudge(Model):
-    """A judge of GenPRM's form, which writes `max_new_tokens` about a step at most, greedily."""
-
-    prompt_style: PromptStyle = "instruct"
-    max_new_tokens: int = Field(ge=1)
-    genprm: GenPrmVerdicts = Field(default_factory=lambda: GenPrmVerdicts.model_validate({}))
-    engine: Engine
+    """Choose among responses with the right answer only."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> GenPrmJudge:
-        self.genprm.check_style(self.prompt_style)
+    def _rows_fit(self) -> SelectResponses:
+        if self.judge is not None:
+            self.judge.check_rows(self.mesh)
         return self
 
 
-class Refine(ComputeStage, CheckedAnswers):
-    """A policy thinks again where a judge of GenPRM's form finds its first wrong step, up to
-    `turns` times (arXiv 2504.00891).
+class Refine(SolvingStage):
+    """Let a policy think again where GenPRM's judge finds its first wrong step."""
 
-    `chunking` is that of `Rollout`. `sampling.max_new_tokens` are of one solution; a conversation
-    ends before its last turn where the largest of `engine.buckets` has no room for as many again.
-    """
-
-    policy: Model
     judge: GenPrmJudge
-    problems: Problems
-    prompt_style: PromptStyle = "instruct"
-    chunking: Chunking = "tags"
+    """The judge, of kind `genprm`. It writes greedily."""
     turns: int = Field(3, ge=1)
-    sampling: Sampling
-    engine: Engine
-    problems_per_block: int = Field(32, ge=1)
+    """How often the policy thinks again, at most."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Refine:
+        self.judge.check_rows(self.mesh)
+        if self.judge.votes:
+            raise ValueError("judge.votes: refine takes the greedy judgment: set votes to 0")
+        return self
 
 
-STAGE_CONFIGS: dict[str, type[Config]] = {
+STAGE_CONFIGS: dict[str, type[Stage]] = {
     "sft": Sft,
     "rollout": Rollout,
     "chunk-solutions": ChunkSolutions,
@@ -991,11 +1096,64 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "train-classifier": TrainClassifier,
     "rejection-sample": RejectionSample,
     "evaluate": Evaluate,
-    "classify": Classify,
     "search": Search,
     "select-responses": SelectResponses,
     "refine": Refine,
 }
+
+
+RENAMED_COMMANDS = {
+    "judge": "train-judge",
+    "classifier": "train-classifier",
+    "segment": "chunk-solutions",
+    "rationalize": "rejection-sample",
+    "select": "select-responses",
+    "classify": "evaluate, with `judge: {kind: classifier}`",
+    "contrast": "compare-judges",
+    "compare": "reproduce",
+}
+"""What commands and stages were called before."""
+
+RENAMED_SETTINGS = {
+    "annotations": "values",
+    "items": "benchmark.source",
+    "split": "benchmark.split",
+    "on_malformed": "on_malformed of examples or benchmark",
+    "exclude": "examples.exclude",
+    "limit": "limit of examples or benchmark",
+    "data": "examples",
+    "count": "limit",
+    "classifier": "judge, with kind: classifier",
+    "genprm": "judge, with kind: genprm",
+    "thinkprm": "judge, with kind: thinkprm",
+    "threshold": "judge.threshold",
+    "max_new_tokens": "sampling.max_new_tokens, in judge where there is one",
+    "votes": "judge.votes",
+    "vote_temperature": "judge.sampling.temperature",
+    "vote_top_k": "judge.sampling.top_k",
+    "vote_top_p": "judge.sampling.top_p",
+    "code": "code_rounds, 0 for no code",
+    "max_code_rounds": "code_rounds",
+    "server": "teacher, with kind: server",
+    "splitter": "teacher, with kind: rule",
+    "max_refills": "max_resamples",
+    "rollouts_by_pass_rate": "num_rollouts",
+    "param_dtype": "dtype",
+    "compute_dtype": "dtype",
+    **dict.fromkeys(("alpha", "gamma", "epsilon"), "in rule_args"),
+    "best_of": "rule_args.n",
+    **dict.fromkeys(
+        (
+            "problems_per_block",
+            "trajectories_per_block",
+            "solutions_per_block",
+            "examples_per_block",
+            "items_per_block",
+        ),
+        "block_size",
+    ),
+}
+"""What settings were called before, by the last part of their names."""
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -1009,7 +1167,7 @@ def load_config(
     path: str | Path,
     overrides: tuple[str, ...] = (),
     run_dir: str | Path | None = None,
-) -> Config:
+) -> Stage:
     """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
     `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
 
@@ -1017,6 +1175,8 @@ def load_config(
     closest real one is named), a wrong type or an inconsistent combination; all problems in one
     message.
     """
+    if stage in RENAMED_COMMANDS:
+        raise UserError(f"{path}: the stage {stage} is now {RENAMED_COMMANDS[stage]}")
     if stage not in STAGE_CONFIGS:
         raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
     path = Path(path)
@@ -1029,7 +1189,8 @@ def load_config(
     tree = read_settings(path)
     named = tree.pop("stage", stage)
     if named != stage:
-        raise UserError(f"expected a config of {stage}, found one of {named} in {path}")
+        renamed = f", which is now {RENAMED_COMMANDS[named]}" if named in RENAMED_COMMANDS else ""
+        raise UserError(f"expected a config of {stage}, found one of {named} in {path}{renamed}")
     if run_dir is not None:
         tree = beside(run_dir, tree)
     for override in overrides:
@@ -1143,28 +1304,51 @@ def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> di
 
 
 def _explain(config_type: type[Config], problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(config_type, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+    key, group = _locate(config_type, problem["loc"])
+    kind, found = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        last = str(problem["loc"][-1])
+        if last in RENAMED_SETTINGS:
+            return f"{key!r} is now {RENAMED_SETTINGS[last]}"
+        known = sorted(group.model_fields)
+        close = difflib.get_close_matches(last, known, n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
-    if problem["type"] == "missing":
+    if kind == "missing":
         return f"{key!r} is required and not set"
-    if problem["type"] == "model_type":
-        found = f"{key} is a group of settings, found {problem['input']!r}"
-        return f"{found}: set one of the group, such as {key}.path"
+    if kind == "model_type" or (kind.startswith("union_tag") and not isinstance(found, dict)):
+        first = next(name for name, field in group.model_fields.items() if field.is_required())
+        return (
+            f"{key} is a group of settings, found {found!r}: set one of the group, such as "
+            f"{key}.{first}"
+        )
+    if kind == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}.kind: expected {context['expected_tags']}, found {context['tag']!r}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'config'}: {message} (found {problem['input']!r})" if key else message
+    return f"{key}: {message} (found {found!r})" if key else message
 
 
-def _keys_at(config_type: type[Config], location: list[str]) -> list[str]:
+def _locate(config_type: type[Config], location: tuple[str | int, ...]) -> tuple[str, type[Config]]:
+    """Returns a key as the user writes it, and the group of settings that it is or is one of."""
+    group, members, parts = config_type, [config_type], []
     for part in location:
-        annotation = config_type.model_fields[part].annotation
-        (group,) = {*(get_args(annotation) or (annotation,))} - {NoneType}
-        assert isinstance(group, type) and issubclass(group, Config)
-        config_type = group
-    return sorted(config_type.model_fields)
+        if len(members) > 1:  # pydantic puts the kind of a member behind the name of a union
+            members = [m for m in members if m.model_fields["kind"].default == part]
+            group = members[0]
+            continue
+        if isinstance(part, int) or members or part not in ("number", "pairs"):
+            parts.append(str(part))
+        field = members[0].model_fields.get(str(part)) if members else None
+        members = _groups_in(field.annotation) if field else []
+        group = members[0] if members else group
+    return ".".join(parts), group
+
+
+def _groups_in(annotation: Any) -> list[type[Config]]:
+    """Returns the groups of settings that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [group for part in get_args(annotation) for group in _groups_in(part)]
 
 
 def dump_config(config: Config) -> str:

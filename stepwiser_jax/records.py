@@ -298,6 +298,13 @@ class ClassifierExample:
     is_positive: tuple[bool, ...]
     q: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        indices = [i for i in range(len(self.chunks)) if i in self.labelled]
+        expect(list(self.labelled) == indices != [], "ascending indices of chunks", self)
+        paired = len(self.labelled) == len(self.is_positive) == len(self.q)
+        expect(paired, "an 'is_positive' and a 'q' for each of 'labelled'", self)
+        expect(all(0 <= q <= 1 for q in self.q), "values from 0 to 1", self)
+
     @property
     def record_id(self) -> str:
         return self.solution_id

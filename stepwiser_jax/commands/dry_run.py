@@ -1,23 +1,21 @@
-"""`--dry-run`: everything that can be checked without sampling or training, and nothing written."""
+"""`--dry-run`: checks all that can be checked without sampling or training, and writes nothing."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from stepwiser_jax.config import (
-    Classify,
     Config,
-    Evaluate,
+    DataSource,
+    FromExamples,
     Model,
-    Problems,
     RejectionSample,
-    Server,
     Sft,
+    Stage,
+    TeacherServer,
     TrainClassifier,
-    TrainJudge,
 )
 from stepwiser_jax.data.datasets import (
     load_benchmark,
@@ -35,69 +33,74 @@ from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
-RECORDS_OF = {
-    "rollouts": Trajectory,
-    "annotations": PrefixValue,
-    "examples": JudgeExample,
-    "items": Trajectory,
-}
-"""What the run that a setting names must hold."""
-
-
-def reads_solutions(config: Config) -> bool:
-    """Whether its examples are whole solutions, not chunks."""
-    of_solutions = isinstance(config, RejectionSample) and config.of_solutions
-    return of_solutions or isinstance(config, TrainClassifier)
-
-
-def names_awaited(value: Any, awaited: Collection[str]) -> bool:
-    """Whether a setting, or a group of them, names a run that is still to come."""
-    if isinstance(value, Config):
-        return any(names_awaited(part, awaited) for _, part in value)
-    return isinstance(value, str) and value in awaited
+RUN_RECORDS = {"rollouts": Trajectory, "values": PrefixValue}
+"""The records of a run that a setting names."""
 
 
 def check_inputs(
-    stage: str, config: Config, run_dir: Path, awaited: Collection[str] = frozenset()
+    stage: str, config: Stage, run_dir: Path, awaited: Collection[str] = frozenset()
 ) -> None:
-    """Raises the UserError that the run itself would raise for its directory, a model that is not
-    there, an input run that is unfinished, damaged or holds other records, or problems,
-    demonstrations, examples, items or evaluation sets that cannot be read. Settings that name runs
-    which are `awaited` are left unchecked. Devices that are not here are a warning: it may be
-    somewhere else that the run finds them."""
+    """Raises the UserError that the run itself would raise for its directory or its inputs.
+
+    Inputs are models, finished runs, problems, examples, benchmarks and evaluation sets. Devices
+    that are missing here give a warning, since the run may be meant for another machine.
+
+    Args:
+        stage: The name of the stage.
+        config: Its settings.
+        run_dir: The directory of the run.
+        awaited: Runs that are still to come; settings that name them are not checked.
+    """
     RunDirectory(run_dir, stage, config)
     for name, value in config:
-        if names_awaited(value, awaited):
+        if _is_awaited(value, awaited):
             continue
         if isinstance(value, Model):
             check_model_exists(value.path)
             load_tokenizer_of(value.path, value.chat_template_args)
-        elif isinstance(value, Problems):
+        elif isinstance(value, TeacherServer):
+            load_tokenizer(value.tokenizer, value.chat_template_args)
+        elif isinstance(value, DataSource):
             exclude = tuple(source for source in value.exclude if source not in awaited)
-            read_problems(value.model_copy(update={"exclude": exclude}))
-        elif name == "data" and isinstance(config, Sft):
-            load_examples(config.data, config.prompt_style)
-        elif name in RECORDS_OF and (name in ("rollouts", "annotations") or Path(value).is_dir()):
-            wanted = RECORDS_OF[name]
-            if name == "examples" and reads_solutions(config):
-                wanted = ClassifierExample
-            read_records(value, wanted)
-        elif name == "examples" and isinstance(
-            config, TrainJudge | RejectionSample | TrainClassifier
-        ):
-            load = load_classifier_examples if reads_solutions(config) else load_judge_examples
-            load(value, on_malformed=config.on_malformed)
-        elif name == "items" and isinstance(config, Evaluate | Classify):
-            load_benchmark(value, split=config.split, on_malformed=config.on_malformed)
-        elif name == "exclude":
-            held_out_questions(source for source in value if source not in awaited)
+            _check_data(name, config, value.model_copy(update={"exclude": exclude}))
+        elif name in RUN_RECORDS:
+            read_records(value, RUN_RECORDS[name])
         elif name == "tokenizer":
             load_tokenizer_of(value, getattr(config, "chat_template_args", None))
-        elif isinstance(value, Server):
-            load_tokenizer(value.tokenizer, value.chat_template_args)
-    try:
-        for mesh in (getattr(config, name, None) for name in ("mesh", "sampling_mesh")):
+    for mesh in (getattr(config, name, None) for name in ("mesh", "sampling_mesh")):
+        try:
             if mesh is not None:
                 make_mesh(**mesh.model_dump())
-    except UserError as error:
-        print(f"warning: {error}, or run it where they are", file=sys.stderr)
+        except UserError as error:
+            print(f"warning: {error}, or run it where they are", file=sys.stderr)
+
+
+def _is_awaited(value: object, awaited: Collection[str]) -> bool:
+    """Whether a setting, or a group of them, names a run that is still to come."""
+    if isinstance(value, Config):
+        return any(_is_awaited(part, awaited) for _, part in value)
+    return isinstance(value, str) and value in awaited
+
+
+def _check_data(name: str, config: Stage, data: DataSource) -> None:
+    """Reads the data of a setting as the stage does."""
+    is_run = Path(data.source).is_dir()
+    if name == "problems":
+        read_problems(data)
+    elif name == "benchmark" and is_run:
+        read_records(data.source, Trajectory)
+    elif name == "benchmark":
+        load_benchmark(data.source, split=data.split, on_malformed=data.on_malformed)
+    elif isinstance(config, Sft):
+        load_examples(data, config.prompt_style)
+    elif isinstance(config, FromExamples):
+        of_solutions = isinstance(config, RejectionSample) and config.of_solutions
+        if of_solutions or isinstance(config, TrainClassifier):
+            record_type, load = ClassifierExample, load_classifier_examples
+        else:
+            record_type, load = JudgeExample, load_judge_examples
+        if is_run:
+            read_records(data.source, record_type)
+        else:
+            load(data.source, on_malformed=data.on_malformed)
+        held_out_questions(data.exclude)

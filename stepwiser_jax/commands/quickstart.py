@@ -13,20 +13,20 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from stepwiser_jax.commands.results import judgment_text
-from stepwiser_jax.config import STAGE_CONFIGS, LabelRule, validate
+from stepwiser_jax.config import STAGE_CONFIGS, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.evaluation.judgments import describe_judgment, example_judgments
 from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
-from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one, in_words
 from stepwiser_jax.record_io import atomic_write, read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
-from stepwiser_jax.rl.labels import label_chunks
+from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -36,6 +36,12 @@ Stage = tuple[str, str, dict[str, Any]]
 SOLVE = {"temperature": 1.0, "max_new_tokens": 112}
 POLICY_ENGINE = {"rows": [32, 256], "buckets": [32, 160]}
 JUDGE_ENGINE = {"rows": [32, 256], "buckets": [192]}
+JUDGE = {"prompt_style": "bare", "sampling": {"max_new_tokens": 32}, "engine": JUDGE_ENGINE}
+
+
+def judge_at(run_dir: Path) -> dict[str, Any]:
+    """Returns the settings of a judge that a run has trained."""
+    return JUDGE | {"path": str(run_dir)}
 
 
 def recipe(run_dir: Path, seed: int, *, problems: int = 512, split: str = "test") -> list[Stage]:
@@ -46,11 +52,13 @@ def recipe(run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
         *judge_training(run_dir, seed),
         *evaluation(run_dir, held_out),
     ]
+    return [(name, stage, shared_settings(stage, seed) | tree) for name, stage, tree in stages]
+
+
+def shared_settings(stage: str, seed: int) -> dict[str, Any]:
+    """Returns the settings that all stages share, those of them that the stage has."""
     shared = {"seed": seed, "prompt_style": "bare"}
-    return [
-        (name, stage, ({"seed": seed} if stage == "annotate" else shared) | settings)
-        for name, stage, settings in stages
-    ]
+    return {key: x for key, x in shared.items() if key in STAGE_CONFIGS[stage].model_fields}
 
 
 def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def fine_tuning(data: str, count: int, seed: int, steps: int) -> dict[str, Any]:
     """From fresh weights, on generated demonstrations."""
     return {
         "model": {"path": "arithmetic"},
-        "data": {"source": data, "count": count, "seed": seed},
+        "examples": {"source": data, "limit": count, "seed": seed},
         "batch_size": 5,
         "max_length": 160,
         "steps": steps,
@@ -85,14 +93,13 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
         "num_rollouts": 16,
         "max_trajectories_per_problem": 3,
         "limit": 1000,
-        "trajectories_per_block": 250,
+        "block_size": 250,
     }
     label = {
-        "annotations": values,
+        "values": values,
         "rollouts": rollouts,
         "tokenizer": policy,
         "rule": "rel_effective",
-        "alpha": 0.8,
         "min_prefix_value": 0.2,
         "max_prompt_tokens": 160,
     }
@@ -108,7 +115,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
     """The form of a judgment, then GRPO on the labels."""
     judge = {
         "model": {"path": str(run_dir / "cold_start")},
-        "examples": str(run_dir / "labels"),
+        "examples": {"source": str(run_dir / "labels")},
         "iterations": 100,
         "prompts_per_iteration": 32,
         "group_size": 8,
@@ -116,7 +123,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
         "row_lengths": [256, 320, 416],
         "sampling": {"temperature": 1.0, "max_new_tokens": 32},
         "engine": JUDGE_ENGINE,
-        "grpo": {"max_refills": 1, "kl_coef": 0.2},
+        "grpo": {"max_resamples": 1, "kl_coef": 0.2},
         "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
     }
     return [
@@ -134,33 +141,27 @@ def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
         "group_size": 1,
         "sampling": SOLVE,
         "engine": POLICY_ENGINE,
-        "problems_per_block": 256,
+        "block_size": 256,
     }
-    evaluate = {
-        "items": str(run_dir / "heldout"),
-        "max_new_tokens": 32,
-        "engine": JUDGE_ENGINE,
-        "items_per_block": 256,
-    }
+    evaluate = {"benchmark": {"source": str(run_dir / "heldout")}, "block_size": 256}
     search = {
         "policy": policy,
-        "judge": {
-            "path": str(run_dir / "judge"),
-            "prompt_style": "bare",
-            "max_new_tokens": 32,
-            "engine": JUDGE_ENGINE,
-        },
+        "judge": judge_at(run_dir / "judge"),
         "problems": problems,
         "majority": [2, 4, 8],
         "sampling": SOLVE,
         "max_chunk_tokens": 24,
         "engine": POLICY_ENGINE,
-        "problems_per_block": 256,
+        "block_size": 256,
     }
     return [
         ("heldout", "rollout", rollout),
         *(
-            (f"evaluate_{name}", "evaluate", evaluate | {"judge": {"path": str(run_dir / name)}})
+            (
+                f"evaluate_{name}",
+                "evaluate",
+                evaluate | {"judge": judge_at(run_dir / name)},
+            )
             for name in ("cold_start", "judge")
         ),
         ("search", "search", search),
@@ -177,7 +178,7 @@ def run_quickstart(
     for number, (name, stage, tree) in enumerate(stages, 1):
         config = validate(STAGE_CONFIGS[stage], tree, f"quickstart {name}")
         console.print(f"[bold]{name}[/bold] ({stage}), stage {number} of {len(stages)}")
-        module = importlib.import_module(f"stepwiser_jax.stages.{stage}")
+        module = stage_module(stage)
         summaries[name] = timed(run_dir / name, module.run, config)
     summary = summarize(run_dir, summaries)
     atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -185,6 +186,11 @@ def run_quickstart(
     print_judgments(console, run_dir)
     console.print(f"\nAll numbers: {run_dir / 'summary.json'}")
     return summary
+
+
+def stage_module(stage: str) -> Any:
+    """Returns the module of a stage."""
+    return importlib.import_module(f"stepwiser_jax.stages.{stage.replace('-', '_')}")
 
 
 def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
@@ -245,17 +251,13 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
     first error, where the prefix before the chunk has a value above 0, with the 95% interval over
     problems. Parameters are the defaults: the paper's for 7B (4.1), and GenPRM's."""
-    parameters = {
-        rule: LabelRule.model_validate({"rule": rule}).parameters
-        for rule in get_args(LabelRule.model_fields["rule"].annotation)
-    }
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
     values: dict[str, list[float]] = {}
     for value in read_records(run_dir / "values", PrefixValue):
         values.setdefault(value.trajectory_id, []).append(value.value)
     tokenizer = load_tokenizer_of(str(run_dir / "policy"))
-    found: dict[str, dict[str, LabelsAndTruths]] = {rule: {} for rule in parameters}
+    found: dict[str, dict[str, LabelsAndTruths]] = {rule: {} for rule in LABEL_RULES}
     for trajectory_id, q in values.items():
         trajectory = trajectories[trajectory_id]
         texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
@@ -263,8 +265,8 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
         truth = arithmetic.chunk_truth(question, texts)
         end = truth.index(False) + 1 if False in truth else len(truth)
         scope = [j for j in range(end) if q[j] > 0]
-        for rule in parameters:
-            given = label_chunks(q, rule, **parameters[rule])
+        for rule in LABEL_RULES:
+            given = label_chunks(q, rule)
             of_problem = found[rule].setdefault(trajectory.problem_id, [])
             of_problem += [(bool(given[j]), truth[j]) for j in scope]
     return {rule: label_scores(list(of_rule.values())) for rule, of_rule in found.items()}
@@ -328,7 +330,9 @@ def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
     wrong = [(item, item.first_error) for item in items if item.first_error >= 0]
     right = [(item, 0) for item in items if item.first_error != 0]
     chosen = wrong[: count // 2] + right[: count - count // 2]
-    shown = [in_words(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen]
-    misjudged = a_right_and_a_wrong_one(items, judgments)[-1]
+    shown = [
+        describe_judgment(item, step, judgments[f"{item.item_id}/{step}"]) for item, step in chosen
+    ]
+    misjudged = example_judgments(items, judgments)[-1]
     for words in [*shown, *([misjudged] if misjudged not in shown else [])]:
         console.print(judgment_text(words), markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.commands.dry_run import check_inputs
-from stepwiser_jax.config import RUNS, Config, Mesh, load_config, read_settings
+from stepwiser_jax.config import RUNS, Mesh, Stage, load_config, read_settings
 from stepwiser_jax.errors import UserError
 
 TRAINING = ("sft", "train-judge", "train-classifier")
@@ -22,28 +22,43 @@ READS = {
     "policy.path": ("sft",),
     "teacher.path": TRAINING,
     "judge.path": ("sft", "train-judge"),
-    "classifier.path": ("train-classifier",),
     "tokenizer": TRAINING,
-    "data.source": ("chunk-solutions", "select-responses", "rejection-sample"),
+    "examples.source": ("chunk-solutions", "select-responses", "rejection-sample"),
     "problems.source": ("rollout",),
     "problems.exclude": ("rollout",),
-    "exclude": ("rollout",),
+    "examples.exclude": ("rollout",),
     "rollouts": ("rollout",),
-    "annotations": ("annotate",),
-    "examples": ("label",),
-    "items": ("rollout",),
+    "values": ("annotate",),
+    "benchmark.source": ("rollout",),
 }
 """The stages whose runs a setting may name."""
 
 
+def readable(tree: dict[str, Any], setting: str) -> tuple[str, ...]:
+    """Returns the stages whose runs a setting of a config may name."""
+    if setting == "examples.source" and tree["stage"] != "sft":
+        return ("label",)
+    if setting == "judge.path" and tree["judge"].get("kind") == "classifier":
+        return ("train-classifier",)
+    return READS.get(setting, ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A config of a recipe: `reads` are pairs (setting, name of the run that it reads)."""
+    """A config of a recipe.
+
+    Attributes:
+        name: The name of its run.
+        stage: Its stage.
+        file: Where it is.
+        reads: For every setting that names a run: the setting, the name of that run, and the stages
+            that it may be of.
+    """
 
     name: str
     stage: str
     file: Path
-    reads: list[tuple[str, str]]
+    reads: list[tuple[str, str, tuple[str, ...]]]
 
 
 def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
@@ -69,7 +84,8 @@ def read_recipe(prefix: str) -> dict[str, Step]:
         if "stage" not in tree:
             raise UserError(f"{file}: a config of a recipe names its stage, such as `stage: sft`")
         name = file.stem.removeprefix(f"{start}_")
-        steps[name] = Step(name, tree.pop("stage"), file, list(runs_named(tree)))
+        reads = [(setting, run, readable(tree, setting)) for setting, run in runs_named(tree)]
+        steps[name] = Step(name, tree["stage"], file, reads)
     if not steps:
         raise UserError(f"expected configs {prefix}_NAME.yaml, found none")
     return steps
@@ -92,15 +108,14 @@ def ordered(steps: dict[str, Step]) -> list[Step]:
     run that no step writes, or one of a stage that it does not read, and for steps that wait for
     one another."""
     for step in steps.values():
-        for setting, name in step.reads:
-            wanted = READS.get(setting, ())
+        for setting, name, wanted in step.reads:
             found = f"a run of {steps[name].stage}" if name in steps else "no config of that name"
             if name not in steps or steps[name].stage not in wanted:
                 raise UserError(
                     f"{step.file}: {setting} is RUNS/{name}: expected a run of "
                     f"{' or '.join(wanted) or 'no stage'}, found {found}"
                 )
-    order = TopologicalSorter({s.name: [name for _, name in s.reads] for s in steps.values()})
+    order = TopologicalSorter({s.name: [name for _, name, _ in s.reads] for s in steps.values()})
     try:
         return [steps[name] for name in order.static_order()]
     except CycleError as error:
@@ -111,10 +126,10 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "manifest.json").is_file()
 
 
-def check_step(step: Step, config: Config, runs: Path) -> None:
+def check_step(step: Step, config: Stage, runs: Path) -> None:
     """Checks what a step reads as its stage's own dry run does, but for runs that are still to
     come, which the chain promises, and devices, which are elsewhere."""
-    awaited = {str(runs / name) for _, name in step.reads if not is_finished(runs / name)}
+    awaited = {str(runs / name) for _, name, _ in step.reads if not is_finished(runs / name)}
     meshes = {"mesh", "sampling_mesh"} & type(config).model_fields.keys()
     config = config.model_copy(update=dict.fromkeys(meshes, Mesh()))
     try:

@@ -1,4 +1,4 @@
-"""Training data that occurs in evaluation sets: found by the text of the problem, and left out.
+"""Finds training data that occurs in evaluation sets, by the text of the problem.
 
 Problems are equal if their texts are, white space aside: copies of a data set differ in little
 else. ProcessBench-GSM8K lies in GSM8K's test split, two other ProcessBench problems in MATH's train
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepwiser_jax.data.datasets import columns_of, read_rows
+from stepwiser_jax.data.rows import columns_of, read_rows
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, LabelledSolution, Problem
@@ -33,8 +33,8 @@ def is_held_out(record: R, held_out: frozenset[str]) -> bool:
 def drop_held_out(
     records: Sequence[R], held_out: frozenset[str], dropped: Counter[str] | None = None
 ) -> list[R]:
-    """Those whose question is not among `held_out`, as `held_out_questions` gives them; the others
-    are counted in `dropped`. Raises UserError where none is left."""
+    """Returns the records whose question is not in `held_out` (see `held_out_questions`). The
+    others are counted in `dropped`. Raises UserError if none is left."""
     kept = [record for record in records if not is_held_out(record, held_out)]
     if records and not kept:
         raise UserError(
@@ -46,8 +46,8 @@ def drop_held_out(
 
 
 def held_out_questions(sources: Iterable[str]) -> frozenset[str]:
-    """All problem texts, without white space, of local files, finished `rollout` runs, or hub data
-    sets (all their splits). Raises UserError for a row without a problem."""
+    """Returns all problem texts, without white space, of local files, finished `rollout` runs, or
+    hub data sets (all their splits). Raises UserError for a row without a problem."""
     questions: set[str] = set()
     for source in sources:
         if Path(source).is_dir():
@@ -63,7 +63,7 @@ def held_out_questions(sources: Iterable[str]) -> frozenset[str]:
 
 
 def _questions(row: dict[str, Any]) -> list[str]:
-    """PRMBench has a problem in three wordings, PRM800K in an object of its own."""
+    """Returns the problem's texts: PRMBench has three wordings, PRM800K an object with one."""
     question = row.get("question")
     texts = [row.get(column) for column in _COLUMNS]
     texts += [question.get("problem")] if isinstance(question, dict) else []

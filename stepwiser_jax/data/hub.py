@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, or the snapshot of a hub id."""
+"""Finds a model's files: in a directory, or in the snapshot of a hub id."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def local_directory(path_or_id: str, patterns: Sequence[str]) -> Path:
     """Returns the directory itself, or the snapshot of a hub id in the cache of huggingface_hub.
 
     Args:
-        path_or_id: a directory, or a hub id (owner/name). Without a network, its snapshot has to
+        path_or_id: A directory, or a hub id (owner/name). Without a network, its snapshot has to
             be in the cache.
-        patterns: the files of a hub id that are fetched, such as `*.json`.
+        patterns: The files of a hub id that are fetched, such as `*.json`.
 
     Raises:
-        UserError: it is neither.
+        UserError: It is neither.
     """
     if Path(path_or_id).is_dir():
         return Path(path_or_id)

@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax import plugins
-from stepwiser_jax.config import CheckedAnswers, Problems, read_run_settings
-from stepwiser_jax.data.datasets import (
-    OnMalformed,
-    Split,
-    load_benchmark,
-    load_problems,
-    numbered_rows,
-    shuffled,
-)
+from stepwiser_jax.config import CheckedAnswers, DataSource, read_run_settings
+from stepwiser_jax.data.datasets import load_benchmark, load_problems
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions, is_held_out
+from stepwiser_jax.data.rows import OnMalformed, Split, number_rows, shuffled
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import BenchmarkItem, Problem, ProcessBenchItem, Trajectory
@@ -34,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_problems(
-    problems: Problems, dropped: Counter[str] | None = None, verifier: str = "mathematics"
+    problems: DataSource, dropped: Counter[str] | None = None, verifier: str = "mathematics"
 ) -> list[Problem]:
     """Returns the problems of a data set, a finished run, or a function.
 
@@ -50,7 +44,7 @@ def read_problems(
     shuffle_seed = problems.seed if problems.shuffle else None
     source, rows = problems.source, None
     if is_function(source, PROBLEMS):
-        rows = numbered_rows(_generate(problems), shuffle_seed)
+        rows = number_rows(_generate(problems), shuffle_seed)
     elif Path(source).is_dir():
         found = {p.problem_id: p for p in read_records(source, Problem)}
         ids = shuffled(found, problems.seed) if problems.shuffle else found
@@ -58,7 +52,7 @@ def read_problems(
     return load_problems(
         source,
         rows,
-        split=problems.split,
+        split=problems.one_split,
         subset=problems.subset,
         shuffle_seed=shuffle_seed,
         is_excluded=lambda problem: is_held_out(problem, held_out),
@@ -69,11 +63,11 @@ def read_problems(
     )
 
 
-def _generate(problems: Problems) -> Iterator[tuple[str, Any]]:
+def _generate(problems: DataSource) -> Iterator[tuple[str, Any]]:
     """Yields what a function of `problems.source` makes, each with the place that errors name."""
     generate = plugins.load(problems.source, "a source of problems", PROBLEMS)
     limit = None if problems.shuffle else problems.limit
-    rows = generate(split=problems.split, limit=limit, seed=problems.seed)
+    rows = generate(split=problems.one_split, limit=limit, seed=problems.seed)
     yield from ((f"{problems.source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 

@@ -1,6 +1,6 @@
-"""Rows of others' step-labelled data -> LabelledSolution records -> what judges learn from.
+"""Reads data sets whose steps others have labelled, and turns them into what judges learn from.
 
-A row's format is known by its columns:
+The columns of a row tell its format:
 
     PRM800K         question.problem, label.steps     ratings -1, 0, 1 of several completions a step
     Math-Shepherd   input, label                      + and -, or values, in the places of its tags
@@ -9,10 +9,10 @@ A row's format is known by its columns:
                                                       the last step are ignored, as by its scorer
     ProcessBench    problem, steps, label             index of the first wrong step, -1: none
 
-All labels come to lie between 0 and 1, and none is lost: -1, 0, 1 become 0, 0.5, 1. A judge takes a
-step for wrong where its label is 0, as Math-Shepherd's hard labels and StepWiser's Abs-Q do;
-neutral steps are right then, as in ProcessBench's PRM800K baseline. Texts stay as they are. What is
-not about steps is left behind: who solved and who labelled, when and why.
+Labels are between 0 and 1, and none is lost: -1, 0, 1 become 0, 0.5, 1. A step is wrong if its
+label is 0, as in Math-Shepherd's hard labels and StepWiser's Abs-Q; so neutral steps are right, as
+in ProcessBench's PRM800K baseline. Texts stay as they are. What is not about steps is not read: who
+solved and who labelled, when and why.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ from stepwiser_jax.records import (
     PrmBenchItem,
     ProcessBenchItem,
 )
+from stepwiser_jax.rl.examples import judge_example
 from stepwiser_jax.tasks.mathematics import compare_plainly
 
 Row = dict[str, Any]
+Step = tuple[str, float | None]
+"""A step with its label."""
 
 STEP_TAG = "ки"
-"""Math-Shepherd's mark behind every step."""
+"""Math-Shepherd's mark after every step."""
 
 BAD_PROBLEM = "bad_problem"
-"""PRM800K's `finish_reason` where the labeller found the problem itself wrong."""
+"""PRM800K's `finish_reason` if the labeller found the problem itself wrong."""
 
 _LABEL = re.compile(r"[+-]|[01](\.\d+)?")
 
@@ -50,10 +53,10 @@ RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0, None: None}
 
 
 def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
-    """The solutions in one row; their ids begin with `row_id`, or are the row's own. Raises
-    UserError for a row that no format explains."""
-    for is_of, parse in _FORMATS:
-        if is_of(row):
+    """Returns the solutions in one row; their ids begin with `row_id`, or are the row's own. Raises
+    UserError for a row of no known format."""
+    for matches, parse in _FORMATS:
+        if matches(row):
             return parse(row, row_id)
     raise UserError(
         "expected the columns of PRM800K (question.problem, label.steps), Math-Shepherd (input, "
@@ -62,53 +65,44 @@ def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
     )
 
 
-def judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExample]:
-    """One example a labelled step, up to and including the first error: after it there is nothing
-    to judge. Steps that solutions share are used once."""
-    for solution in solutions:
-        for step in _labelled_steps(solution):
-            yield JudgeExample(
-                example_id=f"{solution.solution_id}/{step}",
-                problem_id=solution.problem_id,
-                question=solution.question,
-                history="\n\n".join(solution.steps[:step]),
-                chunk=solution.steps[step],
-                is_positive=step != solution.first_error,
-            )
+def to_judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExample]:
+    """Yields one example per labelled step, up to and including the first error: after it there is
+    nothing to judge. Steps that solutions share are used once."""
+    for solution in to_classifier_examples(solutions):
+        for index, step in enumerate(solution.labelled):
+            yield judge_example(solution, index, "\n\n".join(solution.chunks[:step]))
 
 
-def _labelled_steps(solution: LabelledSolution) -> list[int]:
-    """Of its own, up to and including the first error."""
-    error = solution.first_error
-    end = len(solution.steps) if error == -1 else error + 1
-    steps = range(solution.shared_steps, end)
-    return [step for step in steps if solution.labels[step] is not None]
-
-
-def classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:
-    """The same steps of a solution in one example; their soft labels are the labels themselves, but
-    for a wrong step that a later right one makes right."""
+def to_classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:
+    """Yields the same steps, in one example per solution. Their soft labels are the labels
+    themselves, except for a wrong step that a later right one makes right."""
     for solution in solutions:
         labelled = _labelled_steps(solution)
         if labelled:
-            is_positive = [step != solution.first_error for step in labelled]
+            is_positive = tuple(step != solution.first_error for step in labelled)
+            soft = [solution.labels[step] or 0.0 for step in labelled]
             yield ClassifierExample(
                 solution_id=solution.solution_id,
                 problem_id=solution.problem_id,
                 question=solution.question,
                 chunks=solution.steps,
                 labelled=tuple(labelled),
-                is_positive=tuple(is_positive),
-                q=tuple(
-                    solution.labels[step] or float(right)
-                    for step, right in zip(labelled, is_positive, strict=True)
-                ),
+                is_positive=is_positive,
+                q=tuple(q or float(right) for q, right in zip(soft, is_positive, strict=True)),
             )
 
 
-def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:
-    """The whole ones among the solutions: of which it is known whether the final answer is right,
-    and where the first error is, or that there is none. Raises UserError where there is none."""
+def _labelled_steps(solution: LabelledSolution) -> list[int]:
+    """Returns the solution's own labelled steps, up to and including the first error."""
+    error = solution.first_error
+    end = len(solution.steps) if error == -1 else error + 1
+    steps = range(solution.shared_steps, end)
+    return [step for step in steps if solution.labels[step] is not None]
+
+
+def to_processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:
+    """Returns the whole ones among the solutions: it is known whether the final answer is right,
+    and they are labelled up to their end or first error. Raises UserError if there is none."""
     items = [
         ProcessBenchItem(
             item_id=solution.solution_id,
@@ -135,48 +129,19 @@ def processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBen
 
 
 def _prm800k(row: Row, row_id: str) -> list[LabelledSolution]:
-    """The way that the labeller took (chosen or own completions), and a branch for every completion
-    beside it. Labelling stops at the first error in phase 2; the rest of the model's solution then
-    follows without labels."""
+    """Returns the path that the labeller took, and a branch for every completion beside it.
+
+    In phase 2, labelling stops at the first error; the rest of the model's solution then follows
+    without labels."""
     question, label = _field(row, "question", dict), _field(row, "label", dict)
-    way: list[tuple[str, float | None]] = []
-    branches: list[tuple[int, tuple[str, float | None]]] = []
-    ended = False
-    for number, step in enumerate(_field(label, "steps", list), 1):
-        rated = _field(step, "completions", list, or_none=True) or []
-        completions = [_completion(completion) for completion in rated]
-        chosen = _field(step, "chosen_completion", int, or_none=True)
-        if chosen is not None and not 0 <= chosen < len(completions):
-            raise UserError(
-                f"step {number}: expected 'chosen_completion' from 0 to {len(completions) - 1}, "
-                f"found {chosen}"
-            )
-        if step.get("human_completion") is not None:
-            completions.append(_completion(step["human_completion"]))
-            chosen = len(completions) - 1 if chosen is None else chosen
-        if not completions:
-            continue
-        if ended:
-            raise UserError(f"step {number} goes on behind a step of which nothing was chosen")
-        ended = chosen is None
-        follow = completions.pop(chosen or 0)
-        branches += [(len(way), completion) for completion in completions]
-        way.append(follow)
-
+    path, branches = _path_and_branches(_field(label, "steps", list))
     finish_reason = _field(label, "finish_reason", str, or_none=True)
+    rest, found = _end_of_path(question, [text for text, _ in path], finish_reason)
+    path += [(text, None) for text in rest]
     answer = _field(question, "ground_truth_answer", str, or_none=True)
-    has_solution = bool(question.get("pre_generated_steps"))
-    generated = _texts(question, "pre_generated_steps") if has_solution else []
-    found = None
-    if generated and generated[: len(way)] == [text for text, _ in way]:
-        found = _field(question, "pre_generated_answer", str, or_none=True)
-        way += [(text, None) for text in generated[len(way) :]]
-    elif finish_reason == "solution" and way and "# Answer" in way[-1][0]:
-        found = way[-1][0].rsplit("# Answer", 1)[1].strip()
     is_right = None if found is None or answer is None else compare_plainly(found, answer)
-
-    solutions = [(0, way)] if way else []
-    solutions += [(shared, [*way[:shared], step]) for shared, step in branches]
+    solutions = [(0, path)] if path else []
+    solutions += [(shared, [*path[:shared], step]) for shared, step in branches]
     return [
         LabelledSolution(
             solution_id=f"{row_id}#{k}",
@@ -195,7 +160,50 @@ def _prm800k(row: Row, row_id: str) -> list[LabelledSolution]:
     ]
 
 
-def _completion(completion: Any) -> tuple[str, float | None]:
+def _path_and_branches(steps: Sequence[Any]) -> tuple[list[Step], list[tuple[int, Step]]]:
+    """Returns the steps that the labeller chose or wrote, and the others, each with the number of
+    steps before it."""
+    path: list[Step] = []
+    branches: list[tuple[int, Step]] = []
+    ended = False
+    for number, step in enumerate(steps, 1):
+        rated = _field(step, "completions", list, or_none=True) or []
+        completions = [_completion(completion) for completion in rated]
+        chosen = _field(step, "chosen_completion", int, or_none=True)
+        if chosen is not None and not 0 <= chosen < len(completions):
+            raise UserError(
+                f"step {number}: expected 'chosen_completion' from 0 to {len(completions) - 1}, "
+                f"found {chosen}"
+            )
+        if step.get("human_completion") is not None:
+            completions.append(_completion(step["human_completion"]))
+            chosen = len(completions) - 1 if chosen is None else chosen
+        if not completions:
+            continue
+        if ended:
+            raise UserError(f"step {number} goes on after a step of which nothing was chosen")
+        ended = chosen is None
+        path.append(completions.pop(chosen or 0))
+        branches += [(len(path) - 1, completion) for completion in completions]
+    return path, branches
+
+
+def _end_of_path(
+    question: Row, path: Sequence[str], finish_reason: str | None
+) -> tuple[list[str], str | None]:
+    """Returns the steps of the model's solution after the labelled ones, and the final answer, None
+    if the path does not reach one."""
+    has_solution = bool(question.get("pre_generated_steps"))
+    generated = _texts(question, "pre_generated_steps") if has_solution else []
+    if generated and generated[: len(path)] == path:
+        found = _field(question, "pre_generated_answer", str, or_none=True)
+        return generated[len(path) :], found
+    if finish_reason == "solution" and path and "# Answer" in path[-1]:
+        return [], path[-1].rsplit("# Answer", 1)[1].strip()
+    return [], None
+
+
+def _completion(completion: Any) -> Step:
     text = _field(completion, "text", str)
     rating = completion.get("rating")
     if type(rating) not in (int, NoneType) or rating not in RATINGS:
@@ -204,8 +212,8 @@ def _completion(completion: Any) -> tuple[str, float | None]:
 
 
 def _math_shepherd(row: Row, row_id: str) -> list[LabelledSolution]:
-    """`input` is `QUESTION Step 1: ... ки\\nStep 2: ... ки`; `label` is the same with labels in the
-    places of the tags. The last one says whether the final answer is right."""
+    """Reads `input`, which is `QUESTION Step 1: ... ки\\nStep 2: ... ки`, and `label`, which is the
+    same with labels instead of the tags. The last label says whether the final answer is right."""
     text, label = _field(row, "input", str), _field(row, "label", str)
     *pieces, rest = text.split(STEP_TAG)
     if not pieces or rest.strip() or "Step 1:" not in pieces[0]:
@@ -243,7 +251,7 @@ def _math_shepherd(row: Row, row_id: str) -> list[LabelledSolution]:
 
 
 def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
-    """Every way from the root of the tree, which is the question, to a leaf."""
+    """Returns every path from the root of the tree, which is the question, to a leaf."""
     question, tree = _field(row, "question", str), row["reasoning_steps"]
     root = _tree_of_prefixes(question, tree) if isinstance(tree, list) else tree
     if _field(root, "text", str) != question:
@@ -251,12 +259,12 @@ def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
     value = root.get("mc_value")
     solutions: list[LabelledSolution] = []
 
-    def walk(node: Row, way: list[tuple[str, float | None]], shared: int) -> None:
+    def walk(node: Row, path: list[Step], shared: int) -> None:
         children = _field(node, "children", list, or_none=True) or []
         for n, child in enumerate(children):
             step = _field(child, "text", str), _value(child.get("mc_value"))
-            walk(child, [*way, step], len(way) if n else shared)
-        if way and not children:
+            walk(child, [*path, step], len(path) if n else shared)
+        if path and not children:
             solutions.append(
                 LabelledSolution(
                     solution_id=f"{row_id}#{len(solutions)}",
@@ -264,8 +272,8 @@ def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
                     source="math-aps",
                     question=question,
                     answer=_field(row, "final_answer", str, or_none=True),
-                    steps=tuple(text for text, _ in way),
-                    labels=tuple(value for _, value in way),
+                    steps=tuple(text for text, _ in path),
+                    labels=tuple(value for _, value in path),
                     cumulative=True,
                     shared_steps=shared,
                     question_value=None if value is None else _value(value),
@@ -277,7 +285,7 @@ def _math_aps(row: Row, row_id: str) -> list[LabelledSolution]:
 
 
 def _tree_of_prefixes(question: str, prefixes: Sequence[Any]) -> Row:
-    """A prefix is a child of the longest other one that it goes on from, behind a blank line."""
+    """Makes every prefix a child of the longest other one that it continues after a blank line."""
     root: Row = {"text": question, "mc_value": None, "children": []}
     nodes = {question: root}
     for prefix in sorted(prefixes, key=lambda p: len(_field(p, "solution_prefix", str))):
@@ -296,41 +304,24 @@ def _tree_of_prefixes(question: str, prefixes: Sequence[Any]) -> Row:
 
 
 def _prmbench(row: Row, row_id: str) -> list[LabelledSolution]:
-    """The modified process with its wrong steps; of the rows classified `redundency`, the original
-    too: each is in the benchmark once for every class, and its own loader takes them from there."""
-    steps, wrong = _prmbench_steps(row)
-    kind = _field(row, "classification", str)
-    solutions = [
+    """Returns the solutions of `prmbench_items`, each step with its own label."""
+    return [
         LabelledSolution(
-            solution_id=f"{row_id}#0",
+            solution_id=f"{row_id}#{k}",
             problem_id=row_id,
-            source=f"prmbench/{kind}",
-            question=_field(row, "modified_question", str),
+            source=f"prmbench/{item.subset}",
+            question=item.question,
             answer=None,
-            steps=steps,
-            labels=tuple(0.0 if step in wrong else 1.0 for step in range(len(steps))),
+            steps=item.steps,
+            labels=tuple(float(item.is_right(step)) for step in range(len(item.steps))),
             cumulative=False,
         )
+        for k, item in enumerate(prmbench_items(row))
     ]
-    if kind == _WITH_ORIGINAL:
-        original = tuple(_texts(row, "original_process"))
-        solutions.append(
-            LabelledSolution(
-                solution_id=f"{row_id}#1",
-                problem_id=row_id,
-                source="prmbench/correct",
-                question=_field(row, "original_question", str),
-                answer=None,
-                steps=original,
-                labels=(1.0,) * len(original),
-                cumulative=False,
-            )
-        )
-    return solutions
 
 
 def _prmbench_steps(row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The modified steps, and the 0-based indices of the wrong ones among them."""
+    """Returns the modified steps, and the 0-based indices of the wrong ones."""
     steps = tuple(_texts(row, "modified_process"))
     wrong = _field(row, "error_steps", list)
     if not all(type(step) is int and step >= 1 for step in wrong):
@@ -351,8 +342,9 @@ def error_steps_past_the_end(row: Row) -> int:
 
 
 def prmbench_items(row: Row) -> list[PrmBenchItem]:
-    """Returns a PRMBench row's solution with its wrong steps, and for the rows of one class the
-    original solution too, as the benchmark's own loader does: 758 originals beside 6,211 others.
+    """Returns a PRMBench row's modified solution with its wrong steps, and for rows of the class
+    `redundency` the original too. Each original is in the benchmark once for every class, and the
+    benchmark's own loader takes it from there: 758 originals beside 6,211 others.
 
     Raises UserError for a row without PRMBench's columns.
     """
@@ -368,7 +360,7 @@ def prmbench_items(row: Row) -> list[PrmBenchItem]:
 
 
 def _processbench(row: Row, row_id: str) -> list[LabelledSolution]:
-    """ProcessBench's own rows, or our ProcessBenchItem records."""
+    """Reads ProcessBench's rows, and our ProcessBenchItem records."""
     item_id, question = _first(row, "item_id", "id"), _first(row, "question", "problem")
     steps, label = _first(row, "steps"), _first(row, "label", "first_error")
     final = _first(row, "final_answer_correct")
@@ -421,8 +413,8 @@ _KINDS = {str: "a text", list: "a list", dict: "an object", int: "an integer"}
 
 
 def _field(row: Any, name: str, kind: type, *, or_none: bool = False) -> Any:
-    """Raises UserError unless `row` has a field of that type. A missing field is None: tables have
-    all columns in all rows."""
+    """Returns a field of a row. Raises UserError unless it has that type. (A missing field may be
+    None: tables have all columns in all rows.)"""
     value = row.get(name) if isinstance(row, dict) else None
     if type(value) is not kind and not (or_none and value is None and isinstance(row, dict)):
         found = sorted(row) if isinstance(row, dict) and value is None else repr(value or row)[:80]
@@ -448,5 +440,5 @@ def _value(value: Any) -> float:
 
 
 def _first(row: Row, *columns: str) -> Any:
-    """What stands in the first of the columns that holds something; None where none does."""
+    """Returns the value of the first column that has one, None if none has."""
     return next((row[column] for column in columns if row.get(column) is not None), None)

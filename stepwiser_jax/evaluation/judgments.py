@@ -11,40 +11,109 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import Evaluate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, OwnJudge
 from stepwiser_jax.evaluation.prmbench import score_prmbench
-from stepwiser_jax.evaluation.processbench import score_by_subset
+from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
 from stepwiser_jax.evaluation.whole_solutions import solutions_by_subset
+from stepwiser_jax.judges.base import ChunkJudgment, SolutionJudgment
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem, Verdict
+from stepwiser_jax.rl.rewards import judge_reward
 
 GREEDY = ("",)
 """The suffix of greedy judgments."""
 
 
+def votes_of(config: Evaluate) -> int:
+    """Returns the number of judgments of a step that are sampled beside the greedy one."""
+    return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
+
+
+def vote_suffixes(votes: int) -> list[str]:
+    """Returns the suffixes that tell the sampled judgments of a step apart."""
+    return [f"/vote{k}" for k in range(votes)]
+
+
+def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
+    """Returns the suffixes of the judgments that are scored together, by the score's name: `greedy`
+    and, with votes, for example `majority_8`."""
+    sampled = {f"{rule_name}_{votes}": vote_suffixes(votes)} if votes else {}
+    return {"greedy": GREEDY, **sampled}
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+def judgment_records(
+    item: BenchmarkItem, found: SolutionJudgment, judge_id: str, suffix: str = ""
+) -> list[Judgment]:
+    """Returns the records `<item>/<step><suffix>`, and `<item>/solution<suffix>` if the judge spoke
+    of the whole solution, each with its reward by the item's label."""
+
+    def record(part: int | str, judgment: ChunkJudgment, is_right: bool) -> Judgment:
+        return Judgment(
+            example_id=f"{item.item_id}/{part}{suffix}",
+            judge_id=judge_id,
+            completion=judgment.completion,
+            verdict=judgment.verdict,
+            p_positive=judgment.p_positive,
+            reward=judge_reward(judgment.verdict, is_right),
+        )
+
+    records = [record(step, j, item.is_right(step)) for step, j in enumerate(found.chunks)]
+    if found.whole is not None:
+        records.append(record("solution", found.whole, item.first_error == -1))
+    return records
+
+
+def describe_judgment(item: BenchmarkItem, step: int, judgment: Judgment) -> dict[str, str]:
+    """Returns a judgment of a step beside the step, what came before it, and the truth."""
+    truth = Verdict.POSITIVE if item.is_right(step) else Verdict.NEGATIVE
+    return {
+        "question": item.question,
+        "history": " ".join(item.steps[:step]),
+        "step": item.steps[step],
+        "judge": judgment.completion,
+        "verdict": judgment.verdict.value,
+        "truth": truth.value,
+    }
+
+
+def example_judgments(
+    items: Sequence[BenchmarkItem], judgments: Mapping[str, Judgment]
+) -> list[dict[str, str]]:
+    """Returns the first right and the first wrong greedy judgment, described. First errors are
+    looked at before right steps."""
+    errors = [(item, item.first_error) for item in items if item.first_error >= 0]
+    steps = errors + [(item, 0) for item in items if item.first_error != 0]
+    found: dict[bool, dict[str, str]] = {}
+    for item, step in steps:
+        described = describe_judgment(item, step, judgments[f"{item.item_id}/{step}"])
+        found.setdefault(described["verdict"] == described["truth"], described)
+    return [found[is_right] for is_right in (True, False) if is_right in found]
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class VotingRule:
-    """How the judgments of a step become one verdict: by the majority, or by the mean P(right) at a
-    `threshold`, as for GenPRM and classifiers. `unparsed_as` is how a step counts that no judgment
-    gives a verdict on."""
+    """How the judgments of a step become one verdict: by the majority, or with a `threshold` by the
+    mean probability that the step is right, as for GenPRM and classifiers."""
 
     threshold: float | None = None
-    unparsed_as: UnparsedAs = "negative"
-
-    @classmethod
-    def of_run(cls, config: Evaluate) -> VotingRule:
-        """Returns the rule by which a run of `evaluate` counts. GenPRM has P(right), which is 1/2
-        without a verdict."""
-        if config.genprm is None:
-            return cls(unparsed_as=config.unparsed_as)
-        threshold = config.genprm.threshold
-        return cls(threshold, "negative" if threshold > 0.5 else "positive")
 
     @property
     def name(self) -> str:
         return "majority" if self.threshold is None else "mean"
 
+    @property
+    def unparsed_as(self) -> UnparsedAs:
+        """How a step without a verdict counts. With a threshold its probability is 1/2."""
+        return "negative" if self.threshold is None or self.threshold > 0.5 else "positive"
+
     def verdict(self, votes: Sequence[Judgment]) -> Verdict:
+        """Returns the verdict on one step."""
         verdict = majority_verdict([vote.verdict for vote in votes])
         if self.threshold is None or not verdict.is_given:
             return verdict
@@ -63,16 +132,24 @@ class VotingRule:
         ]
 
 
-def vote_suffixes(votes: int) -> list[str]:
-    """Returns the suffixes that tell the sampled judgments of a step apart."""
-    return [f"/vote{k}" for k in range(votes)]
-
-
-def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
-    """Returns the suffixes of the judgments that are scored together, by the score's name: `greedy`
-    and, with votes, for example `majority_8`."""
-    sampled = {f"{rule_name}_{votes}": vote_suffixes(votes)} if votes else {}
-    return {"greedy": GREEDY, **sampled}
+def threshold_of(
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
+) -> float | None:
+    """Returns the probability below which a step is wrong: that of the settings, or the one with
+    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
+    judge = config.judge
+    if isinstance(judge, GenPrmJudge):
+        return judge.threshold
+    if not isinstance(judge, ClassifierJudge):
+        return None
+    if config.threshold_subset is None:
+        return 0.5 if judge.threshold is None else judge.threshold
+    chosen_on = [item for item in items if item.subset == config.threshold_subset]
+    p_positive = [
+        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
+        for item in chosen_on
+    ]
+    return best_threshold(p_positive, [item.first_error for item in chosen_on])
 
 
 def score_judgments(

@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import Classify, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.judgments import GREEDY, VotingRule, voters
+from stepwiser_jax.evaluation.judgments import (
+    GREEDY,
+    VotingRule,
+    threshold_of,
+    voters,
+    votes_of,
+)
 from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
-from stepwiser_jax.record_io import read_manifest, read_records, read_run_json
+from stepwiser_jax.record_io import read_manifest, read_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem
 
 
@@ -104,48 +110,46 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     """Reads a run, and counts its judgments as it counted them itself.
 
     Args:
-        run: A finished run of `evaluate` or `classify`.
+        run: A finished run of `evaluate`.
         votes: Whether the sampled judgments count, if the run has any, in place of the greedy ones.
     """
     stage = read_manifest(run)["stage"]
-    if stage not in ("evaluate", "classify"):
-        raise UserError(f"expected a run of evaluate or classify, found one of {stage} in {run}")
-    settings, file = read_run_settings(run), str(run / "config.yaml")
-    has_votes = False
-    if stage == "evaluate":
-        config = validate(Evaluate, settings, file)
-        model, rule, has_votes = config.judge.path, VotingRule.of_run(config), config.votes > 0
-        counted, suffixes = list(voters(rule.name, config.votes).items())[-1 if votes else 0]
-    else:
-        config = validate(Classify, settings, file)
-        threshold = read_run_json(run, "summary.json")["threshold"]
-        model, rule = config.classifier.path, VotingRule(threshold)
-        counted, suffixes = f"threshold {threshold:.3g}", GREEDY
-    items = read_items(config, model)
+    if stage != "evaluate":
+        raise UserError(f"expected a run of evaluate, found one of {stage} in {run}")
+    config = validate(Evaluate, read_run_settings(run), str(run / "config.yaml"))
+    items = read_items(config)
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
+    check_complete(run, judgments, items, GREEDY)
+    threshold = threshold_of(config, items, judgments)
+    rule = VotingRule(threshold)
+    counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
     check_complete(run, judgments, items, suffixes)
+    if isinstance(config.judge, ClassifierJudge):
+        counted = f"threshold {threshold:.3g}"
     predictions = [
         first_predicted_error(
             rule.verdicts(item, judgments, suffixes), unparsed_as=rule.unparsed_as
         )
         for item in items
     ]
-    return JudgedRun(items, predictions, counted, has_votes)
+    return JudgedRun(items, predictions, counted, votes_of(config) > 0)
 
 
-def read_items(config: Evaluate | Classify, model: str) -> list[ProcessBenchItem]:
+def read_items(config: Evaluate) -> list[ProcessBenchItem]:
+    """Reads the items that a run judged. Raises UserError if they are PRMBench's."""
     items = load_items(
-        config.items,
-        load_tokenizer_of(model),
-        split=config.split,
-        limit=config.limit,
-        on_malformed=config.on_malformed,
+        config.benchmark.source,
+        load_tokenizer_of(config.judge.path),
+        split=config.benchmark.split,
+        limit=config.benchmark.limit,
+        on_malformed=config.benchmark.on_malformed,
     )
     found = [item for item in items if isinstance(item, ProcessBenchItem)]
     if len(found) < len(items):
         raise UserError(
             f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {config.items}: compare the prm_score of both in their summary.json"
+            f"PRMBench in {config.benchmark.source}: compare the prm_score of both in their "
+            "summary.json"
         )
     return found
 

@@ -1,1 +1,1 @@
-"""Judges of chunks, a file for each kind, from the prompt to the verdict."""
+"""Judges of chunks, one file or folder per kind: prompt, judge, verdict. `load` makes them."""

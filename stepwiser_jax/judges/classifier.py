@@ -1,9 +1,14 @@
-"""P(+) of every chunk of a solution, from one pass of a classifier over the whole of it.
+"""A classifier as a judge: P(+) of every chunk from one pass over the whole solution.
 
-    (question, chunks) -> conversation in which every answer is + -> several of them packed to a row
+    (question, chunks) -> conversation in which each chunk is answered by + or -
+                       -> several solutions packed into a row
                        -> log-odds of + against - at each answer -> P(+)
 
-Attention is causal, so that what a chunk is given does not depend on those after it.
+Attention is causal, so the score of a chunk does not depend on the chunks after it.
+
+Training minimises the cross-entropy of the softmax over these two tokens, which is also the score.
+RLHFlow's models are fine-tuned on the answer among the whole vocabulary. That loss differs by
+-log(P(+) + P(-)), which is near 0 after some steps, and has no meaning for a soft label.
 """
 
 from __future__ import annotations
@@ -11,8 +16,10 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.distributed.loading import Loaded
@@ -20,19 +27,126 @@ from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import probabilities
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.rl.logprobs import token_log_odds
+from stepwiser_jax.rl.logprobs import LanguageModel, token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
-from stepwiser_jax.text.prompts import PromptStyle, encode_solution, sign_ids
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.prompts import (
+    PromptStyle,
+    bare_judge_prompt,
+    before_answers,
+    encode_message,
+)
+from stepwiser_jax.text.tokenizer import Tokenizer
 from stepwiser_jax.training.batches import TokenBatch, first_fit, packed_batch
 
+# --- the prompt ---------------------------------------------------------------------------------
 
-class Scorer:
-    """A classifier, its program compiled for `rows` of `max_length` tokens. The verdict is Negative
-    where P(+) is below `threshold`: by default it is the likelier sign."""
+
+def sign_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Returns the tokens of the answers, + and -. Raises UserError unless each is one token."""
+    found = {sign: tokenizer.encode(sign) for sign in ("+", "-")}
+    for sign, ids in found.items():
+        if len(ids) != 1 or tokenizer.decode(ids).strip() != sign:
+            raise UserError(
+                f"a classifier answers with one token, + or -: expected a vocabulary that has "
+                f"both, found {sign!r} encoded as {ids}, which reads {tokenizer.decode(ids)!r}. "
+                "Use another model"
+            )
+    return found["+"][0], found["-"][0]
+
+
+def encode_solution(
+    tokenizer: Tokenizer,
+    question: str,
+    chunks: Sequence[str],
+    style: PromptStyle,
+    is_positive: Sequence[bool] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Encodes a whole solution in RLHFlow's form: each chunk is a message of the user's, the first
+    one after the problem, and one token answers it. Bare, each chunk is followed by <judge> and the
+    answer, and keeps its tags.
+
+    Args:
+        tokenizer: Of the classifier.
+        question: The problem.
+        chunks: The solution.
+        style: `instruct` or `bare`.
+        is_positive: Whether each answer is + or -; by default all are +.
+
+    Returns:
+        The ids, which end with the last answer, and the index of each answer in them.
+
+    Raises:
+        UserError: The chat template does not keep the beginning of a conversation.
+    """
+    signs = [True] * len(chunks) if is_positive is None else is_positive
+    plus, minus = sign_ids(tokenizer)
+    if style == "instruct":
+        texts = [strip_tags(chunk).strip() for chunk in chunks]
+        texts[:1] = [f"{question}\n\n{text}" for text in texts[:1]]
+        before = before_answers(tokenizer, [[{"role": "user", "content": x}] for x in texts])
+    else:
+        texts = [bare_judge_prompt("" if j else question, "", x) for j, x in enumerate(chunks)]
+        before = [encode_message(tokenizer, text, style) for text in texts[:1]]
+        before += [tokenizer.encode(text) for text in texts[1:]]
+    ids: list[int] = []
+    answers = []
+    for prompt, sign in zip(before, signs, strict=True):
+        answers.append(len(ids) + len(prompt))
+        ids += [*prompt, plus if sign else minus]
+    return ids, answers
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+def classifier_loss(
+    model: LanguageModel,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    answer_mask_BT: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    signs: tuple[int, int],
+    normalizer: jax.Array,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the cross-entropy of P(+) against the targets, in nats, and `accuracy`: the fraction
+    of answers for which P(+) and the target are on the same side of 1/2.
+
+    Args:
+        model: The classifier.
+        tokens_BT: Packed solutions.
+        positions_BT: Positions within each solution.
+        segment_ids_BT: The solution of each token.
+        answer_mask_BT: True at answers.
+        targets_BT: The target of P(+) at answers, from 0 to 1.
+        signs: The ids of + and -.
+        normalizer: What both sums over answers are divided by.
+        remat: Whether activations are computed again in the backward pass.
+    """
+    log_odds_BT = token_log_odds(model, tokens_BT, positions_BT, segment_ids_BT, signs, remat=remat)
+    right_BT = (log_odds_BT > 0) == (targets_BT > 0.5)
+    loss_BT = -targets_BT * jax.nn.log_sigmoid(log_odds_BT)
+    loss_BT -= (1 - targets_BT) * jax.nn.log_sigmoid(-log_odds_BT)
+
+    def mean(values_BT: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(answer_mask_BT, values_BT, 0)) / normalizer
+
+    return mean(loss_BT), {"accuracy": mean(right_BT.astype(jnp.float32))}
+
+
+# --- the judge ----------------------------------------------------------------------------------
+
+
+class Classifier:
+    """Judges all chunks of a solution in one pass, in batches of `rows` of `max_length` tokens. The
+    verdict is Negative if P(+) is below `threshold`."""
 
     def __init__(
         self,
@@ -44,17 +158,21 @@ class Scorer:
         prompt_style: PromptStyle,
         threshold: float = 0.5,
     ):
-        self.loaded, self.mesh = loaded, mesh
-        self.rows, self.max_length = rows, max_length
+        self.judge_id, self.tokenizer, self.model = loaded.model_id, loaded.tokenizer, loaded.model
+        self.mesh, self.rows, self.max_length = mesh, rows, max_length
         self.prompt_style: PromptStyle = prompt_style
         self.threshold = threshold
         self.signs = sign_ids(loaded.tokenizer)
         self.compiled_shapes: Counter[str] = Counter()
 
+    def measured(self, made: int) -> dict[str, Any]:
+        """Returns nothing: a classifier generates no text."""
+        return {}
+
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError where a row does not hold even a solution of a single chunk. What the
-        prompt puts around further ones is known when they are; where that is too much, the run can
-        go on with a larger `max_length`."""
+        """Raises UserError if a row does not hold a solution of a single chunk. What the prompt
+        puts around further chunks is known only when they are; if that is too much, the run can go
+        on with a larger `max_length`."""
         ids, _ = self._encode(Solution(problem_id, question, [""]))
         if len(ids) + num_tokens > self.max_length:
             raise UserError(
@@ -68,56 +186,65 @@ class Scorer:
             self._encode(solution)
 
     def _encode(self, solution: Solution) -> tuple[list[int], list[int]]:
-        """Ids and the places of the answers."""
-        ids, places = encode_solution(
-            self.loaded.tokenizer, solution.question, solution.chunks, self.prompt_style
+        ids, answers = encode_solution(
+            self.tokenizer, solution.question, solution.chunks, self.prompt_style
         )
         if len(ids) > self.max_length:
             raise UserError(
                 f"{solution.solution_id} has {len(ids)} tokens: max_length must be at least that, "
                 f"found {self.max_length}"
             )
-        return ids, places
+        return ids, answers
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """The verdict on every chunk to be judged, and P(+)."""
+        """Returns P(+) of every chunk, with its verdict; the text is the likelier sign."""
         encoded = [self._encode(solution) for solution in solutions]
-        scores: list[list[float]] = [[] for _ in solutions]
+        p_positive: list[list[float]] = [[] for _ in solutions]
         packed = first_fit([len(ids) for ids, _ in encoded], self.max_length)
         for start in range(0, len(packed), self.rows):
-            of_rows = packed[start : start + self.rows]
-            batch = packed_batch(
-                [[encoded[i][0] for i in row] for row in of_rows], self.rows, self.max_length
-            )
-            log_odds_BT = self._score(batch)
-            for log_odds_T, row in zip(log_odds_BT, of_rows, strict=False):
+            rows = packed[start : start + self.rows]
+            documents = [[encoded[i][0] for i in row] for row in rows]
+            log_odds_BT = self._log_odds(packed_batch(documents, self.rows, self.max_length))
+            for log_odds_T, row in zip(log_odds_BT, rows, strict=False):
                 offset = 0
                 for i in row:
-                    ids, places = encoded[i]
-                    scores[i] = probabilities(log_odds_T[offset + np.array(places)])
+                    ids, answers = encoded[i]
+                    p_positive[i] = probabilities(log_odds_T[offset + np.array(answers)])
                     offset += len(ids)
             rows_done(min(start + self.rows, len(packed)), len(packed), 0)
         return [
-            [opinion_of(p, self.threshold) for p in scores[i][solution.start :]]
-            for i, solution in enumerate(solutions)
+            [self._judgment(p) for p in of_chunks[x.start :]]
+            for x, of_chunks in zip(solutions, p_positive, strict=True)
         ]
 
-    def _score(self, batch: TokenBatch) -> np.ndarray:
+    def sample(
+        self,
+        solutions: Sequence[Solution],
+        suffixes: Sequence[str],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[SolutionJudgment]]:
+        """Returns the same judgments for each suffix: nothing is drawn."""
+        return [[SolutionJudgment(chunks) for _ in suffixes] for chunks in self(solutions)]
+
+    def _judgment(self, p_positive: float) -> ChunkJudgment:
+        verdict = verdict_at(self.threshold, p_positive)
+        sign = "+" if verdict is Verdict.POSITIVE else "-"
+        return ChunkJudgment(sign, verdict, p_positive, num_tokens=1)
+
+    def _log_odds(self, batch: TokenBatch) -> np.ndarray:
         shape = f"score {self.rows}x{self.max_length}"
         self.compiled_shapes[shape] += 1
         with jax.set_mesh(self.mesh), compilation.compiling(shape):
             batch = shard_batch(batch, self.mesh)
-            return np.asarray(score(self.loaded.model, batch, signs=self.signs))
-
-
-def opinion_of(p_positive: float, threshold: float) -> ChunkJudgment:
-    """One token: + or -."""
-    verdict = verdict_at(threshold, p_positive)
-    sign = "+" if verdict is Verdict.POSITIVE else "-"
-    return ChunkJudgment(sign, verdict, p_positive, num_tokens=1)
+            return np.asarray(classifier_logits(self.model, batch, signs=self.signs))
 
 
 @functools.partial(jax.jit, static_argnames="signs")
-def score(model: Transformer, batch: TokenBatch, *, signs: tuple[int, int]) -> jax.Array:
-    """Log-odds (B, T) of + in the place of each token, see `token_log_odds`."""
+def classifier_logits(
+    model: Transformer, batch: TokenBatch, *, signs: tuple[int, int]
+) -> jax.Array:
+    """Returns the log-odds (B, T) of + at the place of each token, see `token_log_odds`."""
     return token_log_odds(model, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, signs)

@@ -1,29 +1,67 @@
-"""Settings -> a judge of chunks: one that reasons, in StepWiser's form or ThinkPRM's, or a
-classifier."""
+"""Makes the judge that a config names."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-from stepwiser_jax.config import ClassifierJudge, GenerativeJudge, Model
+from stepwiser_jax import plugins
+from stepwiser_jax.config import (
+    ClassifierJudge,
+    GenPrmJudge,
+    OwnJudge,
+    StepwiserJudge,
+    ThinkPrmJudge,
+)
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.judges.classifier import Scorer
-from stepwiser_jax.judges.stepwiser import ChunkJudge, SolutionJudge
-from stepwiser_jax.judges.thinkprm import ThinkPrmJudge
+from stepwiser_jax.judges.base import Judge
+from stepwiser_jax.judges.classifier import Classifier
+from stepwiser_jax.judges.genprm import judge as genprm
+from stepwiser_jax.judges.stepwiser import ChunkJudge
+from stepwiser_jax.judges.thinkprm import ThinkPrmJudge as ThinkPrm
 
 
 def load_judge(
-    config: GenerativeJudge | ClassifierJudge, *, mesh: jax.sharding.Mesh, seed: int
-) -> SolutionJudge:
-    """The model, loaded, with its compiled shapes."""
-    path = config.model_dump(include=set(Model.model_fields))
-    settings = config.model_dump(exclude={*Model.model_fields, "engine", "thinkprm"})
+    config: StepwiserJudge | ThinkPrmJudge | ClassifierJudge | GenPrmJudge | OwnJudge,
+    *,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    name: str = "judge",
+) -> Judge:
+    """Returns a judge of the kind that the settings are for, with its model loaded.
+
+    Args:
+        config: The settings.
+        mesh: The devices.
+        seed: Decides what is sampled.
+        name: Begins the ids of sampled rows, so that judges of different stages draw differently.
+    """
+    if isinstance(config, OwnJudge):
+        return plugins.load(config.kind, "a judge")(config, mesh=mesh, seed=seed, name=name)
+    load_args = {**config.load_args, "mesh": mesh, "seed": seed}
     if isinstance(config, ClassifierJudge):
-        return Scorer(load_model(**path, mesh=mesh, seed=seed, classifier=True), mesh, **settings)
-    loaded = load_for_decoding(**path, weights=config.engine.weights, mesh=mesh, seed=seed)
+        return Classifier(
+            load_model(**load_args, classifier=True),
+            mesh,
+            rows=config.rows,
+            max_length=config.max_length,
+            prompt_style=config.prompt_style,
+            threshold=0.5 if config.threshold is None else config.threshold,
+        )
+    loaded = load_for_decoding(**load_args, weights=config.engine.weights)
     engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    settings |= {"name": "judge", "key": jax.random.key(seed)}
-    if config.thinkprm is not None:
-        return ThinkPrmJudge(loaded, engine, rounds=config.thinkprm.rounds, **settings)
+    settings: dict[str, Any] = {
+        "name": name,
+        "prompt_style": config.prompt_style,
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "key": jax.random.key(seed),
+        "votes": config.votes,
+        "vote_temperature": config.sampling.temperature,
+    }
+    if isinstance(config, GenPrmJudge):
+        return genprm.GenPrmJudge(loaded, engine, code_rounds=config.code_rounds, **settings)
+    if isinstance(config, ThinkPrmJudge):
+        return ThinkPrm(loaded, engine, rounds=config.rounds, **settings)
     return ChunkJudge(loaded, engine, **settings)

@@ -1,51 +1,254 @@
-"""ThinkPRM's judge: a chain of thought about a whole solution, then the probability that it is
-right (`judges.thinkprm_form` has the words).
+"""ThinkPRM (arXiv 2504.16828): one chain of thought verifies a whole solution, or a prefix of one.
 
-    Solution -> prompt, opening -> sampled thought -> (trigger -> sampled thought) x (rounds - 1)
-             -> forced question -> P(yes) / (P(yes) + P(no))
+    user        problem, solution as `Step i: ...` lines
+    verifier    <think>
+                Let's verify step by step:
+                Step 1: ... The step is \\boxed{correct}
+                Step 2: ... The step is \\boxed{incorrect}     it may stop here
+                </think>
+                Is the solution correct? Yes | No            the score is P(Yes)
 
-A chain gives a verdict on every step, and the score of the solution. As a process reward, of search
-and selection, the score of every prefix is asked for (`ThinkPrmJudge.__call__`).
+The opening and the question are given, not sampled; the rest of the chain may have several rounds,
+each begun by a trigger. P(Yes) is read from the probabilities of the two answers. The paper's code
+asks the question without the </think> that its training text has; here it is asked as it was
+learned. Teachers and judges share one prompt, which holds the format.
+
+A chain gives a verdict on every step, and the score of the whole. As a process reward, in search
+and selection, it is asked for the score of every prefix (`ThinkPrmJudge.__call__`).
+
+`bare` is the form of the embedded task: verdicts of its analyses, one chunk after another, then
+`<judge>` in place of the question.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import SamplingParams, probabilities
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
-from stepwiser_jax.judges.thinkprm_form import (
-    FORMS,
-    Form,
-    cut_chain,
-    step_verdicts,
-    verdicts_of,
-    verify_prompt,
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
+from stepwiser_jax.records import ClassifierExample, Verdict
+from stepwiser_jax.runs.directory import per_item
+from stepwiser_jax.tasks.mathematics import BOX, last_box
+from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.prompts import (
+    BOXED,
+    PromptStyle,
+    bare_judge_prompt,
+    boxed_word,
+    encode_message,
 )
-from stepwiser_jax.records import Verdict
-from stepwiser_jax.text.prompts import PromptStyle, encode_message
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
+if TYPE_CHECKING:
+    import jax
 
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """One chain about a solution: `solution` is the opinion of all of it, its completion the whole
-    text with the likelier answer; `steps` are those of its chunks, from the same text."""
+    from stepwiser_jax.distributed.loading import Loaded
+    from stepwiser_jax.inference.engine import Engine
 
-    solution: ChunkJudgment
-    steps: list[ChunkJudgment]
+VERIFY_PROMPT = """\
+Here is a mathematical problem, and a solution of it that was proposed, step by step.
+
+[Math Problem]
+
+{question}
+
+[Solution]
+
+{steps}
+
+Review and critique every step of the solution, and decide whether it is correct. If the solution \
+is incomplete, verify only the steps that are given. Write one paragraph a step, in this format:
+
+Step 1: [your critique of step 1] The step is \\boxed{{correct}} or \\boxed{{incorrect}}
+Step 2: [your critique of step 2] The step is \\boxed{{correct}} or \\boxed{{incorrect}}
+
+and so on. Stop after the first step that is incorrect."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The words of a verification.
+
+    Attributes:
+        opening: The given beginning.
+        question: Ends the chain; one of the `answers`, Yes or No, follows.
+        words: The boxed verdicts on a step, right and wrong.
+        box: The format of a boxed verdict.
+        stops: A chain ends before one of these.
+        triggers: Begin the second round of thought and those after it.
+        numbered: Whether verdicts stand under headings, `Step i:`. If not, the first is about the
+            first step, and so on.
+    """
+
+    opening: str
+    question: str
+    answers: tuple[str, str]
+    words: tuple[str, str]
+    box: str
+    stops: tuple[str, ...]
+    triggers: tuple[str, str, str]
+    numbered: bool
+
+    def whole(self, chain: str, is_correct: bool) -> str:
+        """Returns all of the verifier's text."""
+        answer = self.answers[0] if is_correct else self.answers[1]
+        return f"{self.opening}{chain}{self.question}{answer}"
+
+    def boxed(self, verdict: Verdict) -> str:
+        return self.box.format(self.words[0 if verdict is Verdict.POSITIVE else 1])
+
+    def chain(self, critiques: Sequence[str], verdicts: Sequence[Verdict]) -> str:
+        """Returns a chain about the first steps."""
+        parts = zip(critiques, map(self.boxed, verdicts), strict=True)
+        if self.numbered:
+            return "\n".join(
+                f"Step {i}: {critique} The step is {box}"
+                for i, (critique, box) in enumerate(parts, 1)
+            )
+        return " ".join(f"{critique} {box}" for critique, box in parts)
+
+
+FORMS: dict[PromptStyle, Form] = {
+    "instruct": Form(
+        opening="<think>\nLet's verify step by step:\n",
+        question="\n</think>\nIs the solution correct? ",
+        answers=("Yes", "No"),
+        words=("correct", "incorrect"),
+        box="\\boxed{{{}}}",
+        stops=("Is the solution correct?", "</think>"),
+        triggers=(
+            "\nLet me double check\n",
+            "\nLet's verify again\n",
+            "\nDid I miss something?\n",
+        ),
+        numbered=True,
+    ),
+    "bare": Form(
+        opening="",
+        question=" <judge> ",
+        answers=("Positive", "Negative"),
+        words=("Positive", "Negative"),
+        box="\\boxed{{ {} }}",
+        stops=("<judge>",),
+        triggers=(" fix ", " fix ", " fix "),
+        numbered=False,
+    ),
+}
+
+
+def verify_prompt(question: str, chunks: Sequence[str], style: PromptStyle) -> str:
+    """Returns the user's message. Steps that bring numbers along are numbered anew."""
+    if style == "bare":
+        return bare_judge_prompt(question, " ".join(chunks), "")
+    texts = [re.sub(r"^Step \d+:", "", strip_tags(chunk).strip()).strip() for chunk in chunks]
+    steps = "\n".join(f"Step {i}: {text}" for i, text in enumerate(texts, 1))
+    return VERIFY_PROMPT.format(question=question, steps=steps)
+
+
+# --- reading a chain ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepVerdict:
+    """A verdict on a step (0-based). `text` reaches from the verdict before it to its box, whose
+    span in the chain is `box`."""
+
+    step: int
+    verdict: Verdict
+    text: str
+    box: tuple[int, int]
+
+
+_HEADING = re.compile(r"^[^\w\n]*Step (?P<number>\d{1,6})[*_\s]*:", re.MULTILINE)
+_MARK = re.compile(
+    f"{_HEADING.pattern}|(?P<box>{BOXED.pattern})|(?P<begun>{BOX.pattern})", re.MULTILINE
+)
+
+
+def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
+    """Returns the verdicts in the order of the text; one heading may have several.
+
+    Boxes without a verdict do not count. A verdict before the first heading has step -1. If the
+    last box is unfinished, earlier verdicts on its step are dropped.
+    """
+    verdict_of = dict(
+        zip(map(str.lower, form.words), (Verdict.POSITIVE, Verdict.NEGATIVE), strict=True)
+    )
+    found: list[StepVerdict] = []
+    step, start = -1 if form.numbered else 0, 0
+    begun = None
+    for mark in _MARK.finditer(chain):
+        if mark["number"] is not None:
+            step = int(mark["number"]) - 1 if form.numbered else step
+        elif mark["box"] is None:
+            begun = step
+        elif verdict := verdict_of.get(boxed_word(mark["box"])):
+            found.append(StepVerdict(step, verdict, chain[start : mark.end()], mark.span()))
+            start = mark.end()
+            step += not form.numbered
+    if begun is not None and last_box(chain) is None:
+        return [v for v in found if v.step != begun]
+    return found
+
+
+def cut_chain(text: str, form: Form, num_steps: int) -> str:
+    """Returns sampled text up to the end of the chain: before the question, or before a step that
+    the solution does not have."""
+    ends = [text.find(stop) for stop in form.stops]
+    if form.numbered:
+        beyond = (h.start() for h in _HEADING.finditer(text) if int(h["number"]) > num_steps)
+        ends.append(next(beyond, -1))
+    return text[: min((end for end in ends if end >= 0), default=len(text))].strip()
+
+
+def verdicts_of(rounds: Sequence[str], form: Form, num_steps: int) -> list[Verdict]:
+    """Returns the last verdict on every step. As in the paper's code, a step without a verdict is
+    Negative if an earlier step is, since it builds on that; otherwise it is Unparsed."""
+    found = {v.step: v.verdict for chain in rounds for v in step_verdicts(chain, form)}
+    verdicts, missing = [], Verdict.UNPARSED
+    for step in range(num_steps):
+        verdicts.append(found.get(step, missing))
+        if verdicts[-1] is Verdict.NEGATIVE:
+            missing = Verdict.NEGATIVE
+    return verdicts
+
+
+# --- the judge ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """A verification that is being written: `thought` has a text for each round so far, and
+    `num_tokens` counts what was sampled. `row_id` names its noise."""
+
+    row_id: str
+    prompt_ids: list[int]
+    num_steps: int
+    thought: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def text(self, form: Form) -> str:
+        """Returns the rounds of thought with the triggers between them."""
+        return self._with_triggers(form, len(self.thought) - 1)
+
+    def next_round(self, form: Form) -> str:
+        """Returns the same with the trigger of the next round, if it is not the first."""
+        return self._with_triggers(form, len(self.thought))
+
+    def _with_triggers(self, form: Form, count: int) -> str:
+        triggers = (*form.triggers[: max(0, count)], "")
+        return "".join(map("".join, zip(self.thought, triggers, strict=False)))
 
 
 class ThinkPrmJudge:
-    """Random draws are named `<name>/<solution>...`, so that judges of different stages draw
-    differently."""
+    """Verifies solutions. Row ids begin with `name`, so that stages draw different noise."""
 
     def __init__(
         self,
@@ -60,51 +263,55 @@ class ThinkPrmJudge:
         votes: int = 0,
         vote_temperature: float = 1.0,
     ):
-        """Raises UserError where the two answers are not one token each."""
-        self.loaded, self.engine, self.name, self.key = loaded, engine, name, key
+        """Raises UserError unless the two answers are one token each."""
+        self.judge_id, self.tokenizer = loaded.model_id, loaded.tokenizer
+        self.engine, self.name, self.key = engine, name, key
         self.prompt_style: PromptStyle = prompt_style
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
         self.votes, self.vote_temperature = votes, vote_temperature
         self.form = FORMS[prompt_style]
         self.answer_ids = answer_ids(loaded.tokenizer, self.form)
 
-    def prompt_ids(self, solution: Solution) -> list[int]:
-        text = verify_prompt(solution.question, solution.chunks, self.prompt_style)
-        tokenizer, opening = self.loaded.tokenizer, self.form.opening
-        return encode_message(tokenizer, text, self.prompt_style, answer=opening)
-
     @property
     def compiled_shapes(self) -> Counter[str]:
         return self.engine.compiled_shapes
 
+    def measured(self, made: int) -> dict[str, Any]:
+        """Returns tokens per judgment."""
+        return {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
+
+    def prompt_ids(self, solution: Solution) -> list[int]:
+        text = verify_prompt(solution.question, solution.chunks, self.prompt_style)
+        return encode_message(self.tokenizer, text, self.prompt_style, answer=self.form.opening)
+
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError where the context might not hold a verification of so many tokens; the
-        headings of their steps are not counted."""
+        """Raises UserError if the context may not hold a verification of a solution of this length.
+        The headings of its steps are not counted."""
         empty = self.prompt_ids(Solution(problem_id, question, [""]))
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.engine.check_length(len(empty), num_tokens + self._room(self.rounds), name)
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
-        """Raises UserError where the context does not hold a verification."""
+        """Raises UserError if the context does not hold a verification of each solution."""
         for solution in solutions:
             self.engine.check_length(
                 len(self.prompt_ids(solution)), self._room(self.rounds), solution.solution_id
             )
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """Of every chunk, the greedy verification of the prefix that ends with it, or what its
-        `votes` say together."""
+        """Returns, for every chunk, the greedy verification of the prefix that ends with it, or
+        what its `votes` say together."""
         prefixes = [
-            dataclasses.replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
+            replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
             for x in solutions
             for j in range(x.start, len(x.chunks))
         ]
         suffixes = [f"/vote{k}" for k in range(self.votes)] or [""]
         temperature = self.vote_temperature if self.votes else 0.0
-        found = iter(self.sample(prefixes, temperature, suffixes))
+        found = iter(self._verify(prefixes, suffixes, temperature=temperature))
         return [
             [
-                ChunkJudgment.of_votes([vote.solution for vote in next(found)])
+                ChunkJudgment.of_votes([whole for _, whole in next(found)])
                 for _ in x.chunks[x.start :]
             ]
             for x in solutions
@@ -113,112 +320,154 @@ class ThinkPrmJudge:
     def sample(
         self,
         solutions: Sequence[Solution],
-        temperature: float,
         suffixes: Sequence[str],
         *,
+        temperature: float,
         top_p: float = 1.0,
         top_k: int = 0,
-    ) -> list[list[Verification]]:
-        """Of every solution, for each of `suffixes`, which tell its draws apart: one chain."""
-        rows = [(s, suffix) for s in range(len(solutions)) for suffix in suffixes]
-        prompts = [self.prompt_ids(solution) for solution in solutions]
-        thought: list[list[str]] = [[] for _ in rows]
-        num_tokens = [0] * len(rows)
+    ) -> list[list[SolutionJudgment]]:
+        """Returns one chain about each solution for each suffix, see `Judge`."""
+        found = self._verify(solutions, suffixes, temperature=temperature, top_p=top_p, top_k=top_k)
+        return [
+            [SolutionJudgment(self._judge_steps(chain), whole) for chain, whole in chains]
+            for chains in found
+        ]
+
+    def _verify(
+        self,
+        solutions: Sequence[Solution],
+        suffixes: Sequence[str],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[tuple[Chain, ChunkJudgment]]]:
+        """Returns finished chains with their judgments of the whole, [solution][suffix]."""
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             max_new_tokens=self.max_new_tokens,
-            stop_ids=self.loaded.tokenizer.eos_ids,
+            stop_ids=self.tokenizer.eos_ids,
             stop_strings=self.form.stops,
         )
-        for r in range(self.rounds):
-            begun = [
-                prompts[s] + self._encode(self.form.opening + self._joined(thought[b], r), r)
-                for b, (s, _) in enumerate(rows)
-            ]
-            row_ids = [
-                f"{self.name}/{solutions[s].solution_id}{suffix}" + (f"/round{r}" if r else "")
-                for s, suffix in rows
-            ]
-            group_size = 1 if r else len(suffixes)  # in the first round they begin alike
-            output = self.engine.generate(
-                begun[::group_size], params, key=self.key, row_ids=row_ids, group_size=group_size
-            )
-            for b, (s, _) in enumerate(rows):
-                text = completion_text(self.loaded.tokenizer, output.ids(b))
-                thought[b].append(cut_chain(text, self.form, len(solutions[s].chunks)))
-                num_tokens[b] += len(output.ids(b))
-        chains = [self._joined(texts, self.rounds - 1) for texts in thought]
-        p_correct = self._p_correct([prompts[s] for s, _ in rows], chains)
-        verified = [
-            Verification(
-                self._opinion_of_solution(chain, p, tokens),
-                self._opinions_of_steps(texts, len(solutions[s].chunks)),
-            )
-            for (s, _), texts, chain, p, tokens in zip(
-                rows, thought, chains, p_correct, num_tokens, strict=True
-            )
+        chains = [
+            Chain(f"{self.name}/{x.solution_id}{suffix}", self.prompt_ids(x), len(x.chunks))
+            for x in solutions
+            for suffix in suffixes
         ]
+        for r in range(self.rounds):
+            # In the first round the chains about a solution begin alike, and share its prompt.
+            self._think(chains, params, r, group_size=1 if r else len(suffixes))
+        judged = list(zip(chains, self._judge_solutions(chains), strict=True))
         K = len(suffixes)
-        return [verified[s * K : (s + 1) * K] for s in range(len(solutions))]
+        return [judged[s * K : (s + 1) * K] for s in range(len(solutions))]
 
-    # --- the text, and room for it --------------------------------------------------------------
-
-    def _joined(self, thought: Sequence[str], num_triggers: int) -> str:
-        """Rounds of thought, each but perhaps the last with the trigger of the next."""
-        triggers = (*self.form.triggers[:num_triggers], "")
-        return "".join(text + trigger for text, trigger in zip(thought, triggers, strict=False))
+    def _think(
+        self, chains: Sequence[Chain], params: SamplingParams, r: int, *, group_size: int
+    ) -> None:
+        """Samples one round of thought of every chain."""
+        prompts = [
+            chain.prompt_ids + self._encode(self.form.opening + chain.next_round(self.form), r)
+            for chain in chains[::group_size]
+        ]
+        row_ids = [chain.row_id + (f"/round{r}" if r else "") for chain in chains]
+        output = self.engine.generate(
+            prompts, params, key=self.key, row_ids=row_ids, group_size=group_size
+        )
+        for b, chain in enumerate(chains):
+            text = completion_text(self.tokenizer, output.ids(b))
+            chain.thought.append(cut_chain(text, self.form, chain.num_steps))
+            chain.num_tokens += len(output.ids(b))
 
     def _encode(self, text: str, rounds: int, tail: int = 0) -> list[int]:
-        """Text of the verifier's with so many rounds in it. What was sampled, read and written
-        again, is hardly ever longer than it was; where it is, what exceeds the room is cut out
-        before the last `tail` tokens."""
-        ids = self.loaded.tokenizer.encode(text)
-        over = max(0, len(ids) - self._room(rounds))
-        return ids[: len(ids) - tail - over] + ids[len(ids) - tail :]
+        """Encodes the verifier's text. Sampled text that is read and written again is hardly ever
+        longer than it was; if it is, what exceeds the room is cut out before the last `tail`
+        tokens."""
+        ids = self.tokenizer.encode(text)
+        excess = max(0, len(ids) - self._room(rounds))
+        return ids[: len(ids) - tail - excess] + ids[len(ids) - tail :]
 
     def _room(self, rounds: int) -> int:
-        """Tokens of a verification with so many rounds, at most."""
-        tokenizer, form = self.loaded.tokenizer, self.form
-        triggers = sum(len(tokenizer.encode(trigger)) for trigger in form.triggers[:rounds])
-        given = len(tokenizer.encode(form.whole("", True))) + triggers
-        return given + rounds * self.max_new_tokens
+        """Returns the most tokens of a verification with this number of rounds."""
+        encode, form = self.tokenizer.encode, self.form
+        triggers = sum(len(encode(trigger)) for trigger in form.triggers[:rounds])
+        return len(encode(form.whole("", True))) + triggers + rounds * self.max_new_tokens
 
-    # --- what it says ---------------------------------------------------------------------------
-
-    def _p_correct(self, prompts: Sequence[list[int]], chains: Sequence[str]) -> list[float]:
-        tail = len(self.loaded.tokenizer.encode(self.form.question + self.form.answers[0]))
-        asked = [
-            prompt + self._encode(self.form.whole(chain, True), self.rounds, tail)[:-1]
-            for prompt, chain in zip(prompts, chains, strict=True)
+    def _judge_solutions(self, chains: Sequence[Chain]) -> list[ChunkJudgment]:
+        """Returns the judgments of the whole: the likelier answer, and P(Yes)."""
+        tail = len(self.tokenizer.encode(self.form.question + self.form.answers[0]))
+        texts = [chain.text(self.form) for chain in chains]
+        prompts = [
+            chain.prompt_ids + self._encode(self.form.whole(text, True), self.rounds, tail)[:-1]
+            for chain, text in zip(chains, texts, strict=True)
         ]
-        return probabilities(self.engine.log_odds(asked, self.answer_ids))
+        p_correct = probabilities(self.engine.log_odds(prompts, self.answer_ids))
+        return [
+            ChunkJudgment(self.form.whole(text, p >= 0.5), verdict_at(0.5, p), p, chain.num_tokens)
+            for chain, text, p in zip(chains, texts, p_correct, strict=True)
+        ]
 
-    def _opinion_of_solution(self, chain: str, p_correct: float, num_tokens: int) -> ChunkJudgment:
-        is_correct = p_correct >= 0.5
-        verdict = Verdict.POSITIVE if is_correct else Verdict.NEGATIVE
-        return ChunkJudgment(self.form.whole(chain, is_correct), verdict, p_correct, num_tokens)
-
-    def _opinions_of_steps(self, thought: Sequence[str], num_steps: int) -> list[ChunkJudgment]:
-        written = {v.step: v.text for text in thought for v in step_verdicts(text, self.form)}
-        opinions = []
-        for step, verdict in enumerate(verdicts_of(thought, self.form, num_steps)):
+    def _judge_steps(self, chain: Chain) -> list[ChunkJudgment]:
+        written = {v.step: v.text for text in chain.thought for v in step_verdicts(text, self.form)}
+        judgments = []
+        for step, verdict in enumerate(verdicts_of(chain.thought, self.form, chain.num_steps)):
             text = written.get(step, "")
-            num_tokens = len(self.loaded.tokenizer.encode(text))
-            p_positive = float(verdict is Verdict.POSITIVE)
-            opinions.append(ChunkJudgment(text, verdict, p_positive, num_tokens))
-        return opinions
+            num_tokens = len(self.tokenizer.encode(text))
+            judgments.append(ChunkJudgment.of_verdict(text, verdict, num_tokens))
+        return judgments
 
 
 def answer_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:
-    """The tokens of yes and no after the question. Raises UserError unless the two differ in their
-    last token alone."""
+    """Returns the tokens of yes and no after the question. Raises UserError unless the two texts
+    differ in their last token alone."""
     yes, no = (tokenizer.encode(form.whole("", is_correct)) for is_correct in (True, False))
     if yes[:-1] != no[:-1] or yes[-1] == no[-1]:
         raise UserError(
             f"a verification ends with one token, {form.answers[0]!r} or {form.answers[1]!r}: "
-            f"expected a vocabulary that has both, found them encoded as {yes} and {no}, behind "
+            f"expected a vocabulary that has both, found them encoded as {yes} and {no}, after "
             "the question. Use another model"
         )
     return yes[-1], no[-1]
+
+
+# --- chains to learn from -----------------------------------------------------------------------
+
+
+def to_verify(example: ClassifierExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Returns the chunks to verify, and labels up to and including the first wrong one.
+
+    Without a wrong chunk, the chunks end where the labels do. An unlabelled chunk before a labelled
+    one is right: a source labels the chunks that its solutions share once.
+    """
+    wrong = [t for t, good in zip(example.labelled, example.is_positive, strict=True) if not good]
+    if wrong:
+        return example.chunks, (True,) * wrong[0] + (False,)
+    end = example.labelled[-1] + 1
+    return example.chunks[:end], (True,) * end
+
+
+def chain_outcome(
+    chain: str, finished: bool, labels: Sequence[bool], num_steps: int, form: Form
+) -> Outcome:
+    """Returns what becomes of a chain about `num_steps` steps, labelled up to the first wrong one.
+    It is kept if it gives one verdict on every step, or on exactly the labelled ones, and agrees
+    with the labels."""
+    written = step_verdicts(chain, form)
+    if [v.step for v in written] == list(range(len(written))):
+        found = [v.verdict is Verdict.POSITIVE for v in written]
+        both = min(len(found), len(labels))
+        if found[:both] != list(labels[:both]):
+            return Outcome.DISAGREES
+        if len(found) in (len(labels), num_steps):
+            return Outcome.KEPT
+    return Outcome.UNPARSED if finished else Outcome.UNFINISHED
+
+
+def clean_chain(chain: str, form: Form) -> str:
+    """Returns the chain up to its last verdict, with all verdicts spelled alike."""
+    clean, start = "", 0
+    for v in step_verdicts(chain, form):
+        clean += chain[start : v.box[0]] + form.boxed(v.verdict)
+        start = v.box[1]
+    return clean

@@ -60,6 +60,15 @@ LOCK_SECONDS = 120
 """How long a process waits for a lock: a machine that was lost keeps its locks on a shared file
 system for about a minute and a half."""
 
+
+def _setting(tree: dict[str, Any], name: str) -> Any:
+    """Returns the setting `a.b` of a dumped config, None if it is not there."""
+    *groups, last = name.split(".")
+    for group in groups:
+        tree = tree.get(group) or {}
+    return tree.get(last)
+
+
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -134,7 +143,7 @@ class RunDirectory:
         Raises UserError if its learning rates depend on its length.
         """
         for name in settings_marked(self.config, OnResume.LONGER):
-            before, now = found.get(name), self._settings.get(name)
+            before, now = _setting(found, name), _setting(self._settings, name)
             training = found.get("training")
             if before is None or (training is not None and now is None):  # all of it; or by epochs
                 continue

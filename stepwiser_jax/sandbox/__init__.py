@@ -1,1 +1,1 @@
-"""Running code that a model wrote."""
+"""Runs code that a model wrote."""

@@ -1,5 +1,5 @@
-"""What a process does to itself before it runs code that a model wrote: never undone, and refused
-as a whole where the kernel lacks a part of it.
+"""Locks the process that runs code of a model. Locks are never undone; if the kernel lacks one of
+them, nothing runs.
 
     python -P -S -B confine.py PARENT MEMORY_BYTES SECONDS FILE_BYTES PACKAGES...   < code
 
@@ -16,9 +16,9 @@ library. The locks, for root as well:
   forbidden would miss what later kernels add;
 - no capabilities, no new privileges, no core dump, death together with the parent.
 
-MARK is written when all of them hold and before the first line of the code runs: what comes before
-it says why the process refused. What comes after it is the code's own, and a second MARK only
-divides what it printed from the error it ended with.
+MARK is written when all locks hold and before the first line of the code runs: what comes before it
+says why the process refused. What comes after it is the code's own; a second MARK separates what it
+printed from the error it ended with.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIBRARIES = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"),
     os.path.join(sys.base_prefix, "lib"),
 )
-"""What Python and compiled packages may open beside the packages, where it exists."""
+"""What else Python and compiled packages may open, if it exists."""
 
 # linux/prctl.h, linux/capability.h
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -115,9 +115,9 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
 
 
 def restrict_files(readable: list[str], scratch: str) -> None:
-    """Landlock: of all that its version on this kernel can forbid, `readable` is left for reading
-    and the files in `scratch` for reading and writing. Raises OSError before version 3 (Linux 6.2):
-    what can be opened for reading could be emptied by that, with O_TRUNC."""
+    """Landlock: allows reading of `readable`, and reading and writing of the files in `scratch`,
+    and forbids all else that its version on this kernel can. Raises OSError before version 3 (Linux
+    6.2), in which opening a file for reading could empty it, with O_TRUNC."""
     version = _landlock(_CREATE_RULESET, None, 0, 1)
     if version < 3:
         raise OSError(f"Landlock: its version {version} does not control truncation")
@@ -184,7 +184,7 @@ def restrict_calls() -> None:
 def confine(
     parent: int, memory_bytes: int, seconds: int, file_bytes: int, packages: list[str]
 ) -> None:
-    """Raises OSError where the kernel lacks a part, or the parent is dead already."""
+    """Applies all locks. Raises OSError if the kernel lacks one, or the parent is dead."""
     if os.uname().machine not in _ARCHITECTURES or struct.calcsize("P") != 8:
         raise OSError(f"the system calls of {os.uname().machine} are not known")
     _prctl(_SET_PDEATHSIG, signal.SIGKILL, what="death with the parent")
@@ -199,8 +199,7 @@ def confine(
 
 
 def _seed(source: str) -> None:
-    """Draw the same random numbers in every process, of the modules that the code may use: when it
-    is run again, it has to leave the same."""
+    """Seeds the modules that the code may use, so that it gives the same when it is run again."""
     for module in ("random", "numpy.random"):
         if module.partition(".")[0] in source:
             with contextlib.suppress(ImportError):
@@ -208,8 +207,8 @@ def _seed(source: str) -> None:
 
 
 def _run(source: str) -> int:
-    """Run the code as `__main__`; returns the exit status. An exception is said in the last line of
-    the output, in the words that GenPRM's models were trained to read."""
+    """Runs the code as `__main__`, and returns the exit status. The last line of the output says
+    what it raised, in the words that GenPRM's models were trained to read."""
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     status, message = 0, ""
     try:

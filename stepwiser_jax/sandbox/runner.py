@@ -1,19 +1,19 @@
-"""Python code that a model wrote, run where it can do no harm: each call in a fresh process that
-`sandbox.confine` locks before the first line runs.
+"""Runs Python code that a model wrote, each piece in a fresh process that `sandbox.confine` locks
+before the first line runs.
 
 Code gets the interpreter, its packages (what pip installed, not the project's own folder), one
-scratch folder that is deleted afterwards, an empty environment, one thread, and the limits of
-`Limits`. It has no network, no processes, no signals, no files but those. Linux only; what the
-platform lacks is refused when a `Sandbox` is made.
+scratch folder that is deleted afterwards, an empty environment, one thread, and `Limits`. It has no
+network, no processes, no signals and no other files. This works on Linux only; a `Sandbox` refuses
+to be made on a platform that lacks a part.
 
 Not protected against: errors in the kernel or the processor. Code can learn whether a file exists,
 how large it is and when it was changed, if it guesses the path (Landlock restricts opening, not
 `stat`), and the name of the machine. Calls that run at the same time slow one another down.
-Scratch files stay until the end, also those that code removes, so that all of them are counted, ten
-times a second; what the disk takes in between can exceed the limit, but no single file can. A
-parent that is killed takes its children with it, and leaves their scratch folders behind.
+Scratch files stay until the end, also those that code removes, so that all of them are counted.
+This happens ten times a second: in between, all files together can exceed the limit, but no single
+file can. If the parent is killed, its children die with it, and their scratch folders remain.
 
-A call takes about 20 ms, and 250 ms where the code imports sympy (70 ms: numpy), on one core.
+A call takes about 20 ms on one core, 250 ms if the code imports sympy (numpy: 70 ms).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.sandbox import confine
 
 Failure = Literal["error", "time", "memory", "output", "killed"]
-"""The code raised, ran longer or took more than it may, wrote more (output or scratch), or died of
-a signal, such as a segmentation fault."""
+"""The code raised, exceeded its time, memory or output (printed or scratch), or died of a signal,
+such as a segmentation fault."""
 
 START_SECONDS = 60.0
-"""What a process may take until it is confined; its own seconds begin then."""
+"""How long a process may take until it is confined; its own seconds begin then."""
 
 POLL_SECONDS = 0.1
 """Between two looks at the scratch folder."""
@@ -51,9 +51,9 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one call. `seconds` is wall time (GenPRM's 5), `memory_bytes` address space, libraries
-    included (so a machine needs as much for each worker); `scratch_bytes` is what all files hold,
-    an empty one counted as a page."""
+    """The limits of one call. `seconds` is wall time (GenPRM's 5). `memory_bytes` is address space
+    including libraries, so a machine needs as much for each worker. `scratch_bytes` is the size of
+    all files; an empty one counts as a page."""
 
     seconds: float = 5.0
     memory_bytes: int = 2**30
@@ -63,18 +63,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Execution:
-    """What the model reads: all that was printed, and where the code failed a last line that says
-    so. Errors and time-outs are in GenPRM's words. `failure` is None for code that ended well."""
+    """What the model reads: all that was printed, and a last line that says how the code failed, in
+    GenPRM's words. `failure` is None if it ended well."""
 
     output: str
     failure: Failure | None
 
 
 class Sandbox:
-    """Runs code, up to `workers` processes at a time. `failures` counts them by kind.
+    """Runs code, up to `workers` processes at a time. `failures` counts failures by kind.
 
-    Raises UserError where this machine cannot confine a process, or a confined process cannot
-    import sympy, which most of the code uses.
+    Raises UserError if this machine cannot confine a process, or a confined process cannot import
+    sympy, which most of the code uses.
     """
 
     def __init__(self, limits: Limits = Limits(), workers: int = 1):
@@ -92,7 +92,7 @@ class Sandbox:
             )
 
     def run(self, codes: Sequence[str]) -> list[Execution]:
-        """The executions, in the order of the codes. Raises for nothing that code does."""
+        """Returns the executions in the order of the codes. Nothing that code does raises."""
         with ThreadPoolExecutor(self._workers) as pool:
             try:
                 executions = list(pool.map(lambda code: execute(code, self.limits), codes))
@@ -112,7 +112,7 @@ def _refusal(reason: str) -> UserError:
 
 
 def _packages() -> list[str]:
-    """The standard library, and what is installed beside it or in the environment. Other entries of
+    """Returns the folders of the standard library and of installed packages. Other entries of
     `sys.path` are somebody's work."""
     standard = os.path.realpath(sysconfig.get_path("stdlib"))
     paths = [os.path.realpath(path) for path in sys.path]
@@ -125,7 +125,7 @@ def _packages() -> list[str]:
 
 
 def execute(code: str, limits: Limits) -> Execution:
-    """Raises UserError where the process could not confine itself."""
+    """Runs one piece of code. Raises UserError if the process cannot confine itself."""
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-") as scratch,
         tempfile.TemporaryFile() as file,
@@ -164,7 +164,7 @@ def execute(code: str, limits: Limits) -> Execution:
 
 
 def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-    """What has been printed: nothing (b"") where the pipe is closed, None if it takes longer."""
+    """Returns what has been printed, b"" if the pipe is closed, None if it takes longer."""
     pipe = process.stdout.fileno()  # pyright: ignore[reportOptionalMemberAccess]
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
@@ -172,8 +172,8 @@ def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
 
 
 def _await_confinement(process: subprocess.Popen[bytes]) -> bytes:
-    """Returns what was printed after the mark. A process that died without it, of a signal, is
-    left to `_watch`."""
+    """Returns what was printed after the mark. `_watch` deals with a process that a signal killed
+    before it."""
     printed = b""
     while confine.MARK not in printed:
         piece = _read(process, START_SECONDS)
@@ -189,7 +189,7 @@ def _await_confinement(process: subprocess.Popen[bytes]) -> bytes:
 def _watch(
     process: subprocess.Popen[bytes], printed: bytes, scratch: str, limits: Limits
 ) -> Execution:
-    """Read what the process prints until it ends, or has to be ended."""
+    """Reads what the process prints until it ends, or has to be ended."""
     failure: Failure | None = None
     deadline = time.monotonic() + limits.seconds
     while failure is None:
@@ -227,7 +227,7 @@ def _failure_of(returncode: int) -> Failure | None:
 
 
 def _exceeds(scratch: str, limit_bytes: int) -> bool:
-    """Do the files hold more? Each is at least one page; code makes no folders."""
+    """Returns whether the files hold more. Each is at least a page; code makes no folders."""
     total = 0
     with os.scandir(scratch) as files:
         for file in files:

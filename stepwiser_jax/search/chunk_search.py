@@ -1,39 +1,20 @@
-"""Search chunk by chunk: rows of the policy's cache are extended, judged, and go on or branch.
+"""Search chunk by chunk: the policy extends its beams, the judge scores them, a method decides.
 
-    rows of all problems -> one more chunk each -> judge -> a method says which rows go on
+    beams of all problems -> one more chunk each -> judge -> method: which beams go on -> ...
 
-    chunk-reset (StepWiser 4.3)   one row; a rejected chunk is taken back and written anew
-    beam search (Snell et al.)    the best n / M of a problem's n rows go on, as M copies each
-    DVTS (Beeching et al.)        n / M subtrees of M rows each: the best of each goes on
+A kept chunk stays in the policy's cache, a rejected one is cut off (`Beam.rewind`), a branch is a
+copy of a row. Rows of finished problems are dropped when a smaller batch holds the rest.
 
-A kept chunk stays in the cache, a rejected one is a rewind of its row, a branch is a copy. Rows of
-finished problems are dropped where a smaller batch holds the rest.
-
-Beam search and DVTS are those of Hugging Face's search-and-learn, but:
-
-1. Rows are ranked by an aggregate of their chunks' scores; equals by their order, in which the
-   copies of different rows take turns: a judge that says the same of all keeps them different. The
-   reference's `last` is for judges that speak of a solution up to a chunk; one that speaks of the
-   chunk alone forgets an error with the next chunk.
-2. A beam search ends when n solutions are found, or no row is left. The reference goes on until
-   all rows end, and then uses the first n. Where fewer than n / M rows are left, each still has M
-   copies.
-3. Copies that end without another word, as after a finished answer, are one solution.
-4. Of a subtree of DVTS whose best row ends, the rows that ended with it are solutions. In the
-   reference all M continuations of a subtree's last step are, finished or not, and a subtree also
-   ends where its best row says "boxed{".
-
-With a `token_budget`, of what policy and judge write for a problem, the step in which it is spent
-is the last that is judged. The solutions found by then are all there are; where there are none, the
-best row alone is written to its end (chunk-reset's one row keeps its chunk, accepted or not). So
-it is overrun by one step and the rest of one solution at most, and there always is a solution.
+With a `token_budget` for what policy and judge write about a problem, the step that spends it is
+the last that is judged. Its solutions are the solutions found by then. If there are none, the best
+beam alone is written to its end (chunk-reset's beam keeps its chunk, accepted or not). So there
+always is a solution, and the budget is overrun by one step and the rest of one solution at most.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -44,20 +25,20 @@ import numpy as np
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution, SolutionJudge
-from stepwiser_jax.records import Problem, Verdict
+from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.records import Problem
 from stepwiser_jax.runs.directory import blocks
-from stepwiser_jax.search.voting import AGGREGATES
+from stepwiser_jax.search.methods import Method
+from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, TokenMatcher, strip_tags
 from stepwiser_jax.text.prompts import PromptStyle, encode_solve_prompt
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import completion_text
 
 
 @dataclass
 class Policy:
-    """A model with its engine, prompt style and settings: `params` samples one chunk, its
-    `max_new_tokens` bounds a chunk, its `stop_strings` end it. It is asked for tags where they do.
-    """
+    """A policy that writes chunk by chunk: `params.max_new_tokens` bounds a chunk, and
+    `params.stop_strings` end it. The prompt asks for tags if these do."""
 
     loaded: Loaded
     engine: Engine
@@ -75,257 +56,91 @@ class Policy:
 
     @cached_property
     def chunk_matcher(self) -> TokenMatcher:
-        """Where chunks end."""
+        """Finds the ends of chunks."""
         return TokenMatcher.build(self.loaded.tokenizer.token_bytes(), self.params.stop_strings)
-
-
-@dataclass(eq=False)
-class Chunk:
-    """What a row wrote in one step. `is_tail`: it stands after the last closed chunk and opens
-    none, as an answer may. It has no opinion where it joins another, or where the budget was spent
-    before."""
-
-    ids: list[int]
-    has_text: bool
-    is_tail: bool = False
-    opinion: ChunkJudgment | None = None
-
-    @property
-    def joins(self) -> bool:
-        """Whether it is no chunk of its own, by the rules of `text.chunks.chunk_ends`."""
-        return self.is_tail or not self.has_text
-
-
-@dataclass(frozen=True)
-class Path:
-    """A solution as far as it is written; `over`: the policy ended it, or another chunk might not
-    fit. `aggregate` of its chunks' scores is its own."""
-
-    aggregate: str
-    chunks: tuple[Chunk, ...] = ()
-    over: bool = False
-
-    @property
-    def ids(self) -> list[int]:
-        return [token for chunk in self.chunks for token in chunk.ids]
-
-    @property
-    def opinions(self) -> list[ChunkJudgment]:
-        return [chunk.opinion for chunk in self.chunks if chunk.opinion is not None]
-
-    @property
-    def score(self) -> float:
-        """0 where no chunk was judged."""
-        scores = [opinion.p_positive for opinion in self.opinions]
-        return AGGREGATES[self.aggregate](scores) if scores else 0.0
-
-    @property
-    def spoken(self) -> list[Chunk]:
-        return [chunk for chunk in self.chunks if chunk.has_text]
-
-    def texts(self, tokenizer: Tokenizer) -> list[str]:
-        """Exact texts for a judge. What is no chunk of its own joins the one before it, or the one
-        after it where it comes first."""
-        parts: list[list[int]] = []
-        spoken = False
-        for chunk in self.chunks:
-            if parts and (chunk.joins or not spoken):
-                parts[-1] += chunk.ids
-            else:
-                parts.append(list(chunk.ids))
-            spoken = spoken or chunk.has_text
-        return [completion_text(tokenizer, ids) for ids in parts]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Where a row of the cache stands. `attempt` tells a problem's rows apart that write the same
-    chunk; `source` is the row of the step before (before the first, of the prompts) that it goes on
-    from."""
-
-    path: Path
-    attempt: int
-    source: int
-
-    @property
-    def rejected(self) -> bool:
-        """Whether the judge said Negative. A judgment that cannot be parsed is no reason to spend
-        more tokens."""
-        opinion = self.path.chunks[-1].opinion
-        return opinion is not None and opinion.verdict is Verdict.NEGATIVE
-
-
-@dataclass(eq=False)
-class Tree:
-    """The search of one problem: its rows, and the solutions it has found."""
-
-    problem: Problem
-    prompt_ids: list[int]
-    rows: list[Row]
-    token_budget: int | None = None
-    solutions: list[Path] = dataclasses.field(default_factory=list)
-    policy_tokens: int = 0
-    judge_tokens: int = 0
-
-    @property
-    def spent(self) -> bool:
-        tokens = self.policy_tokens + self.judge_tokens
-        return self.token_budget is not None and tokens >= self.token_budget
-
-    @property
-    def accepted_tokens(self) -> int:
-        """Of the policy's, those in a solution; a chunk that solutions share counts once."""
-        chunks = {chunk for path in self.solutions for chunk in path.chunks}
-        return sum(len(chunk.ids) for chunk in chunks)
-
-    def row_id(self, row: Row) -> str:
-        """Names the row's noise. Methods share it, so that they differ by what they decide."""
-        return f"search/{self.problem.problem_id}/c{len(row.path.chunks)}/a{row.attempt}"
-
-    def go_on(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that are not over; the others are solutions."""
-        for path in [row.path for row in rows if row.path.over]:
-            if all(path.spoken != found.spoken for found in self.solutions):
-                self.solutions.append(path)
-        return [row for row in rows if not row.path.over]
-
-    def finish_alone(self, rows: Sequence[Row]) -> list[Row]:
-        """When the budget is spent: at most the best row goes on."""
-        alive = self.go_on(rows)
-        return [] if self.solutions else [dataclasses.replace(best_row(alive), attempt=0)]
-
-
-Method = Callable[[Tree, list[Row]], list[Row]]
-"""After a step: a problem's rows, each with its new chunk, to the rows of the next step."""
-
-
-# --- methods ------------------------------------------------------------------------------------
-
-
-def chunk_reset(max_attempts: int) -> Method:
-    """A row of one chunk that is kept, or written anew; the last attempt is kept whatever the judge
-    says of it."""
-
-    def decide(tree: Tree, rows: list[Row]) -> list[Row]:
-        (row,) = rows
-        if row.rejected and row.attempt + 1 < max_attempts:
-            before = dataclasses.replace(row.path, chunks=row.path.chunks[:-1], over=False)
-            return [Row(before, row.attempt + 1, row.source)]
-        return tree.go_on([dataclasses.replace(row, attempt=0)])
-
-    return decide
-
-
-def beam_search(beams: int, width: int) -> Method:
-    """The best `beams / width` rows of all go on, as `width` copies each."""
-
-    def decide(tree: Tree, rows: list[Row]) -> list[Row]:
-        alive = sorted(tree.go_on(rows), key=lambda row: -row.path.score)
-        if len(tree.solutions) >= beams:
-            return []
-        kept = alive[: beams // width]
-        copies = [row for _ in range(width) for row in kept]
-        return [dataclasses.replace(row, attempt=k) for k, row in enumerate(copies)]
-
-    return decide
-
-
-def dvts(beams: int, width: int) -> Method:
-    """`beams / width` subtrees, to which rows belong by their attempt's remainder: the best of each
-    goes on, as `width` copies. Where that is over, so is the subtree, and each of its rows that is
-    over is a solution."""
-    subtrees = beams // width
-
-    def decide(tree: Tree, rows: list[Row]) -> list[Row]:
-        kept = []
-        for subtree in range(subtrees):
-            members = [row for row in rows if row.attempt % subtrees == subtree]
-            if members and best_row(members).path.over:
-                tree.go_on(members)
-            elif members:
-                kept.append(dataclasses.replace(best_row(members), attempt=subtree))
-        return [
-            dataclasses.replace(row, attempt=row.attempt + copy * subtrees)
-            for copy in range(width)
-            for row in kept
-        ]
-
-    return decide
-
-
-def best_row(rows: Sequence[Row]) -> Row:
-    """By score, the first of equals."""
-    return max(rows, key=lambda row: row.path.score)
-
-
-# --- the search ---------------------------------------------------------------------------------
 
 
 def search_chunks(
     policy: Policy,
-    judge: SolutionJudge,
+    judge: Judge,
     problems: Sequence[Problem],
     method: Method,
     *,
-    rows_per_problem: int = 1,
+    num_beams: int = 1,
     aggregate: str = "last",
     max_new_tokens: int,
     token_budget: int | None = None,
-) -> list[Tree]:
-    """Solve the problems, as many at once as the policy has rows for.
+) -> list[SearchState]:
+    """Searches for solutions, of as many problems at once as the policy has rows for.
 
-    A solution ends where the policy ends it, or when another chunk might not fit into
-    `max_new_tokens`. Raises ValueError where the policy has fewer rows than one problem needs.
+    Args:
+        policy: Writes chunks.
+        judge: Scores every new chunk.
+        problems: The problems.
+        method: Decides which beams go on.
+        num_beams: Beams of a problem.
+        aggregate: How a solution is scored, a key of `voting.AGGREGATES`.
+        max_new_tokens: Bound of a whole solution, which ends when another chunk might not fit.
+        token_budget: Bound of the tokens that policy and judge write for a problem.
+
+    Returns:
+        The final state of every problem.
     """
-    at_once = max(1, policy.engine.shapes.max_rows // rows_per_problem)
-    trees: list[Tree] = []
+    at_once = max(1, policy.engine.shapes.max_rows // num_beams)
+    states: list[SearchState] = []
     for part in blocks(problems, at_once):
         together = [
-            Tree(
+            SearchState(
                 problem,
                 policy.prompt_ids(problem),
-                [Row(Path(aggregate), attempt, source=p) for attempt in range(rows_per_problem)],
+                [Beam(Hypothesis(aggregate), k, source=p) for k in range(num_beams)],
                 token_budget,
             )
             for p, problem in enumerate(part)
         ]
         _search(policy, judge, together, method, max_new_tokens)
-        trees += together
-    return trees
+        states += together
+    return states
 
 
 def _search(
-    policy: Policy, judge: SolutionJudge, trees: Sequence[Tree], method: Method, room: int
+    policy: Policy, judge: Judge, states: Sequence[SearchState], method: Method, max_new_tokens: int
 ) -> None:
-    """Until no tree has rows."""
-    longest = max(len(tree.prompt_ids) for tree in trees)
-    state = policy.engine.prefill([tree.prompt_ids for tree in trees], longest + room)
-    while rows := [(tree, row) for tree in trees for row in tree.rows]:
-        source_B = np.array([row.source for _, row in rows])
-        lengths_B = np.array([len(tree.prompt_ids) + len(row.path.ids) for tree, row in rows])
-        state = policy.engine.fork(state, source_B, lengths_B)
-        row_ids = [tree.row_id(row) for tree, row in rows]
-        output, state = policy.engine.decode(state, policy.params, key=policy.key, row_ids=row_ids)
-        for b, (tree, row) in enumerate(rows):
+    """Steps until no problem has beams."""
+    longest = max(len(state.prompt_ids) for state in states)
+    cache = policy.engine.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
+    while rows := [(state, beam) for state in states for beam in state.beams]:
+        # Row b continues a copy of row source_B[b], cut to lengths_B[b] tokens. The cut is the
+        # rewind of a rejected chunk.
+        source_B = np.array([beam.source for _, beam in rows])
+        lengths_B = np.array([len(s.prompt_ids) + len(beam.hypothesis.ids) for s, beam in rows])
+        cache = policy.engine.fork(cache, source_B, lengths_B)
+        row_ids = [state.row_id(beam) for state, beam in rows]
+        output, cache = policy.engine.decode(cache, policy.params, key=policy.key, row_ids=row_ids)
+        for b, (state, beam) in enumerate(rows):
             ended = bool(output.stop_reason_B[b] == StopReason.STOP_ID)
-            path = extend(policy, row.path, output.ids(b), ended, room)
-            rows[b] = (tree, Row(path, row.attempt, source=b))
+            written = append_chunk(policy, beam.hypothesis, output.ids(b), ended, max_new_tokens)
+            rows[b] = (state, Beam(written, beam.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
-        for tree, grown in groupby(rows, key=itemgetter(0)):
-            tree.rows = next_rows(tree, [row for _, row in grown], method)
+        for state, of_state in groupby(rows, key=itemgetter(0)):
+            state.beams = next_beams(state, [beam for _, beam in of_state], method)
 
 
-def extend(policy: Policy, path: Path, ids: list[int], ended: bool, room: int) -> Path:
-    """The path with one more chunk; it is over, too, where less than a chunk of `room` is left."""
-    written = path.ids + ids
+def append_chunk(
+    policy: Policy, hypothesis: Hypothesis, ids: list[int], ended: bool, max_new_tokens: int
+) -> Hypothesis:
+    """Returns the hypothesis with one more chunk. It is finished if the policy `ended` it, or if
+    less than a chunk of `max_new_tokens` is left."""
+    written = hypothesis.ids + ids
     has_text = bool(strip_tags(completion_text(policy.loaded.tokenizer, ids)).strip())
-    chunk = Chunk(ids, has_text, is_tail=bool(path.spoken) and has_tail(policy, written))
-    over = ended or len(written) + policy.params.max_new_tokens > room
-    return dataclasses.replace(path, chunks=(*path.chunks, chunk), over=over)
+    is_tail = bool(hypothesis.nonempty_chunks) and has_tail(policy, written)
+    is_full = len(written) + policy.params.max_new_tokens > max_new_tokens
+    chunks = (*hypothesis.chunks, Chunk(ids, has_text, is_tail))
+    return replace(hypothesis, chunks=chunks, is_finished=ended or is_full)
 
 
 def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
-    """Whether a solution with tags ends with text that is in no chunk."""
+    """Returns whether a solution with tags ends with text that is in no chunk."""
     tokenizer, ends = policy.loaded.tokenizer, policy.chunk_matcher.ends(ids)
     return (
         len(ends) > 0
@@ -337,27 +152,29 @@ def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
 
 def judge_last_chunks(
     policy: Policy,
-    judge: SolutionJudge,
-    rows: Sequence[tuple[Tree, Row]],
+    judge: Judge,
+    rows: Sequence[tuple[SearchState, Beam]],
     row_ids: Sequence[str],
 ) -> None:
-    """One opinion of every new chunk, while the budget lasts."""
-    asked: list[Chunk] = []
+    """Judges every new chunk, while the budget of its problem lasts."""
+    chunks: list[Chunk] = []
     solutions: list[Solution] = []
-    for (tree, row), row_id in zip(rows, row_ids, strict=True):
-        if not row.path.chunks[-1].joins and not tree.spent:
-            texts = row.path.texts(policy.loaded.tokenizer)
-            question = tree.problem.question
-            asked.append(row.path.chunks[-1])
+    for (state, beam), row_id in zip(rows, row_ids, strict=True):
+        chunk = beam.hypothesis.chunks[-1]
+        if not chunk.joins_another and not state.is_budget_spent:
+            texts = beam.hypothesis.texts(policy.loaded.tokenizer)
+            question = state.problem.question
+            chunks.append(chunk)
             solutions.append(Solution(row_id, question, texts, len(texts) - 1, separator=""))
-    for chunk, (opinion,) in zip(asked, judge(solutions) if asked else [], strict=True):
-        chunk.opinion = opinion
+    judgments = judge(solutions) if solutions else []
+    for chunk, (judgment,) in zip(chunks, judgments, strict=True):
+        chunk.judgment = judgment
 
 
-def next_rows(tree: Tree, rows: list[Row], method: Method) -> list[Row]:
-    """Counts what the step cost, then decides."""
-    for row in rows:
-        chunk = row.path.chunks[-1]
-        tree.policy_tokens += len(chunk.ids)
-        tree.judge_tokens += chunk.opinion.num_tokens if chunk.opinion else 0
-    return tree.finish_alone(rows) if tree.spent else method(tree, rows)
+def next_beams(state: SearchState, beams: list[Beam], method: Method) -> list[Beam]:
+    """Counts the tokens of the step, then decides which beams go on."""
+    for beam in beams:
+        chunk = beam.hypothesis.chunks[-1]
+        state.policy_tokens += len(chunk.ids)
+        state.judge_tokens += chunk.judgment.num_tokens if chunk.judgment else 0
+    return state.finish_best(beams) if state.is_budget_spent else method(state, beams)

@@ -1,4 +1,4 @@
-"""One solution, or one answer, of several: by what a judge thought of their chunks."""
+"""Chooses one solution, or one answer, of several by the scores of their chunks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda scores: scores[-1],
     "product": math.prod,
 }
-"""The score of a solution, from those of its chunks, which are at least one (Lightman et al. 2023;
-Snell et al. 2024)."""
+"""Functions from the scores of a solution's chunks, at least one, to its score (Lightman et al.
+2023; Snell et al. 2024)."""
 
 
 def best(scores: Sequence[float]) -> int:
-    """Index of the highest, the earliest of equals."""
+    """Returns the index of the highest score, the first of equals."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 
 def vote(answers: Sequence[str], weights: Sequence[float] | None = None) -> str:
-    """The answer with the largest sum of weights (each 1 by default), the earliest of equals. An
-    empty answer has no vote; empty where all are."""
+    """Returns the answer with the largest sum of weights (1 each by default), the first of equals.
+    An empty answer has no vote; if all are empty, so is the result."""
     votes: dict[str, float] = {}
     for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
         if answer:

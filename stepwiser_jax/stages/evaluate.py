@@ -1,182 +1,162 @@
-"""ProcessBench: find the first wrong step of a solution with the judge (StepWiser 4.2). PRMBench:
-say of every step whether it is wrong.
+"""Scores a judge on ProcessBench (StepWiser 4.2) or PRMBench.
 
-    item -> one judge prompt per step -> verdicts -> first Negative is the predicted error, else -1
+    item -> one judge prompt per step -> verdicts -> the first Negative is the predicted error,
+                                                     -1 if there is none
 
-Both ways to split the items are scored: the official one (has the item an error?) and the one by
-final answer, which the paper's numbers follow. Every step is judged, not only those up to the first
-rejection, so that the steps of all items run together and per-step rates can be reported. Items of
-PRMBench have its own scores in place of these (`evaluation/prmbench.py`).
+ProcessBench is scored twice: by the official split of items (does the item have an error?), and by
+the split that the paper follows (is the final answer right?). Every step is judged, not only those
+up to the first rejection, so that the steps of all items run together. PRMBench has its own scores
+(`evaluation/prmbench.py`).
 
-With `genprm` a path of judgments is a conversation about the item (`judges/genprm.py`); a step is
-wrong whose P(right), or its mean over the sampled paths, is below a threshold. A step without a
-verdict has 1/2.
+A classifier reads all steps of an item in one pass. Its threshold is a setting, or is the one with
+the best official F1 on one subset, which is then used for all, as ProcessBench does with gsm8k. On
+that subset the score is then the best that any threshold gives: `summary.json` names the subset.
 
-With `thinkprm` a path is one chain about all steps of the item, and `<item>/solution` is a judgment
-too: of the whole solution, with the probability that it is right. How well that tells right
-solutions from wrong ones is scored apart, in `solution`: its F1 is binary, and not ProcessBench's.
+GenPRM's judgments of an item are a conversation (`judges/genprm.py`). A step is wrong if its
+P(right), or its mean over the sampled paths, is below the threshold; without a verdict it has 1/2.
 
-Reads `judge` and `items`. Writes judgments: `<item>/<step>` is the greedy one,
-`<item>/<step>/vote<k>` the sampled ones.
+ThinkPRM's judgments of an item are one chain. It also writes `<item>/solution`, a judgment of the
+whole solution. How well that tells right solutions from wrong ones is scored in `solution`; this F1
+is binary, and not ProcessBench's.
+
+Reads `judge` and `benchmark`. Writes judgments: `<item>/<step>` is the greedy one,
+`<item>/<step>/vote<k>` are sampled. A classifier's verdict is the likelier sign, whatever the
+threshold.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from stepwiser_jax.config import Evaluate
+from stepwiser_jax.config import (
+    ClassifierJudge,
+    Evaluate,
+    OwnJudge,
+    ThinkPrmJudge,
+)
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
-from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
     VotingRule,
+    example_judgments,
+    judgment_records,
     score_judgments,
     score_whole_solutions,
+    threshold_of,
     vote_suffixes,
+    votes_of,
 )
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.judges.genprm import GenPrmJudge
-from stepwiser_jax.judges.stepwiser import (
-    ChunkJudge,
-    ChunkJudgment,
-    Solution,
-    a_right_and_a_wrong_one,
-    judgment_of,
-)
-from stepwiser_jax.judges.thinkprm import ThinkPrmJudge, Verification
-from stepwiser_jax.records import BenchmarkItem, Judgment, ProcessBenchItem
-from stepwiser_jax.rl.rewards import judge_reward
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
-
-AnyJudge = ChunkJudge | GenPrmJudge | ThinkPrmJudge
+from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.load import load_judge
+from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 
 
 def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
-    """Judge block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "evaluate", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    tokenizer = load_tokenizer_of(config.judge.path)
-    dropped: Counter[str] = Counter()
-    items = load_items(
-        config.items,
-        tokenizer,
-        split=config.split,
-        limit=config.limit,
-        on_malformed=config.on_malformed,
-        dropped=dropped,
-    )
-    work = blocks(items, config.items_per_block)
-    work = directory.pending(work, Judgment, lambda block: judgment_ids(config, block))
-    measured = judge_blocks(config, directory, items, work) if work else {}
-    writer = directory.writer(Judgment)
+    """Judges the items of a benchmark, block after block."""
 
-    def scores() -> dict[str, Any]:
-        judgments = {judgment.example_id: judgment for judgment in writer.read()}
-        counts = {"dropped": dict(dropped)}
-        examples = {"judgments": a_right_and_a_wrong_one(items, judgments)}
-        return summarize(config, items, judgments) | counts | measured | examples
+    def prepare() -> Work[BenchmarkItem, Judgment]:
+        dropped: Counter[str] = Counter()
+        items = load_items(
+            config.benchmark.source,
+            load_tokenizer_of(config.judge.path),
+            split=config.benchmark.split,
+            limit=config.benchmark.limit,
+            on_malformed=config.benchmark.on_malformed,
+            dropped=dropped,
+        )
+        check_subset(config, items)
 
-    return directory.finish(scores)
+        def scores(found: Sequence[Judgment]) -> dict[str, Any]:
+            judgments = {judgment.example_id: judgment for judgment in found}
+            examples = {"judgments": example_judgments(items, judgments)}
+            return summarize(config, items, judgments) | {"dropped": dict(dropped)} | examples
+
+        return Work(
+            items=items,
+            record_type=Judgment,
+            ids_of=lambda block: judgment_ids(config, block),
+            begin=lambda session: begin(config, session, items),
+            summarize=scores,
+            unit="judgment",
+        )
+
+    return run_blocks("evaluate", config, run_dir, shard, prepare)
 
 
-def judge_blocks(
-    config: Evaluate,
-    directory: RunDirectory,
-    items: Sequence[BenchmarkItem],
-    work: Sequence[Sequence[BenchmarkItem]],
-) -> dict[str, Any]:
-    """Judgments of these blocks, written; returns what was measured. Checks all items first: every
-    worker must refuse what one would."""
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_for_decoding(
-        **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
-    )
-    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    judge = make_judge(config, loaded, engine)
+def check_subset(config: Evaluate, items: Sequence[BenchmarkItem]) -> None:
+    """Raises UserError if the threshold is to be chosen on a subset that is not there."""
+    subset, source = config.threshold_subset, config.benchmark.source
+    if subset is None:
+        return
+    if isinstance(items[0], PrmBenchItem):
+        raise UserError(
+            f"threshold_subset {subset!r} is for ProcessBench, whose F1 chooses the threshold; "
+            f"{source} is of PRMBench: set judge.threshold, and threshold_subset to null"
+        )
+    subsets = sorted({item.subset for item in items})
+    if subset not in subsets:
+        raise UserError(
+            f"expected threshold_subset among the subsets of {source}, which are {subsets}, found "
+            f"{subset!r}"
+        )
+
+
+def begin(
+    config: Evaluate, session: Session, items: Sequence[BenchmarkItem]
+) -> Callable[[Sequence[BenchmarkItem]], list[Judgment]]:
+    """Returns the function that judges a block. Raises UserError for an item that is too long."""
+    settings = config.judge
+    if isinstance(settings, ClassifierJudge):
+        # Records say the likelier sign, whatever the threshold that the summary uses.
+        settings = settings.model_copy(update={"threshold": None})
+    judge = load_judge(settings, mesh=session.mesh, seed=config.seed, name="evaluate")
     judge.check_lengths([Solution.of_item(item) for item in items])
-    seconds, judged = directory.write_blocks(
-        work, Judgment, lambda block: judge_block(config, judge, block)
-    )
-    return {
-        "seconds_per_judgment": per_item(seconds, judged),
-        "tokens_per_judgment": per_item(engine.sampled_tokens, judged),
-        "compiled": engine.compiled_shapes,
-    } | (judge.writer.measured if isinstance(judge, GenPrmJudge) else {})
-
-
-def make_judge(config: Evaluate, loaded: Loaded, engine: Engine) -> AnyJudge:
-    settings: dict[str, Any] = {
-        "name": "evaluate",
-        "prompt_style": config.prompt_style,
-        "max_new_tokens": config.max_new_tokens,
-        "key": jax.random.key(config.seed),
-    }
-    if config.genprm is not None:
-        return GenPrmJudge(loaded, engine, genprm=config.genprm, **settings)
-    if config.thinkprm is not None:
-        return ThinkPrmJudge(loaded, engine, rounds=config.thinkprm.rounds, **settings)
-    return ChunkJudge(loaded, engine, **settings)
+    session.compiled["judge"] = judge.compiled_shapes
+    session.measures.append(judge.measured)
+    return lambda block: judge_block(config, judge, block)
 
 
 def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
-    whole = [] if config.thinkprm is None else ["solution"]
+    """Returns the ids of a block's judgments."""
+    whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
     ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
-    return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(config.votes)]
+    return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(votes_of(config))]
 
 
-def judge_block(
-    config: Evaluate, judge: AnyJudge, block: Sequence[BenchmarkItem]
-) -> list[Judgment]:
-    """Judgments of all steps of these items, greedy and sampled."""
+def judge_block(config: Evaluate, judge: Judge, block: Sequence[BenchmarkItem]) -> list[Judgment]:
+    """Returns judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
-    passes = [([""], judge.sample(solutions, 0.0, [""]))]
-    if config.votes:
-        suffixes = vote_suffixes(config.votes)
-        truncation: dict[str, Any] = {"top_k": config.vote_top_k, "top_p": config.vote_top_p}
-        sampled = judge.sample(solutions, config.vote_temperature, suffixes, **truncation)
-        passes.append((suffixes, sampled))
+    passes = [([""], judge.sample(solutions, [""], temperature=0.0))]
+    if suffixes := vote_suffixes(votes_of(config)):
+        assert not isinstance(config.judge, ClassifierJudge | OwnJudge)
+        how = config.judge.sampling.model_dump(include={"temperature", "top_k", "top_p"})
+        passes.append((suffixes, judge.sample(solutions, suffixes, **how)))
     return [
-        judgment
+        record
         for suffixes, found_of in passes
         for item, found in zip(block, found_of, strict=True)
-        for suffix, said in zip(suffixes, found, strict=True)
-        for judgment in judgments_of(item, said, judge.loaded.model_id, suffix)
+        for suffix, judgment in zip(suffixes, found, strict=True)
+        for record in judgment_records(item, judgment, judge.judge_id, suffix)
     ]
-
-
-def judgments_of(
-    item: BenchmarkItem, said: list[ChunkJudgment] | Verification, judge_id: str, suffix: str
-) -> list[Judgment]:
-    """Records of what was said of an item's steps and, if it was, of all of it."""
-    if isinstance(said, Verification):
-        whole = said.solution
-        of_solution = Judgment(
-            example_id=f"{item.item_id}/solution{suffix}",
-            judge_id=judge_id,
-            completion=whole.completion,
-            verdict=whole.verdict,
-            p_positive=whole.p_positive,
-            reward=judge_reward(whole.verdict, item.first_error == -1),
-        )
-        return [*judgments_of(item, said.steps, judge_id, suffix), of_solution]
-    return [judgment_of(item, step, opinion, judge_id, suffix) for step, opinion in enumerate(said)]
 
 
 def summarize(
     config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> dict[str, Any]:
-    """Returns the scores of the greedy judge and, with votes, of all of these; fractions."""
-    rule, settings = VotingRule.of_run(config), {"votes": config.votes, "seed": config.seed}
-    summary = score_judgments(items, judgments, rule, **settings)
+    """Returns the scores of the greedy judgments and, with votes, of the sampled ones; fractions
+    between 0 and 1."""
+    threshold = threshold_of(config, items, judgments)
+    how = {"votes": votes_of(config), "seed": config.seed}
+    summary = score_judgments(items, judgments, VotingRule(threshold), **how)
+    if threshold is not None:
+        summary |= {"threshold": threshold, "threshold_chosen_on": config.threshold_subset}
     whole = [item for item in items if isinstance(item, ProcessBenchItem)]
-    if config.thinkprm is not None and whole:
-        summary["solution"] = score_whole_solutions(whole, judgments, **settings)
+    if isinstance(config.judge, ThinkPrmJudge) and whole:
+        summary["solution"] = score_whole_solutions(whole, judgments, **how)
     return summary

@@ -1,26 +1,25 @@
-"""Judgments to learn from: written by a model, kept where they agree with the labels.
+"""Samples judgments of labelled examples and keeps those that agree with the labels, for `sft`.
 
-    labelled chunk -> `samples` judgments -> those whose verdict is the label -> examples for `sft`
+    labelled chunk -> `samples` judgments -> those whose verdict is the label -> examples
 
-This is the offline judge of StepWiser's ablation (A.1, RS-FT): the same form and the same labels as
-in GRPO, sampled once from the judge that GRPO starts from.
+This is the offline judge of StepWiser's ablation (A.1, RS-FT): the same form and labels as in GRPO,
+sampled once from the judge that GRPO starts from. Where the paper is silent: every kept judgment of
+a chunk is learned, equal texts once; and the larger class of labels is down-sampled again, since a
+judge finds one of the two easier (`balance`).
 
-Where the paper is silent: every kept judgment of a chunk is learned, those of equal text once; the
-larger class of labels is down-sampled again, since a judge finds one of them easier (`balance`).
-
-With `genprm`, critiques of whole solutions (arXiv 2504.00891; `judges/genprm_form.py`):
+GenPRM (arXiv 2504.00891; `judges/genprm/form.py`):
 
     labelled solution -> `samples` critiques, their code run on the way -> those that agree with all
-                                                                      labels -> dialogues for `sft`
+                         labels -> dialogues
 
-With `thinkprm`, verification chains about whole solutions, or prefixes (arXiv 2504.16828;
-`judges/thinkprm_form.py`):
+ThinkPRM (arXiv 2504.16828; `judges/thinkprm.py`):
 
-    labelled solution -> `samples` chains -> those with a verdict on every step, that agree with the
-                         labels up to the first error, and are not too long -> examples for `sft`
+    labelled solution, or prefix -> `samples` verification chains -> those with a verdict on every
+                                    step that agree with the labels up to the first error and are
+                                    not too long -> examples
 
-Reads `examples` and the judge that writes. Writes rationales, all of them with what became of them,
-and of those that are kept the examples, or the dialogues.
+Reads `examples` and the judge that writes. Writes rationales, each with what became of it, and
+examples or dialogues from those that are kept.
 """
 
 from __future__ import annotations
@@ -34,20 +33,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.config import RejectionSample
+from stepwiser_jax.config import (
+    GenPrmTeacher,
+    RejectionSample,
+    StepwiserTeacher,
+    ThinkPrmTeacher,
+)
 from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_examples
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.rationales import Outcome, judgment_outcome
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
-from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.judges import thinkprm_form
-from stepwiser_jax.judges.genprm import GenPrmJudge, Synthesizer
-from stepwiser_jax.judges.genprm_form import (
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.base import Solution
+from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
     FORMS,
     Critique,
@@ -57,7 +60,8 @@ from stepwiser_jax.judges.genprm_form import (
     parse_turns,
     synthesis_prompt,
 )
-from stepwiser_jax.judges.stepwiser import Solution
+from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer
+from stepwiser_jax.record_io import read_written
 from stepwiser_jax.records import (
     ClassifierExample,
     Dialogue,
@@ -66,8 +70,9 @@ from stepwiser_jax.records import (
     SftExample,
     natural_key,
 )
-from stepwiser_jax.rl.labels import balanced
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
+from stepwiser_jax.rl.examples import balanced
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.prompts import PromptStyle, encode_message, judge_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
@@ -75,66 +80,69 @@ Example = JudgeExample | ClassifierExample
 
 
 def run(config: RejectionSample, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
-    """Write block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "rejection-sample", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    examples, dropped = load_examples(config)
-    work = blocks(examples, config.examples_per_block)
-    work = directory.pending(work, Rationale, lambda block: rationale_ids(config, block))
-    measured = write_blocks(config, directory, examples, work) if work else {}
-    writer = directory.writer(Rationale)
-    chosen = directory.writer(SftExample if config.genprm is None else Dialogue)
-    hosts.barrier("rationalize: rationales are written")
-    if shard == NO_SHARD:
-        learned = choose(config, writer.read())  # by all: every process must refuse what one would
-        if hosts.is_primary():
-            chosen.append(to_learn(config, examples, learned))
-    counts = {"examples": len(examples), "dropped": dropped}
-    return directory.finish(
-        lambda: counts | summarize(writer.read()) | {"chosen": len(chosen.read())} | measured
-    )
+    """Samples judgments of labelled examples, block after block, and chooses what is learned."""
+    learned_type = Dialogue if isinstance(config.judge, GenPrmTeacher) else SftExample
+
+    def prepare() -> Work[Any, Rationale]:
+        examples, dropped = load_examples(config)
+
+        def choose_what_is_learned(directory: RunDirectory) -> None:
+            rationales, chosen = directory.writer(Rationale), directory.writer(learned_type)
+            hosts.barrier("rejection-sample: rationales are written")
+            if shard == NO_SHARD:
+                # In every process: each must refuse what one of them would.
+                learned = choose(config, rationales.read())
+                if hosts.is_primary():
+                    chosen.append(to_learn(config, examples, learned))
+
+        def summary(rationales: Sequence[Rationale]) -> dict[str, Any]:
+            chosen = read_written(Path(run_dir), learned_type)
+            counts = {"examples": len(examples), "dropped": dropped}
+            return counts | summarize(rationales) | {"chosen": len(chosen)}
+
+        return Work(
+            items=examples,
+            record_type=Rationale,
+            ids_of=lambda block: rationale_ids(config, block),
+            begin=lambda session: begin(config, session, examples),
+            summarize=summary,
+            unit="rationale",
+            complete=choose_what_is_learned,
+        )
+
+    return run_blocks("rejection-sample", config, run_dir, shard, prepare)
 
 
 def load_examples(config: RejectionSample) -> tuple[list[Any], dict[str, int]]:
-    """Examples of no excluded problem, and counts of what was left out."""
+    """Returns the examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
+    data = config.examples
     load = load_classifier_examples if config.of_solutions else load_judge_examples
-    examples: list[Any] = load(config.examples, on_malformed=config.on_malformed, dropped=dropped)
+    examples: list[Any] = load(data.source, on_malformed=data.on_malformed, dropped=dropped)
     if not examples:
-        raise UserError(f"expected labelled examples in {config.examples}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
-    return examples[: config.limit], dict(dropped)
+        raise UserError(f"expected labelled examples in {data.source}, found none")
+    examples = drop_held_out(examples, held_out_questions(data.exclude), dropped)
+    return examples[: data.limit], dict(dropped)
 
 
 def rationale_ids(config: RejectionSample, block: Sequence[Example]) -> list[str]:
+    """Returns the ids of a block's rationales, those of an example one after another."""
     return [f"{example.record_id}/{k}" for example in block for k in range(config.samples)]
 
 
-def write_blocks(
-    config: RejectionSample,
-    directory: RunDirectory,
-    examples: Sequence[Any],
-    work: Sequence[Sequence[Any]],
-) -> dict[str, Any]:
-    """Rationales of these blocks, written; returns what was measured. Checks all examples first:
-    every worker must refuse what one would."""
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_for_decoding(
-        **config.judge.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
-    )
-    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
-    if config.genprm is None:
-        write = TextWriter(config, loaded.tokenizer, engine)
+def begin(
+    config: RejectionSample, session: Session, examples: Sequence[Any]
+) -> Callable[[Sequence[Any]], list[Rationale]]:
+    """Returns the function that writes the rationales of a block. Raises UserError for an example
+    that is too long."""
+    loaded, engine = session.load(config.judge, config.judge.engine, "judge")
+    if isinstance(config.judge, GenPrmTeacher):
+        write = CritiqueWriter(config, config.judge, loaded, engine)
+        session.measures.append(lambda made: write.teacher.writer.measured)
     else:
-        write = CritiqueWriter(config, loaded, engine)
+        write = TextWriter(config, loaded.tokenizer, engine)
     write.check_lengths(examples)
-    seconds, written = directory.write_blocks(work, Rationale, write)
-    return {
-        "seconds_per_rationale": per_item(seconds, written),
-        "compiled": engine.compiled_shapes,
-    } | (write.teacher.writer.measured if isinstance(write, CritiqueWriter) else {})
+    return write
 
 
 # --- one text about an example ------------------------------------------------------------------
@@ -142,9 +150,16 @@ def write_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class TextForm:
-    """What is written about an example in one go, as functions of the example: what the writer is
-    asked, and given as the `opening` of its answer; whether what it judges is right (`label`); and
-    what is kept of a text, finished or not, with what becomes of it (`read`)."""
+    """A text that is written about an example in one go.
+
+    Attributes:
+        prompt: Returns what the writer is asked about an example.
+        label: Returns whether what is judged is right.
+        read: Takes an example, a text, and whether the text is finished. Returns the text to keep
+            and what becomes of it.
+        opening: How the answer begins; the writer is given it.
+        stop_strings: What ends a text.
+    """
 
     prompt: Callable[[Any], str]
     label: Callable[[Any], bool]
@@ -154,13 +169,21 @@ class TextForm:
 
 
 def text_form(config: RejectionSample, tokenizer: Tokenizer) -> TextForm:
-    if config.thinkprm is not None:
-        return chains(config.prompt_style, tokenizer, config.thinkprm.max_tokens)
-    return judgments(config.prompt_style)
+    """Returns what the judge writes about an example."""
+    if isinstance(config.judge, ThinkPrmTeacher):
+        return chains(config.judge.prompt_style, tokenizer, config.judge.max_tokens)
+    return judgments(style_of(config))
+
+
+def style_of(config: RejectionSample) -> PromptStyle:
+    """Returns the style of prompts, which is not `verdict` here."""
+    style = config.judge.prompt_style
+    assert style != "verdict"
+    return style
 
 
 def judgments(style: PromptStyle) -> TextForm:
-    """StepWiser's, of single chunks."""
+    """Returns the form of StepWiser's judgments of single chunks."""
     return TextForm(
         prompt=lambda e: judge_prompt(e.question, e.history, e.chunk, style),
         label=lambda e: e.is_positive,
@@ -169,24 +192,22 @@ def judgments(style: PromptStyle) -> TextForm:
 
 
 def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextForm:
-    """ThinkPRM's, of solutions."""
-    form = thinkprm_form.FORMS[style]
+    """Returns the form of ThinkPRM's chains about solutions."""
+    form = thinkprm.FORMS[style]
 
     def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, Outcome]:
-        chunks, labels = thinkprm_form.to_verify(example)
-        chain = thinkprm_form.cut_chain(text, form, len(chunks))
-        outcome = thinkprm_form.chain_outcome(chain, finished, labels, len(chunks), form)
+        chunks, labels = thinkprm.to_verify(example)
+        chain = thinkprm.cut_chain(text, form, len(chunks))
+        outcome = thinkprm.chain_outcome(chain, finished, labels, len(chunks), form)
         if outcome is not Outcome.KEPT:
             return chain, outcome
-        chain = thinkprm_form.cleaned(chain, form)
+        chain = thinkprm.clean_chain(chain, form)
         is_long = len(tokenizer.encode(form.whole(chain, labels[-1]))) > max_tokens
         return chain, Outcome.TOO_LONG if is_long else Outcome.KEPT
 
     return TextForm(
-        prompt=lambda e: thinkprm_form.verify_prompt(
-            e.question, thinkprm_form.to_verify(e)[0], style
-        ),
-        label=lambda e: thinkprm_form.to_verify(e)[1][-1],
+        prompt=lambda e: thinkprm.verify_prompt(e.question, thinkprm.to_verify(e)[0], style),
+        label=lambda e: thinkprm.to_verify(e)[1][-1],
         read=read,
         opening=form.opening,
         stop_strings=form.stops,
@@ -194,20 +215,20 @@ def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextFor
 
 
 class TextWriter:
-    """Examples of one block -> `samples` texts about each, with what becomes of them."""
+    """Writes `samples` texts about each example of a block, and says what becomes of them."""
 
     def __init__(self, config: RejectionSample, tokenizer: Tokenizer, engine: Engine):
         self.config, self.tokenizer, self.engine = config, tokenizer, engine
         self.form = text_form(config, tokenizer)
         self.params = SamplingParams(
-            **config.sampling.model_dump(),
+            **config.judge.sampling.model_dump(),
             stop_ids=tokenizer.eos_ids,
             stop_strings=self.form.stop_strings,
         )
         self.key = jax.random.key(config.seed)
 
     def prompt_ids(self, example: Example) -> list[int]:
-        opening, style = self.form.opening, self.config.prompt_style
+        opening, style = self.form.opening, style_of(self.config)
         asked = encode_message(self.tokenizer, self.form.prompt(example), style, answer=opening)
         return asked + self.tokenizer.encode(opening)
 
@@ -242,22 +263,23 @@ class TextWriter:
 
 
 class CritiqueWriter:
-    """Solutions of one block -> `samples` critiques of each, with what becomes of them."""
+    """Writes `samples` critiques of each solution of a block, and says what becomes of them."""
 
-    def __init__(self, config: RejectionSample, loaded: Loaded, engine: Engine):
-        """Raises UserError where code cannot be confined on this machine."""
-        assert config.genprm is not None
-        self.config = config
-        sampling = config.sampling.model_dump()
+    def __init__(
+        self, config: RejectionSample, judge: GenPrmTeacher, loaded: Loaded, engine: Engine
+    ):
+        """Raises UserError if code is to be run and cannot be confined on this machine."""
+        self.config, self.judge = config, judge
+        sampling = judge.sampling.model_dump()
         self.params = SamplingParams(**sampling, stop_ids=loaded.tokenizer.eos_ids)
         settings: dict[str, Any] = {
             "name": "rejection-sample",
-            "genprm": config.genprm,
-            "max_new_tokens": config.sampling.max_new_tokens,
+            "code_rounds": judge.code_rounds,
+            "max_new_tokens": judge.sampling.max_new_tokens,
             "key": jax.random.key(config.seed),
         }
-        if config.genprm.turn_by_turn:
-            settings["prompt_style"] = config.prompt_style
+        if judge.turn_by_turn:
+            settings["prompt_style"] = judge.prompt_style
             self.teacher = GenPrmJudge(loaded, engine, **settings)
         else:
             self.teacher = Synthesizer(loaded, engine, **settings)
@@ -273,28 +295,27 @@ class CritiqueWriter:
         for example, critiques in zip(block, found, strict=True):
             written = []
             for text, finished in critiques:
-                critique = critique_of(self.config, example, text)
+                critique = critique_of(self.judge, example, text)
                 written.append((text, critique_outcome(critique, finished, example)))
-            prompt, label = asked(self.config, example), all(example.is_positive)
+            prompt, label = first_prompt(self.judge, example), all(example.is_positive)
             rationales += rationales_of(example, prompt, label, written)
         return rationales
 
 
-def asked(config: RejectionSample, example: ClassifierExample) -> str:
-    """What the teacher is asked about a solution, or asked first."""
-    assert config.genprm is not None
-    if config.genprm.turn_by_turn:
-        return FORMS[config.prompt_style].user_turn(example.question, example.chunks, 0)
-    return synthesis_prompt(example.question, example.chunks, code=config.genprm.code)
+def first_prompt(judge: GenPrmTeacher, example: ClassifierExample) -> str:
+    """Returns what the teacher is asked about a solution, or asked first."""
+    if judge.turn_by_turn:
+        return FORMS[judge.prompt_style].user_turn(example.question, example.chunks, 0)
+    return synthesis_prompt(example.question, example.chunks, code=bool(judge.code_rounds))
 
 
-def critique_of(config: RejectionSample, example: ClassifierExample, text: str) -> Critique | None:
-    """None also for one that tells what its code printed where none is run."""
-    assert config.genprm is not None
-    if not config.genprm.code and CODE_OUTPUT in text:
+def critique_of(judge: GenPrmTeacher, example: ClassifierExample, text: str) -> Critique | None:
+    """Returns a critique from its text, None if it is in no form. Without code a text that claims
+    to show what code printed is in none."""
+    if not judge.code_rounds and CODE_OUTPUT in text:
         return None
-    if config.genprm.turn_by_turn:
-        return parse_turns(text, FORMS[config.prompt_style], len(example.chunks))
+    if judge.turn_by_turn:
+        return parse_turns(text, FORMS[judge.prompt_style], len(example.chunks))
     return parse_critique(text, len(example.chunks))
 
 
@@ -308,7 +329,8 @@ def solution_of(example: ClassifierExample) -> Solution:
 def rationales_of(
     example: Example, prompt: str, is_positive: bool, written: Sequence[tuple[str, Outcome]]
 ) -> list[Rationale]:
-    """Records of (text, outcome) of all samples of one example; equal texts are kept once."""
+    """Returns the records of all samples (text, outcome) of an example; equal texts are kept
+    once."""
     rationales, seen = [], set()
     for k, (text, outcome) in enumerate(written):
         if outcome is Outcome.KEPT and text in seen:
@@ -322,8 +344,8 @@ def rationales_of(
 
 
 def choose(config: RejectionSample, rationales: Sequence[Rationale]) -> list[Rationale]:
-    """Those that are learned, in id order: draws must not depend on who wrote which part. Raises
-    UserError where there are none."""
+    """Returns those that are learned, in id order, so that draws do not depend on which process
+    wrote which part. Raises UserError if there are none."""
     ordered = sorted(rationales, key=lambda r: natural_key(r.rationale_id))
     kept = [r for r in ordered if r.outcome == Outcome.KEPT.value]
     chosen = balanced(kept, config.seed) if config.balance else kept
@@ -345,34 +367,35 @@ def choose(config: RejectionSample, rationales: Sequence[Rationale]) -> list[Rat
 def to_learn(
     config: RejectionSample, examples: Sequence[Any], chosen: Sequence[Rationale]
 ) -> list[SftExample] | list[Dialogue]:
-    """What `sft` reads."""
-    if config.genprm is None:
+    """Returns what `sft` reads."""
+    judge = config.judge
+    if not isinstance(judge, GenPrmTeacher):
         return [
-            SftExample(r.rationale_id, r.problem_id, r.prompt, learned_text(config, r))
+            SftExample(r.rationale_id, r.problem_id, r.prompt, learned_text(judge, r))
             for r in chosen
         ]
     example_of = {id_: e for e in examples for id_ in rationale_ids(config, [e])}
     dialogues = []
     for rationale in chosen:
         example = example_of[rationale.rationale_id]
-        critique = critique_of(config, example, rationale.completion)
+        critique = critique_of(judge, example, rationale.completion)
         assert critique is not None, f"{rationale.rationale_id} was kept"
-        form = FORMS[config.prompt_style]
+        form = FORMS[judge.prompt_style]
         dialogues.append(dialogue_of(rationale.rationale_id, example, critique, form))
     return dialogues
 
 
-def learned_text(config: RejectionSample, rationale: Rationale) -> str:
-    """The completion that `sft` imitates."""
-    if config.thinkprm is None:
+def learned_text(judge: StepwiserTeacher | ThinkPrmTeacher, rationale: Rationale) -> str:
+    """Returns the completion that `sft` imitates."""
+    if not isinstance(judge, ThinkPrmTeacher):
         return rationale.completion
-    return thinkprm_form.FORMS[config.prompt_style].whole(
-        rationale.completion, rationale.is_positive
-    )
+    form = thinkprm.FORMS[judge.prompt_style]
+    return form.whole(rationale.completion, rationale.is_positive)
 
 
 def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:
-    """Rationales by what became of them, and the kept ones' share of positive labels."""
+    """Returns counts of rationales by what became of them, and the share of positive labels among
+    those that were kept."""
     outcomes = Counter({outcome.value: 0 for outcome in Outcome})
     outcomes.update(rationale.outcome for rationale in rationales)
     kept = [r.is_positive for r in rationales if r.outcome == Outcome.KEPT.value]

@@ -1,10 +1,10 @@
-"""Sample chunked solutions of every problem and check their final answers (StepWiser 3.1, 4.1).
+"""Samples chunked solutions of every problem and checks their final answers (StepWiser 3.1, 4.1).
 
     Problem -> prompt ids -> group_size completions -> chunk ends on token ids -> is_correct
 
-Leaves out, and counts, problems that occur twice, problems whose reference answer cannot be
-verified (4.1), those of evaluation sets (`problems.exclude`), and those too long for the context.
-Reads `problems` and `policy`. Writes problems and trajectories.
+Problems are left out, and counted, if they occur twice, if their reference answer cannot be
+verified (4.1), if they are in an evaluation set (`problems.exclude`), or if they are too long for
+the context. Reads `problems` and `policy`. Writes problems and trajectories.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ import numpy as np
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_tokenizer_of
-from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
-from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
 from stepwiser_jax.records import Problem, Tokens, Trajectory
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,
     TokenMatcher,
@@ -44,58 +42,46 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: Rollout, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
-    """Sample block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "rollout", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
+    """Samples solutions of every problem, block after block."""
+
+    def prepare() -> Work[Problem, Trajectory]:
+        problems, dropped = load_problems(config)
+
+        def write_problems(directory: RunDirectory) -> None:
+            writer = directory.writer(Problem)
+            if directory.worker == 0:
+                writer.append(problems)
+
+        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        return Work(
+            items=problems,
+            record_type=Trajectory,
+            ids_of=lambda block: trajectory_ids(config, block),
+            begin=lambda session: BlockSampler(config, session),
+            summarize=lambda trajectories: summarize(config, trajectories) | counts,
+            unit="trajectory",
+            complete=write_problems,
+        )
+
+    return run_blocks("rollout", config, run_dir, shard, prepare)
+
+
+def load_problems(config: Rollout) -> tuple[list[Problem], Counter[str]]:
+    """Returns the problems to solve, and counts of those that were left out by the reason."""
     dropped = Counter(duplicate=0, unverifiable=0)
     problems = drop_duplicates(read_problems(config.problems, dropped, config.verifier), dropped)
     problems = keep_verifiable(problems, config, dropped)
-    problems = keep_fitting(config, problems, dropped)
-    work = blocks(problems, config.problems_per_block)
-    work = directory.pending(work, Trajectory, lambda block: trajectory_ids(config, block))
-    measured = sample_blocks(config, directory, work) if work else {}
-    problem_writer, writer = directory.writer(Problem), directory.writer(Trajectory)
-    if directory.worker == 0:
-        problem_writer.append(problems)
-    counts = {"problems": len(problems), "dropped": dict(dropped)}
-    return directory.finish(lambda: summarize(config, writer.read()) | counts | measured)
-
-
-def sample_blocks(
-    config: Rollout,
-    directory: RunDirectory,
-    work: Sequence[Sequence[Problem]],
-) -> dict[str, Any]:
-    """Trajectories of these blocks, written; returns what was measured."""
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_for_decoding(
-        **config.policy.model_dump(), weights=config.engine.weights, mesh=mesh, seed=config.seed
-    )
-    if CHUNK_CLOSE in end_patterns(config.chunking):
-        check_tags(loaded.tokenizer)
-    sample = BlockSampler(config, loaded, mesh)
-    with Verifier(
-        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
-    ) as verifier:
-        seconds, sampled = directory.write_blocks(
-            work, Trajectory, lambda block: sample(block, verifier)
-        )
-    return {
-        "seconds_per_trajectory": per_item(seconds, sampled),
-        "verifier_timeouts": verifier.timeouts,
-        "verifier_failures": verifier.failures,
-        "compiled": sample.engine.compiled_shapes,
-    }
+    return keep_fitting(config, problems, dropped), dropped
 
 
 def trajectory_ids(config: Rollout, block: Sequence[Problem]) -> list[str]:
+    """Returns the ids of a block's trajectories, those of a problem one after another."""
     return [f"{problem.problem_id}#{g}" for problem in block for g in range(config.group_size)]
 
 
 def drop_duplicates(problems: Sequence[Problem], dropped: Counter[str]) -> list[Problem]:
-    """Paper 4.1: the first problem of every question. The others are counted in `dropped`."""
+    """Returns the first problem of every question (paper 4.1). The others are counted in
+    `dropped`."""
     first: dict[str, Problem] = {}
     for problem in problems:
         first.setdefault(" ".join(problem.question.split()), problem)
@@ -107,7 +93,7 @@ def keep_fitting(
     config: Rollout, problems: Sequence[Problem], dropped: Counter[str]
 ) -> list[Problem]:
     """Returns the problems whose prompt and completion fit the largest of `engine.buckets`. The
-    others are counted in `dropped` and told of: a large data set has some. Raises UserError if none
+    others are counted in `dropped` and logged: a large data set has some. Raises UserError if none
     is left."""
     tokenizer = load_tokenizer_of(config.policy.path, config.policy.chat_template_args)
     room = max(config.engine.buckets) - config.sampling.max_new_tokens
@@ -135,22 +121,20 @@ def prompt_ids(config: Rollout, tokenizer: Tokenizer, problem: Problem) -> list[
 
 
 class BlockSampler:
-    """Problems of one block -> their trajectories, in one compiled shape per length bucket."""
+    """Makes the trajectories of a block, in one compiled shape per length bucket."""
 
-    def __init__(self, config: Rollout, loaded: Loaded, mesh: jax.sharding.Mesh):
-        self.config, self.loaded = config, loaded
-        self.engine = Engine(
-            loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump()
-        )
-        self.matcher = TokenMatcher.build(
-            loaded.tokenizer.token_bytes(), end_patterns(config.chunking)
-        )
-        self.params = SamplingParams(
-            **config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids
-        )
+    def __init__(self, config: Rollout, session: Session):
+        self.config, self.verifier = config, session.verifier(config)
+        self.loaded, self.engine = session.load(config.policy, config.engine)
+        tokenizer = self.loaded.tokenizer
+        patterns = end_patterns(config.chunking)
+        if CHUNK_CLOSE in patterns:
+            check_tags(tokenizer)
+        self.matcher = TokenMatcher.build(tokenizer.token_bytes(), patterns)
+        self.params = SamplingParams(**config.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
         self.key = jax.random.key(config.seed)
 
-    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[Trajectory]:
+    def __call__(self, block: Sequence[Problem]) -> list[Trajectory]:
         ids_B = trajectory_ids(self.config, block)
         tokenizer = self.loaded.tokenizer
         prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
@@ -163,7 +147,7 @@ class BlockSampler:
         )
         group_size = self.config.group_size
         completions_B = [output.ids(b) for b in range(len(ids_B))]
-        correct_B = verifier.verify(
+        correct_B = self.verifier.verify(
             [completion_text(tokenizer, ids) for ids in completions_B],
             [block[b // group_size] for b in range(len(ids_B))],
         )
@@ -186,7 +170,7 @@ class BlockSampler:
 
 
 def summarize(config: Rollout, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Counts, and shares as fractions between 0 and 1; the accuracy's interval is over problems."""
+    """Returns counts, and shares between 0 and 1; the accuracy's interval is over problems."""
     count = len(trajectories)
     return {
         "trajectories": count,

@@ -7,7 +7,8 @@ Learned are completions, and of dialogues what the assistant says, with the end 
 code printed is read and not learned: at inference the interpreter writes it. (GenPRM's paper does
 not say.)
 
-Reads `data` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face directory).
+Reads `examples` and `model`. Writes checkpoints/, metrics.jsonl and model/ (a Hugging Face
+directory).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import optax
 
 from stepwiser_jax import plugins
-from stepwiser_jax.config import Sft, SftData
+from stepwiser_jax.config import DataSource, Sft
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -42,10 +43,10 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
-    examples = load_examples(config.data, config.prompt_style)
+    examples = load_examples(config.examples, config.prompt_style)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
-    loaded = load_for_training(**config.model.model_dump(), mesh=mesh, seed=config.seed)
+    loaded = load_for_training(**config.model.load_args, mesh=mesh, seed=config.seed)
     documents, too_long = sft_documents(
         examples,
         functools.partial(render, tokenizer=loaded.tokenizer, style=config.prompt_style),
@@ -110,17 +111,17 @@ def sft_loss(
     )
 
 
-def load_examples(data: SftData, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
+def load_examples(data: DataSource, style: PromptStyle) -> list[SftExample] | list[Dialogue]:
     """Returns examples of a file, of a finished run, or of a function. Raises UserError for an
     empty set."""
     if Path(data.source).exists():
         examples = read_examples(data.source, style)
     else:
         make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
-        examples = make(count=data.count, seed=data.seed, style=style)
+        examples = make(count=data.limit, seed=data.seed, style=style)
     if not examples:
         raise UserError(f"expected examples in {data.source}, found none")
-    return examples[: data.count]
+    return examples[: data.limit]
 
 
 def read_examples(source: str, style: PromptStyle) -> list[SftExample] | list[Dialogue]:

@@ -5,7 +5,7 @@
 
 Only the answers are learned; one pass over a solution learns, and scores, all of its chunks.
 
-1. The loss is over the two signs, not the vocabulary (`judges/classifier_loss.py`).
+1. The loss is over the two signs, not the vocabulary (`judges/classifier.py`).
 2. Hard labels stand in the conversation as the answers, as RLHFlow has it, and + where a chunk has
    none; scoring puts + everywhere. With soft labels, or a scalar head, every answer is +: a mark of
    where to read, as in Math-Shepherd. What comes after the last label is left out.
@@ -33,10 +33,9 @@ from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.distributed.loading import Loaded, load_for_training, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.classifier_loss import classifier_loss
+from stepwiser_jax.judges.classifier import classifier_loss, encode_solution, sign_ids
 from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.text.prompts import encode_solution, sign_ids
 from stepwiser_jax.text.tokenizer import Tokenizer
 from stepwiser_jax.training.batches import (
     ClassifierBatch,
@@ -99,17 +98,19 @@ def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dic
     """Examples of no excluded problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
     examples = load_classifier_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected classifier examples in {config.examples}, found none")
-    return drop_held_out(examples, held_out_questions(config.exclude), dropped), dict(dropped)
+        raise UserError(f"expected classifier examples in {config.examples.source}, found none")
+    return drop_held_out(examples, held_out_questions(config.examples.exclude), dropped), dict(
+        dropped
+    )
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
     """The model to train. With a scalar head it may have one already."""
     scalar = config.head == "scalar"
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)
     if not scalar or loaded.model.config.classifier:
         return loaded
@@ -166,6 +167,6 @@ def batch_loss(
         batch.answer_mask_BT,
         batch.targets_BT,
         signs=signs,
-        denominator=denominator,
+        normalizer=denominator,
         remat=remat,
     )

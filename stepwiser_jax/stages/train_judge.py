@@ -39,7 +39,7 @@ from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.data.datasets import load_judge_examples
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
@@ -73,6 +73,11 @@ from stepwiser_jax.training.step import (
     used_micro_batches,
 )
 
+DUAL_CLIP = 3.0
+"""The bound of a token's loss when its advantage is negative (verl's)."""
+CORRECTION_CAP = 2.0
+"""The largest weight of `grpo.sampler_correction`."""
+
 
 def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     """GRPO for `iterations` or `epochs`, resuming from the last checkpoint."""
@@ -82,7 +87,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh.model_dump())
     sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     directory.begin()
-    settings = config.model.model_dump()
+    settings = config.model.load_args
     load = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load()
     examples, dropped = load_examples(config, loaded)
@@ -137,11 +142,11 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     left out."""
     dropped: Counter[str] = Counter()
     examples = load_judge_examples(
-        config.examples, on_malformed=config.on_malformed, dropped=dropped
+        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected judge examples in {config.examples}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.exclude), dropped)
+        raise UserError(f"expected judge examples in {config.examples.source}, found none")
+    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
     fitting = [
         example
         for example in examples
@@ -149,8 +154,8 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples} is left: {len(examples)} were read, all have "
-            f"prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
+            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return fitting, {"too_long": len(examples) - len(fitting)} | dropped
 
@@ -186,7 +191,7 @@ class GroupCollector:
         """Groups that teach, at most P of them, and the metrics of everything sampled. What a run
         had sampled before it ended is read. Raises Interrupted if the run is to stop, in the middle
         of a draw too: the rows that are finished are kept."""
-        sampled_by = fingerprint(training.state.model)
+        sampled_by = param_hash(training.state.model)
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):
             engine = self.engine.with_model(model)
@@ -194,7 +199,7 @@ class GroupCollector:
         sampled: list[RolloutGroup] = []
         kept: list[RolloutGroup] = []
         wanted, drops = self.config.prompts_per_iteration, self.config.grpo.drop_zero_variance
-        for draw in range(1 + self.config.grpo.max_refills):
+        for draw in range(1 + self.config.grpo.max_resamples):
             examples, name = next(training.loader), f"judge/it{iteration}/draw{draw}"
             ids = [f"{name}/{p}/{example.example_id}" for p, example in enumerate(examples)]
             drawn = (iteration, draw, sampled_by)
@@ -446,11 +451,11 @@ def judge_loss(
             mask_BT,
             batch.segment_ids_BT,
             level=config.correction,
-            cap=grpo.sampler_correction_cap,
+            cap=CORRECTION_CAP,
         )
         weight_metrics = {
             "importance_weight_mean": mean(weights_BT),
-            "importance_truncated_share": mean(weights_BT >= grpo.sampler_correction_cap),
+            "importance_truncated_share": mean(weights_BT >= CORRECTION_CAP),
         }
     loss, metrics = grpo_loss(
         logprobs_BT,
@@ -459,7 +464,7 @@ def judge_loss(
         mask_BT,
         clip_eps_low=grpo.clip_eps_low,
         clip_eps_high=grpo.clip_eps_high,
-        dual_clip=grpo.dual_clip,
+        dual_clip=DUAL_CLIP,
         kl_coef=grpo.kl_coef,
         ref_logprobs_BT=batch.ref_logprobs_BT,
         importance_weights_BT=weights_BT,

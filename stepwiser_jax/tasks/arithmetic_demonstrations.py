@@ -28,7 +28,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.records import Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.tasks.arithmetic import (
     FACTORS,
@@ -263,7 +264,7 @@ def thinkprm_demonstrations(
 ) -> list[SftExample]:
     """Returns one verification chain per problem in ThinkPRM's form. It judges the chunks of an
     imperfect solution until one is wrong, then answers the question whether all are correct."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm_form.FORMS[style]
+    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
@@ -278,7 +279,7 @@ def thinkprm_demonstrations(
             SftExample(
                 example_id=f"{problem.problem_id}/verification",
                 problem_id=problem.problem_id,
-                prompt=thinkprm_form.verify_prompt(problem.question, chunks, style),
+                prompt=thinkprm.verify_prompt(problem.question, chunks, style),
                 completion=form.whole(chain, is_correct),
             )
         )

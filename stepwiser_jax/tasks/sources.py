@@ -33,7 +33,7 @@ def _demonstrate(
 ) -> Examples:
     """Returns demonstrations of `count` problems. Raises UserError without a count."""
     if count is None:
-        raise UserError("data.count must say how many examples of the task to generate")
+        raise UserError("examples.limit must say how many examples of the task to generate")
     problems = arithmetic.generate_problems(count, seed, "train")
     return make(problems, seed, style) if styled else make(problems, seed)
 

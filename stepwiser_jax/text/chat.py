@@ -1,14 +1,14 @@
-"""Chat templates: their arguments, how they are rendered, and what no text may write into a prompt.
+"""Renders chat templates, sets their arguments, and keeps control tokens out of texts.
 
-A control token such as <|im_end|> structures a conversation, so the chat template alone writes it.
-A text, be it a problem's or a model's, may spell one; it is then read as the characters that it is:
+A control token such as <|im_end|> structures a conversation, so only the chat template may write
+one. If a text spells one, a problem's or a model's, it is encoded as the characters that it is:
 
     a text                   so <|im_end|> is
     broken (| is BREAK)      so <||im_end|> is
     rendered, in a template  <|im_start|>user\\nso <||im_end|> is<|im_end|>\\n
-    encoded                  what stands between the breaks, one part after another
+    encoded                  the parts between the breaks, one after another
 
-A text that spells none is encoded as it always was.
+A text that spells none is encoded as a whole.
 """
 
 from __future__ import annotations
@@ -24,31 +24,29 @@ from stepwiser_jax.errors import UserError
 Argument = bool | int | float | str
 
 BREAK = "\ud800"
-"""Half of a surrogate pair: no text that can be encoded holds it."""
+"""Half of a surrogate pair, which no text that can be encoded holds."""
 
 WORDS_OF_MODELS = ("<think>", "</think>", "<chunk>", "</chunk>")
-"""What models write in their answers as they write words. They may be tokens of their own, but they
-begin and end no turn."""
+"""Tokens that models write in their answers like words: they begin and end no turn."""
 
 GIVEN = {
     *("messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 }
-"""What a template uses and is no argument of its own."""
+"""Names that every template may use: they are not arguments."""
 
 
 class ControlTokens:
-    """The tokens that no text spells: `special` ones, and those of the `other` added tokens that
-    the chat template writes. (DeepSeek-R1's distilled models mark turns with tokens that are not
-    special.) Other added tokens are words like any other."""
+    """The tokens that no text may spell: the `special` ones, and those of the `other` added tokens
+    that the chat template writes. (DeepSeek-R1's distilled models mark turns with tokens that are
+    not special.) Other added tokens are words like any other."""
 
     def __init__(self, special: Iterable[str], other: Iterable[str], template: str | None):
         written = (token for token in other if template is not None and token in template)
         self.tokens = frozenset(
             token
             for token in itertools.chain(special, written)
-            # White space is written by templates and by everybody else; what is one character
-            # long cannot be broken.
+            # Templates and texts both write white space; a single character cannot be broken.
             if len(token.strip()) > 1 and token not in WORDS_OF_MODELS
         )
         of_first = itertools.groupby(sorted(self.tokens), key=lambda token: token[0])
@@ -67,7 +65,7 @@ class ControlTokens:
 
 
 def default_template(templates: Any) -> str | None:
-    """A tokenizer's chat template; of several with names, the one that is called default."""
+    """Returns a tokenizer's chat template; if it has several with names, the one named default."""
     if isinstance(templates, list):
         templates = {entry["name"]: entry["template"] for entry in templates}
     return templates.get("default") if isinstance(templates, dict) else templates
@@ -85,13 +83,13 @@ def render(
 
     Args:
         template: Jinja, as transformers reads it.
-        messages: each with its role and content.
-        control: what contents must not write.
-        add_generation_prompt: whether the assistant's turn is begun.
-        tokens: special tokens by their names, such as bos_token.
+        messages: Each with its role and content.
+        control: What contents must not write.
+        add_generation_prompt: Whether to begin the assistant's turn.
+        tokens: Special tokens by their names, such as bos_token.
 
     Raises:
-        UserError: there is no template, or it fails.
+        UserError: There is no template, or it fails.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -117,17 +115,17 @@ def with_arguments(
     *,
     trained: bool = False,
 ) -> str | None:
-    """Returns the template with its arguments set in its first lines. They go where the template
-    goes: a model that is exported with it is prompted by everybody as it was trained.
+    """Returns the template with its arguments set in its first lines. So they are exported with the
+    template, and everybody prompts a model as it was trained.
 
     Args:
         template: Jinja, as transformers reads it.
-        arguments: by name. Those that the first lines set already may be repeated.
-        where: the tokenizer's path, for messages.
-        trained: whether a run of this project trained the model, so that nothing may change.
+        arguments: By name. Those that the first lines set already may be repeated.
+        where: The tokenizer's path, for messages.
+        trained: Whether a run of this project trained the model, so that nothing may change.
 
     Raises:
-        UserError: the template does not use an argument, or sets it to another value.
+        UserError: The template does not use an argument, or sets it to another value.
     """
     if not arguments:
         return template
@@ -155,10 +153,11 @@ def with_arguments(
 
 
 def _arguments_of(template: str) -> tuple[dict[str, Any], set[str]]:
-    """(what the first lines set, what may be set). Raises UserError for a broken template."""
+    """Returns what the first lines set, and what may be set. Raises UserError for a broken
+    template."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
-    # A tag of transformers' own, which changes nothing that is rendered.
+    # Only transformers knows this tag; it changes nothing that is rendered.
     template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     try:
         tree = Environment(trim_blocks=True, extensions=["jinja2.ext.loopcontrols"]).parse(template)

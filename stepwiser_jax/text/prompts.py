@@ -1,9 +1,9 @@
-"""The prompts, and how a verdict is read from what the judge wrote.
+"""Writes prompts, encodes conversations, and reads verdicts.
 
-Two styles. `instruct`: a chat message with the paper's instructions (Tables 3 and 11). `bare`: the
-text alone, for models that were fine-tuned on nothing else, such as the embedded task's: what they
-write is what their demonstrations held. For a judge a third one, `verdict`: `instruct` that asks
-for the verdict and no analysis (the ablation of the chain of thought, A.1).
+Prompts have two styles. `instruct` is a chat message with the paper's instructions (Tables 3 and
+11). `bare` is the text alone, for models that were fine-tuned on nothing else, such as the embedded
+task's. A judge has a third one, `verdict`, which asks for the verdict without an analysis (the
+ablation of the chain of thought, A.1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SOLVE_PROMPT_WITHOUT_TAGS = """\
 Solve the problem step by step, and give the final answer inside \\boxed{{}}.
 
 Problem: {question}"""
-"""For models that were not taught to mark their chunks: a small one copies the tags and no more."""
+"""For models that were not taught to mark their chunks: a small one would only copy the tags."""
 
 CHUNKING_PROMPT = """\
 You are given the solution of a mathematical problem. Cut it into chunks of thought.
@@ -129,8 +129,8 @@ def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[st
 def encode_message(
     tokenizer: Tokenizer, text: str, style: JudgePromptStyle, *, answer: str = ""
 ) -> list[int]:
-    """One user message: through the chat template, or bare, as it stands behind the start token.
-    Where the `answer` begins with a thought, the template's own is left out."""
+    """Encodes one user message with the chat template, or bare after the start token. If the
+    `answer` begins with a thought, the template's own is left out."""
     if style != "bare":
         ids = tokenizer.render_chat([{"role": "user", "content": text}])
         return split_thought(tokenizer, ids)[0] if answer.startswith(THOUGHT) else ids
@@ -141,10 +141,10 @@ def encode_message(
 
 
 THOUGHT = "<think>\n"
-"""What the template of a model such as DeepSeek-R1's distilled ones begins for the assistant."""
+"""How templates such as those of DeepSeek-R1's distilled models begin the assistant's turn."""
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"
-"""What Qwen3's writes for it where thinking is switched off."""
+"""How Qwen3's template begins it if thinking is switched off."""
 
 
 def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -215,54 +215,8 @@ def bare_judge_prompt(question: str, history: str, chunk: str) -> str:
     return " ".join(part.strip() for part in (question, history, chunk, "<judge>") if part.strip())
 
 
-def sign_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens with which a classifier answers, + and -. Raises UserError where they are not one
-    token each."""
-    found = {sign: tokenizer.encode(sign) for sign in ("+", "-")}
-    for sign, ids in found.items():
-        if len(ids) != 1 or tokenizer.decode(ids).strip() != sign:
-            raise UserError(
-                f"a classifier answers with one token, + or -: expected a vocabulary that has "
-                f"both, found {sign!r} encoded as {ids}, which reads {tokenizer.decode(ids)!r}. "
-                "Use another model"
-            )
-    return found["+"][0], found["-"][0]
-
-
-def encode_solution(
-    tokenizer: Tokenizer,
-    question: str,
-    chunks: Sequence[str],
-    style: PromptStyle,
-    is_positive: Sequence[bool] | None = None,
-) -> tuple[list[int], list[int]]:
-    """A whole solution for a classifier, in RLHFlow's form: every chunk is a message of the user's,
-    the first one behind the problem, and is answered by one token, + (where `is_positive` says so,
-    and by default) or -. Returns the ids, which end with the last answer, and the index in them of
-    each chunk's answer. Bare: every chunk, its tags left on, is followed by <judge> and the answer.
-
-    Raises UserError as `before_answers` does.
-    """
-    signs = [True] * len(chunks) if is_positive is None else is_positive
-    plus, minus = sign_ids(tokenizer)
-    if style == "instruct":
-        texts = [strip_tags(chunk).strip() for chunk in chunks]
-        texts[:1] = [f"{question}\n\n{text}" for text in texts[:1]]
-        before = before_answers(tokenizer, [[{"role": "user", "content": x}] for x in texts])
-    else:
-        texts = [bare_judge_prompt("" if j else question, "", x) for j, x in enumerate(chunks)]
-        before = [encode_message(tokenizer, text, style) for text in texts[:1]]
-        before += [tokenizer.encode(text) for text in texts[1:]]
-    ids: list[int] = []
-    places = []
-    for read, sign in zip(before, signs, strict=True):
-        places.append(len(ids) + len(read))
-        ids += [*read, plus if sign else minus]
-    return ids, places
-
-
 SAYS = ("system", "user", "assistant", "output")
-"""Roles of a `Dialogue`; the last two are of the assistant's turns."""
+"""Roles of a `Dialogue`; the last two are in the assistant's turns."""
 
 
 def encode_dialogue(

@@ -34,6 +34,10 @@ from stepwiser_jax.runs.signals import Interrupted, install_signal_handlers, sto
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.step import create_train_state, make_optimizer, make_schedule
 
+KEEP_CHECKPOINTS = 2
+MAX_SKIPPED_IN_A_ROW = 5
+"""Updates in a row with gradients that are not finite after which training stops."""
+
 
 class Loader(Protocol):
     """A Grain iterator: its state is saved with every checkpoint."""
@@ -59,8 +63,8 @@ def optimizer_of(
     return schedule, make_optimizer(
         schedule,
         weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
-        b1=optimizer.b1,
+        clip_norm=1.0,
+        b1=0.9,
         b2=optimizer.b2,
     )
 
@@ -106,9 +110,7 @@ class TrainingRun:
         self._directory = directory
         self._write_template()
         install_signal_handlers()
-        self._checkpointer = Checkpointer(
-            directory.path / "checkpoints", keep=settings.keep_checkpoints
-        )
+        self._checkpointer = Checkpointer(directory.path / "checkpoints", keep=KEEP_CHECKPOINTS)
         self.pending = RolloutCache(directory.path / "pending")
         self.step = 0
         self._restore()
@@ -200,7 +202,7 @@ class TrainingRun:
             self._skipped_in_a_row += skipped
         else:
             self._skipped_in_a_row = 0
-        if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
                 f"{step}); the parameters are those before them. Lower the learning rate, or raise "

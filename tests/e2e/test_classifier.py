@@ -73,7 +73,7 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, e
         "classifier",
         tmp_path / "classifier",
         "model.path=arithmetic",
-        f"examples={tmp_path / 'solutions.jsonl'}",
+        f"examples.source={tmp_path / 'solutions.jsonl'}",
         f"labels={labels}",
         f"head={head}",
         f"mesh.{mesh}=2",
@@ -86,31 +86,31 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, e
     assert trained["accuracy"] == 1
     assert entropy < trained["loss"] < entropy + 0.05
     scores = stage(
-        "classify",
-        tmp_path / "classify",
-        f"classifier.path={tmp_path / 'classifier'}",
-        f"items={tmp_path / 'items.json'}",
+        "evaluate",
+        tmp_path / "scores",
+        f"judge.path={tmp_path / 'classifier'}",
+        f"benchmark.source={tmp_path / 'items.json'}",
         "threshold_subset=planted",
-        "max_length=64",
+        "judge.max_length=64",
         f"mesh.{mesh}=2",
     )
     assert scores["threshold_chosen_on"] == "planted" and 0.3 < scores["threshold"] < 0.7
-    assert scores["average"]["official"]["f1"] > 0.95
-    assert scores["subsets"]["planted"]["by_final_answer"]["f1"] > 0.95
-    found = read_records(tmp_path / "classify", Judgment)
+    assert scores["greedy"]["average"]["official"]["f1"] > 0.95
+    assert scores["greedy"]["subsets"]["planted"]["by_final_answer"]["f1"] > 0.95
+    found = read_records(tmp_path / "scores", Judgment)
     assert len(found) == 60 * 4
     if labels == "soft":
         values = np.array([judgment.p_positive for judgment in found])
         assert np.quantile(np.minimum(abs(values - 0.25), abs(values - 0.75)), 0.9) < 0.1
     given = stage(
-        "classify",
+        "evaluate",
         tmp_path / "given",
-        f"classifier.path={tmp_path / 'classifier'}",
-        f"items={tmp_path / 'items.json'}",
+        f"judge.path={tmp_path / 'classifier'}",
+        f"benchmark.source={tmp_path / 'items.json'}",
         "threshold_subset=null",
-        "threshold=1e-9",
-        "max_length=64",
+        "judge.threshold=1e-9",
+        "judge.max_length=64",
     )
     assert given["threshold_chosen_on"] is None
-    assert given["average"]["official"]["acc_error"] == 0, "nothing is below it"
-    assert given["average"]["official"]["acc_correct"] == 1
+    assert given["greedy"]["average"]["official"]["acc_error"] == 0, "nothing is below it"
+    assert given["greedy"]["average"]["official"]["acc_correct"] == 1

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.judges.genprm_form import BARE
+from stepwiser_jax.judges.genprm.form import BARE
 from stepwiser_jax.record_io import RecordWriter, read_records, write_records
 from stepwiser_jax.records import (
     ClassifierExample,
@@ -57,7 +57,11 @@ def trained(tmp_path_factory):
     """A judge that has learned the rule from conversations in a file."""
     folder, rng = tmp_path_factory.mktemp("genprm"), random.Random(0)
     write_records(folder / "dialogues.jsonl", [dialogue(f"d{i}", rng) for i in range(160)])
-    sets = ("model.path=arithmetic", f"data.source={folder}/dialogues.jsonl", "data.count=null")
+    sets = (
+        "model.path=arithmetic",
+        f"examples.source={folder}/dialogues.jsonl",
+        "examples.limit=null",
+    )
     sets += ("steps=60", "max_length=48", "batch_size=16")
     assert main(command("genprm_cold_start", folder / "judge", *sets)) == 0
     return folder / "judge"
@@ -71,8 +75,8 @@ def test_it_finds_first_errors_and_goes_on_after_a_kill(trained, tmp_path, monke
         first = right.index(False) if False in right else -1
         items.append(ProcessBenchItem(f"i{i}", "digits", question, chunks, first, first == -1))
     write_records(tmp_path / "items.jsonl", items)
-    sets = (f"judge.path={trained}", f"items={tmp_path}/items.jsonl", "items_per_block=5")
-    sets += ("max_new_tokens=8", "engine.buckets=[64]")
+    sets = (f"judge.path={trained}", f"benchmark.source={tmp_path}/items.jsonl", "block_size=5")
+    sets += ("judge.sampling.max_new_tokens=8", "judge.engine.buckets=[64]")
     assert main(command("genprm_evaluate", tmp_path / "run", *sets)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for voter in ("greedy", "mean_2"):
@@ -111,8 +115,9 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
         q = tuple(map(float, labels))
         examples.append(ClassifierExample(f"s{i}", "p", question, chunks, (0, 1, 2), labels, q))
     write_records(tmp_path / "labelled.jsonl", examples)
-    sets = (f"judge.path={trained}", f"examples={tmp_path}/labelled.jsonl")
-    sets += ("sampling.max_new_tokens=8", "sampling.temperature=0", "engine.buckets=[64]")
+    sets = (f"judge.path={trained}", f"examples.source={tmp_path}/labelled.jsonl")
+    sets += ("judge.sampling.max_new_tokens=8", "judge.sampling.temperature=0")
+    sets += ("judge.engine.buckets=[64]",)
     run = tmp_path / "rationales"
     assert main(command("genprm_rationales", run, *sets)) == 0
     of = {rationale.rationale_id: rationale for rationale in read_records(run, Rationale)}
@@ -124,7 +129,7 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
         labels = [*example.is_positive, False]
         asked = labels.index(False) + 1 if labels.index(False) < 3 else 3
         assert found.texts[1::2] == tuple(turn(right) for right in labels[:asked])
-    sets = (f"model.path={trained}", f"data.source={run}", "steps=1", "max_length=48")
+    sets = (f"model.path={trained}", f"examples.source={run}", "steps=1", "max_length=48")
     assert main(command("genprm", tmp_path / "again", *sets)) == 0
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["examples"] == 6
     capsys.readouterr()
@@ -135,7 +140,12 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
 def test_a_policy_thinks_again(trained, tmp_path):
     """The judge that has learned the rule, as a policy of no use, and as itself."""
     sets = (f"policy.path={trained}", f"judge.path={trained}", "chunking=[diff, same]")
-    sets += ("problems.limit=4", "turns=1", "sampling.max_new_tokens=8", "judge.max_new_tokens=8")
+    sets += (
+        "problems.limit=4",
+        "turns=1",
+        "sampling.max_new_tokens=8",
+        "judge.sampling.max_new_tokens=8",
+    )
     sets += ("engine.buckets=[96]", "judge.engine.buckets=[96]")
     assert main(command("genprm_refine", tmp_path / "run", *sets)) == 0
     results = {r.search_id: r for r in read_records(tmp_path / "run", SearchResult)}

@@ -31,12 +31,12 @@ from .conftest import CONFIGS, command
 from .test_kill import assert_same, checkpoint_of
 
 BLOCKS = {
-    "rollouts": ("problems_per_block=2",),
-    "values": ("trajectories_per_block=6",),
-    "evaluate": ("items_per_block=3",),
-    "classify": ("items_per_block=3",),
-    "search": ("problems_per_block=2", "beam=null", "dvts=null"),
-    "select": ("problems_per_block=2",),
+    "rollouts": ("block_size=2",),
+    "values": ("block_size=6",),
+    "evaluate": ("block_size=3",),
+    "evaluate_classifier": ("block_size=3",),
+    "search": ("block_size=2", "beam=null", "dvts=null"),
+    "select": ("block_size=2",),
 }
 
 
@@ -82,7 +82,7 @@ def rows(run):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rollouts", "evaluate", "classify"),
+        *("rollouts", "evaluate", "evaluate_classifier"),
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("values", "search", "select")),
     ],
 )
@@ -148,7 +148,7 @@ SAMPLED = {
     "rollouts": Trajectory,
     "values": PrefixValue,
     "evaluate": Judgment,
-    "classify": Judgment,
+    "evaluate_classifier": Judgment,
     "search": SearchResult,
     "select": Selection,
 }
@@ -256,8 +256,8 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
     prompts = [f"start {n} ; * 7 + 5 ?" for n in range(8)]
     examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
     write_records(tmp_path / "examples.jsonl", examples)
-    settings = ("model.path=arithmetic", f"examples={tmp_path / 'examples.jsonl'}")
-    settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_refills=0", "iterations=1")
+    settings = ("model.path=arithmetic", f"examples.source={tmp_path / 'examples.jsonl'}")
+    settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_resamples=0", "iterations=1")
     settings += ("grpo.drop_zero_variance=false",)
     run = tmp_path / "run"
     arguments = [

@@ -21,11 +21,11 @@ KILLS = int(os.environ.get("KILLS", 1))
 
 RUNS = {
     "policy": ("steps=60", "training.checkpoint_every=5"),
-    "rollouts": ("problems.limit=48", "problems_per_block=2"),
-    "values": ("trajectories_per_block=2",),
+    "rollouts": ("problems.limit=48", "block_size=2"),
+    "values": ("block_size=2",),
     "judge": ("iterations=12", "training.checkpoint_every=2"),
     "classifier": ("steps=40", "epochs=null", "training.checkpoint_every=3"),
-    "evaluate": ("items_per_block=2",),
+    "evaluate": ("block_size=2",),
 }
 """Long enough to be killed in the middle."""
 

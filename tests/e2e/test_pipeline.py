@@ -154,12 +154,19 @@ def test_summaries_have_fractions_and_the_documented_shape(runs):
 
 
 def test_a_comparison_has_the_scores_of_both_summaries(runs, capsys):
-    assert main(["compare-judges", str(runs / "evaluate"), str(runs / "classify"), "--json"]) == 0
+    assert (
+        main(
+            ["compare-judges", str(runs / "evaluate"), str(runs / "evaluate_classifier"), "--json"]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)["subsets"]["arithmetic"]
     judge = json.loads((runs / "evaluate" / "summary.json").read_text())["greedy"]
-    classifier = json.loads((runs / "classify" / "summary.json").read_text())
+    classifier = json.loads((runs / "evaluate_classifier" / "summary.json").read_text())
     assert found["f1_a"] == pytest.approx(judge["subsets"]["arithmetic"]["official"]["f1"])
-    assert found["f1_b"] == pytest.approx(classifier["subsets"]["arithmetic"]["official"]["f1"])
+    assert found["f1_b"] == pytest.approx(
+        classifier["greedy"]["subsets"]["arithmetic"]["official"]["f1"]
+    )
 
 
 def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
@@ -180,12 +187,12 @@ def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name, *extra):
-        extra = (f"items={source}", *extra)
+        extra = (f"benchmark.source={source}", *extra)
         assert main(command(name, runs, out=tmp_path / name, extra=extra)) == 0
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         return summary, {j.example_id: j for j in read_records(tmp_path / name, Judgment)}
 
-    summary, judgments = run("evaluate", "votes=0")
+    summary, judgments = run("evaluate", "judge.votes=0")
     assert summary["items"] == 3 and judgments.keys() >= {"circular_0/1", "correct_1/0"}
     for step, expected in enumerate([Verdict.POSITIVE, Verdict.NEGATIVE]):
         judgment = judgments[f"circular_0/{step}"]
@@ -196,15 +203,20 @@ def test_prmbench_has_scores_of_its_own(runs, tmp_path, capsys):
     kept = sum(a and r for a, r in zip(accepted, right, strict=True))
     found = summary["greedy"]["classes"]["circular"]
     assert found["right_step_accuracy"] == pytest.approx(kept / sum(right))
-    summary, judgments = run("classify", "threshold=0.5", "threshold_subset=null")
-    assert set(summary["categories"]) == {"simplicity"}
+    summary, judgments = run("evaluate_classifier", "threshold_subset=null")
+    assert set(summary["greedy"]["categories"]) == {"simplicity"}
     caught = judgments["circular_0/1"].p_positive < 0.5
-    assert summary["classes"]["circular"]["wrong_step_accuracy"] == caught
+    assert summary["greedy"]["classes"]["circular"]["wrong_step_accuracy"] == caught
 
     capsys.readouterr()
-    arguments = command("classify", runs, out=tmp_path / "other", extra=(f"items={source}",))
+    arguments = command(
+        "evaluate_classifier", runs, out=tmp_path / "other", extra=(f"benchmark.source={source}",)
+    )
     assert_fails(capsys, arguments, "is for ProcessBench", tmp_path / "other")
-    assert main(["compare-judges", str(tmp_path / "evaluate"), str(tmp_path / "classify")]) == 2
+    assert (
+        main(["compare-judges", str(tmp_path / "evaluate"), str(tmp_path / "evaluate_classifier")])
+        == 2
+    )
     assert "found those of PRMBench" in capsys.readouterr().err
 
 
@@ -268,14 +280,14 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rollouts", "values", "evaluate", "classify", "search", "select"),
+        *("rollouts", "values", "evaluate", "evaluate_classifier", "search", "select"),
         pytest.param("thinkprm_evaluate", marks=pytest.mark.slow),
     ],
 )
 def test_cut_short_in_the_middle_of_a_line_and_run_again(request, name, tmp_path, monkeypatch):
     runs = request.getfixturevalue("thinkprm_runs" if name in THINKPRM else "runs")
     append = RecordWriter.append
-    half = {"values": 7, "evaluate": 9, "classify": 9, "search": 11}.get(name, 3)
+    half = {"values": 7, "evaluate": 9, "evaluate_classifier": 9, "search": 11}.get(name, 3)
 
     def dying(self, records):
         if self.record_type is Problem:
@@ -487,14 +499,16 @@ def test_mistakes_are_one_message_and_leave_nothing(runs, tmp_path, capsys):
     mistake("rollouts", "exceeds the context of 160", "sampling.max_new_tokens=150")
     mistake("rollouts", "needs 32 devices", "mesh.data=32")
     mistake("rollouts", "no chat template", "prompt_style=instruct")
-    mistake("labels", "not prefix_values", f"annotations={runs / 'rollouts'}")
-    mistake("evaluate", "split 'gsm8k' is of a data set", "split=gsm8k")
+    mistake("labels", "not prefix_values", f"values={runs / 'rollouts'}")
+    mistake("evaluate", "split 'gsm8k' is of a data set", "benchmark.split=gsm8k")
     (tmp_path / "none.jsonl").write_text("")
-    mistake("judge", "found none", f"examples={tmp_path / 'none.jsonl'}")
-    mistake("classifier", "found none", f"examples={tmp_path / 'none.jsonl'}")
+    mistake("judge", "found none", f"examples.source={tmp_path / 'none.jsonl'}")
+    mistake("classifier", "found none", f"examples.source={tmp_path / 'none.jsonl'}")
     mistake("classifier", "no example fits max_length 8", "max_length=8")
-    mistake("classify", "which are ['arithmetic'], found 'gsm8k'", "threshold_subset=gsm8k")
-    mistake("classify", "tokens: max_length must be at least that", "max_length=8")
+    mistake(
+        "evaluate_classifier", "which are ['arithmetic'], found 'gsm8k'", "threshold_subset=gsm8k"
+    )
+    mistake("evaluate_classifier", "tokens: max_length must be at least that", "judge.max_length=8")
 
     problems = tmp_path / "problems.jsonl"
     for text, message in (
@@ -542,7 +556,9 @@ def test_a_run_directory_that_cannot_be_is_refused(runs, tmp_path, capsys):
 
 def test_a_run_directory_of_another_config_is_refused(runs, capsys):
     before = (runs / "labels" / "manifest.json").read_bytes()
-    assert_fails(capsys, command("labels", runs, extra=("alpha=0.4",)), "alpha: 0.8 -> 0.4")
+    assert_fails(
+        capsys, command("labels", runs, extra=("rule_args.alpha=0.4",)), "alpha: None -> 0.4"
+    )
     assert (runs / "labels" / "manifest.json").read_bytes() == before
 
 
@@ -574,15 +590,19 @@ def test_dry_run_checks_and_writes_nothing(runs, tmp_path, capsys):
     assert_fails(capsys, [*arguments, "--dry-run"], "found nothing at", out)
     for name, setting, kind in (
         ("values", "rollouts", "trajectories"),
-        ("labels", "annotations", "prefix_values"),
-        ("judge", "examples", "judge_examples"),
-        ("classifier", "examples", "classifier_examples"),
-        ("evaluate", "items", "trajectories"),
+        ("labels", "values", "prefix_values"),
+        ("judge", "examples.source", "judge_examples"),
+        ("classifier", "examples.source", "classifier_examples"),
+        ("evaluate", "benchmark.source", "trajectories"),
     ):
         arguments = command(name, runs, out=out, extra=(f"{setting}={runs / 'policy'}",))
         assert_fails(capsys, [*arguments, "--dry-run"], f"no records, not {kind}", out)
-    arguments = command("cold_start", runs, out=out, extra=(f"data.source={tmp_path / 'none'}",))
+    arguments = command(
+        "cold_start", runs, out=out, extra=(f"examples.source={tmp_path / 'none'}",)
+    )
     assert_fails(capsys, [*arguments, "--dry-run"], "none", out)
-    for name in ("evaluate", "classify"):
-        arguments = command(name, runs, out=out, extra=[f"items={tmp_path / 'none.json'}"])
+    for name in ("evaluate", "evaluate_classifier"):
+        arguments = command(
+            name, runs, out=out, extra=[f"benchmark.source={tmp_path / 'none.json'}"]
+        )
         assert_fails(capsys, [*arguments, "--dry-run"], "expected a data file", out)

@@ -19,7 +19,6 @@ SMALL = {
     "sampling_mesh": None,
     "engine": {"rows": [16], "buckets": [512]},
     "sampling": {"max_new_tokens": 48},
-    "max_new_tokens": 24,
     "max_chunk_tokens": 24,
     "group_size": 4,
     "num_rollouts": 4,
@@ -70,7 +69,7 @@ def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys, f
         for step in ordered(read_recipe(str(configs / RECIPE))):
             tree = small(yaml.safe_load(step.file.read_text()))
             if step.stage == "chunk-solutions":
-                tree["server"]["url"] = url
+                tree["teacher"]["url"] = url
             elif step.stage != "label":
                 tree["compilation_cache"] = str(tmp_path / "compiled")
             step.file.write_text(yaml.safe_dump(tree))

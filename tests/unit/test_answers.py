@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from landlock import needs_landlock
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.records import Problem
 from stepwiser_jax.tasks import mathematics, verifier
 from stepwiser_jax.tasks.mathematics import compare_plainly, extract_answer
@@ -78,9 +79,9 @@ def cpu_seconds(function, text):
 
 
 def of_chain(text):
-    chain = thinkprm_form.cut_chain(text, thinkprm_form.FORMS["instruct"], 10**6)
-    thinkprm_form.verdicts_of([chain], thinkprm_form.FORMS["instruct"], len(chain) // 10)
-    thinkprm_form.cleaned(chain, thinkprm_form.FORMS["instruct"])
+    chain = thinkprm.cut_chain(text, thinkprm.FORMS["instruct"], 10**6)
+    thinkprm.verdicts_of([chain], thinkprm.FORMS["instruct"], len(chain) // 10)
+    thinkprm.clean_chain(chain, thinkprm.FORMS["instruct"])
 
 
 def of_critique(text):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form
-from stepwiser_jax.judges.thinkprm_form import FORMS, cleaned, step_verdicts
+from stepwiser_jax.judges.genprm import form as genprm_form
+from stepwiser_jax.judges.thinkprm import FORMS, clean_chain, step_verdicts
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.tasks import arithmetic as task
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
@@ -189,7 +189,7 @@ def test_verification_demonstrations_are_chains_that_stop_at_the_first_error(sty
         is_correct = last is Verdict.POSITIVE
         assert len(written) == num_chunks if is_correct else len(written) <= num_chunks
         chain = example.completion.removeprefix(form.opening).split(form.question)[0]
-        assert example.completion == form.whole(cleaned(chain, form), is_correct)
+        assert example.completion == form.whole(clean_chain(chain, form), is_correct)
         answers[is_correct] += 1
     assert min(answers.values()) > len(PROBLEMS) / 10
 

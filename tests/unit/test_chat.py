@@ -13,7 +13,9 @@ from stepwiser_jax.config import Label, Model, load_config, validate
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges import genprm_form, thinkprm_form
+from stepwiser_jax.judges import thinkprm
+from stepwiser_jax.judges.classifier import encode_solution
+from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
 from stepwiser_jax.stages.sft import render, spells_control
@@ -24,7 +26,6 @@ from stepwiser_jax.text.prompts import (
     encode_dialogue,
     encode_judge_prompt,
     encode_message,
-    encode_solution,
     encode_solve_prompt,
 )
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -232,7 +233,7 @@ def test_a_template_may_keep_empty_thoughts(directory_of):
 
 def test_an_answer_that_brings_its_thought_has_no_other(qwen3):
     tokenizer = load_tokenizer(qwen3, {"enable_thinking": False})
-    opening = thinkprm_form.FORMS["instruct"].opening
+    opening = thinkprm.FORMS["instruct"].opening
     verified = encode_message(tokenizer, "How?", "instruct", answer=opening)
     assert tokenizer.decode(verified).endswith(ASSISTANT)
     ids, _ = render(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
@@ -327,8 +328,8 @@ PROMPTS = {
         t, genprm_form.synthesis_prompt(x, [x], code=True), "instruct"
     ),
     "ThinkPRM": lambda t, x: (
-        encode_message(t, thinkprm_form.verify_prompt(x, [x, x], "instruct"), "instruct")
-        + t.encode(thinkprm_form.FORMS["instruct"].whole(x, True))
+        encode_message(t, thinkprm.verify_prompt(x, [x, x], "instruct"), "instruct")
+        + t.encode(thinkprm.FORMS["instruct"].whole(x, True))
     ),
     "refine": lambda t, x: encode_dialogue(
         t,

@@ -11,8 +11,8 @@ from stepwiser_jax import __version__
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.results import print_summary
 from stepwiser_jax.config import Label
+from stepwiser_jax.evaluation.judgments import example_judgments
 from stepwiser_jax.evaluation.processbench import score_by_subset
-from stepwiser_jax.judges.stepwiser import a_right_and_a_wrong_one
 from stepwiser_jax.record_io import nothing_at
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runs.directory import RunDirectory
@@ -26,6 +26,20 @@ def test_without_arguments_there_is_the_help_and_no_empty_error(capsys):
     assert main([]) == 2
     said = capsys.readouterr()
     assert "quickstart" in said.out and "error" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("judge", "train-judge"),
+        ("classify", "evaluate, with `judge: {kind: classifier}`"),
+        ("contrast", "compare-judges"),
+        ("compare", "reproduce"),
+    ],
+)
+def test_an_old_command_names_the_new_one(old, new, capsys):
+    assert main([old, "--config", "x.yaml"]) == 2
+    assert f"the command {old} is now {new}" in capsys.readouterr().err
 
 
 def test_the_version(capsys):
@@ -75,7 +89,7 @@ def as_a_process_starts():
 
 def test_a_stop_waits_for_blocks_and_for_nothing_else(tmp_path, as_a_process_starts):
     """`label` and whatever only reads has nothing that a kill could lose."""
-    config = Label(annotations="a", rollouts="r", tokenizer="t")
+    config = Label(values="a", rollouts="r", tokenizer="t")
     RunDirectory(tmp_path / "label", "label", config).finish(lambda: {})
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -103,7 +117,7 @@ def dry_run(stage, config, run, *settings):
 def labels(tmp_path):
     """A finished run of `label`."""
     directory = RunDirectory(
-        tmp_path / "labels", "label", Label(annotations="a", rollouts="r", tokenizer="t")
+        tmp_path / "labels", "label", Label(values="a", rollouts="r", tokenizer="t")
     )
     example = JudgeExample("p#0/0", "p", "1 + 1", "", "2", True)
     directory.writer(JudgeExample).append([example])
@@ -112,14 +126,14 @@ def labels(tmp_path):
 
 
 def test_a_dry_run_off_the_pod_checks_all_but_devices(tmp_path, labels, capsys):
-    model = ("model.path=arithmetic", f"examples={labels}")
+    model = ("model.path=arithmetic", f"examples.source={labels}")
     mesh = ("mesh.data=64", "prompts_per_iteration=256", "engine.rows=[64]")
     assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *model, *mesh) == 0
     said = capsys.readouterr()
     assert "warning: mesh data 64 x fsdp 1 x tensor 1 needs 64 devices" in said.err
     assert "prompts_per_iteration: 256" in said.out
 
-    missing = (*model[:1], *mesh, f"examples={tmp_path / 'label'}")
+    missing = (*model[:1], *mesh, f"examples.source={tmp_path / 'label'}")
     assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *missing) == 2
     error = capsys.readouterr().err
     assert f"nothing at {tmp_path / 'label'}; did you mean {labels}?" in error
@@ -132,7 +146,7 @@ def test_a_dry_run_sees_a_flipped_bit_in_its_input(tmp_path, labels, capsys):
     content = bytearray(part.read_bytes())
     content[content.index(b"1 + 1")] ^= 1
     part.write_bytes(content)
-    settings = ("model.path=arithmetic", f"examples={labels}")
+    settings = ("model.path=arithmetic", f"examples.source={labels}")
     assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *settings) == 2
     assert str(part) in capsys.readouterr().err
 
@@ -170,7 +184,7 @@ def test_scores_are_lines_in_percent_with_a_right_and_a_wrong_judgment(tmp_path,
         "items": 2,
         "greedy": score_by_subset(items, said, seed=0),
         "compiled": {"read 8x16": 3},
-        "judgments": a_right_and_a_wrong_one(items, judgments),
+        "judgments": example_judgments(items, judgments),
         "warm_up": {"programs": ["decode"]},
     }
     print_summary(summary, tmp_path)

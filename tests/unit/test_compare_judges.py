@@ -35,9 +35,9 @@ def items(tmp_path):
     return file
 
 
-def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
+def finished_run(directory, stage, settings, p_positive, verdict_of):
     """`p_positive[i][step]`; the verdict is what `verdict_of` makes of it."""
-    ids = [row["id"] for row in json.loads(Path(settings["items"]).read_text())]
+    ids = [row["id"] for row in json.loads(Path(settings["benchmark"]["source"]).read_text())]
     judgments = [
         Judgment(f"{item_id}/{step}", "judge", "", verdict_of(p), p, 0.0)
         for item_id, row in zip(ids, p_positive, strict=False)
@@ -45,7 +45,7 @@ def finished_run(directory, stage, settings, p_positive, summary, verdict_of):
     ]
     write_records(directory / "records" / "judgments" / "part-00000-of-00001.jsonl", judgments)
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "summary.json").write_text("{}")
     write_manifest(directory, stage, "0", [Judgment])
     return directory
 
@@ -55,40 +55,40 @@ def rejecting_from(first, at):
     return [at if step == first else 0.9 for step in range(3)]
 
 
-def evaluated(directory, items, predictions, *, unparsed_as="negative", **settings):
-    tree = {
-        "judge": {"path": "arithmetic"},
-        "items": str(items),
-        "max_new_tokens": 8,
-        "unparsed_as": unparsed_as,
-        "engine": {"buckets": [64]},
-        **settings,
+def evaluated(directory, items, predictions, **judge):
+    settings = {
+        "judge": {
+            "path": "arithmetic",
+            "sampling": {"max_new_tokens": 8},
+            "engine": {"buckets": [64]},
+            **judge,
+        },
+        "benchmark": {"source": str(items)},
     }
-    # A rejected step is unparsed where that counts as a rejection.
-    rejected = Verdict.UNPARSED if unparsed_as == "negative" else Verdict.NEGATIVE
     return finished_run(
         directory,
         "evaluate",
-        tree,
+        settings,
         [rejecting_from(first, 0.0) for first in predictions],
-        {},
-        lambda p: Verdict.POSITIVE if p > 0.5 else rejected,
+        lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.UNPARSED,  # which counts as a rejection
     )
 
 
 def classified(directory, items, predictions, *, threshold):
-    tree = {
-        "classifier": {"path": "arithmetic"},
-        "items": str(items),
-        "threshold_subset": "gsm8k",
-        "max_length": 64,
+    settings = {
+        "judge": {
+            "kind": "classifier",
+            "path": "arithmetic",
+            "threshold": threshold,
+            "max_length": 64,
+        },
+        "benchmark": {"source": str(items)},
     }
     return finished_run(
         directory,
-        "classify",
-        tree,
+        "evaluate",
+        settings,
         [rejecting_from(first, threshold - 0.05) for first in predictions],
-        {"threshold": threshold},
         lambda p: Verdict.POSITIVE if p > 0.5 else Verdict.NEGATIVE,
     )
 
@@ -114,12 +114,10 @@ def test_a_judge_beside_a_classifier_each_counted_as_its_run_counts(tmp_path, it
     assert found["average"]["mcnemar_p"] == 0.5
 
 
-def test_what_cannot_be_parsed_counts_as_the_run_says(tmp_path, items, capsys):
+def test_steps_without_a_verdict_count_as_the_rule_of_the_run_says(tmp_path, items, capsys):
+    """For GenPRM they have the probability 1/2, which a lower threshold accepts."""
     a = evaluated(tmp_path / "a", items, OF_A)
-    settings = yaml.safe_load((a / "config.yaml").read_text()) | {"unparsed_as": "positive"}
-    b = evaluated(tmp_path / "b", items, OF_A)
-    (b / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_manifest(b, "evaluate", "0", [Judgment])
+    b = evaluated(tmp_path / "b", items, OF_A, kind="genprm", threshold=0.4)
     found = compared(capsys, a, b)["average"]
     assert (found["right_by_a_alone"], found["right_by_b_alone"]) == (1, 1)
     assert found["f1_b"] == 0 < found["f1_a"]
@@ -144,7 +142,7 @@ def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys
 @pytest.mark.parametrize("genprm", [False, True])
 def test_votes_count_together(tmp_path, items, capsys, genprm):
     """Greedy, everything is right; of three votes two, or the mean, say what B found."""
-    settings = {"votes": 3} | ({"genprm": {"threshold": 0.4}} if genprm else {})
+    settings = {"votes": 3} | ({"kind": "genprm", "threshold": 0.4} if genprm else {})
     b = evaluated(tmp_path / "b", items, [-1] * len(LABELS), **settings)
     part = next((b / "records" / "judgments").iterdir())
     judgments = read_records(b, Judgment)
@@ -210,8 +208,6 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, items, capsys):
     assert "is not finished" in refused(capsys, unfinished, a)
     rollout = evaluated(tmp_path / "rollout", items, OF_B)
     write_manifest(rollout, "rollout", "0", [Judgment])
-    assert "expected a run of evaluate or classify, found one of rollout" in refused(
-        capsys, a, rollout
-    )
+    assert "expected a run of evaluate, found one of rollout" in refused(capsys, a, rollout)
     grown = evaluated(tmp_path / "grown", items, OF_A[:5])
     assert "grown has no judgment math-1/0" in refused(capsys, grown, a)

@@ -100,12 +100,12 @@ def test_a_plan_is_of_the_model_that_a_recipe_begins_with():
 def test_a_file_names_its_stage_and_runs_beside_its_own(tmp_path):
     file = CONFIGS / "smoke_labels.yaml"
     config = load_config("label", file, ("tokenizer=RUNS/policy",), tmp_path / "labels")
-    assert (config.annotations, config.rollouts) == (
+    assert (config.values, config.rollouts) == (
         str(tmp_path / "values"),
         str(tmp_path / "rollouts"),
     )
     assert config.tokenizer == "RUNS/policy", "what is typed stays as it is"
-    assert load_config("label", file).annotations == "RUNS/values"
+    assert load_config("label", file).values == "RUNS/values"
     with pytest.raises(UserError, match="expected a config of train-judge, found one of label in"):
         load_config("train-judge", file)
 
@@ -156,10 +156,10 @@ def load(tmp_path, tree, *overrides, stage="train-judge"):
 
 def test_overrides_are_typed(tmp_path):
     config = load(
-        tmp_path, judge_tree(), "training.optimizer.learning_rate=3e-5", "grpo.dual_clip=null"
+        tmp_path, judge_tree(), "training.optimizer.learning_rate=3e-5", "sampling_mesh=null"
     )
     assert config.training.optimizer.learning_rate == 3e-5
-    assert config.grpo.dual_clip is None
+    assert config.sampling_mesh is None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),
         ({}, ("engine.rows=[64, 32]",), "engine.rows: sizes must be positive and ascending"),
         ({}, ("row_lengths=[640, 320]",), "row_lengths: sizes must be positive and ascending"),
-        ({}, ("model.param_dtype=bfloat16",), "float32 where .*, found bfloat16: .* set lora"),
+        ({}, ("model.dtype=float16",), "model.dtype: .*'float32' or 'bfloat16' .found 'float16'"),
         ({}, ("model.lora={rank: 0}",), "model.lora.rank: .* greater than or equal to 1"),
         ({}, ("model.lora={targets: []}",), "model.lora.targets: .* at least 1"),
         ({}, ("model.lora={targets: [q, qkv]}",), "model.lora.targets.1: .*'down' .found 'qkv'"),
@@ -195,7 +195,7 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("mesh.data=0",), "mesh.data: .* greater than 0 .found 0"),
         ({}, ("seed=-1",), "seed: .* greater than or equal to 0"),
         ({}, ("seed=4294967296",), "seed: .* less than 4294967296"),
-        ({}, ("training.optimizer.b1=1",), "b1: .* less than 1"),
+        ({}, ("training.optimizer.b2=1",), "b2: .* less than 1"),
         ({}, ("training.optimizer.b2=-0.1",), "b2: .* greater than or equal to 0"),
         ({}, ("training.optimizer.learning_rate=.inf",), "learning_rate: .* finite"),
         ({}, ("sampling.temperature=.inf",), "temperature: .* finite"),
@@ -218,40 +218,124 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ("rollouts", "rollout", "chunking=lines", "chunking: .* or a list .* .found 'lines'.$"),
         ("rollouts", "rollout", "chunking=[]", "at least 1 item"),
         ("rollouts", "rollout", "chunking=['']", "at least 1 character"),
-        ("thinkprm_evaluate", "evaluate", "genprm={code: false}", "one form of judge"),
-        ("thinkprm_chains", "rejection-sample", "genprm={code: false}", "one form of judge"),
-        ("thinkprm_evaluate", "evaluate", "thinkprm.rounds=5", "less than or equal to 4"),
-        ("thinkprm_evaluate", "evaluate", "prompt_style=verdict", "instruct or bare"),
+        ("thinkprm_evaluate", "evaluate", "judge.rounds=5", "judge.rounds: .* or equal to 4"),
+        ("thinkprm_evaluate", "evaluate", "judge.code_rounds=0", "judge.code_rounds'; did you"),
+        ("thinkprm_evaluate", "evaluate", "judge.prompt_style=verdict", "'instruct' or 'bare'"),
+        (
+            "evaluate",
+            "evaluate",
+            "judge.kind=critic",
+            "judge.kind: expected 'stepwiser', .*'critic'",
+        ),
+        ("search", "search", "judge.kind=genprm", "judge.kind: expected .*, found 'genprm'"),
+        (
+            "evaluate",
+            "evaluate",
+            "threshold_subset=gsm8k",
+            "is for a classifier, found .* stepwiser",
+        ),
+        (
+            "evaluate_classifier",
+            "evaluate",
+            "judge.threshold=0.4",
+            "either judge.threshold, or thr",
+        ),
+        (
+            "evaluate",
+            "evaluate",
+            "benchmark.shuffle=true",
+            "benchmark takes source, .*found shuffle",
+        ),
         ("values", "annotate", "adaptive.ruel=abs_q", "adaptive.ruel'; did you mean 'rule'"),
         (
             "values",
             "annotate",
-            "rollouts_by_pass_rate=[[0.1, 8], [0.9, 4]]",
+            "num_rollouts=[[0.1, 8], [0.9, 4]]",
             "last of them 1, found",
         ),
-        ("values", "annotate", "rollouts_by_pass_rate=[[0.9, 8], [0.1, 4], [1, 2]]", "ascending"),
-        ("values", "annotate", "rollouts_by_pass_rate=[[1, 0]]", "greater than 0"),
-        ("values", "annotate", "rollouts_by_pass_rate=[]", "rollouts_by_pass_rate.*at least 1"),
-        ("rationales", "rejection-sample", "genprm={}", "bare has no code in it"),
-        ("rationales", "rejection-sample", "genprm.code=false", "set genprm.turn_by_turn to true"),
-        ("evaluate", "evaluate", "genprm.code=true", "set genprm.code to false"),
+        ("values", "annotate", "num_rollouts=[[0.9, 8], [0.1, 4], [1, 2]]", "ascending"),
+        ("values", "annotate", "num_rollouts=[[1, 0]]", "greater than 0"),
+        ("values", "annotate", "num_rollouts=[]", "num_rollouts: expected pairs"),
+        ("genprm_rationales", "rejection-sample", "judge.code_rounds=1", "bare has no code in it"),
+        (
+            "genprm_rationales",
+            "rejection-sample",
+            "judge.turn_by_turn=false",
+            "judge: .* set turn_by_turn to true",
+        ),
+        ("evaluate", "evaluate", "judge.kind=genprm", "set code_rounds to 0"),
         ("search", "search", "max_chunk_tokens=200", "must not exceed sampling.max_new_tokens"),
         ("search", "search", "beam={beams: 64, width: 4}", r"beam.beams \(64\) must not exceed"),
         ("search", "search", "dvts={beams: 6, width: 4}", r"beams \(6\) must be a multiple of wid"),
-        ("search", "search", "judge=null", "expected a judge or a classifier, found neither"),
-        ("search", "search", "token_budget=0", "token_budget: .* greater than or equal to 1"),
-        ("search", "search", "mesh.data=5", r"judge.engine.rows \[32\] must be multiples"),
         (
-            "select",
-            "select-responses",
-            "classifier={path: c, max_length: 9}",
-            "or a classifier, found both",
+            "search",
+            "search",
+            "judge=null",
+            "judge is a group of settings, found None: .* judge.path",
         ),
+        ("search", "search", "token_budget=0", "token_budget: .* greater than or equal to 1"),
+        ("search", "search", "mesh.data=5", r"engine.rows \[32\] must be multiples"),
     ],
 )
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):
     with pytest.raises(UserError, match=message):
         load_config(stage, CONFIGS / f"smoke_{name}.yaml", (override,))
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "override", "message"),
+    [
+        ("labels", "label", "annotations=x", "'annotations' is now values"),
+        ("labels", "label", "alpha=0.4", "'alpha' is now in rule_args"),
+        ("labels", "label", "best_of=4", "'best_of' is now rule_args.n"),
+        ("evaluate", "evaluate", "items=x", "'items' is now benchmark.source"),
+        ("evaluate", "evaluate", "genprm={}", "'genprm' is now judge, with kind: genprm"),
+        (
+            "evaluate",
+            "evaluate",
+            "judge.max_new_tokens=8",
+            "'judge.max_new_tokens' is now sampling",
+        ),
+        ("search", "search", "classifier={}", "'classifier' is now judge, with kind: classifier"),
+        ("judge", "train-judge", "grpo.max_refills=1", "'grpo.max_refills' is now max_resamples"),
+        ("policy", "sft", "data={}", "'data' is now examples"),
+        ("rollouts", "rollout", "problems_per_block=2", "'problems_per_block' is now block_size"),
+        ("values", "annotate", "policy.compute_dtype=bfloat16", "compute_dtype' is now dtype"),
+    ],
+)
+def test_an_old_setting_names_the_new_one(name, stage, override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(stage, CONFIGS / f"smoke_{name}.yaml", (override,))
+
+
+def test_an_old_stage_names_the_new_one(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("stage: classify\n")
+    new = "evaluate, with `judge: {kind: classifier}`"
+    with pytest.raises(UserError, match=f"found one of classify in .*, which is now {new}"):
+        load_config("evaluate", file)
+    with pytest.raises(UserError, match=f"the stage classify is now {new}"):
+        load_config("classify", file)
+
+
+def test_a_judge_without_a_kind_is_stepwisers_and_a_dump_names_it(tmp_path):
+    config = load_config("evaluate", CONFIGS / "smoke_evaluate.yaml")
+    assert config.judge.kind == "stepwiser"
+    assert "kind: stepwiser" in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("rel_efective", "expected a label rule: .* did you mean 'rel_effective'"),
+        ("abs_q", "a label rule 'abs_q' takes no argument 'alpha'"),
+        ("nowhere_at_all:rule", "no module 'nowhere_at_all'"),
+    ],
+)
+def test_a_label_rule_that_is_not_there_is_named(rule, message):
+    overrides = (f"rule={rule}", "rule_args.alpha=0.8")
+    with pytest.raises(UserError, match=message):
+        load_config("label", CONFIGS / "smoke_labels.yaml", overrides)
 
 
 def test_a_group_that_is_null_can_be_set(tmp_path):

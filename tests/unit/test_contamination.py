@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config import Mesh, Problems, load_config
+from stepwiser_jax.config import DataSource, Mesh, load_config
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.problems import read_problems
 from stepwiser_jax.distributed.loading import load_tokenizer_of
@@ -59,7 +59,7 @@ def test_mistakes_are_named(tmp_path):
 def test_rollout_reads_problems_without_those_excluded(tmp_path):
     rows = [{"question": p.question, "answer": p.answer} for p in PROBLEMS] + [{"question": "d"}]
     (tmp_path / "problems.json").write_text(json.dumps(rows))
-    settings = Problems(
+    settings = DataSource(
         source=str(tmp_path / "problems.json"),
         on_malformed="skip",
         exclude=(held_out(tmp_path, {"problem": "c"}),),
@@ -69,16 +69,17 @@ def test_rollout_reads_problems_without_those_excluded(tmp_path):
     assert dropped == {"malformed": 1, "excluded": 1}
 
 
-def test_generated_problems_are_not_excluded():
-    with pytest.raises(ValueError, match="shuffle and exclude are of data sets"):
-        Problems(source="arithmetic", limit=4, split="train", exclude=("held_out.json",))
+def test_generated_problems_are_not_excluded(pytestconfig):
+    file = pytestconfig.rootpath / "configs" / "smoke_rollouts.yaml"
+    with pytest.raises(UserError, match="shuffle and exclude are for data sets"):
+        load_config("rollout", file, ("problems.exclude=[held_out.json]",))
 
 
 def test_the_limit_counts_what_malformed_and_excluded_rows_leave(tmp_path):
     rows = [{"question": q, "answer": "1"} for q in "abcdefgh"]
     rows[1] = {"question": "b"}
     (tmp_path / "problems.json").write_text(json.dumps(rows))
-    settings = Problems(
+    settings = DataSource(
         source=str(tmp_path / "problems.json"),
         on_malformed="skip",
         limit=3,
@@ -96,16 +97,16 @@ def test_a_run_holds_problems_to_read_and_to_exclude(tmp_path):
     run = RunDirectory(tmp_path / "run", "rollout", Mesh())
     run.writer(Problem).append(PROBLEMS[:2])
     run.finish(dict)
-    of_run = Problems(source=str(tmp_path / "run"), limit=1)
+    of_run = DataSource(source=str(tmp_path / "run"), limit=1)
     assert read_problems(of_run) == PROBLEMS[:1]
     rows = [{"question": p.question, "answer": p.answer} for p in PROBLEMS]
     (tmp_path / "problems.json").write_text(json.dumps(rows))
-    settings = Problems(source=str(tmp_path / "problems.json"), exclude=(str(tmp_path / "run"),))
+    settings = DataSource(source=str(tmp_path / "problems.json"), exclude=(str(tmp_path / "run"),))
     assert [p.question for p in read_problems(settings)] == ["c"]
 
 
 def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
-    question = read_problems(Problems(source="arithmetic", limit=1, split="train"))[0].question
+    question = read_problems(DataSource(source="arithmetic", limit=1, split="train"))[0].question
     short, long = question, question * 20
     examples = [
         JudgeExample("a/0", "a", short, "", short, True),
@@ -119,9 +120,9 @@ def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
         "train-judge",
         request.config.rootpath / "configs" / "smoke_judge.yaml",
         (
-            f"examples={tmp_path / 'examples.jsonl'}",
-            "on_malformed=skip",
-            f"exclude=[{held_out(tmp_path, {'problem': short})}]",
+            f"examples.source={tmp_path / 'examples.jsonl'}",
+            "examples.on_malformed=skip",
+            f"examples.exclude=[{held_out(tmp_path, {'problem': short})}]",
         ),
     )
     loaded = SimpleNamespace(tokenizer=load_tokenizer_of("arithmetic"))

@@ -165,7 +165,7 @@ def test_few_of_many_malformed_rows_are_named(tmp_path, caplog):
     assert dropped == {"malformed": 24}
     *named, others = [record.getMessage() for record in caplog.records]
     assert len(named) == 10 and all("rows.jsonl, line " in line for line in named)
-    assert others == f"left out: 14 more malformed rows of {source}"
+    assert others.startswith("left out: 14 more malformed rows, the last one is ")
 
 
 def test_a_shuffle_is_of_the_seed_alone_and_keeps_ids(tmp_path):

@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import GenPrm, GenPrmVerdicts, SftData, load_config
+from stepwiser_jax.config import DataSource, load_config
 from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Completion, Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.judges.genprm import GenPrmJudge, Synthesizer, verdict_ids
-from stepwiser_jax.judges.genprm_form import (
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
+from stepwiser_jax.judges.genprm.form import (
     BARE,
     CODE_OUTPUT,
     FORMS,
@@ -39,12 +40,13 @@ from stepwiser_jax.judges.genprm_form import (
     split_outputs,
     with_memory,
 )
-from stepwiser_jax.judges.stepwiser import ChunkJudgment, Solution
+from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer, verdict_ids
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.sandbox.runner import Sandbox
+from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
-from stepwiser_jax.stages.refine import Refiner, summarize
+from stepwiser_jax.stages.refine import summarize
 from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -184,10 +186,10 @@ def test_without_code_none_is_promised_and_no_output_believed(request):
     one, check = example(1, [True]), f"```python\nprint(1)\n```\n{CODE_OUTPUT}{output_text('1')}"
     told, plain = (written_in_one_go([("fine", part)], "-1") for part in (check, ""))
     for code_is_run in (True, False):
-        sets = ("prompt_style=instruct", "genprm.turn_by_turn=false")
-        sets += (f"genprm.code={code_is_run}",)
-        settings = load_config("rejection-sample", config, sets)
-        asked = rejection_sample.asked(settings, one)
+        sets = ("judge.prompt_style=instruct", "judge.turn_by_turn=false")
+        sets += (f"judge.code_rounds={3 * code_is_run}",)
+        settings = load_config("rejection-sample", config, sets).judge
+        asked = rejection_sample.first_prompt(settings, one)
         assert (CODE_OUTPUT in asked, "<verify>" in asked) == (code_is_run, code_is_run)
         assert "</analyze>\n" in asked and "\n\nAt the end" in asked
         assert (rejection_sample.critique_of(settings, one, told) is not None) is code_is_run
@@ -323,7 +325,7 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
 
 @pytest.mark.parametrize("style", ["instruct", "bare"])
 def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
-    (dialogue,) = load_examples(SftData(source="arithmetic-genprm", count=1), style)
+    (dialogue,) = load_examples(DataSource(source="arithmetic-genprm", limit=1), style)
     assert dialogue.texts[-1].endswith(FORMS[style].ending)
     assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 
@@ -360,10 +362,10 @@ def test_p_right_against_the_full_forward(yes_no_tokenizer):
     config = tiny_config(vocab_size=yes_no_tokenizer.vocab_size, max_length=1024)
     model = Transformer(config, rngs=nnx.Rngs(0))
     judge = GenPrmJudge(
-        SimpleNamespace(tokenizer=yes_no_tokenizer),
+        Loaded(None, yes_no_tokenizer, "fake"),
         Engine(model, yes_no_tokenizer, rows=(2,), buckets=(512,)),
         name="judge",
-        genprm=GenPrmVerdicts(code=False),
+        code_rounds=0,
         prompt_style="instruct",
         max_new_tokens=8,
         key=KEY,
@@ -453,15 +455,19 @@ def code(block):
     return f"```python\n{block}\n```\n{CODE_OUTPUT}"
 
 
-def judge_of(bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, **genprm):
-    monkeypatch.setattr("stepwiser_jax.judges.genprm.verdict_ids", lambda tokenizer, form: (1, 2))
+def judge_of(
+    bpe_tokenizer, monkeypatch, script, *, max_length=4000, max_new_tokens=999, code_rounds=3
+):
+    monkeypatch.setattr(
+        "stepwiser_jax.judges.genprm.judge.verdict_ids", lambda tokenizer, form: (1, 2)
+    )
     engine = ScriptedEngine(bpe_tokenizer, script, max_length)
-    loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
+    loaded = Loaded(None, bpe_tokenizer, "fake")
     return GenPrmJudge(
         loaded,
         engine,
         name="judge",
-        genprm=GenPrmVerdicts(**genprm),
+        code_rounds=code_rounds,
         prompt_style="instruct",
         max_new_tokens=max_new_tokens,
         key=KEY,
@@ -503,7 +509,7 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
 
 @needs_landlock
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
-    judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), max_code_rounds=2)
+    judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), code_rounds=2)
     ((first, _),) = judge([SOLUTION])
     assert first.completion.count(CODE_OUTPUT) == 3 and first.completion.count("```\n1\n```") == 2
     assert first.verdict is Verdict.POSITIVE
@@ -520,8 +526,8 @@ def test_paths_keep_their_own_rationales_and_one_may_ask_for_code(bpe_tokenizer,
 
     judge = judge_of(bpe_tokenizer, monkeypatch, says)
     late = Solution("t", "Which?", ["One.", "Two.", "Three."], start=2)
-    found = judge.sample([SOLUTION, late], 0.6, ["/a", "/b"])
-    assert [[len(path) for path in paths] for paths in found] == [[2, 2], [1, 1]]
+    found = judge.sample([SOLUTION, late], ["/a", "/b"], temperature=0.6)
+    assert [[len(path.chunks) for path in paths] for paths in found] == [[2, 2], [1, 1]]
     prompts = judge.engine.prompts
     assert "said by b of 0" in prompts["judge/s/1/0/b"]
     assert "said by a" not in prompts["judge/s/1/0/b"]
@@ -571,9 +577,7 @@ def test_a_critique_is_finished_whose_turns_came_to_their_end(
     def script(row):
         return says if row.split("/")[2] == "1" else " so.</analyze>\n<output>"
 
-    judge = judge_of(
-        bpe_tokenizer, monkeypatch, script, max_new_tokens=300, max_code_rounds=1, code=True
-    )
+    judge = judge_of(bpe_tokenizer, monkeypatch, script, max_new_tokens=300, code_rounds=1)
     monkeypatch.setattr(judge.engine, "log_odds", second_is_wrong(bpe_tokenizer))
     params = SamplingParams(300, stop_ids=bpe_tokenizer.eos_ids)
     three = Solution("s", "How many?", ["One.", "Two.", "Three."])
@@ -609,9 +613,9 @@ def test_a_turn_that_the_context_cuts_is_not_finished(bpe_tokenizer, monkeypatch
     says = lambda row: " fine " * 40  # noqa: E731
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_new_tokens=9999)
     one = Solution("s", "How many?", ["It is 42."])
-    begun = judge._begin("")
-    judge._ask(begun, one, 0)
-    full = len(judge.writer.encode(begun)) + judge.reserve + 20
+    judge([one])
+    prompt = bpe_tokenizer._encode(judge.engine.prompts["judge/s/0/0"])
+    full = len(prompt) + judge.reserve + 20
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=9999)
     params = SamplingParams(9999, stop_ids=bpe_tokenizer.eos_ids)
     (((text, finished),),) = judge.critiques([one], params, [""])
@@ -626,9 +630,9 @@ def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
         f"{code('print(z)')}",
         "t/s/2/k": "</verify>\nSo \\boxed{2}",
     }
-    loaded = SimpleNamespace(tokenizer=bpe_tokenizer)
+    loaded = Loaded(None, bpe_tokenizer, "fake")
     engine = ScriptedEngine(bpe_tokenizer, says.__getitem__)
-    settings = {"name": "t", "genprm": GenPrm(max_code_rounds=1), "key": KEY}
+    settings = {"name": "t", "code_rounds": 1, "key": KEY}
     teacher = Synthesizer(loaded, engine, **settings, max_new_tokens=500)
     params = SamplingParams(500, stop_ids=bpe_tokenizer.eos_ids)
     (((text, finished),),) = teacher.critiques([SOLUTION], params, ["/k"])

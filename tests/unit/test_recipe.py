@@ -38,7 +38,7 @@ def write(folder, **configs):
 POLICY = """
 stage: sft
 model: {path: arithmetic}
-data: {source: arithmetic-policy, count: 8}
+examples: {source: arithmetic-policy, limit: 8}
 prompt_style: bare
 steps: 1
 batch_size: 1
@@ -90,7 +90,7 @@ def test_a_chain_that_is_broken_is_named(tmp_path, capsys, old, new, message):
 
 
 def test_configs_that_wait_for_one_another_and_none_are_named(tmp_path, capsys):
-    learned = POLICY.replace("arithmetic-policy, count: 8", "RUNS/best")
+    learned = POLICY.replace("arithmetic-policy, limit: 8", "RUNS/best")
     best = "stage: select-responses\nrollouts: RUNS/rollouts\ntokenizer: RUNS/policy\n"
     assert recipe(write(tmp_path, policy=learned, rollouts=ROLLOUTS, best=best)) == 2
     assert "wait for one another: " in capsys.readouterr().err
@@ -135,16 +135,16 @@ def test_evaluation_sets_are_left_out_where_training_data_comes_in(name):
     while more := {
         source
         for run in read
-        for setting, source in steps[run].reads
+        for setting, source, _ in steps[run].reads
         if not setting.endswith("exclude") and source not in read
     }:
         read |= more
     entrances = 0
     for run in read:
         tree = yaml.safe_load(steps[run].file.read_text())
-        source = tree.get("problems", {}).get("source", tree.get("examples", RUNS))
-        if not source.startswith(RUNS):
-            excluded = {*tree.get("problems", tree)["exclude"]}
+        data = tree.get("problems") or tree.get("examples") or {"source": RUNS}
+        if not data["source"].startswith(RUNS):
+            excluded = {*data["exclude"]}
             wanted = {"HuggingFaceH4/MATH-500", "Qwen/ProcessBench"}
             assert excluded == wanted | ({"RUNS/heldout"} if "heldout" in steps else set())
             entrances += 1

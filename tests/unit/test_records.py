@@ -145,15 +145,15 @@ def test_run_directory_of_another_config_names_the_difference(tmp_path):
     path = tmp_path / "run"
     RunDirectory(path, "label", label_config()).create()
     RunDirectory(path, "label", label_config())
-    with pytest.raises(UserError, match=r"alpha: 0\.8 -> 0\.4"):
-        RunDirectory(path, "label", label_config(alpha=0.4))
+    with pytest.raises(UserError, match=r"rule_args.*alpha.*0\.4"):
+        RunDirectory(path, "label", label_config(rule_args={"alpha": 0.4}))
 
 
 def test_a_setting_that_came_later_has_its_default_in_an_old_run(tmp_path):
     RunDirectory(tmp_path, "label", label_config()).create()
     file = tmp_path / "config.yaml"
     old = yaml.safe_load(file.read_text())
-    del old["epsilon"], old["balance"]
+    del old["rule_args"], old["balance"]
     file.write_text(yaml.safe_dump(old))
     RunDirectory(tmp_path, "label", label_config())
     with pytest.raises(UserError, match=r"differs in balance: True -> False: name a new"):

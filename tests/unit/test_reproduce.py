@@ -14,7 +14,7 @@ from stepwiser_jax.commands.reproduce.experiments import SeedRuns
 from stepwiser_jax.config import STAGE_CONFIGS, validate
 from stepwiser_jax.records import SearchResult
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.stages.search import solved_by_method
+from stepwiser_jax.search.report import solved_by_method
 
 REPOSITORY = Path(__file__).parents[2]
 JUDGES = [*experiments.JUDGES, *experiments.FEWER_LABELS]

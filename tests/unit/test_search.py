@@ -17,21 +17,14 @@ from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SampleOutput, SamplingParams, Shapes, StopReason
 from stepwiser_jax.inference.reference_sampler import Sampler
-from stepwiser_jax.judges.stepwiser import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
-from stepwiser_jax.search.chunk_search import (
-    Chunk,
-    Path,
-    Policy,
-    Row,
-    Tree,
-    beam_search,
-    chunk_reset,
-    dvts,
-    extend,
-    search_chunks,
-)
+from stepwiser_jax.search import report
+from stepwiser_jax.search.chunk_search import Policy, append_chunk, search_chunks
+from stepwiser_jax.search.methods import beam_search, chunk_reset, dvts
+from stepwiser_jax.search.results import found_by_search
+from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
 from stepwiser_jax.search.voting import AGGREGATES, best, vote
 from stepwiser_jax.stages import search
 from stepwiser_jax.tasks import arithmetic
@@ -139,7 +132,7 @@ def solve(tokenizer, write, judge, method, *, beams=1, rows=32, budget=None, agg
         Planted(judge),
         PROBLEMS,
         method,
-        rows_per_problem=beams,
+        num_beams=beams,
         aggregate=aggregate,
         max_new_tokens=ROOM,
         token_budget=budget,
@@ -155,7 +148,7 @@ def solutions_of(trees):
 
 def accuracy(tokenizer, trees):
     policy = policy_of(tokenizer, None)
-    answers = [search.steered_result(policy, "m", tree).answer for tree in trees]
+    answers = [found_by_search(policy, "m", tree).answer for tree in trees]
     return np.mean([a == tree.problem.answer for a, tree in zip(answers, trees, strict=True)])
 
 
@@ -167,7 +160,7 @@ def test_a_judge_that_accepts_all_discards_nothing_and_one_beam_is_one_row(word_
     for tree in plain:
         (path,) = tree.solutions
         assert tree.accepted_tokens == tree.policy_tokens == len(path.ids)
-        assert tree.judge_tokens == JUDGE_TOKENS * len(path.spoken)
+        assert tree.judge_tokens == JUDGE_TOKENS * len(path.nonempty_chunks)
     for method in (beam_search(1, 1), dvts(1, 1)):
         alone = solve(word_tokenizer, solver, accepts, method)
         assert solutions_of(alone) == solutions_of(plain)
@@ -197,9 +190,9 @@ def test_the_last_attempt_is_kept(word_tokenizer, solver):
     for attempts in (1, 3):
         for tree in solve(word_tokenizer, solver, rejects, chunk_reset(attempts)):
             (path,) = tree.solutions
-            assert tree.judge_tokens == JUDGE_TOKENS * attempts * len(path.spoken)
+            assert tree.judge_tokens == JUDGE_TOKENS * attempts * len(path.nonempty_chunks)
             assert (tree.policy_tokens > tree.accepted_tokens) == (attempts > 1)
-            assert all(opinion.verdict is Verdict.NEGATIVE for opinion in path.opinions)
+            assert all(judgment.verdict is Verdict.NEGATIVE for judgment in path.judgments)
 
 
 def test_a_policy_that_does_not_end_is_ended_while_a_chunk_fits(word_tokenizer):
@@ -227,19 +220,19 @@ def test_a_judge_sees_the_chunks_of_chunk_ends(bpe_tokenizer, patterns):
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
         ids = bpe_tokenizer.encode("<chunk> x " + "".join(rng.choice(words, 4)))
-        path, start = Path("last"), 0
+        path, start = Hypothesis("last"), 0
         ends = policy.chunk_matcher.ends(ids)
         for end in [*ends, *([len(ids)] if len(ids) not in ends else [])]:
-            path = extend(policy, path, ids[start:end], ended=end == len(ids), room=999)
+            path = append_chunk(policy, path, ids[start:end], end == len(ids), 999)
             start = end
         ends = chunk_ends(ids, policy.chunk_matcher, bpe_tokenizer)
         expected = chunk_texts(bpe_tokenizer, ids, ends)
         assert path.texts(bpe_tokenizer) == expected
-        assert sum(not chunk.joins for chunk in path.chunks) == len(expected)
-        tree = Tree(PROBLEMS[0], [], [])
+        assert sum(not chunk.joins_another for chunk in path.chunks) == len(expected)
+        tree = SearchState(PROBLEMS[0], [], [])
         last = path.chunks[-1]
         other = dataclasses.replace(path, chunks=(*path.chunks[:-1], dataclasses.replace(last)))
-        tree.go_on([Row(path, 0, 0), Row(other, 1, 1)])
+        tree.collect_finished([Beam(path, 0, 0), Beam(other, 1, 1)])
         assert len(tree.solutions) == 1 + last.has_text
         seen.add((last.has_text, last.is_tail))
     assert (True, True) in seen or patterns == ("\n\n",)
@@ -331,8 +324,8 @@ def test_beams_are_those_of_one_problem_at_a_time(
 
 
 def row(score, *, over, attempt):
-    chunk = Chunk([1], True, opinion=ChunkJudgment("", Verdict.POSITIVE, score, 1))
-    return Row(Path("last", (chunk,), over), attempt, source=attempt)
+    chunk = Chunk([1], True, judgment=ChunkJudgment("", Verdict.POSITIVE, score, 1))
+    return Beam(Hypothesis("last", (chunk,), over), attempt, source=attempt)
 
 
 def test_when_beams_end():
@@ -343,10 +336,10 @@ def test_when_beams_end():
         row(0.3, over=True, attempt=2),
     ]
     for beams, going_on in ((4, 2), (2, 0)):
-        tree = Tree(PROBLEMS[0], [1], [])
+        tree = SearchState(PROBLEMS[0], [1], [])
         assert len(beam_search(beams, 2)(tree, rows)) == going_on
         assert len(tree.solutions) == 2
-    tree = Tree(PROBLEMS[0], [1], [])
+    tree = SearchState(PROBLEMS[0], [1], [])
     assert [(r.source, r.attempt) for r in dvts(3, 3)(tree, rows)] == [(1, 0), (1, 1), (1, 2)]
     assert not tree.solutions
     assert dvts(3, 3)(tree, [*rows[:2], row(0.9, over=True, attempt=2)])[0].source == 1
@@ -389,7 +382,7 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     for policy in policies:
         policy.params = params
         trees = search_chunks(
-            policy, Planted(judge), PROBLEMS[:3], method, rows_per_problem=beams, max_new_tokens=40
+            policy, Planted(judge), PROBLEMS[:3], method, num_beams=beams, max_new_tokens=40
         )
         found.append(solutions_of(trees))
         assert sum(tree.policy_tokens - tree.accepted_tokens for tree in trees) > 0
@@ -433,7 +426,7 @@ def result(answer, is_correct, tokens=10, scores=(), scoring=0, method="m"):
 def test_samples_that_a_budget_pays_for():
     samples = [result(str(k), False, tokens=10 * (k + 1)) for k in range(4)]
     costs = [sample.policy_tokens for sample in samples]
-    used = {b: len(search.affordable(b, samples, costs)) for b in (1, 10, 29, 30, 99, 100, None)}
+    used = {b: len(report.affordable(b, samples, costs)) for b in (1, 10, 29, 30, 99, 100, None)}
     assert used == {1: 1, 10: 1, 29: 1, 30: 2, 99: 3, 100: 4, None: 4}
 
 
@@ -463,25 +456,25 @@ def test_votes_and_the_best_of_random_samples():
 def test_best_of_one_is_the_first_sample_and_costs_its_judgment():
     samples = [result("1", False, 10, [0.1, 0.9], 6), result("2", True, 20, [0.4, 0.4], 7)]
     for name in AGGREGATES:
-        first = search.by_best(None, samples[:1], name)
+        first = report.by_best(None, samples[:1], name)
         assert (first.right, first.policy_tokens, first.judge_tokens) == (0.0, 10, 6)
         assert first.rejected_tokens == 0
-    right = {name: search.by_best(None, samples, name).right for name in AGGREGATES}
+    right = {name: report.by_best(None, samples, name).right for name in AGGREGATES}
     assert right == {"min": 1.0, "mean": 0.0, "last": 0.0, "product": 1.0}
-    both = search.by_best(None, samples, "min")
+    both = report.by_best(None, samples, "min")
     assert (both.policy_tokens, both.judge_tokens, both.rejected_tokens) == (30, 13, 10)
-    voted = search.by_weight(None, samples, "mean")
+    voted = report.by_weight(None, samples, "mean")
     assert (voted.right, voted.judge_tokens, voted.rejected_tokens) == (0.0, 13, 0)
-    assert search.by_weight(42, samples, "min").samples == 1, "30 + 13 tokens are too many"
-    assert search.by_weight(43, samples, "min").samples == 2
-    plain = search.by_majority(30, samples)
+    assert report.by_weight(42, samples, "min").samples == 1, "30 + 13 tokens are too many"
+    assert report.by_weight(43, samples, "min").samples == 2
+    plain = report.by_majority(30, samples)
     assert (plain.judge_tokens, plain.samples) == (0, 2), "votes alone are not judged"
 
 
 def test_majority_ignores_samples_without_an_answer():
     none, right, wrong = result("", False), result("3", True), result("4", False)
     rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
-    voted = [search.by_majority(None, samples) for samples in rows]
+    voted = [report.by_majority(None, samples) for samples in rows]
     assert [solved.right for solved in voted] == [1, 1, 0, 0]
     assert {solved.policy_tokens for solved in voted} == {30}
 
@@ -489,7 +482,7 @@ def test_majority_ignores_samples_without_an_answer():
 def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer, solver):
     trees = solve(word_tokenizer, solver, noisy, dvts(8, 2), beams=8)
     policy = policy_of(word_tokenizer, None)
-    results = [search.steered_result(policy, "dvts", tree) for tree in trees]
+    results = [found_by_search(policy, "dvts", tree) for tree in trees]
     for tree, found in zip(trees, results, strict=True):
         texts = [word_tokenizer.decode(path.ids) for path in tree.solutions]
         sums = Counter()
@@ -497,7 +490,8 @@ def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer
             sums[extract_answer(text)] += path.score
         assert sums[found.answer] == max(sums.values())
         assert extract_answer(found.completion) == found.answer
-        assert found.policy_tokens == tree.policy_tokens > found.accepted_tokens
+        assert found.accepted_tokens + found.rejected_tokens == tree.policy_tokens
+        assert found.rejected_tokens > 0
         assert len(found.chunk_scores) == found.completion.count(CHUNK_CLOSE)
     assert max(len(tree.solutions) for tree in trees) > 1
 
@@ -528,7 +522,7 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
 
     results = problem("a2", True, True, False, False, True)
     results += problem("a10", False, True, True, False, True)
-    summary = search.summarize(config, results)
+    summary = report.summarize(config, results)
     accuracies = {name: summary[name]["accuracy"] for name in ("greedy", "chunk_reset", "beam")}
     assert accuracies == {"greedy": 0.5, "chunk_reset": 1.0, "beam": 0.5}
     assert summary["plain"]["accuracy"] == 0.5
@@ -541,8 +535,8 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
         assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
         assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
     assert summary["majority"]["2"]["judge_tokens"] == 0
-    monkeypatch.setattr(search, "accuracy", lambda right, seed: {"accuracy_interval": right})
-    backwards = search.summarize(config, results[::-1])
+    monkeypatch.setattr(report, "accuracy", lambda right, seed: {"accuracy_interval": right})
+    backwards = report.summarize(config, results[::-1])
     assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
 
 

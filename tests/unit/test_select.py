@@ -7,7 +7,7 @@ import pytest
 
 from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.stepwiser import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
 from stepwiser_jax.stages import select_responses, sft
@@ -62,7 +62,11 @@ class Truth:
         ]
 
 
-JUDGE = {"path": "arithmetic", "max_new_tokens": 8, "engine": {"buckets": [192]}}
+JUDGE = {
+    "path": "arithmetic",
+    "sampling": {"max_new_tokens": 8},
+    "engine": {"buckets": [192]},
+}
 
 
 @pytest.fixture
@@ -81,7 +85,7 @@ def selected(tmp_path, rollouts, monkeypatch):
 
 def test_the_right_response_with_the_best_mean_score_is_selected(rollouts, selected):
     trajectories = {t.trajectory_id: t for t in read_records(rollouts, Trajectory)}
-    found, summary = selected("best", judge=JUDGE, problems_per_block=2)
+    found, summary = selected("best", judge=JUDGE, block_size=2)
     assert len(found) == COUNT - 1 == summary["selected"]
     for selection in found:
         assert list(selection.candidates) == [
@@ -110,7 +114,7 @@ def test_without_a_judge_a_draw_selects_whatever_the_blocks(selected):
     by_outcome, summary = selected("outcome")
     assert summary["accuracy"] == 1 and "mean_score" not in summary
     assert all(selection.scores == () for selection in by_outcome)
-    again, _ = selected("again", problems_per_block=1)
+    again, _ = selected("again", block_size=1)
     assert again == by_outcome
     at_random, summary = selected("random", only_correct=False)
     assert len(at_random) == COUNT and 0 < summary["accuracy"] < 1

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from stepwiser_jax.data.step_formats import (
-    classifier_examples,
-    judge_examples,
     parse_solutions,
-    processbench_items,
+    to_classifier_examples,
+    to_judge_examples,
+    to_processbench_items,
 )
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import LabelledSolution
@@ -100,9 +100,9 @@ def test_phase_2_stops_at_the_first_error_and_the_solution_goes_on_unlabelled():
     assert (model.first_error, model.final_answer_correct) == (1, False)
     assert (branch.steps, branch.labels, branch.shared_steps) == (("a", "B"), (1.0, 1.0), 1)
     assert branch.final_answer_correct is None
-    (item,) = processbench_items([model, branch])
+    (item,) = to_processbench_items([model, branch])
     assert (item.first_error, item.steps) == (1, model.steps)
-    assert [(e.history, e.chunk, e.is_positive) for e in judge_examples([model, branch])] == [
+    assert [(e.history, e.chunk, e.is_positive) for e in to_judge_examples([model, branch])] == [
         ("", "a", True),
         ("a", "b", False),
         ("a", "B", True),
@@ -156,11 +156,11 @@ def test_a_right_step_makes_those_before_it_right_where_labels_are_cumulative():
     row = math_shepherd("?", list("abcd"), "+-+-")
     (solution,) = parse_solutions(row, "s")
     assert solution.first_error == 3
-    assert [e.is_positive for e in judge_examples([solution])] == [True, True, True, False]
+    assert [e.is_positive for e in to_judge_examples([solution])] == [True, True, True, False]
     row = math_shepherd("?", list("abcd"), "+---")
     (solution,) = parse_solutions(row, "s")
     assert solution.first_error == 1
-    assert [e.is_positive for e in judge_examples([solution])] == [True, False]
+    assert [e.is_positive for e in to_judge_examples([solution])] == [True, False]
 
 
 # --- Math-APS -------------------------------------------------------------------------------------
@@ -245,13 +245,13 @@ def test_prmbench_names_wrong_steps_and_has_each_original_once():
     _, original = parse_solutions(PRMBENCH | {"classification": "redundency"}, "b")
     assert (original.question, original.steps, original.labels) == ("Q?", ("a", "b"), (1.0, 1.0))
     with pytest.raises(UserError, match="whether its final answer is right"):
-        processbench_items([solution])
+        to_processbench_items([solution])
 
 
 @pytest.mark.parametrize("label", [-1, 0, 1, 2])
 def test_processbench_items_come_back_whole(label):
     (solution,) = parse_solutions(PROCESSBENCH | {"label": label}, "x")
-    (item,) = processbench_items([solution])
+    (item,) = to_processbench_items([solution])
     assert item.item_id == "gsm8k-7" and item.subset == "gsm8k" and item.question == "Q?"
     assert (item.steps, item.first_error) == (("a", "b", "c"), label)
     assert sum(known is not None for known in solution.labels) == (3 if label == -1 else label + 1)
@@ -264,7 +264,7 @@ def test_examples_are_the_labelled_steps_up_to_the_first_error():
     solution = LabelledSolution(
         "s#1", "s", "x", "Q?", None, tuple("abcd"), (1.0, None, 0.5, 0.0), True, shared_steps=1
     )
-    assert [(e.example_id, e.history, e.is_positive) for e in judge_examples([solution])] == [
+    assert [(e.example_id, e.history, e.is_positive) for e in to_judge_examples([solution])] == [
         ("s#1/2", "a\n\nb", True),
         ("s#1/3", "a\n\nb\n\nc", False),
     ]
@@ -281,9 +281,9 @@ def test_examples_are_the_labelled_steps_up_to_the_first_error():
 def test_a_classifier_learns_the_same_steps_at_once(labels, cumulative, labelled, is_positive, q):
     steps = tuple("abcde"[: len(labels)])
     solution = LabelledSolution("s", "s", "x", "Q?", None, steps, labels, cumulative)
-    (example,) = classifier_examples([solution])
+    (example,) = to_classifier_examples([solution])
     assert (example.labelled, example.is_positive, example.q) == (labelled, is_positive, q)
-    alone = [(e.example_id, e.chunk, e.is_positive) for e in judge_examples([solution])]
+    alone = [(e.example_id, e.chunk, e.is_positive) for e in to_judge_examples([solution])]
     assert alone == [
         (f"s/{step}", steps[step], right) for step, right in zip(labelled, is_positive, strict=True)
     ]
@@ -305,10 +305,10 @@ def test_what_is_not_labelled_to_its_end_is_no_item(labels, finish_reason, is_it
         final_answer_correct=False, finish_reason=finish_reason,
     )  # fmt: skip
     if is_item:
-        assert processbench_items([solution])[0].first_error == solution.first_error
+        assert to_processbench_items([solution])[0].first_error == solution.first_error
     else:
         with pytest.raises(UserError, match="labelled up to its end"):
-            processbench_items([solution])
+            to_processbench_items([solution])
 
 
 def test_math_aps_needs_no_value_of_the_bare_problem():
@@ -321,7 +321,7 @@ def test_math_aps_needs_no_value_of_the_bare_problem():
 
 def test_a_solution_without_a_label_teaches_a_classifier_nothing():
     solution = LabelledSolution("s", "s", "x", "Q?", None, ("a", "b"), (None, None), True)
-    assert not list(classifier_examples([solution]))
+    assert not list(to_classifier_examples([solution]))
 
 
 def places(value, path=()):
@@ -357,7 +357,7 @@ def test_whatever_stands_in_a_row_is_read_or_refused():
                 except UserError:
                     refused += 1
                 else:
-                    list(judge_examples(solutions))
+                    list(to_judge_examples(solutions))
                     assert all(isinstance(s, str) for x in solutions for s in x.steps)
                     assert all(len(x.steps) == len(x.labels) for x in solutions)
     assert refused > 500
@@ -369,7 +369,7 @@ def test_whatever_stands_in_a_row_is_read_or_refused():
         ({"text": "a"}, "expected the columns of PRM800K .* found \\['text'\\]"),
         (prm800k([step(("a", 2), chosen=0)]), "expected a 'rating' of -1, 0, 1 or null, found 2"),
         (prm800k([step(("a", 1), chosen=1)]), "step 1: expected 'chosen_completion' from 0 to 0"),
-        (prm800k([step(("a", 1)), step(("b", 1))]), "step 2 goes on behind a step"),
+        (prm800k([step(("a", 1)), step(("b", 1))]), "step 2 goes on after a step"),
         ({"input": "Q? Step 1: a ки", "label": "Q? Step 1: a ?"}, "step 1: expected 'label'"),
         ({"input": "Q? Step 1: a ки b", "label": ""}, "expected 'input' to be a question"),
         (PRMBENCH | {"error_steps": [0]}, "integers from 1 on, found \\[0\\]"),

@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config import GenerativeJudge
+from stepwiser_jax.config import ThinkPrmJudge as ThinkPrmSettings
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SampleOutput
+from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.load import load_judge
-from stepwiser_jax.judges.stepwiser import Solution
-from stepwiser_jax.judges.thinkprm import ThinkPrmJudge, answer_ids
-from stepwiser_jax.judges.thinkprm_form import (
+from stepwiser_jax.judges.thinkprm import (
     FORMS,
+    Chain,
+    ThinkPrmJudge,
+    answer_ids,
     chain_outcome,
-    cleaned,
+    clean_chain,
     cut_chain,
     step_verdicts,
     to_verify,
@@ -63,7 +65,7 @@ def test_what_is_made_is_read_back(style):
         assert [v.verdict for v in step_verdicts(chain, form)] == verdicts
         assert [v.step for v in step_verdicts(chain, form)] == list(range(len(verdicts)))
         assert "".join(v.text for v in step_verdicts(chain, form)) == chain
-        assert cleaned(chain, form) == chain
+        assert clean_chain(chain, form) == chain
         assert cut_chain(chain, form, len(verdicts)) == chain.strip()
         whole = form.whole(chain, is_correct=N not in verdicts)
         after = whole.removeprefix(form.opening)
@@ -112,12 +114,12 @@ def test_other_spellings_are_read_alike_and_made_alike(style):
         if form.numbered:
             other = other.replace("\nStep", "\n\n### **Step")
         assert [v.verdict for v in step_verdicts(other, form)] == verdicts
-        again = cleaned(other + "\nSo much for that.", form)
+        again = clean_chain(other + "\nSo much for that.", form)
         assert [v.verdict for v in step_verdicts(again, form)] == verdicts
         assert again.count("\\boxed{") == chain.count("\\boxed{") and "text" not in again
         assert other != chain
         assert again.endswith(form.boxed(verdicts[-1]))
-        assert cleaned(again, form) == again
+        assert clean_chain(again, form) == again
 
 
 def test_a_chain_ends_before_the_question_and_before_steps_that_are_not_there():
@@ -271,7 +273,7 @@ def test_rounds_of_thought_go_on_from_one_another(loaded):
     texts = [f"{good} {good} <judge> 7 <eos>", f"{good} <eos>"]  # round 0 of a, b
     texts += [f"{good} {bad} <judge>", "same", f"4 {good}", bad]
     engine = Scripted(loaded.tokenizer, texts)
-    (a,), (b,) = make_judge(loaded, engine, rounds=3).sample(SOLUTIONS, 0.0, ("/v",))
+    (a,), (b,) = make_judge(loaded, engine, rounds=3).sample(SOLUTIONS, ("/v",), temperature=0.0)
     assert [row_id for row_id, _, _ in engine.generated] == [
         *("t/a/v", "t/b/v"),
         *("t/a/v/round1", "t/b/v/round1"),
@@ -288,24 +290,24 @@ def test_rounds_of_thought_go_on_from_one_another(loaded):
         f"{PROMPTS[1]} {good} fix same fix",
     ]
     assert engine.asked == [f"{PROMPTS[i]} {thought[i]} <judge>" for i in (0, 1)]
-    assert [o.verdict for o in a.steps] == [P, N]
-    assert [o.verdict for o in b.steps] == [N]
-    assert [o.p_positive for o in a.steps + b.steps] == [1.0, 0.0, 0.0]
-    assert (a.solution.p_positive, b.solution.p_positive) == (0.5, pytest.approx(0.7310586))
-    assert a.solution.completion == f"{thought[0]} <judge> Positive"
-    assert a.solution.num_tokens == sum(len(texts[i].split()) for i in (0, 2, 4))
+    assert [o.verdict for o in a.chunks] == [P, N]
+    assert [o.verdict for o in b.chunks] == [N]
+    assert [o.p_positive for o in a.chunks + b.chunks] == [1.0, 0.0, 0.0]
+    assert (a.whole.p_positive, b.whole.p_positive) == (0.5, pytest.approx(0.7310586))
+    assert a.whole.completion == f"{thought[0]} <judge> Positive"
+    assert a.whole.num_tokens == sum(len(texts[i].split()) for i in (0, 2, 4))
 
 
 def test_draws_of_a_solution_are_kept_apart_and_in_place(loaded):
     texts = [f"{i} \\boxed{{ Positive }}" for i in range(6)]
     engine = Scripted(loaded.tokenizer, texts)
-    found = make_judge(loaded, engine).sample(SOLUTIONS, 1.0, ("/0", "/1", "/2"))
+    found = make_judge(loaded, engine).sample(SOLUTIONS, ("/0", "/1", "/2"), temperature=1.0)
     assert [row_id for row_id, _, _ in engine.generated] == [
         f"t/{s}/{k}" for s in "ab" for k in range(3)
     ]
-    said = [[v.solution.completion.split()[0] for v in of_solution] for of_solution in found]
+    said = [[v.whole.completion.split()[0] for v in of_solution] for of_solution in found]
     assert said == [["0", "1", "2"], ["3", "4", "5"]]
-    assert [o.verdict for o in found[0][0].steps] == [P, U]
+    assert [o.verdict for o in found[0][0].chunks] == [P, U]
 
 
 def test_a_process_reward_is_the_score_of_every_prefix(loaded):
@@ -336,20 +338,21 @@ def test_search_and_selection_may_ask_it():
     settings = {
         "path": "arithmetic",
         "prompt_style": "bare",
-        "thinkprm": {"rounds": 2},
-        "max_new_tokens": 8,
+        "kind": "thinkprm",
+        "rounds": 2,
+        "sampling": {"max_new_tokens": 8},
         "votes": 2,
         "engine": {"rows": [8], "buckets": [128]},
     }
-    judge = load_judge(GenerativeJudge.model_validate(settings), mesh=make_mesh(), seed=0)
+    judge = load_judge(ThinkPrmSettings.model_validate(settings), mesh=make_mesh(), seed=0)
     assert isinstance(judge, ThinkPrmJudge) and (judge.rounds, judge.votes) == (2, 2)
     judge.check_room("a", SOLUTIONS[0].question, 20)
     judge.check_lengths(SOLUTIONS)
     found = judge([dataclasses.replace(SOLUTIONS[0], start=1), SOLUTIONS[1]])
     assert [len(opinions) for opinions in found] == [1, 1] and judge.compiled_shapes
     assert all(0 < opinion.p_positive < 1 for (opinion,) in found)
-    with pytest.raises(ValidationError, match="verdict is StepWiser's: with thinkprm"):
-        GenerativeJudge.model_validate(settings | {"prompt_style": "verdict"})
+    with pytest.raises(ValidationError, match="prompt_style"):
+        ThinkPrmSettings.model_validate(settings | {"prompt_style": "verdict"})
 
 
 def test_the_forced_question_against_the_full_forward(loaded):
@@ -361,15 +364,17 @@ def test_the_forced_question_against_the_full_forward(loaded):
         load_model("arithmetic", mesh=make_mesh(), seed=1).model,
         loaded.tokenizer.encode,
     )
-    for prompt, (found,) in zip(PROMPTS, judge.sample(SOLUTIONS, 1.0, ("",)), strict=True):
-        text = f"{prompt} {found.solution.completion}".removeprefix("<bos> ")
+    for prompt, (found,) in zip(
+        PROMPTS, judge.sample(SOLUTIONS, ("",), temperature=1.0), strict=True
+    ):
+        text = f"{prompt} {found.whole.completion}".removeprefix("<bos> ")
         ids = [loaded.tokenizer.bos_id, *encode(text)]
         answers = [encode("Positive")[0], encode("Negative")[0]]
-        assert ids[-1] == answers[found.solution.p_positive < 0.5]
+        assert ids[-1] == answers[found.whole.p_positive < 0.5]
         assert ids[-2] == encode("<judge>")[0] and encode("fix")[0] in ids
         logits = np.asarray(model(np.array([ids[:-1]])))[0, -1][answers]
         expected = np.exp(logits[0]) / np.exp(logits).sum()
-        assert found.solution.p_positive == pytest.approx(expected, abs=1e-5)
+        assert found.whole.p_positive == pytest.approx(expected, abs=1e-5)
         assert expected != pytest.approx(0.5, abs=1e-3)
 
 
@@ -377,8 +382,8 @@ def test_no_text_exceeds_the_room_that_was_checked(loaded):
     """A sampled text that grows when it is written again is cut before the question."""
     engine = Scripted(loaded.tokenizer, ["1"])
     judge = make_judge(loaded, engine, max_new_tokens=4)
-    chain = " ".join("123456789")
-    judge._p_correct([judge.prompt_ids(SOLUTIONS[1])], [chain])
+    thought = " ".join("123456789")
+    judge._judge_solutions([Chain("r", judge.prompt_ids(SOLUTIONS[1]), 1, [thought])])
     (asked,) = engine.asked
     assert asked == f"{PROMPTS[1]} 1 2 3 4 5 <judge>"
     real = Engine(loaded.model, loaded.tokenizer, rows=(4,), buckets=(96,))

@@ -32,6 +32,8 @@ from stepwiser_jax.commands.plan.tpu import (
 from stepwiser_jax.config import (
     STAGE_CONFIGS,
     Config,
+    Evaluate,
+    Sampler,
     Sft,
     TrainClassifier,
     TrainJudge,
@@ -145,9 +147,14 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
         return not make_plan(stage, other, topology, slices, only=program).too_large
 
     found: dict[str, int | None] = {}
-    if hasattr(config, "engine"):
-        rows = [shards * 2**n for n in range(13)]
+    rows = [shards * 2**n for n in range(13)]
+    if isinstance(config, Sampler):
         found["engine.rows"] = largest(rows, lambda n: fits("decode burst", "engine", rows=[n]))
+    if isinstance(config, Evaluate):
+        engine = config.judge.model_dump(mode="json")["engine"]
+        found["judge.engine.rows"] = largest(
+            rows, lambda n: fits("decode burst", "judge", engine=engine | {"rows": [n]})
+        )
     if isinstance(config, TrainJudge | Sft | TrainClassifier):
         total = (
             config.prompts_per_iteration // config.updates_per_iteration

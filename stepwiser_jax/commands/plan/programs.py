@@ -29,6 +29,7 @@ from stepwiser_jax.commands.plan.tpu import (
 )
 from stepwiser_jax.config import (
     Annotate,
+    ClassifierJudge,
     ComputeStage,
     Config,
     Evaluate,
@@ -97,19 +98,21 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
     if isinstance(config, TrainJudge):
         return _of_judge(config, mesh)
     if isinstance(config, Rollout):
-        per_wave = (config.problems_per_block, config.group_size)
+        per_wave = (config.block_size, config.group_size)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Annotate):
         # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
-        per_wave = (config.trajectories_per_block, config.most_rollouts)
+        per_wave = (config.block_size, config.most_rollouts)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
-        temperature = config.vote_temperature if config.votes else 0.0
-        sampling = Sampling.model_validate(
-            {"temperature": temperature, "max_new_tokens": config.max_new_tokens}
-        )
-        per_wave = (config.items_per_block, max(1, config.votes))
-        return _of_sampling(config, config.judge, config.engine, sampling, per_wave, mesh)
+        judge = config.judge
+        if isinstance(judge, ClassifierJudge):
+            raise UserError("expected a judge that writes, found a classifier, which has no plan")
+        sampling = judge.sampling
+        if not judge.votes:
+            sampling = sampling.model_copy(update={"temperature": 0.0})
+        per_wave = (config.block_size, max(1, judge.votes))
+        return _of_sampling(config, judge, judge.engine, sampling, per_wave, mesh)
     raise UserError(f"expected a stage of {', '.join(PLANNED)}")
 
 
@@ -163,15 +166,15 @@ def _model(
     settings: Model, mesh: jax.sharding.Mesh, *, decoding: bool = False, scalar: bool = False
 ) -> tuple[ModelConfig, Transformer]:
     config = dataclasses.replace(config_of(settings.path), classifier=scalar)
-    lora = settings.lora if isinstance(settings, TrainedModel) else None
+    load_args = settings.load_args
     model = abstract_model(
         config,
         mesh,
-        attention_of(config, mesh, settings.compute_dtype),
-        param_dtype=settings.param_dtype,
-        compute_dtype=settings.compute_dtype,
+        attention_of(config, mesh, settings.dtype),
+        param_dtype=load_args["param_dtype"],
+        compute_dtype=settings.dtype,
         decoding=decoding,
-        lora=lora.model_dump() if lora else None,
+        lora=load_args.get("lora"),
     )
     return config, model
 
@@ -422,9 +425,9 @@ def _of_sampling(
     """`per_wave`: prefixes, and samples of each, run together. `prompt`: tokens of the longest, by
     default what the context leaves. `held`: bytes of a device that the run keeps beside the
     sampler's weights; where it trains, those come from a copy in the compute type."""
-    of_judge = isinstance(config, TrainJudge)
-    copied = {"param_dtype": settings.compute_dtype, "lora": None} if of_judge else {}
-    model_config, model = _model(settings.model_copy(update=copied), mesh, decoding=True)
+    if isinstance(settings, TrainedModel):  # sampled from a copy in the type to compute in
+        settings = Model(path=settings.path, dtype=settings.dtype)
+    model_config, model = _model(settings, mesh, decoding=True)
     decoder, reshard = abstract_decoder(model, engine_config.weights)
     engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
@@ -452,7 +455,7 @@ def _of_sampling(
     )
     read = cache_flops(model_config, prompt)
     sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
-    of_mesh = mesh if of_judge else None
+    of_mesh = mesh if isinstance(config, TrainJudge) else None
     programs = [
         Program(
             "reshard (a layer)",

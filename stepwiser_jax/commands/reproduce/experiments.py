@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.commands.quickstart import (
+    JUDGE,
     JUDGE_ENGINE,
     POLICY_ENGINE,
     SOLVE,
@@ -26,6 +27,7 @@ from stepwiser_jax.commands.quickstart import (
     judge_training,
     optimizer,
     policy_and_labels,
+    shared_settings,
 )
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.record_io import read_run_json
@@ -35,6 +37,8 @@ CHAIN = 416
 """Tokens of the longest conversation, or chain, about a whole solution, prompt included."""
 
 PROBLEMS = 512
+
+CLASSIFIER = {"kind": "classifier", "prompt_style": "bare", "max_length": 320}
 
 Settings = dict[str, Any]
 Stage = tuple[str, str, Callable[[], Settings]]
@@ -65,13 +69,9 @@ class SeedRuns:
 
         def resolved() -> Settings:
             tree = settings() if callable(settings) else settings
-            shared = {
-                "seed": self.seed,
-                "prompt_style": "bare",
-                "compilation_cache": str(self.run_dir.parent / "compiled"),
-            }
-            known = STAGE_CONFIGS[stage].model_fields
-            return {key: value for key, value in shared.items() if key in known} | tree
+            if "compilation_cache" in STAGE_CONFIGS[stage].model_fields:
+                tree = {"compilation_cache": str(self.run_dir.parent / "compiled")} | tree
+            return shared_settings(stage, self.seed) | tree
 
         return name, stage, resolved
 
@@ -103,14 +103,14 @@ def base(runs: SeedRuns) -> list[Stage]:
     verdicts = changed(
         cold_start,
         model={"path": runs.at("cold_start")},
-        data={"source": "arithmetic-verdicts", "count": 3000, "seed": runs.seed},
+        examples={"source": "arithmetic-verdicts", "limit": 3000, "seed": runs.seed},
         steps=300,
     )
     heldout = changed(
         rollouts,
         problems={"source": "arithmetic", "limit": PROBLEMS, "seed": runs.seed},
         group_size=1,
-        problems_per_block=256,
+        block_size=256,
     )
     return [
         *(runs.stage(name, stage, tree) for name, (stage, tree) in shared.items()),
@@ -120,9 +120,7 @@ def base(runs: SeedRuns) -> list[Stage]:
         # label them are as many.
         runs.stage("rollouts_lines", "rollout", changed(rollouts, chunking=[";", "</chunk>"])),
         runs.stage("values_lines", "annotate", changed(values | lines, limit=500)),
-        runs.stage(
-            "labels_lines", "label", label | lines | {"annotations": runs.at("values_lines")}
-        ),
+        runs.stage("labels_lines", "label", label | lines | {"values": runs.at("values_lines")}),
         runs.stage("cold_start", "sft", cold_start),
         runs.stage("cold_start_verdicts", "sft", verdicts),
         runs.stage("heldout", "rollout", changed(heldout, problems__split=runs.split)),
@@ -134,15 +132,13 @@ def base(runs: SeedRuns) -> list[Stage]:
 
 
 def scored(runs: SeedRuns, name: str, **changes: Any) -> Stage:
-    """A judge on the held-out solutions."""
+    """Returns the evaluation of a judge, with these settings, on the held-out solutions."""
     tree = {
-        "judge": {"path": runs.at(name)},
-        "items": runs.at("heldout"),
-        "max_new_tokens": 32,
-        "engine": JUDGE_ENGINE,
-        "items_per_block": 256,
+        "judge": JUDGE | {"path": runs.at(name)} | changes,
+        "benchmark": {"source": runs.at("heldout")},
+        "block_size": 256,
     }
-    return runs.stage(f"{name}_score", "evaluate", changed(tree, **changes))
+    return runs.stage(f"{name}_score", "evaluate", tree)
 
 
 def by_grpo(
@@ -156,7 +152,7 @@ def by_grpo(
     tree = changed(
         judge_training(runs.run_dir, runs.seed)[1][2],
         model={"path": runs.at(cold_start)},
-        examples=runs.at(labels),
+        examples={"source": runs.at(labels)},
         iterations=runs.steps(60),
         training__optimizer__learning_rate=rate,
         **changes,
@@ -169,29 +165,23 @@ def learned(runs: SeedRuns, name: str, rate: float, start: str, source: str) -> 
     tree = changed(
         fine_tuning(source, 1, runs.seed, runs.steps(150)),
         model={"path": runs.at(start)},
-        data={"source": runs.at(source)},
+        examples={"source": runs.at(source)},
         max_length=CHAIN,
         training__optimizer=optimizer(rate, 10, 0.1),
     )
     return runs.stage(name, "sft", tree)
 
 
-def rationales(runs: SeedRuns, name: str, start: str, **changes: Any) -> Stage:
-    tree = {
-        "judge": {"path": runs.at(start)},
-        "examples": runs.at("labels"),
-        "samples": 8,
-        "sampling": {"max_new_tokens": 32},
-        "engine": JUDGE_ENGINE,
-        "examples_per_block": 256,
-    }
-    return runs.stage(name, "rejection-sample", changed(tree, **changes))
-
-
 def offline(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
-    """Rejection-sampled fine-tuning (StepWiser A.1, RS-FT)."""
+    """Returns the stages of rejection-sampled fine-tuning (StepWiser A.1, RS-FT)."""
+    rationales = {
+        "judge": JUDGE | {"path": runs.at("cold_start")},
+        "examples": {"source": runs.at("labels")},
+        "samples": 8,
+        "block_size": 256,
+    }
     return [
-        rationales(runs, "rationales", "cold_start"),
+        runs.stage("rationales", "rejection-sample", rationales),
         learned(runs, name, rate, "cold_start", "rationales"),
         scored(runs, name),
     ]
@@ -201,23 +191,28 @@ def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
     """From the same model and on the same labels; the threshold is chosen on other solutions."""
     tree = {
         "model": {"path": runs.at("cold_start")},
-        "examples": runs.at("labels"),
+        "examples": {"source": runs.at("labels")},
         "steps": runs.steps(160),
         "batch_size": 8,
         "max_length": 320,
         "training": {"optimizer": optimizer(rate, 30, 0.1)},
     }
-    classify = {"classifier": {"path": runs.at(name)}, "max_length": 320}
-    dev = classify | {"items": runs.at("heldout_dev"), "threshold_subset": arithmetic.SUBSET}
+    judge = CLASSIFIER | {"path": runs.at(name)}
+    dev = {
+        "judge": judge,
+        "benchmark": {"source": runs.at("heldout_dev")},
+        "threshold_subset": arithmetic.SUBSET,
+    }
 
     def at_the_threshold() -> Settings:
         threshold = runs.summary(f"{name}_threshold")["threshold"]
-        return classify | {"items": runs.at("heldout"), "threshold": threshold}
+        heldout = {"source": runs.at("heldout")}
+        return {"judge": judge | {"threshold": threshold}, "benchmark": heldout}
 
     return [
         runs.stage(name, "train-classifier", tree),
-        runs.stage(f"{name}_threshold", "classify", dev),
-        runs.stage(f"{name}_score", "classify", at_the_threshold),
+        runs.stage(f"{name}_threshold", "evaluate", dev),
+        runs.stage(f"{name}_score", "evaluate", at_the_threshold),
     ]
 
 
@@ -234,9 +229,9 @@ class PrmForm:
 
 PRM_FORMS = {
     # Without code, for which the task has no words.
-    "genprm": PrmForm(300, {"code": False, "turn_by_turn": True}, {"code": False}, 32),
+    "genprm": PrmForm(300, {"code_rounds": 0, "turn_by_turn": True}, {"code_rounds": 0}, 32),
     # A chain must find in the solution what it verifies, where a turn has it before its eyes:
-    # behind 300 steps it looks at the wrong places (dev split: F1 19 in place of 67).
+    # after 300 steps it looks at the wrong places (dev split: F1 19 in place of 67).
     "thinkprm": PrmForm(900, {}, {}, CHAIN - 160),
 }
 PRM_ENGINE = JUDGE_ENGINE | {"buckets": [160, 288, CHAIN]}
@@ -257,9 +252,9 @@ def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
 
 
 def prm_scored(runs: SeedRuns, form: str, name: str) -> Stage:
-    tokens = PRM_FORMS[form].max_new_tokens
-    judges_by = {form: PRM_FORMS[form].judges_by}
-    return scored(runs, name, **judges_by, max_new_tokens=tokens, engine=PRM_ENGINE)
+    sampling = {"max_new_tokens": PRM_FORMS[form].max_new_tokens}
+    settings = PRM_FORMS[form].judges_by
+    return scored(runs, name, kind=form, sampling=sampling, engine=PRM_ENGINE, **settings)
 
 
 def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0) -> list[Stage]:
@@ -269,15 +264,21 @@ def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0
     def asked() -> Settings:
         solutions = runs.summary("labels")["classifier_examples"]
         return {
-            "judge": {"path": runs.at(f"{form}_start")},
-            "examples": runs.at("labels"),
-            form: PRM_FORMS[form].asked_for,
-            "limit": max(1, round(share * solutions)),
+            "judge": {
+                "kind": form,
+                "path": runs.at(f"{form}_start"),
+                "prompt_style": "bare",
+                **PRM_FORMS[form].asked_for,
+                "sampling": {"max_new_tokens": PRM_FORMS[form].max_new_tokens},
+                "engine": PRM_ENGINE,
+            },
+            "examples": {
+                "source": runs.at("labels"),
+                "limit": max(1, round(share * solutions)),
+            },
             "samples": SAMPLES[share],
             "balance": share > 0.01,  # what is kept of a handful may be all of one kind
-            "sampling": {"max_new_tokens": PRM_FORMS[form].max_new_tokens},
-            "engine": PRM_ENGINE,
-            "examples_per_block": 256,
+            "block_size": 256,
         }
 
     return [
@@ -346,11 +347,6 @@ def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
 
 # --- what judges are used for -------------------------------------------------------------------
 
-STEPWISER = {
-    "judge": {"prompt_style": "bare", "max_new_tokens": 32, "engine": JUDGE_ENGINE},
-}
-CLASSIFIER = {"classifier": {"prompt_style": "bare", "max_length": 320}}
-
 
 def searches(runs: SeedRuns) -> list[Stage]:
     """Every method on the same problems and under the same budget of tokens."""
@@ -370,27 +366,25 @@ def searches(runs: SeedRuns) -> list[Stage]:
         "sampling": SOLVE,
         "max_chunk_tokens": 24,
         "engine": POLICY_ENGINE,
-        "problems_per_block": 64,
+        "block_size": 64,
     }
     by_classifier = changed(
-        shared | CLASSIFIER,
-        classifier__path=runs.at("classifier"),
+        shared,
+        judge=CLASSIFIER | {"path": runs.at("classifier")},
         majority=[],
         best_of=[],
         beam=None,
         dvts=None,
     )
     return [
-        runs.stage(
-            "search", "search", changed(shared | STEPWISER, judge__path=runs.at("stepwiser"))
-        ),
+        runs.stage("search", "search", shared | {"judge": JUDGE | {"path": runs.at("stepwiser")}}),
         runs.stage("search_classifier", "search", lambda: with_threshold(runs, by_classifier)),
     ]
 
 
 def with_threshold(runs: SeedRuns, tree: Settings) -> Settings:
     threshold = runs.summary("classifier_threshold")["threshold"]
-    return changed(tree, classifier__threshold=threshold)
+    return changed(tree, judge__threshold=threshold)
 
 
 SELECTIONS: dict[str, tuple[str | None, bool]] = {
@@ -418,13 +412,13 @@ def selections(runs: SeedRuns) -> list[Stage]:
             "only_correct": only_correct,
         }
         if scorer == "stepwiser":
-            tree = changed(tree | STEPWISER, judge__path=runs.at(scorer))
+            tree |= {"judge": JUDGE | {"path": runs.at(scorer)}}
         elif scorer == "classifier":
-            tree = changed(tree | CLASSIFIER, classifier__path=runs.at(scorer))
+            tree |= {"judge": CLASSIFIER | {"path": runs.at(scorer)}}
         sft = changed(
             fine_tuning(f"select_{name}", 1, runs.seed, 150),
             model={"path": runs.at("policy")},
-            data={"source": runs.at(f"select_{name}")},
+            examples={"source": runs.at(f"select_{name}")},
             batch_size=8,
             training__optimizer=optimizer(3e-4, 10, 0.1),
         )
@@ -449,7 +443,7 @@ def solved(runs: SeedRuns, policy: str) -> Stage:
         "group_size": 4,
         "sampling": SOLVE,
         "engine": POLICY_ENGINE,
-        "problems_per_block": 256,
+        "block_size": 256,
     }
     return runs.stage(f"{policy}_solves", "rollout", tree)
 

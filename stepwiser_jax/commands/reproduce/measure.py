@@ -38,7 +38,7 @@ from stepwiser_jax.evaluation.statistics import paired_bootstrap, right_by_probl
 from stepwiser_jax.record_io import atomic_write, check_run_file, read_records
 from stepwiser_jax.records import SearchResult, Trajectory
 from stepwiser_jax.runs.metrics import read_metrics
-from stepwiser_jax.stages.search import solved_by_method
+from stepwiser_jax.search.report import solved_by_method
 from stepwiser_jax.tasks import arithmetic
 
 TUNING_SEED = 1000
@@ -118,7 +118,7 @@ def judge_score(runs: SeedRuns, name: str) -> dict[str, Any]:
     They are of greedy judgments, or of a classifier's threshold.
     """
     summary = runs.summary(f"{name}_score")
-    subset = summary.get("greedy", summary)["subsets"][arithmetic.SUBSET]
+    subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
     return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
 
 

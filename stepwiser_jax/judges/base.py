@@ -1,0 +1,127 @@
+"""What all judges of chunks have in common.
+
+solutions -> a judge, of `judges.make_judge` -> a ChunkJudgment of every chunk
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from stepwiser_jax.evaluation.verdicts import majority_verdict
+from stepwiser_jax.records import BenchmarkItem, Verdict
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution in chunks, to be judged from chunk `start` on; the chunks before it are history.
+    `separator` joins chunks: blank lines for the steps of benchmarks, nothing for exact texts."""
+
+    solution_id: str
+    question: str
+    chunks: Sequence[str]
+    start: int = 0
+    separator: str = "\n\n"
+
+    @classmethod
+    def of_item(cls, item: BenchmarkItem) -> Solution:
+        return cls(item.item_id, item.question, item.steps)
+
+
+@dataclass(frozen=True)
+class ChunkJudgment:
+    """A judge's text about one chunk and its verdict. `p_positive` is the chunk's score: 1 or 0 for
+    a written verdict, or the probability that the chunk is right if the judge has one.
+    `num_tokens` is what the judge generated for it."""
+
+    completion: str
+    verdict: Verdict
+    p_positive: float
+    num_tokens: int
+
+    @classmethod
+    def of_verdict(cls, completion: str, verdict: Verdict, num_tokens: int) -> ChunkJudgment:
+        """Returns the judgment of a judge that knows no probability."""
+        return cls(completion, verdict, float(verdict is Verdict.POSITIVE), num_tokens)
+
+    @classmethod
+    def of_votes(cls, votes: Sequence[ChunkJudgment]) -> ChunkJudgment:
+        """Returns the majority's verdict, the mean score, and the text of the first vote."""
+        return cls(
+            votes[0].completion,
+            majority_verdict([vote.verdict for vote in votes]),
+            sum(vote.p_positive for vote in votes) / len(votes),
+            sum(vote.num_tokens for vote in votes),
+        )
+
+
+@dataclass(frozen=True)
+class SolutionJudgment:
+    """Judgments of all chunks of a solution; of a judge such as ThinkPRM also of the `whole`."""
+
+    chunks: list[ChunkJudgment]
+    whole: ChunkJudgment | None = None
+
+
+class Judge(Protocol):
+    """A judge of chunks, of any kind. `search`, `select-responses` and `refine` call it, and
+    `evaluate` calls `sample`. `judge_id` names its model in records."""
+
+    judge_id: str
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        """Compiled programs by shape, and how often each ran."""
+        ...
+
+    def measured(self, made: int) -> dict[str, Any]:
+        """Returns what summary.json says of the judge when this number of records was made."""
+        ...
+
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError, naming the problem, if a solution of `num_tokens` tokens of the policy
+        has no room, as far as that is known before the solution is written."""
+        ...
+
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError, naming it, for a solution that the judge has no room for."""
+        ...
+
+    def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
+        """Returns, per solution, one judgment of each chunk from `start` on, in order."""
+        ...
+
+    def sample(
+        self,
+        solutions: Sequence[Solution],
+        suffixes: Sequence[str],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[SolutionJudgment]]:
+        """Returns one judgment of each solution for each suffix, [solution][suffix]. Suffixes make
+        the ids of rows different, and so their noise. Temperature 0 is greedy."""
+        ...
+
+
+class VotingJudge(Judge, Protocol):
+    """A judge that may be asked several times."""
+
+    votes: int
+    vote_temperature: float
+
+
+def judge_by_votes(judge: VotingJudge, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
+    """Returns the greedy judgment of every chunk, or with `votes` what these say together."""
+    suffixes = [f"/vote{k}" for k in range(judge.votes)] or [""]
+    temperature = judge.vote_temperature if judge.votes else 0.0
+    return [
+        [
+            ChunkJudgment.of_votes(of_chunk)
+            for of_chunk in zip(*(x.chunks for x in votes), strict=True)
+        ]
+        for votes in judge.sample(solutions, suffixes, temperature=temperature)
+    ]

@@ -1,0 +1,1 @@
+"""GenPRM (arXiv 2504.00891): a judge that talks about a solution step by step, and runs code."""

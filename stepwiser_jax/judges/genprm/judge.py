@@ -1,0 +1,444 @@
+"""GenPRM's judge: one conversation about a solution, with a turn for every step.
+
+    solutions x paths -> turn t of all conversations at once:
+        write -> [Code Output] -> run the code, show its output -> write on -> ... -> <output>
+              -> P(Yes), P(No) at the verdict's word
+
+P(right) is P(Yes) / (P(Yes) + P(No)), and the likelier word is written. Each path keeps its own
+history of rationales (paper eqs 6-7). If a turn is cut at `max_new_tokens`, or asks for code more
+often than it may, its open tags are closed and its verdict is read anyway. A conversation that
+outgrows the context has no verdict in its remaining turns, and P(right) is 1/2 there.
+
+Code runs in fresh processes, which remember nothing. So the blocks that a path ran before run
+again, unseen, except those that were stopped. They draw the same random numbers as before (unless
+they use numpy's `default_rng`), and all blocks of a call share its `seconds`. A block that ended
+its process at once, by `os._exit`, does so again, and what follows it prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.verdicts import verdict_at
+from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
+from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, judge_by_votes
+from stepwiser_jax.judges.genprm.form import (
+    CODE_OUTPUT,
+    FORMS,
+    SYNTHESIS_OPENING,
+    Form,
+    code_to_run,
+    join_turns,
+    output_text,
+    synthesis_prompt,
+    with_memory,
+)
+from stepwiser_jax.records import Verdict
+from stepwiser_jax.runs.directory import per_item, worker_count
+from stepwiser_jax.sandbox.runner import Limits, Sandbox
+from stepwiser_jax.text.prompts import JudgePromptStyle, encode_dialogue
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+if TYPE_CHECKING:
+    import jax
+
+    from stepwiser_jax.distributed.loading import Loaded
+    from stepwiser_jax.inference.engine import Engine
+
+CODE_LIMITS = Limits(seconds=5.0, memory_bytes=2**30, output_bytes=2048)
+"""What one run of code may take: wall-clock time, memory, and output that is kept."""
+
+
+@dataclass
+class Conversation:
+    """A conversation that is being written.
+
+    Attributes:
+        name: Names the current turn; its rows' ids are `<name>/<round><suffix>`.
+        suffix: Tells the paths of one solution apart.
+        code_rounds: How often a turn may have code run.
+        roles: Who speaks each of the `texts`.
+        codes: The blocks of code that ran.
+        turn_start: Index of the first text of the current turn.
+        num_tokens: Tokens sampled in the current turn.
+        stop_reason: Why sampling last stopped.
+    """
+
+    name: str
+    suffix: str
+    code_rounds: int = 0
+    roles: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    codes: list[str] = field(default_factory=list)
+    turn_start: int = 0
+    num_tokens: int = 0
+    stop_reason: StopReason = StopReason.LENGTH
+
+    def say(self, role: str, text: str) -> None:
+        """Appends a text; two texts of one role in a row become one."""
+        if self.roles and self.roles[-1] == role:
+            self.texts[-1] += text
+        elif text:
+            self.roles.append(role)
+            self.texts.append(text)
+
+    def begin_turn(self, opening: str) -> None:
+        """Begins a turn of the assistant's with text that is given."""
+        self.turn_start, self.num_tokens = len(self.texts), 0
+        self.say("assistant", opening)
+
+    @property
+    def turn(self) -> str:
+        return "".join(self.texts[self.turn_start :])
+
+    @property
+    def asks_for_code(self) -> bool:
+        return self.stop_reason is StopReason.STOP_STRING and self.texts[-1].endswith(CODE_OUTPUT)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the turn came to its own end: it was not cut, and asks for no more code."""
+        return self.stop_reason is not StopReason.LENGTH and not self.asks_for_code
+
+
+class Writer:
+    """Writes turns of many conversations at once. With a `sandbox` it runs the code they ask for in
+    between."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        *,
+        prompt_style: JudgePromptStyle,
+        key: jax.Array,
+        code_rounds: int = 0,
+    ):
+        """Raises UserError if code is to be run and this machine cannot confine it."""
+        self.tokenizer, self.engine, self.key = tokenizer, engine, key
+        self.prompt_style: JudgePromptStyle = prompt_style
+        self.sandbox = Sandbox(CODE_LIMITS, worker_count()) if code_rounds else None
+        self.code_runs = 0
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        roles, texts = conversation.roles, conversation.texts
+        return encode_dialogue(self.tokenizer, roles, texts, self.prompt_style)[0]
+
+    def write(
+        self,
+        conversations: Sequence[Conversation],
+        params: SamplingParams,
+        *,
+        stops: Sequence[str],
+        reserve: int,
+    ) -> None:
+        """Continues the turn of every conversation.
+
+        A turn goes on until it says one of `stops`, ends, has `max_new_tokens`, fills the context
+        but for `reserve` tokens, or asks for code more often than it may.
+        """
+        code_stop = [CODE_OUTPUT] if self.sandbox is not None else []
+        params = replace(params, stop_strings=(*code_stop, *stops))
+        number = 0
+        while conversations:
+            self._write_to_stop(conversations, params, number, reserve)
+            conversations = [c for c in conversations if c.asks_for_code and number < c.code_rounds]
+            self._run_code(conversations)
+            number += 1
+
+    def _write_to_stop(
+        self,
+        conversations: Sequence[Conversation],
+        params: SamplingParams,
+        number: int,
+        reserve: int,
+    ) -> None:
+        """Samples up to the next stop, if there is room. Equal prompts are prefilled once."""
+        conversation_of: dict[str, Conversation] = {}
+        requests: dict[tuple[int, ...], list[SampleRequest]] = {}
+        for conversation in conversations:
+            ids = self.encode(conversation)
+            left = self.engine.shapes.max_length - len(ids) - reserve
+            room = min(params.max_new_tokens - conversation.num_tokens, left)
+            conversation.stop_reason = StopReason.LENGTH
+            if room >= 1:
+                row_id = f"{conversation.name}/{number}{conversation.suffix}"
+                conversation_of[row_id] = conversation
+                requests.setdefault(tuple(ids), []).append(SampleRequest(row_id, len(ids), room))
+        prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
+        for completions in self.engine.sample(prefixes, params, key=self.key):
+            for completion in completions:
+                text = completion_text(self.tokenizer, completion.ids)
+                if completion.stop_reason is StopReason.STOP_STRING:
+                    # The last token may hold what comes after the stop string.
+                    text = text[: first_end(text, params.stop_strings)]
+                conversation = conversation_of[completion.row_id]
+                conversation.say("assistant", text)
+                conversation.num_tokens += len(completion.ids)
+                conversation.stop_reason = completion.stop_reason
+
+    def _run_code(self, conversations: Sequence[Conversation]) -> None:
+        """Runs the last block of every conversation and appends what it printed."""
+        if self.sandbox is None or not conversations:
+            return
+        blocks = [code_to_run(c.texts[-1]) or "" for c in conversations]
+        programs = [with_memory(c.codes, b) for c, b in zip(conversations, blocks, strict=True)]
+        executions = self.sandbox.run(programs)
+        self.code_runs += len(programs)
+        for conversation, block, execution in zip(conversations, blocks, executions, strict=True):
+            conversation.say("output", output_text(execution.output))
+            if execution.failure in (None, "error"):
+                conversation.codes.append(block)
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """Returns the number of programs so far, and of failures by kind, in this process."""
+        failures = {} if self.sandbox is None else dict(self.sandbox.failures)
+        return {"code_runs": self.code_runs, "code_failures": failures}
+
+
+def first_end(text: str, stops: Iterable[str]) -> int:
+    """Returns where the first stop string in a text ends."""
+    return min(text.index(stop) + len(stop) for stop in stops if stop in text)
+
+
+@dataclass
+class Path:
+    """One conversation about a solution: the judgments so far, and whether each turn came to its
+    own end."""
+
+    solution: Solution
+    conversation: Conversation
+    judgments: list[ChunkJudgment] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+
+    @property
+    def has_rejected(self) -> bool:
+        return bool(self.judgments) and self.judgments[-1].verdict is not Verdict.POSITIVE
+
+
+class GenPrmJudge:
+    """Judges steps in a conversation. `max_new_tokens` bounds the judge's text about one step."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        *,
+        name: str,
+        code_rounds: int,
+        prompt_style: JudgePromptStyle,
+        max_new_tokens: int,
+        key: jax.Array,
+        votes: int = 0,
+        vote_temperature: float = 1.0,
+    ):
+        """Raises UserError if a verdict is not one token, or as `Writer` does."""
+        self.judge_id, self.tokenizer = loaded.model_id, loaded.tokenizer
+        self.engine, self.name, self.code_rounds = engine, name, code_rounds
+        self.max_new_tokens = max_new_tokens
+        self.votes, self.vote_temperature = votes, vote_temperature
+        self.form = FORMS[prompt_style]
+        self.word_ids = verdict_ids(loaded.tokenizer, self.form)
+        self.writer = Writer(
+            loaded.tokenizer, engine, prompt_style=prompt_style, key=key, code_rounds=code_rounds
+        )
+        longest = self.form.to_verdict("<analyze><verify>") + self.form.verdict(True)
+        self.reserve = len(loaded.tokenizer.encode(longest)) + 4
+
+    @property
+    def compiled_shapes(self) -> Counter[str]:
+        return self.engine.compiled_shapes
+
+    def measured(self, made: int) -> dict[str, Any]:
+        """Returns tokens per judgment, and how much code ran."""
+        tokens = {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
+        return tokens | self.writer.measured
+
+    def _first_turn_length(self, solution: Solution) -> int:
+        path = Path(solution, self._begin(""))
+        self._ask(path, 0)
+        return len(self.writer.encode(path.conversation))
+
+    def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
+        """Raises UserError if the context may not hold the first turn about a solution."""
+        length = self._first_turn_length(Solution(problem_id, question, [""]))
+        name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
+        self.engine.check_length(length, num_tokens + self.reserve + 1, name)
+
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError if the context holds the first turn about none of the solutions."""
+        context = self.engine.shapes.max_length
+        needed = min(map(self._first_turn_length, solutions)) + self.reserve + 1
+        if needed > context:
+            raise UserError(
+                f"no solution's first step fits the context of {context} tokens (the largest of "
+                f"engine.buckets): the shortest needs {needed}; raise it"
+            )
+
+    def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
+        """Returns the greedy judgment of every chunk, or what its `votes` say together."""
+        return judge_by_votes(self, solutions)
+
+    def sample(
+        self,
+        solutions: Sequence[Solution],
+        suffixes: Sequence[str],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[SolutionJudgment]]:
+        """Returns one path through each solution for each suffix, see `Judge`. A path begins with
+        the first chunk, even if judgments are wanted from a later one on."""
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.tokenizer.eos_ids,
+        )
+        return [
+            [SolutionJudgment(path.judgments[path.solution.start :]) for path in paths]
+            for paths in self._converse(solutions, params, suffixes)
+        ]
+
+    def critiques(
+        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+    ) -> list[list[tuple[str, bool]]]:
+        """Returns critiques as `Synthesizer` does: the turns of a path up to the first that does
+        not accept its step, joined, and whether all of them came to their end."""
+        return [
+            [
+                (
+                    join_turns([judgment.completion for judgment in path.judgments]),
+                    all(path.finished),
+                )
+                for path in paths
+            ]
+            for paths in self._converse(solutions, params, suffixes, to_first_error=True)
+        ]
+
+    def _converse(
+        self,
+        solutions: Sequence[Solution],
+        params: SamplingParams,
+        suffixes: Sequence[str],
+        *,
+        to_first_error: bool = False,
+    ) -> list[list[Path]]:
+        """Returns the paths of each solution, [solution][suffix]. With `to_first_error` a path ends
+        after the first step that it does not accept."""
+        paths = [[Path(x, self._begin(suffix)) for suffix in suffixes] for x in solutions]
+        active = [path for of_solution in paths for path in of_solution]
+        for t in range(max((len(x.chunks) for x in solutions), default=0)):
+            active = [
+                path
+                for path in active
+                if t < len(path.solution.chunks) and not (to_first_error and path.has_rejected)
+            ]
+            for path in active:
+                self._ask(path, t)
+            self._judge(active, params)
+        return paths
+
+    def _begin(self, suffix: str) -> Conversation:
+        conversation = Conversation("", suffix, self.code_rounds)
+        conversation.say("system", self.form.system)
+        return conversation
+
+    def _ask(self, path: Path, t: int) -> None:
+        """Asks about chunk t."""
+        solution, conversation = path.solution, path.conversation
+        conversation.name = f"{self.name}/{solution.solution_id}/{t}"
+        conversation.say("user", self.form.user_turn(solution.question, solution.chunks, t))
+        conversation.begin_turn(self.form.opening.format(number=t + 1))
+
+    def _judge(self, paths: Sequence[Path], params: SamplingParams) -> None:
+        """Writes the turn that every path has begun, and reads its verdict."""
+        conversations = [path.conversation for path in paths]
+        self.writer.write(conversations, params, stops=[self.form.stop], reserve=self.reserve)
+        prompts: dict[int, list[int]] = {}
+        for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
+            path.finished.append(conversation.is_finished)
+            if conversation.num_tokens:  # else there was no room
+                conversation.say("assistant", self.form.to_verdict(conversation.turn))
+                ids = self.writer.encode(conversation)
+                if len(ids) < self.engine.shapes.max_length:
+                    prompts[i] = ids
+        log_odds = self.engine.log_odds(list(prompts.values()), self.word_ids)
+        p_right = dict(zip(prompts, probabilities(log_odds), strict=True))
+        for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
+            p, verdict = p_right.get(i, 0.5), Verdict.UNPARSED
+            if i in p_right:
+                verdict = verdict_at(0.5, p)
+                conversation.say("assistant", self.form.verdict(verdict is Verdict.POSITIVE))
+            path.judgments.append(
+                ChunkJudgment(conversation.turn, verdict, p, conversation.num_tokens)
+            )
+
+
+def verdict_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:
+    """Returns the tokens of a verdict's two words. Raises UserError unless each is one token."""
+    before = form.stop + form.lead
+    ids = tokenizer.encode(before)
+    found = [tokenizer.encode(before + word) for word in form.words]
+    if any(f[:-1] != ids for f in found) or found[0] == found[1]:
+        raise UserError(
+            f"a verdict is one token, {form.words[0].strip()} or {form.words[1].strip()}: expected "
+            f"a vocabulary that has both, found {[f[len(ids) :] for f in found]} after "
+            f"{before!r}. Use another model"
+        )
+    return found[0][-1], found[1][-1]
+
+
+class Synthesizer:
+    """A teacher that writes the critique of a whole solution in one go."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        *,
+        name: str,
+        code_rounds: int,
+        max_new_tokens: int,
+        key: jax.Array,
+    ):
+        """Raises UserError as `Writer` does."""
+        self.name, self.code_rounds, self.max_new_tokens = name, code_rounds, max_new_tokens
+        self.writer = Writer(
+            loaded.tokenizer, engine, prompt_style="instruct", key=key, code_rounds=code_rounds
+        )
+
+    def _begin(self, solution: Solution, suffix: str) -> Conversation:
+        rounds = self.code_rounds * len(solution.chunks)
+        conversation = Conversation(f"{self.name}/{solution.solution_id}", suffix, rounds)
+        has_code = self.code_rounds > 0
+        conversation.say(
+            "user", synthesis_prompt(solution.question, solution.chunks, code=has_code)
+        )
+        conversation.begin_turn(SYNTHESIS_OPENING)
+        return conversation
+
+    def check_lengths(self, solutions: Sequence[Solution]) -> None:
+        """Raises UserError if the context does not hold a critique of each solution."""
+        for solution in solutions:
+            prompt = self.writer.encode(self._begin(solution, ""))
+            self.writer.engine.check_length(len(prompt), self.max_new_tokens, solution.solution_id)
+
+    def critiques(
+        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+    ) -> list[list[tuple[str, bool]]]:
+        """Returns (critique, whether it came to its end), [solution][suffix]."""
+        written = [[self._begin(x, suffix) for suffix in suffixes] for x in solutions]
+        self.writer.write([c for of_x in written for c in of_x], params, stops=[], reserve=0)
+        return [
+            [(c.turn, c.stop_reason is StopReason.STOP_ID) for c in of_solution]
+            for of_solution in written
+        ]

@@ -1,0 +1,151 @@
+"""Lets a policy think again about the first step that a judge finds wrong (GenPRM's refinement).
+
+    problem -> solution -> P(right) of its steps -> the first below the threshold, with the judge's
+               ^                                    analysis, is what the user says next
+               |______________________________________________|             at most `turns` times
+
+The conversation goes on with all that was said before. A solution stays if nothing in it is wrong,
+if it has no step to judge, or if the context has no room for another one of
+`sampling.max_new_tokens`: no solution is replaced by one that was cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from stepwiser_jax.config import Refine
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
+from stepwiser_jax.judges.genprm.judge import Conversation, Writer
+from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.search.results import Found, check_answers
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.text.chunks import (
+    CHUNK_CLOSE,
+    TokenMatcher,
+    chunk_ends,
+    chunk_texts,
+    end_patterns,
+)
+from stepwiser_jax.text.prompts import solve_prompt
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Attempt:
+    """A problem, the conversation with the policy about it, its last solution, and the tokens."""
+
+    problem: Problem
+    conversation: Conversation
+    solution: str = ""
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
+    judge_tokens: int = 0
+
+
+class Refiner:
+    """Refines the solutions of a block of problems. `steps_without_verdict` counts the steps so far
+    at which the judge's context was full."""
+
+    def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: Judge):
+        self.config, self.tokenizer, self.judge = config, tokenizer, judge
+        self.steps_without_verdict = 0
+        key = jax.random.key(config.seed)
+        self.writer = Writer(tokenizer, engine, prompt_style=config.prompt_style, key=key)
+        self.patterns = end_patterns(config.chunking)
+        self.matcher = TokenMatcher.build(tokenizer.token_bytes(), self.patterns)
+        sampling = config.sampling.model_dump()
+        self.params = SamplingParams(**sampling, stop_ids=tokenizer.eos_ids)
+
+    def _begin(self, problem: Problem) -> Attempt:
+        attempt = Attempt(problem, Conversation("", ""))
+        tags = CHUNK_CLOSE in self.patterns
+        prompt = solve_prompt(problem.question, self.config.prompt_style, tags=tags)
+        attempt.conversation.say("user", prompt)
+        return attempt
+
+    def check_lengths(self, problems: Sequence[Problem]) -> None:
+        """Raises UserError if the policy's context does not hold a first solution of a problem, or
+        the judge's the first step of none."""
+        for problem in problems:
+            length = len(self.writer.encode(self._begin(problem).conversation))
+            self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
+        self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
+
+    def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[SearchResult]:
+        attempts = [self._begin(problem) for problem in block]
+        results, thinking = [], attempts
+        for turn in range(self.config.turns + 1):
+            thinking = self._solve(thinking, turn)
+            results += self._results(attempts, turn, verifier)
+            if turn < self.config.turns:
+                thinking = self._criticize(thinking, turn)
+        return results
+
+    def _solve(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
+        """Writes the next solutions; returns the attempts that have room for one."""
+        attempts = [attempt for attempt in attempts if self._has_room(attempt)]
+        for attempt in attempts:
+            attempt.conversation.name = f"refine/{attempt.problem.problem_id}/policy{turn}"
+            attempt.conversation.begin_turn("")
+        self.writer.write([a.conversation for a in attempts], self.params, stops=[], reserve=0)
+        for attempt in attempts:
+            attempt.solution = attempt.conversation.turn
+            attempt.rejected_tokens += attempt.accepted_tokens
+            attempt.accepted_tokens = attempt.conversation.num_tokens
+        return attempts
+
+    def _has_room(self, attempt: Attempt) -> bool:
+        length = len(self.writer.encode(attempt.conversation))
+        return length + self.params.max_new_tokens <= self.writer.engine.shapes.max_length
+
+    def _criticize(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
+        """Tells the policy its first wrong steps; returns the attempts that have one."""
+        solutions = [self._solution(attempt, turn) for attempt in attempts]
+        criticized = []
+        for attempt, solution, judgments in zip(
+            attempts, solutions, self.judge(solutions), strict=True
+        ):
+            attempt.judge_tokens += sum(judgment.num_tokens for judgment in judgments)
+            verdicts = [judgment.verdict for judgment in judgments]
+            self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
+            threshold = self.config.judge.threshold
+            found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in judgments])
+            if found != -1:
+                style = self.config.judge.prompt_style
+                analysis = analysis_of(judgments[found].completion, style)
+                message = rethink_prompt(solution.chunks[found], analysis, self.config.prompt_style)
+                attempt.conversation.say("user", message)
+                criticized.append(attempt)
+        return criticized
+
+    def _solution(self, attempt: Attempt, turn: int) -> Solution:
+        ids = self.tokenizer.encode(attempt.solution)
+        ends = chunk_ends(ids, self.matcher, self.tokenizer) if ids else ()
+        chunks = chunk_texts(self.tokenizer, ids, ends) if ids else []
+        name = f"{attempt.problem.problem_id}/turn{turn}"
+        return Solution(name, attempt.problem.question, chunks, separator="")
+
+    def _results(
+        self, attempts: Sequence[Attempt], turn: int, verifier: Verifier
+    ) -> list[SearchResult]:
+        found = [
+            Found(
+                attempt.problem,
+                f"turn{turn}",
+                answer=extract_answer(attempt.solution) or "",
+                completion=attempt.solution,
+                accepted_tokens=attempt.accepted_tokens,
+                rejected_tokens=attempt.rejected_tokens,
+                judge_tokens=attempt.judge_tokens,
+            )
+            for attempt in attempts
+        ]
+        return check_answers(found, verifier)

@@ -1,0 +1,134 @@
+"""Solutions that a search or a sample found, before and after their answers are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.search.chunk_search import Policy
+from stepwiser_jax.search.state import SearchState
+from stepwiser_jax.search.voting import best, vote
+from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.text.chunks import chunk_ends, chunk_texts
+from stepwiser_jax.text.tokenizer import completion_text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method's solution of a problem, with the fields of `SearchResult`; its answer is not yet
+    checked."""
+
+    problem: Problem
+    method: str
+    answer: str
+    completion: str
+    accepted_tokens: int
+    rejected_tokens: int = 0
+    judge_tokens: int = 0
+    forced_chunks: int = 0
+    chunk_scores: tuple[float, ...] = ()
+    scoring_tokens: int = 0
+
+
+def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResult]:
+    """Returns the records of what was found, with whether each answer is right."""
+    right = verifier.verify([each.completion for each in found], [each.problem for each in found])
+    return [
+        SearchResult(
+            search_id=f"{each.problem.problem_id}/{each.method}",
+            problem_id=each.problem.problem_id,
+            method=each.method,
+            answer=each.answer,
+            is_correct=is_correct,
+            completion=each.completion,
+            accepted_tokens=each.accepted_tokens,
+            rejected_tokens=each.rejected_tokens,
+            judge_tokens=each.judge_tokens,
+            forced_chunks=each.forced_chunks,
+            chunk_scores=each.chunk_scores,
+            scoring_tokens=each.scoring_tokens,
+        )
+        for each, is_correct in zip(found, right, strict=True)
+    ]
+
+
+def found_by_search(policy: Policy, method: str, state: SearchState) -> Found:
+    """Returns the answer of the weighted majority of a search's solutions, in the words of the best
+    solution that gives it."""
+    texts = [completion_text(policy.loaded.tokenizer, x.ids) for x in state.solutions]
+    answers = [extract_answer(text) or "" for text in texts]
+    scores = [solution.score for solution in state.solutions]
+    voted = vote(answers, scores)
+    giving = [i for i, answer in enumerate(answers) if answer == voted]
+    chosen = giving[best([scores[i] for i in giving])]
+    judgments = state.solutions[chosen].judgments
+    return Found(
+        problem=state.problem,
+        method=method,
+        answer=voted,
+        completion=texts[chosen],
+        accepted_tokens=state.accepted_tokens,
+        rejected_tokens=state.policy_tokens - state.accepted_tokens,
+        judge_tokens=state.judge_tokens,
+        forced_chunks=sum(judgment.verdict is Verdict.NEGATIVE for judgment in judgments),
+        chunk_scores=tuple(judgment.p_positive for judgment in judgments),
+    )
+
+
+def sample_solutions(
+    policy: Policy,
+    judge: Judge,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    names: Sequence[str],
+    num_judged: int,
+) -> list[Found]:
+    """Returns solutions written in one go, one for each problem and name.
+
+    Args:
+        policy: Writes the solutions.
+        judge: Judges the chunks of the first `num_judged` solutions of each problem.
+        problems: The problems.
+        params: Samples a whole solution.
+        names: Names of the samples of a problem, which their noise is made of.
+        num_judged: Solutions of a problem that are judged.
+    """
+    tokenizer = policy.loaded.tokenizer
+    samples = [(problem, name) for problem in problems for name in names]
+    output = policy.engine.generate(
+        [policy.prompt_ids(problem) for problem in problems],
+        params,
+        key=policy.key,
+        row_ids=[f"search/{problem.problem_id}/{name}" for problem, name in samples],
+        group_size=len(names),
+    )
+    solutions = []
+    for b, (problem, name) in enumerate(samples):
+        if name in names[:num_judged]:
+            ids = output.ids(b)
+            chunks = chunk_texts(tokenizer, ids, chunk_ends(ids, policy.chunk_matcher, tokenizer))
+            solution_id = f"{problem.problem_id}/{name}"
+            solutions.append(Solution(solution_id, problem.question, chunks, separator=""))
+    judged = judge(solutions) if solutions else []
+    judgments_of = {x.solution_id: found for x, found in zip(solutions, judged, strict=True)}
+    found = []
+    for b, (problem, name) in enumerate(samples):
+        ids = output.ids(b)
+        text = completion_text(tokenizer, ids)
+        judgments = judgments_of.get(f"{problem.problem_id}/{name}", [])
+        found.append(
+            Found(
+                problem,
+                name,
+                answer=extract_answer(text) or "",
+                completion=text,
+                accepted_tokens=len(ids),
+                chunk_scores=tuple(judgment.p_positive for judgment in judgments),
+                scoring_tokens=sum(judgment.num_tokens for judgment in judgments),
+            )
+        )
+    return found
