@@ -17,7 +17,6 @@ from flax import nnx
 from stepwiser_jax.config import Optimizer, load_config
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
-    cast_model,
     sharded_adapters,
     sharding_of,
     shardings_of,
@@ -41,7 +40,7 @@ from stepwiser_jax.model import cpu
 from stepwiser_jax.model.attention import PLAIN, Attention
 from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.model.lora import with_adapters
+from stepwiser_jax.model.lora import merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import token_logprobs
 from stepwiser_jax.rl.update import make_objective
@@ -157,7 +156,7 @@ def test_adapters_are_equal_on_every_mesh(checkpoint, sizes):
                 b.reshape(adapter.b.get_value().shape), adapter.b.get_value().sharding
             )
         with jax.set_mesh(mesh):
-            merged = jax.device_get(cast_model(model, jnp.dtype("float32")))
+            merged = jax.device_get(merge(model, jnp.dtype("float32")))
         return model, merged, gradients_of(model, mesh)
 
     (_, merged_one, one), (model, merged_many, many) = adapted((1, 1, 1)), adapted(sizes)

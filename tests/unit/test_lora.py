@@ -98,6 +98,14 @@ def test_new_adapters_change_nothing(types):
     np.testing.assert_array_equal(adapted(model, moved=False)(tokens()), model(tokens()))
 
 
+def test_a_model_is_not_changed_by_one_made_of_it():
+    model = base_model()
+    changed = adapted(model)
+    assert changed.adapters and not model.adapters
+    assert not base_of(changed).adapters and changed.adapters
+    assert changed.embed[...] is model.embed[...]
+
+
 @pytest.mark.parametrize("targets", [ALL, ("q", "down")], ids=str)
 def test_adapters_compute_what_dense_matrices_do(targets):
     model = adapted(base_model(), targets)

@@ -44,7 +44,6 @@ from stepwiser_jax.config import (
 from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.distributed.loading import (
     attention_of,
-    cast_model,
     config_of,
     sharding_of,
     shardings_of,
@@ -65,7 +64,7 @@ from stepwiser_jax.judges.classifier import classifier_loss
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
-from stepwiser_jax.model.lora import base_of
+from stepwiser_jax.model.lora import base_of, merge
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import default_slices
 from stepwiser_jax.rl.rollouts import RolloutGroup
@@ -383,7 +382,7 @@ def _gather(
     model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
 ) -> Program:
     """What `loading.decoding_copy` moves: from the layout of training to that of decoding."""
-    cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
+    cast = jax.eval_shape(lambda model: merge(model, model.compute_dtype), model)
     cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
     shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))
     return Program(
