@@ -48,6 +48,11 @@ from stepwiser_jax.sandbox.runner import Sandbox
 from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
+<<<<<<< HEAD
+=======
+from stepwiser_jax.stages.sft import load_examples, render
+from stepwiser_jax.tasks.mathematics import extract_answer
+>>>>>>> judges
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
@@ -663,7 +668,12 @@ def test_the_analysis_is_what_stands_before_code_and_verdict(style):
     assert f"Step.\n\nThe reviewer says: {said}" in rethink_prompt("<chunk>Step.", said, "instruct")
 
 
-VERIFIER = SimpleNamespace(verify=lambda pairs: [a == b for a, b in pairs])
+VERIFIER = SimpleNamespace(
+    verify=lambda completions, problems: [
+        extract_answer(text) == problem.answer
+        for text, problem in zip(completions, problems, strict=True)
+    ]
+)
 
 
 def refine_config(turns):
