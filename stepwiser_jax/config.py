@@ -811,11 +811,8 @@ class Grpo(Config):
     """The importance ratio is clipped at 1 plus this (DAPO's clip-higher)."""
     kl_coef: float = Field(0.0, ge=0)
     """The weight of the KL divergence from the model that training began with."""
-    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
-    """How the losses of tokens are averaged: over all tokens, over the means of sequences, or over
-    `sampling.max_new_tokens` for each sequence (Dr. GRPO)."""
-    normalize: Literal["std", "none"] = "std"
-    """`std` divides the advantages of a group by the standard deviation of its rewards."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """How the losses of tokens are averaged: over all tokens, or over the means of sequences."""
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
     """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
     than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""
@@ -839,9 +836,13 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     """Optimizer updates of an iteration, each on its part of the chunks."""
     max_prompt_tokens: int = Field(3096, ge=1)
     """Examples with a longer prompt are left out."""
-    format_penalty: float = Field(0.0, ge=0)
-    """For a judge that is to write its verdict and nothing else: any other judgment earns the
-    negative of this. 0 for none; 1 in the paper's ablation of reasoning (A.1)."""
+    reward: str = "verdict"
+    """What a judgment earns: a name of `rl.rewards`, or `module:function` of your own. `verdict` is
+    1 if the verdict is the label, else 0."""
+    reward_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward. `verdict` takes `format_penalty`, for a judge that is to
+    write its verdict and nothing else: any other judgment earns the negative of it, 1 in the
+    paper's ablation of reasoning (A.1)."""
     row_lengths: Sizes
     """Lengths of packed rows, in tokens. The smallest that holds the longest group is used; a group
     is its prompt once, then its completions."""
@@ -849,6 +850,11 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     """How all devices are laid out for sampling; null lays them out as `mesh`."""
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     """The loss."""
+
+    @property
+    def wants_bare_verdict(self) -> bool:
+        """Whether a judgment earns less if it is more than its verdict."""
+        return self.reward == "verdict" and bool(self.reward_args.get("format_penalty"))
 
     @property
     def sampling_axes(self) -> dict[str, int] | None:
@@ -906,10 +912,10 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
             self.prompts_per_iteration // self.updates_per_iteration,
             "prompts_per_iteration / updates_per_iteration",
         )
-        if self.format_penalty and self.prompt_style == "instruct":
+        if self.wants_bare_verdict and self.prompt_style == "instruct":
             raise ValueError(
                 "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
+                "prompt_style to 'verdict', or leave format_penalty out of reward_args"
             )
         return self
 
@@ -1137,6 +1143,7 @@ RENAMED_SETTINGS = {
     "server": "teacher, with kind: server",
     "splitter": "teacher, with kind: rule",
     "max_refills": "max_resamples",
+    "format_penalty": "reward_args.format_penalty",
     "rollouts_by_pass_rate": "num_rollouts",
     "param_dtype": "dtype",
     "compute_dtype": "dtype",

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tiny import tiny_config
+from tiny import rollout_group, tiny_config
 
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
-from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.batches import pack_groups
 from tpu_step import JUDGE
 
 LENGTH = 1000
@@ -41,8 +41,9 @@ def compiled(attention_for, *, head_dim, sizes, rows):
         max_length=LENGTH,
     )
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
-    group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
-    batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
+    group = rollout_group([1] * 300, [[1] * 200] * 3)
+    advantages = [[1.0, -1.0, 0.0]] * rows
+    batch = pack_groups([group] * rows, advantages, num_rows=rows, row_lengths=[LENGTH])
     model = abstract_model(config, mesh, attention_for(config, mesh, "bfloat16"))
     return lower_update(TrainJudge.model_validate(JUDGE), model, batch, mesh).compile()
 
