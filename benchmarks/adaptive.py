@@ -22,13 +22,13 @@ import numpy as np
 import yaml
 from common import finished_quickstart
 
-from stepwiser_jax.config import Annotate, LabelRule
+from stepwiser_jax.config import Annotate
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.statistics import balanced_accuracy
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
-from stepwiser_jax.rl.labels import LABEL_RULES
+from stepwiser_jax.rl.labels import LABEL_RULES, Rule, load_rule
 from stepwiser_jax.stages import annotate
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
@@ -45,8 +45,8 @@ def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixV
     return values, summary["sampled_tokens"]
 
 
-def labels(values: dict[str, list[PrefixValue]], rule: LabelRule) -> dict[str, list[bool | None]]:
-    table = LabelTable(rule.rule, next(iter(values.values()))[0].max_rollouts, **rule.rule_args)
+def labels(values: dict[str, list[PrefixValue]], rule: Rule) -> dict[str, list[bool | None]]:
+    table = LabelTable(rule, next(iter(values.values()))[0].max_rollouts)
     return {
         name: [table.likeliest(q.counts, v.counts) for v, q in itertools.pairwise(some)]
         for name, some in values.items()
@@ -95,7 +95,7 @@ def main() -> None:
             "|---|---|---|---|---|---|"
         )
         for name in LABEL_RULES:
-            rule = LabelRule.model_validate({"rule": name})
+            rule = load_rule(name)
             expected = labels(fixed, rule)
             for confidence in CONFIDENCES:
                 adaptive = {"rule": name, "confidence": confidence}

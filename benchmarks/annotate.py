@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import (
     SUMMARY_COLUMNS,
     WORKLOAD,
@@ -65,7 +66,7 @@ class Work:
     policy: dict[str, Any]
     model_dir: str
     trajectories: list[Any]
-    references: dict[str, str]
+    problems: dict[str, Any]
     rows: list[int]
     buckets: list[int]
     max_new_tokens: int
@@ -77,15 +78,13 @@ class Work:
 
         return load_for_decoding(**self.policy, weights="model", mesh=make_mesh())
 
-    def is_correct(self, tokenizer: Any, verifier: Any, rows: Sequence[Any]) -> list[bool]:
-        """As the stage: is the final answer of each (trajectory, completion ids) right?"""
-        from stepwiser_jax.records import Problem
+    def verify(self, tokenizer: Any, verifier: Any, rows: Sequence[Any]) -> list[bool]:
+        """Says of each (trajectory, completion ids) whether the final answer is right."""
         from stepwiser_jax.text.tokenizer import completion_text
 
-        ids = [trajectory.problem_id for trajectory, _ in rows]
         return verifier.verify(
             [completion_text(tokenizer, completion) for _, completion in rows],
-            [Problem(i, "", self.references[i], "") for i in ids],
+            [self.problems[trajectory.problem_id] for trajectory, _ in rows],
         )
 
 
@@ -98,7 +97,7 @@ def smollm2(model_dir: str, count: int) -> Work:
 
     from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
-    from stepwiser_jax.records import Trajectory
+    from stepwiser_jax.records import Problem, Tokens, Trajectory
     from stepwiser_jax.tasks.mathematics import extract_answer
     from stepwiser_jax.text.chunks import BLANK_LINE, TokenMatcher, chunk_ends
     from stepwiser_jax.text.tokenizer import completion_text
@@ -109,7 +108,7 @@ def smollm2(model_dir: str, count: int) -> Work:
         policy={"path": model_dir} | dtypes,
         model_dir=model_dir,
         trajectories=[],
-        references={},
+        problems={},
         rows=[8, 32, 96],
         buckets=[384, 512],
         max_new_tokens=256,
@@ -126,15 +125,14 @@ def smollm2(model_dir: str, count: int) -> Work:
     )
     for p, prompt in enumerate(prompts):
         ids = output.ids(p)
-        work.references[f"{p}"] = extract_answer(completion_text(tokenizer, ids)) or "0"
+        answer = extract_answer(completion_text(tokenizer, ids)) or "0"
+        work.problems[f"{p}"] = Problem(f"{p}", "", answer, "")
         work.trajectories.append(
             Trajectory(
                 trajectory_id=f"{p}#0",
                 problem_id=f"{p}",
                 policy_id="",
-                prompt_ids=tuple(prompt),
-                completion_ids=tuple(ids),
-                logprobs=(),
+                tokens=Tokens(np.array(prompt), np.array(ids), np.array(output.logprobs(p))),
                 chunk_ends=chunk_ends(ids, matcher, tokenizer),
                 stop_reason="",
                 is_correct=True,
@@ -156,7 +154,7 @@ def arithmetic(quickstart: Path, count: int) -> Work:
         policy=config["policy"] | {"path": policy},
         model_dir=f"{policy}/model",
         trajectories=read_records(quickstart / "rollouts", Trajectory)[:count],
-        references={p.problem_id: p.answer for p in read_records(quickstart / "rollouts", Problem)},
+        problems={p.problem_id: p for p in read_records(quickstart / "rollouts", Problem)},
         rows=list(config["engine"]["rows"]),
         buckets=list(config["engine"]["buckets"]),
         max_new_tokens=config["sampling"]["max_new_tokens"],
@@ -172,7 +170,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.inference.engine import Completion, Engine
     from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.scheduler import Prefix
-    from stepwiser_jax.stages.annotate import estimate_prefix_values
+    from stepwiser_jax.rl.values import estimate_prefix_values
 
     class RecordingEngine(Engine):
         """Keeps how long every rollout was, as the floor asks for it."""
@@ -196,10 +194,10 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     def run(_: str) -> dict[str, Any]:
         verifying = waiting = 0.0
 
-        def is_correct(rows: Sequence[Any]) -> list[bool]:
+        def is_correct(solutions: Sequence[Any]) -> list[bool]:
             nonlocal verifying, waiting
             start = time.perf_counter()
-            correct = work.is_correct(loaded.tokenizer, verifier, rows)
+            correct = verifier.verify([text for _, text in solutions], [p for p, _ in solutions])
             seconds = time.perf_counter() - start
             verifying += seconds
             if all(array.is_ready() for array in jax.live_arrays()):
@@ -209,7 +207,9 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
         before, start = len(compiled), time.perf_counter()
         values = estimate_prefix_values(
             engine,
+            loaded.tokenizer,
             work.trajectories,
+            work.problems,
             is_correct,
             num_rollouts=work.num_rollouts,
             params=params,
@@ -234,7 +234,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
 
     from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.reference_sampler import Sampler
-    from stepwiser_jax.stages.annotate import prefixes_to_sample
+    from stepwiser_jax.rl.values import prefixes_to_sample
 
     compiled, loaded = compilations(), work.load()
     params = SamplingParams(work.max_new_tokens, stop_ids=loaded.tokenizer.eos_ids)
@@ -248,7 +248,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     prefixes = [list(dict.fromkeys(prefix for prefix, _ in batch)) for batch in batches]
     # As many rows as there are, of prefixes too: nothing is computed for padding.
     counts = sorted({len(some) for some in (*batches, *prefixes)})
-    buckets = sorted({len(t.prompt_ids) for t in work.trajectories} | set(work.buckets))
+    buckets = sorted({t.tokens.num_prompt for t in work.trajectories} | set(work.buckets))
     sampler = Sampler(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
 
     def run(_: str) -> dict[str, Any]:
@@ -266,13 +266,13 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
                 params,
                 key=jax.random.key(0),
                 row_ids=[row_id for _, row_id in batch],
-                limits_B=[len(p.trajectory.prompt_ids) + work.max_new_tokens for p, _ in batch],
+                limits_B=[p.trajectory.tokens.num_prompt + work.max_new_tokens for p, _ in batch],
             )
             solutions = [
                 (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *ids])
                 for (p, _), ids in zip(batch, map(output.ids, range(len(batch))), strict=True)
             ]
-            work.is_correct(loaded.tokenizer, verifier, solutions)
+            work.verify(loaded.tokenizer, verifier, solutions)
             tokens += int(output.length_B.sum())
         return {"tokens": tokens, "compilations": len(compiled) - before}
 
@@ -284,7 +284,7 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
     from transformers import AutoModelForCausalLM
 
     from stepwiser_jax.distributed.loading import load_tokenizer_of
-    from stepwiser_jax.stages.annotate import prefixes_to_sample
+    from stepwiser_jax.rl.values import prefixes_to_sample
 
     torch.set_num_threads(1)
     dtype = getattr(torch, work.policy.get("dtype", "float32"))
@@ -318,7 +318,7 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
                 (trajectory, [*trajectory.completion_ids[:done], *completion])
                 for completion in completions
             ]
-            work.is_correct(tokenizer, verifier, solutions)
+            work.verify(tokenizer, verifier, solutions)
         return {"tokens": tokens}
 
     return run

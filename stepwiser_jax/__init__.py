@@ -28,7 +28,7 @@ _HOME = {
     "Engine": "inference.engine",
     "Prefix": "inference.scheduler",
     "SampleRequest": "inference.scheduler",
-    "estimate_prefix_values": "stages.annotate",
+    "estimate_prefix_values": "rl.values",
     "search_chunks": "search.chunk_search",
     "chunk_reset": "search.methods",
     "beam_search": "search.methods",

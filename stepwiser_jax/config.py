@@ -37,12 +37,11 @@ from pydantic import (
     model_validator,
 )
 
-from stepwiser_jax import plugins
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.rl.labels import LABEL_RULES
+from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -619,7 +618,7 @@ class LabelRule(Config):
 
     @model_validator(mode="after")
     def _rule_is_there(self) -> LabelRule:
-        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
+        load_rule(self.rule, self.rule_args)
         return self
 
 

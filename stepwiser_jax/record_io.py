@@ -273,7 +273,8 @@ def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
 
 
 def read_records(path: str | Path, record_type: type[R]) -> list[R]:
-    """Returns the records of one type of a JSONL file or a finished run directory.
+    """Returns the records of one type of a JSONL file, or of a finished run directory in id order,
+    the order in which one writer alone would have left them.
 
     Raises:
         UserError: The path is missing, the run is not finished, a part's bytes are not those that
@@ -283,8 +284,7 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
 
 
 def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
-    """Yields what `read_records` returns, without keeping it. A run's records come in id order, the
-    order in which one writer alone would have left them."""
+    """Yields what `read_records` returns, but keeps no record of a run."""
     path = Path(path)
     if path.is_file():
         yield from read_jsonl(path, record_type)

@@ -30,6 +30,7 @@ from stepwiser_jax.records import (
     PrmBenchItem,
     ProcessBenchItem,
 )
+from stepwiser_jax.rl.examples import judge_example
 from stepwiser_jax.tasks.mathematics import compare_plainly
 
 Row = dict[str, Any]
@@ -67,16 +68,9 @@ def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
 def to_judge_examples(solutions: Iterable[LabelledSolution]) -> Iterator[JudgeExample]:
     """Yields one example per labelled step, up to and including the first error: after it there is
     nothing to judge. Steps that solutions share are used once."""
-    for solution in solutions:
-        for step in _labelled_steps(solution):
-            yield JudgeExample(
-                example_id=f"{solution.solution_id}/{step}",
-                problem_id=solution.problem_id,
-                question=solution.question,
-                history="\n\n".join(solution.steps[:step]),
-                chunk=solution.steps[step],
-                is_positive=step != solution.first_error,
-            )
+    for solution in to_classifier_examples(solutions):
+        for index, step in enumerate(solution.labelled):
+            yield judge_example(solution, index, "\n\n".join(solution.chunks[:step]))
 
 
 def to_classifier_examples(solutions: Iterable[LabelledSolution]) -> Iterator[ClassifierExample]:

@@ -1,4 +1,4 @@
-"""When is a chunk's label known? Mostly before all M rollouts of the prefixes around it.
+"""When a chunk's label is known: mostly before all M rollouts of the prefixes around it.
 
 After n of M rollouts, c of them right, what the rest will add has a Beta-binomial distribution
 (Jeffreys prior):
@@ -6,8 +6,8 @@ After n of M rollouts, c of them right, what the rest will add has a Beta-binomi
     final count ~ c + BetaBinomial(M - n, c + 1/2, n - c + 1/2)
 
 The rule gives a label to each pair of final counts, of the prefix with the chunk and of the one
-before it, and so each label a probability. Confidence 1 asks for more than probability 1: no way to
-finish the rollouts gives another label, so that labels are those of M rollouts, exactly.
+before it; so each label has a probability. Confidence 1 asks for more than probability 1: no way to
+finish the rollouts gives another label, so the labels are exactly those of M rollouts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import math
 
 import numpy as np
 
-from stepwiser_jax.rl.labels import label_chunks
+from stepwiser_jax.rl.labels import Label, Rule, label_chunks
 
-Label = bool | None
 LABELS: tuple[Label, ...] = (False, True, None)
 
 
@@ -29,23 +28,21 @@ class LabelTable:
     A partial count is (right, sampled), with sampled <= M.
     """
 
-    def __init__(self, rule: str, num_rollouts: int, **params: float):
+    def __init__(self, rule: Rule, num_rollouts: int):
         M = self.num_rollouts = num_rollouts
         counts = range(M + 1)
         self._index_VQ = np.array(
-            [
-                [LABELS.index(label_chunks([v / M, q / M], rule, **params)[0]) for q in counts]
-                for v in counts
-            ]
+            [[LABELS.index(label_chunks([v / M, q / M], rule)[0]) for q in counts] for v in counts]
         )
         self._probabilities = functools.lru_cache(None)(self._label_probabilities)
 
     def likeliest(self, q: tuple[int, int], v: tuple[int, int]) -> Label:
-        """The label of the chunk between partial counts v (before it) and q (with it)."""
+        """Returns the label of the chunk between partial counts v (before it) and q (with it)."""
         return LABELS[int(np.argmax(self._probabilities(q, v)))]
 
     def is_known(self, q: tuple[int, int], v: tuple[int, int], confidence: float) -> bool:
-        """Whether one label has at least this probability; at 1: is the only one possible."""
+        """Returns whether one label has at least this probability; at 1, whether no other one is
+        possible."""
         probabilities = self._probabilities(q, v)
         if confidence == 1:
             return sum(p > 0 for p in probabilities) == 1
@@ -60,7 +57,8 @@ class LabelTable:
 
 @functools.lru_cache(None)
 def final_counts(right: int, sampled: int, num_rollouts: int) -> np.ndarray:
-    """Probabilities (M + 1,) of the number of right rollouts among M, given those so far."""
+    """Returns the probabilities (M + 1,) of the number of right rollouts among M, given those so
+    far."""
     left, a, b = num_rollouts - sampled, right + 0.5, sampled - right + 0.5
 
     def log_beta(x: float, y: float) -> float:

@@ -19,18 +19,15 @@ Decided where the paper is silent or ambiguous:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
+from stepwiser_jax import plugins
 
+Label = bool | None
+"""Positive, negative, or None: the chunk teaches nothing."""
 
-class Labelled(Protocol):
-    @property
-    def is_positive(self) -> bool: ...
-
-
-L = TypeVar("L", bound=Labelled)
+Rule = Callable[[float, float], Label]
+"""(q, v) -> label; v, the value before the chunk, is above 0."""
 
 
 def abs_q(q: float, v: float) -> bool:
@@ -54,7 +51,7 @@ def relative_progress(q: float, v: float, *, epsilon: float = 0.8) -> bool:
     return q > 0 and q >= epsilon * v
 
 
-LABEL_RULES: dict[str, Callable[..., bool]] = {
+LABEL_RULES: dict[str, Callable[..., Label]] = {
     "abs_q": abs_q,
     "rel_effective": rel_effective,
     "rel_ratio": rel_ratio,
@@ -62,28 +59,30 @@ LABEL_RULES: dict[str, Callable[..., bool]] = {
 }
 
 
-def label_chunks(values: Sequence[float], rule: str, **params: float) -> list[bool | None]:
-    """One entry per chunk: positive, negative, or None: teaches nothing, to be dropped.
+def load_rule(name: str, arguments: Mapping[str, float] | None = None) -> Rule:
+    """Returns a rule of `LABEL_RULES`, or a user's own as `module:function`, with arguments bound.
+    Raises UserError if there is none, or if it does not take the arguments."""
+    return plugins.load(name, "a label rule", LABEL_RULES, arguments)
 
-    Raises ValueError for an unknown rule, values outside of [0, 1], or fewer than two values.
+
+def label_chunks(values: Sequence[float], rule: str | Rule, **arguments: float) -> list[Label]:
+    """Labels the chunks of a solution.
+
+    Args:
+        values: [Q_0 .. Q_J], from 0 to 1.
+        rule: A name as for `load_rule`, or a function of (q, v).
+        **arguments: Those of a rule given by name, such as `alpha=0.4`; defaults are the configs'.
+
+    Returns:
+        A label for each of the J chunks.
+
+    Raises:
+        ValueError: There is no such rule, a value is outside of [0, 1], or there are fewer than
+            two values.
     """
-    if rule not in LABEL_RULES:
-        raise ValueError(f"expected a rule of {sorted(LABEL_RULES)}, found {rule!r}")
+    if isinstance(rule, str):
+        rule = load_rule(rule, arguments)
     if len(values) < 2 or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"expected at least two values in [0, 1], found {list(values)}")
-    positive = LABEL_RULES[rule]
-    return [None if v == 0 else positive(q, v, **params) for v, q in itertools.pairwise(values)]
-
-
-def balanced(examples: Sequence[L], seed: int) -> list[L]:
-    """Down-sample the larger class over the whole set (paper 4.1), in the order given."""
-    of_class = {
-        positive: [i for i, example in enumerate(examples) if example.is_positive is positive]
-        for positive in (True, False)
-    }
-    size = min(map(len, of_class.values()))
-    rng = np.random.default_rng(seed)
-    chosen = np.concatenate(
-        [rng.choice(np.array(rows, int), size, replace=False) for rows in of_class.values()]
-    )
-    return [examples[i] for i in sorted(chosen)]
+    labels = [None if v == 0 else rule(q, v) for v, q in itertools.pairwise(values)]
+    return [None if label is None else bool(label) for label in labels]

@@ -14,9 +14,9 @@ classifier examples, whole solutions for a classifier: neither filtered by lengt
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from stepwiser_jax.config import AdaptiveRollouts, Label, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import read_records
+from stepwiser_jax.record_io import read_records, stream_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
@@ -34,11 +34,21 @@ from stepwiser_jax.records import (
     Trajectory,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
-from stepwiser_jax.rl.labels import balanced
-from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts, end_patterns
-from stepwiser_jax.text.prompts import encode_judge_prompt
+from stepwiser_jax.rl.examples import (
+    PromptLengths,
+    balanced,
+    classifier_example,
+    history_text,
+    judge_example,
+    label_values,
+)
+from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.runs.directory import RunDirectory, blocks
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+
+BLOCK = 4096
+"""Records that are written at a time."""
 
 
 def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
@@ -47,9 +57,9 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         return directory.summary()
     directory.begin()
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
-    trajectories = {t.trajectory_id: t for t in read_records(config.rollouts, Trajectory)}
+    trajectories = {t.trajectory_id: t for t in stream_records(config.rollouts, Trajectory)}
     check_rule(config)
-    labels, no_label = label_trajectories(config, read_records(config.values, PrefixValue))
+    labels, no_label = label_trajectories(config)
     unknown = {label.trajectory_id for label in labels} - set(trajectories)
     if unknown:
         raise UserError(
@@ -57,12 +67,11 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.rollouts}: name the rollout run that was annotated"
         )
     tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
-    check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values()))
+    check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values())[:16])
     labels, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
-    telling = [label for label in labels if label.v >= config.min_prefix_value]
-    examples = judge_examples(telling, trajectories, problems, tokenizer)
-    fitting = filter_length(config, examples, tokenizer, dropped)
-    dropped["low_prefix_value"] = len(labels) - len(telling)
+    informative = [label for label in labels if label.v >= config.min_prefix_value]
+    dropped["low_prefix_value"] = len(labels) - len(informative)
+    fitting = keep_fitting(config, informative, trajectories, problems, tokenizer, dropped)
     chosen = balanced(fitting, config.seed) if config.balance else fitting
     if not chosen:
         raise UserError(
@@ -70,10 +79,10 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{sum(e.is_positive for e in fitting)} positive among the "
             f"{len(fitting)} that fit): annotate more trajectories, or set balance to false"
         )
-    directory.writer(ChunkLabel).append(labels)
-    directory.writer(JudgeExample).append(chosen)
-    solutions = classifier_examples(telling, trajectories, problems, tokenizer)
-    directory.writer(ClassifierExample).append(solutions)
+    for block in blocks(labels, BLOCK):
+        directory.writer(ChunkLabel).append(block)
+    made = examples(informative, chosen, trajectories, problems, tokenizer)
+    num_solutions = write_examples(directory, made)
     summary = {
         "rule": config.rule,
         "labels": len(labels),
@@ -81,39 +90,27 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
         "positive_share": sum(label.is_positive for label in labels) / len(labels),
         "dropped": dict(dropped),
         "judge_examples": len(chosen),
-        "judge_positive_share": sum(example.is_positive for example in chosen) / len(chosen),
-        "classifier_examples": len(solutions),
+        "judge_positive_share": sum(label.is_positive for label in chosen) / len(chosen),
+        "classifier_examples": num_solutions,
     }
     return directory.finish(lambda: summary)
 
 
-def label_trajectories(
-    config: Label, values: Sequence[PrefixValue]
-) -> tuple[list[ChunkLabel], int]:
-    """Labels of all chunks that teach something, and the number of those that do not. Of prefixes
-    that were not sampled to the end, the likeliest label (`rl/adaptive.py`)."""
-    of_trajectory: dict[str, dict[int, PrefixValue]] = defaultdict(dict)
-    for value in values:
-        of_trajectory[value.trajectory_id][value.num_chunks] = value
-    tables = {
-        num_rollouts: LabelTable(config.rule, num_rollouts, **config.rule_args)
-        for num_rollouts in {value.max_rollouts for value in values}
-    }
+def label_trajectories(config: Label) -> tuple[list[ChunkLabel], int]:
+    """Returns the labels of all chunks that teach something, and the number of those that do not.
+    Raises UserError if a trajectory's values are not complete."""
+    rule = load_rule(config.rule, config.rule_args)
+    tables: dict[int, LabelTable] = {}
     labels, no_label = [], 0
-    for trajectory_id, by_chunks in of_trajectory.items():
-        if sorted(by_chunks) != list(range(len(by_chunks))):
-            raise UserError(
-                f"{config.values}: expected values of the prefixes 0..J of {trajectory_id}, "
-                f"found {sorted(by_chunks)}"
-            )
-        for j in range(len(by_chunks) - 1):
-            v, q = by_chunks[j], by_chunks[j + 1]
-            positive = tables[v.max_rollouts].likeliest(q.counts, v.counts)
-            if positive is None:
-                no_label += 1
-            else:
-                label = ChunkLabel(trajectory_id, j, q.value, v.value, positive, config.rule)
-                labels.append(label)
+    values = stream_records(config.values, PrefixValue)  # those of one trajectory together
+    for _, group in groupby(values, lambda value: value.trajectory_id):
+        of_one = list(group)
+        num_rollouts = of_one[0].max_rollouts
+        if num_rollouts not in tables:
+            tables[num_rollouts] = LabelTable(rule, num_rollouts)
+        found = label_values(of_one, tables[num_rollouts], config.rule)
+        labels += filter(None, found)
+        no_label += found.count(None)
     return labels, no_label
 
 
@@ -123,7 +120,7 @@ def drop_undeserved(
     trajectories: dict[str, Trajectory],
     tokenizer: Tokenizer,
 ) -> tuple[list[ChunkLabel], Counter[str]]:
-    """Labels of chunks that deserve one, and counts of the others by the reason."""
+    """Returns the labels of chunks that deserve one, and counts of the others by the reason."""
     file = Path(config.rollouts) / "config.yaml"
     chunking = "tags"
     if file.is_file():
@@ -147,8 +144,73 @@ def drop_undeserved(
     return kept, dropped
 
 
+def keep_fitting(
+    config: Label,
+    labels: Sequence[ChunkLabel],
+    trajectories: dict[str, Trajectory],
+    problems: dict[str, Problem],
+    tokenizer: Tokenizer,
+    dropped: Counter[str],
+) -> list[ChunkLabel]:
+    """Returns the labels whose judge prompts are not excessively long (paper 4.1). The others are
+    counted in `dropped`."""
+    lengths = PromptLengths(tokenizer, config.prompt_style, config.max_prompt_tokens)
+    kept = []
+    for label in labels:
+        trajectory = trajectories[label.trajectory_id]
+        problem = problems[trajectory.problem_id]
+        if lengths.fits(trajectory, label.chunk_index, problem):
+            kept.append(label)
+        else:
+            dropped["too_long"] += 1
+    return kept
+
+
+def examples(
+    labels: Sequence[ChunkLabel],
+    chosen: Sequence[ChunkLabel],
+    trajectories: dict[str, Trajectory],
+    problems: dict[str, Problem],
+    tokenizer: Tokenizer,
+) -> Iterator[tuple[ClassifierExample, list[JudgeExample]]]:
+    """Yields an example for a classifier of each trajectory that has a label, and examples for a
+    judge of those of its labels that were chosen."""
+    ids = {label.record_id for label in chosen}
+    for trajectory_id, group in groupby(labels, lambda label: label.trajectory_id):
+        trajectory, of_one = trajectories[trajectory_id], list(group)
+        question = problems[trajectory.problem_id].question
+        solution = classifier_example(of_one, trajectory, question, tokenizer)
+        yield (
+            solution,
+            [
+                judge_example(solution, i, history_text(tokenizer, trajectory, label.chunk_index))
+                for i, label in enumerate(of_one)
+                if label.record_id in ids
+            ],
+        )
+
+
+def write_examples(
+    directory: RunDirectory, made: Iterator[tuple[ClassifierExample, list[JudgeExample]]]
+) -> int:
+    """Writes examples as they are made. Returns how many solutions there are."""
+    of_judge, of_classifier = directory.writer(JudgeExample), directory.writer(ClassifierExample)
+    total, judged, solutions = 0, [], []
+    for solution, some in made:
+        total += 1
+        solutions.append(solution)
+        judged += some
+        if len(solutions) == BLOCK:
+            of_classifier.append(solutions)
+            of_judge.append(judged)
+            judged, solutions = [], []
+    of_classifier.append(solutions)
+    of_judge.append(judged)
+    return total
+
+
 def check_rule(config: Label) -> None:
-    """Raises UserError where the annotations stopped early for the labels of another rule."""
+    """Raises UserError if the annotations stopped early for the labels of another rule."""
     is_run = (Path(config.values) / "config.yaml").is_file()
     adaptive = read_run_settings(config.values).get("adaptive") if is_run else None
     if adaptive is None:
@@ -160,73 +222,3 @@ def check_rule(config: Label) -> None:
             f"{sampled_for.rule_args} were known, found rule {config.rule} {config.rule_args}: "
             "use that rule, or annotate without adaptive"
         )
-
-
-def judge_examples(
-    labels: Sequence[ChunkLabel],
-    trajectories: dict[str, Trajectory],
-    problems: dict[str, Problem],
-    tokenizer: Tokenizer,
-) -> list[JudgeExample]:
-    """One example per label: the chunk, and the chunks before it as history."""
-    examples = []
-    for label in labels:
-        trajectory = trajectories[label.trajectory_id]
-        problem = problems[trajectory.problem_id]
-        start = trajectory.chunk_ends[label.chunk_index - 1] if label.chunk_index else 0
-        end = trajectory.chunk_ends[label.chunk_index]
-        history, chunk = chunk_texts(tokenizer, trajectory.completion_ids, (start, end))
-        examples.append(
-            JudgeExample(
-                example_id=f"{label.trajectory_id}/{label.chunk_index}",
-                problem_id=problem.problem_id,
-                question=problem.question,
-                history=history,
-                chunk=chunk,
-                is_positive=label.is_positive,
-            )
-        )
-    return examples
-
-
-def classifier_examples(
-    labels: Sequence[ChunkLabel],
-    trajectories: dict[str, Trajectory],
-    problems: dict[str, Problem],
-    tokenizer: Tokenizer,
-) -> list[ClassifierExample]:
-    """One per trajectory that has a label. A trajectory's labels stand together, in order. The
-    chunk that was cut is no part of the solution: who judges all of it would learn of that too."""
-    solutions = []
-    for trajectory_id, group in itertools.groupby(labels, lambda label: label.trajectory_id):
-        trajectory, own = trajectories[trajectory_id], list(group)
-        ends = trajectory.chunk_ends[: -1 if trajectory.is_cut else None]
-        solutions.append(
-            ClassifierExample(
-                solution_id=trajectory_id,
-                problem_id=trajectory.problem_id,
-                question=problems[trajectory.problem_id].question,
-                chunks=tuple(chunk_texts(tokenizer, trajectory.completion_ids, ends)),
-                labelled=tuple(label.chunk_index for label in own),
-                is_positive=tuple(label.is_positive for label in own),
-                q=tuple(label.q for label in own),
-            )
-        )
-    return solutions
-
-
-def filter_length(
-    config: Label, examples: Sequence[JudgeExample], tokenizer: Tokenizer, dropped: Counter[str]
-) -> list[JudgeExample]:
-    """Paper 4.1: judge prompts that are excessively long are left out, and counted
-    in `dropped`."""
-    kept = []
-    for example in examples:
-        prompt = encode_judge_prompt(
-            tokenizer, example.question, example.history, example.chunk, config.prompt_style
-        )
-        if len(prompt) > config.max_prompt_tokens:
-            dropped["too_long"] += 1
-        else:
-            kept.append(example)
-    return kept

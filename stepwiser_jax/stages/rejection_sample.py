@@ -70,7 +70,7 @@ from stepwiser_jax.records import (
     SftExample,
     natural_key,
 )
-from stepwiser_jax.rl.labels import balanced
+from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.prompts import PromptStyle, encode_message, judge_prompt

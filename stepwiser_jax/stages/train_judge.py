@@ -39,7 +39,7 @@ from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.data.datasets import load_judge_examples
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
@@ -191,7 +191,7 @@ class GroupCollector:
         """Groups that teach, at most P of them, and the metrics of everything sampled. What a run
         had sampled before it ended is read. Raises Interrupted if the run is to stop, in the middle
         of a draw too: the rows that are finished are kept."""
-        sampled_by = fingerprint(training.state.model)
+        sampled_by = param_hash(training.state.model)
         model = decoding_copy(training.state.model, self.mesh)
         with jax.set_mesh(self.mesh):
             engine = self.engine.with_model(model)

@@ -102,7 +102,8 @@ TokenIds = Sequence[int] | np.ndarray
 
 def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
     """Returns the text of a completion without its end token."""
-    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in tokenizer.eos_ids])
+    ends = tokenizer.eos_ids
+    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in ends])
 
 
 class HuggingFaceTokenizer:

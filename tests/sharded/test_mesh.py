@@ -14,7 +14,7 @@ from draws import assert_drawn
 from flax import nnx
 
 from stepwiser_jax.config import load_config
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
     cast_model,
     sharded_adapters,
@@ -227,7 +227,7 @@ def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, s
 def test_checkpoints_move_between_all_meshes(checkpoint, tmp_path):
     states = [train_state(checkpoint, sizes)[1] for sizes in MESHES]
     expected = jax.tree.leaves(jax.device_get(states[0]))
-    prints = {fingerprint(state.model) for state in states}
+    prints = {param_hash(state.model) for state in states}
     assert len(prints) == 1, "what one mesh has sampled is another's too"
     for number, state in enumerate(states):
         saver = Checkpointer(tmp_path / str(number))

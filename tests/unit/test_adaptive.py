@@ -9,37 +9,32 @@ import yaml
 from stepwiser_jax.config import Label
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.rl.adaptive import LabelTable, final_counts
-from stepwiser_jax.rl.labels import label_chunks
+from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks, load_rule
 from stepwiser_jax.stages.label import check_rule
 
-RULES = {
-    "abs_q": {},
-    "rel_effective": {"alpha": 0.8, "n": 4},
-    "rel_ratio": {"gamma": 0.7},
-    "relative_progress": {"epsilon": 0.8},
-}
+RULES = [load_rule(name) for name in LABEL_RULES]
 M = 8
 
 
-@pytest.mark.parametrize(("rule", "params"), RULES.items())
-def test_all_rollouts_give_the_rules_label(rule, params):
-    table = LabelTable(rule, M, **params)
+@pytest.mark.parametrize("rule", RULES)
+def test_all_rollouts_give_the_rules_label(rule):
+    table = LabelTable(rule, M)
     for v, q in itertools.product(range(M + 1), repeat=2):
         assert table.is_known((q, M), (v, M), 1.0)
-        assert table.likeliest((q, M), (v, M)) == label_chunks([v / M, q / M], rule, **params)[0]
+        assert table.likeliest((q, M), (v, M)) == label_chunks([v / M, q / M], rule)[0]
 
 
-@pytest.mark.parametrize(("rule", "params"), RULES.items())
-def test_a_label_known_for_certain_is_that_of_every_possible_end(rule, params):
+@pytest.mark.parametrize("rule", RULES)
+def test_a_label_known_for_certain_is_that_of_every_possible_end(rule):
     """Against enumeration: known at confidence 1 iff all ends agree."""
-    table = LabelTable(rule, M, **params)
+    table = LabelTable(rule, M)
     rng = np.random.default_rng(0)
     known = 0
     for _ in range(400):
         n_q, n_v = rng.integers(0, M + 1, 2)
         q, v = int(rng.integers(0, n_q + 1)), int(rng.integers(0, n_v + 1))
         ends = {
-            label_chunks([(v + i) / M, (q + j) / M], rule, **params)[0]
+            label_chunks([(v + i) / M, (q + j) / M], rule)[0]
             for i in range(M - n_v + 1)
             for j in range(M - n_q + 1)
         }
@@ -62,7 +57,7 @@ def test_final_counts_are_those_of_a_beta_and_a_binomial():
 
 def test_confidence_is_the_probability_that_the_label_stays():
     """Of many draws from the prior whose label is known at 90%, at least 90% keep it."""
-    table = LabelTable("rel_effective", M, **RULES["rel_effective"])
+    table = LabelTable(load_rule("rel_effective"), M)
     rng = np.random.default_rng(2)
     kept = []
     for _ in range(3000):

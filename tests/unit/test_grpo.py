@@ -18,6 +18,8 @@ from stepwiser_jax.rl.grpo import (
     truncated_importance_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def slow_advantages(rewards, normalize):
     out = []

@@ -16,6 +16,8 @@ from stepwiser_jax.training.batches import Group, rollout_batch
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
 from tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 @pytest.fixture(scope="module")
 def model():

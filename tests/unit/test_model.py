@@ -23,6 +23,8 @@ from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 FAMILIES = ["llama", "qwen2", "qwen3"]
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.distributed.fingerprints import fingerprint
+from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.records import RolloutGroup, SampledRow, Verdict
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 
@@ -67,6 +67,6 @@ def test_one_bit_of_one_parameter_shows(dtype):
         parameters | {"b": parameters["b"].at[0].set(-0.0)},
         {"a": parameters["b"], "b": parameters["a"]},
     ]
-    found = {fingerprint(parameters), *map(fingerprint, others)}
+    found = {param_hash(parameters), *map(param_hash, others)}
     assert len(found) == 4
-    assert fingerprint(parameters) == fingerprint({k: v + 0 for k, v in parameters.items()})
+    assert param_hash(parameters) == param_hash({k: v + 0 for k, v in parameters.items()})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import AdaptiveRollouts, CheckedAnswers, Label, load_config
+from stepwiser_jax.config import CheckedAnswers, Label, load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.loading import decoding_copy, load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
@@ -27,23 +27,31 @@ from stepwiser_jax.records import (
     Verdict,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
+from stepwiser_jax.rl.examples import label_values
+from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
     check_ids,
     check_lengths,
-    estimate_prefix_values,
     rollouts_by_problem,
     select_trajectories,
 )
-from stepwiser_jax.stages.label import (
-    classifier_examples,
-    drop_undeserved,
-    label_trajectories,
-)
+from stepwiser_jax.stages.label import drop_undeserved, examples
 from stepwiser_jax.stages.rollout import keep_fitting, prompt_ids
 from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
 
 PROMPT = (5, 9, 11)
+PROBLEM = Problem("p", "q ?", "1", "s")
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    eos_ids = ()
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
 
 
 @pytest.fixture
@@ -85,13 +93,16 @@ def test_prefix_and_continuation_are_no_longer_than_a_solution(tiny_model):
     )
     lengths = []
 
-    def is_correct(rows):
-        lengths.extend(len(ids) for _, ids in rows)
-        return [len(ids) % 2 == 0 for _, ids in rows]
+    def is_correct(solutions):
+        assert all(problem is PROBLEM for problem, _ in solutions)
+        lengths.extend(len(text.split()) for _, text in solutions)
+        return [True for _ in solutions]
 
     values = estimate_prefix_values(
         Engine(tiny_model, rows=[8], buckets=[96]),
+        Numbers(),
         [trajectory],
+        {"p": PROBLEM},
         is_correct,
         num_rollouts=4,
         params=SamplingParams(20),
@@ -141,17 +152,18 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
     ]
 
     def label(adaptive):
+        table = LabelTable(load_rule(rule), 12)
         values = estimate_prefix_values(
             Engine(tiny_model, rows=[16], buckets=[96]),
+            Numbers(),
             trajectories,
-            lambda rows: [ids[-1] % 3 > 0 for _, ids in rows],
+            {"p": PROBLEM},
+            lambda solutions: [int(text.split()[-1]) % 3 > 0 for _, text in solutions],
             num_rollouts=12,
             params=SamplingParams(20),
             key=jax.random.key(1),
-            adaptive=adaptive,
+            labels=table if adaptive else None,
         )
-        used = AdaptiveRollouts(rule=rule)
-        table = LabelTable(rule, 12, **used.rule_args)
         labels = [
             table.likeliest(values[j + 1].counts, values[j].counts)
             for start in (0, 5)
@@ -159,8 +171,8 @@ def test_adaptive_rollouts_give_the_labels_of_all(tiny_model, rule):
         ]
         return labels, sum(value.num_rollouts for value in values)
 
-    fixed, all_rollouts = label(None)
-    adaptive, some_rollouts = label(AdaptiveRollouts(rule=rule))
+    fixed, all_rollouts = label(False)
+    adaptive, some_rollouts = label(True)
     assert adaptive == fixed
     assert some_rollouts < all_rollouts == 2 * 5 * 12
 
@@ -195,7 +207,7 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(request):
 def test_rollouts_by_pass_rate(request):
     """GenPRM's K: of all sampled trajectories, whichever of them are annotated."""
     file = request.config.rootpath / "configs" / "smoke_values.yaml"
-    by_rate = "num_rollouts=[[0.1, 128], [0.9, 64], [1, 32]]"
+    by_rate = "rollouts_by_pass_rate=[[0.1, 128], [0.9, 64], [1, 32]]"
     config = load_config("annotate", file, (by_rate,))
     rates = {"a": 0, "b": 9, "c": 10, "d": 89, "e": 90, "f": 100}
     sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 100)]
@@ -206,8 +218,8 @@ def test_rollouts_by_pass_rate(request):
 
 
 def labelled_run(tmp_path, request, chunking, completions):
-    """What `drop_undeserved` and `classifier_examples` make of responses, all of whose chunks have
-    a label: (trajectories, labels that are left, counts, chunks of each example)."""
+    """What `drop_undeserved` and `examples` make of responses, all of whose chunks have a label:
+    (trajectories, labels that are left, counts, chunks of each example)."""
     tokenizer = load_tokenizer_of("arithmetic")
     (tmp_path / "config.yaml").write_text(f"chunking: {chunking}\n")
     patterns = end_patterns(json.loads(chunking) if chunking.startswith("[") else chunking)
@@ -226,10 +238,12 @@ def labelled_run(tmp_path, request, chunking, completions):
     ]
     config = Label(values="", rollouts=str(tmp_path), tokenizer="arithmetic")
     kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
-    examples = classifier_examples(
-        kept, trajectories, {"p": Problem("p", "q ?", "1", "s")}, tokenizer
-    )
-    chunks = {example.solution_id: example.chunks for example in examples}
+    made = list(examples(kept, kept, trajectories, {"p": PROBLEM}, tokenizer))
+    chunks = {solution.solution_id: solution.chunks for solution, _ in made}
+    for solution, judged in made:
+        ids = trajectories[solution.solution_id].completion_ids
+        assert [e.chunk for e in judged] == [solution.chunks[j] for j in solution.labelled]
+        assert tokenizer.decode(ids.tolist()).startswith(judged[-1].history)
     counts = {name: count for name, count in dropped.items() if count}
     return {label.record_id for label in kept}, counts, chunks
 
@@ -288,13 +302,20 @@ def test_problems_to_annotate_are_drawn_by_the_seed_alone(request):
 
 def test_labels_of_trajectories_that_were_sampled_differently(request):
     """Each from its own M: what is 2 of 4 for one is 2 of 64 for another."""
-    config = Label(values="", rollouts="", tokenizer="", rule="relative_progress")
+    rule = load_rule("relative_progress")
     values = [
         PrefixValue(f"t{M}", j, M, right, M, "")
         for M in (4, 64)
         for j, right in enumerate([4, 2 * M // 4, M])
     ]
-    labels, _ = label_trajectories(config, values)
+    labels = [
+        label
+        for M in (4, 64)
+        for label in label_values(
+            [v for v in values if v.max_rollouts == M], LabelTable(rule, M), ""
+        )
+        if label
+    ]
     assert [(label.trajectory_id, label.is_positive) for label in labels] == [
         ("t4", False),
         ("t4", True),
