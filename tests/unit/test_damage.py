@@ -574,7 +574,7 @@ import sys, time
 from stepwiser_jax.config import Label
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.runs.directory import RunDirectory
-config = Label(annotations="a", rollouts="r", tokenizer="t")
+config = Label(values="a", rollouts="r", tokenizer="t")
 run = RunDirectory(sys.argv[1], "label", config, Shard(int(sys.argv[2]), int(sys.argv[3])))
 run.create()
 print("locked", flush=True)
@@ -589,7 +589,7 @@ def test_two_runs_in_one_directory_keep_out_of_each_others_work(tmp_path, monkey
     run = tmp_path / "run"
 
     def directory(index, count):
-        config = Label(annotations="a", rollouts="r", tokenizer="t")
+        config = Label(values="a", rollouts="r", tokenizer="t")
         return RunDirectory(run, "label", config, Shard(index, count))
 
     words = [sys.executable, "-c", WORKER, str(run), "1", "3"]
