@@ -124,7 +124,7 @@ def smollm2(model_dir: str, count: int) -> Work:
         row_ids=[f"trajectory {p}" for p in range(len(prompts))],
     )
     for p, prompt in enumerate(prompts):
-        ids = output.ids(p)
+        ids = output[p].tokens.tolist()
         answer = extract_answer(completion_text(tokenizer, ids)) or "0"
         work.problems[f"{p}"] = Problem(f"{p}", "", answer, "")
         work.trajectories.append(
@@ -167,8 +167,8 @@ def arithmetic(quickstart: Path, count: int) -> Work:
 def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
-    from stepwiser_jax.inference.engine import Completion, Engine
-    from stepwiser_jax.inference.params import SamplingParams
+    from stepwiser_jax.inference.engine import Engine
+    from stepwiser_jax.inference.params import Completion, SamplingParams
     from stepwiser_jax.inference.scheduler import Prefix
     from stepwiser_jax.rl.values import estimate_prefix_values
 
@@ -180,7 +180,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
         ) -> Iterator[list[Completion]]:
             lengths: dict[str, int] = {}
             for completions in super().sample(trunks, params, **settings):
-                lengths |= {done.row_id: len(done.ids) for done in completions}
+                lengths |= {done.row_id: len(done.tokens) for done in completions}
                 yield completions
             self.trunks = [
                 (trunk.num_tokens, [(f.num_tokens, lengths[f.row_id]) for f in trunk.samples])
@@ -230,10 +230,9 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
 
 def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
-    import numpy as np
 
     from stepwiser_jax.inference.params import SamplingParams
-    from stepwiser_jax.inference.reference_sampler import Sampler
+    from stepwiser_jax.inference.reference_sampler import ReferenceSampler
     from stepwiser_jax.rl.values import prefixes_to_sample
 
     compiled, loaded = compilations(), work.load()
@@ -249,7 +248,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     # As many rows as there are, of prefixes too: nothing is computed for padding.
     counts = sorted({len(some) for some in (*batches, *prefixes)})
     buckets = sorted({t.tokens.num_prompt for t in work.trajectories} | set(work.buckets))
-    sampler = Sampler(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
+    sampler = ReferenceSampler(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
 
     def run(_: str) -> dict[str, Any]:
         before, tokens = len(compiled), 0
@@ -259,8 +258,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
                 for p in distinct
             ]
             state = sampler.prefill(prompts, sampler.shapes.max_length)
-            source_B = np.array([distinct.index(prefix) for prefix, _ in batch])
-            state = sampler.fork(state, source_B, np.array([p.num_tokens for p, _ in batch]))
+            state = sampler.branch(state, [distinct.index(prefix) for prefix, _ in batch])
             output, _ = sampler.decode(
                 state,
                 params,
@@ -269,11 +267,11 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
                 limits_B=[p.trajectory.tokens.num_prompt + work.max_new_tokens for p, _ in batch],
             )
             solutions = [
-                (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *ids])
-                for (p, _), ids in zip(batch, map(output.ids, range(len(batch))), strict=True)
+                (p.trajectory, [*p.trajectory.completion_ids[: p.num_completion_tokens], *c.tokens])
+                for (p, _), c in zip(batch, output, strict=True)
             ]
             work.verify(loaded.tokenizer, verifier, solutions)
-            tokens += int(output.length_B.sum())
+            tokens += sum(len(completion.tokens) for completion in output)
         return {"tokens": tokens, "compilations": len(compiled) - before}
 
     return run

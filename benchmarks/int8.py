@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SampleOutput, SamplingParams
+from stepwiser_jax.inference.params import Completion, SamplingParams
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.rl.logprobs import token_logprobs
 
@@ -42,7 +42,7 @@ def main() -> None:
         for weights in ("model", "int8")
     }
 
-    def sample(weights: str) -> tuple[SampleOutput, float]:
+    def sample(weights: str) -> tuple[list[Completion], float]:
         ids = [str(b) for b in range(args.rows)]
         params, key = SamplingParams(args.new_tokens), jax.random.key(0)
         start = time.process_time()
@@ -56,13 +56,15 @@ def main() -> None:
             seconds[weights].append(sample(weights)[1])
     score = jax.jit(token_logprobs)
     for weights, output in outputs.items():
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(engines[weights].model)) / 2**20
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(engines[weights].decoder)) / 2**20
         spent = f"{statistics.median(seconds[weights]):.2f} core s, " if args.repeats else ""
         print(f"{weights}: {size:.0f} MiB, {spent}of {args.rows} x {args.new_tokens} tokens")
-        rows_BT = np.concatenate([np.array(prompts), output.tokens_BC], axis=1)
+        tokens_BC = np.stack([completion.tokens for completion in output])
+        logprobs_BC = np.stack([completion.logprobs for completion in output])
+        rows_BT = np.concatenate([np.array(prompts), tokens_BC], axis=1)
         for dtype, model in models.items():
             teacher_BC = np.asarray(score(model, rows_BT))[:, -args.new_tokens :]
-            gap_BC = teacher_BC - output.logprobs_BC
+            gap_BC = teacher_BC - logprobs_BC
             ratio_B = np.exp(gap_BC.sum(axis=1))
             print(
                 f"  against {dtype}: gap {np.abs(gap_BC).mean():.4f}, largest "

@@ -38,7 +38,7 @@ from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Problem
 from stepwiser_jax.text.prompts import encode_solve_prompt
@@ -91,7 +91,7 @@ def main() -> None:
     row_ids = [f"{p}/{g}" for p in range(len(work.prompts)) for g in range(GROUP)]
     params = SamplingParams(work.max_new_tokens, stop_ids=loaded.tokenizer.eos_ids)
 
-    def timed(sampler_class: type[Sampler]) -> dict[str, Any]:
+    def timed(sampler_class: type[ReferenceSampler] | type[Engine]) -> dict[str, Any]:
         most = work.rows[-1]
         # The static batch reads its prompts as rows of their own, so many and no padding.
         rows = work.rows if sampler_class is Engine else [most // GROUP, most]
@@ -101,9 +101,9 @@ def main() -> None:
                 work.prompts, params, key=jax.random.key(0), row_ids=row_ids, group_size=GROUP
             )
         )
-        return {"seconds": seconds, "tokens": sampler.sampled_tokens}
+        return {"seconds": seconds, "tokens": sampler.usage.sampled_tokens}
 
-    sides = {"static batch": Sampler, "engine": Engine}
+    sides = {"static batch": ReferenceSampler, "engine": Engine}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for sampler_class in sides.values():
         timed(sampler_class)  # compiles

@@ -56,12 +56,13 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
     from stepwiser_jax.inference.engine import Engine
-    from stepwiser_jax.inference.params import SamplingParams, decoding_layout
+    from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+    from stepwiser_jax.model.decoder import Decoder
     from stepwiser_jax.model.hf import load_hf
 
     compiled = compilations()
-    model = decoding_layout(load_hf(model_dir, dtype="bfloat16", compute_dtype="bfloat16"))
+    model = Decoder.from_transformer(load_hf(model_dir, dtype="bfloat16", compute_dtype="bfloat16"))
     runs = 0
 
     def run(name: str) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         engine = Engine(model, rows=[rows], buckets=[256, 640, 1024])
         before = len(compiled)
         parts = engine.sample(trunks, SamplingParams(new), key=jax.random.key(runs))
-        assert sum(len(done.ids) for part in parts for done in part) == num_tokens(name)
+        assert sum(len(done.tokens) for part in parts for done in part) == num_tokens(name)
         return {"compilations": len(compiled) - before}
 
     return run

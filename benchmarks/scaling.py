@@ -34,10 +34,11 @@ from common import compilations, core_seconds, print_header, print_row, write_js
 from flax import nnx
 
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, decoding_layout
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.transformer import Transformer
 
 NEW_TOKENS = 16
@@ -88,10 +89,10 @@ def random_model(vocab_size: int) -> Transformer:
         param_dtype=jnp.dtype("bfloat16"),
         compute_dtype=jnp.dtype("bfloat16"),
     )
-    return decoding_layout(model)
+    return Decoder.from_transformer(model)
 
 
-def engine_side(model: Transformer, point: Point) -> Callable[[], Any]:
+def engine_side(model: Decoder, point: Point) -> Callable[[], Any]:
     ids = token_ids(point)
     rows = len(point.cuts) * point.rollouts
     engine = Engine(model, rows=[rows], buckets=[max(point.cuts), max(point.cuts) + NEW_TOKENS])
@@ -108,25 +109,27 @@ def engine_side(model: Transformer, point: Point) -> Callable[[], Any]:
             key=jax.random.key(0),
             samples_per_prefix=rows,
         )
-        assert sum(len(done.ids) for part in parts for done in part) == rows * NEW_TOKENS
+        assert sum(len(done.tokens) for part in parts for done in part) == rows * NEW_TOKENS
 
     return run
 
 
-def sampler_side(model: Transformer, point: Point) -> Callable[[], Any]:
+def sampler_side(model: Decoder, point: Point) -> Callable[[], Any]:
     """All prefixes are read in one call, padded to the longest, and copied to their rows."""
     ids = token_ids(point)
     rows, longest = len(point.cuts) * point.rollouts, max(point.cuts)
-    sampler = Sampler(model, rows=[len(point.cuts), rows], buckets=[longest, longest + NEW_TOKENS])
-    source_B = np.repeat(np.arange(len(point.cuts)), point.rollouts)
+    sampler = ReferenceSampler(
+        model, rows=[len(point.cuts), rows], buckets=[longest, longest + NEW_TOKENS]
+    )
+    source_B = np.repeat(np.arange(len(point.cuts)), point.rollouts).tolist()
     row_ids = [f"{b}" for b in range(rows)]
 
     def run() -> None:
         state = sampler.prefill([ids[:cut] for cut in point.cuts], longest + NEW_TOKENS)
-        state = sampler.fork(state, source_B, np.array(point.cuts)[source_B])
+        state = sampler.branch(state, source_B)
         params = SamplingParams(NEW_TOKENS)
         output, _ = sampler.decode(state, params, key=jax.random.key(0), row_ids=row_ids)
-        assert output.length_B.sum() == rows * NEW_TOKENS
+        assert sum(len(done.tokens) for done in output) == rows * NEW_TOKENS
 
     return run
 

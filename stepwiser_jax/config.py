@@ -37,12 +37,11 @@ from pydantic import (
     model_validator,
 )
 
-from stepwiser_jax import plugins
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.rl.labels import LABEL_RULES
+from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -619,7 +618,7 @@ class LabelRule(Config):
 
     @model_validator(mode="after")
     def _rule_is_there(self) -> LabelRule:
-        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
+        load_rule(self.rule, self.rule_args)
         return self
 
 
@@ -824,6 +823,8 @@ class Grpo(Config):
     """The importance ratio is clipped at 1 plus this (DAPO's clip-higher)."""
     kl_coef: float = Field(0.0, ge=0)
     """The weight of the KL divergence from the model that training began with."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """How the losses of tokens are averaged: over all tokens, or over the means of sequences."""
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
     """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
     than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""
@@ -845,9 +846,13 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     """Judgments of each chunk."""
     updates_per_iteration: int = Field(1, ge=1)
     """Optimizer updates of an iteration, each on its part of the chunks."""
-    format_penalty: float = Field(0.0, ge=0)
-    """For a judge that is to write its verdict and nothing else: any other judgment earns the
-    negative of this. 0 for none; 1 in the paper's ablation of reasoning (A.1)."""
+    reward: str = "verdict"
+    """What a judgment earns: a name of `rl.rewards`, or `module:function` of your own. `verdict` is
+    1 if the verdict is the label, else 0."""
+    reward_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward. `verdict` takes `format_penalty`, for a judge that is to
+    write its verdict and nothing else: any other judgment earns the negative of it, 1 in the
+    paper's ablation of reasoning (A.1)."""
     row_lengths: Sizes
     """Lengths of packed rows, in tokens. The smallest that holds the longest group is used; a group
     is its prompt once, then its completions."""
@@ -855,6 +860,11 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     """How all devices are laid out for sampling; null lays them out as `mesh`."""
     grpo: Grpo = Field(default_factory=lambda: Grpo.model_validate({}))
     """The loss."""
+
+    @property
+    def wants_bare_verdict(self) -> bool:
+        """Whether a judgment earns less if it is more than its verdict."""
+        return self.reward == "verdict" and bool(self.reward_args.get("format_penalty"))
 
     @property
     def sampling_axes(self) -> dict[str, int] | None:
@@ -912,10 +922,10 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
             self.prompts_per_iteration // self.updates_per_iteration,
             "prompts_per_iteration / updates_per_iteration",
         )
-        if self.format_penalty and self.prompt_style == "instruct":
+        if self.wants_bare_verdict and self.prompt_style == "instruct":
             raise ValueError(
                 "format_penalty punishes the analysis that prompt_style 'instruct' asks for: set "
-                "prompt_style to 'verdict', or format_penalty to 0"
+                "prompt_style to 'verdict', or leave format_penalty out of reward_args"
             )
         return self
 
@@ -1144,6 +1154,7 @@ RENAMED_SETTINGS = {
     "server": "teacher, with kind: server",
     "splitter": "teacher, with kind: rule",
     "max_refills": "max_resamples",
+    "format_penalty": "reward_args.format_penalty",
     "rollouts_by_pass_rate": "num_rollouts",
     "answer_timeout_seconds": "always 5 seconds",
     "param_dtype": "dtype",

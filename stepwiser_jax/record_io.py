@@ -426,7 +426,7 @@ def _is_manifest(fields: Any) -> bool:
         promises = _promises(fields)
     except (TypeError, KeyError, AttributeError):
         return False
-    are_texts = all(isinstance(text, str) for promise in promises for text in promise)
+    are_texts = all(isinstance(text, str) for promise in promises for text in promise)  # pyright: ignore[reportUnnecessaryIsInstance]
     return are_texts and isinstance(fields["stage"], str) and seal_fits(fields)
 
 

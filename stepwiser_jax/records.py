@@ -313,40 +313,6 @@ class ClassifierExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutGroup:
-    """One prompt with its group of judgments and what they earned: kept while no checkpoint holds
-    what was learned from it (`rl.rollout_cache`)."""
-
-    group_id: str
-    prompt_ids: tuple[int, ...]
-    completions_G: tuple[tuple[int, ...], ...]
-    logprobs_G: tuple[tuple[float, ...], ...]
-    verdicts_G: tuple[Verdict, ...]
-    rewards_G: tuple[float, ...]
-
-    @property
-    def record_id(self) -> str:
-        return self.group_id
-
-    @property
-    def teaches(self) -> bool:
-        return len(set(self.rewards_G)) > 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledRow:
-    """One finished row of a draw that was stopped before its other rows had ended."""
-
-    row_id: str
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-    @property
-    def record_id(self) -> str:
-        return self.row_id
-
-
-@dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk, or ThinkPRM's judge about a whole solution. `p_positive`
     is 1 for a written Positive and 0 for anything else, unless the judge gives a probability, as a
@@ -537,8 +503,6 @@ Record = (
     | ChunkLabel
     | JudgeExample
     | ClassifierExample
-    | RolloutGroup
-    | SampledRow
     | Judgment
     | LabelledSolution
     | ProcessBenchItem

@@ -34,11 +34,10 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            if config.option.markexpr == "slow" and file.endswith(
-                ("test_hosts.py", "test_kill.py")
-            ):
-                return "processes"
-            return "runs" if file.startswith("tests/e2e/") else file
+            if not file.startswith("tests/e2e/"):
+                return file
+            starts_processes = file.endswith(("test_hosts.py", "test_kill.py"))
+            return "processes" if starts_processes and config.option.markexpr == "slow" else "runs"
 
     return ByFile(config, log)
 
@@ -53,11 +52,10 @@ def pytest_addoption(parser):
     parser.addoption("--problems", help="a file of real problems, for the same test")
 
 
-@pytest.fixture(autouse=True)
-def _strict_dtypes(request):
-    """No silent promotion where the arithmetic is ours (optax itself fails under it)."""
-    ours = request.node.path.stem in ("test_grpo", "test_logprobs", "test_model")
-    with jax.numpy_dtype_promotion("strict" if ours else "standard"):
+@pytest.fixture
+def strict_dtypes():
+    """Forbids silent promotion: for tests of our own arithmetic (optax fails under it)."""
+    with jax.numpy_dtype_promotion("strict"):
         yield
 
 

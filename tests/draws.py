@@ -1,8 +1,8 @@
-"""Whether rows were drawn as they should: the check of every test that samples the same rows twice.
+"""Checks that rows were sampled as they should be, for all tests that sample the same rows twice.
 
-Noise is a row's own, so two samplings of it can part only by rounding: where the uniform of a draw
-lies within rounding of a boundary of the cumulative distribution. That is checked, and not how many
-rows part: one row that something else has changed is a failure.
+Noise depends on a row's id, so two samplings of a row can part only by rounding: if the uniform of
+a token lies within rounding of a boundary of the cumulative distribution. This is what is checked
+here, and not how many rows part: one row that something else has changed is a failure.
 """
 
 import zlib
@@ -17,47 +17,51 @@ ROUNDING = 1e-4
 """Of probabilities, logits and log-probs of tiny models in float32."""
 
 
-def assert_drawn(model, prompts_B, row_ids, params, key, output):
-    """Every token of `output` is the one that its row's noise picks from what `model`, which reads
-    the whole row at once, says of it; its log-prob is the model's, and the row ends where it
-    should (stop strings aside)."""
-    length_B = output.length_B
+def assert_drawn(model, prompts_B, row_ids, params, key, completions):
+    """Asserts that every token is the one that its row's noise picks from what `model`, which reads
+    the whole row at once, says of it; that its log-prob is the model's; and that the row ends where
+    it should (stop strings aside)."""
+    assert [completion.row_id for completion in completions] == list(row_ids)
+    length_B = np.array([len(completion.tokens) for completion in completions])
     start_B = np.array([len(prompt) for prompt in prompts_B])
     tokens_BT = np.zeros((len(row_ids), np.max(start_B + length_B)), np.int32)
     for b, prompt in enumerate(prompts_B):
-        ids = [*prompt, *output.ids(b)]
+        ids = [*prompt, *completions[b].tokens]
         tokens_BT[b, : len(ids)] = ids
     logits_BTV = np.asarray(jax.jit(type(model).__call__)(model, tokens_BT))
-    # From here on a row n for each token sampled.
-    b_N, t_N = np.nonzero(np.arange(output.tokens_BC.shape[1])[None] < length_B[:, None])
-    place_N, token_N = start_B[b_N] + t_N, output.tokens_BC[b_N, t_N]
+    # From here on there is a row n for each sampled token.
+    b_N = np.repeat(np.arange(len(row_ids)), length_B)
+    t_N = np.concatenate([np.arange(length) for length in length_B])
+    token_N = np.concatenate([completion.tokens for completion in completions])
+    position_N = start_B[b_N] + t_N
     off_N, logprob_N = distance(
-        logits_BTV[b_N, place_N - 1], token_N, params, uniforms(key, row_ids, b_N, place_N)
+        logits_BTV[b_N, position_N - 1], token_N, params, uniforms(key, row_ids, b_N, position_N)
     )
     worst = np.argmax(off_N)
-    row, place = row_ids[b_N[worst]], t_N[worst]
-    assert off_N[worst] < ROUNDING, f"{row}: token {place} is another by {off_N[worst]:.2g}"
-    np.testing.assert_allclose(output.logprobs_BC[b_N, t_N], logprob_N, atol=ROUNDING)
-    assert_ended(params, output)
+    row, t = row_ids[b_N[worst]], t_N[worst]
+    assert off_N[worst] < ROUNDING, f"{row}: token {t} is another by {off_N[worst]:.2g}"
+    found_N = np.concatenate([completion.logprobs for completion in completions])
+    np.testing.assert_allclose(found_N, logprob_N, atol=ROUNDING)
+    assert_ended(params, completions)
 
 
-def uniforms(key, row_ids, b_N, place_N):
-    """The noise of each draw, by the definition."""
+def uniforms(key, row_ids, b_N, position_N):
+    """Returns the noise of each token, by its definition."""
     hash_B = np.array([zlib.crc32(row_id.encode()) for row_id in row_ids], np.uint32)
 
-    def of_draw(row_hash, place):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row_hash), place))
+    def of_token(row_hash, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row_hash), position))
 
-    return np.asarray(jax.jit(jax.vmap(of_draw))(hash_B[b_N], place_N), np.float64)
+    return np.asarray(jax.jit(jax.vmap(of_token))(hash_B[b_N], position_N), np.float64)
 
 
 def distance(logits_NV, token_N, params, uniform_N):
-    """(How far the uniform is from the token's part of the cumulative distribution, 0 inside of it;
-    the token's log-prob). Greedy: how far its logit is from the largest."""
+    """Returns how far the uniform is from the token's part of the cumulative distribution (0 inside
+    of it), and the token's log-prob. If greedy: how far its logit is from the largest."""
     n_N = np.arange(len(token_N))
     if params.temperature == 0:
-        behind_N = np.max(logits_NV, axis=-1) - logits_NV[n_N, token_N]
-        return behind_N, np.zeros(len(token_N))
+        gap_N = np.max(logits_NV, axis=-1) - logits_NV[n_N, token_N]
+        return gap_N, np.zeros(len(token_N))
     top_p = params.top_p if params.top_p < 1 else None
     scaled_NV = np.asarray(truncate(logits_NV / params.temperature, params.top_k, top_p))
     probs_NV = np.exp(scaled_NV.astype(np.float64))
@@ -68,13 +72,26 @@ def distance(logits_NV, token_N, params, uniform_N):
         return np.maximum(off_N, 0), np.log(prob_N)
 
 
-def assert_ended(params, output):
-    """Each row at its first stop id, or at the limit."""
+def assert_ended(params, completions):
+    """Asserts that each row ends at its first stop id, or at the limit."""
     if params.stop_strings:
         return
-    for b, length in enumerate(output.length_B):
-        stops = [token in params.stop_ids for token in output.ids(b)]
-        assert not any(stops[:-1]), f"row {b} goes on after a stop id"
+    for completion in completions:
+        stops = [token in params.stop_ids for token in completion.tokens]
+        assert not any(stops[:-1]), f"{completion.row_id} goes on after a stop id"
         reason = StopReason.STOP_ID if stops[-1] else StopReason.LENGTH
-        assert output.stop_reason_B[b] == reason
-        assert stops[-1] or length == params.max_new_tokens, f"row {b} ends without a reason"
+        assert completion.stop_reason is reason
+        assert stops[-1] or len(stops) == params.max_new_tokens, f"{completion.row_id} ends early"
+
+
+def tokens_of(completions):
+    """Returns what the rows sampled, as lists."""
+    return [completion.tokens.tolist() for completion in completions]
+
+
+def arrays_of(completions):
+    """Returns tokens and log-probs (B, C) of completions of equal length."""
+    return tuple(
+        np.stack([getattr(completion, name) for completion in completions])
+        for name in ("tokens", "logprobs")
+    )

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of a training run -> a Hugging Face directory, adapters merged."""
+"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from stepwiser_jax.training.loop import check_base
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> None:
-    """Write the model of `<run_dir>` (its newest checkpoint) or `<run_dir>/checkpoints/N`.
+    """Writes the model of a checkpoint to the directory `output`.
 
-    Raises UserError where there is no checkpoint, `output` exists, or the base of the run's
-    adapters (`model.path`) is another by now.
+    Args:
+        checkpoint: `<run_dir>` (then its newest checkpoint) or `<run_dir>/checkpoints/N`.
+        output: a new directory.
+
+    Raises:
+        UserError: if there is no checkpoint, if `output` exists, or if `model.path` now holds
+            another model than the one that the run's adapters were trained on.
     """
     names_step = checkpoint.parent.name == "checkpoints"
     run_dir = checkpoint.parent.parent if names_step else checkpoint

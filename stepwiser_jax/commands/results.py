@@ -1,5 +1,7 @@
-"""What a stage prints at its end, on stdout: the numbers that matter, in percent where they are
-shares, and what a judge said. All of them are in summary.json, as fractions."""
+"""Prints the numbers that matter at the end of a stage, and what a judge said, on stdout.
+
+summary.json holds all numbers; shares are percent here and fractions there.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ import typer
 import yaml
 
 NOT_PRINTED = ("compiled", "warm_up", "judgments")
-"""What is compiled is of interest to nobody who waits for the result."""
+"""Parts of the summary that are not printed, or not as YAML."""
 
 
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
-    """Prints the scores of ProcessBench a line each, what else there is as YAML, and judgments."""
+    """Prints a line for each score of ProcessBench, the rest as YAML, and some judgments."""
     voters = {name: part for name, part in summary.items() if _has_scores(part)}
     if "subsets" in summary and _has_scores(summary):  # of a classifier
         voters = {"F1": summary}
@@ -53,6 +55,6 @@ def score_lines(name: str, scores: dict[str, Any]) -> Iterator[str]:
 
 
 def judgment_text(judgment: dict[str, str]) -> str:
-    """Returns a judgment (`evaluation.judgments.describe_judgment`), a part a line."""
+    """Returns a judgment (`evaluation.judgments.describe_judgment`), one line for each part."""
     parts = {name: " ".join(text.split()) for name, text in judgment.items() if text}
     return "\n" + "\n".join(f"  {name:<9} {text}" for name, text in parts.items())

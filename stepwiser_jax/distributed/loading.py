@@ -30,7 +30,7 @@ from stepwiser_jax.model.block import ClassifierHead, replace
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
-from stepwiser_jax.model.lora import Adapter, base_of, make_adapters, merge_block, with_adapters
+from stepwiser_jax.model.lora import Adapter, make_adapters, merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.checkpoint_paths import (
     check_small_files,
@@ -215,27 +215,12 @@ def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
 
 
 def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
-    """The parameters of a model in training, adapters merged, in its compute type, on a mesh of the
-    same devices: gathered over data and fsdp, split over tensor."""
-    model = cast_model(model, model.compute_dtype)
+    """Returns a model in training in its compute type, adapters merged, on a mesh of the same
+    devices: gathered over data and fsdp, split over tensor."""
     attention = attention_of(model.config, mesh, model.compute_dtype)
-    model = replace(model, attention=attention)
+    model = replace(merge(model, model.compute_dtype), attention=attention)
     sharding_for = sharding_of(model.config, mesh, decoding=True)
     return jax.device_put(model, shardings_of(model, sharding_for))
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def cast_model(model: Transformer, dtype: jnp.dtype) -> Transformer:
-    """Every parameter in `dtype`, where it is, with the adapters in it."""
-
-    def cast(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-    if not model.adapters:
-        return cast(model)
-    # Layer by layer: one of them is in float32 at a time.
-    blocks = jax.lax.map(lambda block: cast(merge_block(block)), model.blocks)
-    return replace(cast(base_of(model)), blocks=blocks)
 
 
 def _fingerprint(directory: str) -> str:

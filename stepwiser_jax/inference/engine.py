@@ -5,13 +5,9 @@
     decode_burst starts new rows, and decodes all rows until some have ended
     shrink_grid  moves the last rows to a smaller grid
 
-A slot's rows share the keys and values of its prefix; a row stores only those of the tokens that it
-sampled, in the suffix cache. While the device decodes a burst, the caller has the completions of
-the burst before.
-
-A row's state is its tokens, and a cache of all of them but the last: a decode step feeds the last
-token and samples the next, so a prefill computes no logits. `reference_sampler` samples the same
-without shared prefixes and without refilling. Its noise is equal, all else is equal to rounding.
+While the device decodes a burst, the caller has the completions of the burst before.
+`reference_sampler` samples the same without shared prefixes and without refilling. Its noise is
+equal, all else is equal to rounding.
 
 On a mesh of several processes each process makes the same calls and has all completions, so all
 take the same decisions.
@@ -19,100 +15,120 @@ take the same decisions.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stepwiser_jax.distributed.mesh import batch_sharding, cache_sharding, fetch, replicated
-from stepwiser_jax.inference.params import (
-    SampleOutput,
-    SamplingParams,
-    StopReason,
-    find_stops,
-    shortest_decimals,
+from stepwiser_jax.distributed.mesh import batch_shards, fetch, shard_batch
+from stepwiser_jax.inference.engine_state import (
+    EngineState,
+    StartingRows,
+    decode_burst,
+    empty_state,
+    log_odds_at,
+    prefill,
+    shrink_grid,
 )
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.params import (
+    Completion,
+    SamplingParams,
+    Shapes,
+    StopReason,
+    StopTables,
+    Usage,
+    check_row_ids,
+    check_vocabulary,
+    decoding_layout,
+)
 from stepwiser_jax.inference.scheduler import (
     SAMPLES_PER_PREFIX,
-    Grid,
     Prefix,
     SampleRequest,
     Scheduler,
 )
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
-from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.decoder import Decoder
-from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
+from stepwiser_jax.model.decoder import Decoder, Weights
+from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
+from stepwiser_jax.text.tokenizer import Tokenizer
 
-BURST_STEPS = 512
-"""The most decode steps of a burst. It takes seconds, and a run can be stopped between bursts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a row sampled, end token included; `logprobs` are shortest decimals of float32."""
-
-    row_id: str
-    ids: list[int]
-    logprobs: list[float]
-    stop_reason: StopReason
+PREFILL_TOKENS = 4096
+"""How many tokens go through the network at once in a prefill, on each device that rows are split
+over. With more, a prefill needs more memory; with fewer, the weights are read more often."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StartingRows:
-    """The rows that start with a burst: `starts_B` says which, the rest is about these rows. A row
-    sees `prefix_length_B` tokens of its slot's prefix, and then feeds `last_token_B`. It ends after
-    `limit_B` tokens; `hash_B` seeds its noise."""
+class Engine:
+    """Samples with shared prefixes and continuous batching.
 
-    starts_B: Any
-    prefix_length_B: Any
-    last_token_B: Any
-    limit_B: Any
-    hash_B: Any
+    Args:
+        model: A model, or a decoder with the same `weights`.
+        tokenizer: Needed for stop strings.
+        rows: The numbers of rows that the grid may have, ascending.
+        buckets: The lengths that a stored prefix may have, ascending. The last is the context of
+            prefix and completion together.
+        weights: See `Decoder`.
+        mesh: The devices that rows are split over; by default the first device.
 
+    Raises:
+        UserError: The largest bucket exceeds the model's context.
+        ValueError: The model would sample ids that the tokenizer does not know.
+    """
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EngineState:
-    """The decoding grid on the device: Q slots of R rows, B = Q * R, row b in slot b // R.
+    def __init__(
+        self,
+        model: Transformer | Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        rows: Sequence[int],
+        buckets: Sequence[int],
+        weights: Weights = "model",
+        mesh: Mesh | None = None,
+    ):
+        check_vocabulary(model.config, tokenizer)
+        self.shapes = Shapes(rows, buckets, model.config.max_length)
+        self.decoder, self.mesh = decoding_layout(model, weights), mesh
+        self.stop_tables = StopTables(tokenizer)
+        self.usage = Usage()
 
-    `prefix` holds a sequence for each slot, and how many of its tokens each row sees. `suffix`
-    caches the tokens that each row has fed since, as many as the row has sampled. `match_B` are
-    the states of the stop strings' automaton."""
-
-    prefix: SharedPrefix
-    suffix: SuffixCache
-    last_token_B: jax.Array
-    limit_B: jax.Array
-    hash_B: jax.Array
-    running_B: jax.Array
-    match_B: jax.Array
-    reason_B: jax.Array
-    tokens_BC: jax.Array
-    logprobs_BC: jax.Array
+    def with_model(self, model: Transformer | Decoder) -> Engine:
+        """Returns an engine with other weights of the same architecture. Both engines share what
+        else there is, and count their usage together."""
+        engine = Engine(
+            model,
+            rows=self.shapes.rows,
+            buckets=self.shapes.buckets,
+            weights=self.decoder.weights,
+            mesh=self.mesh,
+        )
+        engine.stop_tables, engine.usage = self.stop_tables, self.usage
+        return engine
 
     @property
-    def num_slots(self) -> int:
-        return self.prefix.cache.length_B.shape[0]
+    def compiled_shapes(self) -> Counter[str]:
+        return self.usage.compiled_shapes
 
     @property
-    def rows_per_slot(self) -> int:
-        return self.running_B.shape[0] // self.num_slots
+    def sampled_tokens(self) -> int:
+        return self.usage.sampled_tokens
 
+    @property
+    def shards(self) -> int:
+        """The number of devices that rows are split over."""
+        return 1 if self.mesh is None else batch_shards(self.mesh)
 
-class Engine(Sampler):
-    """Samples with shared prefixes and continuous batching. `rows` are the allowed numbers of rows
-    of the grid; `buckets` the allowed lengths of a stored prefix, the last is the context of prefix
-    and completion together."""
+    def prefill_rows(self, num_tokens: int) -> int:
+        """Returns how many rows of `num_tokens` tokens go through a prefill at once."""
+        return self.shards * max(1, PREFILL_TOKENS // num_tokens)
+
+    def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:
+        """See `Shapes.check_length`."""
+        self.shapes.check_length(num_tokens, max_new_tokens, name)
+
+    # --- completions ----------------------------------------------------------------------------
 
     def generate(
         self,
@@ -122,27 +138,22 @@ class Engine(Sampler):
         key: jax.Array,
         row_ids: Sequence[str],
         group_size: int = 1,
-    ) -> SampleOutput:
-        """As `Sampler.generate`; each prompt is a prefix."""
-        output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
-        prefixes = [
-            Prefix(
-                prompt,
-                [
-                    SampleRequest(row_id, len(prompt), params.max_new_tokens)
-                    for row_id in row_ids[p * group_size : (p + 1) * group_size]
-                ],
-            )
-            for p, prompt in enumerate(prompts_P)
-        ]
-        index = {row_id: b for b, row_id in enumerate(row_ids)}
-        for done in chain.from_iterable(self.sample(prefixes, params, key=key)):
-            b, length = index[done.row_id], len(done.ids)
-            output.tokens_BC[b, :length] = done.ids
-            output.logprobs_BC[b, :length] = done.logprobs
-            output.length_B[b] = length
-            output.stop_reason_B[b] = done.stop_reason
-        return output
+    ) -> list[Completion]:
+        """Samples `group_size` completions of each prompt; row b = p * group_size + g.
+
+        Raises:
+            UserError: A prompt is empty, or does not fit the context with its completion.
+            ValueError: The row ids, which seed the noise, are not as many or not all different.
+        """
+        check_row_ids(row_ids, len(prompts_P) * group_size)
+        prefixes = []
+        for p, prompt in enumerate(prompts_P):
+            ids = row_ids[p * group_size : (p + 1) * group_size]
+            samples = [SampleRequest(id, len(prompt), params.max_new_tokens) for id in ids]
+            prefixes.append(Prefix(prompt, samples))
+        parts = self.sample(prefixes, params, key=key)
+        completions = {completion.row_id: completion for part in parts for completion in part}
+        return [completions[row_id] for row_id in row_ids]
 
     def sample(
         self,
@@ -172,7 +183,7 @@ class Engine(Sampler):
         """
         by_bucket: dict[int, list[Prefix]] = {}
         for prefix in prefixes:
-            self._check_prefix(prefix, params.max_new_tokens)
+            check_prefix(prefix, params.max_new_tokens, self.shapes)
             by_bucket.setdefault(self.shapes.bucket(prefix.num_tokens), []).append(prefix)
         done, total = 0, sum(len(prefix.samples) for prefix in prefixes)
         for prefix_tokens, group in sorted(by_bucket.items()):
@@ -186,24 +197,8 @@ class Engine(Sampler):
             overlap = is_needed is None
             for part in self._sample_bucket(scheduler, prefix_tokens, params, key, overlap):
                 done += len(part)
-                rows_done(done, total, sum(len(completion.ids) for completion in part))
+                rows_done(done, total, sum(len(completion.tokens) for completion in part))
                 yield part
-
-    def _check_prefix(self, prefix: Prefix, max_new_tokens: int) -> None:
-        if not prefix.samples:
-            raise ValueError(f"a prefix of {len(prefix.ids)} tokens has no samples")
-        for sample in prefix.samples:
-            self.check_length(sample.num_tokens, sample.max_new_tokens, sample.row_id)
-            if sample.num_tokens > len(prefix.ids):
-                raise ValueError(
-                    f"{sample.row_id} continues {sample.num_tokens} tokens of a prefix of "
-                    f"{len(prefix.ids)}"
-                )
-            if not 1 <= sample.max_new_tokens <= max_new_tokens:
-                raise ValueError(
-                    f"{sample.row_id} has max_new_tokens {sample.max_new_tokens}, expected 1 to "
-                    f"{max_new_tokens}, that of params"
-                )
 
     def _sample_bucket(
         self,
@@ -217,21 +212,19 @@ class Engine(Sampler):
         device decodes the next one, and not before."""
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
         new = params.max_new_tokens
-        state = empty_state(
-            self.model, self.mesh, scheduler.grid, prefix_tokens, new, self.model.suffix_dtype
-        )
+        state = empty_state(self.decoder, self.mesh, scheduler.grid, prefix_tokens, new)
         finished: list[Completion] = []
         while scheduler.has_work:
             state = self._prefill(state, scheduler.admit_prefixes())
             starts = self._starting_rows(scheduler)
             if not scheduler.running:
                 continue  # no sample of the admitted prefixes is needed
-            grid = f"{scheduler.grid.slots}x{scheduler.grid.rows_per_slot}"
-            with self.running(f"decode {grid} prefix={prefix_tokens} new={new} {token_sampler}"):
+            shape = f"{scheduler.grid} prefix={prefix_tokens} new={new} {token_sampler}"
+            with self.usage.calling(f"decode {shape}"):
                 state = decode_burst(
-                    self.model,
+                    self.decoder,
                     state,
-                    self.place_rows(starts),
+                    self._place_rows(starts),
                     token_sampler,
                     np.int32(scheduler.exit_at()),
                     np.array(params.stop_ids, np.int32),
@@ -249,8 +242,8 @@ class Engine(Sampler):
 
     def _prefill(self, state: EngineState, admitted: list[tuple[int, Prefix]]) -> EngineState:
         """Computes the keys and values of the admitted prefixes, in their slots."""
-        slots, length = state.num_slots, state.prefix.cache.slots
-        at_once = min(slots, self.read_at_once(length))
+        slots, length = state.grid.slots, state.prefix.cache.slots
+        at_once = min(slots, self.prefill_rows(length))
         while admitted:
             count = at_once if 2 * len(admitted) > at_once else self.shards
             batch, admitted = admitted[:count], admitted[count:]
@@ -259,8 +252,8 @@ class Engine(Sampler):
             for p, (slot, prefix) in enumerate(batch):
                 tokens_PT[p, : prefix.num_tokens] = prefix.ids[: prefix.num_tokens]
                 slot_P[p] = slot
-            with self.running(f"prefill {count}x{length} into {slots}"):
-                state = prefill(self.model, state, *self.place_rows((tokens_PT, slot_P)))
+            with self.usage.calling(f"prefill {count}x{length} into {slots}"):
+                state = prefill(self.decoder, state, *self._place_rows((tokens_PT, slot_P)))
         return state
 
     def _starting_rows(self, scheduler: Scheduler) -> StartingRows:
@@ -291,16 +284,11 @@ class Engine(Sampler):
         tokens_BC, logprobs_BC = fetch((state.tokens_BC, state.logprobs_BC))
         completions = []
         for b, sample in zip(ended, scheduler.finish(ended), strict=True):
-            length = int(length_B[b])
-            self.sampled_tokens += length
-            completions.append(
-                Completion(
-                    row_id=sample.row_id,
-                    ids=tokens_BC[b, :length].tolist(),
-                    logprobs=shortest_decimals(logprobs_BC[b, :length]),
-                    stop_reason=StopReason(reason_B[b]),
-                )
-            )
+            # Copies: a view would keep the arrays of all rows in memory.
+            tokens, logprobs = (x[b, : length_B[b]].copy() for x in (tokens_BC, logprobs_BC))
+            reason = StopReason(reason_B[b])
+            completions.append(Completion(sample.row_id, tokens, logprobs, reason))
+            self.usage.sampled_tokens += len(tokens)
         return completions
 
     def _shrink(self, state: EngineState, rows: Sequence[int], slots: int) -> EngineState:
@@ -308,150 +296,58 @@ class Engine(Sampler):
         source_B = np.zeros((slots,), np.int32)
         source_B[: len(rows)] = rows
         is_used_B = np.arange(slots) < len(rows)
-        grid = f"{state.num_slots}x{state.rows_per_slot}"
-        with self.running(f"shrink {grid} -> {slots}x1"):
-            return shrink_grid(state, *self.place_rows((source_B, is_used_B)))
+        with self.usage.calling(f"shrink {state.grid} -> {slots}x1"):
+            return shrink_grid(state, *self._place_rows((source_B, is_used_B)))
+
+    def _place_rows(self, arrays: Any) -> Any:
+        """Puts arrays with a leading axis of rows onto the mesh."""
+        return arrays if self.mesh is None else shard_batch(arrays, self.mesh)
+
+    # --- one token ------------------------------------------------------------------------------
+
+    def log_odds(self, prompts_P: Sequence[Sequence[int]], pair: tuple[int, int]) -> np.ndarray:
+        """Compares two tokens that may follow each prompt.
+
+        Returns:
+            log P(pair[0]) - log P(pair[1]), float32 (P,).
+
+        Raises:
+            UserError: A prompt is empty or exceeds the context.
+        """
+        log_odds_P = np.zeros((len(prompts_P),), np.float32)
+        by_bucket: dict[int, list[int]] = {}
+        for p, prompt in enumerate(prompts_P):
+            self.check_length(len(prompt), 0, f"prompt {p}")
+            by_bucket.setdefault(self.shapes.bucket(len(prompt)), []).append(p)
+        for length, group in sorted(by_bucket.items()):
+            rows = self.prefill_rows(length)
+            for start in range(0, len(group), rows):
+                batch = group[start : start + rows]
+                tokens_BT = np.zeros((rows, length), np.int32)
+                last_B = np.zeros((rows,), np.int32)
+                for row, p in enumerate(batch):
+                    tokens_BT[row, : len(prompts_P[p])] = prompts_P[p]
+                    last_B[row] = len(prompts_P[p]) - 1
+                with self.usage.calling(f"log-odds {rows}x{length}"):
+                    placed = self._place_rows((tokens_BT, last_B))
+                    found_B = fetch(log_odds_at(self.decoder, *placed, pair=pair))
+                log_odds_P[batch] = found_B[: len(batch)]
+        return log_odds_P
 
 
-# --- device programs ----------------------------------------------------------------------------
-
-
-def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> EngineState:
-    """Rows over the mesh's rows, key/value heads over its heads."""
-    heads = cache_sharding(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-    of_dimensions = {0: replicated(mesh), 4: heads}
-    return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def empty_state(
-    decoder: Decoder,
-    mesh: Mesh | None,
-    grid: Grid,
-    prefix_tokens: int,
-    max_new_tokens: int,
-    suffix_dtype: Any,
-) -> EngineState:
-    """Creates the state on the devices where it belongs: no device ever holds all of it."""
-    B = grid.rows
-    config, dtype = decoder.config, decoder.compute_dtype
-    state = EngineState(
-        prefix=SharedPrefix(
-            KVCache.create(config, grid.slots, prefix_tokens, dtype), jnp.zeros((B,), jnp.int32)
-        ),
-        suffix=SuffixCache.create(config, B, max_new_tokens, suffix_dtype),
-        last_token_B=jnp.zeros((B,), jnp.int32),
-        limit_B=jnp.zeros((B,), jnp.int32),
-        hash_B=jnp.zeros((B,), jnp.uint32),
-        running_B=jnp.zeros((B,), bool),
-        match_B=jnp.zeros((B,), jnp.int32),
-        reason_B=jnp.zeros((B,), jnp.int32),
-        tokens_BC=jnp.zeros((B, max_new_tokens), jnp.int32),
-        logprobs_BC=jnp.zeros((B, max_new_tokens), jnp.float32),
-    )
-    if mesh is None:
-        return state
-    return jax.lax.with_sharding_constraint(state, state_sharding(state, config, mesh))
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def prefill(
-    decoder: Decoder, state: EngineState, tokens_PT: jax.Array, slot_P: jax.Array
-) -> EngineState:
-    """Stores the keys and values of P right-padded prefixes in these slots."""
-    _, cache = decoder.prefill(tokens_PT)
-    stored = jax.tree.map(
-        lambda old, new: old.at[slot_P].set(new, mode="drop"), state.prefix.cache, cache
-    )
-    return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
-
-
-@jax.jit
-def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -> EngineState:
-    """Returns a grid of one row per slot: row b is row `source_B[b]`, with the prefix of its slot.
-    Rows that are not used do not run."""
-
-    def take(x: jax.Array) -> jax.Array:
-        return jnp.take(x, source_B, axis=0)
-
-    suffix = state.suffix
-    return EngineState(
-        prefix=SharedPrefix(
-            state.prefix.cache.take(source_B // state.rows_per_slot), take(state.prefix.length_B)
-        ),
-        suffix=dataclasses.replace(
-            suffix,
-            keys=tuple(map(take, suffix.keys)),
-            values=tuple(map(take, suffix.values)),
-            length_B=take(suffix.length_B),
-        ),
-        last_token_B=take(state.last_token_B),
-        limit_B=take(state.limit_B),
-        hash_B=take(state.hash_B),
-        running_B=take(state.running_B) & is_used_B,
-        match_B=take(state.match_B),
-        reason_B=take(state.reason_B),
-        tokens_BC=take(state.tokens_BC),
-        logprobs_BC=take(state.logprobs_BC),
-    )
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def decode_burst(
-    decoder: Decoder,
-    state: EngineState,
-    starting: StartingRows,
-    token_sampler: TokenSampler,
-    exit_at: jax.Array,
-    stop_ids: jax.Array,
-    stop_table_AV: jax.Array | None,
-) -> EngineState:
-    """Starts the new rows, then takes decode steps until at most `exit_at` rows are running, or for
-    `BURST_STEPS` steps."""
-
-    def start(new: Any, old: jax.Array) -> jax.Array:
-        return jnp.where(starting.starts_B, new, old)
-
-    prefix, suffix = state.prefix, state.suffix
-    state = dataclasses.replace(
-        state,
-        prefix=SharedPrefix(prefix.cache, start(starting.prefix_length_B, prefix.length_B)),
-        suffix=dataclasses.replace(suffix, length_B=start(0, suffix.length_B)),
-        last_token_B=start(starting.last_token_B, state.last_token_B),
-        limit_B=start(starting.limit_B, state.limit_B),
-        hash_B=start(starting.hash_B, state.hash_B),
-        running_B=state.running_B | starting.starts_B,
-        match_B=start(0, state.match_B),
-        reason_B=start(int(StopReason.LENGTH), state.reason_B),
-    )
-    rows_B = jnp.arange(state.running_B.shape[0])
-
-    def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
-        steps, state = carry
-        running_B, sampled_B = state.running_B, state.suffix.length_B
-        hidden_BD, suffix = decoder.decode_step(
-            state.last_token_B, running_B, state.prefix, state.suffix
-        )
-        position_B = state.prefix.length_B + 1 + sampled_B
-        token_B, logprob_B = token_sampler(decoder.logits(hidden_BD), state.hash_B, position_B)
-        token_B = jnp.where(running_B, token_B, state.last_token_B)
-        # A row that has ended writes after its last token, where nothing is read.
-        tokens_BC = state.tokens_BC.at[rows_B, sampled_B].set(token_B, mode="drop")
-        logprobs_BC = state.logprobs_BC.at[rows_B, sampled_B].set(logprob_B, mode="drop")
-        stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_AV)
-        return steps + 1, dataclasses.replace(
-            state,
-            suffix=suffix,
-            last_token_B=token_B,
-            running_B=running_B & ~stop_B & (suffix.length_B < state.limit_B),
-            match_B=jnp.where(running_B, match_B, state.match_B),
-            reason_B=jnp.where(running_B, reason_B, state.reason_B),
-            tokens_BC=tokens_BC,
-            logprobs_BC=logprobs_BC,
-        )
-
-    def goes_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
-        steps, state = carry
-        return (jnp.sum(state.running_B) > exit_at) & (steps < BURST_STEPS)
-
-    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
+def check_prefix(prefix: Prefix, max_new_tokens: int, shapes: Shapes) -> None:
+    """Raises UserError or ValueError for what `Engine.sample` cannot sample."""
+    if not prefix.samples:
+        raise ValueError(f"a prefix of {len(prefix.ids)} tokens has no samples")
+    for sample in prefix.samples:
+        shapes.check_length(sample.num_tokens, sample.max_new_tokens, sample.row_id)
+        if sample.num_tokens > len(prefix.ids):
+            raise ValueError(
+                f"{sample.row_id} continues {sample.num_tokens} tokens of a prefix of "
+                f"{len(prefix.ids)}"
+            )
+        if not 1 <= sample.max_new_tokens <= max_new_tokens:
+            raise ValueError(
+                f"{sample.row_id} has max_new_tokens {sample.max_new_tokens}, expected 1 to "
+                f"{max_new_tokens}, that of params"
+            )

@@ -1,26 +1,35 @@
-"""What sampler and engine share: settings, results, shapes, and when a row ends."""
+"""What the engine, the reference sampler and the remote engine share: settings, results, shapes,
+and the tests whether a row ends."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.runs.compilation import compiling
 from stepwiser_jax.text.chunks import TokenMatcher
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off. A row ends after a
-    token of `stop_ids`, or after the token that completes one of `stop_strings`."""
+    """How a row is sampled, and when it ends.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off. A row ends after a
+    token of `stop_ids`, after a token that completes one of `stop_strings`, or after
+    `max_new_tokens` tokens."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -40,50 +49,37 @@ class StopReason(enum.IntEnum):
     STOP_STRING = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleOutput:
-    """Host arrays; row b's completion is its first `length_B[b]` tokens, end token included."""
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What one row sampled: `tokens` (int32), the end token included, and the log-prob of each
+    (float32) under the distribution that it was sampled from."""
 
-    tokens_BC: np.ndarray
-    logprobs_BC: np.ndarray
-    length_B: np.ndarray
-    stop_reason_B: np.ndarray
-
-    @classmethod
-    def empty(cls, rows: int, row_ids: Sequence[str], max_new_tokens: int) -> SampleOutput:
-        """Room for the rows named. Raises ValueError unless there are `rows` different names."""
-        if len(row_ids) != rows or len(set(row_ids)) != rows:
-            raise ValueError(f"expected {rows} different row_ids, found {len(set(row_ids))}")
-        return cls(
-            np.zeros((rows, max_new_tokens), np.int32),
-            np.zeros((rows, max_new_tokens), np.float32),
-            np.zeros((rows,), np.int32),
-            np.zeros((rows,), np.int32),
-        )
-
-    def ids(self, b: int) -> list[int]:
-        return self.tokens_BC[b, : self.length_B[b]].tolist()
-
-    def logprobs(self, b: int) -> list[float]:
-        return shortest_decimals(self.logprobs_BC[b, : self.length_B[b]])
+    row_id: str
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stop_reason: StopReason
 
 
-def shortest_decimals(values: np.ndarray) -> list[float]:
-    """Shortest decimals that give the float32 values back."""
-    return [float(str(x)) for x in values]
+def check_row_ids(row_ids: Sequence[str], count: int) -> None:
+    """Raises ValueError unless there are `count` different row ids."""
+    if len(row_ids) != count or len(set(row_ids)) != count:
+        raise ValueError(f"expected {count} different row_ids, found {len(set(row_ids))}")
 
 
 def probabilities(log_odds: np.ndarray) -> list[float]:
-    """Of what is that much likelier than its alternative; in 64 bits, in which those near 1
-    differ."""
+    """Returns the sigmoid of log-odds, in float64, so that values near 1 stay distinct."""
     return (1 / (1 + np.exp(-log_odds.astype(np.float64)))).tolist()
 
 
 class Shapes:
-    """The allowed numbers of rows and of slots, ascending; the last bucket is the context."""
+    """The numbers of rows and of tokens that may be compiled, ascending. The largest number of
+    tokens is the context.
+
+    Raises:
+        UserError: The context is longer than that of the model, `max_length`.
+    """
 
     def __init__(self, rows: Sequence[int], buckets: Sequence[int], max_length: int):
-        """Raises UserError if the largest bucket exceeds `max_length`, the model's context."""
         self.rows, self.buckets = tuple(rows), tuple(buckets)
         if self.max_length > max_length:
             raise UserError(
@@ -100,7 +96,7 @@ class Shapes:
         return self.buckets[-1]
 
     def bucket(self, length: int) -> int:
-        """The smallest allowed number of slots that holds `length` tokens."""
+        """Returns the smallest allowed length that holds `length` tokens."""
         for bucket in self.buckets:
             if length <= bucket:
                 return bucket
@@ -110,11 +106,48 @@ class Shapes:
         )
 
     def rows_for(self, count: int) -> int:
-        """The smallest allowed number of rows that holds `count`."""
+        """Returns the smallest allowed number of rows that holds `count`."""
         for rows in self.rows:
             if count <= rows:
                 return rows
         raise ValueError(f"{count} rows exceed the largest batch of {self.max_rows}")
+
+    def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:
+        """Raises UserError, with the prompt's name, if a prompt of `num_tokens` tokens is empty or
+        does not fit the context together with its completion."""
+        if num_tokens < 1:
+            raise UserError(f"{name}: expected a prompt of at least one token, found none")
+        if num_tokens + max_new_tokens > self.max_length:
+            raise UserError(
+                f"{name}: prompt of {num_tokens} tokens + max_new_tokens {max_new_tokens} exceeds "
+                f"the context of {self.max_length} (the largest of engine.buckets): raise it, "
+                "lower max_new_tokens, or leave the item out"
+            )
+
+
+@dataclass
+class Usage:
+    """What was done so far: calls by compiled shape, and tokens sampled."""
+
+    compiled_shapes: Counter[str] = dataclasses.field(default_factory=Counter)
+    sampled_tokens: int = 0
+
+    def calling(self, shape: str) -> AbstractContextManager[None]:
+        """Returns a context for the call of a program that is compiled once for `shape`."""
+        self.compiled_shapes[shape] += 1
+        return compiling(shape)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError if a model would sample ids that the tokenizer does not know."""
+    if tokenizer is None:
+        return
+    unknown = unknown_ids(tokenizer, config.vocab_size)
+    if unknown != config.unknown_ids:
+        raise ValueError(
+            f"expected a model that knows the ids without a token, {unknown}, found one with "
+            f"{config.unknown_ids}: load it with load_hf(path, tokenizer=tokenizer)"
+        )
 
 
 def decoding_layout(model: Transformer | Decoder, weights: Weights = "model") -> Decoder:
@@ -130,18 +163,19 @@ def decoding_layout(model: Transformer | Decoder, weights: Weights = "model") ->
 
 
 class StopTables:
-    """The automata of sets of stop strings over token ids, built once each."""
+    """The automata that find stop strings in token ids, one for each set, built when needed."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         self._tokenizer = tokenizer
         self._tables: dict[tuple[str, ...], jax.Array] = {}
 
     def __getitem__(self, stop_strings: tuple[str, ...]) -> jax.Array | None:
-        """The table (states, V) whose last state is the end of a stop string; None for none."""
+        """Returns the table (A, V) of the next state for each state and token, or None for no stop
+        strings. State 0 is the start, the last state is the end of a stop string."""
         if not stop_strings:
             return None
         if self._tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer: Sampler(model, tokenizer, ...)")
+            raise ValueError("stop_strings need a tokenizer: Engine(model, tokenizer, ...)")
         if stop_strings not in self._tables:
             matcher = TokenMatcher.build(self._tokenizer.token_bytes(), stop_strings)
             self._tables[stop_strings] = jnp.asarray(matcher.table_AV)
@@ -149,14 +183,27 @@ class StopTables:
 
 
 def find_stops(
-    token_B: jax.Array, match_B: jax.Array, stop_ids: jax.Array, table_SV: jax.Array | None
+    token_B: jax.Array, state_B: jax.Array, stop_ids: jax.Array, table_AV: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(does the row end with this token, why, the automaton's state after it), each (B,)."""
+    """Decides which rows end with the token that they sampled last.
+
+    A row's automaton begins in state 0 after its prefix: a stop string that begins in the prefix
+    and ends in the completion is not found.
+
+    Args:
+        token_B: The sampled tokens.
+        state_B: The states of the rows' automata before these tokens.
+        stop_ids: Tokens that end a row.
+        table_AV: The automaton of `StopTables`; None if there are no stop strings.
+
+    Returns:
+        Whether each row ends; its `StopReason` if so; the states after the tokens. All are (B,).
+    """
     is_id_B = jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
     is_string_B = jnp.zeros_like(is_id_B)
-    if table_SV is not None:
-        match_B = table_SV[match_B, token_B].astype(jnp.int32)
-        is_string_B = match_B == table_SV.shape[0] - 1
+    if table_AV is not None:
+        state_B = table_AV[state_B, token_B].astype(jnp.int32)
+        is_string_B = state_B == table_AV.shape[0] - 1
     reason_B = jnp.where(is_string_B, int(StopReason.STOP_STRING), int(StopReason.LENGTH))
     reason_B = jnp.where(is_id_B, int(StopReason.STOP_ID), reason_B)
-    return is_id_B | is_string_B, reason_B, match_B
+    return is_id_B | is_string_B, reason_B, state_B

@@ -1,14 +1,14 @@
-"""Sampling on an OpenAI-compatible server that runs in an environment of its own, such as vLLM's.
+"""Samples on an OpenAI-compatible server that runs in its own environment, such as vLLM's.
 
-    prompt ids -> POST {url}/completions, one request a row -> token ids and their log-probs
+    token ids of a prompt -> POST {url}/completions, a request for each row -> token ids, log-probs
 
-Ids go in and come back, and no text: a server that returns none is refused, since text that is
-tokenised anew may be other ids. vLLM has both from 0.10.2 on (`return_token_ids`). Its log-probs
-are of the distribution sampled from only with `--logprobs-mode processed_logprobs`, or at
-temperature 1 without truncation; noise is the server's, with a seed for each row.
+The server must return token ids (vLLM 0.10.2 and later do, `return_token_ids`): text that is
+tokenized again may give other ids. Its log-probs are those of the distribution sampled from only
+with `--logprobs-mode processed_logprobs`, or at temperature 1 without truncation. The server draws
+the noise, from a seed for each row.
 
-A server is not trusted: an answer has the types of `_Answer`, ids that the tokenizer knows and
-log-probs that can be; a time it must be there by, and a size it may have. No redirect is followed.
+The server is not trusted: its answers are checked for types, values, time and size, and redirects
+are not followed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from typing import Annotated, Any
 
 import httpx2
 import jax
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.params import SampleOutput, SamplingParams, StopReason
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason, check_row_ids
 from stepwiser_jax.inference.token_sampler import row_hash
 from stepwiser_jax.runs.progress import rows_done
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses of a server that may answer later."""
+"""HTTP statuses after which a request is sent again."""
 
 FIRST_PAUSE_SECONDS = 1.0
-"""Before the first retry; every further pause is twice as long."""
+"""The pause before the first retry; each further pause is twice as long."""
 
 BYTES, BYTES_PER_TOKEN = 2**20, 2**10
-"""Of an answer, at most: in all, and more for each token of the prompt and of the completion, which
-may be told four times (text, token, alternatives, id)."""
+"""The largest answer: in all, plus for each token of prompt and completion. An answer may hold a
+token four times (text, token, alternatives, id)."""
 
 ERROR_BYTES = 300
-"""Of what a server says when it refuses, the part that is read."""
+"""How much is read of an answer that is an error."""
 
 
 class _Logprobs(BaseModel, strict=True):
@@ -53,15 +54,25 @@ class _Choice(BaseModel, strict=True):
 
 
 class _Answer(BaseModel, strict=True):
-    """What is read of an answer. JSON has more types than these, and more depth."""
-
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
 
 
+class _Retry(Exception):
+    """A failure after which the request is sent again."""
+
+
 class RemoteEngine:
-    """`generate` as `Engine`'s, by the model called `model` of the server at `url`, such as
-    `http://localhost:8000/v1`; its tokenizer has `vocab_size` ids. A request that finds nobody, no
-    whole answer in `timeout_seconds` or a busy server is sent again, `retries` times."""
+    """Generates completions on a server, with the interface of `Engine.generate`.
+
+    Args:
+        url: The API's address, such as `http://localhost:8000/v1`.
+        model: The model's name on the server.
+        vocab_size: The number of token ids of the model's tokenizer.
+        concurrent_requests: How many requests are under way at once.
+        timeout_seconds: The longest time until an answer is complete.
+        retries: How often a request is sent again if the server cannot be reached, is busy, or
+            gives no complete answer.
+    """
 
     def __init__(
         self,
@@ -85,46 +96,44 @@ class RemoteEngine:
         key: jax.Array,
         row_ids: Sequence[str],
         group_size: int = 1,
-    ) -> SampleOutput:
-        """`group_size` completions of every prompt; row b = p * group_size + g. `key` and the id of
-        a row give the seed of its request.
+    ) -> list[Completion]:
+        """Samples `group_size` completions of each prompt; row b = p * group_size + g. `key` and
+        the row id give the seed of a request.
 
-        Raises UserError where the server cannot be reached, refuses, or gives an answer that cannot
-        be used.
+        Raises:
+            UserError: The server cannot be reached, refuses, or gives an answer that is not usable.
         """
-        output = SampleOutput.empty(len(prompts_P) * group_size, row_ids, params.max_new_tokens)
-        of_run, done = int(jax.random.bits(key)), itertools.count(1)
+        check_row_ids(row_ids, len(prompts_P) * group_size)
+        prompts_B = [list(prompt) for prompt in prompts_P for _ in range(group_size)]
+        key_bits, counter = int(jax.random.bits(key)), itertools.count(1)
 
-        async def sample(b: int) -> None:
-            prompt = list(prompts_P[b // group_size])
-            body = self._body(prompt, params, seed=(of_run ^ row_hash(row_ids[b])) & 0x7FFFFFFF)
+        async def sample(row_id: str, prompt: list[int]) -> Completion:
+            seed = (key_bits ^ row_hash(row_id)) & 0x7FFFFFFF
             async with free:
-                choice = await self._post(client, body)
-            output.stop_reason_B[b] = self._checked(choice, prompt, params)
-            ids = choice.token_ids
-            output.tokens_BC[b, : len(ids)], output.length_B[b] = ids, len(ids)
-            output.logprobs_BC[b, : len(ids)] = choice.logprobs.token_logprobs
-            rows_done(next(done), len(row_ids), len(ids))
+                choice = await self._request(client, self._body(prompt, params, seed))
+            reason = self._check(choice, prompt, params)
+            rows_done(next(counter), len(row_ids), len(choice.token_ids))
+            tokens = np.array(choice.token_ids, np.int32)
+            logprobs = np.array(choice.logprobs.token_logprobs, np.float32)
+            return Completion(row_id, tokens, logprobs, reason)
 
-        async def sample_all() -> None:
+        async def sample_all() -> list[Completion]:
             async with client:
-                await asyncio.gather(*map(sample, range(len(row_ids))))
+                return await asyncio.gather(*map(sample, row_ids, prompts_B))
 
         free = asyncio.Semaphore(self.concurrent_requests)
-        # The deadline is of the whole answer: a time-out of each read would wait for ever for a
-        # server that sends a byte now and then.
+        # No timeout of httpx: it is for each read, and a server may send a byte now and then.
         client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits())
-        asyncio.run(sample_all())
-        return output
+        return asyncio.run(sample_all())
 
-    def _body(self, prompt: list[int], params: SamplingParams, *, seed: int) -> dict[str, Any]:
+    def _body(self, prompt: list[int], params: SamplingParams, seed: int) -> dict[str, Any]:
         return {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
-            "top_k": params.top_k,  # 0: all, as here
+            "top_k": params.top_k,  # 0 means all, as here
             "stop": list(params.stop_strings),
             "stop_token_ids": list(params.stop_ids),
             "include_stop_str_in_output": True,
@@ -133,59 +142,56 @@ class RemoteEngine:
             "return_token_ids": True,
         }
 
-    async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Choice:
-        pause, found = FIRST_PAUSE_SECONDS, ""
+    async def _request(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Choice:
+        """Sends a request until it is answered. Raises UserError if it never is."""
+        reason: object = ""
         for attempt in range(1 + self.retries):
             if attempt:
-                await asyncio.sleep(pause)
-                pause *= 2
-            found = await self._attempt(client, body)
-            if isinstance(found, _Choice):
-                return found
+                await asyncio.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+            try:
+                async with asyncio.timeout(self.timeout_seconds):
+                    return self._parse(await self._post(client, body))
+            except TimeoutError:
+                reason = f"not the whole of one in {self.timeout_seconds:g} seconds"
+            except (_Retry, httpx2.HTTPError) as error:
+                reason = str(error) or repr(error)
         raise UserError(
-            f"the server at {self.url} gave no answer in {1 + self.retries} attempts ({found}): "
+            f"the server at {self.url} gave no answer in {1 + self.retries} attempts ({reason}): "
             "start it, or correct server.url; what is written so far is kept"
         )
 
-    async def _attempt(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Choice | str:
-        """The answer, or why to ask again. Raises UserError where that would not help."""
-        try:
-            async with asyncio.timeout(self.timeout_seconds):
-                status, content = await self._answer(client, body)
-        except TimeoutError:
-            return f"not the whole of one in {self.timeout_seconds:g} seconds"
-        except httpx2.HTTPError as error:  # nobody there, or half an answer
-            return str(error) or repr(error)
-        if status in BUSY:
-            return f"{status} {content.decode(errors='replace')}"
-        if not httpx2.codes.is_success(status):
-            refusal = f"{status} {content.decode(errors='replace')}"
-            raise UserError(f"the server at {self.url} refuses: {refusal}")
+    async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> bytes:
+        """Returns the answer's content. Raises _Retry if the server is busy, and UserError if it
+        refuses or sends more than an answer can have."""
+        limit = BYTES + BYTES_PER_TOKEN * (len(body["prompt"]) + body["max_tokens"])
+        content = bytearray()
+        async with client.stream("POST", self.url, json=body) as response:
+            async for part in response.aiter_bytes():
+                content += part
+                if not response.is_success and len(content) >= ERROR_BYTES:
+                    break
+                if len(content) > limit:
+                    raise self._unusable(f"more than {limit} bytes")
+        if response.is_success:
+            return bytes(content)
+        found = f"{response.status_code} {content[:ERROR_BYTES].decode(errors='replace')}"
+        if response.status_code in BUSY:
+            raise _Retry(found)
+        if response.has_redirect_location:
+            found = f"{response.status_code} to {response.headers['location']}"
+        raise UserError(f"the server at {self.url} refuses: {found}")
+
+    def _parse(self, content: bytes) -> _Choice:
+        """Raises _Retry if the content is not JSON, and UserError if it is not an answer."""
         try:
             return _Answer.model_validate_json(content).choices[0]
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             if first["type"] == "json_invalid":
-                return reason
+                raise _Retry(reason) from None
             found = content[:200].decode(errors="replace")
             raise self._unusable(f"{reason}, found {found}") from None
-
-    async def _answer(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and content. Raises UserError for more than an answer can have."""
-        most = BYTES + BYTES_PER_TOKEN * (len(body["prompt"]) + body["max_tokens"])
-        content = bytearray()
-        async with client.stream("POST", self.url, json=body) as response:
-            async for piece in response.aiter_bytes():
-                content += piece
-                if not response.is_success and len(content) >= ERROR_BYTES:
-                    break
-                if len(content) > most:
-                    raise self._unusable(f"more than {most} bytes")
-        if response.is_success:
-            return response.status_code, bytes(content)
-        moved = f"to {response.headers['location']} " if response.has_redirect_location else ""
-        return response.status_code, moved.encode() + content[:ERROR_BYTES]
 
     def _unusable(self, reason: str) -> UserError:
         return UserError(
@@ -193,8 +199,8 @@ class RemoteEngine:
             "token ids of its tokenizer and their log-probs, as vLLM 0.10.2 and later return them"
         )
 
-    def _checked(self, choice: _Choice, prompt: list[int], params: SamplingParams) -> StopReason:
-        """Why the completion ends. Raises UserError for one that no sampler could have drawn."""
+    def _check(self, choice: _Choice, prompt: list[int], params: SamplingParams) -> StopReason:
+        """Returns why the completion ended. Raises UserError if it cannot have been sampled so."""
         ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
         if len(ids) != len(logprobs) or not 0 < len(ids) <= params.max_new_tokens:
             raise self._unusable(
@@ -210,8 +216,8 @@ class RemoteEngine:
             raise self._unusable(f"one of the end tokens {list(params.stop_ids)} before the end")
         if choice.prompt_token_ids not in (None, prompt):
             raise UserError(
-                f"the server at {self.url} read another prompt than it was sent: it adds tokens of "
-                "its own, switch that off"
+                f"the server at {self.url} read another prompt than it was sent: it adds tokens to "
+                "the prompt, switch that off"
             )
         if ids[-1] in params.stop_ids:
             return StopReason.STOP_ID

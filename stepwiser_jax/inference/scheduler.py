@@ -59,6 +59,9 @@ class Grid:
     slots: int
     rows_per_slot: int
 
+    def __str__(self) -> str:
+        return f"{self.slots}x{self.rows_per_slot}"
+
     @property
     def rows(self) -> int:
         return self.slots * self.rows_per_slot

@@ -1,7 +1,8 @@
-"""Drawing tokens: the noise of a row, truncation, and the inverse of the cumulative distribution.
+"""Samples tokens: the noise of a row, truncation, and inversion of the cumulative distribution.
 
-A row draws one uniform per position, from fold_in(fold_in(key, crc32(row_id)), position), and takes
-the token where the cumulative distribution passes it: one number per row instead of V Gumbel draws.
+A row has one uniform number for each position, from fold_in(fold_in(key, crc32(row_id)), position).
+It gets the token at which the cumulative distribution passes this number. That takes one random
+number for each token, where Gumbel noise takes V.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CDF_BLOCK = 256
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenSampler:
-    """How a token is drawn; `greedy`, `top_k` (0: off) and `truncate_p` are compiled in."""
+    """How a token is sampled. `greedy`, `top_k` (0: off) and `truncate_p` are compiled in."""
 
     key: jax.Array
     temperature: jax.Array
@@ -45,8 +46,17 @@ class TokenSampler:
     def __call__(
         self, logits_BV: jax.Array, row_hash_B: jax.Array, position_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """One token for every row and its log-prob under the distribution it was drawn from, after
-        temperature, top-k and top-p; greedy tokens have log-prob 0."""
+        """Samples a token for each row.
+
+        Args:
+            logits_BV: The model's logits.
+            row_hash_B: The hashes of the row ids.
+            position_B: The positions of the tokens in their rows.
+
+        Returns:
+            The tokens, and their log-probs under the distribution that they were sampled from,
+            after temperature, top-k and top-p. Greedy tokens have log-prob 0.
+        """
         if self.greedy:
             token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
             return token_B, jnp.zeros(token_B.shape, jnp.float32)
@@ -56,11 +66,11 @@ class TokenSampler:
         return inverse_cdf(logits_BV, self._uniform(row_hash_B, position_B))
 
     def _uniform(self, row_hash_B: jax.Array, position_B: jax.Array) -> jax.Array:
-        def of_row(row_hash: jax.Array, position: jax.Array) -> jax.Array:
+        def uniform(row_hash: jax.Array, position: jax.Array) -> jax.Array:
             row_key = jax.random.fold_in(self.key, row_hash)
             return jax.random.uniform(jax.random.fold_in(row_key, position))
 
-        return jax.vmap(of_row)(row_hash_B, position_B)
+        return jax.vmap(uniform)(row_hash_B, position_B)
 
 
 def row_hash(row_id: str) -> int:
@@ -68,8 +78,8 @@ def row_hash(row_id: str) -> int:
 
 
 def truncate(logits_BV: jax.Array, top_k: int, top_p: jax.Array | None) -> jax.Array:
-    """Log-probs (B, V) after keeping the `top_k` likeliest tokens and then the smallest set whose
-    probabilities sum to `top_p`; -inf outside."""
+    """Returns log-probs (B, V) after keeping the `top_k` likeliest tokens (0: all), and of these
+    the smallest set whose probabilities sum to `top_p` (None: all); -inf for the others."""
     if top_k:
         kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
@@ -83,37 +93,38 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: jax.Array | None) -> jax.A
 
 
 def inverse_cdf(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token at which the cumulative distribution passes `uniform_B`, and its log-prob.
+    """Returns the tokens at which the cumulative distribution passes `uniform_B`, and their
+    log-probs.
 
-    Two levels, blocks of 256 tokens and tokens of a block: sums short enough for float32, and no
-    array of all the probabilities. Never a token of probability 0.
+    It looks for a block of 256 tokens, then for a token of the block. Both sums are short enough
+    for float32, and no array holds all probabilities. A token of probability 0 is never returned.
     """
     B, V = logits_BV.shape
     blocks = -(-V // _CDF_BLOCK)
     padding = ((0, 0), (0, blocks * _CDF_BLOCK - V))
     padded_BV = jnp.pad(logits_BV, padding, constant_values=-jnp.inf)
-    logits_BNM = padded_BV.reshape(B, blocks, _CDF_BLOCK)
-    peak_B = jnp.max(logits_BNM, axis=(1, 2))
-    mass_BN = jnp.sum(jnp.exp(logits_BNM - peak_B[:, None, None]), axis=-1)
-    total_B = jnp.sum(mass_BN, axis=-1)
-    block_B, rest_B = _pass(mass_BN, uniform_B * total_B)
-    inside_BM = jnp.take_along_axis(logits_BNM, block_B[:, None, None], axis=1)[:, 0]
-    place_B, _ = _pass(jnp.exp(inside_BM - peak_B[:, None]), rest_B)
-    logit_B = jnp.take_along_axis(inside_BM, place_B[:, None], axis=1)[:, 0]
+    logits_BYX = padded_BV.reshape(B, blocks, _CDF_BLOCK)
+    peak_B = jnp.max(logits_BYX, axis=(1, 2))
+    mass_BY = jnp.sum(jnp.exp(logits_BYX - peak_B[:, None, None]), axis=-1)
+    total_B = jnp.sum(mass_BY, axis=-1)
+    block_B, rest_B = _pass(mass_BY, uniform_B * total_B)
+    inside_BX = jnp.take_along_axis(logits_BYX, block_B[:, None, None], axis=1)[:, 0]
+    index_B, _ = _pass(jnp.exp(inside_BX - peak_B[:, None]), rest_B)
+    logit_B = jnp.take_along_axis(inside_BX, index_B[:, None], axis=1)[:, 0]
     logprob_B = jnp.minimum(logit_B - peak_B - jnp.log(total_B), 0.0)
-    return (block_B * _CDF_BLOCK + place_B).astype(jnp.int32), logprob_B
+    return (block_B * _CDF_BLOCK + index_B).astype(jnp.int32), logprob_B
 
 
-def _pass(mass_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the running sum first exceeds the target, and how far into that entry the target is."""
-    N = mass_BN.shape[-1]
-    cumulative_BN = jnp.cumsum(mass_BN, axis=-1)
-    index_B = jnp.sum(cumulative_BN <= target_B[:, None], axis=-1)
-    # Rounding can put the target at the very end, or make the sum grow where there is no mass: take
-    # the last entry with mass up to there.
-    passed_BN = jnp.arange(N)[None] <= index_B[:, None]
-    index_B = jnp.max(jnp.where(passed_BN & (mass_BN > 0), jnp.arange(N)[None], 0), axis=-1)
-    before_B = jnp.take_along_axis(cumulative_BN - mass_BN, index_B[:, None], axis=-1)[:, 0]
-    # Rounding can put the entry's start past the target, and a target below 0 would pass entries
+def _pass(mass_BX: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where the running sum first exceeds the target, and how far into that entry it is."""
+    X = mass_BX.shape[-1]
+    cumulative_BX = jnp.cumsum(mass_BX, axis=-1)
+    index_B = jnp.sum(cumulative_BX <= target_B[:, None], axis=-1)
+    # Rounding can put the target at the very end, or let the sum grow where there is no mass: the
+    # last entry with mass up to there is taken.
+    passed_BX = jnp.arange(X)[None] <= index_B[:, None]
+    index_B = jnp.max(jnp.where(passed_BX & (mass_BX > 0), jnp.arange(X)[None], 0), axis=-1)
+    before_B = jnp.take_along_axis(cumulative_BX - mass_BX, index_B[:, None], axis=-1)[:, 0]
+    # Rounding can put the entry's start past the target. A target below 0 would pass entries
     # without mass.
     return index_B, jnp.maximum(target_B - before_B, 0)

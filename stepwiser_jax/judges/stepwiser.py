@@ -15,7 +15,7 @@ import jax
 
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.params import Completion, SamplingParams
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, judge_by_votes
 from stepwiser_jax.runs.directory import per_item
 from stepwiser_jax.text.prompts import JudgePromptStyle, encode_judge_prompt, parse_verdict
@@ -101,7 +101,7 @@ class ChunkJudge:
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.tokenizer.eos_ids,
         )
-        output = self.engine.generate(
+        completions = self.engine.generate(
             [self.prompt_ids(x, j) for x, j in chunks],
             params,
             key=self.key,
@@ -110,7 +110,7 @@ class ChunkJudge:
             ],
             group_size=len(suffixes),
         )
-        judgments = (self._read(output.ids(b)) for b in range(len(chunks) * len(suffixes)))
+        judgments = map(self._read, completions)
         found = []
         for x in solutions:
             judged = [SolutionJudgment([]) for _ in suffixes]
@@ -120,6 +120,6 @@ class ChunkJudge:
             found.append(judged)
         return found
 
-    def _read(self, ids: list[int]) -> ChunkJudgment:
-        text = completion_text(self.tokenizer, ids)
-        return ChunkJudgment.of_verdict(text, parse_verdict(text), len(ids))
+    def _read(self, completion: Completion) -> ChunkJudgment:
+        text = completion_text(self.tokenizer, completion.tokens.tolist())
+        return ChunkJudgment.of_verdict(text, parse_verdict(text), len(completion.tokens))

@@ -372,13 +372,13 @@ class ThinkPrmJudge:
             for chain in chains[::group_size]
         ]
         row_ids = [chain.row_id + (f"/round{r}" if r else "") for chain in chains]
-        output = self.engine.generate(
+        completions = self.engine.generate(
             prompts, params, key=self.key, row_ids=row_ids, group_size=group_size
         )
-        for b, chain in enumerate(chains):
-            text = completion_text(self.tokenizer, output.ids(b))
+        for chain, completion in zip(chains, completions, strict=True):
+            text = completion_text(self.tokenizer, completion.tokens.tolist())
             chain.thought.append(cut_chain(text, self.form, chain.num_steps))
-            chain.num_tokens += len(output.ids(b))
+            chain.num_tokens += len(completion.tokens)
 
     def _encode(self, text: str, rounds: int, tail: int = 0) -> list[int]:
         """Encodes the verifier's text. Sampled text that is read and written again is hardly ever

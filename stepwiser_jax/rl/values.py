@@ -199,7 +199,7 @@ def estimate_prefix_values(
     ):
         sampled = [prefix_of[completion.row_id] for completion in completions]
         solutions = [
-            (problems[prefix.trajectory.problem_id], text(prefix, completion.ids))
+            (problems[prefix.trajectory.problem_id], text(prefix, completion.tokens.tolist()))
             for prefix, completion in zip(sampled, completions, strict=True)
         ]
         for prefix, right in zip(sampled, is_correct(solutions), strict=True):

@@ -1,14 +1,8 @@
-"""What a stage compiles before it is warm: a report, and a cache for the next process.
+"""Records what a stage compiles, and keeps compiled programs for the next process.
 
-A program is compiled for each shape it meets. `start` begins a stage's account; `report` is the
-summary's `warm_up`:
-
-    seconds     of all compilation, the reading of cached programs included
-    cached      how many programs came from the persistent cache
-    compiled    how many did not
-    programs    those with a shape of ours, in order: name, shape, seconds, cached
-
-Tracing is not counted. Source of the numbers: jax.monitoring.
+A program is compiled for each shape that it meets. `start` begins a stage's record; `report`
+returns it for `warm_up` in summary.json. Tracing does not count. The numbers come from
+jax.monitoring.
 """
 
 from __future__ import annotations
@@ -25,8 +19,8 @@ from typing import Any
 
 from stepwiser_jax.runs.progress import say
 
-WORTH_A_LINE = 1.0
-"""Seconds from which on a program that was compiled, or read from the cache, is told of."""
+LINE_SECONDS = 1.0
+"""A program that took at least this long to compile, or to read from the cache, gets a line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +38,10 @@ _here = threading.local()
 
 
 def start(cache: str | None) -> None:
-    """Begin a new account, and keep compiled programs in the directory `cache` if there is one.
+    """Starts a new record; keeps compiled programs in the directory `cache`, if it is not None.
 
-    Programs for a CPU are of that processor's instructions, so each kind of processor has a
-    directory of its own. An entry that cannot be read is compiled again; jax warns of it.
+    Programs for a CPU use that processor's instructions, so each kind of processor has a
+    subdirectory. An entry that cannot be read is compiled again, and jax warns of it.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -68,7 +62,7 @@ def start(cache: str | None) -> None:
 
 @contextmanager
 def compiling(shape: str) -> Iterator[None]:
-    """Around the call of a program: what is compiled inside is of this shape."""
+    """Names the shape of the programs that are compiled inside."""
     outer, _here.shape = getattr(_here, "shape", None), shape
     try:
         yield
@@ -77,7 +71,11 @@ def compiling(shape: str) -> Iterator[None]:
 
 
 def report() -> dict[str, Any]:
-    """See above."""
+    """Returns what has been compiled since `start`.
+
+    `seconds` of all compilation, with the reading of cached programs; how many programs were
+    `cached` and how many `compiled`; and the `programs` with a named shape, in order.
+    """
     return {
         "seconds": sum(program.seconds for program in _compiled),
         "cached": sum(program.cached for program in _compiled),
@@ -87,7 +85,7 @@ def report() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """12 hex digits that two processors share only if they have the same instructions."""
+    """Returns 12 hex digits that two processors share only if their instructions are the same."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -97,7 +95,7 @@ def processor() -> str:
 
 @functools.cache
 def _listen() -> None:
-    """Once a process: jax tells of a program that came from the cache, then of every program."""
+    """Registers listeners, once per process. jax reports a hit in the cache before its program."""
     from jax import monitoring
 
     def on_event(event: str, **_: Any) -> None:
@@ -108,7 +106,7 @@ def _listen() -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             hit, _here.hit = getattr(_here, "hit", False), False
             shape = getattr(_here, "shape", None)
-            if duration_secs >= WORTH_A_LINE:
+            if duration_secs >= LINE_SECONDS:
                 how = "read from the cache" if hit else "compiled"
                 say(f"{how} in {duration_secs:.1f} s: {shape or about['fun_name']}")
             _compiled.append(Program(about["fun_name"], shape, duration_secs, hit))

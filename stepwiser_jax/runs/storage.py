@@ -1,4 +1,4 @@
-"""What a file system refuses, told in one message that says what to change."""
+"""Turns what a file system refuses into one message that says what to change."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextmanager
 def writing_to(directory: str | Path) -> Iterator[None]:
-    """Everything inside may write files below `directory`.
+    """Raises UserError when code inside cannot write files below `directory`.
 
-    Raises UserError for a disk or a quota that is full, a file system that is read-only, and
-    missing rights; what is written so far stays valid. Libraries that write in another language
-    (TensorStore, safetensors) have types of their own for this, with the system's words in them.
+    That is when a disk or a quota is full, a file system is read-only, or rights are missing. What
+    is written so far stays valid. Libraries that write from C++ (TensorStore, safetensors) raise
+    errors of their own types; these are known by the system's words in their message.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None) or _named_by(str(error))
+        number = getattr(error, "errno", None) or _errno_in(str(error))
+        if number in _NO_SPACE:
+            change = "Make room there"
+        elif number in _NOT_ALLOWED:
+            change = "Allow this user to read and write there"
+        else:
+            raise
         file = getattr(error, "filename", None)
         where = f"{directory} ({file})" if file else directory
-        if number in _NO_SPACE:
-            raise UserError(
-                f"{where}: {os.strerror(number)}. Make room there, then give the same command "
-                "again: it goes on from what is written"
-            ) from error
-        if number in _NOT_ALLOWED:
-            raise UserError(
-                f"{where}: {os.strerror(number)}. Allow this user to read and write there, then "
-                "give the same command again: it goes on from what is written"
-            ) from error
-        raise
+        raise UserError(
+            f"{where}: {os.strerror(number)}. {change}, then give the same command again: it goes "
+            "on from what is written"
+        ) from error
 
 
 def check_writable(directory: Path) -> None:
-    """Raises UserError where `directory` is there and cannot be written, or cannot be made."""
+    """Raises UserError if `directory` exists and cannot be written, or cannot be made."""
     while not directory.exists():
         directory = directory.parent
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -54,5 +53,5 @@ def check_writable(directory: Path) -> None:
         )
 
 
-def _named_by(message: str) -> int | None:
+def _errno_in(message: str) -> int | None:
     return next((e for e in (*_NO_SPACE, errno.EROFS) if os.strerror(e) in message), None)

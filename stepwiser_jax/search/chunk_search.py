@@ -20,11 +20,11 @@ from itertools import groupby
 from operator import itemgetter
 
 import jax
-import numpy as np
 
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.records import Problem
 from stepwiser_jax.runs.directory import blocks
@@ -37,11 +37,13 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 @dataclass
 class Policy:
-    """A policy that writes chunk by chunk: `params.max_new_tokens` bounds a chunk, and
-    `params.stop_strings` end it. The prompt asks for tags if these do."""
+    """A policy. Its `engine` writes whole solutions, its `sampler` chunk by chunk:
+    `params.max_new_tokens` bounds a chunk, and `params.stop_strings` end it. The prompt asks for
+    tags if these do."""
 
     loaded: Loaded
     engine: Engine
+    sampler: ReferenceSampler
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
@@ -86,7 +88,7 @@ def search_chunks(
     Returns:
         The final state of every problem.
     """
-    at_once = max(1, policy.engine.shapes.max_rows // num_beams)
+    at_once = max(1, policy.sampler.shapes.max_rows // num_beams)
     states: list[SearchState] = []
     for part in blocks(problems, at_once):
         together = [
@@ -108,18 +110,20 @@ def _search(
 ) -> None:
     """Steps until no problem has beams."""
     longest = max(len(state.prompt_ids) for state in states)
-    cache = policy.engine.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
+    cache = policy.sampler.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
     while rows := [(state, beam) for state in states for beam in state.beams]:
-        # Row b continues a copy of row source_B[b], cut to lengths_B[b] tokens. The cut is the
-        # rewind of a rejected chunk.
-        source_B = np.array([beam.source for _, beam in rows])
-        lengths_B = np.array([len(s.prompt_ids) + len(beam.hypothesis.ids) for s, beam in rows])
-        cache = policy.engine.fork(cache, source_B, lengths_B)
+        cache = policy.sampler.branch(cache, [beam.source for _, beam in rows])
+        # A rejected chunk is no part of its hypothesis: its row is rewound to where it began.
+        lengths_B = [len(state.prompt_ids) + len(beam.hypothesis.ids) for state, beam in rows]
+        cache = policy.sampler.rewind(cache, lengths_B)
         row_ids = [state.row_id(beam) for state, beam in rows]
-        output, cache = policy.engine.decode(cache, policy.params, key=policy.key, row_ids=row_ids)
+        completions, cache = policy.sampler.decode(
+            cache, policy.params, key=policy.key, row_ids=row_ids
+        )
         for b, (state, beam) in enumerate(rows):
-            ended = bool(output.stop_reason_B[b] == StopReason.STOP_ID)
-            written = append_chunk(policy, beam.hypothesis, output.ids(b), ended, max_new_tokens)
+            ended = completions[b].stop_reason is StopReason.STOP_ID
+            ids = completions[b].tokens.tolist()
+            written = append_chunk(policy, beam.hypothesis, ids, ended, max_new_tokens)
             rows[b] = (state, Beam(written, beam.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
         for state, of_state in groupby(rows, key=itemgetter(0)):

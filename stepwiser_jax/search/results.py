@@ -99,7 +99,7 @@ def sample_solutions(
     """
     tokenizer = policy.loaded.tokenizer
     samples = [(problem, name) for problem in problems for name in names]
-    output = policy.engine.generate(
+    completions = policy.engine.generate(
         [policy.prompt_ids(problem) for problem in problems],
         params,
         key=policy.key,
@@ -109,7 +109,7 @@ def sample_solutions(
     solutions = []
     for b, (problem, name) in enumerate(samples):
         if name in names[:num_judged]:
-            ids = output.ids(b)
+            ids = completions[b].tokens.tolist()
             chunks = chunk_texts(tokenizer, ids, chunk_ends(ids, policy.chunk_matcher, tokenizer))
             solution_id = f"{problem.problem_id}/{name}"
             solutions.append(Solution(solution_id, problem.question, chunks, separator=""))
@@ -117,7 +117,7 @@ def sample_solutions(
     judgments_of = {x.solution_id: found for x, found in zip(solutions, judged, strict=True)}
     found = []
     for b, (problem, name) in enumerate(samples):
-        ids = output.ids(b)
+        ids = completions[b].tokens.tolist()
         text = completion_text(tokenizer, ids)
         judgments = judgments_of.get(f"{problem.problem_id}/{name}", [])
         found.append(

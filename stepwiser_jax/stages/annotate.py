@@ -180,7 +180,7 @@ def check_lengths(
 
 def check_ids(trajectories: Iterable[Trajectory], engine: Engine) -> None:
     """Raises UserError for token ids that the policy's vocabulary lacks."""
-    config = engine.model.config
+    config = engine.decoder.config
     known_V = np.ones(config.vocab_size, bool)
     for ids in config.unknown_ids:
         known_V[ids] = False

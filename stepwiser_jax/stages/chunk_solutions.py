@@ -143,7 +143,7 @@ class Proposer:
         fitting = [i for i, prompt in enumerate(prompts) if self.fits(prompt)]
         if not fitting:
             return proposals
-        output = self.engine.generate(
+        completions = self.engine.generate(
             [prompts[i] for i in fitting],
             self.params,
             key=self.key,
@@ -154,11 +154,11 @@ class Proposer:
         )
         for row, i in enumerate(fitting):
             for k in range(size):
-                b = row * size + k
-                if output.stop_reason_B[b] == StopReason.LENGTH:
+                completion = completions[row * size + k]
+                if completion.stop_reason is StopReason.LENGTH:
                     proposals[i][k] = (Outcome.UNFINISHED, ())
                 else:
-                    text = completion_text(self.tokenizer, output.ids(b))
+                    text = completion_text(self.tokenizer, completion.tokens.tolist())
                     proposals[i][k] = read_chunks(text, block[i][1])
         return proposals
 

@@ -240,7 +240,7 @@ class TextWriter:
 
     def __call__(self, block: Sequence[Example]) -> list[Rationale]:
         ids_B = rationale_ids(self.config, block)
-        output = self.engine.generate(
+        completions = self.engine.generate(
             [self.prompt_ids(example) for example in block],
             self.params,
             key=self.key,
@@ -250,9 +250,9 @@ class TextWriter:
         rationales = []
         for p, example in enumerate(block):
             written = []
-            for b in range(p * self.config.samples, (p + 1) * self.config.samples):
-                text = completion_text(self.tokenizer, output.ids(b))
-                finished = output.stop_reason_B[b] != StopReason.LENGTH
+            for completion in completions[p * self.config.samples :][: self.config.samples]:
+                text = completion_text(self.tokenizer, completion.tokens.tolist())
+                finished = completion.stop_reason is not StopReason.LENGTH
                 written.append(self.form.read(example, text, finished))
             prompt, label = self.form.prompt(example), self.form.label(example)
             rationales += rationales_of(example, prompt, label, written)

@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.records import Problem, Tokens, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.runs.directory import RunDirectory
@@ -138,7 +138,7 @@ class BlockSampler:
         ids_B = trajectory_ids(self.config, block)
         tokenizer = self.loaded.tokenizer
         prompts_P = [prompt_ids(self.config, tokenizer, problem) for problem in block]
-        output = self.engine.generate(
+        completions = self.engine.generate(
             prompts_P,
             self.params,
             key=self.key,
@@ -146,7 +146,7 @@ class BlockSampler:
             group_size=self.config.group_size,
         )
         group_size = self.config.group_size
-        completions_B = [output.ids(b) for b in range(len(ids_B))]
+        completions_B = [completion.tokens.tolist() for completion in completions]
         correct_B = self.verifier.verify(
             [completion_text(tokenizer, ids) for ids in completions_B],
             [block[b // group_size] for b in range(len(ids_B))],
@@ -158,11 +158,11 @@ class BlockSampler:
                 policy_id=self.loaded.model_id,
                 tokens=Tokens(
                     np.array(prompts_P[b // group_size]),
-                    np.array(completions_B[b]),
-                    np.array(output.logprobs(b)),
+                    completions[b].tokens,
+                    completions[b].logprobs,
                 ),
                 chunk_ends=chunk_ends(completions_B[b], self.matcher, tokenizer),
-                stop_reason=StopReason(output.stop_reason_B[b]).name.lower(),
+                stop_reason=completions[b].stop_reason.name.lower(),
                 is_correct=correct_B[b],
             )
             for b in range(len(ids_B))

@@ -47,6 +47,7 @@ from stepwiser_jax.config import Search
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import Problem, SearchResult
@@ -108,6 +109,10 @@ def check_lengths(
 def load_policy(config: Search, session: Session) -> Policy:
     """Returns the policy, which writes one chunk at a time."""
     loaded, engine = session.load(config.policy, config.engine)
+    sampler = ReferenceSampler(
+        loaded.model, loaded.tokenizer, mesh=session.mesh, **config.engine.model_dump()
+    )
+    sampler.usage = engine.usage  # the summary counts the shapes of both together
     stop_strings = end_patterns(config.chunking)
     if CHUNK_CLOSE in stop_strings:
         check_tags(loaded.tokenizer)
@@ -115,7 +120,8 @@ def load_policy(config: Search, session: Session) -> Policy:
     params = SamplingParams(
         **chunk_sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids, stop_strings=stop_strings
     )
-    return Policy(loaded, engine, config.prompt_style, params, jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return Policy(loaded, engine, sampler, config.prompt_style, params, key)
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:

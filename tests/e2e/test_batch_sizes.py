@@ -1,5 +1,5 @@
-"""With another batch size, or through the engine, the noise is the same: rows part only where a
-draw is within rounding of a boundary of the cumulative distribution."""
+"""With another batch size, or through the engine, the noise is the same: rows part only if the
+noise of a token is within rounding of a boundary of the cumulative distribution."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from draws import assert_drawn
 
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.rl.logprobs import token_logprobs
 from stepwiser_jax.tasks import arithmetic
@@ -22,7 +22,7 @@ ROWS = 512
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler_class", "rows"),
-    [(Sampler, [256]), (Sampler, [32]), (Engine, [32, 256]), (Engine, [24])],
+    [(ReferenceSampler, [256]), (ReferenceSampler, [32]), (Engine, [32, 256]), (Engine, [24])],
     ids=["sampler of 256", "sampler of 32", "engine", "engine of 24"],
 )
 def test_solutions_do_not_depend_on_the_number_of_rows(runs, sampler_class, rows):
@@ -38,6 +38,6 @@ def test_solutions_do_not_depend_on_the_number_of_rows(runs, sampler_class, rows
 
     # Teacher-forced, the sampled log-probs agree with the trainer's.
     for b in range(4):
-        ids = np.array([prompts[b] + output.ids(b)], np.int32)
+        ids = np.array([[*prompts[b], *output[b].tokens]], np.int32)
         logprobs = token_logprobs(model, ids)[0, len(prompts[b]) :]
-        np.testing.assert_allclose(logprobs, output.logprobs(b), atol=1e-4)
+        np.testing.assert_allclose(logprobs, output[b].logprobs, atol=1e-4)

@@ -118,9 +118,7 @@ def held_out_reward(run_dir):
     ids = [f"{e.example_id}/{g}" for e in held_out for g in range(4)]
     params = SamplingParams(12, stop_ids=loaded.tokenizer.eos_ids)
     output = engine.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
-    verdicts = [
-        parse_verdict(completion_text(loaded.tokenizer, output.ids(b))) for b in range(len(ids))
-    ]
+    verdicts = [parse_verdict(completion_text(loaded.tokenizer, c.tokens.tolist())) for c in output]
     rewards = [judge_reward(v, held_out[b // 4].is_positive) for b, v in enumerate(verdicts)]
     return float(np.mean(rewards))
 

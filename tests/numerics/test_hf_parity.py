@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the extra 'numerics'")
 transformers = pytest.importorskip("transformers")
 
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
 
@@ -119,7 +119,7 @@ def test_bfloat16_checkpoints(theirs, tmp_path):
 
 def test_greedy_continuation_is_theirs(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    sampler = Sampler(load_hf(str(tmp_path)), rows=(4,), buckets=(64,))
+    sampler = ReferenceSampler(load_hf(str(tmp_path)), rows=(4,), buckets=(64,))
     prompts = [[5, 9, 11], [3], [8, 8, 2, 60, 33]]
     out = sampler.generate(
         prompts,
@@ -131,7 +131,7 @@ def test_greedy_continuation_is_theirs(theirs, tmp_path):
         expected = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None
         )
-        assert out.ids(b) == expected[0, len(prompt) :].tolist()
+        assert out[b].tokens.tolist() == expected[0, len(prompt) :].tolist()
 
 
 def test_config_json_survives(theirs):

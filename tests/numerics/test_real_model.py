@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from stepwiser_jax.data.datasets import load_problems
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ def test_greedy_continuations_are_those_of_transformers(request):
     assert len(prompts) == 8
 
     longest = max(map(len, prompts)) + NEW_TOKENS
-    sampler = Sampler(load_hf(path), tokenizer, rows=[8], buckets=[longest])
+    sampler = ReferenceSampler(load_hf(path), tokenizer, rows=[8], buckets=[longest])
     params = SamplingParams(NEW_TOKENS, temperature=0.0, stop_ids=tokenizer.eos_ids)
     row_ids = [problem.problem_id for problem in problems]
     output = sampler.generate(prompts, params, key=jax.random.key(0), row_ids=row_ids)
@@ -39,4 +39,5 @@ def test_greedy_continuations_are_those_of_transformers(request):
         whole = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
         )
-        assert output.ids(b) == whole[0, len(prompt) :].tolist(), tokenizer.decode(output.ids(b))
+        found = output[b].tokens.tolist()
+        assert found == whole[0, len(prompt) :].tolist(), tokenizer.decode(found)

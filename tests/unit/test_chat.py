@@ -10,6 +10,7 @@ import yaml
 from stand_ins import write_model, write_tokenizer
 
 from stepwiser_jax.config import Label, Model, load_config, validate
+from stepwiser_jax.data.demonstrations import encode_demonstration, spells_control
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -18,7 +19,6 @@ from stepwiser_jax.judges.classifier import encode_solution
 from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
-from stepwiser_jax.stages.sft import render, spells_control
 from stepwiser_jax.text import chat
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
@@ -236,7 +236,7 @@ def test_an_answer_that_brings_its_thought_has_no_other(qwen3):
     opening = thinkprm.FORMS["instruct"].opening
     verified = encode_message(tokenizer, "How?", "instruct", answer=opening)
     assert tokenizer.decode(verified).endswith(ASSISTANT)
-    ids, _ = render(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
+    ids, _ = encode_demonstration(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
     assert tokenizer.decode(ids).endswith(f"{ASSISTANT}{NO_THOUGHT}So.<|im_end|>")
 
 
@@ -341,8 +341,8 @@ PROMPTS = {
         ),
         "instruct",
     )[0],
-    "sft": lambda t, x: render(SftExample("e", "p", x, x), t, "instruct")[0],
-    "sft of a conversation": lambda t, x: render(
+    "sft": lambda t, x: encode_demonstration(SftExample("e", "p", x, x), t, "instruct")[0],
+    "sft of a conversation": lambda t, x: encode_demonstration(
         dialogue(("system", x), ("user", x), ("assistant", x), ("output", x), ("assistant", x)),
         t,
         "instruct",

@@ -79,7 +79,7 @@ def account():
 
 
 def test_a_program_is_counted_and_told_of_once_for_each_shape(account, monkeypatch, capsys):
-    monkeypatch.setattr(compilation, "WORTH_A_LINE", 0.0)
+    monkeypatch.setattr(compilation, "LINE_SECONDS", 0.0)
     program = jax.jit(lambda x: x + 1)
     for length in (2, 3, 2):
         with compilation.compiling(f"{length}"):

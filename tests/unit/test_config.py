@@ -80,7 +80,13 @@ def test_documented_ablations_load_and_follow_one_another(quickstart):
         assert run_dir not in written
         written.add(run_dir)
         ablated |= {key for key, _, _ in (setting.partition("=") for setting in overrides)}
-    assert ablated >= {"format_penalty", "balance", "rule", "grpo.clip_eps_high", "chunking"}
+    assert ablated >= {
+        "reward_args.format_penalty",
+        "balance",
+        "rule",
+        "grpo.clip_eps_high",
+        "chunking",
+    }
 
 
 PLANNED = [
@@ -177,7 +183,7 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("sampling.top_p=0.9",), "untruncated sampling"),
         (
             {"prompt_style": "instruct"},
-            ("format_penalty=1",),
+            ("reward_args.format_penalty=1",),
             "analysis that prompt_style 'instruct' asks for: set prompt_style to 'verdict'",
         ),
         ({}, ("row_lengths=[64]",), r"192.*4.*32.*= 320"),

@@ -35,8 +35,7 @@ from stepwiser_jax.record_io import (
     write_manifest,
     write_records,
 )
-from stepwiser_jax.records import PrefixValue, Problem, RolloutGroup, Tokens, Trajectory, Verdict
-from stepwiser_jax.rl.rollout_cache import RolloutCache
+from stepwiser_jax.records import PrefixValue, Problem, Tokens, Trajectory
 from stepwiser_jax.runs import directory as run_module
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.checkpoint import Checkpointer
@@ -137,20 +136,6 @@ def test_arrays_that_can_be_read_but_are_others_are_named(saved, tmp_path):
         like = noisy_state() if read == "restore" else noisy_state().model
         with pytest.raises(UserError, match=r"'model' of .*4 .*\(not what was saved: \['w'\]\)"):
             getattr(Checkpointer(tmp_path / "checkpoints"), read)(like)
-
-
-def test_a_damaged_draw_is_sampled_again(tmp_path, capsys):
-    group = RolloutGroup(
-        "g", (1, 2), ((3,), (4,)), ((-0.5,), (-0.25,)), (Verdict.POSITIVE,) * 2, (1.0, 0)
-    )
-    pending = RolloutCache(tmp_path)
-    pending.write(3, 0, "aa", [group])
-    (file,) = tmp_path.iterdir()
-    flip(file, 0.5)
-    assert pending.read(3, 0, "aa") is None
-    assert f"{file} is damaged" in capsys.readouterr().err
-    pending.write(3, 0, "aa", [group])
-    assert pending.read(3, 0, "aa") == [group]
 
 
 # --- exports ------------------------------------------------------------------------------------

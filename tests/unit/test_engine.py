@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from draws import assert_drawn
+from draws import assert_drawn, tokens_of
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference import engine as engine_module
+from stepwiser_jax.inference import engine_state
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SampleOutput, SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 
 KEY = jax.random.key(7)
@@ -23,7 +24,7 @@ STOPS = (3, 5, 7, 9, 11, 13)
 
 
 def reference(model, params):
-    sampler = Sampler(model, rows=(8,), buckets=(16, 64))
+    sampler = ReferenceSampler(model, rows=(8,), buckets=(16, 64))
     return sampler.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
 
 
@@ -47,7 +48,7 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
     check(tiny_model, params, output)
     check(tiny_model, params, reference(tiny_model, params))
-    assert engine.sampled_tokens == output.length_B.sum()
+    assert engine.sampled_tokens == sum(len(c.tokens) for c in output)
 
 
 def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatch):
@@ -62,14 +63,10 @@ def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatc
         if completions
     ]
     assert len(bursts) > 4
-    found = SampleOutput.empty(len(IDS), IDS, 24)
-    for done in (completion for part in bursts for completion in part):
-        b = IDS.index(done.row_id)
-        assert found.length_B[b] == 0, "it was handed out twice"
-        found.tokens_BC[b, : len(done.ids)] = done.ids
-        found.logprobs_BC[b, : len(done.ids)] = done.logprobs
-        found.length_B[b], found.stop_reason_B[b] = len(done.ids), done.stop_reason
-    assert len(set(found.length_B)) > 3, "the case shows nothing: all rows end together"
+    found = [completion for burst in bursts for completion in burst]
+    assert sorted(c.row_id for c in found) == sorted(IDS), "each is handed out once"
+    found.sort(key=lambda completion: IDS.index(completion.row_id))
+    assert len({len(c.tokens) for c in found}) > 3, "the case shows nothing: all end together"
     check(tiny_model, params, found)
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert told[-1][:2] == (len(IDS), len(IDS)) and len({done for done, _, _ in told}) > 4
@@ -122,14 +119,15 @@ def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt)
 
 
 def test_a_burst_is_bounded(tiny_model, monkeypatch):
-    monkeypatch.setattr(engine_module, "BURST_STEPS", 5)
+    monkeypatch.setattr(engine_state, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
     parts = list(
         engine.sample(requests(19), SamplingParams(19), key=KEY, is_needed=lambda sample: True)
     )
     assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
     expected = reference(tiny_model, SamplingParams(19))
-    assert all(done.ids == expected.ids(IDS.index(done.row_id)) for done in parts[3])
+    by_id = dict(zip(IDS, tokens_of(expected), strict=True))
+    assert {c.row_id: c.tokens.tolist() for c in parts[3]} == by_id
 
 
 def test_samples_that_are_not_needed_do_not_start(tiny_model):
@@ -152,20 +150,17 @@ def test_samples_that_continue_a_part_of_their_prefix(tiny_model):
     prefix, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
     engine = Engine(tiny_model, rows=(4,), buckets=(64,))
     samples = [SampleRequest(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
-    found = {
-        c.row_id: c
-        for part in engine.sample([Prefix(prefix, samples)], params, key=KEY)
-        for c in part
-    }
-    sampler = Sampler(tiny_model, rows=(4,), buckets=(64,))
+    parts = engine.sample([Prefix(prefix, samples)], params, key=KEY)
+    found = {c.row_id: c.tokens.tolist() for part in parts for c in part}
+    sampler = ReferenceSampler(tiny_model, rows=(4,), buckets=(64,))
     expected = sampler.generate(
         [prefix[:cut] for cut in cuts],
         params,
         key=KEY,
         row_ids=[sample.row_id for sample in samples],
     )
-    for b, sample in enumerate(samples):
-        assert found[sample.row_id].ids == expected.ids(b)[: sample.max_new_tokens]
+    for sample, tokens in zip(samples, tokens_of(expected), strict=True):
+        assert found[sample.row_id] == tokens[: sample.max_new_tokens]
 
 
 def test_stop_strings_reach_over_bursts(word_tokenizer):
@@ -181,13 +176,14 @@ def test_stop_strings_reach_over_bursts(word_tokenizer):
     params = SamplingParams(30, temperature=3.0, stop_strings=(text[:1], "</chunk>"))
     prompts, ids = [[5, 6, 7]] * 12, [f"r{b}" for b in range(12)]
     shapes = {"rows": (2, 4), "buckets": (64,)}
-    expected = Sampler(model, word_tokenizer, **shapes).generate(
+    expected = ReferenceSampler(model, word_tokenizer, **shapes).generate(
         prompts, params, key=KEY, row_ids=ids
     )
     output = Engine(model, word_tokenizer, **shapes).generate(prompts, params, key=KEY, row_ids=ids)
-    assert (expected.stop_reason_B == 2).any()
-    assert [output.ids(b) for b in range(12)] == [expected.ids(b) for b in range(12)]
-    assert (output.stop_reason_B == expected.stop_reason_B).all()
+    reasons = [completion.stop_reason for completion in expected]
+    assert StopReason.STOP_STRING in reasons
+    assert tokens_of(output) == tokens_of(expected)
+    assert [completion.stop_reason for completion in output] == reasons
 
 
 def test_programs_are_compiled_once(tiny_model):
@@ -229,3 +225,22 @@ def test_requests_that_cannot_be_sampled_are_named(tiny_model, samples, error, m
     engine = Engine(tiny_model, rows=(4,), buckets=(16,))
     with pytest.raises(error, match=message):
         list(engine.sample([Prefix([1] * 10, samples)], SamplingParams(7), key=KEY))
+
+
+def test_log_odds_are_those_of_the_full_forward(tiny_model):
+    """Prompts of several lengths, in several buckets and batches."""
+    lengths = [1, 7, 16, 31, 3, 32, 8, *[5] * 300]
+    prompts = [[(3 * p + t) % 60 + 1 for t in range(n)] for p, n in enumerate(lengths)]
+    engine = Engine(tiny_model, rows=(8,), buckets=(16, 32))
+    found_P = engine.log_odds(prompts, (11, 3))
+    rows = np.zeros((len(prompts), 32), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    logits_BTV = np.asarray(jax.nn.log_softmax(tiny_model(rows)))
+    last_B = logits_BTV[np.arange(len(rows)), np.array(lengths) - 1]
+    np.testing.assert_allclose(found_P, last_B[:, 11] - last_B[:, 3], atol=1e-4)
+    assert len(engine.compiled_shapes) == 2
+    with pytest.raises(UserError, match="prompt 1: expected a prompt of at least one token"):
+        engine.log_odds([[5], []], (11, 3))
+    with pytest.raises(UserError, match="prompt 0: prompt of 33 tokens"):
+        engine.log_odds([[5] * 33], (11, 3))

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from draws import assert_drawn
+from draws import arrays_of, assert_drawn
 from flax import nnx
 
 from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.linear import quantize
 from stepwiser_jax.model.transformer import Transformer
@@ -36,7 +36,7 @@ def teacher_forced(model, output):
     prompts_B = [prompt for prompt in PROMPTS for _ in range(len(IDS) // len(PROMPTS))]
     rows_BT = np.zeros((len(IDS), 32), np.int32)
     for b, prompt in enumerate(prompts_B):
-        ids = [*prompt, *output.ids(b)]
+        ids = [*prompt, *output[b].tokens]
         rows_BT[b, : len(ids)] = ids
     logprobs_BT = np.asarray(jax.jit(token_logprobs)(model, rows_BT))
     return np.stack(
@@ -82,7 +82,7 @@ def test_only_the_matrices_of_the_blocks_are_int8(family):
 def test_a_model_for_decoding_keeps_its_weights_or_is_refused(tiny_model):
     for weights, other in (("model", "int8"), ("int8", "model")):
         model = Decoder.from_transformer(tiny_model, weights)
-        assert Engine(model, weights=weights, **SHAPES).model is model
+        assert Engine(model, weights=weights, **SHAPES).decoder is model
         with pytest.raises(ValueError, match=f"weights '{other}', found one with '{weights}'"):
             Engine(model, weights=other, **SHAPES)
 
@@ -92,16 +92,15 @@ def test_logprobs_are_those_of_the_rounded_model(family):
     """Sampled with int8: exactly (to rounding) what the rounded weights say, nearly the model's."""
     model = Transformer(tiny_config(family, initializer_range=0.1), rngs=nnx.Rngs(0))
     output = sample(Engine(model, weights="int8", **SHAPES))
-    np.testing.assert_allclose(
-        output.logprobs_BC, teacher_forced(rounded(model), output), atol=1e-4
-    )
-    gap = np.abs(output.logprobs_BC - teacher_forced(model, output)).mean()
+    _, logprobs_BC = arrays_of(output)
+    np.testing.assert_allclose(logprobs_BC, teacher_forced(rounded(model), output), atol=1e-4)
+    gap = np.abs(logprobs_BC - teacher_forced(model, output)).mean()
     assert 5e-4 < gap < 0.05
 
 
 def test_the_engine_samples_what_the_sampler_does(tiny_model):
     prompts_B = [prompt for prompt in PROMPTS for _ in range(4)]
-    for cls in (Engine, Sampler):
+    for cls in (Engine, ReferenceSampler):
         output = sample(cls(tiny_model, weights="int8", **SHAPES))
         assert_drawn(rounded(tiny_model), prompts_B, IDS, PARAMS, jax.random.key(7), output)
 
@@ -113,7 +112,8 @@ def test_other_weights_are_quantized_too_and_compile_nothing(tiny_model):
     warm = [program._cache_size() for program in programs]
     other_model = jax.tree.map(lambda x: x * 1.3, tiny_model)
     second = sample(engine.with_model(other_model))
+    assert engine.sampled_tokens == 2 * len(IDS) * 12, "both are counted together"
     assert [program._cache_size() for program in programs] == warm
     fresh = sample(Engine(other_model, weights="int8", **SHAPES))
-    np.testing.assert_array_equal(second.tokens_BC, fresh.tokens_BC)
-    assert (first.tokens_BC != second.tokens_BC).any()
+    np.testing.assert_array_equal(arrays_of(second)[0], arrays_of(fresh)[0])
+    assert (arrays_of(first)[0] != arrays_of(second)[0]).any()

@@ -1,11 +1,12 @@
 """Offline judgments to learn from: which are kept."""
 
+import numpy as np
 import pytest
 
 from stepwiser_jax.config import load_config
 from stepwiser_jax.data.rationales import Outcome, judgment_outcome
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.params import SampleOutput, StopReason
+from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.record_io import write_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
@@ -146,13 +147,12 @@ class Scripted:
 
     def generate(self, prompts, params, *, key, row_ids, group_size):
         self.prompts, self.params = [self.decode(ids) for ids in prompts], params
-        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        completions = []
         for b, text in enumerate(self.texts):
             ids = self.encode(text)
-            output.tokens_BC[b, : len(ids)] = ids
-            output.length_B[b] = len(ids)
-            output.stop_reason_B[b] = StopReason.STOP_ID
-        return output
+            logprobs = np.zeros(len(ids))
+            completions.append(Completion(row_ids[b], np.array(ids), logprobs, StopReason.STOP_ID))
+        return completions
 
 
 def test_chains_are_cut_filtered_and_learned_with_the_answer(request):

@@ -77,12 +77,23 @@ def generate(engine, prompts=((1, 2), (3,)), params=PARAMS):
     return engine.generate(prompts, params, key=KEY, row_ids=rows, group_size=2)
 
 
+def reasons(completions):
+    return {completion.stop_reason for completion in completions}
+
+
 def test_rows_come_back_where_they_belong_with_ids_and_logprobs(serve):
     engine, bodies = serve(lambda body: completion([*body["prompt"], 9]), concurrent_requests=2)
-    output = generate(engine)
-    assert [output.ids(b) for b in range(4)] == [[1, 2, 9], [1, 2, 9], [3, 9], [3, 9]]
-    np.testing.assert_array_equal(output.logprobs_BC[0], np.float32([0, -0.5, -1, 0]))
-    assert set(output.stop_reason_B) == {StopReason.STOP_ID}
+    completions = generate(engine)
+    assert [completion.row_id for completion in completions] == ["r0/0", "r0/1", "r1/0", "r1/1"]
+    assert [completion.tokens.tolist() for completion in completions] == [
+        [1, 2, 9],
+        [1, 2, 9],
+        [3, 9],
+        [3, 9],
+    ]
+    np.testing.assert_array_equal(completions[0].logprobs, np.float32([0, -0.5, -1]))
+    assert completions[0].tokens.dtype == np.int32 and completions[0].logprobs.dtype == np.float32
+    assert reasons(completions) == {StopReason.STOP_ID}
     assert len({body["seed"] for body in bodies}) == 4, "rows must differ in their noise"
     sent = bodies[0]
     assert (sent["max_tokens"], sent["temperature"], sent["top_p"]) == (4, 0.7, 0.9)
@@ -95,10 +106,10 @@ def test_rows_come_back_where_they_belong_with_ids_and_logprobs(serve):
 
 def test_why_a_row_ended(serve):
     engine, _ = serve(lambda body: completion([5, 6, 7, 8], finish="length"))
-    assert set(generate(engine).stop_reason_B) == {StopReason.LENGTH}
+    assert reasons(generate(engine)) == {StopReason.LENGTH}
     engine, _ = serve(lambda body: completion([5]))
     params = SamplingParams(4, stop_ids=(9,), stop_strings=("</chunk>",))
-    assert set(generate(engine, params=params).stop_reason_B) == {StopReason.STOP_STRING}
+    assert reasons(generate(engine, params=params)) == {StopReason.STOP_STRING}
 
 
 def test_a_busy_server_is_asked_again(serve):
@@ -110,7 +121,7 @@ def test_a_busy_server_is_asked_again(serve):
 
 def test_half_an_answer_is_asked_for_again(serve):
     engine, bodies = serve(lambda body: completion([9]), broken=(1, 3))
-    assert [generate(engine).ids(b) for b in range(4)] == [[9]] * 4
+    assert [completion.tokens.tolist() for completion in generate(engine)] == [[9]] * 4
     assert len(bodies) > 4
 
 

@@ -14,9 +14,8 @@ from flax import nnx
 
 from stepwiser_jax.config import Beams, load_config
 from stepwiser_jax.distributed.loading import Loaded
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SampleOutput, SamplingParams, Shapes, StopReason
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.params import Completion, SamplingParams, Shapes, StopReason
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
@@ -41,27 +40,29 @@ def rng_of(*parts):
 
 
 class Rows:
-    """In place of an engine: rows are lists of ids; `write(row id, ids)` says what comes next."""
+    """In place of a sampler: rows are lists of ids; `write(row id, ids)` says what comes next."""
 
     def __init__(self, write, rows):
         self.write, self.shapes, self.most = write, Shapes((rows,), (400,), 400), 0
 
-    def prefill(self, prompts, slots):
+    def prefill(self, prompts, min_tokens):
         return [list(prompt) for prompt in prompts]
 
-    def fork(self, state, source_B, num_tokens_B):
+    def branch(self, state, source_B):
         assert len(source_B) <= self.shapes.max_rows
         self.most = max(self.most, len(source_B))
-        return [state[s][:n] for s, n in zip(source_B, num_tokens_B, strict=True)]
+        return [state[s] for s in source_B]
+
+    def rewind(self, state, num_tokens_B):
+        return [ids[:n] for ids, n in zip(state, num_tokens_B, strict=True)]
 
     def decode(self, state, params, *, key, row_ids):
-        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        completions = []
         for b, row_id in enumerate(row_ids):
             ids, reason = self.write(row_id, state[b])
-            output.tokens_BC[b, : len(ids)] = ids
-            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
+            completions.append(Completion(row_id, np.array(ids), np.zeros(len(ids)), reason))
             state[b] = state[b] + ids
-        return output, state
+        return completions, state
 
 
 @pytest.fixture
@@ -90,9 +91,9 @@ def solver(word_tokenizer):
     return write
 
 
-def policy_of(tokenizer, engine):
+def policy_of(tokenizer, sampler):
     params = SamplingParams(CHUNK, stop_ids=tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
-    return Policy(Loaded(None, tokenizer, "fake"), engine, "bare", params, jax.random.key(3))
+    return Policy(Loaded(None, tokenizer, "fake"), None, sampler, "bare", params, jax.random.key(3))
 
 
 class Planted:
@@ -366,17 +367,17 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     """With a model: what a row writes is what a fresh row with its name and its tokens writes."""
     vocabulary = len(word_tokenizer.token_bytes())
     model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
-    sampler = Sampler(model, word_tokenizer, rows=(1,), buckets=(96,))
+    fresh = ReferenceSampler(model, word_tokenizer, rows=(1,), buckets=(96,))
 
     def write(row_id, ids):
-        out = sampler.generate([ids], params, key=jax.random.key(3), row_ids=[row_id])
-        return out.ids(0), out.stop_reason_B[0]
+        (out,) = fresh.generate([ids], params, key=jax.random.key(3), row_ids=[row_id])
+        return out.tokens.tolist(), out.stop_reason
 
     def judge(question, chunks):
         return round(rng_of(*chunks).random(), 1)
 
-    engine = Engine(model, word_tokenizer, rows=(4, 8), buckets=(96,))
-    policies = [policy_of(word_tokenizer, e) for e in (engine, Rows(write, 8))]
+    sampler = ReferenceSampler(model, word_tokenizer, rows=(4, 8), buckets=(96,))
+    policies = [policy_of(word_tokenizer, s) for s in (sampler, Rows(write, 8))]
     params = SamplingParams(8, stop_ids=word_tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
     found = []
     for policy in policies:
@@ -387,7 +388,7 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
         found.append(solutions_of(trees))
         assert sum(tree.policy_tokens - tree.accepted_tokens for tree in trees) > 0
     assert found[0] == found[1]
-    assert len(engine.compiled_shapes) <= 1 + 3 + 2, "prefill, forks, decodes"
+    assert len(sampler.compiled_shapes) <= 1 + 3 + 2, "prefill, branches, decodes"
 
 
 # --- budgets ------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ import pytest
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.config import load_config
+from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.params import SampleOutput, StopReason
+from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import stop
-from stepwiser_jax.stages import chunk_solutions, sft
+from stepwiser_jax.stages import chunk_solutions
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunking import read_chunks
@@ -72,14 +73,13 @@ class Parrot:
 
     def generate(self, prompts_P, params, *, key, row_ids, group_size):
         self.blocks += 1
-        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        completions = []
         for b in range(len(row_ids)):
             prompt = self.tokenizer.decode(prompts_P[b // group_size][1:]).removesuffix(" ?")
             text, reason = self.proposals[b % group_size](prompt)
             ids = self.tokenizer.encode(text)
-            output.tokens_BC[b, : len(ids)] = ids
-            output.length_B[b], output.stop_reason_B[b] = len(ids), reason
-        return output
+            completions.append(Completion(row_ids[b], np.array(ids), np.zeros(len(ids)), reason))
+        return completions
 
 
 def halves(solution):
@@ -144,7 +144,7 @@ def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teac
     assert summary["agreement"] == pytest.approx(2 / 3)
     assert summary["mean_chunks"] == 2 and summary["mean_blank_line_chunks"] == 1
     questions = {p.problem_id: p.question for p in read_records(rollouts, Problem)}
-    examples = sft.read_examples(str(tmp_path / "s"), "bare")
+    examples = read_demonstrations(str(tmp_path / "s"), "bare")
     assert len(examples) == COUNT
     segmentations = {s.trajectory_id: s for s in read_records(tmp_path / "s", ChunkedSolution)}
     for example in examples:
@@ -169,7 +169,7 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
     assert parrot.blocks == 2 * COUNT // 4
     assert (summary["cut"], summary["right"]) == (0, 2 * COUNT)
     assert summary["proposals"]["altered"] == 2 * COUNT
-    assert sft.read_examples(str(tmp_path / "s"), "bare") == []
+    assert read_demonstrations(str(tmp_path / "s"), "bare") == []
 
 
 def test_a_solution_that_the_teacher_has_no_room_for_is_counted(tmp_path, rollouts, teacher):
@@ -184,7 +184,7 @@ def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
     config = config_of(tmp_path, rollouts, teacher={"kind": "rule", "splitter": "blank_lines"})
     summary = chunk_solutions.run(config, tmp_path / "s")
     assert summary["cut"] == 2 * COUNT and summary["mean_chunks"] == 1
-    prompts = {e.prompt for e in sft.read_examples(str(tmp_path / "s"), "instruct")}
+    prompts = {e.prompt for e in read_demonstrations(str(tmp_path / "s"), "instruct")}
     assert all("<chunk>" in prompt and "Problem: start" in prompt for prompt in prompts)
 
 
@@ -210,7 +210,7 @@ def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_to
         config_of(tmp_path, rollouts, teacher={"kind": "rule", "splitter": "sentences"}),
         tmp_path / "s",
     )
-    for example in sft.read_examples(str(tmp_path / "s"), "bare"):
+    for example in read_demonstrations(str(tmp_path / "s"), "bare"):
         assert example.completion.count("<chunk>") == example.completion.count("</chunk>") == 1
 
 
@@ -258,7 +258,7 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     assert summary["proposals"]["kept"] > 2 * COUNT and summary["mean_chunks"] > 2
     assert summary["compiled"]
     known = {e.completion for e in demonstrations.segmenter_demonstrations(problems, 0)}
-    learned = sft.read_examples(str(tmp_path / "s"), "bare")
+    learned = read_demonstrations(str(tmp_path / "s"), "bare")
     assert len(learned) == summary["cut"] > COUNT
     assert {" ".join(e.completion.split()) for e in learned} <= {" ".join(k.split()) for k in known}
 

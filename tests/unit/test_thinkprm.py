@@ -16,7 +16,7 @@ from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SampleOutput
+from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.judges.thinkprm import (
@@ -230,16 +230,16 @@ class Scripted:
         self.generated, self.asked = [], []
 
     def generate(self, prompts, params, *, key, row_ids, group_size):
-        output = SampleOutput.empty(len(row_ids), row_ids, params.max_new_tokens)
+        completions = []
         for b, row_id in enumerate(row_ids):
             prompt = self.tokenizer.decode(prompts[b // group_size])
             self.generated.append((row_id, prompt, params))
             text = next(self.texts)
             ids = self.tokenizer.encode(text.removesuffix(" <eos>"))[: params.max_new_tokens]
             ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
-            output.tokens_BC[b, : len(ids)] = ids
-            output.length_B[b] = len(ids)
-        return output
+            logprobs = np.zeros(len(ids))
+            completions.append(Completion(row_id, np.array(ids), logprobs, StopReason.LENGTH))
+        return completions
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import arrays_of
 from flax import nnx
 
 from stepwiser_jax.distributed.loading import load_model
@@ -16,7 +17,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import Sampler
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import _pass
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
@@ -106,7 +107,7 @@ def sample(sampler_class, model, weights, params):
     [
         (Engine, "model", HOT),
         (Engine, "int8", dataclasses.replace(HOT, top_k=60, top_p=0.99)),
-        (Sampler, "model", dataclasses.replace(HOT, temperature=0.0)),
+        (ReferenceSampler, "model", dataclasses.replace(HOT, temperature=0.0)),
     ],
     ids=["hot", "truncated, int8", "greedy"],
 )
@@ -114,10 +115,10 @@ def test_samples_are_those_of_the_tokenizers_vocabulary(sampler_class, weights, 
     model = model_of()
     expected = sample(sampler_class, model, weights, params)
     found = sample(sampler_class, with_unknown_ids(model, UNKNOWN), weights, params)
-    np.testing.assert_array_equal(found.tokens_BC, expected.tokens_BC)
-    np.testing.assert_allclose(found.logprobs_BC, expected.logprobs_BC, atol=1e-5)
+    np.testing.assert_array_equal(arrays_of(found)[0], arrays_of(expected)[0])
+    np.testing.assert_allclose(arrays_of(found)[1], arrays_of(expected)[1], atol=1e-5)
     other = sample(sampler_class, with_unknown_ids(model, UNKNOWN, known=True), weights, params)
-    assert (other.tokens_BC >= KNOWN).any(), "the case shows nothing: no such id would be drawn"
+    assert (arrays_of(other)[0] >= KNOWN).any(), "the case shows nothing: no such id would be drawn"
 
 
 def test_logprobs_of_sampler_and_trainer_agree():
@@ -125,12 +126,12 @@ def test_logprobs_of_sampler_and_trainer_agree():
     output = sample(Engine, model, "model", HOT)
     rows = np.zeros((len(IDS), 32), np.int32)
     for b in range(len(IDS)):
-        ids = PROMPTS[b // 4] + output.ids(b)
+        ids = [*PROMPTS[b // 4], *output[b].tokens]
         rows[b, : len(ids)] = ids
     trained = np.asarray(jax.jit(token_logprobs)(model, rows, temperature=HOT.temperature))
     for b in range(len(IDS)):
         start = len(PROMPTS[b // 4])
-        np.testing.assert_allclose(output.logprobs(b), trained[b, start : start + 12], atol=1e-5)
+        np.testing.assert_allclose(output[b].logprobs, trained[b, start : start + 12], atol=1e-5)
 
 
 def test_gaps_inside_the_vocabulary_are_never_drawn():
@@ -148,7 +149,7 @@ def test_gaps_inside_the_vocabulary_are_never_drawn():
         entropy[:, 1:], -jnp.sum(jnp.exp(expected) * expected, axis=-1), atol=1e-5
     )
     output = sample(Engine, model, "model", SamplingParams(20, temperature=50.0))
-    assert set(output.tokens_BC.ravel().tolist()) == set(known.tolist())
+    assert set(arrays_of(output)[0].ravel().tolist()) == set(known.tolist())
 
 
 def test_an_entry_without_mass_is_never_passed(monkeypatch):
@@ -209,7 +210,7 @@ def test_a_model_knows_which_ids_have_a_token(padded, word_tokenizer, tmp_path):
 
 def test_a_sampler_refuses_a_model_that_does_not_know_its_tokenizer(padded, word_tokenizer):
     model = load_hf(str(padded))
-    for sampler_class in (Sampler, Engine):
+    for sampler_class in (ReferenceSampler, Engine):
         with pytest.raises(ValueError, match=r"load it with load_hf\(path, tokenizer=tokenizer\)"):
             sampler_class(model, word_tokenizer, rows=(2,), buckets=(16,))
 

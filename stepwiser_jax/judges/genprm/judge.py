@@ -173,13 +173,13 @@ class Writer:
         prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
         for completions in self.engine.sample(prefixes, params, key=self.key):
             for completion in completions:
-                text = completion_text(self.tokenizer, completion.ids)
+                text = completion_text(self.tokenizer, completion.tokens.tolist())
                 if completion.stop_reason is StopReason.STOP_STRING:
                     # The last token may hold what comes after the stop string.
                     text = text[: first_end(text, params.stop_strings)]
                 conversation = conversation_of[completion.row_id]
                 conversation.say("assistant", text)
-                conversation.num_tokens += len(completion.ids)
+                conversation.num_tokens += len(completion.tokens)
                 conversation.stop_reason = completion.stop_reason
 
     def _run_code(self, conversations: Sequence[Conversation]) -> None:

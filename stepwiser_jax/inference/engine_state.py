@@ -1,0 +1,219 @@
+"""The engine's state on the device, and the programs that change it.
+
+A row's state is its tokens, and a cache of all of them but the last: a decode step feeds the last
+token and samples the next, so a prefill computes no logits. A slot's rows share the keys and values
+of its prefix; a row stores only those of the tokens that it sampled, in the suffix cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from stepwiser_jax.distributed.mesh import batch_sharding, cache_sharding, replicated
+from stepwiser_jax.inference.params import StopReason, find_stops
+from stepwiser_jax.inference.scheduler import Grid
+from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.model.config import ModelConfig
+from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
+
+BURST_STEPS = 512
+"""The most decode steps of a burst. It takes seconds, and a run can be stopped between bursts."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StartingRows:
+    """The rows that start with a burst: `starts_B` says which, the rest is about these rows. A row
+    sees `prefix_length_B` tokens of its slot's prefix, and then feeds `last_token_B`. It ends after
+    `limit_B` tokens; `hash_B` seeds its noise."""
+
+    starts_B: Any
+    prefix_length_B: Any
+    last_token_B: Any
+    limit_B: Any
+    hash_B: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """The decoding grid on the device: Q slots of R rows, B = Q * R, row b in slot b // R.
+
+    `prefix` holds a sequence for each slot, and how many of its tokens each row sees. `suffix`
+    caches the tokens that each row has fed since, as many as the row has sampled. `match_B` are
+    the states of the stop strings' automaton."""
+
+    prefix: SharedPrefix
+    suffix: SuffixCache
+    last_token_B: jax.Array
+    limit_B: jax.Array
+    hash_B: jax.Array
+    running_B: jax.Array
+    match_B: jax.Array
+    reason_B: jax.Array
+    tokens_BC: jax.Array
+    logprobs_BC: jax.Array
+
+    @property
+    def grid(self) -> Grid:
+        slots = self.prefix.cache.length_B.shape[0]
+        return Grid(slots, self.running_B.shape[0] // slots)
+
+
+def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> EngineState:
+    """Rows over the mesh's rows, key/value heads over its heads."""
+    heads = cache_sharding(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+    of_dimensions = {0: replicated(mesh), 4: heads}
+    return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def empty_state(
+    decoder: Decoder,
+    mesh: Mesh | None,
+    grid: Grid,
+    prefix_tokens: int,
+    max_new_tokens: int,
+) -> EngineState:
+    """Creates the state on the devices where it belongs: no device ever holds all of it."""
+    B = grid.rows
+    config, dtype = decoder.config, decoder.compute_dtype
+    state = EngineState(
+        prefix=SharedPrefix(
+            KVCache.create(config, grid.slots, prefix_tokens, dtype), jnp.zeros((B,), jnp.int32)
+        ),
+        suffix=SuffixCache.create(config, B, max_new_tokens, decoder.suffix_dtype),
+        last_token_B=jnp.zeros((B,), jnp.int32),
+        limit_B=jnp.zeros((B,), jnp.int32),
+        hash_B=jnp.zeros((B,), jnp.uint32),
+        running_B=jnp.zeros((B,), bool),
+        match_B=jnp.zeros((B,), jnp.int32),
+        reason_B=jnp.zeros((B,), jnp.int32),
+        tokens_BC=jnp.zeros((B, max_new_tokens), jnp.int32),
+        logprobs_BC=jnp.zeros((B, max_new_tokens), jnp.float32),
+    )
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_sharding(state, config, mesh))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def prefill(
+    decoder: Decoder, state: EngineState, tokens_PT: jax.Array, slot_P: jax.Array
+) -> EngineState:
+    """Stores the keys and values of P right-padded prefixes in these slots."""
+    _, cache = decoder.prefill(tokens_PT)
+    stored = jax.tree.map(
+        lambda old, new: old.at[slot_P].set(new, mode="drop"), state.prefix.cache, cache
+    )
+    return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
+
+
+@jax.jit
+def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -> EngineState:
+    """Returns a grid of one row per slot: row b is row `source_B[b]`, with the prefix of its slot.
+    Rows that are not used do not run."""
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take(x, source_B, axis=0)
+
+    suffix = state.suffix
+    return EngineState(
+        prefix=SharedPrefix(
+            state.prefix.cache.take(source_B // state.grid.rows_per_slot),
+            take(state.prefix.length_B),
+        ),
+        suffix=dataclasses.replace(
+            suffix,
+            keys=tuple(map(take, suffix.keys)),
+            values=tuple(map(take, suffix.values)),
+            length_B=take(suffix.length_B),
+        ),
+        last_token_B=take(state.last_token_B),
+        limit_B=take(state.limit_B),
+        hash_B=take(state.hash_B),
+        running_B=take(state.running_B) & is_used_B,
+        match_B=take(state.match_B),
+        reason_B=take(state.reason_B),
+        tokens_BC=take(state.tokens_BC),
+        logprobs_BC=take(state.logprobs_BC),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def decode_burst(
+    decoder: Decoder,
+    state: EngineState,
+    starting: StartingRows,
+    token_sampler: TokenSampler,
+    exit_at: jax.Array,
+    stop_ids: jax.Array,
+    stop_table_AV: jax.Array | None,
+) -> EngineState:
+    """Starts the new rows, then takes decode steps until at most `exit_at` rows are running, or for
+    `BURST_STEPS` steps."""
+
+    def start(new: Any, old: jax.Array) -> jax.Array:
+        return jnp.where(starting.starts_B, new, old)
+
+    prefix, suffix = state.prefix, state.suffix
+    state = dataclasses.replace(
+        state,
+        prefix=SharedPrefix(prefix.cache, start(starting.prefix_length_B, prefix.length_B)),
+        suffix=dataclasses.replace(suffix, length_B=start(0, suffix.length_B)),
+        last_token_B=start(starting.last_token_B, state.last_token_B),
+        limit_B=start(starting.limit_B, state.limit_B),
+        hash_B=start(starting.hash_B, state.hash_B),
+        running_B=state.running_B | starting.starts_B,
+        match_B=start(0, state.match_B),
+        reason_B=start(int(StopReason.LENGTH), state.reason_B),
+    )
+    rows_B = jnp.arange(state.running_B.shape[0])
+
+    def step(carry: tuple[jax.Array, EngineState]) -> tuple[jax.Array, EngineState]:
+        steps, state = carry
+        running_B, sampled_B = state.running_B, state.suffix.length_B
+        hidden_BD, suffix = decoder.decode_step(
+            state.last_token_B, running_B, state.prefix, state.suffix
+        )
+        position_B = state.prefix.length_B + 1 + sampled_B
+        token_B, logprob_B = token_sampler(decoder.logits(hidden_BD), state.hash_B, position_B)
+        token_B = jnp.where(running_B, token_B, state.last_token_B)
+        # A row that has ended writes after its last token, where nothing is read.
+        tokens_BC = state.tokens_BC.at[rows_B, sampled_B].set(token_B, mode="drop")
+        logprobs_BC = state.logprobs_BC.at[rows_B, sampled_B].set(logprob_B, mode="drop")
+        stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_AV)
+        return steps + 1, dataclasses.replace(
+            state,
+            suffix=suffix,
+            last_token_B=token_B,
+            running_B=running_B & ~stop_B & (suffix.length_B < state.limit_B),
+            match_B=jnp.where(running_B, match_B, state.match_B),
+            reason_B=jnp.where(running_B, reason_B, state.reason_B),
+            tokens_BC=tokens_BC,
+            logprobs_BC=logprobs_BC,
+        )
+
+    def goes_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
+        steps, state = carry
+        return (jnp.sum(state.running_B) > exit_at) & (steps < BURST_STEPS)
+
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("pair",))
+def log_odds_at(
+    decoder: Decoder, tokens_BT: jax.Array, last_B: jax.Array, *, pair: tuple[int, int]
+) -> jax.Array:
+    """Returns the log-odds (B,) of two tokens after the token at `last_B` of each row."""
+    hidden_BTD, _ = decoder.prefill(tokens_BT)
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    logits_B2 = decoder.pair_logits(hidden_B1D, pair)[:, 0]
+    return logits_B2[:, 0] - logits_B2[:, 1]
