@@ -89,7 +89,7 @@ def main() -> None:
         directory = Path(scratch)
         make_runs(directory, args.trajectories, args.tokens, args.chunks)
         read, size = bytes_of_shard(directory / "rollouts", 3, 64)
-        settings = {"rollouts": directory / "rollouts", "annotations": directory / "values"}
+        settings = {"rollouts": directory / "rollouts", "values": directory / "values"}
         config = Label(**{k: str(path) for k, path in settings.items()}, tokenizer="arithmetic")
         start, before = time.perf_counter(), time.process_time()
         summary = label.run(config, directory / "labels")
