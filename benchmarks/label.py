@@ -90,8 +90,7 @@ def main() -> None:
         make_runs(directory, args.trajectories, args.tokens, args.chunks)
         read, size = bytes_of_shard(directory / "rollouts", 3, 64)
         settings = {"rollouts": directory / "rollouts", "values": directory / "values"}
-        paths = {name: str(path) for name, path in settings.items()}
-        config = Label(**paths, tokenizer="arithmetic", prompt_style="bare")
+        config = Label(**{k: str(path) for k, path in settings.items()}, tokenizer="arithmetic")
         start, before = time.perf_counter(), time.process_time()
         summary = label.run(config, directory / "labels")
         found = {

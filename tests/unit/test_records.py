@@ -170,7 +170,7 @@ def test_a_setting_that_is_no_more_is_named(tmp_path):
 
 def sft_config(steps, schedule="constant"):
     optimizer = {"learning_rate": 1e-3, "schedule": schedule}
-    fields = {"model": {"path": "arithmetic"}, "data": {"source": "d"}, "batch_size": 1}
+    fields = {"model": {"path": "arithmetic"}, "examples": {"source": "d"}, "batch_size": 1}
     fields |= {"max_length": 8, "training": {"optimizer": optimizer}, "steps": steps}
     return Sft.model_validate(fields)
 
@@ -214,8 +214,9 @@ def test_a_crash_between_the_old_end_and_the_new_config_leaves_a_run_to_go_on(
 
 
 def evaluate_config(limit):
-    fields = {"judge": {"path": "j"}, "items": "i", "max_new_tokens": 8, "limit": limit}
-    return Evaluate.model_validate(fields | {"engine": {"buckets": [64]}})
+    judge = {"path": "j", "sampling": {"max_new_tokens": 8}, "engine": {"buckets": [64]}}
+    benchmark = {"source": "i", "limit": limit}
+    return Evaluate.model_validate({"judge": judge, "benchmark": benchmark})
 
 
 def test_a_finished_evaluation_goes_on_with_more_items(tmp_path):
@@ -393,13 +394,13 @@ def test_a_search_goes_on_with_longer_rows_of_a_classifier(tmp_path, request):
     file = request.config.rootpath / "configs" / "smoke_search.yaml"
 
     def directory(*classifier):
-        sets = ("judge=null", "classifier.path=c", *classifier)
+        sets = ("judge={kind: classifier, path: c, max_length: 9}", *classifier)
         return RunDirectory(tmp_path / "run", "search", load_config("search", file, sets))
 
-    directory("classifier.max_length=64").create()
-    directory("classifier.max_length=96", "classifier.rows=4").create()
-    with pytest.raises(UserError, match=r"differs in classifier.threshold: 0.5 -> 0.6: name a new"):
-        directory("classifier.max_length=96", "classifier.threshold=0.6")
+    directory("judge.max_length=64").create()
+    directory("judge.max_length=96", "judge.rows=32").create()
+    with pytest.raises(UserError, match=r"differs in judge.threshold: None -> 0.6: name a new"):
+        directory("judge.max_length=96", "judge.threshold=0.6")
 
 
 def test_write_records_round_trip(tmp_path):
