@@ -17,7 +17,7 @@ import time
 SIDES = {
     "all weights": {},
     "LoRA": {"lora": {}},
-    "LoRA, base in bfloat16": {"lora": {}, "param_dtype": "bfloat16"},
+    "LoRA, base in bfloat16": {"lora": {}, "dtype": "bfloat16"},
 }
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     os.sched_setaffinity(0, {arguments.core})
 
     import jax
+    import numpy as np
     from common import random_completions
     from train_step import LENGTH, PROMPTS, SAMPLES, settings
 
@@ -39,9 +40,12 @@ def main() -> None:
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.model.lora import trainable
-    from stepwiser_jax.stages import train_judge
-    from stepwiser_jax.training.loop import optimizer_of
-    from stepwiser_jax.training.step import create_train_state
+    from stepwiser_jax.rl.grpo import group_advantages
+    from stepwiser_jax.rl.rollouts import RolloutGroup
+    from stepwiser_jax.rl.update import make_objective
+    from stepwiser_jax.stages.train_judge import pack
+    from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
+    from stepwiser_jax.training.step import create_train_state, make_train_step
 
     mesh = make_mesh()
     states, batches, programs = {}, {}, {}
@@ -55,18 +59,23 @@ def main() -> None:
         if "lora" in changes:
             tree["model"]["lora"] = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
         config = validate(TrainJudge, tree, "the benchmark")
-        schedule, optimizer = optimizer_of(config.training, 1)
-        model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+        schedule = make_schedule(config.training.optimizer, 1)
+        optimizer = make_optimizer(config.training.optimizer, schedule)
+        model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
         state = create_train_state(model, optimizer, mesh)
-        rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
+        logprobs = [np.full(LENGTH, -1.0)] * SAMPLES
         groups = [
-            train_judge.RolloutGroup(f"p{p}", ids, completions_G, logprobs, (), rewards)
+            RolloutGroup(f"p{p}", ids, completions_G, logprobs)
             for p, (ids, completions_G) in enumerate(
                 zip(PROMPTS, random_completions(), strict=True)
             )
         ][: arguments.prompts]
-        batches[name] = shard_batch(train_judge.assemble(groups, config), mesh)
-        step = train_judge.judge_train_step(config, schedule, optimizer)
+        rewards_PG = np.array([[float(g % 3) for g in range(SAMPLES)]] * len(groups))
+        batches[name] = shard_batch(pack(groups, group_advantages(rewards_PG), config), mesh)
+        objective = make_objective(config.grpo, correction="none", temperature=1.0, remat=True)
+        step = make_train_step(
+            *objective, optimizer, schedule, micro_batches=config.training.micro_batches
+        )
         programs[name] = step.lower(state, batches[name]).compile()
         states[name] = state
         memory = programs[name].memory_analysis()

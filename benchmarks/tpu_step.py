@@ -14,6 +14,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepwiser_jax.commands.plan.programs import lower_update
 from stepwiser_jax.commands.plan.tpu import abstract_model, tpu_topology
@@ -23,7 +24,8 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.rl.rollouts import RolloutGroup
+from stepwiser_jax.training.batches import pack_groups
 
 TOKENS, COMPLETIONS, ROW = 3096, 4, 15872
 QWEN = {
@@ -39,7 +41,7 @@ QWEN = {
 }
 JUDGE = {
     "model": {"path": "unused"},
-    "examples": "unused",
+    "examples": {"source": "unused"},
     "iterations": 1,
     "prompts_per_iteration": 1,
     "row_lengths": [ROW],
@@ -58,10 +60,9 @@ def main() -> None:
     config = ModelConfig.from_hf(QWEN | {"num_hidden_layers": args.layers})
     mesh = make_mesh(devices=tpu_topology(args.topology).devices)
     judge = TrainJudge.model_validate(JUDGE)
-    group = Group(
-        [0] * TOKENS, [[0] * TOKENS] * COMPLETIONS, [[0.0] * TOKENS] * COMPLETIONS, [0.0] * 4
-    )
-    batch = rollout_batch([group], num_rows=1, row_length=ROW)
+    ids = np.zeros(TOKENS, np.int32)
+    group = RolloutGroup("", ids, [ids] * COMPLETIONS, [ids] * COMPLETIONS)
+    batch = pack_groups([group], [[0.0] * COMPLETIONS], num_rows=1, row_lengths=[ROW])
     kernel, _ = splash_mask(jnp.asarray(batch.segment_ids_BT))
     steps = kernel.fwd_mask_info.block_mask
     blocks = steps.shape[2]

@@ -17,7 +17,6 @@ one of its updates takes minutes here, and 15 GiB.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -57,8 +56,8 @@ RIVALS = {"trl": "trl_update.py"}
 def settings(model_dir: str) -> dict[str, Any]:
     """A judge's: each group in a row of its own, its prompt once."""
     return {
-        "model": {"path": model_dir, "compute_dtype": "bfloat16"},
-        "examples": "",
+        "model": {"path": model_dir, "dtype": "bfloat16"},
+        "examples": {"source": "unused"},
         "iterations": 1,
         "prompts_per_iteration": len(PROMPTS),
         "group_size": SAMPLES,
@@ -76,6 +75,7 @@ def settings(model_dir: str) -> dict[str, Any]:
 
 def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
+    import numpy as np
 
     from stepwiser_jax.config import TrainJudge, validate
     from stepwiser_jax.distributed.loading import load_for_training
@@ -83,35 +83,24 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
-    from stepwiser_jax.stages import train_judge
-    from stepwiser_jax.training.step import (
-        create_train_state,
-        make_optimizer,
-        make_schedule,
-        make_train_step,
-    )
+    from stepwiser_jax.rl.grpo import group_advantages
+    from stepwiser_jax.rl.rollouts import RolloutGroup
+    from stepwiser_jax.rl.update import make_objective
+    from stepwiser_jax.stages.train_judge import pack
+    from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
+    from stepwiser_jax.training.step import create_train_state, make_train_step
 
     compiled = compilations()
     config = validate(TrainJudge, settings(model_dir), "the benchmark")
     mesh = make_mesh()
-    schedule = make_schedule(
-        learning_rate=TRAIN["lr"],
-        schedule="constant",
-        warmup_steps=0,
-        total_steps=1,
-        end_fraction=1.0,
-    )
-    optimizer = make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
-    model = load_for_training(**config.model.model_dump(), mesh=mesh, seed=0).model
+    schedule = make_schedule(config.training.optimizer, 1)
+    optimizer = make_optimizer(config.training.optimizer, schedule)
+    model = load_for_training(**config.model.load_args, mesh=mesh, seed=0).model
     state = create_train_state(model, optimizer, mesh)
     del model
-    train_step = make_train_step(
-        functools.partial(train_judge.judge_loss, config=config),
-        optimizer,
-        schedule,
-        micro_batches=config.training.micro_batches,
-        denominator_fn=functools.partial(train_judge.judge_denominators, config=config),
-    )
+    objective = make_objective(config.grpo, correction="none", temperature=1.0, remat=True)
+    micro_batches = config.training.micro_batches
+    train_step = make_train_step(*objective, optimizer, schedule, micro_batches=micro_batches)
     runs = 0
 
     def sampled() -> list[list[list[int]]]:
@@ -128,13 +117,13 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         nonlocal state, runs
         runs += 1
         before = len(compiled)
-        rewards, logprobs = [float(g % 3) for g in range(SAMPLES)], [[-1.0] * LENGTH] * SAMPLES
+        logprobs = [np.full(LENGTH, -1.0)] * SAMPLES
         completions = sampled() if name == "step" else random_completions()
         groups = [
-            train_judge.RolloutGroup(f"p{p}", ids, completions[p], logprobs, (), rewards)
-            for p, ids in enumerate(PROMPTS)
+            RolloutGroup(f"p{p}", ids, completions[p], logprobs) for p, ids in enumerate(PROMPTS)
         ]
-        batch = shard_batch(train_judge.assemble(groups, config), mesh)
+        rewards_PG = np.array([[float(g % 3) for g in range(SAMPLES)]] * len(groups))
+        batch = shard_batch(pack(groups, group_advantages(rewards_PG), config), mesh)
         state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
         return {"compilations": len(compiled) - before}

@@ -6,9 +6,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.rollouts import RolloutGroup
 from stepwiser_jax.runs.metrics import TIMING_FIELDS
 
 
@@ -59,3 +61,15 @@ def logged(run) -> list[str]:
     assert all(line["seconds"] >= 0 and line["time"].endswith("Z") for line in lines)
     kept = [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
     return [json.dumps(line) for line in kept]
+
+
+def rollout_group(prompt, completions, logprobs=None, rewards=(), name="g"):
+    """A group from lists."""
+    logprobs = logprobs or [[-1.0] * len(ids) for ids in completions]
+    return RolloutGroup(
+        name,
+        np.array(prompt, np.int32),
+        [np.array(ids, np.int32) for ids in completions],
+        [np.array(x, np.float32) for x in logprobs],
+        reward_terms_G=[{"": reward} for reward in rewards],
+    )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from stepwiser_jax import plugins
 from stepwiser_jax.config import (
     Config,
     DataSource,
@@ -16,21 +17,23 @@ from stepwiser_jax.config import (
     Stage,
     TeacherServer,
     TrainClassifier,
+    TrainJudge,
 )
 from stepwiser_jax.data.datasets import (
     load_benchmark,
     load_classifier_examples,
     load_judge_examples,
 )
+from stepwiser_jax.data.demonstrations import load_demonstrations
 from stepwiser_jax.data.held_out import held_out_questions
 from stepwiser_jax.data.problems import read_problems
-from stepwiser_jax.distributed.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
+from stepwiser_jax.rl.rewards import REWARDS
+from stepwiser_jax.runs.checkpoint_paths import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.stages.sft import load_examples
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 RUN_RECORDS = {"rollouts": Trajectory, "values": PrefixValue}
@@ -63,6 +66,8 @@ def check_inputs(
         elif isinstance(value, DataSource):
             exclude = tuple(source for source in value.exclude if source not in awaited)
             _check_data(name, config, value.model_copy(update={"exclude": exclude}))
+        elif name == "reward" and isinstance(config, TrainJudge):
+            plugins.load(value, "a reward", REWARDS, config.reward_args)
         elif name in RUN_RECORDS:
             read_records(value, RUN_RECORDS[name])
         elif name == "tokenizer":
@@ -92,7 +97,7 @@ def _check_data(name: str, config: Stage, data: DataSource) -> None:
     elif name == "benchmark":
         load_benchmark(data.source, split=data.split, on_malformed=data.on_malformed)
     elif isinstance(config, Sft):
-        load_examples(data, config.prompt_style)
+        load_demonstrations(data, config.prompt_style)
     elif isinstance(config, FromExamples):
         of_solutions = isinstance(config, RejectionSample) and config.of_solutions
         if of_solutions or isinstance(config, TrainClassifier):

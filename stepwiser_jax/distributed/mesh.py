@@ -41,7 +41,7 @@ AXIS_RULES: dict[str, str | None] = {
 }
 
 DECODING_RULES = AXIS_RULES | {"embed": None}
-"""A decode step reads all weights: gathering them anew for each would cost more than it does."""
+"""Not split over fsdp: gathering the weights for each decode step would cost more than the step."""
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 
@@ -80,7 +80,7 @@ def make_mesh(
 
 
 def _take(devices: Sequence[Any], sizes: tuple[int, int, int]) -> list[Any]:
-    """Returns as many devices as a mesh of these sizes needs. Raises UserError as `make_mesh`."""
+    """Returns the devices for a mesh of these sizes. Raises UserError as `make_mesh` does."""
     needed, owners = math.prod(sizes), processes_of(devices)
     if len(owners) > 1 and needed != len(devices):
         raise UserError(
@@ -107,12 +107,12 @@ def _named(sizes: tuple[int, int, int]) -> str:
 
 
 def slice_of(device: Any) -> int:
-    """The slice that a device belongs to: within it devices have links, between them a network."""
+    """Returns the slice of a device: links join devices within a slice, a network joins slices."""
     return getattr(device, "slice_index", None) or 0
 
 
 def processes_of(devices: Iterable[Any]) -> list[int]:
-    """The processes that own these devices, in order."""
+    """Returns the processes that own these devices, in order."""
     return sorted({device.process_index for device in devices})
 
 
@@ -121,11 +121,18 @@ def devices_of_process(devices: Iterable[Any], process: int) -> list[Any]:
 
 
 def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> Mesh:
-    """Returns the mesh on which a model in training samples: the devices of training, all of them
-    if they are of several processes, in these `sizes`; by default the mesh of training.
+    """Returns the mesh on which a model in training samples.
 
-    The devices keep their order, so that one program moves the model from mesh to mesh: who are
-    neighbours on the last axes of training are neighbours here. Raises UserError if that cannot be.
+    It has the devices of training, all of them if several processes own them. They keep their
+    order, so that one program moves the model from mesh to mesh, and neighbours on the last axes
+    of training stay neighbours.
+
+    Args:
+        training: the mesh of training.
+        sizes: of `data`, `fsdp` and `tensor`; None for the mesh of training itself.
+
+    Raises:
+        UserError: if there are no devices for these sizes.
     """
     if sizes is None:
         return training
@@ -137,11 +144,11 @@ def make_sampling_mesh(training: Mesh, sizes: dict[str, int] | None = None) -> M
 def parameter_sharding(
     mesh: Mesh, *, num_heads: int, num_kv_heads: int, decoding: bool = False
 ) -> ShardingFor:
-    """(logical axes, shape) of a parameter -> its sharding, for training or for decoding.
+    """Returns a function from the logical axes and shape of a parameter to its sharding.
 
-    Heads are split whole: where the tensor axis does not divide the key/value heads they are
-    replicated, where it does not divide the query heads attention is replicated as a whole. Any
-    other size that its mesh axis does not divide raises UserError naming axis and sizes.
+    Heads are never cut. If the tensor axis does not divide the key/value heads they are replicated;
+    if it does not divide the query heads, all of attention is replicated. The function raises
+    UserError for any other size that its mesh axis does not divide.
     """
     heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
     replicated = {"heads": not heads_split, "kv_heads": not kv_heads_split}
@@ -165,7 +172,7 @@ def parameter_sharding(
 
 
 def _heads_split(mesh: Mesh, num_heads: int, num_kv_heads: int) -> tuple[bool, bool]:
-    """Whether query heads, and whether key/value heads, are split over the tensor axis."""
+    """Returns whether query heads, and whether key/value heads, are split over the tensor axis."""
     tensor = mesh.shape["tensor"]
     heads_split = num_heads % tensor == 0
     return heads_split, heads_split and num_kv_heads % tensor == 0
@@ -185,11 +192,11 @@ def attention_on(
 def split_attention(
     attention: Attention, mesh: Mesh, *, num_heads: int, num_kv_heads: int
 ) -> Attention:
-    """`attention` by every device on its own, over its rows and its query heads.
+    """Returns `attention` as each device computes it for its own rows and query heads.
 
-    For what XLA cannot split by itself. Where query heads are split and key/value heads are not,
-    each query head gets a copy of its own. `attend` raises UserError where the rows cannot be dealt
-    out evenly.
+    Kernels need this, since XLA cannot split them. If query heads are split and key/value heads are
+    not, each query head gets a copy of its key/value head. `attend` raises UserError if the devices
+    cannot get equal numbers of rows.
     """
     heads_split, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
     copies = num_heads // num_kv_heads if heads_split and not kv_heads_split else 1
@@ -218,7 +225,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp."""
+    """Returns the sharding of a batch: its rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -230,14 +237,14 @@ def cache_sharding(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> NamedSha
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are split."""
+    """Returns the number of devices over which the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Arrays onto the mesh, their leading axis over data and fsdp; scalars everywhere.
+    """Puts arrays onto the mesh, their leading axis over data and fsdp, and scalars everywhere.
 
-    Raises UserError where the rows cannot be dealt out evenly.
+    Raises UserError if the devices cannot get equal numbers of rows.
     """
     shards = batch_shards(mesh)
     for leaf in jax.tree.leaves(batch):
@@ -251,7 +258,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds, onto devices of all of them: each takes its slices."""
+    """Puts an array that every process holds onto devices of all processes."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
@@ -259,8 +266,10 @@ def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def fetch(arrays: Any) -> Any:
-    """Arrays on devices, of other processes too, as whole ones on this host. All processes that
-    have a part of them must call it."""
+    """Returns arrays on devices, of other processes too, as whole numpy arrays.
+
+    All processes that hold a part of them must call it.
+    """
     if all(array.is_fully_addressable for array in jax.tree.leaves(arrays)):
         return jax.tree.map(np.asarray, arrays)
     return multihost_utils.process_allgather(arrays, tiled=True)

@@ -41,7 +41,7 @@ from stepwiser_jax.text.prompts import (
     encode_message,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer
-from stepwiser_jax.training.batches import TokenBatch, first_fit, packed_batch
+from stepwiser_jax.training.batches import Document, TokenBatch, first_fit, pack_documents
 
 # --- the prompt ---------------------------------------------------------------------------------
 
@@ -106,14 +106,10 @@ def encode_solution(
 
 def classifier_loss(
     model: LanguageModel,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    answer_mask_BT: jax.Array,
-    targets_BT: jax.Array,
+    batch: TokenBatch,
+    normalizer: jax.Array,
     *,
     signs: tuple[int, int],
-    normalizer: jax.Array,
     remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the cross-entropy of P(+) against the targets, in nats, and `accuracy`: the fraction
@@ -121,22 +117,20 @@ def classifier_loss(
 
     Args:
         model: The classifier.
-        tokens_BT: Packed solutions.
-        positions_BT: Positions within each solution.
-        segment_ids_BT: The solution of each token.
-        answer_mask_BT: True at answers.
-        targets_BT: The target of P(+) at answers, from 0 to 1.
-        signs: The ids of + and -.
+        batch: Packed solutions; targets at answers, from 0 to 1.
         normalizer: What both sums over answers are divided by.
+        signs: The ids of + and -.
         remat: Whether activations are computed again in the backward pass.
     """
-    log_odds_BT = token_log_odds(model, tokens_BT, positions_BT, segment_ids_BT, signs, remat=remat)
-    right_BT = (log_odds_BT > 0) == (targets_BT > 0.5)
-    loss_BT = -targets_BT * jax.nn.log_sigmoid(log_odds_BT)
-    loss_BT -= (1 - targets_BT) * jax.nn.log_sigmoid(-log_odds_BT)
+    log_odds_BT = token_log_odds(
+        model, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, signs, remat=remat
+    )
+    right_BT = (log_odds_BT > 0) == (batch.targets_BT > 0.5)
+    loss_BT = -batch.targets_BT * jax.nn.log_sigmoid(log_odds_BT)
+    loss_BT -= (1 - batch.targets_BT) * jax.nn.log_sigmoid(-log_odds_BT)
 
     def mean(values_BT: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(answer_mask_BT, values_BT, 0)) / normalizer
+        return jnp.sum(jnp.where(batch.target_mask_BT, values_BT, 0)) / normalizer
 
     return mean(loss_BT), {"accuracy": mean(right_BT.astype(jnp.float32))}
 
@@ -200,11 +194,16 @@ class Classifier:
         """Returns P(+) of every chunk, with its verdict; the text is the likelier sign."""
         encoded = [self._encode(solution) for solution in solutions]
         p_positive: list[list[float]] = [[] for _ in solutions]
-        packed = first_fit([len(ids) for ids, _ in encoded], self.max_length)
+        documents = [Document(np.array(ids), np.array(False)) for ids, _ in encoded]
+        lengths = [len(ids) for ids, _ in encoded]
+        blocks = first_fit(range(len(encoded)), lengths.__getitem__, self.max_length, len(encoded))
+        packed = next(blocks, [])
         for start in range(0, len(packed), self.rows):
             rows = packed[start : start + self.rows]
-            documents = [[encoded[i][0] for i in row] for row in rows]
-            log_odds_BT = self._log_odds(packed_batch(documents, self.rows, self.max_length))
+            batch = pack_documents(
+                [[documents[i] for i in row] for row in rows], self.rows, self.max_length
+            )
+            log_odds_BT = self._log_odds(batch)
             for log_odds_T, row in zip(log_odds_BT, rows, strict=False):
                 offset = 0
                 for i in row:

@@ -285,6 +285,7 @@ def save_hf(
         arrays = {name: _to_host(tensors[name]()) for name in names}
         if is_primary:
             save_file(arrays, temporary / file, metadata={"format": "pt"})
+        del arrays  # before those of the next file are gathered
     if not is_primary:
         return
     if shards.is_sharded:

@@ -8,6 +8,7 @@ merged into them, W + (alpha / rank) B A, whenever a model leaves training: to s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,20 @@ def merge_block(block: Block) -> Block:
         weight = getattr(block, name)
         merged[name] = weight.replace(adapter.merge(weight[...]))
     return replace(block, adapters=nnx.Dict(), **merged)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def merge(model: Any, dtype: jnp.dtype) -> Any:
+    """Returns the model with every parameter in `dtype`, and its adapters merged."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    if not model.adapters:
+        return cast(model)
+    # Layer by layer: one of them is in float32 at a time.
+    blocks = jax.lax.map(lambda block: cast(merge_block(block)), model.blocks)
+    return replace(cast(base_of(model)), blocks=blocks)
 
 
 # --- what is trained ----------------------------------------------------------------------------

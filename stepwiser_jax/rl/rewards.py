@@ -1,16 +1,54 @@
-"""What a judgment earns (StepWiser 3.3)."""
+"""Rewards of completions, by name: `reward` in a config is a name of `REWARDS`, or
+`module:function` of the user's own, with `reward_args` as its keyword arguments.
+
+A reward is a function of (example, completion text, completion tokens). It returns a number, or a
+dict of named terms whose sum is the reward and each of which is a metric, `reward_<name>`. It must
+depend on its arguments alone: all processes compute it, and a run that resumes computes it again.
+"""
 
 from __future__ import annotations
 
-from stepwiser_jax.records import Verdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stepwiser_jax.records import JudgeExample, Verdict
+from stepwiser_jax.text.prompts import is_bare_verdict, parse_verdict
+
+Reward = Callable[..., float | dict[str, float]]
 
 
-def judge_reward(
-    verdict: Verdict, is_positive: bool, *, format_penalty: float = 0.0, in_format: bool = True
-) -> float:
-    """1 where the verdict is the label, else 0; a judgment that gives no verdict earns 0. With a
-    penalty (the ablation of the chain of thought, A.1) one that is not `in_format` earns
-    its negative, whatever its verdict."""
-    if format_penalty and not in_format:
-        return -format_penalty
+def verdict_reward(
+    example: JudgeExample, text: str, tokens: Any, *, format_penalty: float = 0.0
+) -> float | dict[str, float]:
+    """Returns 1 if the verdict of a judgment is the label, else 0, also without a verdict
+    (StepWiser 3.3). With `format_penalty` (the ablation of the chain of thought, A.1) a judgment
+    that is more than its verdict earns minus the penalty, right or wrong."""
+    is_right = judge_reward(parse_verdict(text), example.is_positive)
+    if not format_penalty:
+        return is_right
+    if is_bare_verdict(text):
+        return {"verdict": is_right, "format": 0.0}
+    return {"verdict": 0.0, "format": -format_penalty}
+
+
+REWARDS: dict[str, Reward] = {"verdict": verdict_reward}
+
+
+def judge_reward(verdict: Verdict, is_positive: bool) -> float:
+    """Returns 1 if the verdict is the label, else 0."""
     return float(verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE))
+
+
+def verdict_metrics(texts: Sequence[str], *, bare: bool) -> dict[str, float]:
+    """Returns shares of judgments: those that say Positive, those without a verdict
+    (`unparsed_rate`), and those among them whose last box holds something else (`other_box_rate`).
+    `bare`: a judgment is to be a verdict alone; also the share of those that are."""
+    verdicts = [parse_verdict(text) for text in texts]
+    shares = {
+        "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
+        "unparsed_rate": sum(not verdict.is_given for verdict in verdicts) / len(verdicts),
+        "other_box_rate": verdicts.count(Verdict.OTHER) / len(verdicts),
+    }
+    if bare:
+        shares["in_format_share"] = sum(map(is_bare_verdict, texts)) / len(texts)
+    return shares

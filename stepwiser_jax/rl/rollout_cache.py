@@ -1,87 +1,94 @@
-"""Groups that are sampled but not yet part of a checkpoint: a killed run reads them again.
+"""Rollouts that are sampled but not yet part of a checkpoint: a killed run reads them again.
 
-    <run_dir>/pending/000012-draw0-9f86d081884c-60303ae22b99.jsonl
-    <run_dir>/pending/000012-draw1-9f86d081884c.rows-0b5e3d2a7c41.jsonl
+    <run_dir>/rollout_cache/000012-draw0-9f86d081884c-60303ae22b99.npz
+                            iteration, resample, param hash, checksum of the file
 
-A run that is asked to stop leaves the finished rows of the draw in progress, as the second file;
-when it goes on it samples the other rows alone, and their company is another. So they are what they
-would have been but for rounding: log-probs in the last digits, a token if its draw lay that close
-to another one. A run that is killed leaves whole draws only, and the same bytes.
+Rollouts are used again only by the parameters that sampled them, to the bit. A file whose checksum
+is another is damaged, and counts as none. A run that is killed leaves whole files, and the same
+bytes. A run that is asked to stop leaves the rows that have ended: when it resumes it samples the
+others alone, in other company, so their log-probs may differ in the last digits, and a token may if
+its draw lay that close to another one.
 
-The name of a draw says for which iteration it was sampled, and by which parameters: its groups are
-used again only by the same parameters, to the bit, however a run came back to them. The end of the
-name is a checksum of the file: a damaged draw counts as none, and is sampled again. All processes
-hold the groups of a draw; the first of them writes.
+All processes hold all rows; the first of them writes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
+
+import numpy as np
 
 from stepwiser_jax.checksums import sha256_of
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.record_io import atomic_write, read_jsonl, to_json
-from stepwiser_jax.records import Record, RolloutGroup, SampledRow
 
-R = TypeVar("R", bound=Record)
+
+class SampledRow(NamedTuple):
+    """What one row sampled: token ids, end token included, and their log-probs."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
 
 
 class RolloutCache:
-    """Keeps the groups of iterations after the last complete checkpoint."""
+    """Keeps the rows of iterations after the last complete checkpoint."""
 
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def read(self, iteration: int, draw: int, sampled_by: str) -> list[RolloutGroup] | None:
-        """Those of a draw that the parameters with this fingerprint sampled; None without any."""
-        return self._read(_name(iteration, draw, sampled_by), RolloutGroup)
+    def read(self, iteration: int, resample: int, param_hash: str) -> dict[str, SampledRow]:
+        """Returns the rows that the parameters with this hash sampled, by id; {} for none."""
+        for file in self._directory.glob(f"{_name(iteration, resample, param_hash)}-*.npz"):
+            if not file.stem.endswith(f"-{sha256_of(file)[:12]}"):
+                print(f"{file} is damaged: its rollouts are sampled again", file=sys.stderr)
+                continue
+            with np.load(file) as arrays:
+                ends = np.cumsum(arrays["lengths"])[:-1]
+                tokens, logprobs = (np.split(arrays[n], ends) for n in ("tokens", "logprobs"))
+                ids = arrays["row_ids"].tolist()
+            return dict(zip(ids, map(SampledRow, tokens, logprobs), strict=True))
+        return {}
 
-    def write(self, iteration: int, draw: int, sampled_by: str, groups: list[RolloutGroup]) -> None:
-        """A draw, whole or not at all."""
-        if hosts.is_primary():
-            name = _name(iteration, draw, sampled_by)
-            self._write(name, groups)
-            self._remove(f"{name}.rows")
-
-    def read_rows(self, iteration: int, draw: int, sampled_by: str) -> dict[str, SampledRow]:
-        """Returns the finished rows of a draw that was stopped, by their ids; empty without any."""
-        rows = self._read(f"{_name(iteration, draw, sampled_by)}.rows", SampledRow)
-        return {row.row_id: row for row in rows or ()}
-
-    def write_rows(
-        self, iteration: int, draw: int, sampled_by: str, rows: Iterable[SampledRow]
+    def write(
+        self, iteration: int, resample: int, param_hash: str, rows: dict[str, SampledRow]
     ) -> None:
-        """Writes the finished rows of a draw that is stopped, whole or not at all."""
-        if hosts.is_primary():
-            self._write(f"{_name(iteration, draw, sampled_by)}.rows", rows)
-
-    def forget_before(self, iteration: int) -> None:
-        """Remove what a checkpoint of this step has made part of the parameters."""
-        for file in self._directory.glob("*-draw*.jsonl") if hosts.is_primary() else ():
-            if int(file.name.partition("-")[0]) < iteration:
+        """Writes these rows in place of those of the same name, whole or not at all."""
+        if not rows or not hosts.is_primary():
+            return
+        name, ids = _name(iteration, resample, param_hash), sorted(rows)
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            row_ids=np.array(ids),
+            lengths=np.array([len(rows[row_id].tokens) for row_id in ids], np.int32),
+            tokens=np.concatenate([rows[row_id].tokens for row_id in ids]),
+            logprobs=np.concatenate([rows[row_id].logprobs for row_id in ids]),
+        )
+        content = buffer.getvalue()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        old = list(self._directory.glob(f"{name}-*.npz"))
+        new = self._directory / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}.npz"
+        temporary = self._directory / f".{new.name}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(new)
+        for file in old:
+            if file != new:
                 file.unlink()
 
-    def _read(self, name: str, record_type: type[R]) -> list[R] | None:
-        for file in self._directory.glob(f"{name}-*.jsonl"):
-            if file.stem.endswith(f"-{sha256_of(file)[:12]}"):
-                return read_jsonl(file, record_type)
-            print(f"{file} is damaged: its judgments are sampled again", file=sys.stderr)
-        return None
-
-    def _write(self, name: str, records: Iterable[Record]) -> None:
-        text = "".join(to_json(record) + "\n" for record in records)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self._remove(name)
-        atomic_write(self._directory / f"{name}-{digest}.jsonl", text)
-
-    def _remove(self, name: str) -> None:
-        for file in self._directory.glob(f"{name}-*.jsonl"):
-            file.unlink()
+    def forget_before(self, iteration: int) -> None:
+        """Removes the rows that a checkpoint after `iteration` iterations has learned from, and
+        what a kill left half-written."""
+        for file in self._directory.glob("*-draw*") if hosts.is_primary() else ():
+            if file.suffix == ".tmp" or int(file.name.partition("-")[0]) < iteration:
+                file.unlink()
 
 
-def _name(iteration: int, draw: int, sampled_by: str) -> str:
-    return f"{iteration:06d}-draw{draw}-{sampled_by}"
+def _name(iteration: int, resample: int, param_hash: str) -> str:
+    return f"{iteration:06d}-draw{resample}-{param_hash}"

@@ -1,122 +1,249 @@
-"""Records -> token ids -> batches of a fixed shape, through Grain.
+"""Token ids to batches of a fixed shape: one first-fit packer, and loaders that can resume.
 
-The position of a loader is part of every checkpoint: `get_state` and `set_state` are Grain's. Masks
-and segments are data here, never derived from token ids: pad and end may be the same token.
+A loader's position is part of every checkpoint. Masks and packing ids are data here, never derived
+from token ids: pad and end may be the same token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grain
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.packing import member
-from stepwiser_jax.records import ClassifierExample, Dialogue, SftExample
 
-R = TypeVar("R")
-E = TypeVar("E", bound=SftExample | Dialogue)
-Document = dict[str, np.ndarray]
-"""One array of each kind, a number a token."""
+if TYPE_CHECKING:
+    from stepwiser_jax.rl.rollouts import RolloutGroup
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One example as arrays over its tokens: ids, which of them are learned, and, for a classifier,
+    the probability of + that each of those should have."""
+
+    tokens_T: np.ndarray
+    target_mask_T: np.ndarray
+    targets_T: np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """Rows of one or more documents. `segment_ids_BT` is 0 on padding, 1, 2, ... per document;
-    `loss_mask_BT` marks the tokens that are learned."""
+    """Rows of one or more documents. `segment_ids_BT` is 0 on padding and 1, 2, ... on the
+    documents of a row; the other arrays are those of `Document`."""
 
     tokens_BT: Any
     segment_ids_BT: Any
     positions_BT: Any
-    loss_mask_BT: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ClassifierBatch:
-    """Rows of one or more solutions. `answer_mask_BT` marks the answers that are learned;
-    `targets_BT` is the probability of + that each should have."""
-
-    tokens_BT: Any
-    segment_ids_BT: Any
-    positions_BT: Any
-    answer_mask_BT: Any
-    targets_BT: Any
+    target_mask_BT: Any
+    targets_BT: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """Rows of one or more groups: each a prompt, then its completions, in the segments of
-    `model.packing`. Every array is indexed by the token it describes; `previous_BT` is the index of
-    the position that predicts the token: for a completion's first token the prompt's last."""
+    """Rows of one or more rollout groups: each is its prompt once, then its completions, with the
+    packing ids of `model.packing`.
+
+    Every array is indexed by the token that it describes. `predictor_BT` is the index of the
+    position whose logits predict the token: for the first token of every completion that is the
+    last token of the prompt.
+    """
 
     tokens_BT: Any
     segment_ids_BT: Any
     positions_BT: Any
-    previous_BT: Any
-    completion_mask_BT: Any
+    predictor_BT: Any
+    target_mask_BT: Any
     sampler_logprobs_BT: Any
     advantages_BT: Any
     old_logprobs_BT: Any = None
-    ref_logprobs_BT: Any = None
+    reference_logprobs_BT: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One prompt and its completions, with what the sampler and the rewards say about them."""
-
-    prompt_ids: Sequence[int]
-    completions_G: Sequence[Sequence[int]]
-    logprobs_G: Sequence[Sequence[float]]
-    advantages_G: Sequence[float]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.completions_G))
+# --- packing ------------------------------------------------------------------------------------
 
 
-def sft_documents(
-    examples: Sequence[E],
-    render: Callable[[E], tuple[list[int], list[bool]]],
-    *,
-    max_length: int,
-) -> tuple[list[Document], int]:
-    """Token ids and loss masks of the examples that fit, and the number of those that do not.
+def first_fit(
+    items: Iterable[T], length_of: Callable[[T], int], row_length: int, num_rows: int
+) -> Iterator[list[list[T]]]:
+    """Yields blocks of at most `num_rows` rows, each row a list of items.
 
-    `render` gives (ids, which of them are learned). Raises UserError where no example fits, or one
-    has nothing to learn.
+    An item goes to the first row of the block that has room. When none has, the block is yielded
+    and the item begins a new one.
+
+    Raises:
+        ValueError: An item is longer than a row.
     """
-    return _fitting([_document(example, render) for example in examples], max_length)
+    room = np.full(num_rows, row_length)
+    rows: list[list[T]] = []
+    for item in items:
+        length = length_of(item)
+        if length > row_length:
+            raise ValueError(f"an item of {length} tokens exceeds a row of {row_length}")
+        if not np.any(room >= length):
+            yield rows
+            room[:], rows = row_length, []
+        row = int(np.argmax(room >= length))
+        if row == len(rows):  # rows are filled in order: an empty one is the next
+            rows.append([])
+        rows[row].append(item)
+        room[row] -= length
+    if rows:
+        yield rows
 
 
-def classifier_documents(
-    solutions: Sequence[ClassifierExample],
-    render: Callable[[ClassifierExample], tuple[list[int], list[int], list[float]]],
+def pack_documents(
+    rows: Sequence[Sequence[Document]], num_rows: int, row_length: int
+) -> TokenBatch:
+    """Returns the documents of each row, one after the other; rows that are missing are padding."""
+    shape = (num_rows, row_length)
+    has_targets = any(d.targets_T is not None for d in itertools.chain(*rows))
+    batch = TokenBatch(
+        tokens_BT=np.zeros(shape, np.int32),
+        segment_ids_BT=np.zeros(shape, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        target_mask_BT=np.zeros(shape, bool),
+        targets_BT=np.zeros(shape, np.float32) if has_targets else None,
+    )
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents, 1):
+            here = slice(start, start + len(document.tokens_T))
+            batch.tokens_BT[row, here] = document.tokens_T
+            batch.segment_ids_BT[row, here] = number
+            batch.positions_BT[row, here] = np.arange(len(document.tokens_T))
+            batch.target_mask_BT[row, here] = document.target_mask_T
+            if has_targets:
+                batch.targets_BT[row, here] = document.targets_T
+            start = here.stop
+    return batch
+
+
+def pack_groups(
+    groups: Sequence[RolloutGroup],
+    advantages_PG: ArrayLike,
     *,
-    max_length: int,
-) -> tuple[list[Document], int]:
-    """As `sft_documents`. `render` gives (ids, the places of the answers that are learned, the
-    target of each)."""
-    documents = []
-    for solution in solutions:
-        ids, places, targets = render(solution)
-        tokens = np.array(ids, np.int32)
-        answer_mask, target = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
-        answer_mask[places], target[places] = 1, targets
-        documents.append({"tokens": tokens, "answer_mask": answer_mask, "targets": target})
-    return _fitting(documents, max_length)
+    num_rows: int,
+    row_lengths: Sequence[int],
+    micro_batches: int = 1,
+) -> RolloutBatch:
+    """Returns groups packed into rows, with the advantage of a completion on each of its tokens.
+
+    Rows that are not needed are padding, and lie in the last of the `micro_batches` (see
+    `step.split_rows`), which then take no time.
+
+    Args:
+        groups: P groups.
+        advantages_PG: An advantage for each completion.
+        num_rows: Rows of the batch.
+        row_lengths: The lengths that a row may have; the smallest that holds every group is taken.
+        micro_batches: Parts that the rows are cut into.
+
+    Raises:
+        ValueError: A group is longer than any row, or the groups do not fit.
+    """
+    advantages_PG = np.asarray(advantages_PG)
+    longest = max((group.num_tokens for group in groups), default=1)
+    row_length = next((length for length in row_lengths if length >= longest), row_lengths[-1])
+    shape = (num_rows, row_length)
+    batch = RolloutBatch(
+        tokens_BT=np.zeros(shape, np.int32),
+        segment_ids_BT=np.zeros(shape, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        predictor_BT=np.zeros(shape, np.int32),
+        target_mask_BT=np.zeros(shape, bool),
+        sampler_logprobs_BT=np.zeros(shape, np.float32),
+        advantages_BT=np.zeros(shape, np.float32),
+    )
+    numbered = range(len(groups))
+    blocks = list(first_fit(numbered, lambda p: groups[p].num_tokens, row_length, num_rows))
+    if len(blocks) > 1:
+        raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows of {row_length}")
+    in_order = np.arange(num_rows).reshape(-1, micro_batches).T.ravel()
+    for row, members in zip(in_order, itertools.chain(*blocks), strict=False):
+        start = 0
+        for number, p in enumerate(members, 1):
+            _write_group(batch, int(row), start, number, groups[p], advantages_PG[p])
+            start += groups[p].num_tokens
+    return batch
 
 
-def _fitting(documents: list[Document], max_length: int) -> tuple[list[Document], int]:
-    fitting = [document for document in documents if len(document["tokens"]) <= max_length]
+def _write_group(
+    batch: RolloutBatch,
+    row: int,
+    start: int,
+    number: int,
+    group: RolloutGroup,
+    advantages_G: np.ndarray,
+) -> None:
+    """Writes a group, the `number`th of its row, from position `start` on."""
+    prompt_length = len(group.prompt_ids)
+    end = prompt_end = start + prompt_length
+    batch.tokens_BT[row, start:end] = group.prompt_ids
+    batch.segment_ids_BT[row, start:end] = member(number, 0)
+    batch.positions_BT[row, start:end] = np.arange(prompt_length)
+    batch.predictor_BT[row, start + 1 : end] = np.arange(start, end - 1)
+    for g, completion_ids in enumerate(group.completions_G):
+        start, end = end, end + len(completion_ids)
+        batch.tokens_BT[row, start:end] = completion_ids
+        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
+        batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion_ids))
+        batch.predictor_BT[row, start:end] = np.arange(start - 1, end - 1)
+        batch.predictor_BT[row, start : start + 1] = prompt_end - 1
+        batch.target_mask_BT[row, start:end] = True
+        batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
+        batch.advantages_BT[row, start:end] = advantages_G[g]
+
+
+# --- loaders ------------------------------------------------------------------------------------
+
+
+class Loader(Generic[T]):
+    """An iterator over batches whose position can be saved: it is the number of those it gave.
+
+    `plan()` iterates over all batches as lists of indices, the same ones each time, and is cheap:
+    a loader that resumes skips the first ones. `make` turns such lists into a batch.
+    """
+
+    def __init__(self, plan: Callable[[], Iterator[Any]], make: Callable[[Any], T]):
+        self._plan, self._make = plan, make
+        self.set_state({"batches": 0})
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        indices = next(self._left)
+        self._batches += 1
+        return self._make(indices)
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches": self._batches}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._batches = state["batches"]
+        self._left = itertools.islice(self._plan(), self._batches, None)
+
+
+def fitting_documents(documents: Sequence[Document], max_length: int) -> tuple[list[Document], int]:
+    """Returns the documents that fit, and the number of those that do not.
+
+    Raises:
+        UserError: No document fits.
+    """
+    fitting = [document for document in documents if len(document.tokens_T) <= max_length]
     if not fitting:
-        shortest = min(len(document["tokens"]) for document in documents)
+        shortest = min(len(document.tokens_T) for document in documents)
         raise UserError(
             f"no example fits max_length {max_length}: the shortest of {len(documents)} has "
             f"{shortest} tokens"
@@ -124,228 +251,80 @@ def _fitting(documents: list[Document], max_length: int) -> tuple[list[Document]
     return fitting, len(documents) - len(fitting)
 
 
-def sft_loader(
+def document_loader(
     documents: Sequence[Document],
     *,
     batch_size: int,
     max_length: int,
     seed: int,
-    packing: bool,
+    packing: bool = True,
     epochs: int | None = None,
-) -> grain.DatasetIterator[TokenBatch]:
-    """Shuffled batches (batch_size, max_length), another order in every epoch. With `packing`
-    several documents share a row. They never end, or with `epochs` when every document has come so
-    many times; the rows that the last batch lacks are padding then."""
-    source = _shuffled(documents, seed, epochs)
-    if packing:
-        rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_row)
-    else:
-        rows = source.map(lambda document: _padded_row(document, max_length)).to_iter_dataset()
-    return iter(_batched(rows, batch_size, epochs).map(lambda rows: TokenBatch(**rows)))
+) -> Loader[TokenBatch]:
+    """Returns a loader of shuffled batches (batch_size, max_length), in another order every epoch.
 
-
-def classifier_loader(
-    documents: Sequence[Document],
-    *,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    epochs: int | None = None,
-) -> grain.DatasetIterator[ClassifierBatch]:
-    """As `sft_loader`, always packed."""
-    source = _shuffled(documents, seed, epochs)
-    rows = _packed(source, list(documents[0]), batch_size, max_length).map(_packed_solutions)
-    return iter(_batched(rows, batch_size, epochs).map(lambda rows: ClassifierBatch(**rows)))
-
-
-def num_batches(
-    documents: Sequence[Document],
-    *,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    packing: bool,
-    epochs: int,
-) -> int:
-    """How many batches a loader with these settings yields. Which documents share a row depends on
-    their lengths and order alone, so that no row need be made."""
-    if not packing:
-        return -(-epochs * len(documents) // batch_size)
-    lengths = _shuffled([len(document["tokens"]) for document in documents], seed, epochs)
-    room = np.full(_bins(batch_size), max_length)
-    rows = 0
-    for length in map(lengths.__getitem__, range(len(lengths))):  # its iterator prefetches: slow
-        if not np.any(room >= length):
-            rows += len(room)
-            room[:] = max_length
-        room[np.argmax(room >= length)] -= length
-    rows += int(np.sum(room < max_length))
-    return -(-rows // batch_size)
-
-
-def _shuffled(documents: Sequence[R], seed: int, epochs: int | None) -> grain.MapDataset[R]:
-    return grain.MapDataset.source(documents).seed(seed).shuffle().repeat(epochs)
-
-
-def _bins(batch_size: int) -> int:
-    """How many rows are filled at a time: a document goes to the first of them that has room."""
-    return 4 * batch_size
-
-
-def _packed(
-    source: grain.MapDataset[Document], features: Sequence[str], batch_size: int, max_length: int
-) -> grain.IterDataset[Document]:
-    """Rows of several documents, first-fit (`num_batches` counts them)."""
-    return grain.experimental.FirstFitPackIterDataset(
-        source.to_iter_dataset(),
-        length_struct=dict.fromkeys(features, max_length),
-        num_packing_bins=_bins(batch_size),
-    )
-
-
-def _batched(
-    rows: grain.IterDataset[Document], batch_size: int, epochs: int | None
-) -> grain.IterDataset[Document]:
-    batches = rows.batch(batch_size, drop_remainder=epochs is None)
-    return batches.map(lambda batch: {n: _with_rows(x, batch_size) for n, x in batch.items()})
-
-
-def _with_rows(rows: np.ndarray, wanted: int) -> np.ndarray:
-    return np.pad(rows, [(0, wanted - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
-
-
-def _document(example: E, render: Callable[[E], tuple[list[int], list[bool]]]) -> Document:
-    ids, learned = render(example)
-    if not any(learned):
-        raise UserError(f"{example.example_id} has an empty completion: nothing to learn")
-    return {"tokens": np.array(ids, np.int32), "loss_mask": np.array(learned, np.int32)}
-
-
-def _packed_row(row: Document) -> Document:
-    return {
-        "tokens_BT": row["tokens"].astype(np.int32),
-        "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
-        "positions_BT": row["tokens_positions"].astype(np.int32),
-        "loss_mask_BT": row["loss_mask"].astype(bool),
-    }
-
-
-def _packed_solutions(row: Document) -> Document:
-    return {
-        "tokens_BT": row["tokens"].astype(np.int32),
-        "segment_ids_BT": row["tokens_segment_ids"].astype(np.int32),
-        "positions_BT": row["tokens_positions"].astype(np.int32),
-        "answer_mask_BT": row["answer_mask"].astype(bool),
-        "targets_BT": row["targets"].astype(np.float32),
-    }
-
-
-def _padded_row(document: Document, max_length: int) -> Document:
-    length = len(document["tokens"])
-    padding = (0, max_length - length)
-    return {
-        "tokens_BT": np.pad(document["tokens"], padding),
-        "segment_ids_BT": np.pad(np.ones(length, np.int32), padding),
-        "positions_BT": np.pad(np.arange(length, dtype=np.int32), padding),
-        "loss_mask_BT": np.pad(document["loss_mask"].astype(bool), padding),
-    }
-
-
-def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Which documents share a row, by their indices: each goes to the first row that has room.
-    Raises ValueError where one is longer than a row."""
-    rows: list[list[int]] = []
-    used: list[int] = []
-    for i, length in enumerate(lengths):
-        if length > row_length:
-            raise ValueError(f"a document of {length} tokens exceeds a row of {row_length}")
-        row = next((r for r, held in enumerate(used) if held + length <= row_length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append(i)
-        used[row] += length
-    return rows
-
-
-def packed_batch(
-    rows: Sequence[Sequence[Sequence[int]]], num_rows: int, row_length: int
-) -> TokenBatch:
-    """The documents of each row, one after the other, nothing of them learned; rows that are not
-    given are padding."""
-    shape = (num_rows, row_length)
-    batch = TokenBatch(
-        tokens_BT=np.zeros(shape, np.int32),
-        segment_ids_BT=np.zeros(shape, np.int32),
-        positions_BT=np.zeros(shape, np.int32),
-        loss_mask_BT=np.zeros(shape, bool),
-    )
-    for row, documents in enumerate(rows):
-        start = 0
-        for number, ids in enumerate(documents, 1):
-            end = start + len(ids)
-            batch.tokens_BT[row, start:end] = ids
-            batch.segment_ids_BT[row, start:end] = number
-            batch.positions_BT[row, start:end] = np.arange(len(ids))
-            start = end
-    return batch
-
-
-def example_loader(
-    examples: Sequence[R], *, batch_size: int, seed: int
-) -> grain.DatasetIterator[list[R]]:
-    """Endless shuffled lists of `batch_size` records, another order in every epoch."""
-    source = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    return iter(source.batch(batch_size, batch_fn=list).to_iter_dataset())
-
-
-def rollout_batch(
-    groups: Sequence[Group], *, num_rows: int, row_length: int, micro_batches: int = 1
-) -> RolloutBatch:
-    """Groups packed first-fit into rows (num_rows, row_length); rows that are not needed are
-    padding, and all of them are in the last of `micro_batches` (see `trainer.split_rows`).
-
-    Raises ValueError where a group is longer than a row or the groups do not fit.
+    Args:
+        documents: What is learned; none is longer than `max_length`.
+        batch_size: Rows of a batch.
+        max_length: Tokens of a row.
+        seed: Of the order.
+        packing: Whether documents share rows.
+        epochs: How many times every document comes; the last batch is filled up with padding. None:
+            the loader never ends.
     """
-    shape = (num_rows, row_length)
-    batch = RolloutBatch(
-        tokens_BT=np.zeros(shape, np.int32),
-        segment_ids_BT=np.zeros(shape, np.int32),
-        positions_BT=np.zeros(shape, np.int32),
-        previous_BT=np.zeros(shape, np.int32),
-        completion_mask_BT=np.zeros(shape, bool),
-        sampler_logprobs_BT=np.zeros(shape, np.float32),
-        advantages_BT=np.zeros(shape, np.float32),
+    order = _shuffled(len(documents), seed, epochs)
+    lengths = [len(document.tokens_T) for document in documents]
+
+    def plan() -> Iterator[list[list[int]]]:
+        if packing:
+            rows = _packed_rows(order, lengths, batch_size, max_length)
+        else:
+            rows = ([i] for i in _ordered(order))
+        return _lists_of(rows, batch_size)
+
+    def make(rows: list[list[int]]) -> TokenBatch:
+        return pack_documents([[documents[i] for i in row] for row in rows], batch_size, max_length)
+
+    return Loader(plan, make)
+
+
+def num_batches(documents: Sequence[Document], **settings: Any) -> int:
+    """Returns how many batches `document_loader` yields with these settings, which have `epochs`.
+
+    No batch is made: which documents share a row depends on their lengths and order alone.
+    """
+    return sum(1 for _ in document_loader(documents, **settings)._plan())
+
+
+def example_loader(examples: Sequence[T], *, batch_size: int, seed: int) -> Loader[list[T]]:
+    """Returns an endless loader of shuffled lists of `batch_size` examples, in another order every
+    epoch."""
+    order = _shuffled(len(examples), seed, None)
+    return Loader(
+        lambda: _lists_of(_ordered(order), batch_size),
+        lambda indices: [examples[i] for i in indices],
     )
-    rows = np.arange(num_rows).reshape(-1, micro_batches).T.ravel().tolist()
-    used, held = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
-    for group in groups:
-        size = group.num_tokens
-        if size > row_length:
-            raise ValueError(f"a group of {size} tokens exceeds a row of {row_length}")
-        row = next((row for row in rows if used[row] + size <= row_length), None)
-        if row is None:
-            raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows")
-        held[row] += 1
-        _fill_row(batch, row, used[row], held[row], group)
-        used[row] += size
-    return batch
 
 
-def _fill_row(batch: RolloutBatch, row: int, start: int, number: int, group: Group) -> None:
-    """Write a group, the `number`th of its row, from position `start` on."""
-    prompt_length = len(group.prompt_ids)
-    end = prompt_end = start + prompt_length
-    batch.tokens_BT[row, start:end] = group.prompt_ids
-    batch.segment_ids_BT[row, start:end] = member(number, 0)
-    batch.positions_BT[row, start:end] = np.arange(prompt_length)
-    batch.previous_BT[row, start + 1 : end] = np.arange(start, end - 1)
-    for g, completion in enumerate(group.completions_G):
-        start, end = end, end + len(completion)
-        batch.tokens_BT[row, start:end] = completion
-        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
-        batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion))
-        batch.previous_BT[row, start:end] = [prompt_end - 1, *range(start, end - 1)][: end - start]
-        batch.completion_mask_BT[row, start:end] = True
-        batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
-        batch.advantages_BT[row, start:end] = group.advantages_G[g]
+def _shuffled(count: int, seed: int, epochs: int | None) -> grain.MapDataset[Any]:
+    return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat(epochs)
+
+
+def _ordered(order: grain.MapDataset[Any]) -> Iterator[int]:
+    # By index: the data set's own iterator prefetches in threads, which is slow here.
+    return map(order.__getitem__, range(len(order)))
+
+
+def _lists_of(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while some := list(itertools.islice(items, size)):
+        yield some
+
+
+def _packed_rows(
+    order: grain.MapDataset[Any], lengths: Sequence[int], batch_size: int, row_length: int
+) -> Iterator[list[int]]:
+    """Yields rows of documents. The rows of a block are shuffled: the first hold more tokens."""
+    num_rows = 0
+    for block in first_fit(_ordered(order), lengths.__getitem__, row_length, 4 * batch_size):
+        for row in np.random.default_rng(num_rows).permutation(len(block)):
+            yield block[row]
+        num_rows += len(block)

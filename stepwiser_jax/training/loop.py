@@ -1,9 +1,8 @@
-"""What stages that train share around their loops: start or resume, log, checkpoint, stop, export.
+"""A training run: starts or resumes, logs, checkpoints, stops, and exports the model.
 
 <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
                           with adapters, base.json: the model that they belong to
 <run_dir>/checkpoints/    train state and loader position, together (Orbax)
-<run_dir>/pending/        what a judge has sampled since the last of them
 <run_dir>/model/          the finished model as a Hugging Face directory
 """
 
@@ -11,12 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import jax
-import optax
 
 from stepwiser_jax.checksums import check_files, read_checksums, write_checksums
 from stepwiser_jax.config import Training
@@ -26,73 +24,27 @@ from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.hf import non_finite, save_hf
 from stepwiser_jax.record_io import atomic_write
-from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress, say
 from stepwiser_jax.runs.signals import Interrupted, install_signal_handlers, stop
+from stepwiser_jax.training.batches import Loader
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.step import create_train_state, make_optimizer, make_schedule
+from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
+from stepwiser_jax.training.step import Loss, Metrics, create_train_state, make_train_step
+
+MAX_SKIPPED_IN_A_ROW = 5
+"""A run ends after this number of steps in a row whose updates were all skipped."""
 
 KEEP_CHECKPOINTS = 2
-MAX_SKIPPED_IN_A_ROW = 5
-"""Updates in a row with gradients that are not finite after which training stops."""
-
-
-class Loader(Protocol):
-    """A Grain iterator: its state is saved with every checkpoint."""
-
-    def __next__(self) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-def optimizer_of(
-    settings: Training, total_updates: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate's schedule, and the optimizer that follows it."""
-    optimizer = settings.optimizer
-    schedule = make_schedule(
-        learning_rate=optimizer.learning_rate,
-        schedule=optimizer.schedule,
-        warmup_steps=optimizer.warmup_steps,
-        end_fraction=optimizer.end_fraction,
-        total_steps=total_updates,
-    )
-    return schedule, make_optimizer(
-        schedule,
-        weight_decay=optimizer.weight_decay,
-        clip_norm=1.0,
-        b1=0.9,
-        b2=optimizer.b2,
-    )
-
-
-def tell_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
-    """Says what `epochs` of this many examples have become, if the training is given in epochs."""
-    if epochs is not None:
-        say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
-
-
-def check_base(template: Path, model_id: str) -> None:
-    """Adapters fit the model that they were trained on. Raises UserError where a run's are of one
-    with another id."""
-    file = template / "base.json"
-    if not file.is_file():
-        return
-    sums = read_checksums(template)
-    check_files(template, {file.name} & sums.keys(), sums)
-    found = json.loads(file.read_text(encoding="utf-8"))["model_id"]
-    if found != model_id:
-        raise UserError(
-            f"the adapters of {template.parent} were trained on {found}, model.path now holds "
-            f"{model_id}: put that model back, or name a new run directory"
-        )
 
 
 class TrainingRun:
-    """The state of a training stage and everything that happens to it between two steps."""
+    """The state of a training stage, and what happens to it between two steps.
+
+    A step is an update, or, of RL, an iteration. `with run:` goes around the loop: when the run is
+    asked to stop, the state after the last step is saved.
+    """
 
     def __init__(
         self,
@@ -102,16 +54,41 @@ class TrainingRun:
         settings: Training,
         *,
         total_updates: int,
-        loader: Loader,
+        loader: Loader[Any],
+        loss_fn: Loss,
+        normalizer_fn: Callable[[Any], Any],
     ):
-        self.settings, self.loader, self._loaded = settings, loader, loaded
-        self.schedule, self.optimizer = optimizer_of(settings, total_updates)
-        self.state = create_train_state(loaded.model, self.optimizer, mesh)
+        """Starts at step 0, or resumes from the last checkpoint.
+
+        Args:
+            directory: Of the run.
+            loaded: The model to train, whose arrays the first update consumes.
+            mesh: The devices that train.
+            settings: Of all training stages.
+            total_updates: The length of the learning rate's schedule.
+            loader: What steps are made of; its position is saved.
+            loss_fn: See `step.make_train_step`.
+            normalizer_fn: See `step.make_train_step`.
+
+        Raises:
+            UserError: The adapters of a checkpoint belong to another model, or it is damaged.
+        """
+        self.settings, self.loader, self.mesh, self._loaded = settings, loader, mesh, loaded
+        schedule = make_schedule(settings.optimizer, total_updates)
+        optimizer = make_optimizer(settings.optimizer, schedule)
+        self.state = create_train_state(loaded.model, optimizer, mesh)
+        self._train_step = make_train_step(
+            loss_fn,
+            normalizer_fn,
+            optimizer,
+            schedule,
+            micro_batches=settings.micro_batches,
+            like=self.state,
+        )
         self._directory = directory
         self._write_template()
         install_signal_handlers()
         self._checkpointer = Checkpointer(directory.path / "checkpoints", keep=KEEP_CHECKPOINTS)
-        self.pending = RolloutCache(directory.path / "pending")
         self.step = 0
         self._restore()
         self._loader_state = loader.get_state()
@@ -142,85 +119,89 @@ class TrainingRun:
             self.step = latest
             say(f"{self._directory.stage}: goes on from the checkpoint of step {latest}")
 
-    def fit(self, train_step: Any, steps: int, mesh: jax.sharding.Mesh, shape: str) -> float | None:
-        """One update for each batch of the loader, up to step `steps`; returns seconds a step, None
-        where all were done. `shape` names the program that is compiled."""
-        start, began = self.step, time.perf_counter()
-        with jax.set_mesh(mesh), progress(self._directory.stage, "step", steps, start) as told:
+    # --- the loop -------------------------------------------------------------------------------
+
+    def fit(self, steps: int) -> float | None:
+        """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
+        step; None if all were done."""
+        start, began, stage = self.step, time.perf_counter(), self._directory.stage
+        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as told:
             for step in range(start, steps):
-                batch = shard_batch(next(self.loader), mesh)
-                with compilation.compiling(f"train step {shape}"):
-                    self.state, metrics = train_step(self.state, batch)
+                metrics = self.update(shard_batch(next(self.loader), self.mesh))
                 self.finish_step(step + 1, metrics)
-                told.advance(**self.newest("loss", "accuracy", "grad_norm"))
+                shown = [n for n in ("loss", "accuracy", "grad_norm") if n in self.last_metrics]
+                told.advance(**{name: self.last_metrics[name] for name in shown[:2]})
         self.flush()
         return per_item(time.perf_counter() - began, steps - start)
 
+    def update(self, batch: Any) -> Metrics:
+        """Updates the state with one batch that is on the mesh. Returns metrics on the device."""
+        rows, length = batch.tokens_BT.shape
+        with compilation.compiling(f"train step {rows}x{length}"):
+            self.state, metrics = self._train_step(self.state, batch)
+        return metrics
+
     def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Log the step before this one (its values are on the host by now), then save when due."""
+        """Logs the step before this one, whose values are on the host by now, so that the host does
+        not wait for the device; saves when a checkpoint is due.
+
+        Raises:
+            Interrupted: The run is to stop.
+            UserError: Too many updates in a row were skipped.
+        """
         self.flush()
         self._unlogged = (step, metrics)
         self.step, self._loader_state = step, self.loader.get_state()
         if step % self.settings.checkpoint_every == 0:
             self.save()
-        self.stop_if_asked()
-        self._forget_pending()
-
-    def stop_if_asked(self) -> None:
-        """Stop, if all processes stop here. They must call this at the same points."""
         if hosts.all_stop_here(stop.requested):
-            self.stop()
+            raise Interrupted
 
-    def stop(self) -> NoReturn:
-        """Save the state after the last step and raise Interrupted."""
-        self.save()
-        self._checkpointer.wait()
-        hosts.barrier("the run is stopped")  # one that has left would look like one that died
-        raise Interrupted
+    def __enter__(self) -> None:
+        pass
 
-    def save(self) -> None:
-        """Save the state after the last step, unless that is done."""
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
+        if error_type is Interrupted:
+            self.save(wait=True)
+            hosts.barrier("the run is stopped")  # one that has left would look like one that died
+
+    def save(self, *, wait: bool = False) -> None:
+        """Saves the state after the last step, unless that is done. `wait`: until it is on disk."""
         self.flush()
         if self._checkpointer.latest_step() != self.step:
             self._metrics.sync()
             self._checkpointer.save(self.step, self.state, {"loader": self._loader_state})
             say(f"{self._directory.stage}: checkpoint of step {self.step}")
+        if wait:
+            self._checkpointer.wait()
 
-    def _forget_pending(self) -> None:
-        self.pending.forget_before(self._checkpointer.complete_step() or 0)
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint that is on disk as a whole."""
+        return self._checkpointer.complete_step() or 0
 
     def flush(self) -> None:
-        """Fetch and log the metrics of the last dispatched step."""
+        """Fetches and logs the metrics of the last step."""
         if self._unlogged is None:
             return
-        step, metrics = self._unlogged
-        self._unlogged = None
+        (step, metrics), self._unlogged = self._unlogged, None
         self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._metrics.write(step, self.last_metrics)
         skipped = int(self.last_metrics.get("skipped", 0))
-        if skipped == self.last_metrics.get("updates", 1):  # of a judge's iteration: none, or some
-            self._skipped_in_a_row += skipped
-        else:
-            self._skipped_in_a_row = 0
+        all_skipped = skipped == self.last_metrics.get("updates", 1)  # RL makes several, or none
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if all_skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
-                f"{step}); the parameters are those before them. Lower the learning rate, or raise "
-                "training.max_skipped_in_a_row"
+                f"{step}); the parameters are those before them: lower the learning rate"
             )
 
-    def last(self, name: str) -> float:
-        """The newest logged value of a metric; nan before the first."""
-        return self.last_metrics.get(name, float("nan"))
-
-    def newest(self, *names: str) -> dict[str, float]:
-        """The first two of these metrics that there are, of the newest step that is logged."""
-        found = {name: self.last_metrics[name] for name in names if name in self.last_metrics}
-        return dict(list(found.items())[:2])
-
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Save the last state, export the model, and finish the run. Raises UserError where a
-        parameter is not finite."""
+        """Saves the last state, exports the model, and finishes the run.
+
+        Raises:
+            UserError: A parameter is not finite.
+        """
         self.flush()
         if names := non_finite(self.state.model):
             raise UserError(
@@ -230,9 +211,29 @@ class TrainingRun:
             )
         self.save()
         self._checkpointer.close()
-        self._forget_pending()
         self._metrics.close()
         exported = self._directory.path / "model"
         save_hf(self.state.model, self._loaded.tokenizer, str(exported))
         say(f"{self._directory.stage}: exported {exported}")
         return self._directory.finish(lambda: summary)
+
+
+def say_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
+    """Says how long `epochs` of this many examples are, if the training is given in epochs."""
+    if epochs is not None:
+        say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
+
+
+def check_base(template: Path, model_id: str) -> None:
+    """Raises UserError if the adapters of a run were trained on another model than this one."""
+    file = template / "base.json"
+    if not file.is_file():
+        return
+    sums = read_checksums(template)
+    check_files(template, {file.name} & sums.keys(), sums)
+    found = json.loads(file.read_text(encoding="utf-8"))["model_id"]
+    if found != model_id:
+        raise UserError(
+            f"the adapters of {template.parent} were trained on {found}, model.path now holds "
+            f"{model_id}: put that model back, or name a new run directory"
+        )

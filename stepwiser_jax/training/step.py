@@ -1,9 +1,9 @@
 """The train step: a pure function (state, batch) -> (state, metrics), one dispatch per update.
 
-Gradients, loss and metrics of micro-batches are sums over a denominator taken from the whole batch,
+Gradients, loss and metrics of micro-batches are sums over a normalizer taken from the whole batch,
 so they add up exactly, however the batch is cut. An update whose gradients are not finite is
-skipped and counted: parameters, moments and the schedule's step stay as they were. Where the model
-has adapters, gradients, moments and updates are theirs alone (`lora.trainable`).
+skipped and counted: parameters, moments and the schedule's step stay as they were. If the model has
+adapters, gradients, moments and updates are theirs alone (`lora.trainable`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import optax
 from stepwiser_jax.distributed.mesh import put, replicated
 from stepwiser_jax.model.lora import trainable, with_trainable
 
-Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
-"""(model, micro-batch, denominator of the whole batch) -> (loss, metrics)."""
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
+"""(model, micro-batch, normalizer of the whole batch) -> (loss, metrics)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an update changes. `skipped` counts non-finite updates."""
+    """Everything that an update changes. `step` counts updates, `skipped` the non-finite ones."""
 
     model: Any
     opt_state: Any
@@ -36,75 +37,11 @@ class TrainState:
     skipped: jax.Array
 
 
-def make_schedule(
-    *, learning_rate: float, schedule: str, warmup_steps: int, total_steps: int, end_fraction: float
-) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then constant or a cosine to `end_fraction` of it."""
-    if schedule == "constant":
-        after = optax.constant_schedule(learning_rate)
-    else:
-        after = optax.cosine_decay_schedule(
-            learning_rate, max(1, total_steps - warmup_steps), alpha=end_fraction
-        )
-    warmup = optax.linear_schedule(
-        learning_rate / max(1, warmup_steps), learning_rate, warmup_steps
-    )
-    return optax.join_schedules([warmup, after], [warmup_steps])
-
-
-def make_optimizer(
-    schedule: optax.Schedule, *, weight_decay: float, clip_norm: float, b1: float, b2: float
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on norms and biases.
-    Gradients that are not finite change nothing.
-
-    Clipping, and skipping, are in the scalars of one formula. `optax.chain` of clipping and adamw,
-    and a choice between new and old parameters, took 1286 MiB beside the state instead of 1070
-    (XLA on CPU, SmolLM2-135M in float32, whose parameters are 513).
-    """
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
-
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(jnp.asarray(norm))
-        scale = clip_norm / jnp.maximum(norm, clip_norm)
-        keep1, keep2 = jnp.where(finite, b1, 1.0), jnp.where(finite, b2, 1.0)
-        rate = jnp.where(finite, schedule(state.count), 0.0)
-        step = jnp.asarray(state.count + 1, jnp.float32)
-        correct1, correct2 = 1 - b1**step, 1 - b2**step
-
-        grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0), grads)
-        mu = jax.tree.map(lambda m, g: keep1 * m + (1 - keep1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: keep2 * v + (1 - keep2) * g * g, state.nu, grads)
-
-        def delta(m: jax.Array, v: jax.Array, p: jax.Array, decayed: bool) -> jax.Array:
-            direction = m / correct1 / (jnp.sqrt(v / correct2) + 1e-8)
-            return -rate * (direction + weight_decay * p if decayed else direction)
-
-        updates = jax.tree.map(delta, mu, nu, params, _decayed(params))
-        count = state.count + finite.astype(jnp.int32)
-        cast = functools.partial(jax.tree.map, lambda new, old: new.astype(old.dtype))
-        return updates, optax.ScaleByAdamState(count, cast(mu, state.mu), cast(nu, state.nu))
-
-    return optax.GradientTransformation(init, update)  # pyright: ignore
-
-
-def _decayed(params: Any) -> Any:
-    """True for matrices. The blocks' parameters have a leading axis of layers besides."""
-
-    def is_matrix(path: Any, leaf: jax.Array) -> bool:
-        return leaf.ndim - ("blocks" in jax.tree_util.keystr(path)) == 2
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
 def create_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Moments are created with the sharding of their parameters, never whole on one device."""
+    """Returns the state before the first update. Moments are created with the sharding of their
+    parameters, never whole on one device."""
     whole, trained = replicated(mesh), trainable(model)
     shardings = optax.tree_map_params(
         optimizer,
@@ -119,60 +56,71 @@ def create_train_state(
 
 def make_train_step(
     loss_fn: Loss,
+    normalizer_fn: Callable[[Any], Any],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     micro_batches: int,
-    denominator_fn: Callable[[Any], Any],
     like: TrainState | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted optimizer step that consumes its state, and leaves the new one where `like` is. On a
-    mesh it must be given: XLA would split what is replicated, and the second step be compiled anew.
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Returns a jitted update that consumes the state which it is given.
 
-    The batch is cut into `micro_batches` along its rows (strided, so that rows stay on their
-    devices). Metrics add up over micro-batches, those named `*_max` are maximised. The step adds
-    `loss`, `grad_norm`, `learning_rate` and `skipped` (1 where the update was).
+    Args:
+        loss_fn: The loss and metrics of a micro-batch.
+        normalizer_fn: What sums are divided by, from the whole batch.
+        optimizer: Made for `schedule`.
+        schedule: The learning rate, for the metrics.
+        micro_batches: A batch is cut into this number of parts, see `split_rows`.
+        like: The state, whose shardings the next one has. On a mesh it must be given: otherwise XLA
+            splits what is replicated, and the second update is compiled anew.
+
+    Returns:
+        (state, batch) -> (state, metrics). Metrics are those of `loss_fn`, summed over
+        micro-batches (the largest, if named `*_max`), with `loss`, `grad_norm`, `learning_rate` and
+        `skipped` (1 if the update was).
     """
+    shardings = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
 
-    placed = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = accumulate(loss_fn, state.model, batch, micro_batches, denominator_fn)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics = accumulate(loss_fn, normalizer_fn, state.model, batch, micro_batches)
         norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(jnp.asarray(norm))
         trained = trainable(state.model)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        skipped = 1 - jnp.isfinite(jnp.asarray(norm)).astype(jnp.int32)
+
+        def update() -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state
+
+        # The parameters are updated inside the branch: `optax.apply_if_finite` would hold all
+        # updates beside them.
+        updated, opt_state = jax.lax.cond(is_finite, update, lambda: (trained, state.opt_state))
+        skipped = 1 - is_finite.astype(jnp.int32)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": skipped,
         }
-        state = TrainState(
-            model=with_trainable(state.model, optax.apply_updates(trained, updates)),
-            opt_state=opt_state,
-            step=state.step + 1,
-            skipped=state.skipped + skipped,
-        )
-        return state, metrics
+        model = with_trainable(state.model, updated)
+        return TrainState(model, opt_state, state.step + 1, state.skipped + skipped), metrics
 
     return train_step
 
 
 def accumulate(
     loss_fn: Loss,
+    normalizer_fn: Callable[[Any], Any],
     model: Any,
     batch: Any,
     micro_batches: int,
-    denominator_fn: Callable[[Any], Any],
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of what is trained, and metrics, of the whole batch, one micro-batch at a time;
-    those at its end that are padding take no time. Metrics must not be negative where they are
-    maximised."""
-    denominator, trained = denominator_fn(batch), trainable(model)
+) -> tuple[Any, Metrics]:
+    """Returns gradients of what is trained, and metrics, of the whole batch, from one micro-batch
+    at a time. Micro-batches at its end that are padding take no time. Metrics named `*_max` must
+    not be negative."""
+    normalizer, trained = normalizer_fn(batch), trainable(model)
 
-    def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss_fn(with_trainable(model, trained), rows, denominator)
+    def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+        return loss_fn(with_trainable(model, trained), rows, normalizer)
 
     if micro_batches == 1:
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)
@@ -182,13 +130,13 @@ def accumulate(
     # until they are added, took 405 of 1475 MiB beside the state (SmolLM2-135M, float32).
     sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), trained)
 
-    def add(i: jax.Array, total: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        rows = jax.tree.map(lambda x: x[i], stacked)
+    def add(u: jax.Array, total: Metrics) -> Metrics:
+        rows = jax.tree.map(lambda x: x[u], stacked)
         loss, backward, metrics = jax.vjp(
             lambda trained: loss_of(trained, rows), trained, has_aux=True
         )
         backward.with_refs(sums)(jnp.ones_like(loss))
-        return _merge(total, metrics | {"loss": loss})
+        return _add_metrics(total, metrics | {"loss": loss})
 
     loss, metrics = jax.eval_shape(loss_of, trained, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics | {"loss": loss})
@@ -197,9 +145,9 @@ def accumulate(
 
 
 def used_micro_batches(stacked: Any) -> jax.Array:
-    """How many of the micro-batches, from the first, hold all tokens: the others are padding."""
-    is_used_M = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
-    return jnp.max(jnp.where(is_used_M, jnp.arange(1, is_used_M.shape[0] + 1), 0))
+    """Returns how many of the micro-batches, from the first, hold tokens: the rest is padding."""
+    is_used_U = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
+    return jnp.max(jnp.where(is_used_U, jnp.arange(1, is_used_U.shape[0] + 1), 0))
 
 
 def split_rows(batch: Any, parts: int) -> Any:
@@ -212,21 +160,18 @@ def join_rows(parts: jax.Array) -> jax.Array:
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
-def mean_metrics(updates: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Of several updates: their means, the largest of those named `*_max`, the sum of `skipped`;
-    and `updates`, how many they are."""
-    merged = {"updates": jnp.float32(len(updates))}
-    for name in updates[0] if updates else {}:
-        values = [metrics[name] for metrics in updates]
-        if name.endswith("_max"):
-            merged[name] = functools.reduce(jnp.maximum, values)
-        else:
-            total = sum(values[1:], values[0])
-            merged[name] = total if name == "skipped" else total / len(values)
-    return merged
+def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Returns the means over several updates, the largest of metrics named `*_max`, the sum of
+    `skipped`, and the number of `updates`."""
+    merged = functools.reduce(_add_metrics, updates) if updates else {}
+    mean = {
+        name: value if name == "skipped" or name.endswith("_max") else value / len(updates)
+        for name, value in merged.items()
+    }
+    return mean | {"updates": jnp.float32(len(updates))}
 
 
-def _merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _add_metrics(a: Metrics, b: Metrics) -> Metrics:
     return {
         name: jnp.maximum(a[name], b[name]) if name.endswith("_max") else a[name] + b[name]
         for name in a

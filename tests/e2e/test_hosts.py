@@ -271,12 +271,12 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
     for process in start(arguments, processes=2, program=("-c", ASKED)):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 130, errors[-3000:]
-    (left,) = (run / "pending").iterdir()
-    assert ".rows-" in left.name
-    assert 0 < len(left.read_text().splitlines()) < 8 * 4
+    (left,) = (run / "rollout_cache").iterdir()
+    with np.load(left) as rows:
+        assert 0 < len(rows["row_ids"]) < 8 * 4
     finish(start(arguments, processes=2))
     assert [line["groups_sampled"] for line in metrics(run)] == [8]
-    assert not list((run / "pending").iterdir())
+    assert not list((run / "rollout_cache").iterdir())
 
 
 @pytest.mark.slow

@@ -166,14 +166,14 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
         if kill % 3 == 2:  # while a checkpoint is written, which takes hundredths of a second
             sign, seconds = "checkpoints/*.orbax-checkpoint-tmp", moments.uniform(0, 0.02)
         else:
-            sign, seconds = "pending/*.jsonl", moments.uniform(0, 2 * per_iteration)
+            sign, seconds = "rollout_cache/*.npz", moments.uniform(0, 2 * per_iteration)
         found.append(kill_after(seconds, again, killed, sign=sign))
-        print(kill, sorted(name for name in found[-1] if name[0] in "cp"))
+        print(kill, sorted(name for name in found[-1] if name[0] in "cr"))
     assert any("orbax-checkpoint-tmp" in name for names in found for name in names)
-    assert any(name.startswith("pending/") for names in found for name in names)
+    assert any(name.startswith("rollout_cache/") for names in found for name in names)
     assert start(again).wait() == 0
     assert_same(killed, whole)
-    assert not list(killed.glob("pending/*"))
+    assert not list(killed.glob("rollout_cache/*"))
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from draws import arrays_of, assert_drawn
 from flax import nnx
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config import Optimizer, load_config
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
-    cast_model,
     sharded_adapters,
     sharding_of,
     shardings_of,
@@ -40,18 +40,20 @@ from stepwiser_jax.model import cpu
 from stepwiser_jax.model.attention import PLAIN, Attention
 from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
-from stepwiser_jax.model.lora import with_adapters
+from stepwiser_jax.model.lora import merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import token_logprobs
-from stepwiser_jax.stages import train_judge
-from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.rl.update import make_objective
+from stepwiser_jax.training.batches import pack_groups
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.step import accumulate, create_train_state, make_optimizer
-from tiny import tiny_config, with_unknown_ids
+from stepwiser_jax.training.optimizer import make_optimizer
+from stepwiser_jax.training.step import accumulate, create_train_state, make_train_step
+from tiny import rollout_group, tiny_config, with_unknown_ids
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 CONFIG = load_config("train-judge", Path(__file__).parents[2] / "configs" / "smoke_judge.yaml")
-OPTIMIZER = make_optimizer(lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.95)
+OBJECTIVE = make_objective(CONFIG.grpo, correction="none", temperature=1.0, remat=False)
+OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-3), lambda _: 1e-3)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -73,17 +75,14 @@ def load(checkpoint, mesh):
 def batch():
     rng = np.random.default_rng(0)
     groups = [
-        Group(
-            rng.integers(0, 64, 4 + row % 3).tolist(),
-            [rng.integers(0, 64, 3 + g).tolist() for g in range(2)],
-            [[-1.0] * (3 + g) for g in range(2)],
-            [1.0, -1.0],
+        rollout_group(
+            rng.integers(0, 64, 4 + row % 3), [rng.integers(0, 64, 3 + g) for g in range(2)]
         )
         for row in range(8)
     ]
-    batch = rollout_batch(groups, num_rows=8, row_length=16)
+    batch = pack_groups(groups, [[1.0, -1.0]] * 8, num_rows=8, row_lengths=[16])
     old_BT, ref_BT = (rng.uniform(-6, -3, batch.tokens_BT.shape).astype("f4") for _ in range(2))
-    return dataclasses.replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT)
+    return dataclasses.replace(batch, old_logprobs_BT=old_BT, reference_logprobs_BT=ref_BT)
 
 
 def gradients(checkpoint, sizes, micro_batches=1):
@@ -92,16 +91,9 @@ def gradients(checkpoint, sizes, micro_batches=1):
 
 
 def gradients_of(model, mesh, micro_batches=1):
-    compute = jax.jit(
-        functools.partial(
-            accumulate,
-            functools.partial(train_judge.judge_loss, config=CONFIG),
-            micro_batches=micro_batches,
-            denominator_fn=functools.partial(train_judge.judge_denominators, config=CONFIG),
-        )
-    )
+    compute = jax.jit(functools.partial(accumulate, *OBJECTIVE, micro_batches=micro_batches))
     with jax.set_mesh(mesh):
-        grads, metrics = compute(model, shard_batch(batch(), mesh))
+        grads, metrics = compute(model=model, batch=shard_batch(batch(), mesh))
     return model, jax.device_get(grads), jax.device_get(metrics)
 
 
@@ -164,7 +156,7 @@ def test_adapters_are_equal_on_every_mesh(checkpoint, sizes):
                 b.reshape(adapter.b.get_value().shape), adapter.b.get_value().sharding
             )
         with jax.set_mesh(mesh):
-            merged = jax.device_get(cast_model(model, jnp.dtype("float32")))
+            merged = jax.device_get(merge(model, jnp.dtype("float32")))
         return model, merged, gradients_of(model, mesh)
 
     (_, merged_one, one), (model, merged_many, many) = adapted((1, 1, 1)), adapted(sizes)
@@ -205,7 +197,7 @@ def axes_of(array):
 def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, sizes):
     mesh, state = train_state(checkpoint, sizes)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = train_judge.judge_train_step(CONFIG, lambda _: 1e-3, OPTIMIZER, state)
+    train_step = make_train_step(*OBJECTIVE, OPTIMIZER, lambda _: 1e-3, micro_batches=2, like=state)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, _ = train_step(state, shard_batch(batch(), mesh))
@@ -214,7 +206,8 @@ def test_no_device_holds_more_than_its_share_also_behind_an_update(checkpoint, s
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         parts = math.prod(mesh.shape[axis] for axis in axes_of(leaf))
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
-    for tree in (state.model, state.opt_state.mu, state.opt_state.nu):
+    moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+    for tree in (state.model, *moments):
         for name in ("embed", "q", "o", "gate", "up", "down"):
             holder = tree if name == "embed" else tree.blocks
             assert axes_of(getattr(holder, name)[...]) == {"fsdp", "tensor"}, name
@@ -278,20 +271,23 @@ def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
     one = load(checkpoint, make_mesh())
     assert_drawn(one, prompts_B, ROW_IDS, SAMPLED, jax.random.key(0), many)
     groups = [
-        Group(prompt, [many[b].tokens.tolist()], [many[b].logprobs.tolist()], [0.0])
+        rollout_group(prompt, [many[b].tokens], [many[b].logprobs])
         for b in range(len(ROW_IDS))
         for prompt in [prompts_B[b]]
     ]
-    rows = shard_batch(rollout_batch(groups, num_rows=len(groups), row_length=16), mesh)
+    rows = shard_batch(
+        pack_groups(groups, np.zeros((len(groups), 1)), num_rows=len(groups), row_lengths=[16]),
+        mesh,
+    )
     with jax.set_mesh(mesh):
         found_BT = jax.jit(token_logprobs)(
             model,
             rows.tokens_BT,
             rows.positions_BT,
             rows.segment_ids_BT,
-            previous_BT=rows.previous_BT,
+            predictor_BT=rows.predictor_BT,
         )
-    mask_BT = rows.completion_mask_BT
+    mask_BT = rows.target_mask_BT
     np.testing.assert_allclose(found_BT[mask_BT], rows.sampler_logprobs_BT[mask_BT], atol=1e-4)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tiny import tiny_config
+from tiny import rollout_group, tiny_config
 
 pytest.importorskip("libtpu", reason="needs the extra tpu: pip install '.[tpu]'")
 
@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
-from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.batches import pack_groups
 from tpu_step import JUDGE
 
 LENGTH = 1000
@@ -41,8 +41,9 @@ def compiled(attention_for, *, head_dim, sizes, rows):
         max_length=LENGTH,
     )
     mesh = make_mesh(*sizes, devices=tpu_topology("v5e:2x2").devices)
-    group = Group([1] * 300, [[1] * 200] * 3, [[0.0] * 200] * 3, [1.0, -1.0, 0.0])
-    batch = rollout_batch([group] * rows, num_rows=rows, row_length=LENGTH)
+    group = rollout_group([1] * 300, [[1] * 200] * 3)
+    advantages = [[1.0, -1.0, 0.0]] * rows
+    batch = pack_groups([group] * rows, advantages, num_rows=rows, row_lengths=[LENGTH])
     model = abstract_model(config, mesh, attention_for(config, mesh, "bfloat16"))
     return lower_update(TrainJudge.model_validate(JUDGE), model, batch, mesh).compile()
 
@@ -145,7 +146,7 @@ def planned(tmp_path, layers, capsys, **changes):
     )
     (tmp_path / "config.json").write_text(json.dumps(model.to_hf()))
     config = tmp_path / "judge.yaml"
-    settings = {"path": str(tmp_path), "compute_dtype": "bfloat16"}
+    settings = {"path": str(tmp_path), "dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(PLANNED | {"model": settings} | changes))
     command = ["plan", "train-judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
     status = main(command)
@@ -155,25 +156,24 @@ def planned(tmp_path, layers, capsys, **changes):
 
 
 @pytest.mark.slow
-def test_two_and_four_layers_predict_twelve(tmp_path, capsys):
-    """So that what loops and what grows with layers is counted."""
+def test_four_and_eight_layers_predict_twelve(tmp_path, capsys):
+    """What loops, and what grows with layers, is counted.
+
+    A train step's peak is linear to 6 % (141, 170, 212 and 248 MB at 4, 8, 12 and 16 layers). Its
+    temporaries are not (21, 78, 149 and 148 MB): how XLA packs them depends on the model.
+    """
     plans = {}
-    for layers in (2, 4, 12):
+    for layers in (4, 8, 12):
         status, plans[layers] = planned(tmp_path, layers, capsys)
         assert status == 0 and plans[layers]["fits"]
     for name in ("prefill", "decode burst", "train step"):
-        few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 12))
-        assert few["flops"] + (more["flops"] - few["flops"]) * 5 == pytest.approx(many["flops"])
-        # Of so small a model a decode burst is partly held on the chip, and a train step's
-        # temporaries are packed otherwise for 12 layers than for 4: each adds what it saves.
-        part = {"prefill": "total", "train step": "arguments"}.get(name)
-        if part is not None:
+        few, more, many = (plans[layers]["programs"][name] for layers in (4, 8, 12))
+        assert few["flops"] + (more["flops"] - few["flops"]) * 2 == pytest.approx(many["flops"])
+        # A decode burst of so small a model is partly held on the chip.
+        bounds = {"prefill": {"total": 0.05}, "train step": {"arguments": 0.01, "peak": 0.1}}
+        for part, tolerance in bounds.get(name, {}).items():
             a, b, c = (entry["memory"][part] for entry in (few, more, many))
-            assert a + (b - a) * 5 == pytest.approx(c, rel=0.05), name
-        if name == "train step":
-            hidden_states_of_a_row = 2200 * 512 * 2
-            grown = many["memory"]["temporaries"] - more["memory"]["temporaries"]
-            assert grown > 8 * hidden_states_of_a_row
+            assert a + (b - a) * 2 == pytest.approx(c, rel=tolerance), (name, part)
 
 
 @pytest.mark.slow
@@ -194,10 +194,10 @@ def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
     def intensity(rollouts: int) -> float:
         """FLOPs for each byte of HBM."""
         settings = {
-            "policy": {"path": str(tmp_path), "compute_dtype": "bfloat16"},
+            "policy": {"path": str(tmp_path), "dtype": "bfloat16"},
             "rollouts": "unused",
             "num_rollouts": rollouts,
-            "trajectories_per_block": 512 // rollouts,
+            "block_size": 512 // rollouts,
             "sampling": {"max_new_tokens": 128},
             "engine": {"rows": [512], "buckets": [4096 + 128]},
             "mesh": {"data": 4},

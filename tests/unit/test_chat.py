@@ -10,6 +10,7 @@ import yaml
 from stand_ins import write_model, write_tokenizer
 
 from stepwiser_jax.config import Label, Model, load_config, validate
+from stepwiser_jax.data.demonstrations import encode_demonstration, spells_control
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -18,7 +19,6 @@ from stepwiser_jax.judges.classifier import encode_solution
 from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
-from stepwiser_jax.stages.sft import render, spells_control
 from stepwiser_jax.text import chat
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
@@ -166,7 +166,7 @@ def test_settings_take_them(tmp_path):
     assert found == {"a": False, "b": 1, "c": "x"} and found["a"] is False
     with pytest.raises(UserError, match=r"chat_template_args\.a"):
         validate(Model, {"path": "m", "chat_template_args": {"a": [1]}}, "here")
-    tree = {"annotations": "a", "rollouts": "r", "tokenizer": "t"}
+    tree = {"values": "a", "rollouts": "r", "tokenizer": "t"}
     (tmp_path / "label.yaml").write_text(json.dumps(tree))
     override = ("chat_template_args.enable_thinking=false",)
     label = load_config("label", tmp_path / "label.yaml", override)
@@ -236,7 +236,7 @@ def test_an_answer_that_brings_its_thought_has_no_other(qwen3):
     opening = thinkprm.FORMS["instruct"].opening
     verified = encode_message(tokenizer, "How?", "instruct", answer=opening)
     assert tokenizer.decode(verified).endswith(ASSISTANT)
-    ids, _ = render(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
+    ids, _ = encode_demonstration(SftExample("e", "p", "How?", "So."), tokenizer, "instruct")
     assert tokenizer.decode(ids).endswith(f"{ASSISTANT}{NO_THOUGHT}So.<|im_end|>")
 
 
@@ -341,8 +341,8 @@ PROMPTS = {
         ),
         "instruct",
     )[0],
-    "sft": lambda t, x: render(SftExample("e", "p", x, x), t, "instruct")[0],
-    "sft of a conversation": lambda t, x: render(
+    "sft": lambda t, x: encode_demonstration(SftExample("e", "p", x, x), t, "instruct")[0],
+    "sft of a conversation": lambda t, x: encode_demonstration(
         dialogue(("system", x), ("user", x), ("assistant", x), ("output", x), ("assistant", x)),
         t,
         "instruct",
@@ -487,12 +487,9 @@ def test_a_server_is_prompted_with_its_arguments(qwen3, monkeypatch):
         {
             "rollouts": "r",
             "tokenizer": "t",
-            "server": server,
-            "sampling": {"max_new_tokens": 8},
+            "teacher": {"kind": "server", "sampling": {"max_new_tokens": 8}, **server},
         }
     )
-    teacher, _ = chunk_solutions.make_proposer(config)
+    teacher = chunk_solutions.make_proposer(config, session=None)
     assert prompt(teacher.tokenizer).endswith(NO_THOUGHT)
-    assert vars(teacher.engine).keys() == {
-        *("url", "model", "vocab_size", "concurrent_requests", "timeout_seconds", "retries"),
-    }
+    assert vars(teacher.engine).keys() == {"url", "model", "vocab_size"}

@@ -32,10 +32,11 @@ from stepwiser_jax.records import ClassifierExample, ProcessBenchItem
 from stepwiser_jax.stages import train_classifier
 from stepwiser_jax.text.tokenizer import unknown_ids
 from stepwiser_jax.training.batches import (
-    classifier_documents,
-    classifier_loader,
+    Document,
+    document_loader,
     first_fit,
-    packed_batch,
+    fitting_documents,
+    pack_documents,
 )
 from stepwiser_jax.training.step import accumulate
 from tiny import tiny_config
@@ -120,12 +121,13 @@ def test_hard_labels_are_answers_and_others_are_not(word_tokenizer, config):
     ):
         change = {"head": "scalar"} if labels == "scalar" else {"labels": labels}
         changed = config.model_copy(update=change)
-        ids, places, found = train_classifier.render(SOLUTION, word_tokenizer, changed)
+        document = train_classifier.make_document(SOLUTION, word_tokenizer, changed)
+        ids = document.tokens_T.tolist()
         whole, places_J = encode_solution(word_tokenizer, QUESTION, CHUNKS, "bare")
         assert len(ids) == len(whole), "what is behind the last label teaches nothing"
         assert [ids[place] for place in places_J] == answers
-        assert places == [places_J[0], places_J[2]]
-        assert found == targets
+        assert np.flatnonzero(document.target_mask_T).tolist() == [places_J[0], places_J[2]]
+        assert document.targets_T[document.target_mask_T].tolist() == targets
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -158,19 +160,25 @@ def test_labels_that_are_not_of_the_chunks_are_refused(tmp_path, changes):
 def documents(count, max_length=24):
     rng = np.random.default_rng(0)
 
-    def render(solution):
+    def make():
         size = int(rng.integers(4, 30))
         places = sorted(rng.choice(np.arange(1, size), 2, replace=False).tolist())
-        return rng.integers(0, 64, size).tolist(), places, rng.uniform(0, 1, 2).tolist()
+        mask, targets = np.zeros(size, bool), np.zeros(size, np.float32)
+        tokens = rng.integers(0, 64, size).astype(np.int32)
+        mask[places], targets[places] = True, rng.uniform(0, 1, 2)
+        return Document(tokens, mask, targets)
 
-    return classifier_documents([SOLUTION] * count, render, max_length=max_length)
+    return fitting_documents([make() for _ in range(count)], max_length)
 
 
 def test_packed_rows_hold_every_solution_as_it_was():
     kept, too_long = documents(40)
     assert 0 < too_long < 20 and len(kept) + too_long == 40
-    loader = classifier_loader(kept, batch_size=4, max_length=64, seed=0)
-    expected = {tuple(map(tuple, map(np.ndarray.tolist, d.values()))) for d in kept}
+    loader = document_loader(kept, batch_size=4, max_length=64, seed=0)
+    expected = {
+        tuple(tuple(part.tolist()) for part in (d.tokens_T, d.target_mask_T, d.targets_T))
+        for d in kept
+    }
     found = set()
     for _ in range(8):
         batch = next(loader)
@@ -180,23 +188,27 @@ def test_packed_rows_hold_every_solution_as_it_was():
                 here = batch.segment_ids_BT[row] == segment
                 size = here.sum()
                 np.testing.assert_array_equal(batch.positions_BT[row, here], np.arange(size))
-                parts = (batch.tokens_BT, batch.answer_mask_BT.astype(int), batch.targets_BT)
+                parts = (batch.tokens_BT, batch.target_mask_BT, batch.targets_BT)
                 found.add(tuple(tuple(part[row, here].tolist()) for part in parts))
         padding = batch.segment_ids_BT == 0
-        assert not batch.answer_mask_BT[padding].any()
+        assert not batch.target_mask_BT[padding].any()
     assert found == expected
 
 
 def test_first_fit_loses_nothing_and_fills_rows():
     lengths = np.random.default_rng(0).integers(1, 20, 50).tolist()
-    rows = first_fit(lengths, 20)
+    (rows,) = first_fit(range(50), lengths.__getitem__, 20, 50)
     assert sorted(i for row in rows for i in row) == list(range(50))
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert max(sums) <= 20
     for a, b in itertools.combinations(range(len(rows)), 2):
         assert sums[a] + lengths[rows[b][0]] > 20, "it had room in an earlier row"
-    with pytest.raises(ValueError, match="a document of 20 tokens"):
-        first_fit([20], 19)
+    with pytest.raises(ValueError, match="an item of 20 tokens"):
+        next(first_fit([20], int, 19, 1))
+
+
+def test_first_fit_yields_full_blocks():
+    assert list(first_fit([3, 4, 2, 3, 5, 1], int, 5, 2)) == [[[3, 2], [4]], [[3, 1], [5]]]
 
 
 # --- loss ---------------------------------------------------------------------------------------
@@ -205,14 +217,14 @@ SIGNS = (17, 42)
 
 
 def batch_of(kept):
-    loader = classifier_loader(kept, batch_size=4, max_length=48, seed=0)
+    loader = document_loader(kept, batch_size=4, max_length=48, seed=0)
     return jax.tree.map(jnp.asarray, next(loader))
 
 
-def mean_loss(model, batch, denominator=None, remat=False):
-    if denominator is None:
-        denominator = jnp.sum(batch.answer_mask_BT)
-    return train_classifier.batch_loss(model, batch, denominator, signs=SIGNS, remat=remat)
+def mean_loss(model, batch, normalizer=None, remat=False):
+    if normalizer is None:
+        normalizer = jnp.sum(batch.target_mask_BT)
+    return classifier_loss(model, batch, normalizer, signs=SIGNS, remat=remat)
 
 
 def test_loss_is_that_of_a_softmax_over_two_tokens(tiny_model):
@@ -222,7 +234,7 @@ def test_loss_is_that_of_a_softmax_over_two_tokens(tiny_model):
         tiny_model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT), np.float64
     )
     losses, right = [], []
-    for row, t in zip(*np.nonzero(batch.answer_mask_BT), strict=True):
+    for row, t in zip(*np.nonzero(batch.target_mask_BT), strict=True):
         pair = logits[row, t - 1, list(SIGNS)]
         plus, minus = np.exp(pair) / np.exp(pair).sum()
         target = float(batch.targets_BT[row, t])
@@ -241,10 +253,10 @@ def test_gradients_add_up_over_micro_batches_and_stay_in_float32():
     def gradients(micro_batches, remat, model=model):
         grads, _ = accumulate(
             lambda model, rows, count: mean_loss(model, rows, count, remat),
+            lambda batch: jnp.sum(batch.target_mask_BT),
             model,
             batch,
             micro_batches,
-            lambda batch: jnp.sum(batch.answer_mask_BT),
         )
         return jax.tree.leaves(grads)
 
@@ -369,7 +381,11 @@ def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):
 
 
 def test_packed_batches_are_the_documents_behind_one_another():
-    batch = packed_batch([[[5, 6], [7]], [[8, 9, 3, 4]]], 3, 4)
+    documents = [
+        [Document(np.array(ids), np.zeros(len(ids), bool)) for ids in row]
+        for row in ([[5, 6], [7]], [[8, 9, 3, 4]])
+    ]
+    batch = pack_documents(documents, 3, 4)
     assert batch.tokens_BT.tolist() == [[5, 6, 7, 0], [8, 9, 3, 4], [0, 0, 0, 0]]
     assert batch.segment_ids_BT.tolist() == [[1, 1, 2, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
     assert batch.positions_BT.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3], [0, 0, 0, 0]]
@@ -408,27 +424,18 @@ def test_threshold_of_nothing_to_choose_from():
 
 
 def test_threshold_is_given_or_chosen(request):
-    file = request.config.rootpath / "configs" / "smoke_classify.yaml"
-    for sets in (("threshold=0.3",), ("threshold_subset=null",)):
-        with pytest.raises(UserError, match="set either threshold, or threshold_subset"):
-            load_config("classify", file, sets)
-    with pytest.raises(UserError, match="rows \\(4\\) must be a multiple"):
-        load_config("classify", file, ("mesh.data=8",))
+    file = request.config.rootpath / "configs" / "smoke_evaluate_classifier.yaml"
+    with pytest.raises(UserError, match=r"set either judge\.threshold, or threshold_subset"):
+        load_config("evaluate", file, ("judge.threshold=0.3",))
+    with pytest.raises(UserError, match=r"judge\.rows \[4\] must be multiples"):
+        load_config("evaluate", file, ("mesh.data=8",))
 
 
 def test_loss_of_answers_alone(tiny_model):
     """Tokens that are no answers, targets of theirs, and padding change nothing."""
     batch = batch_of(documents(30)[0])
-    elsewhere = jnp.where(batch.answer_mask_BT, batch.targets_BT, 7.0)
-    changed = dataclasses.replace(batch, targets_BT=elsewhere)
-    same = classifier_loss(
-        tiny_model,
-        jnp.where(batch.segment_ids_BT == 0, 9, batch.tokens_BT),
-        changed.positions_BT,
-        changed.segment_ids_BT,
-        changed.answer_mask_BT,
-        changed.targets_BT,
-        signs=SIGNS,
-        normalizer=jnp.sum(batch.answer_mask_BT),
-    )
+    elsewhere = jnp.where(batch.target_mask_BT, batch.targets_BT, 7.0)
+    tokens = jnp.where(batch.segment_ids_BT == 0, 9, batch.tokens_BT)
+    changed = dataclasses.replace(batch, tokens_BT=tokens, targets_BT=elsewhere)
+    same = mean_loss(tiny_model, changed)
     np.testing.assert_allclose(same[0], mean_loss(tiny_model, batch)[0], rtol=1e-6)

@@ -1,5 +1,6 @@
 """The examples of docs/extending.md: each block of code is written into a package, and used."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -13,7 +14,13 @@ import yaml
 from landlock import needs_landlock
 from stepwiser_jax.config import load_config
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.plugins import load
+from stepwiser_jax.records import JudgeExample
+from stepwiser_jax.rl.labels import label_chunks
+from stepwiser_jax.rl.rewards import REWARDS
+from stepwiser_jax.rl.rollouts import add_rewards, rollout_metrics
 from stepwiser_jax.tasks.verifier import Verifier
+from tiny import rollout_group
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -54,6 +61,19 @@ def test_examples_are_short():
         assert sum(block.count("\n") for block in blocks(section, "python")) <= 30, section
 
 
+def test_a_reward(settings_of):
+    config = config_with(settings_of("A reward"), "judge")
+    reward = load(config.reward, "a reward", REWARDS, config.reward_args)
+    example = JudgeExample("e", "p", "q", "", "chunk", True)
+    texts = ["\\boxed{ Negative }", "looks fine \\boxed{ Positive }"]
+    group = rollout_group([1], [[5, 6, 7], [5, 6, 7, 8]])
+    group = dataclasses.replace(group, example=example, texts_G=texts)
+    (rewarded,) = add_rewards([group], reward)
+    assert rewarded.rewards_G.tolist() == [0, 0.875]
+    metrics = rollout_metrics([rewarded], num_kept=1)
+    assert (metrics["reward_verdict"], metrics["reward_length"]) == (0.5, -0.0625)
+
+
 def test_a_data_set_and_its_answer_checker(settings_of):
     config = config_with(settings_of("A data set and its answer checker"), "rollouts")
     problems = read_problems(config.problems, verifier=config.verifier)
@@ -78,3 +98,9 @@ def test_a_file_of_unit_tests(tmp_path):
         code = "```python\ndef double(x):\n    return {} * x\n```"
         answers = [code.format(2), code.format(3)]
         assert verifier.verify(answers, problems * 2) == [True, False]
+
+
+def test_a_label_rule(settings_of):
+    config = config_with(settings_of("A label rule"), "labels")
+    values = [0.25, 0.75, 0.875, 0.5]
+    assert label_chunks(values, config.rule, **config.rule_args) == [True, None, False]

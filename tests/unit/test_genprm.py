@@ -14,6 +14,7 @@ from flax import nnx
 
 from landlock import needs_landlock
 from stepwiser_jax.config import DataSource, load_config
+from stepwiser_jax.data.demonstrations import encode_demonstration, load_demonstrations
 from stepwiser_jax.data.rationales import Outcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
@@ -47,7 +48,7 @@ from stepwiser_jax.sandbox.runner import Sandbox
 from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
-from stepwiser_jax.stages.sft import load_examples, render
+from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
@@ -234,7 +235,7 @@ SAID = [
 @pytest.mark.parametrize("style", ["instruct", "bare"])
 def test_what_the_assistant_says_is_learned_and_nothing_else(bpe_tokenizer, style):
     roles, texts = zip(*SAID, strict=True)
-    ids, learned = render(Dialogue("d", "p", roles, texts), bpe_tokenizer, style)
+    ids, learned = encode_demonstration(Dialogue("d", "p", roles, texts), bpe_tokenizer, style)
     end = bpe_tokenizer.decode(bpe_tokenizer.eos_ids)
     told = bpe_tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
     assert told == f"{texts[2]}{texts[4]}{end}{texts[6]}{end}"
@@ -265,13 +266,15 @@ def test_what_the_assistant_says_is_learned_and_nothing_else(bpe_tokenizer, styl
 )
 def test_no_conversation(bpe_tokenizer, roles, message):
     with pytest.raises(UserError, match=message):
-        render(Dialogue("d", "p", roles, roles), bpe_tokenizer, "bare")
+        encode_demonstration(Dialogue("d", "p", roles, roles), bpe_tokenizer, "bare")
 
 
 @pytest.mark.parametrize("texts", [("asked",), ("asked", "said", "more")])
 def test_a_text_too_many_or_too_few(bpe_tokenizer, texts):
     with pytest.raises(UserError, match=f"d: expected a text of .* found {len(texts)} texts of 2"):
-        render(Dialogue("d", "p", ("user", "assistant"), texts), bpe_tokenizer, "instruct")
+        encode_demonstration(
+            Dialogue("d", "p", ("user", "assistant"), texts), bpe_tokenizer, "instruct"
+        )
 
 
 def with_tokens(directory, tokens, template=None):
@@ -312,7 +315,9 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
     """By the template where the answer does not, else by the answer, which learns to."""
 
     def rendered(answer):
-        ids, learned = render(SftExample("e", "p", "How?", answer), thinking_tokenizer, "instruct")
+        ids, learned = encode_demonstration(
+            SftExample("e", "p", "How?", answer), thinking_tokenizer, "instruct"
+        )
         told = [i for i, x in zip(ids, learned, strict=True) if x]
         return thinking_tokenizer.decode(ids), thinking_tokenizer.decode(told)
 
@@ -325,7 +330,7 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
 
 @pytest.mark.parametrize("style", ["instruct", "bare"])
 def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
-    (dialogue,) = load_examples(DataSource(source="arithmetic-genprm", limit=1), style)
+    (dialogue,) = load_demonstrations(DataSource(source="arithmetic-genprm", limit=1), style)
     assert dialogue.texts[-1].endswith(FORMS[style].ending)
     assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
 
@@ -659,7 +664,12 @@ def test_the_analysis_is_what_stands_before_code_and_verdict(style):
     assert f"Step.\n\nThe reviewer says: {said}" in rethink_prompt("<chunk>Step.", said, "instruct")
 
 
-VERIFIER = SimpleNamespace(verify=lambda pairs: [a == b for a, b in pairs])
+VERIFIER = SimpleNamespace(
+    verify=lambda completions, problems: [
+        extract_answer(text) == problem.answer
+        for text, problem in zip(completions, problems, strict=True)
+    ]
+)
 
 
 def refine_config(turns):

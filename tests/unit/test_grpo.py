@@ -14,29 +14,28 @@ from stepwiser_jax.rl.grpo import (
     group_advantages,
     grpo_loss,
     k3,
-    loss_denominator,
+    loss_normalizer,
     truncated_importance_weights,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-def slow_advantages(rewards, normalize):
+def slow_advantages(rewards):
     out = []
     for group in rewards:
         mean = sum(group) / len(group)
         variance = sum((r - mean) ** 2 for r in group) / (len(group) - 1)
-        scale = variance**0.5 + 1e-6 if normalize == "std" else 1.0
+        scale = variance**0.5 + 1e-6
         out.append([0.0 if max(group) == min(group) else (r - mean) / scale for r in group])
     return np.array(out)
 
 
-@pytest.mark.parametrize("normalize", ["std", "none"])
-def test_advantages(normalize):
+def test_advantages():
     rewards = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(np.float32)
     rewards[0] = 1.0
-    found = np.asarray(group_advantages(jnp.asarray(rewards), normalize=normalize))
-    np.testing.assert_allclose(found, slow_advantages(rewards, normalize), atol=1e-5)
+    found = np.asarray(group_advantages(jnp.asarray(rewards)))
+    np.testing.assert_allclose(found, slow_advantages(rewards), atol=1e-5)
     np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
     assert not found[0].any()
 
@@ -64,7 +63,7 @@ def make_case(seed, dtype=np.float32):
     return logprobs, old, ref, advantages, mask, segments
 
 
-def slow_loss(case, *, low, high, dual, kl_coef, how, constant):
+def slow_loss(case, *, low, high, dual, kl_coef, how):
     logprobs, old, ref, advantages, mask, segments = case
     per_sequence = {}
     for b, t in itertools.product(range(mask.shape[0]), range(mask.shape[1])):
@@ -80,18 +79,15 @@ def slow_loss(case, *, low, high, dual, kl_coef, how, constant):
     tokens = [x for values in per_sequence.values() for x in values]
     if how == "token_mean":
         return sum(tokens) / len(tokens)
-    if how == "sequence_mean":
-        return np.mean([np.mean(values) for values in per_sequence.values()])
-    return sum(tokens) / constant
+    return np.mean([np.mean(values) for values in per_sequence.values()])
 
 
-@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("dual", [None, 1.5])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
 def test_loss_against_loops(how, dual, kl_coef):
     case = make_case(1)
     logprobs, old, ref, advantages, mask, segments = map(jnp.asarray, case)
-    constant = 4 * 10.0
     loss, _ = grpo_loss(
         logprobs,
         old,
@@ -101,10 +97,9 @@ def test_loss_against_loops(how, dual, kl_coef):
         clip_eps_high=0.28,
         dual_clip=dual,
         kl_coef=kl_coef,
-        ref_logprobs_BT=ref,
+        reference_logprobs_BT=ref,
         segment_ids_BT=segments,
         aggregation=how,
-        denominator=constant if how == "dr_grpo" else None,
     )
     expected = slow_loss(
         case,
@@ -113,7 +108,6 @@ def test_loss_against_loops(how, dual, kl_coef):
         dual=dual,
         kl_coef=kl_coef,
         how=how,
-        constant=constant,
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -167,10 +161,10 @@ def test_what_is_masked_does_not_matter():
     assert float(first) == float(second)
 
 
-@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "dr_grpo"])
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean"])
 def test_micro_batches_add_up(how):
     logprobs, old, _, advantages, mask, segments = map(jnp.asarray, make_case(4))
-    denominator = loss_denominator(mask, segments, aggregation=how, max_completion_tokens=5)
+    normalizer = loss_normalizer(mask, segments, how)
 
     def loss(rows):
         return grpo_loss(
@@ -182,7 +176,7 @@ def test_micro_batches_add_up(how):
             clip_eps_high=0.28,
             segment_ids_BT=segments[rows],
             aggregation=how,
-            denominator=denominator,
+            normalizer=normalizer,
         )
 
     whole, metrics = loss(slice(None))
@@ -194,14 +188,11 @@ def test_micro_batches_add_up(how):
         )
 
 
-def test_denominators_by_hand():
+def test_normalizers_by_hand():
     segments = jnp.array([[member(1, 0), member(1, 1), member(1, 1), member(1, 2), 0]])
     mask = jnp.array([[False, True, True, True, False]])
-    found = [
-        float(loss_denominator(mask, segments, aggregation=how, max_completion_tokens=7))
-        for how in ("token_mean", "sequence_mean", "dr_grpo")
-    ]
-    assert found == [3.0, 2.0, 14.0]
+    found = [float(loss_normalizer(mask, segments, how)) for how in ("token_mean", "sequence_mean")]
+    assert found == [3.0, 2.0]
     values = jnp.array([[9.0, 1.0, 3.0, 5.0, 9.0]])
     mean = aggregate(values, mask, "sequence_mean", jnp.float32(2.0), segments)
     assert float(mean) == (2.0 + 5.0) / 2
@@ -226,13 +217,11 @@ def test_k3_is_zero_at_equality_and_never_negative():
     assert float(k3(logprobs, ref, mask).min()) >= 0
 
 
-def test_kl_needs_a_reference_and_dr_grpo_its_constant():
+def test_kl_needs_a_reference():
     x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
     settings = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
-    with pytest.raises(ValueError, match="ref_logprobs_BT"):
+    with pytest.raises(ValueError, match="reference_logprobs_BT"):
         grpo_loss(x, x, jnp.ones((1,)), mask, kl_coef=0.1, **settings)
-    with pytest.raises(ValueError, match="denominator"):
-        grpo_loss(x, x, jnp.ones((1,)), mask, aggregation="dr_grpo", **settings)
 
 
 # --- a sampler that is not quite the policy -----------------------------------------------------
@@ -288,7 +277,7 @@ def test_gradients_are_scaled_by_the_weights_and_the_kl_term_is_not():
                 clip_eps_high=0.28,
                 dual_clip=1.5,
                 kl_coef=kl_coef,
-                ref_logprobs_BT=ref,
+                reference_logprobs_BT=ref,
                 importance_weights_BT=weights,
             )[0]
 
@@ -360,7 +349,7 @@ def test_expected_gradients_are_those_of_the_policy(length):
                 clip_eps_low=0.2,
                 clip_eps_high=0.28,
                 importance_weights_BT=weights,
-                denominator=jnp.float32(1.0),
+                normalizer=jnp.float32(1.0),
             )[0]
 
         return jax.grad(loss)(policy)

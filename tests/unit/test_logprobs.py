@@ -8,13 +8,13 @@ from flax import nnx
 
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import (
-    _in_front,
+    _targets_first,
     token_logprobs,
     token_logprobs_and_entropy,
 )
-from stepwiser_jax.training.batches import Group, rollout_batch
-from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
-from tiny import tiny_config
+from stepwiser_jax.training.batches import TokenBatch, pack_groups
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
+from tiny import rollout_group, tiny_config
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -62,14 +62,14 @@ def test_group_row_equals_separate_rows(model):
         tokens(5).tolist(),
         [tokens(3, seed=1).tolist(), tokens(4, seed=2).tolist()],
     )
-    group = Group(prompt, completions, [[-1.0] * 3, [-2.0] * 4], [1.0, -1.0])
-    batch = rollout_batch([group], num_rows=2, row_length=16)
+    group = rollout_group(prompt, completions)
+    batch = pack_groups([group], [[1.0, -1.0]], num_rows=2, row_lengths=[16])
     found = token_logprobs(
         model,
         jnp.asarray(batch.tokens_BT),
         jnp.asarray(batch.positions_BT),
         jnp.asarray(batch.segment_ids_BT),
-        previous_BT=jnp.asarray(batch.previous_BT),
+        predictor_BT=jnp.asarray(batch.predictor_BT),
     )
     np.testing.assert_allclose(found[0, :5], slow(model, prompt), atol=1e-4)
     np.testing.assert_allclose(found[0, 5:8], slow(model, prompt + completions[0])[5:], atol=1e-4)
@@ -133,14 +133,16 @@ def test_no_array_of_all_positions_and_the_whole_vocabulary():
 def test_cross_entropy_is_the_mean_over_learned_tokens(model):
     rows = tokens(2, 6)
     mask = jnp.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], bool)
-    loss, _ = cross_entropy_loss(model, rows, mask, denominator=supervised_tokens(mask))
+    positions = jnp.broadcast_to(jnp.arange(6), rows.shape)
+    batch = TokenBatch(rows, jnp.ones_like(rows), positions, mask)
+    loss, _ = cross_entropy_loss(model, batch, num_target_tokens(batch))
     expected = [-slow(model, rows[b].tolist())[t] for b, t in ((0, 2), (0, 3), (1, 5))]
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-4)
 
 
-def test_what_is_wanted_comes_first_in_order():
-    wanted_BT = np.random.default_rng(0).random((5, 17)) < [[0.0], [0.2], [0.5], [0.9], [1.0]]
-    order_BT, place_BT = _in_front(jnp.asarray(wanted_BT))
-    expected_BT = np.argsort(~wanted_BT, axis=1, kind="stable")
+def test_targets_come_first_in_order():
+    is_target_BT = np.random.default_rng(0).random((5, 17)) < [[0.0], [0.2], [0.5], [0.9], [1.0]]
+    order_BT, place_BT = _targets_first(jnp.asarray(is_target_BT))
+    expected_BT = np.argsort(~is_target_BT, axis=1, kind="stable")
     np.testing.assert_array_equal(order_BT, expected_BT)
     np.testing.assert_array_equal(place_BT, np.argsort(expected_BT, axis=1))

@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.interpreters import partial_eval
 
 from stepwiser_jax.distributed.mesh import make_mesh, split_attention
-from stepwiser_jax.model import transformer
+from stepwiser_jax.model import cpu, transformer
 from stepwiser_jax.model.attention import save_attention
 from stepwiser_jax.model.attention.cudnn import CUDNN
 from stepwiser_jax.model.attention.splash import SPLASH
@@ -111,6 +111,16 @@ def test_reading_equals_extending_an_empty_cache(model):
         found = jax.jit(Decoder.prefill)(decoder, padded)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+# A product of 8 numbers of order 1: rounding of the two types.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_scores_on_cpu_are_the_plain_ones(dtype, tolerance):
+    queries, keys = jax.random.split(jax.random.key(0))
+    q, k = jax.random.normal(queries, (2, 3, 5, 8)), jax.random.normal(keys, (2, 3, 7, 8))
+    found = jax.jit(cpu.scores)(q.astype(dtype), k.astype(dtype))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, jnp.einsum("bkwh,bksh->bkws", q, k), atol=10 * tolerance)
 
 
 @one_family

@@ -11,11 +11,11 @@ from stepwiser_jax.model.cpu import packed_attention, visible_blocks
 from stepwiser_jax.model.linear import linear
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.rl.grpo import grpo_loss, loss_denominator
+from stepwiser_jax.rl.grpo import grpo_loss, loss_normalizer
 from stepwiser_jax.rl.logprobs import token_logprobs
-from stepwiser_jax.training.batches import Group, rollout_batch
+from stepwiser_jax.training.batches import pack_groups
 from stepwiser_jax.training.step import accumulate, split_rows, used_micro_batches
-from tiny import tiny_config
+from tiny import rollout_group, tiny_config
 
 
 def make_groups():
@@ -24,45 +24,35 @@ def make_groups():
     def ids(n):
         return rng.integers(0, 64, n).tolist()
 
-    return [
-        Group(
-            ids(4 + p),
-            [ids(2 + g + p) for g in range(2)],
-            [[-1.0] * (2 + g + p) for g in range(2)],
-            [1.0, -0.5],
-        )
-        for p in range(3)
-    ]
+    return [rollout_group(ids(4 + p), [ids(2 + g + p) for g in range(2)]) for p in range(3)]
 
 
-def loss(model, batch, denominator):
+ADVANTAGES = np.array([[1.0, -0.5]] * 3)
+
+
+def loss(model, batch, normalizer):
     logprobs = token_logprobs(
         model,
         batch.tokens_BT,
         batch.positions_BT,
         batch.segment_ids_BT,
-        previous_BT=batch.previous_BT,
-        wanted_BT=batch.completion_mask_BT,
+        predictor_BT=batch.predictor_BT,
+        target_mask_BT=batch.target_mask_BT,
     )
     return grpo_loss(
         logprobs,
         batch.sampler_logprobs_BT,
         batch.advantages_BT,
-        batch.completion_mask_BT,
+        batch.target_mask_BT,
         clip_eps_low=10.0,
         clip_eps_high=10.0,
         segment_ids_BT=batch.segment_ids_BT,
-        denominator=denominator,
+        normalizer=normalizer,
     )
 
 
-def denominator(batch):
-    return loss_denominator(
-        batch.completion_mask_BT,
-        batch.segment_ids_BT,
-        aggregation="token_mean",
-        max_completion_tokens=1,
-    )
+def normalizer(batch):
+    return loss_normalizer(batch.target_mask_BT, batch.segment_ids_BT, "token_mean")
 
 
 def on_device(batch):
@@ -73,18 +63,21 @@ def test_packed_groups_equal_completions_alone():
     model = Transformer(tiny_config("llama"), rngs=nnx.Rngs(0))
     groups = make_groups()
     alone = [
-        Group(group.prompt_ids, [ids], [logprobs], [advantage])
+        rollout_group(group.prompt_ids, [ids], [logprobs])
         for group in groups
-        for ids, logprobs, advantage in zip(
-            group.completions_G, group.logprobs_G, group.advantages_G, strict=True
-        )
+        for ids, logprobs in zip(group.completions_G, group.logprobs_G, strict=True)
     ]
-    packed = on_device(rollout_batch(groups, num_rows=4, row_length=32, micro_batches=4))
+    packed = on_device(
+        pack_groups(groups, ADVANTAGES, num_rows=4, row_lengths=[32], micro_batches=4)
+    )
     assert int(used_micro_batches(split_rows(packed, 4))) == 2, "three groups share two rows"
-    unshared = on_device(rollout_batch(alone, num_rows=6, row_length=11))
-    assert bool(jnp.all(jnp.any(unshared.completion_mask_BT, axis=1))), "a row each"
-    expected, expected_metrics = accumulate(loss, model, unshared, 1, denominator)
-    found, metrics = accumulate(loss, model, packed, 4, denominator)
+    unshared = on_device(
+        pack_groups(alone, ADVANTAGES.reshape(6, 1), num_rows=6, row_lengths=[8, 11, 99])
+    )
+    assert unshared.tokens_BT.shape == (6, 11), "the smallest length that holds all"
+    assert bool(jnp.all(jnp.any(unshared.target_mask_BT, axis=1))), "a row each"
+    expected, expected_metrics = accumulate(loss, normalizer, model, unshared, 1)
+    found, metrics = accumulate(loss, normalizer, model, packed, 4)
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -94,7 +87,9 @@ def test_packed_groups_equal_completions_alone():
 def test_rows_without_tokens_are_not_computed():
     """What a padding micro-batch holds besides padding reaches nothing: it would be NaN."""
     groups = make_groups()
-    batch = on_device(rollout_batch(groups, num_rows=8, row_length=32, micro_batches=4))
+    batch = on_device(
+        pack_groups(groups, ADVANTAGES, num_rows=8, row_lengths=[32], micro_batches=4)
+    )
     used = int(used_micro_batches(split_rows(batch, 4)))
     assert used == 1
 
@@ -103,7 +98,7 @@ def test_rows_without_tokens_are_not_computed():
         return jnp.where(is_padding, jnp.nan, 1.0) * model["weight"], {}
 
     model = {"weight": jnp.float32(2.0)}
-    grads, metrics = accumulate(poisoned, model, batch, 4, denominator)
+    grads, metrics = accumulate(poisoned, normalizer, model, batch, 4)
     assert (float(grads["weight"]), float(metrics["loss"])) == (used, 2.0 * used)
 
 

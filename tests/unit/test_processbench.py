@@ -27,7 +27,6 @@ from stepwiser_jax.evaluation.whole_solutions import (
     solutions_by_subset,
 )
 from stepwiser_jax.records import ProcessBenchItem, Verdict
-from stepwiser_jax.rl.rewards import judge_reward
 
 P, N, U, X = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED, Verdict.OTHER
 
@@ -162,25 +161,6 @@ def test_scores_of_whole_solutions_by_subset():
     }
     assert found["average"]["binary_f1"] == 0.5
     assert found["average"]["bad_outputs"] == 0.375
-
-
-@pytest.mark.parametrize(
-    ("verdict", "is_positive", "reward"),
-    [
-        (P, True, 1.0),
-        (P, False, 0.0),
-        (N, False, 1.0),
-        (N, True, 0.0),
-        (U, True, 0.0),
-        (U, False, 0.0),
-        (X, False, 0.0),
-    ],
-)
-def test_reward(verdict, is_positive, reward):
-    assert judge_reward(verdict, is_positive) == reward
-    assert judge_reward(verdict, is_positive, in_format=False) == reward, "no penalty is set"
-    assert judge_reward(verdict, is_positive, format_penalty=0.5) == reward
-    assert judge_reward(verdict, is_positive, format_penalty=0.5, in_format=False) == -0.5
 
 
 def test_balanced_accuracy_by_hand():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.config import load_config
+from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.record_io import read_records, write_manifest, write_records
 from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
-from stepwiser_jax.stages import select_responses, sft
+from stepwiser_jax.stages import select_responses
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, TokenMatcher, chunk_ends
@@ -133,16 +134,16 @@ def test_equals_of_a_judge_are_those_of_the_draw(selected, monkeypatch):
 
 def test_selections_teach_the_policy_in_its_own_words(tmp_path, rollouts, selected):
     found, _ = selected("best", judge=JUDGE)
-    examples = sft.read_examples(str(tmp_path / "best"), "bare")
+    examples = read_demonstrations(str(tmp_path / "best"), "bare")
     assert [e.example_id for e in examples] == [s.trajectory_id for s in found]
     assert [e.prompt for e in examples] == [s.question for s in found]
     assert all(e.completion.startswith("<chunk>") for e in examples)
     assert all("<eos>" not in e.completion for e in examples)
-    assert "<chunk>" in sft.read_examples(str(tmp_path / "best"), "instruct")[0].prompt
+    assert "<chunk>" in read_demonstrations(str(tmp_path / "best"), "instruct")[0].prompt
     (rollouts / "config.yaml").write_text('chunking: ["\\n"]\n')
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     selected("untagged")
-    assert "<chunk>" not in sft.read_examples(str(tmp_path / "untagged"), "instruct")[0].prompt
+    assert "<chunk>" not in read_demonstrations(str(tmp_path / "untagged"), "instruct")[0].prompt
 
 
 def test_nothing_to_select_is_named(rollouts, selected, tmp_path):

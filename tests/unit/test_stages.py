@@ -10,7 +10,8 @@ import pytest
 
 from stepwiser_jax.config import CheckedAnswers, Label, load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
-from stepwiser_jax.distributed.loading import decoding_copy, load_model, load_tokenizer_of
+from stepwiser_jax.distributed.fingerprints import param_hash
+from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -21,15 +22,17 @@ from stepwiser_jax.records import (
     JudgeExample,
     PrefixValue,
     Problem,
-    SampledRow,
     Tokens,
     Trajectory,
-    Verdict,
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import label_values
 from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.rl.rollouts import split_groups
+from stepwiser_jax.rl.update import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.values import estimate_prefix_values
+from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
     check_ids,
@@ -40,6 +43,7 @@ from stepwiser_jax.stages.annotate import (
 from stepwiser_jax.stages.label import drop_undeserved, examples
 from stepwiser_jax.stages.rollout import keep_fitting, prompt_ids
 from stepwiser_jax.text.chunks import TokenMatcher, chunk_ends, chunk_texts, end_patterns
+from tiny import rollout_group
 
 PROMPT = (5, 9, 11)
 PROBLEM = Problem("p", "q ?", "1", "s")
@@ -68,14 +72,7 @@ def test_iterations_of_epochs(config):
 
 def groups(count):
     return [
-        train_judge.RolloutGroup(
-            f"g{i}",
-            (3, 1 + i % 9),
-            tuple((4, 5, 6 + g) for g in range(4)),
-            ((-1.0, -2.0, -3.0),) * 4,
-            (Verdict.POSITIVE,) * 4,
-            (1.0, 0.0, 0.0, 1.0),
-        )
+        rollout_group([3, 1 + i % 9], [[4, 5, 6 + g] for g in range(4)], rewards=[1, 0, 0, 1])
         for i in range(count)
     ]
 
@@ -236,7 +233,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         for t in trajectories.values()
         for j in range(len(t.chunk_ends))
     ]
-    config = Label(annotations="", rollouts=str(tmp_path), tokenizer="arithmetic")
+    config = Label(values="", rollouts=str(tmp_path), tokenizer="arithmetic")
     kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     made = list(examples(kept, kept, trajectories, {"p": PROBLEM}, tokenizer))
     chunks = {solution.solution_id: solution.chunks for solution, _ in made}
@@ -324,78 +321,55 @@ def test_labels_of_trajectories_that_were_sampled_differently(request):
     ]
 
 
-def test_no_update_is_made_of_nothing(config, tiny_model):
-    mesh = make_mesh()
-    assert train_judge.prepare_batches([], config, mesh, tiny_model, tiny_model) == []
-    assert len(train_judge.prepare_batches(groups(1), config, mesh, tiny_model, tiny_model)) == 1
-    batches = train_judge.prepare_batches(groups(5), config, mesh, tiny_model, tiny_model)
+def test_no_update_is_made_of_nothing(config):
+    assert split_groups([], 2) == []
+    assert [len(part) for part in split_groups(groups(1), 2)] == [1]
+    parts = split_groups(groups(5), 2)
+    advantages = np.zeros((5, 4))
+    batches = [train_judge.pack(part, advantages, config) for part in parts]
     groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
     assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
 
 
-@pytest.mark.parametrize(
-    ("penalty", "rewards", "share"),
-    [("0", (1.0, 0.0, 1.0, 0.0), None), ("0.5", (1.0, 0.0, -0.5, -0.5), 0.5)],
-)
-def test_a_judgment_that_is_more_than_a_verdict_is_penalized(request, penalty, rewards, share):
-    """Of four judgments of a right chunk, the last two have an analysis."""
-    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
-    config = load_config("train-judge", file, (f"format_penalty={penalty}",))
-    loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
-    texts = [f"\\boxed{{ {verdict} }}" for verdict in ("Positive", "Negative")]
-    texts += [f"looks fine {text}" for text in texts]
-
-    end = loaded.tokenizer.eos_ids[0]
-    rows = {
-        f"g/{i}": SampledRow(f"g/{i}", (*loaded.tokenizer.encode(text), end), ())
-        for i, text in enumerate(texts)
-    }
-    collect = train_judge.GroupCollector(config, loaded, make_mesh())
-    example = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)
-    groups = collect.judged([example], ["g"], rows)
-    assert groups[0].rewards_G == rewards
-    metrics = train_judge.rollout_metrics(groups, 1, bool(config.format_penalty))
-    assert metrics.get("in_format_share") == share
-    assert metrics["unparsed_rate"] == metrics["other_box_rate"] == 0
-
-
-def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
-    verdicts = (Verdict.POSITIVE, Verdict.UNPARSED, Verdict.OTHER, Verdict.OTHER)
-    group = train_judge.RolloutGroup(
-        "g", (1,), ((2,),) * 4, ((0.0,),) * 4, verdicts, (1.0, 0.0, 0.0, 0.0)
-    )
-    metrics = train_judge.rollout_metrics([group], 1, penalized=False)
-    assert (metrics["unparsed_rate"], metrics["other_box_rate"]) == (0.75, 0.5)
-
-
-def test_a_draw_that_is_stopped_goes_on_with_the_rows_that_are_missing(request, monkeypatch):
-    """After one segment; what it had finished is kept as it is, and the rest is what it would have
-    been."""
+def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
+    request, tmp_path, monkeypatch
+):
+    """After one burst; what it had finished is kept as it is, and the rest is what it would have
+    been. Groups that are whole are not sampled again."""
     file = request.config.rootpath / "configs" / "smoke_judge.yaml"
     config = load_config("train-judge", file, ("engine.rows=[8]", "sampling.max_new_tokens=24"))
     loaded = load_model("arithmetic", mesh=make_mesh(), seed=0)
-    collect = train_judge.GroupCollector(config, loaded, make_mesh())
-    engine = collect.engine.with_model(decoding_copy(loaded.model, make_mesh()))
     prompts = [f"start {n} ; * 7 + 5 ?" for n in range(5)]
     examples = [JudgeExample(p, p, p, "", "<chunk> fix </chunk>", True) for p in prompts]
 
-    def sample(rows):
-        return collect.sample(engine, examples, prompts, rows)
+    def sampler(name):
+        directory = RunDirectory(tmp_path / name, "train-judge", config)
+        return train_judge.make_sampler(config, directory, loaded, make_mesh())
 
-    whole, rows = {}, {}
-    assert sample(whole)
+    def sample(sampler):
+        with sampler.weights(loaded.model):
+            return sampler.sample_groups(examples, 0, 0)
+
+    whole, stopped = sample(sampler("whole")), sampler("stopped")
     with monkeypatch.context() as patch:
-        patch.setattr(train_judge.stop, "requested", True)
-        assert not sample(rows)
-    kept = dict(rows)
-    assert 0 < len(kept) < len(whole) == 5 * config.group_size
-    assert sample(rows) and rows.keys() == whole.keys()
-    for row_id, row in rows.items():
-        assert row is kept.get(row_id, row)
-        assert row.completion_ids == whole[row_id].completion_ids
-        np.testing.assert_allclose(row.logprobs, whole[row_id].logprobs, atol=1e-4)
-    groups = [collect.judged(examples, prompts, found) for found in (rows, whole)]
-    assert [g.rewards_G for g in groups[0]] == [g.rewards_G for g in groups[1]]
+        patch.setattr(stop, "requested", True)
+        with pytest.raises(Interrupted):
+            sample(stopped)
+    kept = stopped.cache.read(0, 0, param_hash(loaded.model))
+    assert 0 < len(kept) < 5 * config.group_size
+    for again in (sample(stopped), sample(sampler("stopped"))):
+        for found, expected in zip(again, whole, strict=True):
+            assert found.group_id == expected.group_id
+            assert found.texts_G == expected.texts_G
+            for g, (a, b) in enumerate(zip(found.logprobs_G, expected.logprobs_G, strict=True)):
+                np.testing.assert_array_equal(found.completions_G[g], expected.completions_G[g])
+                np.testing.assert_allclose(a, b, atol=1e-4)
+                if f"{found.group_id}/{g}" in kept:
+                    np.testing.assert_array_equal(a, kept[f"{found.group_id}/{g}"].logprobs)
+    monkeypatch.setattr(Engine, "sample", None)
+    assert [found.group_id for found in sample(sampler("stopped"))] == [
+        f"judge/it0/draw0/{p}/{prompt}" for p, prompt in enumerate(prompts)
+    ]
 
 
 def test_lines_of_the_embedded_task_can_be_its_chunks(request, word_tokenizer):
@@ -465,9 +439,12 @@ def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenize
         load_items(str(tmp_path), word_tokenizer)
 
 
-def test_scores_do_not_depend_on_micro_batches(config, tiny_model):
-    batch = shard_batch(train_judge.assemble(groups(3), config), make_mesh())
-    whole = train_judge.score(tiny_model, batch, 1.0, micro_batches=1)
-    parts = train_judge.score(tiny_model, batch, 1.0, micro_batches=2)
+def test_logprobs_do_not_depend_on_micro_batches(config, tiny_model):
+    batch = shard_batch(train_judge.pack(groups(3), np.zeros((3, 4)), config), make_mesh())
+    whole = completion_logprobs(tiny_model, batch, 1.0, micro_batches=1)
+    parts = completion_logprobs(tiny_model, batch, 1.0, micro_batches=2)
     np.testing.assert_allclose(whole, parts, atol=1e-5)
     assert float(jnp.min(whole)) < -0.5
+    added = add_old_and_reference_logprobs(batch, None, tiny_model, 1.0, micro_batches=2)
+    assert added.old_logprobs_BT is None, "with one update they are the update's own"
+    np.testing.assert_array_equal(added.reference_logprobs_BT, parts)

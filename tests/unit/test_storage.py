@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
 from tensorboardX.record_writer import RecordWriter as EventFile
@@ -12,14 +13,14 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.config import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_manifest
-from stepwiser_jax.records import Problem, RolloutGroup, Verdict
-from stepwiser_jax.rl.rollout_cache import RolloutCache
+from stepwiser_jax.records import Problem
+from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.directory import RunDirectory, blocks
 from stepwiser_jax.runs.storage import writing_to
 from tiny import logged
 
 PROBLEMS = [Problem(f"p#{i}", "What is it? " * 20, str(i), "test") for i in range(100)]
-PENDING = [RolloutGroup("g", (1,), ((2,),), ((-1.0,),), (Verdict.POSITIVE,), (1.0,))]
+ROWS = {"g/0": SampledRow(np.array([2], np.int32), np.array([-1.0], np.float32))}
 TENSORSTORE = "Failed to write 9 bytes to file 27: No space left on device [os_error_code='28']"
 
 
@@ -34,7 +35,7 @@ def fill(request):
             return directory.summary()
         metrics = directory.metrics()
         done = metrics.resume_at(0)
-        RolloutCache(directory.path / "pending").write(3, 0, "aa", PENDING)
+        RolloutCache(directory.path / "rollout_cache").write(3, 0, "aa", ROWS)
         work = blocks(PROBLEMS, 50)
         work = directory.pending(work, Problem, lambda block: [p.problem_id for p in block])
         directory.write_blocks(work, Problem, lambda block: block)
@@ -47,9 +48,10 @@ def fill(request):
 def same(run, whole):
     """Whether records and metrics are; the manifest also holds checksums of metrics and summary,
     which say how long the run took."""
-    names = [str(f.relative_to(whole)) for f in whole.glob("*/**/*.jsonl")]
+    files = (*whole.glob("*/**/*.jsonl"), *whole.glob("rollout_cache/*"))
+    names = [str(file.relative_to(whole)) for file in files]
     promised = [read_manifest(directory)["records"] for directory in (run, whole)]
-    assert len(names) == 2, "records, and a pending draw"
+    assert len(names) == 2, "records, and rollouts"
     return (
         promised[0] == promised[1]
         and logged(run) == logged(whole)
@@ -80,7 +82,9 @@ def test_what_else_goes_wrong_stays_what_it_is(error):
     assert raised.value is error
 
 
-@pytest.mark.parametrize("part", ["config", "metrics", "pending", "part-", "summary", "manifest"])
+@pytest.mark.parametrize(
+    "part", ["config", "metrics", "rollout_cache", "part-", "summary", "manifest"]
+)
 def test_a_write_that_fails_is_told_and_made_up_for(fill, tmp_path, monkeypatch, part):
     """Each kind of file in turn, by the call that puts it on the disk."""
     fill(tmp_path / "whole")

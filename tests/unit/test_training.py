@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config import Optimizer, load_config
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -19,43 +19,44 @@ from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.batches import (
-    Group,
+    Document,
     TokenBatch,
+    document_loader,
     example_loader,
+    fitting_documents,
     num_batches,
-    rollout_batch,
-    sft_documents,
-    sft_loader,
+    pack_groups,
 )
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.loop import TrainingRun
-from stepwiser_jax.training.sft_loss import cross_entropy_loss, supervised_tokens
+from stepwiser_jax.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
+from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from stepwiser_jax.training.step import (
     TrainState,
     accumulate,
     create_train_state,
     join_rows,
-    make_optimizer,
-    make_schedule,
     make_train_step,
     mean_metrics,
     split_rows,
 )
-from tiny import tiny_config
+from tiny import rollout_group, tiny_config
 
 EXAMPLES = [SftExample(f"e{i}", "p", "x" * (1 + i % 5), "y" * (1 + i % 7)) for i in range(23)]
 
 
-def render(example):
-    number, prompt, completion = int(example.example_id[1:]) + 2, example.prompt, example.completion
-    ids = [number] * len(prompt + completion)
-    return ids, [False] * len(prompt) + [True] * len(completion)
+def document(example):
+    number = int(example.example_id[1:]) + 2
+    prompt, completion = len(example.prompt), len(example.completion)
+    mask = [False] * prompt + [True] * completion
+    return Document(np.full(prompt + completion, number, np.int32), np.array(mask))
+
+
+DOCUMENTS = [document(example) for example in EXAMPLES]
 
 
 def loader(packing, seed=0):
-    documents, dropped = sft_documents(EXAMPLES, render, max_length=16)
-    assert dropped == 0
-    return sft_loader(documents, batch_size=2, max_length=16, seed=seed, packing=packing)
+    return document_loader(DOCUMENTS, batch_size=2, max_length=16, seed=seed, packing=packing)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -79,10 +80,9 @@ def test_loader_goes_on_where_its_state_says(packing):
 def test_epochs_give_every_document_so_many_times_in_a_number_of_batches_known_before(
     packing, epochs
 ):
-    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
     settings = {"batch_size": 7, "max_length": 16, "seed": 0, "packing": packing, "epochs": epochs}
-    batches = list(sft_loader(documents, **settings))
-    assert len(batches) == num_batches(documents, **settings)
+    batches = list(document_loader(DOCUMENTS, **settings))
+    assert len(batches) == num_batches(DOCUMENTS, **settings)
     assert {batch.tokens_BT.shape for batch in batches} == {(7, 16)}
     seen = Counter(
         int(batch.tokens_BT[row, batch.segment_ids_BT[row] == segment][0]) - 2
@@ -93,28 +93,25 @@ def test_epochs_give_every_document_so_many_times_in_a_number_of_batches_known_b
     assert seen == dict.fromkeys(range(len(EXAMPLES)), epochs)
     last = batches[-1]
     empty = last.segment_ids_BT.max(axis=1) == 0
-    assert empty.any() and not last.tokens_BT[empty].any() and not last.loss_mask_BT[empty].any()
+    assert empty.any() and not last.tokens_BT[empty].any() and not last.target_mask_BT[empty].any()
 
 
 def test_batches_are_counted_as_they_are_packed():
     """Rows that are filled together, and closed together when a document fits none of them."""
     lengths = np.random.default_rng(0).integers(1, 30, 300)
-    documents = [
-        {"tokens": np.ones(n, np.int32), "loss_mask": np.ones(n, np.int32)} for n in lengths
-    ]
+    documents = [Document(np.ones(n, np.int32), np.ones(n, bool)) for n in lengths]
     settings = {"batch_size": 2, "max_length": 32, "seed": 0, "packing": True, "epochs": 2}
-    batches = len(list(sft_loader(documents, **settings)))
+    batches = len(list(document_loader(documents, **settings)))
     assert num_batches(documents, **settings) == batches
     assert batches > 1.05 * 2 * lengths.sum() / (2 * 32), "rows that are not full"
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_epochs_go_on_where_the_state_says(packing):
-    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
     settings = {"batch_size": 5, "max_length": 16, "seed": 0, "packing": packing, "epochs": 2}
-    batches = list(sft_loader(documents, **settings))
+    batches = list(document_loader(DOCUMENTS, **settings))
     for done in (1, len(batches) - 1):
-        stopped, resumed = (sft_loader(documents, **settings) for _ in range(2))
+        stopped, resumed = (document_loader(DOCUMENTS, **settings) for _ in range(2))
         for _ in range(done):
             next(stopped)
         resumed.set_state(stopped.get_state())
@@ -135,21 +132,21 @@ def test_every_document_is_whole_and_learned_where_it_should(packing):
             for segment in set(segments.tolist()) - {0}:
                 inside = segments == segment
                 (number,) = set(batch.tokens_BT[row][inside].tolist())
-                _, expected = render(EXAMPLES[number - 2])
-                assert batch.loss_mask_BT[row][inside].tolist() == expected
+                expected = DOCUMENTS[number - 2].target_mask_T.tolist()
+                assert batch.target_mask_BT[row][inside].tolist() == expected
                 assert batch.positions_BT[row][inside].tolist() == list(range(len(expected)))
                 seen.append(number)
-            assert not batch.loss_mask_BT[row][segments == 0].any()
+            assert not batch.target_mask_BT[row][segments == 0].any()
     if not packing:
         assert sorted(seen[:23]) == list(range(2, 25))
     assert len(seen) > (24 if packing else 23)
 
 
-def test_examples_that_cannot_be_learned_are_refused():
+def test_documents_that_do_not_fit_are_counted_and_none_is_refused():
+    fitting, dropped = fitting_documents(DOCUMENTS, 7)
+    assert 0 < len(fitting) < 23 and len(fitting) + dropped == 23
     with pytest.raises(UserError, match="no example fits max_length 1"):
-        sft_documents(EXAMPLES, render, max_length=1)
-    with pytest.raises(UserError, match="e0 has an empty completion"):
-        sft_documents(EXAMPLES, lambda e: ([1], [False]), max_length=9)
+        fitting_documents(DOCUMENTS, 1)
 
 
 def test_example_loader_shows_everything_once_per_epoch_in_new_orders():
@@ -160,64 +157,47 @@ def test_example_loader_shows_everything_once_per_epoch_in_new_orders():
     assert first != second
 
 
-def test_rollout_batch_by_hand():
-    group = Group([7, 8], [[1, 2], [3]], [[-0.1, -0.2], [-0.3]], [0.5, -0.5])
-    batch = rollout_batch([group], num_rows=1, row_length=6)
+def test_packed_groups_by_hand():
+    group = rollout_group([7, 8], [[1, 2], [3]], [[-0.1, -0.2], [-0.3]])
+    advantages = [[0.5, -0.5]]
+    batch = pack_groups([group], advantages, num_rows=1, row_lengths=[4, 6])
     assert batch.tokens_BT.tolist() == [[7, 8, 1, 2, 3, 0]]
     assert batch.segment_ids_BT.tolist() == [
         [1 << 16, 1 << 16, (1 << 16) + 1, (1 << 16) + 1, (1 << 16) + 2, 0]
     ]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 0]]
-    assert batch.previous_BT.tolist() == [[0, 0, 1, 2, 1, 0]]
-    assert batch.completion_mask_BT.tolist() == [[False, False, True, True, True, False]]
+    assert batch.predictor_BT.tolist() == [[0, 0, 1, 2, 1, 0]]
+    assert batch.target_mask_BT.tolist() == [[False, False, True, True, True, False]]
     np.testing.assert_allclose(batch.sampler_logprobs_BT, [[0, 0, -0.1, -0.2, -0.3, 0]])
     np.testing.assert_allclose(batch.advantages_BT, [[0, 0, 0.5, 0.5, -0.5, 0]])
     with pytest.raises(ValueError, match="exceeds a row"):
-        rollout_batch([group], num_rows=1, row_length=4)
+        pack_groups([group], advantages, num_rows=1, row_lengths=[4])
     with pytest.raises(ValueError, match="do not fit 1 rows"):
-        rollout_batch([group, group], num_rows=1, row_length=6)
+        pack_groups([group, group], advantages * 2, num_rows=1, row_lengths=[6])
 
 
 # --- the train step -----------------------------------------------------------------------------
 
-SCHEDULE = make_schedule(
-    learning_rate=1e-2, schedule="cosine", warmup_steps=2, total_steps=8, end_fraction=0.1
+SETTINGS = Optimizer(
+    learning_rate=1e-2, schedule="cosine", warmup_steps=2, end_fraction=0.1, weight_decay=0.1
 )
-
-
-def optimizer(weight_decay=0.1):
-    return make_optimizer(SCHEDULE, weight_decay=weight_decay, clip_norm=1.0, b1=0.9, b2=0.95)
-
-
-def sft_loss(model, batch, denominator):
-    return cross_entropy_loss(
-        model,
-        batch.tokens_BT,
-        batch.loss_mask_BT,
-        positions_BT=batch.positions_BT,
-        segment_ids_BT=batch.segment_ids_BT,
-        denominator=denominator,
-    )
-
-
-def denominator_of(batch):
-    return supervised_tokens(batch.loss_mask_BT)
+SCHEDULE = make_schedule(SETTINGS, 8)
+OPTIMIZER = make_optimizer(SETTINGS, SCHEDULE)
 
 
 def new_state():
     model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
-    return create_train_state(model, optimizer(), make_mesh())
+    return create_train_state(model, OPTIMIZER, make_mesh())
 
 
-def make_step(micro_batches=1, loss=sft_loss):
+def make_step(micro_batches=1, loss=cross_entropy_loss):
     return make_train_step(
-        loss, optimizer(), SCHEDULE, micro_batches=micro_batches, denominator_fn=denominator_of
+        loss, num_target_tokens, OPTIMIZER, SCHEDULE, micro_batches=micro_batches
     )
 
 
 def batches(count):
-    documents, _ = sft_documents(EXAMPLES, render, max_length=16)
-    source = sft_loader(documents, batch_size=4, max_length=16, seed=0, packing=False)
+    source = document_loader(DOCUMENTS, batch_size=4, max_length=16, seed=0, packing=False)
     return [jax.tree.map(jnp.asarray, next(source)) for _ in range(count)]
 
 
@@ -239,10 +219,10 @@ def test_training_lowers_the_loss():
 def test_micro_batches_give_the_whole_batchs_gradient():
     model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
     (batch,) = batches(1)
-    lengths = batch.loss_mask_BT.sum(axis=1)
+    lengths = batch.target_mask_BT.sum(axis=1)
     assert len(set(lengths.tolist())) > 1, "equal rows would not show a mean of means"
-    whole, metrics = accumulate(sft_loss, model, batch, 1, denominator_of)
-    parts, part_metrics = accumulate(sft_loss, model, batch, 4, denominator_of)
+    whole, metrics = accumulate(cross_entropy_loss, num_target_tokens, model, batch, 1)
+    parts, part_metrics = accumulate(cross_entropy_loss, num_target_tokens, model, batch, 4)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
@@ -256,7 +236,7 @@ def test_gradients_are_added_in_place():
 
     @jax.jit
     def gradients(model, batch):
-        return accumulate(sft_loss, model, batch, 4, denominator_of)[0]
+        return accumulate(cross_entropy_loss, num_target_tokens, model, batch, 4)[0]
 
     memory = gradients.lower(model, batch).compile().memory_analysis()
     of_blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
@@ -282,18 +262,18 @@ def test_metrics_of_several_updates():
 
 
 def test_metrics_named_max_are_maximised():
-    def loss(model, batch, denominator):
-        value, metrics = sft_loss(model, batch, denominator)
+    def loss(model, batch, normalizer):
+        value, metrics = cross_entropy_loss(model, batch, normalizer)
         return value, metrics | {"token_max": jnp.max(batch.tokens_BT).astype(jnp.float32)}
 
     (batch,) = batches(1)
-    _, metrics = accumulate(loss, new_state().model, batch, 4, denominator_of)
+    _, metrics = accumulate(loss, num_target_tokens, new_state().model, batch, 4)
     assert float(metrics["token_max"]) == float(batch.tokens_BT.max())
 
 
 def test_a_non_finite_update_is_skipped_and_counted():
-    def poisoned(model, batch, denominator):
-        loss, metrics = sft_loss(model, batch, denominator)
+    def poisoned(model, batch, normalizer):
+        loss, metrics = cross_entropy_loss(model, batch, normalizer)
         return jnp.where(batch.tokens_BT[0, 0] == 1, jnp.nan, 1.0) * loss, metrics
 
     step, state = make_step(loss=poisoned), new_state()
@@ -302,7 +282,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
         good.tokens_BT.at[0, 0].set(1),
         good.segment_ids_BT,
         good.positions_BT,
-        good.loss_mask_BT,
+        good.target_mask_BT,
     )
     state, _ = step(state, good)
     before = jax.device_get((state.model, state.opt_state))
@@ -318,7 +298,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
 
 def test_norms_and_biases_do_not_decay():
     model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
-    transform = optimizer(weight_decay=0.5)
+    transform = make_optimizer(SETTINGS, SCHEDULE)
     zeros = jax.tree.map(jnp.zeros_like, model)
     updates, _ = transform.update(zeros, transform.init(model), model)
     for path, variable in nnx.to_flat_state(nnx.state(updates)):
@@ -418,7 +398,16 @@ def training(tmp_path, request):
     loaded = load_model("arithmetic", mesh=mesh)
     loader = example_loader([1, 2], batch_size=2, seed=0)
     directory = RunDirectory(tmp_path / "run", "sft", config)
-    return TrainingRun(directory, loaded, mesh, config.training, total_updates=9, loader=loader)
+    return TrainingRun(
+        directory,
+        loaded,
+        mesh,
+        config.training,
+        total_updates=9,
+        loader=loader,
+        loss_fn=cross_entropy_loss,
+        normalizer_fn=num_target_tokens,
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,7 +423,7 @@ def training(tmp_path, request):
 )
 def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
     """Pairs of (skipped, updates) of an iteration."""
-    assert training.settings.max_skipped_in_a_row == 5
+    assert MAX_SKIPPED_IN_A_ROW == 5
     stopped = None
     for step, (skipped, updates) in enumerate(iterations, 1):
         training.finish_step(step, {"skipped": skipped, "updates": updates})

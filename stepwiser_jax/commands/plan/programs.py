@@ -32,6 +32,7 @@ from stepwiser_jax.config import (
     ClassifierJudge,
     ComputeStage,
     Config,
+    EngineShapes,
     Evaluate,
     Model,
     Rollout,
@@ -41,10 +42,8 @@ from stepwiser_jax.config import (
     TrainedModel,
     TrainJudge,
 )
-from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.distributed.loading import (
     attention_of,
-    cast_model,
     config_of,
     sharding_of,
     shardings_of,
@@ -61,23 +60,19 @@ from stepwiser_jax.inference.engine_state import (
 )
 from stepwiser_jax.inference.scheduler import choose_grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.judges.classifier import classifier_loss
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
-from stepwiser_jax.model.lora import base_of
+from stepwiser_jax.model.lora import base_of, merge
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.logprobs import default_slices
-from stepwiser_jax.stages.sft import sft_train_step
-from stepwiser_jax.stages.train_classifier import classifier_train_step
-from stepwiser_jax.stages.train_judge import judge_train_step, score
-from stepwiser_jax.training.batches import (
-    ClassifierBatch,
-    Group,
-    RolloutBatch,
-    TokenBatch,
-    rollout_batch,
-)
-from stepwiser_jax.training.loop import optimizer_of
+from stepwiser_jax.rl.rollouts import RolloutGroup
+from stepwiser_jax.rl.update import completion_logprobs, make_objective
+from stepwiser_jax.training.batches import RolloutBatch, TokenBatch, pack_groups
+from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
+from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
+from stepwiser_jax.training.step import make_train_step
 
 PLANNED = ("sft", "rollout", "annotate", "train-judge", "train-classifier", "evaluate")
 
@@ -216,18 +211,21 @@ def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
 def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> Programs:
     scalar = isinstance(config, TrainClassifier) and config.head == "scalar"
     model_config, model = _model(config.model, mesh, scalar=scalar)
-    schedule, optimizer = optimizer_of(config.training, config.steps or 1)
+    schedule = make_schedule(config.training.optimizer, config.steps or 1)
+    optimizer = make_optimizer(config.training.optimizer, schedule)
     rows, length = config.batch_size, config.max_length
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     state = abstract_train_state(model, optimizer, mesh)
-    if isinstance(config, Sft):
-        batch = abstract_rows(TokenBatch(ints, ints, ints, mask), mesh)
-        step, scored = sft_train_step(config, schedule, optimizer, state), length
-    else:  # two logits of a token, which are not worth counting, whichever they are
-        targets = np.zeros((rows, length), np.float32)
-        batch = abstract_rows(ClassifierBatch(ints, ints, ints, mask, targets), mesh)
-        step, scored = classifier_train_step(config, (0, 1), schedule, optimizer, state), 0
-    micro_batches = config.training.micro_batches
+    remat, micro_batches = config.training.remat, config.training.micro_batches
+    targets, scored, loss = None, length, functools.partial(cross_entropy_loss, remat=remat)
+    if isinstance(config, TrainClassifier):
+        # Two logits of a token, which are not worth counting, whichever they are.
+        targets, scored = np.zeros((rows, length), np.float32), 0
+        loss = functools.partial(classifier_loss, signs=(0, 1), remat=remat)
+    batch = abstract_rows(TokenBatch(ints, ints, ints, mask, targets), mesh)
+    step = make_train_step(
+        loss, num_target_tokens, optimizer, schedule, micro_batches=micro_batches, like=state
+    )
     useful = update_flops(
         model_config, config.model, tokens=length, scored=scored, pairs=causal_pairs(0, length)
     )
@@ -252,21 +250,20 @@ def _lower(program: Any, mesh: jax.sharding.Mesh | None, *inputs: Any, **setting
         return program.lower(*inputs, **settings)
 
 
-def longest_group(config: TrainJudge) -> Group:
-    tokens, size = config.sampling.max_new_tokens, config.group_size
-    completions = [[0] * tokens] * size
-    return Group([0] * config.max_prompt_tokens, completions, [[0.0] * tokens] * size, [0.0] * size)
+def longest_group(config: TrainJudge) -> RolloutGroup:
+    completions = [np.zeros(config.sampling.max_new_tokens, np.int32)] * config.group_size
+    return RolloutGroup("", np.zeros(config.max_prompt_tokens, np.int32), completions, completions)
 
 
 def judge_batch(config: TrainJudge) -> RolloutBatch:
     """Of one update, its arrays empty: every row a group of the longest there may be."""
     rows = config.prompts_per_iteration // config.updates_per_iteration
-    batch = rollout_batch([], num_rows=rows, row_length=max(config.row_lengths))
+    batch = pack_groups([], [], num_rows=rows, row_lengths=config.row_lengths[-1:])
     numbers = batch.sampler_logprobs_BT
     return dataclasses.replace(
         batch,
         old_logprobs_BT=numbers if config.updates_per_iteration > 1 else None,
-        ref_logprobs_BT=numbers if config.grpo.kl_coef else None,
+        reference_logprobs_BT=numbers if config.grpo.kl_coef else None,
     )
 
 
@@ -283,16 +280,26 @@ def lower_update(
 ) -> Any:
     """The judge's train step, traced for an abstract model and batches of these shapes."""
     updates = (config.iterations or 1) * config.updates_per_iteration
-    schedule, optimizer = optimizer_of(config.training, updates)
+    schedule = make_schedule(config.training.optimizer, updates)
+    optimizer = make_optimizer(config.training.optimizer, schedule)
     state = abstract_train_state(model, optimizer, mesh)
-    step = judge_train_step(config, schedule, optimizer, state)
+    objective = make_objective(
+        config.grpo,
+        correction=config.correction,
+        temperature=config.sampling.temperature,
+        remat=config.training.remat,
+    )
+    step = make_train_step(
+        *objective, optimizer, schedule, micro_batches=config.training.micro_batches, like=state
+    )
     return _lower(step, mesh, state, abstract_rows(batch, mesh))
 
 
 def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
     model_config, model = _model(config.model, mesh)
     updates = config.updates_per_iteration
-    _, optimizer = optimizer_of(config.training, updates)
+    schedule = make_schedule(config.training.optimizer, updates)
+    optimizer = make_optimizer(config.training.optimizer, schedule)
     batch = judge_batch(config)
     micro_batches = config.training.micro_batches
     rows, length = batch.tokens_BT.shape
@@ -323,18 +330,19 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
         prompt=config.max_prompt_tokens,
         held=held,
     )
-    group = rollout_batch([longest_group(config)], num_rows=1, row_length=length)
+    advantages = np.zeros((1, config.group_size))
+    group = pack_groups([longest_group(config)], advantages, num_rows=1, row_lengths=[length])
     kernel = _splash(model_config, group.segment_ids_BT[0])
     programs = [_gather(model, mesh, sampling_mesh, held), *sampling.programs]
     passes = updates * ((updates > 1) + bool(config.grpo.kl_coef))
     if passes:
-        bare = dataclasses.replace(batch, old_logprobs_BT=None, ref_logprobs_BT=None)
+        bare = dataclasses.replace(batch, old_logprobs_BT=None, reference_logprobs_BT=None)
         programs.append(
             Program(
                 "log-probs",
                 functools.partial(
                     _lower,
-                    score,
+                    completion_logprobs,
                     mesh,
                     model,
                     abstract_rows(bare, mesh),
@@ -346,7 +354,7 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
                 useful_flops=rows * forward_flops(model_config, **of_group),
                 change=change,
                 resident=held - bytes_per_device(model),
-                loops=loops("score"),
+                loops=loops("completion_logprobs"),
                 kernel=kernel,
             )
         )
@@ -374,7 +382,7 @@ def _gather(
     model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
 ) -> Program:
     """What `loading.decoding_copy` moves: from the layout of training to that of decoding."""
-    cast = jax.eval_shape(lambda model: cast_model(model, model.compute_dtype), model)
+    cast = jax.eval_shape(lambda model: merge(model, model.compute_dtype), model)
     cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
     shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))
     return Program(
@@ -415,7 +423,7 @@ def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any
 def _of_sampling(
     config: ComputeStage,
     settings: Model,
-    engine_config: EngineConfig,
+    engine_config: EngineShapes,
     sampling: Sampling,
     per_wave: tuple[int, int],
     mesh: jax.sharding.Mesh,

@@ -295,7 +295,7 @@ JUDGES: dict[str, tuple[Row, float]] = {
     "absolute_labels": (partial(by_grpo, labels="labels_absolute"), 2e-4),
     "lines": (partial(by_grpo, labels="labels_lines"), 2e-4),
     "no_reasoning": (
-        partial(by_grpo, cold_start="cold_start_verdicts", format_penalty=1.0),
+        partial(by_grpo, cold_start="cold_start_verdicts", reward_args={"format_penalty": 1.0}),
         2e-4,
     ),
     "unbalanced": (partial(by_grpo, labels="labels_unbalanced"), 2e-4),

@@ -1,0 +1,113 @@
+"""Demonstrations for supervised fine-tuning: where they come from, and their tokens.
+
+What is learned are completions, and of conversations what the assistant says, with the end tokens.
+What the assistant's code printed is read and not learned: at inference the interpreter writes it.
+(GenPRM's paper does not say.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepwiser_jax import plugins
+from stepwiser_jax.config import DataSource
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.record_io import KIND, read_manifest, read_records
+from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
+from stepwiser_jax.tasks.sources import EXAMPLES
+from stepwiser_jax.text.chunking import join_tagged
+from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
+from stepwiser_jax.text.tokenizer import Tokenizer
+
+Demonstrations = list[SftExample] | list[Dialogue]
+
+
+def load_demonstrations(data: DataSource, style: PromptStyle) -> Demonstrations:
+    """Returns demonstrations of a file, of a finished run, or of a function.
+
+    Raises:
+        UserError: There are none, or the source is unknown.
+    """
+    if Path(data.source).exists():
+        examples = read_demonstrations(data.source, style)
+    else:
+        make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
+        examples = make(count=data.limit, seed=data.seed, style=style)
+    if not examples:
+        raise UserError(f"expected examples in {data.source}, found none")
+    return examples[: data.limit]
+
+
+def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
+    """Returns SftExample or Dialogue records; of a `chunk-solutions` run the solutions that were
+    cut, and of a `select-responses` run the selected responses, each after its question in the
+    words in which `rollout` asks it."""
+    if holds_dialogues(source):
+        return read_records(source, Dialogue)
+    kinds = read_manifest(source)["records"] if Path(source).is_dir() else {}
+    if KIND[Selection] in kinds:
+        return [
+            SftExample(
+                example_id=selection.trajectory_id,
+                problem_id=selection.problem_id,
+                prompt=solve_prompt(selection.question, style, tags=selection.tagged),
+                completion=selection.completion,
+            )
+            for selection in read_records(source, Selection)
+        ]
+    if KIND[ChunkedSolution] not in kinds:
+        return read_records(source, SftExample)
+    return [
+        SftExample(
+            example_id=solution.trajectory_id,
+            problem_id=solution.problem_id,
+            prompt=solve_prompt(solution.question, style),
+            completion=join_tagged(solution.chunks),
+        )
+        for solution in read_records(source, ChunkedSolution)
+        if solution.chunks
+    ]
+
+
+def holds_dialogues(source: str) -> bool:
+    """Returns what the manifest of a finished run says, or the first line of a file."""
+    path = Path(source)
+    if path.is_dir():
+        return KIND[Dialogue] in read_manifest(path)["records"]
+    if not path.is_file():
+        return False
+    with open(path, "rb") as lines:
+        return b'"roles":' in lines.readline()
+
+
+def encode_demonstration(
+    example: SftExample | Dialogue, tokenizer: Tokenizer, style: PromptStyle
+) -> tuple[list[int], list[bool]]:
+    """Returns token ids, the end token last, and which of them are learned.
+
+    Raises:
+        UserError: Nothing is learned, or a dialogue cannot be rendered or does not end with what
+            the assistant says.
+    """
+    if isinstance(example, SftExample):
+        ids = encode_message(tokenizer, example.prompt, style, answer=example.completion)
+        completion = [*tokenizer.encode(example.completion), tokenizer.eos_ids[0]]
+        return [*ids, *completion], [False] * len(ids) + [True] * len(completion)
+    try:
+        ids, learned = encode_dialogue(tokenizer, example.roles, example.texts, style)
+    except UserError as error:
+        raise UserError(f"{example.example_id}: {error}") from None
+    if example.roles[-1] != "assistant":
+        raise UserError(
+            f"{example.example_id}: expected a conversation that ends with the assistant, found "
+            f"{example.roles[-1]!r} last"
+        )
+    return [*ids, tokenizer.eos_ids[0]], [*learned, True]
+
+
+def spells_control(example: SftExample | Dialogue, tokenizer: Tokenizer) -> bool:
+    """Returns whether a text holds a control token. It is learned as the text that it is: turns are
+    those of a Dialogue, and are not spelled out."""
+    is_dialogue = isinstance(example, Dialogue)
+    texts = example.texts if is_dialogue else (example.prompt, example.completion)
+    return any(map(tokenizer.control.spelled_in, texts))
