@@ -1,1 +1,1 @@
-"""Sampling from a model: the engine, its reference, the draw of a token, a remote server."""
+"""Samples from models: the engine and its scheduler, the reference sampler, a remote server."""

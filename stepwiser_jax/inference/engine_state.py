@@ -68,10 +68,10 @@ class EngineState:
 
 
 def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> EngineState:
-    """Rows over the mesh's rows, key/value heads over its heads."""
+    """Returns shardings that split rows as a batch's, and key/value heads as the parameters'."""
     heads = cache_sharding(mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-    of_dimensions = {0: replicated(mesh), 4: heads}
-    return jax.tree.map(lambda x: of_dimensions.get(x.ndim, batch_sharding(mesh)), state)
+    by_rank = {0: replicated(mesh), 4: heads}
+    return jax.tree.map(lambda x: by_rank.get(x.ndim, batch_sharding(mesh)), state)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
