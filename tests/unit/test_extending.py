@@ -16,6 +16,7 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
+from stepwiser_jax.rl.labels import label_chunks
 from stepwiser_jax.rl.rewards import REWARDS
 from stepwiser_jax.rl.rollouts import add_rewards, rollout_metrics
 from stepwiser_jax.tasks.verifier import Verifier
@@ -97,3 +98,9 @@ def test_a_file_of_unit_tests(tmp_path):
         code = "```python\ndef double(x):\n    return {} * x\n```"
         answers = [code.format(2), code.format(3)]
         assert verifier.verify(answers, problems * 2) == [True, False]
+
+
+def test_a_label_rule(settings_of):
+    config = config_with(settings_of("A label rule"), "labels")
+    values = [0.25, 0.75, 0.875, 0.5]
+    assert label_chunks(values, config.rule, **config.rule_args) == [True, None, False]

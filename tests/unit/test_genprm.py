@@ -48,11 +48,7 @@ from stepwiser_jax.sandbox.runner import Sandbox
 from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
-<<<<<<< HEAD
-=======
-from stepwiser_jax.stages.sft import load_examples, render
 from stepwiser_jax.tasks.mathematics import extract_answer
->>>>>>> judges
 from stepwiser_jax.text.prompts import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
