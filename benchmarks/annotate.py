@@ -102,7 +102,7 @@ def smollm2(model_dir: str, count: int) -> Work:
     from stepwiser_jax.text.chunks import BLANK_LINE, TokenMatcher, chunk_ends
     from stepwiser_jax.text.tokenizer import completion_text
 
-    dtypes = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    dtypes = {"dtype": "bfloat16"}
     work = Work(
         name="smollm2",
         policy={"path": model_dir} | dtypes,
@@ -285,7 +285,7 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
     from stepwiser_jax.rl.values import prefixes_to_sample
 
     torch.set_num_threads(1)
-    dtype = getattr(torch, work.policy.get("compute_dtype", "float32"))
+    dtype = getattr(torch, work.policy.get("dtype", "float32"))
     model = AutoModelForCausalLM.from_pretrained(work.model_dir, dtype=dtype).eval()
     tokenizer = load_tokenizer_of(work.policy["path"])
     ends = torch.tensor(tokenizer.eos_ids)

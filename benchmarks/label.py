@@ -21,9 +21,9 @@ import numpy as np
 
 from stepwiser_jax import token_files
 from stepwiser_jax.config import Label
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.record_io import stream_records, write_manifest, write_records
 from stepwiser_jax.records import PrefixValue, Problem, Tokens, Trajectory
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages import label
 
 GROUP, NUM_ROLLOUTS = 16, 16
@@ -89,7 +89,7 @@ def main() -> None:
         directory = Path(scratch)
         make_runs(directory, args.trajectories, args.tokens, args.chunks)
         read, size = bytes_of_shard(directory / "rollouts", 3, 64)
-        settings = {"rollouts": directory / "rollouts", "annotations": directory / "values"}
+        settings = {"rollouts": directory / "rollouts", "values": directory / "values"}
         config = Label(**{k: str(path) for k, path in settings.items()}, tokenizer="arithmetic")
         start, before = time.perf_counter(), time.process_time()
         summary = label.run(config, directory / "labels")

@@ -17,7 +17,7 @@ import time
 SIDES = {
     "all weights": {},
     "LoRA": {"lora": {}},
-    "LoRA, base in bfloat16": {"lora": {}, "param_dtype": "bfloat16"},
+    "LoRA, base in bfloat16": {"lora": {}, "dtype": "bfloat16"},
 }
 
 

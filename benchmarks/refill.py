@@ -66,7 +66,7 @@ def arithmetic(quickstart: Path, problems: int) -> Work:
 
 
 def smollm2(model_dir: str, problems: int) -> Work:
-    dtypes = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    dtypes = {"dtype": "bfloat16"}
     loaded = load_for_decoding(model_dir, weights="model", mesh=make_mesh(), **dtypes)
     return Work("smollm2", loaded, WORKLOAD["prompts"][:problems], [8, 32], [256, 512], 256)
 

@@ -41,7 +41,7 @@ QWEN = {
 }
 JUDGE = {
     "model": {"path": "unused"},
-    "examples": "unused",
+    "examples": {"source": "unused"},
     "iterations": 1,
     "prompts_per_iteration": 1,
     "row_lengths": [ROW],

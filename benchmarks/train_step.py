@@ -57,7 +57,7 @@ def settings(model_dir: str) -> dict[str, Any]:
     """A judge's: each group in a row of its own, its prompt once."""
     return {
         "model": {"path": model_dir, "dtype": "bfloat16"},
-        "examples": "",
+        "examples": {"source": "unused"},
         "iterations": 1,
         "prompts_per_iteration": len(PROMPTS),
         "group_size": SAMPLES,

@@ -20,7 +20,7 @@
 #   --namespace NAME    (default)
 #   --max-restarts N    of the run, or of each shard (20)
 #   --grace SECONDS     between Kubernetes' notice and the end of a pod (300): what a run needs to end a
-#                       segment of sampling, or an iteration's updates, and to save. Spot machines
+#                       burst of sampling, or an iteration's updates, and to save. Spot machines
 #                       may be gone sooner
 #   --dry-run           print what would be sent, send nothing
 #

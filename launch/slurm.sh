@@ -18,7 +18,7 @@
 #   --port PORT         of the coordinator, on the first node (8476)
 #   --max-restarts N    times a run is queued again (20)
 #   --grace SECONDS     between SLURM's warning and the end of the time (300): what a run needs to end
-#                       a segment of sampling, or an iteration's updates, and to save. When SLURM
+#                       a burst of sampling, or an iteration's updates, and to save. When SLURM
 #                       preempts a job, the partition's GraceTime holds instead
 #   --dry-run           print what would be sent, send nothing
 #

@@ -15,7 +15,7 @@
 #   --storage NAME      xpk storage with the run directory
 #   --max-restarts N    (20)
 #   --grace SECONDS     between Kubernetes' notice and the end of a pod (300): what a run needs to end a
-#                       segment of sampling, or an iteration's updates, and to save. Spot machines
+#                       burst of sampling, or an iteration's updates, and to save. Spot machines
 #                       may be gone sooner
 #   --dry-run           print what would be sent, send nothing
 #

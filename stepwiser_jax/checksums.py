@@ -1,8 +1,8 @@
-"""Checksums: they say that a file still is, bit for bit, what was written.
+"""Checksums, which show whether a file still holds what was written.
 
 A directory that is handed on as a whole, such as an exported model, has a file `SHA256SUMS`, which
-`sha256sum -c` reads as well. A JSON object that must speak for itself has a field `sha256` over all
-its others. What has no checksum, as other people's models and older runs, is read unchecked.
+`sha256sum -c` reads too. A JSON object that vouches for itself has a field `sha256`, computed from
+the others. Files without a checksum, such as models of others, are read unchecked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepwiser_jax.errors import UserError
 
 SUMS = "SHA256SUMS"
 THREADS = 8
-"""Files read at a time: one thread hashes 1 to 2 GB/s, a disk may be faster."""
+"""Files that are read at once: one thread hashes 1 to 2 GB/s, and a disk may be faster."""
 
 
 def sha256_of(file: Path) -> str:
@@ -27,8 +27,8 @@ def sha256_of(file: Path) -> str:
 
 
 def write_checksums(directory: Path) -> None:
-    """Writes the checksums of all files of a directory, when they are all there. Hidden ones are
-    left out: a process that was killed may have left one half-written."""
+    """Writes the checksums of all files of a directory. Hidden files are left out: a process that
+    was killed may have left one half-written."""
     found = sorted(path for path in directory.iterdir() if path.is_file())
     files = [file for file in found if file.name != SUMS and not file.name.startswith(".")]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -40,8 +40,8 @@ def write_checksums(directory: Path) -> None:
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """The checksum of each file of a directory, by name; none if it has no `SHA256SUMS`. Raises
-    UserError if that file is damaged."""
+    """Returns the checksum of each file of a directory by name, none if there is no `SHA256SUMS`.
+    Raises UserError if that file is damaged."""
     file = directory / SUMS
     if not file.is_file():
         return {}
@@ -57,7 +57,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
 
 
 def check_files(directory: Path, names: Iterable[str], sums: dict[str, str]) -> None:
-    """Raises UserError naming those of the files whose content is not what `sums` says."""
+    """Raises UserError that names the files whose checksums are not those of `sums`."""
 
     def is_whole(name: str) -> bool:
         file = directory / name
@@ -79,12 +79,12 @@ def check_files(directory: Path, names: Iterable[str], sums: dict[str, str]) -> 
 
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:
-    """The object with a checksum of its own."""
+    """Returns the object with a checksum of its other fields."""
     return fields | {"sha256": _digest(fields)}
 
 
 def seal_fits(fields: dict[str, Any]) -> bool:
-    """Whether an object is what was sealed, or has no seal."""
+    """Returns whether an object is what was sealed, or has no seal."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return fields.get("sha256", _digest(rest)) == _digest(rest)
 

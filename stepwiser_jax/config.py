@@ -37,12 +37,11 @@ from pydantic import (
     model_validator,
 )
 
-from stepwiser_jax import plugins
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.rl.labels import LABEL_RULES
+from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -157,17 +156,17 @@ class Model(ChatTemplate):
         }
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of each block that get an adapter."""
+
+
 class Lora(Config):
-    """Low-rank adapters, in float32. When there are adapters, nothing else is trained."""
+    """Low-rank adapters of all matrices of the blocks, in float32. Nothing else is trained then."""
 
     rank: int = Field(16, ge=1)
     """The rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
     """Scales what an adapter adds, by `alpha / rank`."""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
-        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
-    )
-    """The matrices of each block that get an adapter."""
 
 
 class TrainedModel(Model):
@@ -181,7 +180,7 @@ class TrainedModel(Model):
     def load_args(self) -> dict[str, Any]:
         if self.lora is None:
             return super().load_args | {"param_dtype": "float32", "lora": None}
-        return super().load_args | {"lora": self.lora.model_dump()}
+        return super().load_args | {"lora": self.lora.model_dump() | {"targets": LORA_TARGETS}}
 
 
 class Sampling(Config):
@@ -197,7 +196,7 @@ class Sampling(Config):
     """The most tokens of one completion."""
 
 
-class Engine(Config):
+class EngineShapes(Config):
     """The shapes that sampling is compiled for."""
 
     rows: Sizes = (64,)
@@ -210,12 +209,17 @@ class Engine(Config):
     sampled from a slightly different distribution."""
 
 
-class Sampler(Config):
-    """What every part that samples from a model needs."""
+class Drawn(Config):
+    """What every part that draws tokens needs."""
 
     sampling: Sampling
     """How tokens are drawn."""
-    engine: Engine
+
+
+class Sampled(Drawn):
+    """What every part that samples from a model on this machine needs."""
+
+    engine: EngineShapes
     """The shapes that sampling is compiled for."""
 
 
@@ -235,10 +239,17 @@ class JudgePrompted(Config):
     an analysis. `bare` is the form of the embedded task."""
 
 
+class PromptLimit(Config):
+    """What every part needs that leaves out long prompts."""
+
+    max_prompt_tokens: int = Field(3096, ge=1)
+    """Examples with a longer prompt for the judge are left out."""
+
+
 # --- judges -------------------------------------------------------------------------------------
 
 
-class StepwiserTeacher(Sampler, JudgePrompted, Model):
+class StepwiserTeacher(Sampled, JudgePrompted, Model):
     """A model that reasons about one chunk, then writes its verdict (StepWiser)."""
 
     kind: Literal["stepwiser"] = "stepwiser"
@@ -249,7 +260,7 @@ class StepwiserTeacher(Sampler, JudgePrompted, Model):
         mesh.check_rows("judge.engine.rows", self.engine.rows)
 
 
-class WholeSolutionJudge(Sampler, Prompted, Model):
+class WholeSolutionJudge(Sampled, Prompted, Model):
     """A judge that writes about all steps of a solution."""
 
     def check_rows(self, mesh: Mesh) -> None:
@@ -288,16 +299,20 @@ class Votes(Config):
     ThinkPRM: the mean probability). 0 takes one greedy judgment. `evaluate` scores both."""
 
 
+class Threshold(Config):
+    """When a probability is a verdict."""
+
+    threshold: Share | None = None
+    """A chunk is wrong if the probability that it is right is below this; by default 0.5."""
+
+
 class StepwiserJudge(Votes, StepwiserTeacher):
     """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
     it is the share of them that say Positive."""
 
 
-class GenPrmJudge(Votes, GenPrm):
+class GenPrmJudge(Threshold, Votes, GenPrm):
     """GenPRM's judge. The score of a step is P(right)."""
-
-    threshold: Share = 0.5
-    """A step is wrong if its P(right) is below this."""
 
 
 class ThinkPrmJudge(Votes, ThinkPrm):
@@ -309,14 +324,12 @@ class ThinkPrmJudge(Votes, ThinkPrm):
     `sampling.max_new_tokens`."""
 
 
-class ClassifierJudge(Prompted, Model):
+class ClassifierJudge(Threshold, Prompted, Model):
     """A classifier trained by `train-classifier`, which reads all chunks of a solution in one pass.
     The score of a chunk is P(+)."""
 
     kind: Literal["classifier"] = "classifier"
     """The kind of judge."""
-    threshold: Share | None = None
-    """A chunk is wrong if its P(+) is below this; by default 0.5."""
     rows: Annotated[int, OnResume.FREE] = Field(8, ge=1)
     """Rows that are read at a time, each with several solutions."""
     max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
@@ -327,14 +340,19 @@ class ClassifierJudge(Prompted, Model):
         mesh.check_rows("judge.rows", (self.rows,))
 
 
-class OwnJudge(Model):
+class OwnArguments(Config):
+    """What something of your own is given."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings for your own function or class."""
+
+
+class OwnJudge(OwnArguments, Model):
     """A judge of your own: `kind` is called with these settings, `mesh`, `seed` and `name`, and
     returns a `stepwiser_jax.judges.base.Judge`. See docs/extending.md."""
 
     kind: str
     """The function or class, `module:name`."""
-    args: dict[str, Any] = {}
-    """Settings for it to read."""
 
     def check_rows(self, mesh: Mesh) -> None:
         """Does nothing: what the judge needs of the devices is its own concern."""
@@ -467,11 +485,9 @@ class CheckedAnswers(Config):
     verifier: str = "mathematics"
     """What says whether a solution is right: `mathematics` (the meaning of its final answer),
     `code` (the unit tests of the problem), or a function of your own as `module:function`."""
-    answer_timeout_seconds: float = Field(5.0, gt=0)
-    """A solution whose answer takes longer to check counts as wrong."""
 
 
-class PolicyStage(SamplingStage, Sampler, CheckedAnswers):
+class PolicyStage(SamplingStage, Sampled, CheckedAnswers):
     """What every stage has that samples from a policy."""
 
     policy: Model
@@ -515,22 +531,27 @@ class Rollout(SolvingStage):
 
 
 class FromRollouts(Config):
-    """What every stage has that reads the solutions of a `rollout` run."""
+    """What every stage has that reads a `rollout` run."""
 
     rollouts: str
     """A finished `rollout` run."""
+
+
+class FromSolutions(FromRollouts):
+    """What every stage has that reads the text of the solutions of a `rollout` run."""
+
     tokenizer: str
     """The model whose tokenizer wrote the solutions: the policy of that run."""
 
 
-class TeacherModel(Sampler, Prompted, Model):
+class TeacherModel(Sampled, Prompted, Model):
     """A model that proposes how to cut a solution."""
 
     kind: Literal["model"] = "model"
     """The kind of teacher."""
 
 
-class TeacherServer(ChatTemplate, Prompted):
+class TeacherServer(Drawn, ChatTemplate, Prompted):
     """A model on an OpenAI-compatible server, such as vLLM's, that takes and returns token ids."""
 
     kind: Literal["server"] = "server"
@@ -543,8 +564,6 @@ class TeacherServer(ChatTemplate, Prompted):
     """A directory or hub id with the tokenizer of that model."""
     context: int = Field(ge=2)
     """The context of the model, in tokens."""
-    sampling: Sampling
-    """How tokens are drawn."""
 
     @field_validator("url")
     @classmethod
@@ -566,7 +585,7 @@ def _teacher_kind_of(value: Any) -> Any:
     return value.get("kind", "model") if isinstance(value, dict) else getattr(value, "kind", "")
 
 
-class ChunkSolutions(SamplingStage, FromRollouts):
+class ChunkSolutions(SamplingStage, FromSolutions):
     """Cut the right solutions of a `rollout` run into chunks (paper 3.1): examples for `sft`."""
 
     teacher: Annotated[
@@ -599,7 +618,7 @@ class LabelRule(Config):
 
     @model_validator(mode="after")
     def _rule_is_there(self) -> LabelRule:
-        plugins.load(self.rule, "a label rule", LABEL_RULES, self.rule_args)
+        load_rule(self.rule, self.rule_args)
         return self
 
 
@@ -629,11 +648,9 @@ NumRollouts = Annotated[
 ]
 
 
-class Annotate(PolicyStage):
+class Annotate(PolicyStage, FromRollouts):
     """Estimate the value of every prefix by Monte Carlo rollouts (paper 3.2)."""
 
-    rollouts: str
-    """A finished `rollout` run."""
     num_rollouts: NumRollouts = 16
     """Rollouts of each prefix (M), or the most of them if they are `adaptive`. A list of pairs
     (bound, M) makes M depend on the problem's share of right trajectories: M is that of the first
@@ -666,7 +683,7 @@ class Annotate(PolicyStage):
         return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(Stage, FromRollouts, ChatTemplate, JudgePrompted, LabelRule):
+class Label(Stage, FromSolutions, ChatTemplate, JudgePrompted, PromptLimit, LabelRule):
     """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
     values: str
@@ -676,8 +693,6 @@ class Label(Stage, FromRollouts, ChatTemplate, JudgePrompted, LabelRule):
     With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
-    max_prompt_tokens: int = Field(3096, ge=1)
-    """Examples with a longer judge prompt are left out."""
 
 
 # --- stages that train --------------------------------------------------------------------------
@@ -777,9 +792,6 @@ class SupervisedStage(TrainingStage, Prompted):
 class Sft(SupervisedStage):
     """Fine-tune a model: a policy on chunked solutions (paper 3.1), or a judge on judgments."""
 
-    packing: bool = True
-    """Put several examples into a row; false gives each its own."""
-
     @model_validator(mode="after")
     def _examples_are_consistent(self) -> Sft:
         self.examples.check_unused("examples", ("source", "limit", "seed"))
@@ -823,7 +835,7 @@ class Grpo(Config):
     (DAPO's dynamic sampling)."""
 
 
-class TrainJudge(TrainingStage, Sampler, JudgePrompted):
+class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
     iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
@@ -834,8 +846,6 @@ class TrainJudge(TrainingStage, Sampler, JudgePrompted):
     """Judgments of each chunk."""
     updates_per_iteration: int = Field(1, ge=1)
     """Optimizer updates of an iteration, each on its part of the chunks."""
-    max_prompt_tokens: int = Field(3096, ge=1)
-    """Examples with a longer prompt are left out."""
     reward: str = "verdict"
     """What a judgment earns: a name of `rl.rewards`, or `module:function` of your own. `verdict` is
     1 if the verdict is the label, else 0."""
@@ -990,15 +1000,20 @@ class Evaluate(SamplingStage):
         return self
 
 
-class Beams(Config):
+class Ranked(Config):
+    """How solutions of a problem are ranked."""
+
+    aggregate: Literal["min", "mean", "last", "product"] = "last"
+    """How the scores of its chunks become the score of a solution."""
+
+
+class Beams(Ranked):
     """A search over several unfinished solutions of a problem."""
 
     beams: int = Field(ge=1)
     """Unfinished solutions of a problem at a time."""
     width: int = Field(ge=1)
     """After every chunk one of `width` solutions goes on, as `width` copies."""
-    aggregate: Literal["min", "mean", "last", "product"] = "last"
-    """How the scores of its chunks become the score of a solution."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Beams:
@@ -1007,17 +1022,13 @@ class Beams(Config):
         return self
 
 
-class OwnMethod(Config):
+class OwnMethod(OwnArguments, Ranked):
     """A search method of your own."""
 
     method: str
     """The function, `module:name`, a `stepwiser_jax.search.methods.Method`."""
-    args: dict[str, Any] = {}
-    """Keyword arguments for it."""
     beams: int = Field(1, ge=1)
     """Unfinished solutions of a problem that it begins with."""
-    aggregate: Literal["min", "mean", "last", "product"] = "last"
-    """How the scores of its chunks become the score of a solution."""
 
 
 class Search(SolvingStage):
@@ -1036,7 +1047,7 @@ class Search(SolvingStage):
     """Beam search; null leaves it out."""
     dvts: Beams | None = None
     """Diverse verifier tree search; null leaves it out."""
-    own: dict[str, OwnMethod] = {}
+    own: dict[str, OwnMethod] = Field(default_factory=dict)
     """Search methods of your own, by name. See docs/extending.md."""
     token_budget: int | None = Field(None, ge=1)
     """Tokens that policy and judge may write for a problem together; null for no limit."""
@@ -1060,7 +1071,7 @@ class Search(SolvingStage):
         return self
 
 
-class SelectResponses(SamplingStage, FromRollouts):
+class SelectResponses(SamplingStage, FromSolutions):
     """Choose the best response of a `rollout` run to every problem, for `sft` (paper 4.3): the one
     with the highest mean score of its chunks."""
 
@@ -1145,6 +1156,7 @@ RENAMED_SETTINGS = {
     "max_refills": "max_resamples",
     "format_penalty": "reward_args.format_penalty",
     "rollouts_by_pass_rate": "num_rollouts",
+    "answer_timeout_seconds": "always 5 seconds",
     "param_dtype": "dtype",
     "compute_dtype": "dtype",
     **dict.fromkeys(("alpha", "gamma", "epsilon"), "in rule_args"),
@@ -1340,8 +1352,8 @@ def _locate(config_type: type[Config], location: tuple[str | int, ...]) -> tuple
     group, members, parts = config_type, [config_type], []
     for part in location:
         if len(members) > 1:  # pydantic puts the kind of a member behind the name of a union
-            members = [m for m in members if m.model_fields["kind"].default == part]
-            group = members[0]
+            (group,) = [m for m in members if m.model_fields["kind"].default == part] or [OwnJudge]
+            members = [group]
             continue
         if isinstance(part, int) or members or part not in ("number", "pairs"):
             parts.append(str(part))

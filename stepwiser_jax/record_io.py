@@ -60,7 +60,7 @@ R = TypeVar("R", bound=Record)
 
 MANIFEST = "manifest.json"
 MANIFEST_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
-"""Beside the records, files of a run whose checksums its manifest holds."""
+"""Files of a run, other than records, whose checksums its manifest holds."""
 
 KIND: dict[type, str] = {
     Problem: "problems",
@@ -78,7 +78,7 @@ KIND: dict[type, str] = {
     SearchResult: "search_results",
     Selection: "selections",
 }
-"""Folder of each record type below `<run_dir>/records`."""
+"""The folder of each record type in `<run_dir>/records`."""
 
 
 # --- one record <-> one line --------------------------------------------------------------------
@@ -352,7 +352,7 @@ _WITHOUT_A_COPY = {
     "metrics.jsonl": f"delete {MANIFEST} and repeat the command that made the run: it names a line "
     "that cannot be read",
 }
-"""What to do about a file that the run itself cannot make again."""
+"""What to do about a file that the run cannot make again."""
 
 
 def _check_promised(run_dir: Path, name: str, digest: str) -> None:
@@ -369,8 +369,7 @@ def _check_promised(run_dir: Path, name: str, digest: str) -> None:
 
 
 def nothing_at(path: str | Path) -> str:
-    """Returns what an error says of a missing path: where it was looked for, and the closest name
-    that there is."""
+    """Returns an error's words about a missing path: the place, and the closest name in it."""
     path = Path(path)
     text = f"nothing at {path}" + ("" if path.is_absolute() else f" (in {Path.cwd()})")
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -379,7 +378,7 @@ def nothing_at(path: str | Path) -> str:
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a finished run. Raises UserError if there is none, or if it is damaged."""
+    """Returns the manifest of a finished run. Raises UserError if it is missing or damaged."""
     run_dir = Path(run_dir)
     manifest = run_dir / MANIFEST
     if manifest.is_file():
@@ -399,7 +398,8 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
 
 
 def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a finished run. Raises UserError if it is damaged or missing."""
+    """Returns the object in a JSON file of a finished run. Raises UserError if it is damaged or
+    missing."""
     check_run_file(run_dir, name)
     fields = _read_json(run_dir / name) if (run_dir / name).is_file() else None
     if not isinstance(fields, dict):
@@ -411,7 +411,7 @@ def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> Any:
-    """What a JSON file holds; None for one that is no JSON."""
+    """Returns what a JSON file holds, None if it is not JSON."""
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError):
@@ -449,7 +449,7 @@ def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
 
 
 def _sum_of_growing(part: Path) -> Path:
-    """The file that says how many bytes of a part are written, and their CRC-32."""
+    """Returns the file that holds the number of bytes written to a part, and their CRC-32."""
     return part.with_name(f"{part.name}.crc32")
 
 

@@ -1,7 +1,7 @@
 """Records: what crosses from one stage to the next.
 
-A record is a frozen dataclass of str, int, float, bool and tuples, and None where a field says so.
-`record_files.py` says how they lie on disk.
+A record is a frozen dataclass of str, int, float, bool and tuples, and of None if a field allows
+it. `record_io.py` says how records lie on disk.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from stepwiser_jax.errors import UserError
 
 
 def expect(holds: bool, what: str, record: Any) -> None:
-    """Raises UserError for a record that cannot be: one that says so of itself is refused wherever
-    it is made or read."""
+    """Raises UserError for a record that cannot be. Records call it on themselves, so that a wrong
+    one is refused wherever it is made or read."""
     if not holds:
         fields = f"{record}"
         raise UserError(f"expected {what}, found {fields[:400]}{'...' * (len(fields) > 400)}")
 
 
 MAX_ROLLOUTS = 1024
-"""Most Monte Carlo rollouts of one prefix: a table of labels has their number squared entries."""
+"""The most Monte Carlo rollouts of one prefix: a table of labels has the square of it entries."""
 
 
 class Verdict(enum.Enum):
-    """What a judge said about a chunk, POSITIVE or NEGATIVE. The others are counted, never a silent
-    default: UNPARSED has no \\boxed{} that is finished, in OTHER it holds no verdict."""
+    """A judge's verdict on a chunk. POSITIVE and NEGATIVE are verdicts. The others are counted and
+    never a silent default: UNPARSED has no finished \\boxed{}, and the box of OTHER holds something
+    else."""
 
     POSITIVE = "Positive"
     NEGATIVE = "Negative"
@@ -164,8 +165,8 @@ class SftExample:
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
     """A conversation to imitate: who says what, in order, beginning with the system's or the user's
-    text. Of an assistant's turn, which may be several texts, what the `assistant` says is learned;
-    `output` is what its code printed: it stands in the turn, and is read and not learned."""
+    text. An assistant's turn may be several texts. Those of the role `assistant` are learned; those
+    of `output`, which its code printed, are read and not learned."""
 
     example_id: str
     problem_id: str
@@ -197,8 +198,8 @@ class ChunkedSolution:
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
-    """A judgment that was written to be learned, after the prompt it answers, and what became of
-    it (`data.rationales.Outcome`). `is_positive`: the label of what it judges."""
+    """A judgment that was written to be learned, the prompt that it answers, and what became of it
+    (`data.rationales.Outcome`). `is_positive` is the label of what it judges."""
 
     rationale_id: str
     problem_id: str
@@ -214,9 +215,9 @@ class Rationale:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixValue:
-    """Raw Monte Carlo counts of one prefix (StepWiser 3.2): of `num_rollouts` continuations of the
-    first `num_chunks` chunks, `num_correct` were right. `num_chunks` = 0 is the bare problem.
-    `max_rollouts`: how many there would have been, had the labels not been known before."""
+    """Raw Monte Carlo counts of one prefix (StepWiser 3.2): `num_correct` of `num_rollouts`
+    continuations of the first `num_chunks` chunks were right. `num_chunks` = 0 is the bare problem.
+    `max_rollouts` is M: fewer are sampled if the labels are known earlier."""
 
     trajectory_id: str
     num_chunks: int
@@ -240,18 +241,19 @@ class PrefixValue:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(right, sampled)."""
+        """Returns (right, sampled)."""
         return self.num_correct, self.num_rollouts
 
     @property
     def value(self) -> float:
-        """Estimate of Q, the fraction of continuations that were right."""
+        """Returns the estimate of Q, the fraction of continuations that were right."""
         return self.num_correct / self.num_rollouts
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLabel:
-    """Derived, never sampled: q is the value with the chunk, v the value before it."""
+    """The label of a chunk and what it follows from: q, the value with the chunk, and v, the value
+    before it."""
 
     trajectory_id: str
     chunk_index: int
@@ -271,7 +273,7 @@ class ChunkLabel:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeExample:
-    """One chunk to judge. Texts are exact; the prompt is rendered when it is loaded."""
+    """One chunk to judge. Texts are exact; the prompt is rendered when the example is loaded."""
 
     example_id: str
     problem_id: str
@@ -287,8 +289,8 @@ class JudgeExample:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierExample:
-    """A solution whose chunks are judged all at once. `labelled` are the indices of its chunks that
-    have a label, ascending; `is_positive` and `q`, the value with the chunk, are theirs."""
+    """A solution whose chunks are judged all at once. `labelled` are the indices of the chunks that
+    have a label, ascending; `is_positive` and `q`, the value with the chunk, belong to these."""
 
     solution_id: str
     problem_id: str
@@ -312,9 +314,9 @@ class ClassifierExample:
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What a judge wrote about one chunk, or ThinkPRM's about a whole solution. `p_positive` is 1
-    or 0 for a written verdict, Positive or not; a judge that knows how sure it is says more, as a
-    classifier does, which writes nothing but the likelier sign."""
+    """What a judge wrote about one chunk, or ThinkPRM's judge about a whole solution. `p_positive`
+    is 1 for a written Positive and 0 for anything else, unless the judge gives a probability, as a
+    classifier does. A classifier writes the likelier sign only."""
 
     example_id: str
     judge_id: str
@@ -335,13 +337,14 @@ class Judgment:
 class LabelledSolution:
     """A solution whose steps others have labelled (`data.step_formats` reads them).
 
-    `labels[t]` says how right step t is: 1 right, 0 wrong, between them a Monte Carlo value or
-    PRM800K's neutral (0.5); None: nobody judged it. `cumulative`: a label speaks of the solution up
-    to its step, so that a right step makes those before it right; else of the step alone.
+    `labels[t]` says how right step t is: 1 is right, 0 wrong, a value between them a Monte Carlo
+    value or PRM800K's neutral (0.5); None means that nobody judged it. If `cumulative`, a label
+    speaks of the solution up to its step, so that a right step makes those before it right; else of
+    the step alone.
 
     One row of a source may give several solutions, a tree of them: the first `shared_steps` steps
-    with their labels stand in an earlier one too. `question_value` is the value of the bare
-    problem, `finish_reason` why a labeller stopped, where the source says so.
+    and their labels are in an earlier one too. `question_value` is the value of the bare problem,
+    and `finish_reason` why a labeller stopped, if the source says so.
     """
 
     solution_id: str
@@ -363,8 +366,8 @@ class LabelledSolution:
 
     @property
     def first_error(self) -> int:
-        """Index of the first wrong step, -1: none. Where labels are cumulative, wrong steps before
-        a right one do not count (ThinkPRM's `fix_step_labels`)."""
+        """Returns the index of the first wrong step, -1 for none. If labels are cumulative, wrong
+        steps before a right one do not count (ThinkPRM's `fix_step_labels`)."""
         right = [t for t, label in enumerate(self.labels) if label]
         start = right[-1] + 1 if right and self.cumulative else 0
         return next((t for t in range(start, len(self.labels)) if self.labels[t] == 0), -1)
@@ -372,7 +375,7 @@ class LabelledSolution:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessBenchItem:
-    """A solution in steps with its first wrong step, 0-based; `first_error` = -1: no error."""
+    """A solution in steps with its first wrong step, 0-based; `first_error` is -1 for none."""
 
     item_id: str
     subset: str
@@ -395,7 +398,7 @@ class ProcessBenchItem:
 
 @dataclasses.dataclass(frozen=True)
 class PrmBenchItem:
-    """A solution in steps that are right or wrong each on its own; `wrong_steps` are 0-based and
+    """A solution in steps, each of which is right or wrong alone; `wrong_steps` are 0-based and
     ascend. `subset` is PRMBench's class of error, in its spelling, or `correct`."""
 
     item_id: str
@@ -422,12 +425,13 @@ BenchmarkItem = ProcessBenchItem | PrmBenchItem
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """One problem solved by one method. The policy wrote `accepted_tokens`, which are part of a
-    solution that was found, and `rejected_tokens`, which are not; `judge_tokens` steered it.
-    `forced_chunks` counts chunks kept although they were judged Negative.
+    """One problem solved by one method.
 
-    `chunk_scores` are of the chunks of `completion` that were judged. Those of a sample are known
-    when it is written, from a judgment of `scoring_tokens`, a cost of methods that use them only.
+    The policy wrote `accepted_tokens`, which are part of a solution that was found, and
+    `rejected_tokens`, which are not; `judge_tokens` steered it. `forced_chunks` counts chunks that
+    were kept although they were judged Negative. `chunk_scores` are those of the chunks of
+    `completion` that were judged. A sample is scored when it is written, by a judgment of
+    `scoring_tokens`; only methods that use its scores count them as a cost.
     """
 
     search_id: str
@@ -459,8 +463,8 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The response to a problem that was selected of `candidates`, by the mean scores of their
-    chunks; without a judge there are no `scores`. `completion` is the policy's own text, `tagged`
+    """The response to a problem that was selected from `candidates` by the mean scores of their
+    chunks; without a judge there are no `scores`. `completion` is the policy's text, and `tagged`
     says whether it was asked to mark its chunks."""
 
     trajectory_id: str
@@ -484,7 +488,7 @@ class Selection:
 
     @property
     def score(self) -> float:
-        """Of the response selected."""
+        """Returns the score of the selected response."""
         return self.scores[self.candidates.index(self.trajectory_id)]
 
 
@@ -509,7 +513,7 @@ Record = (
 
 
 def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key in which `p#2` stands before `p#10`."""
+    """Returns a sort key that puts `p#2` before `p#10`."""
     parts = re.split(r"0*([0-9]+)", record_id)  # texts, and between them numbers
     return tuple(
         (0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part

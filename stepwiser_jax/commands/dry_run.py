@@ -27,12 +27,12 @@ from stepwiser_jax.data.datasets import (
 from stepwiser_jax.data.demonstrations import load_demonstrations
 from stepwiser_jax.data.held_out import held_out_questions
 from stepwiser_jax.data.problems import read_problems
-from stepwiser_jax.distributed.loading import check_model_exists, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, PrefixValue, Trajectory
 from stepwiser_jax.rl.rewards import REWARDS
+from stepwiser_jax.runs.checkpoint_paths import check_model_exists, load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.tokenizer import load_tokenizer
 

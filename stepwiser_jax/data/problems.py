@@ -76,8 +76,7 @@ def keep_verifiable(
 ) -> list[Problem]:
     """Returns the problems that the verifier can check (paper 4.1). The others are counted in
     `dropped` and logged. Raises UserError if no problem is left, or no worker starts."""
-    seconds = answers.answer_timeout_seconds
-    with Verifier(answers.verifier, workers=worker_count(), timeout_seconds=seconds) as verifier:
+    with Verifier(answers.verifier, workers=worker_count()) as verifier:
         reasons = verifier.check(problems)
     kept = [p for p, reason in zip(problems, reasons, strict=True) if reason is None]
     if len(kept) == len(problems):

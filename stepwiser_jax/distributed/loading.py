@@ -32,10 +32,14 @@ from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.hf import load_hf, non_finite, read_config, resolve
 from stepwiser_jax.model.lora import Adapter, make_adapters, merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.record_io import nothing_at, read_manifest
+from stepwiser_jax.runs.checkpoint_paths import (
+    check_small_files,
+    checkpoint_directory,
+    load_tokenizer_of,
+)
 from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
-from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ def load_model(
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
         model = fresh(config, mesh, seed=seed, decoding=decoding, **dtypes)
         return Loaded(model, tokenizer, f"{path}@fresh-{seed}")
-    directory = str(resolve(_resolve(path)))
-    _check_export(Path(directory), mesh)
+    directory = str(resolve(checkpoint_directory(path)))
+    check_small_files(Path(directory))
+    _check_weights(Path(directory), mesh)
     config = read_config(directory)
     if config.classifier and not classifier:
         raise UserError(
@@ -90,17 +95,14 @@ def load_model(
     return Loaded(model, tokenizer, f"{Path(path).name}@{_fingerprint(directory)}")
 
 
-def _check_export(directory: Path, mesh: Mesh | None = None) -> None:
-    """Raises UserError if files of an exported model are not those that were written. Weights are
-    read with a mesh only; if it spans several processes, each of them reads some of the files, as
-    each loads a part of the model."""
+def _check_weights(directory: Path, mesh: Mesh) -> None:
+    """Raises UserError if weights of an exported model are not those that were written. If the mesh
+    spans several processes, each of them reads some of the files, as each loads a part of the
+    model."""
     sums = read_checksums(directory)
     weights = sorted(name for name in sums if name.endswith(".safetensors"))
-    names = sums.keys() - set(weights)
-    if mesh is not None:
-        share = slice(jax.process_index(), None, jax.process_count())
-        names |= set(weights[share] if mesh.is_multi_process else weights)
-    check_files(directory, names, sums)
+    share = slice(jax.process_index(), None, jax.process_count())
+    check_files(directory, weights[share] if mesh.is_multi_process else weights, sums)
 
 
 def load_for_training(
@@ -145,9 +147,9 @@ def config_of(path: str) -> ModelConfig:
         with tempfile.TemporaryDirectory() as directory:
             MODELS[path](directory)
             return read_config(directory)
-    local = _resolve(path)
+    local = checkpoint_directory(path)
     if Path(local).is_dir():
-        _check_export(Path(local))
+        check_small_files(Path(local))
         return read_config(local)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -160,50 +162,6 @@ def config_of(path: str) -> ModelConfig:
             f"cannot fetch config.json of {path}: {reason} Without a network, name a directory "
             "that holds the model's config.json"
         ) from None
-
-
-def load_tokenizer_of(
-    path: str, chat_template_args: Mapping[str, Argument] | None = None
-) -> Tokenizer:
-    """The tokenizer of the model that `load_model(path)` would load. Raises UserError for arguments
-    that the chat template does not take, or with which a run did not train its model."""
-    if path in MODELS:
-        with tempfile.TemporaryDirectory() as directory:
-            MODELS[path](directory)
-            return load_tokenizer(directory, chat_template_args)
-    trained, local = (Path(path) / "config.yaml").is_file(), _resolve(path)
-    if Path(local).is_dir():
-        _check_export(Path(local))
-    return load_tokenizer(local, chat_template_args, trained=trained)
-
-
-def check_model_exists(path: str) -> None:
-    """Raises the UserError of `load_model`, without reading any weights."""
-    if path not in MODELS:
-        _resolve(path)
-
-
-def _resolve(path: str) -> str:
-    local = Path(path)
-    if (local / "config.yaml").is_file():
-        manifest = read_manifest(local)
-        if not (local / "model" / "config.json").is_file():
-            raise UserError(
-                f"expected a model in {path}, found a run of stage '{manifest['stage']}', which "
-                "makes none: name a run of sft, judge or classifier, or a Hugging Face directory"
-            )
-        return str(local / "model")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(
-            f"expected a Hugging Face checkpoint or a run directory at {path}, found neither a "
-            "config.json nor a config.yaml"
-        )
-    if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
-        raise UserError(
-            f"expected a Hugging Face directory, a run directory or a hub id (owner/name), found "
-            f"{nothing_at(path)}"
-        )
-    return path
 
 
 def sharding_of(config: ModelConfig, mesh: Mesh, *, decoding: bool = False) -> ShardingFor:

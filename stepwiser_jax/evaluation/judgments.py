@@ -139,7 +139,7 @@ def threshold_of(
     the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
     judge = config.judge
     if isinstance(judge, GenPrmJudge):
-        return judge.threshold
+        return judge.threshold or 0.5
     if not isinstance(judge, ClassifierJudge):
         return None
     if config.threshold_subset is None:

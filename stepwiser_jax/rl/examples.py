@@ -123,10 +123,10 @@ class PromptLengths:
         self._without_chunks: dict[str, int] = {}
 
     def fits(self, trajectory: Trajectory, chunk: int, problem: Problem) -> bool:
-        """Returns whether the prompt has at most `longest` tokens.
+        """Returns whether the prompt about a chunk is short enough.
 
         Text that is encoded again has nearly as many tokens as were sampled, less those of tags. So
-        a prompt is only made if that number is above half of the limit.
+        a prompt is only made if that number is more than half the limit.
         """
         if problem.problem_id not in self._without_chunks:
             self._without_chunks[problem.problem_id] = self._length(problem.question, "", "")

@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from stepwiser_jax.config import CheckedAnswers, Model, SamplingStage
-from stepwiser_jax.config import Engine as EngineSettings
+from stepwiser_jax.config import CheckedAnswers, EngineShapes, Model, SamplingStage
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -45,7 +44,7 @@ class Session:
         self._closing = closing
 
     def load(
-        self, model: Model, engine: EngineSettings, name: str = "policy"
+        self, model: Model, engine: EngineShapes, name: str = "policy"
     ) -> tuple[Loaded, Engine]:
         """Returns a model and the engine that samples from it; `name` is for the summary."""
         arguments = {**model.load_args, "mesh": self.mesh, "seed": self.seed}
@@ -56,9 +55,7 @@ class Session:
 
     def verifier(self, config: CheckedAnswers) -> Verifier:
         """Returns what checks answers, in processes that end with the session."""
-        verifier = Verifier(
-            config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
-        )
+        verifier = Verifier(config.verifier, workers=worker_count())
         self.measures.append(
             lambda made: {
                 "verifier_timeouts": verifier.timeouts,

@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ from stepwiser_jax.record_io import (
     atomic_write,
     check_finished,
     read_run_json,
-    read_written,
+    stream_written,
     write_manifest,
 )
 from stepwiser_jax.records import Dialogue, Record, SftExample
@@ -120,7 +121,8 @@ class RunDirectory:
         if self._is_longer and (self.path / MANIFEST).is_file():
             check_finished(self.path)  # for the last time: the next manifest names what is there
         free = settings_marked(self.config, OnResume.FREE)
-        if not any(read_written(self.path, kind) for kind in (SftExample, Dialogue)):
+        examples = chain(*(stream_written(self.path, kind) for kind in (SftExample, Dialogue)))
+        if next(examples, None) is None:
             free += settings_marked(self.config, OnResume.UNTIL_EXAMPLES)
         if self._is_longer:
             free += settings_marked(self.config, OnResume.LONGER)
@@ -256,7 +258,7 @@ class RunDirectory:
         """
         if (self.path / "config.yaml").is_file():
             self._lock()
-        done = {record.record_id for record in read_written(self.path, record_type)}
+        done = {record.record_id for record in stream_written(self.path, record_type)}
         mine = work[self.worker :: self.num_workers]
         left = [block for block in mine if not done.issuperset(ids_of(block))]
         self._blocks_done = len(mine) - len(left)

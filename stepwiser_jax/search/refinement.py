@@ -116,7 +116,7 @@ class Refiner:
             attempt.judge_tokens += sum(judgment.num_tokens for judgment in judgments)
             verdicts = [judgment.verdict for judgment in judgments]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
-            threshold = self.config.judge.threshold
+            threshold = self.config.judge.threshold or 0.5
             found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in judgments])
             if found != -1:
                 style = self.config.judge.prompt_style

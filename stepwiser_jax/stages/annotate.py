@@ -74,9 +74,7 @@ def annotate_blocks(
         rule = load_rule(adaptive.rule, adaptive.rule_args)
         tables = {m: LabelTable(rule, m) for m in set(rollouts_of.values())}
 
-    with Verifier(
-        config.verifier, workers=worker_count(), timeout_seconds=config.answer_timeout_seconds
-    ) as verifier:
+    with Verifier(config.verifier, workers=worker_count()) as verifier:
 
         def is_correct(solutions: Sequence[tuple[Problem, str]]) -> list[bool]:
             return verifier.verify([text for _, text in solutions], [p for p, _ in solutions])

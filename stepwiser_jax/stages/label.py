@@ -22,7 +22,6 @@ from typing import Any
 
 from stepwiser_jax.config import AdaptiveRollouts, Label, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records, stream_records
 from stepwiser_jax.records import (
@@ -43,6 +42,7 @@ from stepwiser_jax.rl.examples import (
     label_values,
 )
 from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory, blocks
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text

@@ -50,7 +50,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         config.max_length,
     )
     batching: dict[str, Any] = config.model_dump(
-        include={"batch_size", "max_length", "seed", "packing", "epochs"}
+        include={"batch_size", "max_length", "seed", "epochs"}
     )
     steps = config.steps or num_batches(documents, **batching)
     say_length("sft", config.epochs, len(documents), f"{steps} steps")

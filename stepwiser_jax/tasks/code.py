@@ -21,7 +21,7 @@ from stepwiser_jax.records import Problem
 from stepwiser_jax.sandbox.runner import Limits, execute
 
 LIMITS = Limits(seconds=4.0)
-"""Of one solution with its tests: less than the default of `answer_timeout_seconds`, so that
+"""Of one solution with its tests: less than the 5 seconds of a verifier, so that
 ordinary loops end before the worker is killed."""
 
 

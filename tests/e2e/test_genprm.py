@@ -133,8 +133,8 @@ def test_critiques_that_agree_with_the_labels_become_conversations(trained, tmp_
     assert main(command("genprm", tmp_path / "again", *sets)) == 0
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["examples"] == 6
     capsys.readouterr()
-    assert main(command("genprm_rationales", tmp_path / "x", "genprm.code=true")) == 2
-    assert "bare has no code in it: set genprm.code to false" in capsys.readouterr().err
+    assert main(command("genprm_rationales", tmp_path / "x", "judge.code_rounds=1")) == 2
+    assert "bare has no code in it: set code_rounds to 0" in capsys.readouterr().err
 
 
 def test_a_policy_thinks_again(trained, tmp_path):

@@ -336,7 +336,7 @@ def assert_same_training(cut, whole):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("cold_start", ("steps=null", "epochs=1", "packing=true", "batch_size=16")),
+        ("cold_start", ("steps=null", "epochs=1", "batch_size=16")),
         pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
     ],
 )

@@ -74,7 +74,7 @@ def start(tmp_path_factory):
     config = Sft.model_validate(
         {
             "model": {"path": "arithmetic"},
-            "data": {"source": str(directory / "demonstrations.jsonl"), "count": None},
+            "examples": {"source": str(directory / "demonstrations.jsonl")},
             "prompt_style": "bare",
             "batch_size": 8,
             "max_length": 64,
@@ -90,7 +90,7 @@ def train(start, run_dir):
     config = TrainJudge.model_validate(
         {
             "model": {"path": str(start / "start")},
-            "examples": str(start / "examples.jsonl"),
+            "examples": {"source": str(start / "examples.jsonl")},
             "prompt_style": "bare",
             "iterations": 24,
             "prompts_per_iteration": 16,

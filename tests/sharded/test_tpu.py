@@ -146,7 +146,7 @@ def planned(tmp_path, layers, capsys, **changes):
     )
     (tmp_path / "config.json").write_text(json.dumps(model.to_hf()))
     config = tmp_path / "judge.yaml"
-    settings = {"path": str(tmp_path), "compute_dtype": "bfloat16"}
+    settings = {"path": str(tmp_path), "dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(PLANNED | {"model": settings} | changes))
     command = ["plan", "train-judge", "--config", str(config), "--topology", "v5e:2x2", "--json"]
     status = main(command)
@@ -194,10 +194,10 @@ def test_rows_that_share_a_trunk_compute_more_for_each_byte(tmp_path):
     def intensity(rollouts: int) -> float:
         """FLOPs for each byte of HBM."""
         settings = {
-            "policy": {"path": str(tmp_path), "compute_dtype": "bfloat16"},
+            "policy": {"path": str(tmp_path), "dtype": "bfloat16"},
             "rollouts": "unused",
             "num_rollouts": rollouts,
-            "trajectories_per_block": 512 // rollouts,
+            "block_size": 512 // rollouts,
             "sampling": {"max_new_tokens": 128},
             "engine": {"rows": [512], "buckets": [4096 + 128]},
             "mesh": {"data": 4},

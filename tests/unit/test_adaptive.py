@@ -73,7 +73,7 @@ def test_confidence_is_the_probability_that_the_label_stays():
 
 def test_annotations_for_another_rule_are_refused(tmp_path):
     def label(**rule):
-        return Label(annotations=str(tmp_path), rollouts="", tokenizer="", **rule)
+        return Label(values=str(tmp_path), rollouts="", tokenizer="", **rule)
 
     check_rule(label())
     adaptive = {"rule": "rel_effective", "rule_args": {"alpha": 0.4}, "confidence": 0.95}

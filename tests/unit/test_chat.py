@@ -166,7 +166,7 @@ def test_settings_take_them(tmp_path):
     assert found == {"a": False, "b": 1, "c": "x"} and found["a"] is False
     with pytest.raises(UserError, match=r"chat_template_args\.a"):
         validate(Model, {"path": "m", "chat_template_args": {"a": [1]}}, "here")
-    tree = {"annotations": "a", "rollouts": "r", "tokenizer": "t"}
+    tree = {"values": "a", "rollouts": "r", "tokenizer": "t"}
     (tmp_path / "label.yaml").write_text(json.dumps(tree))
     override = ("chat_template_args.enable_thinking=false",)
     label = load_config("label", tmp_path / "label.yaml", override)
@@ -487,12 +487,9 @@ def test_a_server_is_prompted_with_its_arguments(qwen3, monkeypatch):
         {
             "rollouts": "r",
             "tokenizer": "t",
-            "server": server,
-            "sampling": {"max_new_tokens": 8},
+            "teacher": {"kind": "server", "sampling": {"max_new_tokens": 8}, **server},
         }
     )
-    teacher, _ = chunk_solutions.make_proposer(config)
+    teacher = chunk_solutions.make_proposer(config, session=None)
     assert prompt(teacher.tokenizer).endswith(NO_THOUGHT)
-    assert vars(teacher.engine).keys() == {
-        *("url", "model", "vocab_size", "concurrent_requests", "timeout_seconds", "retries"),
-    }
+    assert vars(teacher.engine).keys() == {"url", "model", "vocab_size"}

@@ -424,12 +424,11 @@ def test_threshold_of_nothing_to_choose_from():
 
 
 def test_threshold_is_given_or_chosen(request):
-    file = request.config.rootpath / "configs" / "smoke_classify.yaml"
-    for sets in (("threshold=0.3",), ("threshold_subset=null",)):
-        with pytest.raises(UserError, match="set either threshold, or threshold_subset"):
-            load_config("classify", file, sets)
-    with pytest.raises(UserError, match="rows \\(4\\) must be a multiple"):
-        load_config("classify", file, ("mesh.data=8",))
+    file = request.config.rootpath / "configs" / "smoke_evaluate_classifier.yaml"
+    with pytest.raises(UserError, match=r"set either judge\.threshold, or threshold_subset"):
+        load_config("evaluate", file, ("judge.threshold=0.3",))
+    with pytest.raises(UserError, match=r"judge\.rows \[4\] must be multiples"):
+        load_config("evaluate", file, ("mesh.data=8",))
 
 
 def test_loss_of_answers_alone(tiny_model):

@@ -42,9 +42,9 @@ def test_a_hub_ids_tokenizer_has_all_end_tokens(load):
 def test_a_servers_tokenizer_has_all_end_tokens():
     """What a server's answer may end with, and it is told."""
     server = {"url": "http://h/v1", "model": "m", "tokenizer": ID, "context": 512}
-    config = {"rollouts": "r", "tokenizer": "t", "server": server}
-    sampling = {"sampling": {"max_new_tokens": 8}}
-    teacher, _ = make_proposer(ChunkSolutions.model_validate(config | sampling))
+    server |= {"kind": "server", "sampling": {"max_new_tokens": 8}}
+    config = {"rollouts": "r", "tokenizer": "t", "teacher": server}
+    teacher = make_proposer(ChunkSolutions.model_validate(config), session=None)
     assert teacher.params.stop_ids == (1, 7)
 
 

@@ -120,7 +120,7 @@ def test_a_rule_of_ones_own_by_dotted_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert label_chunks([0.5, 0.4, 0.1, 0.0, 1.0], "my_rules:margin") == [True, False, True, None]
     assert label_chunks([0.5, 0.4], "my_rules:margin", delta=0.05) == [False]
-    settings = {"annotations": "a", "rollouts": "r", "tokenizer": "t", "rule": "my_rules:margin"}
+    settings = {"values": "a", "rollouts": "r", "tokenizer": "t", "rule": "my_rules:margin"}
     config = Label.model_validate(settings | {"rule_args": {"delta": 0.05}})
     assert load_rule(config.rule, config.rule_args)(0.4, 0.5) is False
     with pytest.raises(UserError, match="'my_rules:margin' takes no argument 'gamma'"):

@@ -297,7 +297,7 @@ def test_what_is_sent_to_a_pod(tools):
         "--setup",
         ". /mnt/venv/bin/activate",
     ]
-    result = launch(tools, *words, "--dry-run", *RUN, "--set", "data.count=[1, 2]")
+    result = launch(tools, *words, "--dry-run", *RUN, "--set", "examples.limit=[1, 2]")
     create, ssh, delete = (shlex.split(line) for line in result.stdout.splitlines())
     assert create[:6] == "gcloud compute tpus queued-resources create judge".split()
     assert option(create, "accelerator-type") == "v5p-128" and option(create, "node-count") == "2"
@@ -306,7 +306,7 @@ def test_what_is_sent_to_a_pod(tools):
     setup, command = option(ssh, "command").split(" && ")
     assert setup == ". /mnt/venv/bin/activate"
     assert shlex.split(command) == [
-        *["JAX_COORDINATOR_PORT=8476", "stepwiser", *RUN[1:], "--set", "data.count=[1, 2]"],
+        *["JAX_COORDINATOR_PORT=8476", "stepwiser", *RUN[1:], "--set", "examples.limit=[1, 2]"],
         "--distributed",
     ]
     assert delete[4:6] == ["delete", "judge"] and "--force" in delete

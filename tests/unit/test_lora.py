@@ -267,10 +267,10 @@ def configs(tmp_path_factory, request):
     write_records(directory / "examples.jsonl", examples)
     lora = ["--set", "model.lora.rank=4", "--set", "training.checkpoint_every=2"]
     sets = {
-        "sft": ["steps=5", "data.count=32"],
+        "sft": ["steps=5", "examples.limit=32"],
         "train-judge": [
             f"model.path={directory / 'base'}",
-            f"examples={directory / 'examples.jsonl'}",
+            f"examples.source={directory / 'examples.jsonl'}",
             "iterations=3",
             "prompts_per_iteration=4",
             "updates_per_iteration=1",

@@ -44,7 +44,7 @@ from tiny import tiny_config
 
 JUDGE = {
     "model": {"path": "unused"},
-    "examples": "unused",
+    "examples": {"source": "unused"},
     "iterations": 1,
     "prompts_per_iteration": 2,
     "group_size": 4,

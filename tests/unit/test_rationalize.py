@@ -82,8 +82,9 @@ def test_the_limit_counts_what_exclusions_leave(request, tmp_path):
     examples = [JudgeExample(f"{q}/0", q, q, "", "so 3", True) for q in "abcd"]
     write_records(tmp_path / "examples.jsonl", examples)
     (tmp_path / "held_out.json").write_text('[{"problem": "a"}, {"problem": "c"}]')
-    exclude = f"exclude=[{tmp_path / 'held_out.json'}]"
-    settings = config(request, f"examples={tmp_path / 'examples.jsonl'}", exclude, "limit=2")
+    exclude = f"examples.exclude=[{tmp_path / 'held_out.json'}]"
+    source = f"examples.source={tmp_path / 'examples.jsonl'}"
+    settings = config(request, source, exclude, "examples.limit=2")
     left, dropped = load_examples(settings)
     assert [e.question for e in left] == ["b", "d"]
     assert dropped == {"excluded": 2}
@@ -159,10 +160,10 @@ def test_chains_are_cut_filtered_and_learned_with_the_answer(request):
         "rejection-sample",
         request.config.rootpath / "configs" / "smoke_thinkprm_chains.yaml",
         (
-            "prompt_style=instruct",
+            "judge.prompt_style=instruct",
             "samples=4",
-            "thinkprm.max_tokens=200",
-            "sampling.max_new_tokens=300",
+            "judge.max_tokens=200",
+            "judge.sampling.max_new_tokens=300",
         ),
     )
     first, second = "Step 1: a. The step is ", "\nStep 2: b. The step is "

@@ -137,7 +137,7 @@ def test_unfinished_missing_wrong_and_damaged_runs_are_refused(tmp_path):
 
 
 def label_config(**changes):
-    fields = {"annotations": "a", "rollouts": "r", "tokenizer": "t", **changes}
+    fields = {"values": "a", "rollouts": "r", "tokenizer": "t", **changes}
     return Label(**fields)
 
 

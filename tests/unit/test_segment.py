@@ -57,8 +57,7 @@ def config_of(tmp_path, rollouts, **settings):
     tree = {
         "rollouts": str(rollouts),
         "tokenizer": "arithmetic",
-        "prompt_style": "bare",
-        "solutions_per_block": 4,
+        "block_size": 4,
         **settings,
     }
     file = tmp_path / "segment.yaml"
@@ -108,19 +107,27 @@ def teacher(monkeypatch, word_tokenizer):
         monkeypatch.setattr(
             chunk_solutions,
             "make_proposer",
-            lambda config: (chunk_solutions.Teacher(config, word_tokenizer, parrot, 512), {}),
+            lambda config, session: chunk_solutions.Proposer(
+                config, config.teacher, word_tokenizer, parrot, 512
+            ),
         )
         return parrot
 
     return install
 
 
-SAMPLED = {"server": {"url": "http://a", "model": "", "tokenizer": "", "context": 512}}
+SERVER = {"kind": "server", "url": "http://a", "model": "", "tokenizer": "", "context": 512}
+
+
+def asked(max_new_tokens, **settings):
+    """A server as the teacher."""
+    sampling = {"max_new_tokens": max_new_tokens}
+    return {"teacher": SERVER | {"prompt_style": "bare", "sampling": sampling} | settings}
 
 
 def test_the_cut_that_most_agree_on_becomes_the_example(tmp_path, rollouts, teacher):
     teacher(altered, whole, halves, unfinished, halves)
-    settings = SAMPLED | {"num_segmentations": 5, "sampling": {"max_new_tokens": 200}}
+    settings = asked(200) | {"num_segmentations": 5}
     config = config_of(tmp_path, rollouts, max_per_problem=1, **settings)
     summary = chunk_solutions.run(config, tmp_path / "s")
     assert summary["right"] == summary["cut"] == COUNT
@@ -152,7 +159,7 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
     tmp_path, rollouts, teacher
 ):
     parrot = teacher(altered)
-    settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 200}}
+    settings = asked(200) | {"num_segmentations": 1}
     config = config_of(tmp_path, rollouts, **settings)
     with pytest.MonkeyPatch.context() as patch:  # killed behind the second block
         patch.setattr(stop, "check", lambda: parrot.blocks == 2 and 1 / 0)
@@ -167,14 +174,14 @@ def test_solutions_of_which_none_is_kept_are_counted_and_not_asked_again(
 
 def test_a_solution_that_the_teacher_has_no_room_for_is_counted(tmp_path, rollouts, teacher):
     teacher(whole)
-    settings = SAMPLED | {"num_segmentations": 1, "sampling": {"max_new_tokens": 450}}
+    settings = asked(450) | {"num_segmentations": 1}
     summary = chunk_solutions.run(config_of(tmp_path, rollouts, **settings), tmp_path / "s")
     assert 0 < summary["proposals"]["no_room"] <= 2 * COUNT
     assert summary["proposals"]["no_room"] + summary["cut"] == 2 * COUNT
 
 
 def test_a_rule_of_thumb_needs_no_teacher(tmp_path, rollouts):
-    config = config_of(tmp_path, rollouts, splitter="blank_lines")
+    config = config_of(tmp_path, rollouts, teacher={"kind": "rule", "splitter": "blank_lines"})
     summary = chunk_solutions.run(config, tmp_path / "s")
     assert summary["cut"] == 2 * COUNT and summary["mean_chunks"] == 1
     prompts = {e.prompt for e in read_demonstrations(str(tmp_path / "s"), "instruct")}
@@ -199,22 +206,23 @@ def test_solutions_that_are_cut_already_are_cut_anew(tmp_path, rollouts, word_to
     ]
     write_records(file, tagged)
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
-    chunk_solutions.run(config_of(tmp_path, rollouts, splitter="sentences"), tmp_path / "s")
+    chunk_solutions.run(
+        config_of(tmp_path, rollouts, teacher={"kind": "rule", "splitter": "sentences"}),
+        tmp_path / "s",
+    )
     for example in read_demonstrations(str(tmp_path / "s"), "bare"):
         assert example.completion.count("<chunk>") == example.completion.count("</chunk>") == 1
 
 
 def test_a_server_may_move(tmp_path, rollouts):
-    sampling = {"sampling": {"max_new_tokens": 8}}
     directory = RunDirectory(
-        tmp_path / "s", "chunk-solutions", config_of(tmp_path, rollouts, **SAMPLED, **sampling)
+        tmp_path / "s", "chunk-solutions", config_of(tmp_path, rollouts, **asked(8))
     )
     directory.create()
-    for key, moved in (("url", "http://other"), ("retries", 9), ("model", "another")):
-        server = SAMPLED["server"] | {key: moved}
-        config = config_of(tmp_path, rollouts, server=server, **sampling)
+    for key, moved in (("url", "http://other"), ("model", "another")):
+        config = config_of(tmp_path, rollouts, **asked(8, **{key: moved}))
         if key == "model":
-            with pytest.raises(UserError, match=r"server\.model: '' -> 'another'"):
+            with pytest.raises(UserError, match=r"teacher\.model: '' -> 'another'"):
                 RunDirectory(tmp_path / "s", "chunk-solutions", config)
         else:
             RunDirectory(tmp_path / "s", "chunk-solutions", config)
@@ -227,16 +235,23 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
     write_records(tmp_path / "cuts.jsonl", demonstrations.segmenter_demonstrations(problems, 0))
     words = ["sft", "--config", str(CONFIGS / "arithmetic_segmenter.yaml")]
     words += ["--run-dir", str(tmp_path / "teacher")]
-    for setting in (f"data.source={tmp_path / 'cuts.jsonl'}", "data.count=null", "steps=100"):
+    for setting in (
+        f"examples.source={tmp_path / 'cuts.jsonl'}",
+        "examples.limit=null",
+        "steps=100",
+    ):
         words += ["--set", setting]
     assert main(words) == 0
     config = config_of(
         tmp_path,
         rollouts,
-        teacher={"path": str(tmp_path / "teacher")},
+        teacher={
+            "path": str(tmp_path / "teacher"),
+            "prompt_style": "bare",
+            "sampling": {"max_new_tokens": 120, "temperature": 0.3},
+            "engine": {"rows": [8], "buckets": [256]},
+        },
         num_segmentations=2,
-        sampling={"max_new_tokens": 120, "temperature": 0.3},
-        engine={"rows": [8], "buckets": [256]},
     )
     summary = chunk_solutions.run(config, tmp_path / "s")
     assert sum(summary["proposals"].values()) == 2 * 2 * COUNT
@@ -251,7 +266,9 @@ def test_a_model_that_has_learned_to_cut_is_a_teacher(tmp_path, rollouts):
 def test_another_tokenizer_than_the_policys_is_refused(tmp_path, rollouts, bpe_directory):
     other = shutil.copytree(bpe_directory, tmp_path / "other")
     (other / "config.json").write_text("{}")
-    config = config_of(tmp_path, rollouts, splitter="steps", tokenizer=str(other))
+    config = config_of(
+        tmp_path, rollouts, teacher={"kind": "rule", "splitter": "steps"}, tokenizer=str(other)
+    )
     with pytest.raises(UserError, match="of the policy that sampled the rollouts; by this one"):
         chunk_solutions.run(config, tmp_path / "s")
     assert not (tmp_path / "s").exists()
@@ -262,25 +279,26 @@ def test_without_a_right_solution_there_is_nothing_to_cut(tmp_path, rollouts):
     file.write_text(file.read_text().replace('"is_correct":true', '"is_correct":false'))
     write_manifest(rollouts, "rollout", "0", [Problem, Trajectory])
     with pytest.raises(UserError, match="none of the 18 solutions"):
-        chunk_solutions.run(config_of(tmp_path, rollouts, splitter="steps"), tmp_path / "s")
+        chunk_solutions.run(
+            config_of(tmp_path, rollouts, teacher={"kind": "rule", "splitter": "steps"}),
+            tmp_path / "s",
+        )
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"one of teacher, server and splitter, found \[\]"),
-        ({"server": SAMPLED["server"] | {"url": "x"}}, r"server\.url: Input should be a valid URL"),
-        ({"splitter": "steps", **SAMPLED}, r"found \['server', 'splitter'\]"),
-        (SAMPLED, r"a server takes the settings \['sampling'\], found \[\]"),
+        ({}, "'teacher' is required and not set"),
+        (asked(8, url="x"), r"teacher\.url: Input should be a valid URL"),
+        ({"teacher": {"kind": "oracle"}}, r"teacher\.kind: expected .*'rule', found 'oracle'"),
+        ({"teacher": SERVER}, r"'teacher\.sampling' is required"),
+        ({"teacher": {"path": "arithmetic"}}, r"'teacher\.engine' is required"),
         (
-            {"teacher": {"path": "arithmetic"}, "sampling": {"max_new_tokens": 8}},
-            r"a teacher takes the settings \['sampling', 'engine'\], found \['sampling'\]",
+            {"teacher": {"kind": "rule", "splitter": "steps", "path": "x"}},
+            r"unknown key 'teacher\.path'; .* \(known: kind, splitter\)",
         ),
-        (
-            {"splitter": "steps", "sampling": {"max_new_tokens": 8}},
-            r"a splitter takes the settings \[\], found \['sampling'\]",
-        ),
+        ({"splitter": "steps"}, "'splitter' is now teacher, with kind: rule"),
     ],
 )
 def test_who_cuts_is_asked_for(tmp_path, rollouts, settings, message):

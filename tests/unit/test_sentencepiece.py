@@ -302,7 +302,7 @@ def test_training_stages_take_it_and_hand_it_on(directory, tmp_path):
     first = Sft.model_validate(
         {
             "model": {"path": str(tmp_path / "start")},
-            "data": {"source": write_lines(tmp_path / "sft.jsonl", demonstrations)},
+            "examples": {"source": write_lines(tmp_path / "sft.jsonl", demonstrations)},
             "steps": 2,
             "batch_size": 2,
             "max_length": 224,
@@ -314,7 +314,7 @@ def test_training_stages_take_it_and_hand_it_on(directory, tmp_path):
     second = TrainJudge.model_validate(
         {
             "model": {"path": str(tmp_path / "sft")},
-            "examples": write_lines(tmp_path / "judge.jsonl", examples),
+            "examples": {"source": write_lines(tmp_path / "judge.jsonl", examples)},
             "prompt_style": "bare",
             "iterations": 1,
             "prompts_per_iteration": 2,

@@ -233,7 +233,7 @@ def labelled_run(tmp_path, request, chunking, completions):
         for t in trajectories.values()
         for j in range(len(t.chunk_ends))
     ]
-    config = Label(annotations="", rollouts=str(tmp_path), tokenizer="arithmetic")
+    config = Label(values="", rollouts=str(tmp_path), tokenizer="arithmetic")
     kept, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     made = list(examples(kept, kept, trajectories, {"p": PROBLEM}, tokenizer))
     chunks = {solution.solution_id: solution.chunks for solution, _ in made}

@@ -33,7 +33,7 @@ from stepwiser_jax.config import (
     STAGE_CONFIGS,
     Config,
     Evaluate,
-    Sampler,
+    Sampled,
     Sft,
     TrainClassifier,
     TrainJudge,
@@ -148,7 +148,7 @@ def search(stage: str, config: Any, topology: str, slices: int) -> dict[str, int
 
     found: dict[str, int | None] = {}
     rows = [shards * 2**n for n in range(13)]
-    if isinstance(config, Sampler):
+    if isinstance(config, Sampled):
         found["engine.rows"] = largest(rows, lambda n: fits("decode burst", "engine", rows=[n]))
     if isinstance(config, Evaluate):
         engine = config.judge.model_dump(mode="json")["engine"]

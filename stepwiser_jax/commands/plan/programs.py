@@ -32,6 +32,7 @@ from stepwiser_jax.config import (
     ClassifierJudge,
     ComputeStage,
     Config,
+    EngineShapes,
     Evaluate,
     Model,
     Rollout,
@@ -41,7 +42,6 @@ from stepwiser_jax.config import (
     TrainedModel,
     TrainJudge,
 )
-from stepwiser_jax.config import Engine as EngineConfig
 from stepwiser_jax.distributed.loading import (
     attention_of,
     config_of,
@@ -423,7 +423,7 @@ def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any
 def _of_sampling(
     config: ComputeStage,
     settings: Model,
-    engine_config: EngineConfig,
+    engine_config: EngineShapes,
     sampling: Sampling,
     per_wave: tuple[int, int],
     mesh: jax.sharding.Mesh,
