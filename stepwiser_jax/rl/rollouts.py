@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.config import Engine as EngineConfig
+from stepwiser_jax.config import EngineShapes
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
@@ -69,7 +69,7 @@ class RolloutSampler:
         loaded: Loaded,
         encode: Callable[[Any], Sequence[int]],
         params: SamplingParams,
-        engine: EngineConfig,
+        engine: EngineShapes,
         cache: RolloutCache,
         *,
         group_size: int,
