@@ -71,7 +71,7 @@ def largest(found: dict[str, Any]) -> tuple[str, str]:
 
 def shares(found: dict[str, Any]) -> tuple[str, list[str]]:
     """(a program, its share of peak without and with the interconnect)."""
-    name = "train step" if "train step" in found["programs"] else "decode segment"
+    name = "train step" if "train step" in found["programs"] else "decode burst"
     entry = found["programs"][name]
     keys = (f"share_of_peak_{how}_interconnect" for how in ("without", "with"))
     return name, [f"{entry.get(key, 0.0):.0%}" for key in keys]

@@ -78,7 +78,7 @@ def load_model(
     if config.classifier and not classifier:
         raise UserError(
             f"expected a language model in {path}, found one that scores two classes in place of a "
-            "vocabulary: only classify reads it, and classifier with head: scalar"
+            "vocabulary: train-classifier with head: scalar and judges of kind classifier read it"
         )
     model = load_hf(
         directory,

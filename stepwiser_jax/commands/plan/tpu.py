@@ -1,9 +1,8 @@
-"""Programs compiled for TPUs that are not there, and what they need: topologies, inputs that are
-only shapes, memory, and the least time that the hardware allows.
+"""Compiles programs for TPUs that need not exist, and computes the memory and time they need.
 
 libtpu holds the TPU's compiler, and a CPU is enough to run it. Nothing here allocates or computes:
-a model, a train state or a batch is a pytree of `jax.ShapeDtypeStruct`, each with the sharding that
-the run would give the array.
+a model, a train state or a batch is a pytree of `jax.ShapeDtypeStruct`, with the sharding that the
+run would give each array.
 """
 
 from __future__ import annotations
@@ -45,11 +44,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has. Bandwidths are bytes/s: of HBM, of one interconnect link in one direction,
-    and of the data-center network between slices. `ring` is the size from which, in whole
-    multiples, an axis of the torus closes to a ring: two ways round instead of one. `whole_slices`:
-    the compiler refuses programs in which some devices of a slice exchange data and others do not
-    take part."""
+    """The hardware of one chip.
+
+    Bandwidths are bytes/s: of HBM, of one interconnect link in one direction, and of the network
+    between slices. An axis of the torus whose size is a multiple of `ring` closes to a ring, which
+    has two ways round. With `whole_slices` the compiler refuses programs that use only some devices
+    of a slice.
+    """
 
     hbm_gib: int
     flops: float
@@ -61,7 +62,7 @@ class Chip:
     whole_slices: bool = False
 
 
-# Google Cloud's documentation of each TPU version, bfloat16. Links, network and ring sizes follow
+# From Google Cloud's documentation of each TPU version, bfloat16. Links, network and rings follow
 # "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) and were checked against no
 # second source: times on the interconnect are no better than they are.
 CHIPS = {
@@ -92,9 +93,9 @@ class Topology:
 
 
 def tpu_topology(name: str, slices: int = 1) -> Topology:
-    """A topology by name, such as v5e:2x2 or v5p:4x4x4. Needs libtpu, and no TPU.
+    """Returns a topology by name, such as v5e:2x2 or v5p:4x4x4. Needs libtpu, and no TPU.
 
-    Raises UserError for an unknown chip, a shape that the compiler does not know, or no libtpu.
+    Raises UserError for an unknown chip, for a shape that the compiler refuses, and without libtpu.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:
@@ -128,8 +129,10 @@ def tpu_topology(name: str, slices: int = 1) -> Topology:
 
 
 def host_devices(topology: Topology) -> list[Any]:
-    """Devices for the programs of one process: its own; where the compiler refuses programs of part
-    of a slice, those of a slice of that shape."""
+    """Returns the devices of one process.
+
+    If the compiler refuses programs on a part of a slice, they are those of a slice of that shape.
+    """
     processes = processes_of(topology.devices)
     own = devices_of_process(topology.devices, processes[0])
     if len(processes) == 1 or not topology.chip.whole_slices:
@@ -146,7 +149,7 @@ def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def abstract_rows(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """What `mesh.shard_batch` makes of a batch."""
+    """Returns the shapes of what `mesh.shard_batch` makes of a batch."""
     return jax.tree.map(
         lambda leaf: placed(leaf, batch_sharding(mesh) if np.ndim(leaf) else replicated(mesh)),
         batch,
@@ -163,7 +166,7 @@ def abstract_model(
     decoding: bool = False,
     lora: dict[str, Any] | None = None,
 ) -> Transformer:
-    """What `loading.load_model` gives, or `load_for_training`."""
+    """Returns the shapes of the model that `load_model` or `load_for_training` returns."""
     model = nnx.eval_shape(
         lambda: Transformer(
             config,
@@ -183,7 +186,7 @@ def abstract_model(
 def abstract_train_state(
     model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """What `trainer.create_train_state` gives."""
+    """Returns the shapes of what `training.step.create_train_state` returns."""
     whole, trained = replicated(mesh), trainable(model)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     moments = optax.tree_map_params(
@@ -197,7 +200,7 @@ def abstract_train_state(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What arrays like these take of each device, without the padding of their layout."""
+    """Returns the bytes that arrays of these shapes take on each device, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -233,7 +236,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Need:
-    """What a program needs of one device; None where the compiler refused it, with its reason."""
+    """What a program needs of one device, or why the compiler refused it."""
 
     program: Program
     compile_seconds: float
@@ -243,7 +246,7 @@ class Need:
 
     @property
     def total_bytes(self) -> int:
-        """Held at once: what comes in, what goes out elsewhere, temporaries, code, and the rest."""
+        """Bytes held at once: inputs, outputs, temporaries, code, and what else the run holds."""
         if self.memory is None:
             return 0
         own = sum(self.memory[part] for part in ("arguments", "outputs", "temporaries", "code"))
@@ -251,7 +254,7 @@ class Need:
 
 
 def compile_program(program: Program) -> Need:
-    """Compile and read. A program that is too large for the chip is no error: see `refused`."""
+    """Compiles a program and reads its costs. One that is too large is no error: see `refused`."""
     begin = time.perf_counter()
     try:
         compiled = program.lower().compile()
@@ -281,8 +284,10 @@ def compile_program(program: Program) -> Need:
 
 
 def roofline(cost: Cost, topology: Topology, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Seconds of a call that the hardware cannot do without: for products, for HBM, and on the
-    interconnect. Kinds of work overlap at best, so a call takes at least the largest."""
+    """Returns the least seconds of a call for products, for HBM and for the interconnect.
+
+    At best the three overlap, so a call takes at least the largest of them.
+    """
     chip = topology.chip
     seconds = [
         received / bandwidth(collective, topology, mesh)
@@ -296,9 +301,11 @@ def roofline(cost: Cost, topology: Topology, mesh: jax.sharding.Mesh) -> dict[st
 
 
 def bandwidth(collective: Collective, topology: Topology, mesh: jax.sharding.Mesh) -> float:
-    """Bytes/s that a device of the group receives at most: every axis of the torus that the group
-    spreads over has a link, or two where the axis is a ring and the group is all of it. Groups over
-    several slices are as fast as the network between them carries what their devices share."""
+    """Returns the bytes/s that a device of the group can receive.
+
+    Each axis of the torus that the group spreads over has a link, or two if the axis is a ring that
+    the group fills. Between slices the devices of a slice share its network.
+    """
     chip = topology.chip
     devices = [mesh.devices.flat[i] for i in collective.group]
     slices = {slice_of(device) for device in devices}
