@@ -309,7 +309,7 @@ def _shuffled(count: int, seed: int, epochs: int | None) -> grain.MapDataset[Any
     return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat(epochs)
 
 
-def _ordered(order: grain.MapDataset[Any]) -> Iterator[int]:
+def _ordered(order: grain.MapDataset[Any]) -> Iterator[Any]:
     # By index: the data set's own iterator prefetches in threads, which is slow here.
     return map(order.__getitem__, range(len(order)))
 

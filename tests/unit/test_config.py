@@ -59,7 +59,9 @@ def quickstart(tmp_path):
     return files
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/search.md", "docs/chunking.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/models.md", "docs/quickstart.md", "docs/search.md", "docs/chunking.md"]
+)
 def test_documented_commands_load_and_write_each_its_own_run(page, quickstart):
     written = []
     for stage, file, run_dir, overrides in documented_commands(page):

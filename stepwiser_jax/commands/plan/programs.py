@@ -30,6 +30,7 @@ from stepwiser_jax.commands.plan.tpu import (
 from stepwiser_jax.config import (
     Annotate,
     ClassifierJudge,
+    OwnJudge,
     ComputeStage,
     Config,
     EngineShapes,
@@ -102,8 +103,8 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
         judge = config.judge
-        if isinstance(judge, ClassifierJudge):
-            raise UserError("expected a judge that writes, found a classifier, which has no plan")
+        if isinstance(judge, ClassifierJudge | OwnJudge):
+            raise UserError(f"expected a judge that writes, found kind {judge.kind}: no plan of it")
         sampling = judge.sampling
         if not judge.votes:
             sampling = sampling.model_copy(update={"temperature": 0.0})
