@@ -30,12 +30,12 @@ from stepwiser_jax.commands.plan.tpu import (
 from stepwiser_jax.config import (
     Annotate,
     ClassifierJudge,
-    OwnJudge,
     ComputeStage,
     Config,
     EngineShapes,
     Evaluate,
     Model,
+    OwnJudge,
     Rollout,
     Sampling,
     Sft,
