@@ -4,7 +4,7 @@
 #
 #   launch/jobset.sh --name judge-7b --topology v5p:4x4x4 --image REPOSITORY/stepwiser --claim runs \
 #       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
-#       --set examples=/runs/labels
+#       --set examples.source=/runs/labels
 #   launch/jobset.sh --name values --topology v6e:2x4 --image REPOSITORY/stepwiser --claim runs \
 #       --shards 32 --at-once 8 -- annotate --config configs/qwen2.5-7b_values.yaml \
 #       --run-dir /runs/values --set rollouts=/runs/rollouts

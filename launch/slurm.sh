@@ -4,7 +4,7 @@
 #
 #   launch/slurm.sh --name judge --nodes 2 --gpus 8 --time 12:00:00 \
 #       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /shared/runs/judge \
-#       --set examples=/shared/runs/labels
+#       --set examples.source=/shared/runs/labels
 #   launch/slurm.sh --name values --gpus 8 --time 4:00:00 --shards 32 --at-once 8 \
 #       -- annotate --config configs/qwen2.5-7b_values.yaml --run-dir /shared/runs/values \
 #       --set rollouts=/shared/runs/rollouts

@@ -5,7 +5,7 @@
 #   launch/xpk.sh --name judge-7b --cluster tpus --zone us-east5-a --type v5p-128 \
 #       --image REPOSITORY/stepwiser --storage runs \
 #       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
-#       --set examples=/runs/labels
+#       --set examples.source=/runs/labels
 #
 #   --name NAME         of the workload
 #   --cluster NAME      --zone ZONE, --project PROJECT if it is not gcloud's own

@@ -823,8 +823,6 @@ class Grpo(Config):
     """The importance ratio is clipped at 1 plus this (DAPO's clip-higher)."""
     kl_coef: float = Field(0.0, ge=0)
     """The weight of the KL divergence from the model that training began with."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """How the losses of tokens are averaged: over all tokens, or over the means of sequences."""
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
     """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
     than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""

@@ -164,7 +164,7 @@ def check_text(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Opens a new file that takes the place of `path` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -181,7 +181,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def atomic_write(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
@@ -190,11 +190,11 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
     Keeps one record in memory at a time."""
     path = Path(path)
     with contextlib.ExitStack() as files:
-        lines = files.enter_context(_replacing(path))  # entered first: it is replaced last
+        lines = files.enter_context(replacing(path))  # entered first: it is replaced last
         tokens = None
         for record in records:
             if tokens is None and isinstance(record, Trajectory):
-                tokens = files.enter_context(_replacing(path.with_suffix(".tokens")))
+                tokens = files.enter_context(replacing(path.with_suffix(".tokens")))
             lines.write(_line(record, tokens, path.with_suffix(".tokens").name))
 
 

@@ -8,7 +8,7 @@ import jax
 
 from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.commands.plan.tpu import abstract_model
-from stepwiser_jax.config import read_run_settings
+from stepwiser_jax.config import TrainedModel, read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -46,8 +46,9 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
     check_files(run_dir / "template", sums, sums)
     settings = read_run_settings(run_dir)
     here = make_mesh(devices=jax.devices()[:1])  # whatever mesh it was saved from
-    if settings["model"].get("lora"):
-        loaded = load_for_training(**settings["model"], mesh=here, seed=settings["seed"])
+    model_settings = TrainedModel.model_validate(settings["model"])
+    if model_settings.lora is not None:
+        loaded = load_for_training(**model_settings.load_args, mesh=here, seed=settings["seed"])
         check_base(run_dir / "template", loaded.model_id)
         template = loaded.model
     else:

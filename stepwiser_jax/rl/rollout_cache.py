@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 
 from stepwiser_jax.checksums import sha256_of
 from stepwiser_jax.distributed import hosts
+from stepwiser_jax.record_io import replacing
 
 
 class SampledRow(NamedTuple):
@@ -69,15 +69,10 @@ class RolloutCache:
             logprobs=np.concatenate([rows[row_id].logprobs for row_id in ids]),
         )
         content = buffer.getvalue()
-        self._directory.mkdir(parents=True, exist_ok=True)
         old = list(self._directory.glob(f"{name}-*.npz"))
         new = self._directory / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}.npz"
-        temporary = self._directory / f".{new.name}.tmp"
-        with open(temporary, "wb") as file:
+        with replacing(new) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(new)
         for file in old:
             if file != new:
                 file.unlink()

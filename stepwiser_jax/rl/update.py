@@ -88,6 +88,9 @@ def completion_logprobs(
 DUAL_CLIP = 3.0
 """Bounds the loss of a token with a negative advantage, as in verl."""
 
+AGGREGATION: Aggregation = "token_mean"
+"""The losses of all tokens are averaged, as verl does by default."""
+
 
 def make_objective(
     grpo: Grpo, *, correction: Correction, temperature: float, remat: bool
@@ -103,15 +106,15 @@ def make_objective(
     loss_fn = functools.partial(
         policy_loss, grpo=grpo, correction=correction, temperature=temperature, remat=remat
     )
-    return loss_fn, functools.partial(policy_normalizers, aggregation=grpo.aggregation)
+    return loss_fn, policy_normalizers
 
 
-def policy_normalizers(batch: RolloutBatch, *, aggregation: Aggregation) -> dict[str, jax.Array]:
+def policy_normalizers(batch: RolloutBatch) -> dict[str, jax.Array]:
     """Returns what sums over the whole batch are divided by, for all of its micro-batches: the loss
     by `loss`, metrics by `tokens`."""
     mask_BT = batch.target_mask_BT
     return {
-        "loss": loss_normalizer(mask_BT, batch.segment_ids_BT, aggregation),
+        "loss": loss_normalizer(mask_BT, batch.segment_ids_BT, AGGREGATION),
         "tokens": jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1.0),
     }
 
@@ -163,7 +166,7 @@ def policy_loss(
         reference_logprobs_BT=batch.reference_logprobs_BT,
         importance_weights_BT=weights_BT,
         segment_ids_BT=batch.segment_ids_BT,
-        aggregation=grpo.aggregation,
+        aggregation=AGGREGATION,
         normalizer=normalizers["loss"],
     )
     if weights_BT is not None:

@@ -52,7 +52,8 @@ def write_items(path, count):
 
 def stage(name, run, *sets):
     words = [word for setting in sets for word in ("--set", setting)]
-    arguments = [name, "--config", str(CONFIGS / f"smoke_{name}.yaml"), "--run-dir", str(run)]
+    config = {"train-classifier": "classifier", "evaluate": "evaluate_classifier"}[name]
+    arguments = [name, "--config", str(CONFIGS / f"smoke_{config}.yaml"), "--run-dir", str(run)]
     assert main(arguments + words) == 0
     return json.loads((run / "summary.json").read_text())
 
@@ -70,7 +71,7 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, e
     write_solutions(tmp_path / "solutions.jsonl", 400)
     write_items(tmp_path / "items.json", 60)
     trained = stage(
-        "classifier",
+        "train-classifier",
         tmp_path / "classifier",
         "model.path=arithmetic",
         f"examples.source={tmp_path / 'solutions.jsonl'}",

@@ -66,14 +66,23 @@ def finish(processes):
 
 
 def rows(run):
-    """Records by kind and id, and in the order in which another stage reads them."""
+    """Records by kind and line; a trajectory's row of tokens in place of the row's address."""
     manifest = json.loads((run / "manifest.json").read_text())
+    tokens = {}
+    if "trajectories" in manifest["records"]:
+        for trajectory in read_records(run, Trajectory):
+            read = trajectory.tokens.read()
+            arrays = (read.prompt_ids, read.completion_ids, read.logprobs)
+            tokens[trajectory.trajectory_id] = [array.tolist() for array in arrays]
     found = {}
     for kind, entry in manifest["records"].items():
         for part in entry["parts"]:
             lines = (run / part["path"]).read_text().splitlines()
             assert len(lines) == part["count"]
             for line in lines:
+                if kind == "trajectories":
+                    fields = json.loads(line)
+                    line = json.dumps(fields | {"tokens": tokens[fields["trajectory_id"]]})
                 assert (kind, line) not in found
                 found[kind, line] = None
     return sorted(found)

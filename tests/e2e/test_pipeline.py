@@ -93,8 +93,8 @@ def test_every_stage_finishes_and_hands_over(runs):
 
 def test_a_classifier_steers_and_selects(runs, tmp_path):
     """In the judge's place, with one token for each chunk."""
-    classifier = f"{{path: {runs / 'classifier'}, prompt_style: bare, rows: 4, max_length: 320}}"
-    extra = ("judge=null", f"classifier={classifier}")
+    settings = "kind: classifier, prompt_style: bare, rows: 4, max_length: 320"
+    extra = (f"judge={{path: {runs / 'classifier'}, {settings}}}",)
 
     def run(name, *more):
         words = command(name, runs, out=tmp_path / name, extra=(*extra, *more))

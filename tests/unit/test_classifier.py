@@ -314,7 +314,8 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
     ]
     asked = [Solution("s", QUESTION, chunks) for chunks in solutions]
     encoded = [encode_solution(word_tokenizer, QUESTION, chunks, "bare") for chunks in solutions]
-    packed = first_fit([len(ids) for ids, _ in encoded], 96)
+    lengths = [len(ids) for ids, _ in encoded]
+    (packed,) = first_fit(range(len(lengths)), lengths.__getitem__, 96, len(lengths))
     assert len(packed) > 4 > 1 < max(map(len, packed)), "several batches, and rows of several"
     plus, minus = sign_ids(word_tokenizer)
     hidden = jax.jit(lambda model, tokens_BT: model.hidden(tokens_BT))

@@ -212,7 +212,7 @@ MISTAKES = {
         *["--shards", "2", *ANNOTATE],
     ],
     "--shards: expected a stage of rollout chunk-solutions annotate rejection-sample evaluate "
-    "classify search select-responses refine": [
+    "search select-responses refine": [
         *ONE_HOST,
         "--shards",
         "2",

@@ -76,7 +76,7 @@ def test_a_share_of_the_labels_is_a_share_of_the_solutions(tmp_path):
     configs = {name: config for name, _, config in configs_of(SeedRuns(tmp_path, 0))}
     for form in ("genprm", "thinkprm"):
         runs = [configs[f"{form}_rationales_{share}"] for share in ("1", "0.1", "0.01")]
-        assert [run.limit for run in runs] == [850, 85, 8]
+        assert [run.examples.limit for run in runs] == [850, 85, 8]
 
 
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
@@ -199,7 +199,7 @@ class Finished(SeedRuns):
         official = {"f1": 0.7, "acc_error": 0.6, "acc_correct": 0.8}
         score = {"official": official, "official_f1_interval": [0.65, 0.75]}
         if name.endswith("_score"):
-            return {"subsets": {"arithmetic": score}}
+            return {"greedy": {"subsets": {"arithmetic": score}}}
         methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
         return (
             method

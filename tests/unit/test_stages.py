@@ -204,7 +204,7 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(request):
 def test_rollouts_by_pass_rate(request):
     """GenPRM's K: of all sampled trajectories, whichever of them are annotated."""
     file = request.config.rootpath / "configs" / "smoke_values.yaml"
-    by_rate = "rollouts_by_pass_rate=[[0.1, 128], [0.9, 64], [1, 32]]"
+    by_rate = "num_rollouts=[[0.1, 128], [0.9, 64], [1, 32]]"
     config = load_config("annotate", file, (by_rate,))
     rates = {"a": 0, "b": 9, "c": 10, "d": 89, "e": 90, "f": 100}
     sampled = [t for problem, right in rates.items() for t in outcomes(problem, right, 100)]
@@ -344,6 +344,7 @@ def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
 
     def sampler(name):
         directory = RunDirectory(tmp_path / name, "train-judge", config)
+        directory.create()
         return train_judge.make_sampler(config, directory, loaded, make_mesh())
 
     def sample(sampler):
