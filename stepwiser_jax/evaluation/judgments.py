@@ -25,7 +25,7 @@ GREEDY = ("",)
 
 
 def votes_of(config: Evaluate) -> int:
-    """Returns the number of judgments of a step that are sampled beside the greedy one."""
+    """Returns the number of judgments of a step that are sampled in addition to the greedy one."""
     return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
 
 
@@ -47,8 +47,8 @@ def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
 def judgment_records(
     item: BenchmarkItem, found: SolutionJudgment, judge_id: str, suffix: str = ""
 ) -> list[Judgment]:
-    """Returns the records `<item>/<step><suffix>`, and `<item>/solution<suffix>` if the judge spoke
-    of the whole solution, each with its reward by the item's label."""
+    """Returns the records `<item>/<step><suffix>`, and `<item>/solution<suffix>` if the judge gave
+    a judgment of the whole solution. Each has its reward by the item's label."""
 
     def record(part: int | str, judgment: ChunkJudgment, is_right: bool) -> Judgment:
         return Judgment(
@@ -67,7 +67,7 @@ def judgment_records(
 
 
 def describe_judgment(item: BenchmarkItem, step: int, judgment: Judgment) -> dict[str, str]:
-    """Returns a judgment of a step beside the step, what came before it, and the truth."""
+    """Returns a judgment of a step, with the step, the steps before it, and the truth."""
     truth = Verdict.POSITIVE if item.is_right(step) else Verdict.NEGATIVE
     return {
         "question": item.question,
@@ -82,8 +82,8 @@ def describe_judgment(item: BenchmarkItem, step: int, judgment: Judgment) -> dic
 def example_judgments(
     items: Sequence[BenchmarkItem], judgments: Mapping[str, Judgment]
 ) -> list[dict[str, str]]:
-    """Returns the first right and the first wrong greedy judgment, described. First errors are
-    looked at before right steps."""
+    """Returns descriptions of the first right and the first wrong greedy judgment. Judgments of
+    first errors come before those of right steps."""
     errors = [(item, item.first_error) for item in items if item.first_error >= 0]
     steps = errors + [(item, 0) for item in items if item.first_error != 0]
     found: dict[bool, dict[str, str]] = {}
@@ -136,7 +136,7 @@ def threshold_of(
     config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
 ) -> float | None:
     """Returns the probability below which a step is wrong: that of the settings, or the one with
-    the best F1 on `threshold_subset`. None for a judge whose verdicts count as they are."""
+    the best F1 on `threshold_subset`. It is None if the judge's verdicts count as they are."""
     judge = config.judge
     if isinstance(judge, GenPrmJudge):
         return judge.threshold or 0.5
@@ -167,7 +167,7 @@ def score_judgments(
         judgments: By id.
         rule: How judgments of a step become a verdict.
         votes: Number of sampled judgments of each step.
-        seed: Of the bootstrap intervals.
+        seed: Seeds the bootstrap intervals.
     """
     score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
     summary: dict[str, Any] = {"items": len(items), "unparsed_as": rule.unparsed_as}
@@ -184,9 +184,9 @@ def score_whole_solutions(
     votes: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns the scores of the judgments `<item>/solution`: of the greedy chain and, with votes,
-    of the mean probability of the sampled ones. An output is bad if it lacks the verdict on a step
-    up to its first incorrect one."""
+    """Returns the scores of the judgments `<item>/solution`: those of the greedy chain and, with
+    votes, those of the mean probability of the sampled ones. An output is bad if it lacks the
+    verdict on a step up to its first incorrect one."""
 
     def p_correct(item: BenchmarkItem, suffix: str) -> float:
         return judgments[f"{item.item_id}/solution{suffix}"].p_positive

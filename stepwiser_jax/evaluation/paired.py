@@ -36,15 +36,15 @@ def paired_comparison(
 ) -> dict[str, Any]:
     """Returns what judge b gains over judge a, per subset and for the average of the subsets.
 
-    Both official F1, as fractions, and their difference with its interval and p-value (paired
-    bootstrap within each subset); the numbers of items on which one judge alone is exactly right,
-    with the p-value of McNemar's test.
+    It has both official F1, as fractions, and their difference with its interval and p-value (by a
+    paired bootstrap within each subset). It also has the numbers of items on which only one judge
+    is exactly right, with the p-value of McNemar's test.
 
     Args:
         items: Solutions with their first errors.
         predictions_a: First errors that judge a predicts, or -1.
-        predictions_b: The same of judge b.
-        seed: Of the bootstrap.
+        predictions_b: The same for judge b.
+        seed: Seeds the bootstrap.
     """
     a, b = (item_outcomes(items, predictions) for predictions in (predictions_a, predictions_b))
     subsets = {
@@ -78,8 +78,8 @@ def _compare(a: np.ndarray, b: np.ndarray, *, seed: int) -> dict[str, Any]:
 
 
 def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
-    """Returns the `paired_comparison` of two finished runs, and what of each was `counted`. The
-    bootstrap has a fixed seed, so that the same runs give the same numbers.
+    """Returns the `paired_comparison` of two finished runs, and which judgments of each `counted`.
+    The bootstrap has a fixed seed, so that the same runs give the same numbers.
 
     Raises:
         UserError: A run is of another stage or not finished, the items differ, or `votes` is set
@@ -98,7 +98,8 @@ def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """A run's items, the first error that its judge predicts in each, and what `counted`."""
+    """A run's items, the first error that its judge predicts in each, and the name of the judgments
+    that `counted`."""
 
     items: list[ProcessBenchItem]
     predictions: list[int]
@@ -107,11 +108,11 @@ class JudgedRun:
 
 
 def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
-    """Reads a run, and counts its judgments as it counted them itself.
+    """Reads a run, and predicts first errors by the rule that the run itself used.
 
     Args:
         run: A finished run of `evaluate`.
-        votes: Whether the sampled judgments count, if the run has any, in place of the greedy ones.
+        votes: Whether the sampled judgments count in place of the greedy ones, if the run has any.
     """
     stage = read_manifest(run)["stage"]
     if stage != "evaluate":

@@ -6,7 +6,7 @@ is their mean; in the class `multi_solutions`, which has no wrong steps, it is F
 category's PRMScore is the plain mean over its classes. Original solutions (`correct`) count in no
 total.
 
-Two things differ from the official scorer. What is undefined is 0, not -1. A judgment without a
+Two things differ from the official scorer. An undefined score is 0, not -1. A judgment without a
 verdict counts as `unparsed_as` says, while the official scorer leaves out the whole solution.
 """
 
@@ -39,13 +39,13 @@ def score_prmbench(
     seed: int,
     unparsed_as: UnparsedAs = "negative",
 ) -> dict[str, Any]:
-    """Returns PRMScore in total, of each category whose classes are all there, and of each class,
-    as fractions with 95% intervals over solutions.
+    """Returns the PRMScore in total, of each category whose classes are all there, and of each
+    class. They are fractions with 95% intervals over solutions.
 
     Args:
         items: Solutions with their wrong steps.
         verdicts: The verdict on each step, [item][step].
-        seed: Of the bootstrap, in which each class keeps its size.
+        seed: Seeds the bootstrap, in which each class keeps its size.
         unparsed_as: How a step without a verdict counts.
     """
     class_names = sorted({item.subset for item in items})
@@ -101,7 +101,7 @@ def count_steps(
 
 
 def prm_score(counts: np.ndarray, name: str = "") -> float:
-    """Returns the PRMScore of counts (4,), as `count_steps` orders them, of the class `name`."""
+    """Returns the PRMScore of the class `name` from counts (4,) in the order of `count_steps`."""
     f1, negative_f1 = f1_scores(counts)
     return f1 if name == WITHOUT_ERRORS else (f1 + negative_f1) / 2
 

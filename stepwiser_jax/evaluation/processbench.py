@@ -20,7 +20,7 @@ from stepwiser_jax.evaluation.verdicts import UnparsedAs, first_predicted_error,
 from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
 
 OUTCOME = np.dtype([("subset", int), ("has_error", bool), ("is_found", bool)])
-"""What F1 knows of an item: `is_found` is whether the predicted first error is the label."""
+"""What F1 needs of an item. `is_found` says whether the predicted first error is the label."""
 
 SCORES = ("f1", "acc_error", "acc_correct")
 
@@ -63,7 +63,7 @@ def count_outcomes(outcomes: np.ndarray) -> np.ndarray:
 
 def f1_scores(outcomes: np.ndarray) -> np.ndarray:
     """Returns `SCORES`, averaged over subsets: the harmonic mean of the accuracies on items with an
-    error and on those without, and both accuracies. What is undefined is 0 (officially: nan)."""
+    error and on those without, and both accuracies. An undefined one is 0 (officially: nan)."""
     counts = count_outcomes(outcomes)
     acc_correct, acc_error = (counts[..., 1] / np.maximum(1, counts.sum(axis=-1))).T
     f1 = harmonic_mean(acc_error, acc_correct)
@@ -124,7 +124,7 @@ def score_by_subset(
     Args:
         items: Solutions with their first errors.
         verdicts: The verdict on each step, [item][step].
-        seed: Of the 95% bootstrap intervals, in which each subset keeps its size.
+        seed: Seeds the bootstrap of the 95% intervals, in which each subset keeps its size.
         unparsed_as: How a step without a verdict counts.
     """
     predictions = [first_predicted_error(v, unparsed_as=unparsed_as) for v in verdicts]
@@ -172,7 +172,7 @@ def step_accuracy(
 
 
 def best_threshold(p_positive: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
-    """Returns the threshold on P(+) with the best official F1; of equals the nearest to 1/2.
+    """Returns the threshold on P(+) with the best official F1, among equals the nearest to 1/2.
 
     Candidates are 1/2, the midpoints of neighbouring probabilities, and a value beyond the last
     probability on either side.
@@ -185,7 +185,7 @@ def best_threshold(p_positive: Sequence[Sequence[float]], labels: Sequence[int])
     candidates = np.append((ends[1:] + ends[:-1]) / 2, 0.5)
     right: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for probabilities, label in zip(p_positive, labels, strict=True):
-        # The first step below a threshold is the first at which the lowest so far is.
+        # The first step below a threshold is the first whose running minimum is below it.
         lowest = np.minimum.accumulate(probabilities)
         first = np.searchsorted(-lowest, -candidates, side="right")
         predictions = np.where(first == len(lowest), -1, first)

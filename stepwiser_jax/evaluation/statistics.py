@@ -28,8 +28,8 @@ def bootstrap_interval(
 
     Args:
         items: One entry per item; a resample is an array if this is one, else a list.
-        statistic: Function of a resample; with n values it gets n intervals.
-        seed: Of the resamples.
+        statistic: Function of a resample. If it returns n values, there are n intervals.
+        seed: Seeds the resamples.
         strata: The stratum of each item. Each stratum keeps its size in every resample.
         samples: Number of resamples.
         level: Confidence level.
@@ -122,7 +122,7 @@ def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
 
 def balanced_accuracy(labels: Sequence[bool], truths: Sequence[bool]) -> dict[str, float]:
     """Returns the mean of the accuracies on right and on wrong chunks, with precision and recall
-    of the negative labels. A fraction over nothing is 0."""
+    of the negative labels. A fraction of no chunks is 0."""
     pairs = list(zip(labels, truths, strict=True))
     caught = pairs.count((False, False))
     wrong = sum(not truth for _, truth in pairs)

@@ -41,7 +41,8 @@ def first_predicted_error(
 
 
 def verdict_rates(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-    """Returns shares of all steps: without a verdict, with something else in the box, Positive."""
+    """Returns the shares of steps without a verdict, with something else in the box, and judged
+    Positive."""
     flat = [verdict for of_item in verdicts for verdict in of_item]
     return {
         "unparsed_rate": sum(not verdict.is_given for verdict in flat) / len(flat),

@@ -1,8 +1,8 @@
-"""Scores of a judge that says of a whole solution whether it is right, as ThinkPRM's tables have.
+"""Scores of judgments of whole solutions, as in ThinkPRM's tables.
 
-A solution without an error is the positive class. The paper does not name that class; its random
+The positive class is a solution without an error. The paper does not name its class, but its random
 baselines (39.1 on OlympiadBench and 32.7 on Omni-MATH, of which about 34% and 24% are correct) are
-those of this one. This F1 is binary, and another quantity than ProcessBench's.
+those of this one. This F1 is binary, unlike ProcessBench's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCORES = ("binary_f1", "precision", "recall", "accuracy")
 
 
 def solution_scores(outcomes: np.ndarray) -> np.ndarray:
-    """Returns `SCORES` of an array of `OUTCOME`, averaged over subsets. What is undefined is 0."""
+    """Returns `SCORES` of an array of `OUTCOME`, averaged over subsets. Undefined ones are 0."""
     counts = count_outcomes(outcomes)
     hits = counts[:, 1, 1]
     precision = hits / np.maximum(1, counts[:, :, 1].sum(axis=1))
@@ -49,7 +49,7 @@ def solutions_by_subset(
         items: Solutions with their first errors.
         p_correct: The probability that each solution is right; it is accepted from 1/2 on.
         bad_outputs: The share of bad outputs about each solution.
-        seed: Of the bootstrap.
+        seed: Seeds the bootstrap.
     """
     subset = subset_indices(items)
     outcomes = np.zeros(len(items), OUTCOME)

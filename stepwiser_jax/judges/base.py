@@ -1,6 +1,6 @@
 """What all judges of chunks have in common.
 
-solutions -> a judge, of `judges.make_judge` -> a ChunkJudgment of every chunk
+solutions -> the judge that `judges.load.load_judge` made -> a ChunkJudgment of every chunk
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class ChunkJudgment:
 
 @dataclass(frozen=True)
 class SolutionJudgment:
-    """Judgments of all chunks of a solution; of a judge such as ThinkPRM also of the `whole`."""
+    """The judgments of all chunks of a solution. A judge such as ThinkPRM adds one of the
+    `whole`."""
 
     chunks: list[ChunkJudgment]
     whole: ChunkJudgment | None = None
@@ -73,20 +74,20 @@ class Judge(Protocol):
 
     @property
     def compiled_shapes(self) -> Counter[str]:
-        """Compiled programs by shape, and how often each ran."""
+        """How often each compiled program ran, by its shape."""
         ...
 
     def measured(self, made: int) -> dict[str, Any]:
-        """Returns what summary.json says of the judge when this number of records was made."""
+        """Returns the judge's entries of summary.json. `made` is the run's number of records."""
         ...
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError, naming the problem, if a solution of `num_tokens` tokens of the policy
-        has no room, as far as that is known before the solution is written."""
+        """Raises UserError, naming the problem, if the judge has no room for a solution of
+        `num_tokens` tokens of the policy. It checks what is known before the solution exists."""
         ...
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
-        """Raises UserError, naming it, for a solution that the judge has no room for."""
+        """Raises UserError, naming the solution, if the judge has no room for one."""
         ...
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
@@ -102,8 +103,8 @@ class Judge(Protocol):
         top_p: float = 1.0,
         top_k: int = 0,
     ) -> list[list[SolutionJudgment]]:
-        """Returns one judgment of each solution for each suffix, [solution][suffix]. Suffixes make
-        the ids of rows different, and so their noise. Temperature 0 is greedy."""
+        """Returns one judgment of each solution for each suffix, [solution][suffix]. A suffix is
+        part of the row ids, so each suffix has its noise. Temperature 0 is greedy."""
         ...
 
 
@@ -115,7 +116,8 @@ class VotingJudge(Judge, Protocol):
 
 
 def judge_by_votes(judge: VotingJudge, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-    """Returns the greedy judgment of every chunk, or with `votes` what these say together."""
+    """Returns one judgment of every chunk: the greedy one, or the result of `votes` sampled
+    ones."""
     suffixes = [f"/vote{k}" for k in range(judge.votes)] or [""]
     temperature = judge.vote_temperature if judge.votes else 0.0
     return [

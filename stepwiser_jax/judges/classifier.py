@@ -66,16 +66,17 @@ def encode_solution(
     style: PromptStyle,
     is_positive: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Encodes a whole solution in RLHFlow's form: each chunk is a message of the user's, the first
-    one after the problem, and one token answers it. Bare, each chunk is followed by <judge> and the
-    answer, and keeps its tags.
+    """Encodes a whole solution in RLHFlow's form.
+
+    Each chunk is a user message, the first one after the problem, and one token answers it. In the
+    bare style each chunk keeps its tags, and <judge> and the answer follow it.
 
     Args:
-        tokenizer: Of the classifier.
+        tokenizer: The classifier's.
         question: The problem.
         chunks: The solution.
         style: `instruct` or `bare`.
-        is_positive: Whether each answer is + or -; by default all are +.
+        is_positive: Whether each answer is +, not -; by default all are.
 
     Returns:
         The ids, which end with the last answer, and the index of each answer in them.
@@ -118,9 +119,9 @@ def classifier_loss(
     Args:
         model: The classifier.
         batch: Packed solutions; targets at answers, from 0 to 1.
-        normalizer: What both sums over answers are divided by.
+        normalizer: Divides both sums over answers.
         signs: The ids of + and -.
-        remat: Whether activations are computed again in the backward pass.
+        remat: Whether the backward pass computes activations again.
     """
     log_odds_BT = token_log_odds(
         model, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, signs, remat=remat
@@ -139,8 +140,8 @@ def classifier_loss(
 
 
 class Classifier:
-    """Judges all chunks of a solution in one pass, in batches of `rows` of `max_length` tokens. The
-    verdict is Negative if P(+) is below `threshold`."""
+    """A judge of all chunks of a solution in one pass, in batches of `rows` rows of `max_length`
+    tokens. The verdict is Negative if P(+) is below `threshold`."""
 
     def __init__(
         self,
@@ -164,9 +165,10 @@ class Classifier:
         return {}
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
-        """Raises UserError if a row does not hold a solution of a single chunk. What the prompt
-        puts around further chunks is known only when they are; if that is too much, the run can go
-        on with a larger `max_length`."""
+        """Raises UserError if a row does not hold a solution of a single chunk.
+
+        What the prompt puts around further chunks is not counted, since their number is unknown. If
+        a solution turns out too long, the run can be resumed with a larger `max_length`."""
         ids, _ = self._encode(Solution(problem_id, question, [""]))
         if len(ids) + num_tokens > self.max_length:
             raise UserError(
@@ -245,5 +247,5 @@ class Classifier:
 def classifier_logits(
     model: Transformer, batch: TokenBatch, *, signs: tuple[int, int]
 ) -> jax.Array:
-    """Returns the log-odds (B, T) of + at the place of each token, see `token_log_odds`."""
+    """Returns the log-odds (B, T) of + against - in place of each token, see `token_log_odds`."""
     return token_log_odds(model, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, signs)

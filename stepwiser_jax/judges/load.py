@@ -30,7 +30,7 @@ def load_judge(
     seed: int,
     name: str = "judge",
 ) -> Judge:
-    """Returns a judge of the kind that the settings are for, with its model loaded.
+    """Returns the judge that the settings describe, with its model loaded.
 
     Args:
         config: The settings.

@@ -23,8 +23,8 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 
 class ChunkJudge:
-    """Judges every chunk by itself. Row ids are `<name>/<solution>/<chunk><suffix>`, so that judges
-    of different stages draw different noise."""
+    """A judge that sees every chunk by itself. Row ids are `<name>/<solution>/<chunk><suffix>`, so
+    that judges of different stages draw different noise."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class ChunkJudge:
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold a judgment of the last chunk, whose prompt
-        has the whole solution. If the policy has another tokenizer, a solution may have more tokens
-        here than it counted."""
+        has the whole solution. If the policy has another tokenizer, the solution may have more than
+        `num_tokens` tokens here."""
         empty = self.prompt_ids(Solution(problem_id, question, [""]), 0)
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.engine.check_length(len(empty), num_tokens + self.max_new_tokens, name)
@@ -80,7 +80,7 @@ class ChunkJudge:
             self.engine.check_length(length, self.max_new_tokens, name)
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """Returns the greedy judgment of every chunk, or what its `votes` say together."""
+        """Returns one judgment of every chunk, see `judge_by_votes`."""
         return judge_by_votes(self, solutions)
 
     def sample(

@@ -8,15 +8,15 @@
                 </think>
                 Is the solution correct? Yes | No            the score is P(Yes)
 
-The opening and the question are given, not sampled; the rest of the chain may have several rounds,
-each begun by a trigger. P(Yes) is read from the probabilities of the two answers. The paper's code
-asks the question without the </think> that its training text has; here it is asked as it was
-learned. Teachers and judges share one prompt, which holds the format.
+The opening and the question are given, not sampled. The rest of the chain may have several rounds;
+a trigger begins each after the first. P(Yes) is read from the probabilities of the two answers. The
+paper's code leaves out the </think> before the question, which its training text has. Here the
+question is asked as it was learned. Teachers and judges share one prompt, which holds the format.
 
-A chain gives a verdict on every step, and the score of the whole. As a process reward, in search
-and selection, it is asked for the score of every prefix (`ThinkPrmJudge.__call__`).
+A chain gives a verdict on every step, and the score of the whole. Search and selection need a
+process reward, so there each prefix has a chain and its score (`ThinkPrmJudge.__call__`).
 
-`bare` is the form of the embedded task: verdicts of its analyses, one chunk after another, then
+`bare` is the form of the embedded task: an analysis and a verdict for one chunk after another, then
 `<judge>` in place of the question.
 """
 
@@ -97,7 +97,7 @@ class Form:
     numbered: bool
 
     def whole(self, chain: str, is_correct: bool) -> str:
-        """Returns all of the verifier's text."""
+        """Returns the verifier's whole text."""
         answer = self.answers[0] if is_correct else self.answers[1]
         return f"{self.opening}{chain}{self.question}{answer}"
 
@@ -144,7 +144,7 @@ FORMS: dict[PromptStyle, Form] = {
 
 
 def verify_prompt(question: str, chunks: Sequence[str], style: PromptStyle) -> str:
-    """Returns the user's message. Steps that bring numbers along are numbered anew."""
+    """Returns the user's message. Steps that have numbers already are numbered anew."""
     if style == "bare":
         return bare_judge_prompt(question, " ".join(chunks), "")
     texts = [re.sub(r"^Step \d+:", "", strip_tags(chunk).strip()).strip() for chunk in chunks]
@@ -157,8 +157,8 @@ def verify_prompt(question: str, chunks: Sequence[str], style: PromptStyle) -> s
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """A verdict on a step (0-based). `text` reaches from the verdict before it to its box, whose
-    span in the chain is `box`."""
+    """A verdict on a step (0-based). `text` reaches from the end of the verdict before it to the
+    end of its box; `box` is the span of that box in the chain."""
 
     step: int
     verdict: Verdict
@@ -176,7 +176,7 @@ def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
     """Returns the verdicts in the order of the text; one heading may have several.
 
     Boxes without a verdict do not count. A verdict before the first heading has step -1. If the
-    last box is unfinished, earlier verdicts on its step are dropped.
+    last box is unfinished, its step loses its earlier verdicts.
     """
     verdict_of = dict(
         zip(map(str.lower, form.words), (Verdict.POSITIVE, Verdict.NEGATIVE), strict=True)
@@ -209,8 +209,8 @@ def cut_chain(text: str, form: Form, num_steps: int) -> str:
 
 
 def verdicts_of(rounds: Sequence[str], form: Form, num_steps: int) -> list[Verdict]:
-    """Returns the last verdict on every step. As in the paper's code, a step without a verdict is
-    Negative if an earlier step is, since it builds on that; otherwise it is Unparsed."""
+    """Returns the last verdict on every step. A step without a verdict is Negative if an earlier
+    step is, since it builds on that one (as in the paper's code); otherwise it is Unparsed."""
     found = {v.step: v.verdict for chain in rounds for v in step_verdicts(chain, form)}
     verdicts, missing = [], Verdict.UNPARSED
     for step in range(num_steps):
@@ -225,8 +225,8 @@ def verdicts_of(rounds: Sequence[str], form: Form, num_steps: int) -> list[Verdi
 
 @dataclass
 class Chain:
-    """A verification that is being written: `thought` has a text for each round so far, and
-    `num_tokens` counts what was sampled. `row_id` names its noise."""
+    """A verification that is being written. `thought` has a text for each round so far, and
+    `num_tokens` counts what was sampled. `row_id` decides its noise."""
 
     row_id: str
     prompt_ids: list[int]
@@ -239,7 +239,8 @@ class Chain:
         return self._with_triggers(form, len(self.thought) - 1)
 
     def next_round(self, form: Form) -> str:
-        """Returns the same with the trigger of the next round, if it is not the first."""
+        """Returns the text that the next round continues: it ends with a trigger, except before
+        the first round."""
         return self._with_triggers(form, len(self.thought))
 
     def _with_triggers(self, form: Form, count: int) -> str:
@@ -248,7 +249,8 @@ class Chain:
 
 
 class ThinkPrmJudge:
-    """Verifies solutions. Row ids begin with `name`, so that stages draw different noise."""
+    """A judge that verifies whole solutions. Row ids begin with `name`, so that stages draw
+    different noise."""
 
     def __init__(
         self,
@@ -299,8 +301,8 @@ class ThinkPrmJudge:
             )
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """Returns, for every chunk, the greedy verification of the prefix that ends with it, or
-        what its `votes` say together."""
+        """Returns, for every chunk, the judgment of the prefix that ends with it: the greedy one,
+        or the result of `votes` sampled ones."""
         prefixes = [
             replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
             for x in solutions
@@ -357,7 +359,7 @@ class ThinkPrmJudge:
             for suffix in suffixes
         ]
         for r in range(self.rounds):
-            # In the first round the chains about a solution begin alike, and share its prompt.
+            # In the first round the chains about a solution begin alike, so they share a prompt.
             self._think(chains, params, r, group_size=1 if r else len(suffixes))
         judged = list(zip(chains, self._judge_solutions(chains), strict=True))
         K = len(suffixes)
@@ -381,15 +383,14 @@ class ThinkPrmJudge:
             chain.num_tokens += len(completion.tokens)
 
     def _encode(self, text: str, rounds: int, tail: int = 0) -> list[int]:
-        """Encodes the verifier's text. Sampled text that is read and written again is hardly ever
-        longer than it was; if it is, what exceeds the room is cut out before the last `tail`
-        tokens."""
+        """Encodes the verifier's text. Sampled text that is encoded again hardly ever has more
+        tokens than before. If it has, the excess is cut out before the last `tail` tokens."""
         ids = self.tokenizer.encode(text)
         excess = max(0, len(ids) - self._room(rounds))
         return ids[: len(ids) - tail - excess] + ids[len(ids) - tail :]
 
     def _room(self, rounds: int) -> int:
-        """Returns the most tokens of a verification with this number of rounds."""
+        """Returns the largest number of tokens that a verification of these rounds has."""
         encode, form = self.tokenizer.encode, self.form
         triggers = sum(len(encode(trigger)) for trigger in form.triggers[:rounds])
         return len(encode(form.whole("", True))) + triggers + rounds * self.max_new_tokens
@@ -438,7 +439,7 @@ def to_verify(example: ClassifierExample) -> tuple[tuple[str, ...], tuple[bool, 
     """Returns the chunks to verify, and labels up to and including the first wrong one.
 
     Without a wrong chunk, the chunks end where the labels do. An unlabelled chunk before a labelled
-    one is right: a source labels the chunks that its solutions share once.
+    one counts as right: a source labels chunks that its solutions share only once.
     """
     wrong = [t for t, good in zip(example.labelled, example.is_positive, strict=True) if not good]
     if wrong:
@@ -450,9 +451,9 @@ def to_verify(example: ClassifierExample) -> tuple[tuple[str, ...], tuple[bool, 
 def chain_outcome(
     chain: str, finished: bool, labels: Sequence[bool], num_steps: int, form: Form
 ) -> Outcome:
-    """Returns what becomes of a chain about `num_steps` steps, labelled up to the first wrong one.
-    It is kept if it gives one verdict on every step, or on exactly the labelled ones, and agrees
-    with the labels."""
+    """Returns what becomes of a chain about `num_steps` steps, which are labelled up to the first
+    wrong one. It is kept if it gives one verdict on every step, or on exactly the labelled ones,
+    and agrees with the labels."""
     written = step_verdicts(chain, form)
     if [v.step for v in written] == list(range(len(written))):
         found = [v.verdict is Verdict.POSITIVE for v in written]

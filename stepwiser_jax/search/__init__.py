@@ -1,1 +1,1 @@
-"""Searching for a solution with a judge."""
+"""Searches for solutions with a judge."""

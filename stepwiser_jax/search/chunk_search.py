@@ -2,13 +2,13 @@
 
     beams of all problems -> one more chunk each -> judge -> method: which beams go on -> ...
 
-A kept chunk stays in the policy's cache, a rejected one is cut off (`Beam.rewind`), a branch is a
-copy of a row. Rows of finished problems are dropped when a smaller batch holds the rest.
+A kept chunk stays in the policy's cache, and a rejected one is cut off (`Beam.rewind`). A branch is
+a copy of a row. Rows of finished problems are dropped when a smaller batch holds the rest.
 
-With a `token_budget` for what policy and judge write about a problem, the step that spends it is
-the last that is judged. Its solutions are the solutions found by then. If there are none, the best
+A `token_budget` bounds what policy and judge write about a problem. The step that spends it is the
+last one to be judged, and the solutions found by then are the result. If there are none, the best
 beam alone is written to its end (chunk-reset's beam keeps its chunk, accepted or not). So there
-always is a solution, and the budget is overrun by one step and the rest of one solution at most.
+always is a solution. The budget is exceeded by at most one step and the rest of one solution.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 @dataclass
 class Policy:
-    """A policy. Its `engine` writes whole solutions, its `sampler` chunk by chunk:
+    """A policy. Its `engine` writes whole solutions, its `sampler` chunk by chunk.
     `params.max_new_tokens` bounds a chunk, and `params.stop_strings` end it. The prompt asks for
-    tags if these do."""
+    tags if these strings have the closing one."""
 
     loaded: Loaded
     engine: Engine
@@ -58,7 +58,7 @@ class Policy:
 
     @cached_property
     def chunk_matcher(self) -> TokenMatcher:
-        """Finds the ends of chunks."""
+        """The matcher that finds the ends of chunks."""
         return TokenMatcher.build(self.loaded.tokenizer.token_bytes(), self.params.stop_strings)
 
 
@@ -73,7 +73,7 @@ def search_chunks(
     max_new_tokens: int,
     token_budget: int | None = None,
 ) -> list[SearchState]:
-    """Searches for solutions, of as many problems at once as the policy has rows for.
+    """Searches for solutions of as many problems at once as the policy has rows for.
 
     Args:
         policy: Writes chunks.
@@ -82,8 +82,8 @@ def search_chunks(
         method: Decides which beams go on.
         num_beams: Beams of a problem.
         aggregate: How a solution is scored, a key of `voting.AGGREGATES`.
-        max_new_tokens: Bound of a whole solution, which ends when another chunk might not fit.
-        token_budget: Bound of the tokens that policy and judge write for a problem.
+        max_new_tokens: Bounds a whole solution, which ends when another chunk might not fit.
+        token_budget: Bounds the tokens that policy and judge write for a problem.
 
     Returns:
         The final state of every problem.
@@ -134,7 +134,7 @@ def append_chunk(
     policy: Policy, hypothesis: Hypothesis, ids: list[int], ended: bool, max_new_tokens: int
 ) -> Hypothesis:
     """Returns the hypothesis with one more chunk. It is finished if the policy `ended` it, or if
-    less than a chunk of `max_new_tokens` is left."""
+    another chunk might exceed `max_new_tokens`."""
     written = hypothesis.ids + ids
     has_text = bool(strip_tags(completion_text(policy.loaded.tokenizer, ids)).strip())
     is_tail = bool(hypothesis.nonempty_chunks) and has_tail(policy, written)

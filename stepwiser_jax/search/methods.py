@@ -6,16 +6,16 @@
 
 Beam search and DVTS follow Hugging Face's search-and-learn, with these differences:
 
-1. Beams are ranked by an aggregate of their chunks' scores, and equals by their order, in which the
-   copies of different beams take turns. So a judge that scores all alike keeps them diverse. The
-   reference's `last` is for judges that speak of a solution up to a chunk; one that speaks of the
-   chunk alone forgets an error with the next chunk.
+1. Beams are ranked by an aggregate of their chunks' scores. Equals keep their order, in which the
+   copies of different beams take turns, so beams stay diverse if the judge scores all alike. The
+   reference ranks by the `last` score. That suits a judge of the solution up to a chunk; with a
+   judge of the chunk alone, the next chunk would hide an error.
 2. A beam search ends when n solutions are found or no beam is left. The reference goes on until all
    beams end, and then uses the first n. If fewer than n / M are left, each still has M copies.
 3. Copies that end without another word, as after a finished answer, are one solution.
 4. If the best beam of a DVTS subtree ends, the beams that ended with it are solutions. In the
-   reference all M continuations of a subtree's last step are, finished or not, and a subtree also
-   ends if its best beam says "boxed{".
+   reference all M continuations of the subtree's last step are solutions, finished or not, and a
+   subtree also ends if its best beam says "boxed{".
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Callable
 from stepwiser_jax.search.state import Beam, SearchState, best_beam
 
 Method = Callable[[SearchState, list[Beam]], list[Beam]]
-"""A function of a problem's state and its beams, each with its new chunk judged, that returns the
-beams of the next step. It adds solutions with `state.collect_finished`."""
+"""A function that gets a problem's state and its beams, whose new chunks are judged, and returns
+the beams of the next step. It adds solutions with `state.collect_finished`."""
 
 
 def chunk_reset(max_attempts: int) -> Method:
@@ -60,7 +60,7 @@ def beam_search(beams: int, width: int) -> Method:
 def dvts(beams: int, width: int) -> Method:
     """Returns the method that keeps the best beam of each subtree, as `width` copies.
 
-    There are `beams / width` subtrees. A beam's subtree is the remainder of its attempt. If the
+    There are `beams / width` subtrees. A beam's subtree is its attempt modulo their number. If the
     best beam of a subtree is finished, so is the subtree, and its finished beams are solutions.
     """
     subtrees = beams // width

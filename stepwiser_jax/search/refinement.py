@@ -51,8 +51,8 @@ class Attempt:
 
 
 class Refiner:
-    """Refines the solutions of a block of problems. `steps_without_verdict` counts the steps so far
-    at which the judge's context was full."""
+    """The loop of policy and judge over a block of problems. `steps_without_verdict` counts the
+    steps so far at which the judge's context was full."""
 
     def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: Judge):
         self.config, self.tokenizer, self.judge = config, tokenizer, judge
@@ -72,8 +72,8 @@ class Refiner:
         return attempt
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
-        """Raises UserError if the policy's context does not hold a first solution of a problem, or
-        the judge's the first step of none."""
+        """Raises UserError if the policy's context does not hold a first solution of each problem,
+        or if the judge's own check fails."""
         for problem in problems:
             length = len(self.writer.encode(self._begin(problem).conversation))
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)

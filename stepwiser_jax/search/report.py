@@ -28,7 +28,7 @@ class Solved:
 
 
 def sample_names(config: Search) -> list[str]:
-    """Returns the names of the samples of a problem, which the votes share."""
+    """Returns the names of a problem's samples. All votes share them."""
     return [f"sample{k}" for k in range(max((*config.majority, *config.best_of), default=1))]
 
 
@@ -126,7 +126,7 @@ def by_weight(budget: int | None, samples: Sequence[SearchResult], aggregate: st
 def _affordable_scores(
     budget: int | None, samples: Sequence[SearchResult], aggregate: str
 ) -> tuple[Sequence[SearchResult], list[float]]:
-    """Returns the samples that the budget pays for with their judgments, and their scores."""
+    """Returns the samples that the budget pays for, judgments included, and their scores."""
     costs = [sample.policy_tokens + sample.scoring_tokens for sample in samples]
     used = affordable(budget, samples, costs)
     return used, [AGGREGATES[aggregate](sample.chunk_scores) for sample in used]
@@ -141,7 +141,7 @@ def _by_vote(samples: Sequence[SearchResult], answer: str) -> Solved:
 def affordable(
     budget: int | None, samples: Sequence[SearchResult], costs: Sequence[int]
 ) -> Sequence[SearchResult]:
-    """Returns the first samples that the budget pays for, at least one; without one, all."""
+    """Returns the first samples that the budget pays for, at least one; without a budget all."""
     if budget is None:
         return samples
     return samples[: max(1, sum(spent <= budget for spent in itertools.accumulate(costs)))]

@@ -19,8 +19,8 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 @dataclass(frozen=True)
 class Found:
-    """A method's solution of a problem, with the fields of `SearchResult`; its answer is not yet
-    checked."""
+    """A method's solution of a problem, with the fields of `SearchResult`. Its answer is not
+    checked yet."""
 
     problem: Problem
     method: str
@@ -94,8 +94,8 @@ def sample_solutions(
         judge: Judges the chunks of the first `num_judged` solutions of each problem.
         problems: The problems.
         params: Samples a whole solution.
-        names: Names of the samples of a problem, which their noise is made of.
-        num_judged: Solutions of a problem that are judged.
+        names: Names of the samples of a problem. They decide its noise.
+        num_judged: How many solutions of a problem are judged.
     """
     tokenizer = policy.loaded.tokenizer
     samples = [(problem, name) for problem in problems for name in names]

@@ -67,10 +67,10 @@ def select(
 
     Args:
         candidates: The problem and its responses.
-        judgments: Those of each response's chunks; empty without a judge.
-        tokenizer: Of the policy.
+        judgments: The judgments of each response's chunks; empty without a judge.
+        tokenizer: The policy's.
         tagged: Whether the responses mark their chunks.
-        seed: Of the draw that chooses among equals.
+        seed: Seeds the draw that chooses among equals.
     """
     responses = candidates.responses
     scores = [fmean(judgment.p_positive for judgment in of_one) for of_one in judgments]
@@ -89,8 +89,8 @@ def select(
 
 
 def choose(responses: Sequence[Trajectory], scores: Sequence[float], seed: int) -> Trajectory:
-    """Returns the response with the highest score. A draw, which does not depend on the judge,
-    chooses among equals; without scores, among all."""
+    """Returns the response with the highest score. A draw that does not depend on the judge chooses
+    among equals, or among all if there are no scores."""
 
     def draw(response: Trajectory) -> str:
         return hashlib.sha256(f"{seed}/{response.trajectory_id}".encode()).hexdigest()

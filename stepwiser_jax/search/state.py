@@ -79,9 +79,9 @@ class Beam:
 
     Attributes:
         hypothesis: What the row has written.
-        attempt: Tells the beams of a problem apart that write the same chunk.
+        attempt: Tells apart the beams of a problem that write the same chunk.
         source: The row of the previous step (in the first step, the prompt) that this row copies.
-            In the beams that a method gets, it is their own row.
+            In the beams that a method gets, it is the row itself.
     """
 
     hypothesis: Hypothesis
@@ -96,10 +96,10 @@ class Beam:
         return judgment is not None and judgment.verdict is Verdict.NEGATIVE
 
     def rewind(self) -> Beam:
-        """Takes the last chunk back, so that the next step writes it anew.
+        """Returns the beam without its last chunk, which the next step writes anew.
 
         The retry counts one more `attempt`. That is part of the row's id (`SearchState.row_id`),
-        and a row's noise is a function of its id: so the retry draws other tokens. The next step of
+        and a row's noise is a function of its id, so the retry draws other tokens. The next step of
         `chunk_search` cuts the row in the cache to the tokens that are left here.
         """
         shorter = replace(self.hypothesis, chunks=self.hypothesis.chunks[:-1], is_finished=False)
@@ -134,8 +134,8 @@ class SearchState:
         return sum(len(chunk.ids) for chunk in chunks)
 
     def row_id(self, beam: Beam) -> str:
-        """Returns the id that the noise of the next chunk is made of. All methods use the same ids,
-        so that they differ only in what they decide."""
+        """Returns the id that decides the noise of the next chunk. All methods use the same ids, so
+        that they differ only in what they decide."""
         return f"search/{self.problem.problem_id}/c{len(beam.hypothesis.chunks)}/a{beam.attempt}"
 
     def collect_finished(self, beams: Sequence[Beam]) -> list[Beam]:
@@ -148,8 +148,8 @@ class SearchState:
         return [beam for beam in beams if not beam.hypothesis.is_finished]
 
     def finish_best(self, beams: Sequence[Beam]) -> list[Beam]:
-        """Ends the branching when the budget is spent: if there is no solution yet, the best beam
-        alone goes on."""
+        """Returns the beams that go on when the budget is spent: the best one if there is no
+        solution yet, else none."""
         unfinished = self.collect_finished(beams)
         return [] if self.solutions else [best_beam(unfinished).keep(attempt=0)]
 

@@ -1,1 +1,1 @@
-"""Text in and out of the models. Pure Python and numpy: worker processes import it without jax."""
+"""Tokenizers, chat templates, prompts, chunks. Worker processes import this, so it has no jax."""

@@ -1,14 +1,14 @@
 """Renders chat templates, sets their arguments, and keeps control tokens out of texts.
 
 A control token such as <|im_end|> structures a conversation, so only the chat template may write
-one. If a text spells one, a problem's or a model's, it is encoded as the characters that it is:
+one. If a problem or a model spells one, it is encoded as plain characters:
 
-    a text                   so <|im_end|> is
-    broken (| is BREAK)      so <||im_end|> is
-    rendered, in a template  <|im_start|>user\\nso <||im_end|> is<|im_end|>\\n
+    a text                   write <|im_end|> here
+    broken (~ is BREAK)      write <~|im_end|> here
+    rendered, in a template  <|im_start|>user\\nwrite <~|im_end|> here<|im_end|>\\n
     encoded                  the parts between the breaks, one after another
 
-A text that spells none is encoded as a whole.
+A text that spells none is encoded in one piece.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stepwiser_jax.errors import UserError
 Argument = bool | int | float | str
 
 BREAK = "\ud800"
-"""Half of a surrogate pair, which no text that can be encoded holds."""
+"""Half of a surrogate pair: no text that can be encoded contains it."""
 
 WORDS_OF_MODELS = ("<think>", "</think>", "<chunk>", "</chunk>")
-"""Tokens that models write in their answers like words: they begin and end no turn."""
+"""Tokens that models write in answers like words. They neither begin nor end a turn."""
 
 GIVEN = {
     *("messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"),
@@ -37,9 +37,11 @@ GIVEN = {
 
 
 class ControlTokens:
-    """The tokens that no text may spell: the `special` ones, and those of the `other` added tokens
-    that the chat template writes. (DeepSeek-R1's distilled models mark turns with tokens that are
-    not special.) Other added tokens are words like any other."""
+    """The tokens that no text may spell.
+
+    They are the `special` tokens, and the `other` added tokens that the chat template writes.
+    (DeepSeek-R1's distilled models mark turns with tokens that are not special.) All other added
+    tokens are plain words."""
 
     def __init__(self, special: Iterable[str], other: Iterable[str], template: str | None):
         written = (token for token in other if template is not None and token in template)
@@ -84,7 +86,7 @@ def render(
     Args:
         template: Jinja, as transformers reads it.
         messages: Each with its role and content.
-        control: What contents must not write.
+        control: The tokens that contents must not spell.
         add_generation_prompt: Whether to begin the assistant's turn.
         tokens: Special tokens by their names, such as bos_token.
 
@@ -120,7 +122,7 @@ def with_arguments(
 
     Args:
         template: Jinja, as transformers reads it.
-        arguments: By name. Those that the first lines set already may be repeated.
+        arguments: Values by name. Those that the first lines set already may be repeated.
         where: The tokenizer's path, for messages.
         trained: Whether a run of this project trained the model, so that nothing may change.
 
@@ -153,8 +155,8 @@ def with_arguments(
 
 
 def _arguments_of(template: str) -> tuple[dict[str, Any], set[str]]:
-    """Returns what the first lines set, and what may be set. Raises UserError for a broken
-    template."""
+    """Returns the arguments that the first lines set, and the names that may be set. Raises
+    UserError for a broken template."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
     # Only transformers knows this tag; it changes nothing that is rendered.

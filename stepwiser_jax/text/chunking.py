@@ -1,11 +1,10 @@
 """Cuts a finished solution into chunks (StepWiser 3.1): as a teacher tagged it, or by a rule.
 
-    solution -> teacher -> <chunk>...</chunk> <chunk>...</chunk> -> its chunks, if they are the
-                                                                     solution again
+    solution -> teacher -> <chunk>...</chunk> <chunk>...</chunk> -> its chunks, if they add up to
+                                                                     the solution
 
-The paper does not say what becomes of white space around tags: here it is no part of a chunk. So a
-solution is reconstructed exactly if its chunks, one after another, are all of it but white space
-between them.
+The paper does not say what becomes of white space around tags. Here it is not part of a chunk: the
+chunks add up to the solution if only white space stands between them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BOUNDARIES: dict[Splitter, str] = {
 
 
 class Outcome(enum.Enum):
-    """What became of a teacher's proposal: it is KEPT, or why it is not."""
+    """What became of a teacher's proposal: it is KEPT, or the reason why it is not."""
 
     KEPT = "kept"
     NO_ROOM = "no_room"
@@ -40,7 +39,8 @@ class Outcome(enum.Enum):
 
 
 def read_chunks(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
-    """Returns the chunks of `solution` that a teacher tagged in `text`, none unless it is KEPT."""
+    """Returns what becomes of a teacher's `text`, and the chunks of `solution` that it tags. There
+    are none unless it is KEPT."""
     outside, *parts = re.split(f"({CHUNK_OPEN}|{CHUNK_CLOSE})", text)
     tags, between = parts[::2], [part.strip() for part in parts[1::2]]
     if tags != [CHUNK_OPEN, CHUNK_CLOSE] * (len(tags) // 2):
@@ -60,7 +60,7 @@ def read_chunks(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
 
 
 def majority_chunking(proposals: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
-    """Returns the proposal that occurs most often, the earliest of equals, and how often."""
+    """Returns the most frequent proposal, the earliest of equals, and how often it occurs."""
     return Counter(proposals).most_common(1)[0]
 
 
@@ -72,5 +72,5 @@ def split_solution(solution: str, splitter: Splitter) -> tuple[str, ...]:
 
 
 def join_tagged(chunks: Sequence[str]) -> str:
-    """Returns the solution that a policy learns to write."""
+    """Returns the tagged solution, which a policy learns to write."""
     return "\n".join(f"{CHUNK_OPEN}\n{chunk}\n{CHUNK_CLOSE}" for chunk in chunks)

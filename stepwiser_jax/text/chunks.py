@@ -34,14 +34,15 @@ def end_patterns(chunking: str | Sequence[str]) -> tuple[str, ...]:
 class TokenMatcher:
     """Finds strings in token ids: Aho-Corasick over bytes, compiled to tokens.
 
-    `table_AV[state, token]` is the next state. State 0 is the start. The last state accepts and
-    absorbs: some pattern was completed in this token or before it."""
+    `table_AV[state, token]` is the next state. State 0 is the start. The last state means that a
+    pattern was completed; it is never left."""
 
     table_AV: np.ndarray
 
     @classmethod
     def build(cls, token_bytes: Sequence[bytes], patterns: Sequence[str]) -> TokenMatcher:
-        """Raises ValueError for an empty pattern."""
+        """Returns a matcher of the patterns. Raises ValueError if there are none, or one is
+        empty."""
         step = _byte_automaton([pattern.encode() for pattern in patterns])
         longest = max(map(len, token_bytes), default=0)
         bytes_VL = np.zeros((len(token_bytes), longest), np.uint8)
@@ -60,8 +61,8 @@ class TokenMatcher:
         return len(self.table_AV) - 1
 
     def ends(self, ids: Sequence[int]) -> list[int]:
-        """Returns the exclusive end of every token that completes a pattern; after it the search
-        starts anew."""
+        """Returns the exclusive end of every token that completes a pattern. The search starts
+        anew after each."""
         ends, state = [], 0
         for position, token in enumerate(ids, 1):
             state = int(self.table_AV[state, token])
@@ -72,7 +73,8 @@ class TokenMatcher:
 
 
 def _byte_automaton(patterns: Sequence[bytes]) -> np.ndarray:
-    """Returns the next states as (states, 256); the last state accepts and absorbs."""
+    """Returns the next state for each state and byte, (states, 256). The last state means that a
+    pattern was completed; it is never left."""
     if not patterns or not all(patterns):
         raise ValueError(f"expected non-empty patterns, found {list(patterns)}")
     children: list[dict[int, int]] = [{}]
@@ -107,10 +109,10 @@ def chunk_ends(
 ) -> tuple[int, ...]:
     """Returns the exclusive token ends of the chunks, a partition of the completion.
 
-    A span that holds no text (only white space, tags, end tokens) is no chunk: it joins the chunk
-    before it, or the one after it if it comes first. What follows the last closed chunk joins that
-    (the answer may follow the tag at once, paper Table 11), unless it opens a chunk itself; with
-    blank lines as boundaries it is a chunk like any other.
+    A span without text (only white space, tags, end tokens) is no chunk. It joins the chunk before
+    it, or the one after it if it comes first. Text after the last closing tag joins the last chunk
+    unless it opens a new one: the answer may follow the tag at once (paper Table 11). If blank
+    lines are the boundaries, it is a chunk like any other.
     """
     total, matches = len(completion_ids), matcher.ends(completion_ids)
     tagged = CHUNK_CLOSE in tokenizer.decode(completion_ids)

@@ -34,7 +34,7 @@ SOLVE_PROMPT_WITHOUT_TAGS = """\
 Solve the problem step by step, and give the final answer inside \\boxed{{}}.
 
 Problem: {question}"""
-"""For models that were not taught to mark their chunks: a small one would only copy the tags."""
+"""This is for models that were not taught to mark chunks. A small one would only copy the tags."""
 
 CHUNKING_PROMPT = """\
 You are given the solution of a mathematical problem. Cut it into chunks of thought.
@@ -107,12 +107,13 @@ def solve_prompt(question: str, style: PromptStyle, *, tags: bool = True) -> str
 
 
 def chunking_prompt(solution: str, style: PromptStyle) -> str:
-    """Returns the prompt of paper Table 1; bare, the solution and a question mark."""
+    """Returns the prompt of paper Table 1, or in the bare style the solution and a question
+    mark."""
     return CHUNKING_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
 def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyle) -> str:
-    """What a judge is asked about a chunk. Instructed, it does not see tags."""
+    """Returns the prompt about a chunk. Only the bare style keeps tags."""
     if style == "bare":
         return bare_judge_prompt(question, history, chunk)
     template = VERDICT_PROMPT if style == "verdict" else JUDGE_PROMPT
@@ -122,7 +123,7 @@ def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyl
 
 
 def render_judge_prompt(question: str, history: str, chunk: str) -> list[dict[str, str]]:
-    """Paper Table 3, as messages for a chat template: one of the user's."""
+    """Returns the prompt of paper Table 3 as one user message for a chat template."""
     return [{"role": "user", "content": judge_prompt(question, history, chunk, "instruct")}]
 
 
@@ -130,7 +131,7 @@ def encode_message(
     tokenizer: Tokenizer, text: str, style: JudgePromptStyle, *, answer: str = ""
 ) -> list[int]:
     """Encodes one user message with the chat template, or bare after the start token. If the
-    `answer` begins with a thought, the template's own is left out."""
+    `answer` begins with a thought, the one that the template begins is left out."""
     if style != "bare":
         ids = tokenizer.render_chat([{"role": "user", "content": text}])
         return split_thought(tokenizer, ids)[0] if answer.startswith(THOUGHT) else ids
@@ -141,15 +142,15 @@ def encode_message(
 
 
 THOUGHT = "<think>\n"
-"""How templates such as those of DeepSeek-R1's distilled models begin the assistant's turn."""
+"""Begins the assistant's turn in templates such as those of DeepSeek-R1's distilled models."""
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"
-"""How Qwen3's template begins it if thinking is switched off."""
+"""Begins the assistant's turn in Qwen3's template if thinking is switched off."""
 
 
 def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """Splits a rendered conversation before the thought at its end, which is begun or empty. The
-    second part is empty if there is none."""
+    """Splits a rendered conversation before the thought at its end, begun or empty. If there is no
+    thought, the second part is empty."""
     for thought in (NO_THOUGHT, THOUGHT):
         begun = tokenizer.encode(thought)
         if ids[-len(begun) :] == begun:
@@ -162,21 +163,21 @@ def before_answers(
 ) -> list[list[int]]:
     """Returns the ids that the chat template writes before each of the assistant's answers.
 
-    The conversation is rendered up to each answer, with + for the answers before it; what one
-    rendering adds to the one before is what is wanted:
+    The conversation is rendered up to each answer, with + for the answers before it. The result is
+    what each rendering adds to the one before:
 
-        user How? assistant             -> user How? assistant
+        user How? assistant                            -> user How? assistant
         user How? assistant + user Why? assistant      -> user Why? assistant
 
-    The ids hold a thought that is empty, but none that is only begun.
+    The ids include an empty thought, but not one that is only begun.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: Has a chat template.
         groups: The messages before each answer.
 
     Raises:
-        UserError: The template changes the beginning of a conversation when it goes on. It may drop
-            an empty thought, as Qwen3's does.
+        UserError: The template changes the beginning of a conversation when it goes on. (It may
+            drop an empty thought, as Qwen3's does.)
     """
     messages: list[dict[str, str]] = []
     beginnings: list[list[int]] = [[]]  # what the next rendering may begin with
@@ -225,12 +226,12 @@ def encode_dialogue(
     """Encodes a conversation (`records.Dialogue`) up to and including its last text.
 
     Every text is encoded alone, exactly as it is, so its tokens do not depend on what follows.
-    Between turns stands what the chat template writes there (`before_answers`); in the style
+    Between turns come the ids that the chat template writes (`before_answers`), or in the style
     `bare` an end token.
 
     Args:
         tokenizer: The model's.
-        roles: Who says each text, of `SAYS`.
+        roles: Who says each text, one of `SAYS`.
         texts: What is said.
         style: The form of the prompts.
 
@@ -239,7 +240,7 @@ def encode_dialogue(
         its turns.
 
     Raises:
-        UserError: The roles are not in such an order, or as for `before_answers`.
+        UserError: The roles do not form a conversation, or `before_answers` fails.
     """
     turns = _turns(roles, texts)
     asked = [question for question, _ in turns]
@@ -266,8 +267,8 @@ def encode_dialogue(
 def _turns(
     roles: Sequence[str], texts: Sequence[str]
 ) -> list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
-    """Returns what is said before each of the assistant's turns, and the turn: (role, text) pairs.
-    The last turn is empty if the conversation ends with a question."""
+    """Returns what is said before each of the assistant's turns, and the turn, as (role, text)
+    pairs. The last turn is empty if the conversation ends with a question."""
     if len(roles) != len(texts):
         raise UserError(
             f"expected a text of every role, found {len(texts)} texts of {len(roles)} roles"
@@ -287,13 +288,14 @@ def _turns(
 
 
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-"""A box with braces in it, but none within these: enough for every verdict."""
+"""A box whose content may hold braces, but not nested ones: no verdict has those."""
 
 _DECORATION = re.compile(r"\\boxed|\\(?:text|math|bf|rm|bold)[a-z]*|[\s{}*_$.]")
 
 
 def boxed_word(box: str) -> str:
-    """The word in a \\boxed{}, small; LaTeX's and Markdown's fonts and spaces do not matter."""
+    """Returns the content of a box in lower case, without LaTeX's and Markdown's fonts and
+    spaces."""
     return _DECORATION.sub("", box).lower()
 
 
@@ -307,5 +309,5 @@ def parse_verdict(text: str) -> Verdict:
 
 
 def is_bare_verdict(text: str) -> bool:
-    """Nothing but one \\boxed{} with a verdict, and white space around it."""
+    """Returns whether the text is one \\boxed{} with a verdict, and otherwise white space."""
     return bool(BOXED.fullmatch(text.strip())) and parse_verdict(text).is_given

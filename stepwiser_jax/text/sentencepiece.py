@@ -1,13 +1,14 @@
 """SentencePiece vocabularies (`tokenizer.model`, as Llama 2 ships it).
 
-tensorflow-text encodes if it is installed, else the sentencepiece library. Their ids are the same
-(of segmentations of a unigram model that are equally likely, they may choose different ones).
-Special tokens are the model's control symbols and what these files beside it add; `text.chat` says
-which of them a text may spell:
+tensorflow-text encodes if it is installed, else the sentencepiece library. Both give the same ids,
+except that they may choose differently among equally likely segmentations of a unigram model.
+
+Special tokens are the model's control symbols and those that the files beside it add. `text.chat`
+decides which of them a text may spell. The files are:
 
     tokenizer_config.json    bos_token, eos_token, pad_token, added_tokens_decoder, chat_template,
                              legacy (whether every stretch of text begins with a dummy space, or
-                             the first alone, as transformers has it), add_prefix_space
+                             only the first, as in transformers), add_prefix_space
     added_tokens.json        {token: id}
     chat_template.jinja      instead of tokenizer_config.json's
     generation_config.json   further end tokens
@@ -32,7 +33,7 @@ FILES = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
 
 
 class SentencePieceTokenizer:
-    """A `.model` file and the files beside it, listed above."""
+    """The tokenizer of a `.model` file and the files beside it that are listed above."""
 
     def __init__(self, path: str, arguments: Mapping[str, chat.Argument], *, trained: bool = False):
         """Raises UserError if neither library is installed, or the file is no such model."""
@@ -91,7 +92,8 @@ class SentencePieceTokenizer:
         return chat.ControlTokens(self._special.keys() - other, other, self._template)
 
     def _added_tokens(self) -> dict[str, int]:
-        """Raises UserError for a token that would change the text beside it."""
+        """Returns the ids of added tokens. Raises UserError for one that would change the text
+        beside it."""
         tokens = dict(json.loads(self._files.get("added_tokens.json", "{}")))
         for index, token in self._config.get("added_tokens_decoder", {}).items():
             for flag in ("lstrip", "rstrip", "single_word"):
@@ -144,7 +146,8 @@ class SentencePieceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError if there is no chat template, or it fails."""
+        """Returns the ids of a conversation. Raises UserError if there is no chat template, or it
+        fails."""
         names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "pad_token": self.pad_id}
         spelled = self.token_bytes()
         return self._encode(
@@ -197,7 +200,7 @@ def read_model(model: bytes, path: str) -> Any:
 
 
 def make_encoder(model: bytes, path: str) -> Callable[[str], list[int]]:
-    """Returns a function from text to ids, of tensorflow-text or of the sentencepiece library.
+    """Returns tensorflow-text's or the sentencepiece library's function from text to ids.
 
     Raises:
         UserError: Neither is installed, or the model has no unknown piece.

@@ -22,13 +22,13 @@ FILES = ("*.json", "*.jinja", "*.model")
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids.
+    """A two-way map between text and token ids.
 
     `encode` adds no special tokens, and control tokens (`text.chat`) that the text spells stay
-    text; only `render_chat` gives some, if the chat template has them. `decode` keeps special
-    tokens and cleans nothing up; it raises UserError for an id that no token has. `known_ids` are
-    the ids of all tokens. There may be gaps between them; `vocab_size` is one more than the
-    largest."""
+    text. Only `render_chat` returns control tokens, those of the chat template. `decode` keeps
+    special tokens and cleans nothing up; it raises UserError for an id that no token has.
+    `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
+    than the largest."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -48,8 +48,9 @@ class Tokenizer(Protocol):
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]: ...
     def token_bytes(self) -> list[bytes]:
-        """Returns the bytes of each id, none in gaps. Joined over ids they are the decoded text, up
-        to one leading space in vocabularies whose words carry their own space."""
+        """Returns the bytes of each id, none in gaps. Joined, the bytes of several ids are their
+        decoded text. If the vocabulary's words begin with a space, they have one more at the
+        beginning."""
         ...
 
     def save(self, path: str) -> None: ...
@@ -61,15 +62,17 @@ def load_tokenizer(
     *,
     trained: bool = False,
 ) -> Tokenizer:
-    """Returns a Hugging Face tokenizer, or a SentencePiece one for a `.model` file or a directory
-    or hub id with a tokenizer.model and no tokenizer.json (which needs the extra `sentencepiece` or
-    `tf-text`).
+    """Returns the tokenizer of a file, directory or hub id.
+
+    A `.model` file, and a directory or hub id with a tokenizer.model and no tokenizer.json, give a
+    SentencePiece tokenizer, which needs the extra `sentencepiece` or `tf-text`. All others give a
+    Hugging Face tokenizer.
 
     Args:
         path_or_id: File, directory or hub id. Without a network, a hub id has to be in the cache.
         chat_template_args: What `render_chat` hands to the template; `save` writes them into it.
-        trained: Whether it is of a model that a run of this project trained. Its arguments may be
-            repeated, and not changed.
+        trained: Whether a run of this project trained the model. Then the arguments may be
+            repeated, but not changed.
 
     Raises:
         UserError: There is no tokenizer, or its chat template does not take the arguments.
@@ -85,8 +88,8 @@ def load_tokenizer(
 
 
 def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
-    """Returns the ids below `size`, a model's number of logits, that no token has, as ranges in
-    ascending order. Raises UserError if a token's id is not below it."""
+    """Returns the ids below `size` (a model's number of logits) that no token has, as ranges in
+    ascending order. Raises UserError if a token's id is not below `size`."""
     known = [-1, *sorted(tokenizer.known_ids), size]
     if known[-2] >= size:
         raise UserError(
@@ -107,7 +110,7 @@ def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
 
 
 class HuggingFaceTokenizer:
-    """Byte-level BPE, SentencePiece-style BPE, or word level, from a tokenizer.json."""
+    """A tokenizer.json: byte-level BPE, SentencePiece-style BPE, or word level."""
 
     def __init__(
         self, directory: Path, arguments: Mapping[str, chat.Argument], *, trained: bool = False
@@ -155,7 +158,7 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return max(self.known_ids) + 1  # where there are gaps, len(self._hf) is less
+        return max(self.known_ids) + 1  # len(self._hf) is less if there are gaps
 
     def encode(self, text: str) -> list[int]:
         return self._encode(self.control.broken(text))
@@ -169,7 +172,7 @@ class HuggingFaceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        check_ids(ids, self.known_ids)  # the library leaves such ids out without a word
+        check_ids(ids, self.known_ids)  # the library drops unknown ids silently
         return self._hf.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -177,7 +180,8 @@ class HuggingFaceTokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises UserError if the tokenizer has no chat template, or it fails."""
+        """Returns the ids of a conversation. Raises UserError if there is no chat template, or it
+        fails."""
         return self._encode(
             chat.render(
                 chat.default_template(self._hf.chat_template),
@@ -198,7 +202,7 @@ class HuggingFaceTokenizer:
         return [spelled.get(i, b"") for i in range(self.vocab_size)]
 
     def save(self, path: str) -> None:
-        """Writes the tokenizer's files, and all end tokens, which those cannot name."""
+        """Writes the tokenizer's files, and all end tokens, since those files name only one."""
         self._hf.save_pretrained(path)
         write_end_ids(Path(path), self.eos_ids, self.pad_id)
 

@@ -1,6 +1,6 @@
-"""GenPRM's form (arXiv 2504.00891): a conversation about a solution, a turn for every paragraph, in
-which code that the judge writes is run before it goes on. And how a teacher's critique of a whole
-solution, written in one go, becomes such a conversation.
+"""GenPRM's form (arXiv 2504.00891): a conversation about a solution, a turn for every paragraph.
+
+Code that the judge writes is run before the judge goes on:
 
     user        problem, paragraph 1
     assistant   <analyze> ... </analyze> <verify> ```python ... ``` [Code Output]
@@ -8,12 +8,14 @@ solution, written in one go, becomes such a conversation.
     assistant   ... </verify> <output> **Judgement**: $\\boxed{Yes}$ </output>
     user        paragraph 2
 
-Two forms: `instruct` is the paper's, `bare` that of models which were fine-tuned on nothing else,
-such as the embedded task's: no tags, no code, the verdict is Positive or Negative.
+There are two forms. `instruct` is the paper's. `bare` is for models that were fine-tuned on nothing
+else, such as the embedded task's: it has no tags and no code, and verdicts are Positive or
+Negative.
 
-Decided where the paper is silent: a conversation that is learned ends with the first wrong
-paragraph, as the critique does; a critique that finds an error agrees with the labels only where
-that very paragraph is labelled wrong; of labels behind it nothing is asked.
+A teacher's critique of a whole solution, written in one go, becomes such a conversation. The paper
+leaves two points open. Here a conversation to learn from ends with the first wrong paragraph, as
+the critique does. A critique that finds an error agrees with the labels only if that very paragraph
+is labelled wrong; labels after it do not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import JudgePromptStyle, bare_judge_prompt
 
 CODE_OUTPUT = "[Code Output]"
-"""What a judge writes to have the block before it run."""
+"""A judge writes this to have the block before it run."""
 
 SYSTEM_PROMPT = """\
 You are a teacher of mathematics. You are given a problem and its solution, one paragraph at a \
@@ -73,8 +75,8 @@ The reviewer says: {analysis}
 Think the problem through again, and give a whole new solution in the same form."""
 
 SYNTHESIS_OPENING = "### Paragraph 1\n<analyze>\n"
-"""What the teacher's critique begins with. The paper's stands in a thought, behind `<think>`; here
-it is the answer itself, which models that do not think write too."""
+"""Begins the teacher's critique. In the paper the critique is a thought, after `<think>`. Here it
+is the answer itself, so that models that do not think can write it too."""
 
 USE_CODE = "Let's use python code to find any potential error:\n"
 
@@ -83,15 +85,24 @@ _OUTPUT = re.compile(r"(?<=\[Code Output\])(\n\n```\n.*?\n```\n)", re.DOTALL)
 _PARAGRAPH = re.compile(r"^### Paragraph (\d{1,6})[ \t]*\n", re.MULTILINE)
 _SECTION = re.compile(
     r"\s*<analyze>(.*?)</analyze>(?:\s*<verify>(.*?)</verify>)?", re.DOTALL
-)  # white space within the tags is stripped later: to match it here takes for ever
+)  # white space inside the tags is stripped later: matching it here would take forever
 _INDEX = re.compile(r"-1|[1-9]\d{0,5}")
 
 
 @dataclass(frozen=True)
 class Form:
-    """An assistant's turn: `opening` (of paragraph `number`), an analysis that ends when it writes
-    `stop`, `lead`, then one of the `words`, right or wrong, and `ending`. `gap` stands before
-    `stop`."""
+    """The fixed texts of a conversation.
+
+    Attributes:
+        system: The system message; empty if there is none.
+        opening: Begins a turn about the paragraph `number`. The judge's analysis follows.
+        stop: Ends the analysis. If the judge does not write it, it is added after `gap`.
+        gap: White space before `stop`.
+        lead: Comes between `stop` and the verdict.
+        words: The verdicts, right and wrong.
+        ending: Ends the turn.
+        style: The form of the prompts.
+    """
 
     system: str
     opening: str
@@ -103,15 +114,14 @@ class Form:
     style: JudgePromptStyle
 
     def user_turn(self, question: str, chunks: Sequence[str], t: int) -> str:
-        """Paragraph t, the first one behind the problem."""
+        """Returns the message with paragraph t. The first one also has the problem."""
         if self.style == "bare":
             return bare_judge_prompt("" if t else question, "", chunks[t])
         text = strip_tags(chunks[t]).strip()
         return text if t else f"{question}\n{text}"
 
     def to_verdict(self, turn: str) -> str:
-        """What a turn lacks up to where the word of its verdict stands: tags that are open are
-        closed."""
+        """Returns what a turn lacks before the word of its verdict. It closes open tags."""
         if turn.endswith(self.stop):
             return self.lead
         closed = turn
@@ -122,7 +132,7 @@ class Form:
         return closed[len(turn) :] + gap + self.stop + self.lead
 
     def verdict(self, is_right: bool) -> str:
-        """Word and ending."""
+        """Returns the verdict's word and the ending."""
         return self.words[0 if is_right else 1] + self.ending
 
 
@@ -150,7 +160,7 @@ FORMS: dict[JudgePromptStyle, Form] = {"instruct": INSTRUCT, "bare": BARE}
 
 
 def analysis_of(turn: str, style: JudgePromptStyle) -> str:
-    """What a judge's turn says of its paragraph before any code and its verdict."""
+    """Returns what a judge's turn says of its paragraph, without code and verdict."""
     if style == "bare":
         return turn.partition(BARE.stop)[0].strip()
     analysis, _, _ = turn.partition(":")[2].partition("</analyze>")
@@ -158,7 +168,8 @@ def analysis_of(turn: str, style: JudgePromptStyle) -> str:
 
 
 def rethink_prompt(step: str, analysis: str, style: JudgePromptStyle) -> str:
-    """What a policy is told of the first step that is wrong; bare, step and analysis alone."""
+    """Returns what a policy is told of its first wrong step. The bare style has only the step and
+    the analysis."""
     if style == "bare":
         return f"{step} {analysis} ?"
     return RETHINK_PROMPT.format(step=strip_tags(step).strip(), analysis=analysis)
@@ -168,14 +179,14 @@ def rethink_prompt(step: str, analysis: str, style: JudgePromptStyle) -> str:
 
 
 def code_to_run(text: str) -> str | None:
-    """The last block of Python, None where there is none."""
+    """Returns the last block of Python, None if there is none."""
     blocks = _BLOCK.findall(text)
     return blocks[-1] if blocks else None
 
 
 def with_memory(earlier: Sequence[str], code: str) -> str:
-    """A program that runs `code` in the namespace that the earlier blocks leave, whose output and
-    errors are dropped: a process has no memory of what ran before it."""
+    """Returns a program that runs the earlier blocks, drops their output and errors, and then runs
+    `code` in the namespace that they leave: a new process remembers nothing."""
     if not earlier:
         return code
     return f"""\
@@ -191,17 +202,18 @@ exec({code!r}, globals())
 
 
 def output_text(output: str) -> str:
-    """How a judge is shown what its code printed; it holds no fence but its own."""
+    """Returns the text that shows a judge what its code printed. Fences in the output are
+    replaced."""
     return f"\n\n```\n{output.replace('```', chr(39) * 3)}\n```\n"
 
 
 def code_and_output(code: str, output: str) -> str:
-    """A block that has run: what a judge says, and what it was shown."""
+    """Returns a block that has run: what a judge says, and what it is shown."""
     return f"```python\n{code}```\n{CODE_OUTPUT}{output_text(output)}"
 
 
 def split_outputs(turn: str) -> list[tuple[str, str]]:
-    """An assistant's turn as (role, text): what it said, and what its code printed."""
+    """Splits an assistant's turn into (role, text): what it said, and what its code printed."""
     pieces = enumerate(_OUTPUT.split(turn))  # said, printed, said, ...
     return [("output" if i % 2 else "assistant", text) for i, text in pieces if text]
 
@@ -210,7 +222,8 @@ def split_outputs(turn: str) -> list[tuple[str, str]]:
 
 
 def synthesis_prompt(question: str, chunks: Sequence[str], *, code: bool) -> str:
-    """What a teacher is asked about a whole solution; of `code` only where it will be run."""
+    """Returns the prompt for a critique of a whole solution. With `code` it asks for code and
+    promises to run it."""
     paragraphs = [
         f"<paragraph_{number}>\n{strip_tags(chunk).strip()}\n</paragraph_{number}>"
         for number, chunk in enumerate(chunks, 1)
@@ -223,28 +236,28 @@ def synthesis_prompt(question: str, chunks: Sequence[str], *, code: bool) -> str
 
 @dataclass(frozen=True)
 class Critique:
-    """The assistant's turns about the paragraphs up to `first_wrong`, an index, or about all of
-    them: -1."""
+    """The assistant's turns about the paragraphs up to the index `first_wrong`, or about all of
+    them if it is -1."""
 
     turns: tuple[str, ...]
     first_wrong: int
 
 
 def join_turns(turns: Sequence[str]) -> str:
-    """The text of a critique that was written turn by turn."""
+    """Returns the text of a critique that was written turn by turn."""
     return "".join(f"### Paragraph {t}\n{turn}\n" for t, turn in enumerate(turns, 1))
 
 
 def _paragraphs(text: str) -> list[str]:
-    """What stands behind each heading, none where these do not count from 1."""
+    """Returns the text after each heading, or nothing if the headings do not count from 1."""
     _, *sections = _PARAGRAPH.split(text)
     in_order = [*map(int, sections[::2])] == [*range(1, len(sections) // 2 + 1)]
     return sections[1::2] if in_order else []
 
 
 def parse_turns(text: str, form: Form, num_chunks: int) -> Critique | None:
-    """Of a critique written turn by turn; None where a turn up to the first wrong one has no
-    verdict."""
+    """Reads a critique that was written turn by turn. Returns None if a turn up to the first wrong
+    one has no verdict."""
     turns = [turn.removesuffix("\n") for turn in _paragraphs(text)]
     for t, turn in enumerate(turns):
         if turn.endswith(form.stop + form.lead + form.verdict(False)):
@@ -255,9 +268,11 @@ def parse_turns(text: str, form: Form, num_chunks: int) -> Critique | None:
 
 
 def parse_critique(text: str, num_chunks: int) -> Critique | None:
-    """Of a critique written in one go, as `SYNTHESIS_PROMPT` asks for it; None where it is not of
-    that form, or says of a paragraph what stands in none of its tags: a turn would lack that.
-    Where it was a thought, what is said behind that may repeat it, and give the number."""
+    """Reads a critique that was written in one go, as `SYNTHESIS_PROMPT` asks for it.
+
+    Returns None if it does not have that form, or if a paragraph has text outside of its tags,
+    which its turn would lack. If the critique is a thought, the answer after it may repeat it, and
+    give the number."""
     critique, _, answer = re.sub(r"<think>", "", text).partition("</think>")
     bodies = _paragraphs(critique)
     matches = [_SECTION.match(body) for body in bodies]
@@ -279,7 +294,7 @@ def parse_critique(text: str, num_chunks: int) -> Critique | None:
 
 
 def _covering(turns: Sequence[str], first_wrong: int, num_chunks: int) -> Critique | None:
-    """The turns that are learned; None where there are too few."""
+    """Returns the critique with the turns that are learned, None if there are too few."""
     covered = num_chunks if first_wrong == -1 else first_wrong + 1
     if covered > min(len(turns), num_chunks):
         return None
@@ -287,7 +302,8 @@ def _covering(turns: Sequence[str], first_wrong: int, num_chunks: int) -> Critiq
 
 
 def whole_turn(t: int, analysis: str, verification: str, *, is_right: bool) -> str:
-    """The instruct form's turn about paragraph t; without `verification` it has no code in it."""
+    """Returns the instruct form's turn about paragraph t. It has code if there is a
+    `verification`."""
     turn = f"{INSTRUCT.opening.format(number=t + 1)} {analysis}</analyze>\n"
     if verification:
         turn += f"<verify>\n{USE_CODE}{verification.removeprefix(USE_CODE)}</verify>\n"
@@ -297,7 +313,8 @@ def whole_turn(t: int, analysis: str, verification: str, *, is_right: bool) -> s
 def critique_outcome(
     critique: Critique | None, finished: bool, example: ClassifierExample
 ) -> Outcome:
-    """GenPRM's consensus filter: no label of a paragraph may disagree with the critique."""
+    """Returns the outcome of GenPRM's consensus filter: a critique is kept if it disagrees with no
+    label."""
     if not finished:
         return Outcome.UNFINISHED
     if critique is None:
@@ -306,8 +323,8 @@ def critique_outcome(
 
 
 def agrees(first_wrong: int, example: ClassifierExample) -> bool:
-    """Whether every labelled paragraph before the first wrong one is right and it itself is wrong;
-    with none (-1), whether all that are labelled are right."""
+    """Returns whether the first wrong paragraph is labelled wrong and every labelled one before it
+    right. If there is none (-1), all labels must be right."""
     labels = dict(zip(example.labelled, example.is_positive, strict=True))
     if first_wrong == -1:
         return all(labels.values())
@@ -318,7 +335,7 @@ def agrees(first_wrong: int, example: ClassifierExample) -> bool:
 def dialogue_of(
     example_id: str, example: ClassifierExample, critique: Critique, form: Form
 ) -> Dialogue:
-    """The conversation that a critique becomes."""
+    """Returns the conversation that a critique becomes."""
     roles, texts = conversation(example.question, example.chunks, critique.turns, form)
     return Dialogue(example_id, example.problem_id, roles, texts)
 
@@ -326,7 +343,7 @@ def dialogue_of(
 def conversation(
     question: str, chunks: Sequence[str], turns: Sequence[str], form: Form
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(roles, texts) of the assistant's turns about the first paragraphs."""
+    """Returns (roles, texts) of the conversation with these turns about the first paragraphs."""
     parts = [("system", form.system)] if form.system else []
     for t, turn in enumerate(turns):
         parts.append(("user", form.user_turn(question, chunks, t)))

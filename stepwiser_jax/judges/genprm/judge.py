@@ -9,10 +9,10 @@ history of rationales (paper eqs 6-7). If a turn is cut at `max_new_tokens`, or 
 often than it may, its open tags are closed and its verdict is read anyway. A conversation that
 outgrows the context has no verdict in its remaining turns, and P(right) is 1/2 there.
 
-Code runs in fresh processes, which remember nothing. So the blocks that a path ran before run
-again, unseen, except those that were stopped. They draw the same random numbers as before (unless
-they use numpy's `default_rng`), and all blocks of a call share its `seconds`. A block that ended
-its process at once, by `os._exit`, does so again, and what follows it prints nothing.
+Code runs in fresh processes, which remember nothing. So the earlier blocks of a path run again,
+without showing their output, except those that were stopped. They draw the same random numbers as
+before (unless they use numpy's `default_rng`), and all blocks of a call share its `seconds`. If a
+block ended its process by `os._exit`, it does so again, and the blocks after it print nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Conversation:
     """A conversation that is being written.
 
     Attributes:
-        name: Names the current turn; its rows' ids are `<name>/<round><suffix>`.
+        name: Name of the current turn; its rows' ids are `<name>/<round><suffix>`.
         suffix: Tells the paths of one solution apart.
         code_rounds: How often a turn may have code run.
         roles: Who speaks each of the `texts`.
@@ -102,13 +102,13 @@ class Conversation:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the turn came to its own end: it was not cut, and asks for no more code."""
+        """Whether the turn is complete: it was not cut short, and asks for no more code."""
         return self.stop_reason is not StopReason.LENGTH and not self.asks_for_code
 
 
 class Writer:
-    """Writes turns of many conversations at once. With a `sandbox` it runs the code they ask for in
-    between."""
+    """A writer of many conversations at once. With a `sandbox` it runs the code that they ask
+    for."""
 
     def __init__(
         self,
@@ -139,8 +139,9 @@ class Writer:
     ) -> None:
         """Continues the turn of every conversation.
 
-        A turn goes on until it says one of `stops`, ends, has `max_new_tokens`, fills the context
-        but for `reserve` tokens, or asks for code more often than it may.
+        A turn stops if the model ends it, if it says one of `stops`, if it has `max_new_tokens`, if
+        only `reserve` tokens are left in the context, or if it asks for code more often than it
+        may.
         """
         code_stop = [CODE_OUTPUT] if self.sandbox is not None else []
         params = replace(params, stop_strings=(*code_stop, *stops))
@@ -209,8 +210,8 @@ def first_end(text: str, stops: Iterable[str]) -> int:
 
 @dataclass
 class Path:
-    """One conversation about a solution: the judgments so far, and whether each turn came to its
-    own end."""
+    """One conversation about a solution, with the judgments so far, and whether each turn was
+    complete."""
 
     solution: Solution
     conversation: Conversation
@@ -223,7 +224,8 @@ class Path:
 
 
 class GenPrmJudge:
-    """Judges steps in a conversation. `max_new_tokens` bounds the judge's text about one step."""
+    """A judge that talks about the steps of a solution in one conversation. `max_new_tokens` bounds
+    its text about one step."""
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class GenPrmJudge:
         self.engine.check_length(length, num_tokens + self.reserve + 1, name)
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
-        """Raises UserError if the context holds the first turn about none of the solutions."""
+        """Raises UserError if no solution's first turn fits the context."""
         context = self.engine.shapes.max_length
         needed = min(map(self._first_turn_length, solutions)) + self.reserve + 1
         if needed > context:
@@ -282,7 +284,7 @@ class GenPrmJudge:
             )
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """Returns the greedy judgment of every chunk, or what its `votes` say together."""
+        """Returns one judgment of every chunk, see `judge_by_votes`."""
         return judge_by_votes(self, solutions)
 
     def sample(
@@ -311,8 +313,8 @@ class GenPrmJudge:
     def critiques(
         self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
     ) -> list[list[tuple[str, bool]]]:
-        """Returns critiques as `Synthesizer` does: the turns of a path up to the first that does
-        not accept its step, joined, and whether all of them came to their end."""
+        """Returns critiques as `Synthesizer` does: the joined turns of a path up to the first one
+        that does not accept its step, and whether all of them were complete."""
         return [
             [
                 (
@@ -435,7 +437,7 @@ class Synthesizer:
     def critiques(
         self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
     ) -> list[list[tuple[str, bool]]]:
-        """Returns (critique, whether it came to its end), [solution][suffix]."""
+        """Returns (critique, whether the teacher ended it), [solution][suffix]."""
         written = [[self._begin(x, suffix) for suffix in suffixes] for x in solutions]
         self.writer.write([c for of_x in written for c in of_x], params, stops=[], reserve=0)
         return [
