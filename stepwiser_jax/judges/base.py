@@ -1,4 +1,4 @@
-"""What all judges of chunks have in common.
+"""The interface and the results that all judges of chunks share.
 
 solutions -> the judge that `judges.load.load_judge` made -> a ChunkJudgment of every chunk
 """

@@ -1,13 +1,14 @@
-"""When a chunk's label is known: mostly before all M rollouts of the prefixes around it.
+"""Decides when a chunk's label is known, mostly before all M rollouts of the prefixes around it.
 
-After n of M rollouts, c of them right, what the rest will add has a Beta-binomial distribution
-(Jeffreys prior):
+If c of the first n rollouts are right, the final count of right ones among M has a Beta-binomial
+distribution (with Jeffreys prior):
 
     final count ~ c + BetaBinomial(M - n, c + 1/2, n - c + 1/2)
 
-The rule gives a label to each pair of final counts, of the prefix with the chunk and of the one
-before it; so each label has a probability. Confidence 1 asks for more than probability 1: no way to
-finish the rollouts gives another label, so the labels are exactly those of M rollouts.
+The rule gives a label to each pair of final counts, that of the prefix with the chunk and that of
+the prefix before it. So each label has a probability. Confidence 1 is stricter than a probability
+that rounds to 1: no way to finish the rollouts may give another label. So the labels are exactly
+those of M rollouts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LABELS: tuple[Label, ...] = (False, True, None)
 
 
 class LabelTable:
-    """The labels of a rule for all final counts 0..M, and what partial counts say of them.
+    """The labels of a rule for all final counts 0..M, and their probabilities by partial counts.
 
     A partial count is (right, sampled), with sampled <= M.
     """
@@ -41,8 +42,8 @@ class LabelTable:
         return LABELS[int(np.argmax(self._probabilities(q, v)))]
 
     def is_known(self, q: tuple[int, int], v: tuple[int, int], confidence: float) -> bool:
-        """Returns whether one label has at least this probability; at 1, whether no other one is
-        possible."""
+        """Returns whether one label has at least this probability, or at confidence 1, whether no
+        other one is possible."""
         probabilities = self._probabilities(q, v)
         if confidence == 1:
             return sum(p > 0 for p in probabilities) == 1
@@ -57,8 +58,8 @@ class LabelTable:
 
 @functools.lru_cache(None)
 def final_counts(right: int, sampled: int, num_rollouts: int) -> np.ndarray:
-    """Returns the probabilities (M + 1,) of the number of right rollouts among M, given those so
-    far."""
+    """Returns the probabilities (M + 1,) of the number of right rollouts among M, given the first
+    ones."""
     left, a, b = num_rollouts - sampled, right + 0.5, sampled - right + 0.5
 
     def log_beta(x: float, y: float) -> float:

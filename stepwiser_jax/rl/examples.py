@@ -1,4 +1,4 @@
-"""Chunk labels -> examples for judges and classifiers (StepWiser 4.1)."""
+"""Turns chunk labels into examples for judges and classifiers (StepWiser 4.1)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def label_values(
         rule: The rule's name, written into the labels.
 
     Returns:
-        J labels, None for chunks that teach nothing. If a prefix was not sampled to the end, the
-        label is the likeliest one (`rl/adaptive.py`).
+        J labels, None for chunks that teach nothing. If not all rollouts of a prefix were sampled,
+        the label is the likeliest one (`rl/adaptive.py`).
 
     Raises:
         UserError: A prefix has no value.
@@ -63,8 +63,8 @@ L = TypeVar("L", bound=Labelled)
 
 
 def balanced(examples: Sequence[L], seed: int) -> list[L]:
-    """Returns as many examples of the larger class as there are of the smaller one, over the whole
-    set (paper 4.1), in the order given."""
+    """Returns all examples of the smaller class, and as many of the larger one, drawn from the
+    whole set (paper 4.1), in the order given."""
     of_class = {
         positive: [i for i, example in enumerate(examples) if example.is_positive is positive]
         for positive in (True, False)
@@ -80,8 +80,8 @@ def balanced(examples: Sequence[L], seed: int) -> list[L]:
 def classifier_example(
     labels: Sequence[ChunkLabel], trajectory: Trajectory, question: str, tokenizer: Tokenizer
 ) -> ClassifierExample:
-    """Returns a trajectory with its labels, in order. A chunk that was cut is no part of the
-    solution: a classifier, which reads all of it, would learn of the cut too."""
+    """Returns a trajectory with its labels, in order. A chunk that was cut short is left out, since
+    a classifier reads the whole solution and would see the cut."""
     ends = trajectory.chunk_ends[: -1 if trajectory.is_cut else None]
     return ClassifierExample(
         solution_id=trajectory.trajectory_id,
@@ -95,7 +95,8 @@ def classifier_example(
 
 
 def judge_example(solution: ClassifierExample, index: int, history: str) -> JudgeExample:
-    """Returns the labelled chunk number `index` of a solution; `history` is the text before it."""
+    """Returns the example of a solution's labelled chunk number `index`, after the text
+    `history`."""
     chunk = solution.labelled[index]
     return JudgeExample(
         example_id=f"{solution.solution_id}/{chunk}",
@@ -114,7 +115,7 @@ def history_text(tokenizer: Tokenizer, trajectory: Trajectory, chunk: int) -> st
 
 
 class PromptLengths:
-    """Lengths of judge prompts in tokens, against the limit of paper 4.1."""
+    """The lengths of judge prompts in tokens, and their limit of paper 4.1."""
 
     def __init__(self, tokenizer: Tokenizer, style: JudgePromptStyle, longest: int):
         self.tokenizer = tokenizer
@@ -126,7 +127,7 @@ class PromptLengths:
         """Returns whether the prompt about a chunk is short enough.
 
         Text that is encoded again has nearly as many tokens as were sampled, less those of tags. So
-        a prompt is only made if that number is more than half the limit.
+        a prompt is only encoded if that estimate is more than half the limit.
         """
         if problem.problem_id not in self._without_chunks:
             self._without_chunks[problem.problem_id] = self._length(problem.question, "", "")

@@ -9,9 +9,9 @@
 
 Sources: GRPO (arXiv 2402.03300), clip-higher and the token mean (DAPO, 2503.14476), dual clip
 (1912.09729), k3 (Schulman, "Approximating KL Divergence"), truncated importance weights against a
-sampler that is not quite the policy (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
-You Off-Policy RL Training"). StepWiser 4.1 gives eps_low = 0.2, eps_high = 0.28; the rest follows
-verl's defaults.
+sampler that differs slightly from the policy (Yao et al. 2025, "Your Efficient RL Framework
+Secretly Brings You Off-Policy RL Training"). StepWiser 4.1 gives eps_low = 0.2, eps_high = 0.28;
+the rest follows verl's defaults.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Aggregation = Literal["token_mean", "sequence_mean"]
 Correction = Literal["none", "token", "sequence"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut here, as in verl: the gradient of exp of more is nothing but noise."""
+"""Log-ratios are clipped to this, as in verl: beyond it, the gradient of exp is only noise."""
 
 MAX_IMPORTANCE_WEIGHT = 2.0
 """The cap of importance weights against the sampler, as in verl's example."""
@@ -36,7 +36,7 @@ def group_advantages(rewards_PG: jax.typing.ArrayLike) -> jax.Array:
     + 1e-6 (as verl). They are 0 if all rewards of a group are equal.
 
     Raises:
-        ValueError: Groups of one.
+        ValueError: The groups have one completion.
     """
     rewards_PG = jnp.asarray(rewards_PG, jnp.float32)
     if rewards_PG.shape[1] < 2:
@@ -66,23 +66,24 @@ def grpo_loss(
     """Returns the clipped loss and its metrics.
 
     Args:
-        logprobs_BT: Of the tokens under the policy.
-        old_logprobs_BT: Under the policy before the first update on these completions.
+        logprobs_BT: Log-probs of the tokens under the policy.
+        old_logprobs_BT: The same under the policy before the first update on these completions.
         advantages: (B,) or (B, T).
         target_mask_BT: True for tokens of completions.
         clip_eps_low: The ratio is clipped below at 1 minus this.
         clip_eps_high: The ratio is clipped above at 1 plus this.
-        dual_clip: A negative advantage's loss is at most this many times its size; None: unbounded.
+        dual_clip: Bounds the loss at a negative advantage to this many times its size; None: no
+            bound.
         kl_coef: Weight of the k3 estimate of KL(policy || reference).
-        reference_logprobs_BT: Under the reference, needed for the KL term.
+        reference_logprobs_BT: The same under the reference; the KL term needs them.
         importance_weights_BT: Factors of the policy's loss, not of the KL term; constants for the
             gradient.
         segment_ids_BT: Packing ids; None: a row is one completion.
-        aggregation: A mean over tokens, or over sequences of their means.
-        normalizer: What the sum is divided by, from `loss_normalizer`; by default this batch's.
+        aggregation: A mean over tokens, or a mean over sequences of the mean of each.
+        normalizer: Divides the sum, from `loss_normalizer`; by default this batch's.
 
     Raises:
-        ValueError: A KL term without a reference.
+        ValueError: There is a KL term but no reference.
     """
     mask_BT = target_mask_BT
     if kl_coef and reference_logprobs_BT is None:
@@ -136,13 +137,13 @@ def truncated_importance_weights(
     level: Literal["token", "sequence"],
     cap: float = MAX_IMPORTANCE_WEIGHT,
 ) -> jax.Array:
-    """Returns how much likelier the policy makes what the sampler drew: (B, T), float32, at most
-    `cap`, and 1 outside the mask.
+    """Returns the policy's probability of what was sampled, divided by the sampler's: (B, T),
+    float32, at most `cap`, and 1 outside the mask.
 
     `logprobs_BT` are the policy's from before the update. `sequence` weighs every token of a
-    completion by the ratio of the whole: without a cap the gradient is then that of samples from
+    completion by the ratio of the whole. Without a cap the gradient is then that of samples from
     the policy itself, but its variance grows with the length. `token` weighs each token by its own
-    ratio: it has little variance, and is biased for completions of several tokens.
+    ratio. That has little variance, but is biased for completions of several tokens.
     """
     log_ratio_BT = jnp.where(mask_BT, logprobs_BT - sampler_logprobs_BT, 0.0)
     if level == "sequence":

@@ -1,19 +1,20 @@
-"""Prefix values -> chunk labels (StepWiser eqs 1-3; GenPRM's relative progress).
+"""Turns prefix values into chunk labels (StepWiser eqs 1-3; GenPRM's relative progress).
 
-`values` = [Q_0 .. Q_J] of a trajectory with J chunks: Q_0 of the bare problem, Q_j with j chunks,
-Q_J the outcome. Chunk j (from 0) is judged by v = Q_j before it and q = Q_{j+1} with it.
+A trajectory with J chunks has the values [Q_0 .. Q_J]: Q_0 is that of the bare problem, Q_j that of
+the first j chunks, and Q_J is the outcome. Chunk j (from 0) is judged by v = Q_j before it and
+q = Q_{j+1} with it.
 
-Decided where the paper is silent or ambiguous:
+The paper is silent or ambiguous on these points:
 
 1. q = 0 is negative under every rule.
-2. v = 0: nothing that follows can be told apart by Monte Carlo values, so the chunk teaches nothing
-   (None) under every rule, whatever its own q: a ratio has no denominator, and what looks like a
+2. If v = 0, the chunk teaches nothing (None) under every rule, whatever its q. Monte Carlo values
+   cannot tell good chunks from bad ones there: a ratio has no denominator, and what looks like a
    recovery is mostly luck. This holds for Q_0 = 0 too. (GenPRM calls what follows a value of 0
-   wrong. Its critiques end with the first wrong step, so that it makes no difference to them.)
-3. Rel-Effective is positive iff q + alpha * A > 0, negative iff <= 0: the printed "= 0" cannot be
+   wrong. That makes no difference to its critiques, which end with the first wrong step.)
+3. Rel-Effective is positive iff q + alpha * A > 0, negative iff <= 0. The printed "= 0" cannot be
    meant, since the value can be negative.
 4. Rel-Ratio is positive iff q / v > gamma, relative progress iff q / v >= epsilon.
-5. The last chunk is labelled like any other, with q = the outcome.
+5. The last chunk is labelled like any other; its q is the outcome.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ Rule = Callable[[float, float], Label]
 
 
 def abs_q(q: float, v: float) -> bool:
-    """StepWiser eq 1, and Math-Shepherd's hard label: some continuation is right."""
+    """Returns whether some continuation is right (StepWiser eq 1; Math-Shepherd's hard label)."""
     return q > 0
 
 
 def rel_effective(q: float, v: float, *, alpha: float = 0.8, n: float = 4) -> bool:
-    """StepWiser eq 2: q + alpha * (Q^mu_i - Q^mu_{i-1}) > 0 with mu = best of n, whose value is
-    Q^mu = 1 - (1 - Q)^n."""
+    """Returns whether q + alpha * (Q^mu_i - Q^mu_{i-1}) > 0 (StepWiser eq 2). Here mu is best of n,
+    whose value is Q^mu = 1 - (1 - Q)^n."""
     return q > 0 and q + alpha * ((1 - v) ** n - (1 - q) ** n) > 0
 
 
 def rel_ratio(q: float, v: float, *, gamma: float = 0.7) -> bool:
-    """StepWiser eq 3: q / v > gamma."""
+    """Returns whether q / v > gamma (StepWiser eq 3)."""
     return q > gamma * v
 
 
 def relative_progress(q: float, v: float, *, epsilon: float = 0.8) -> bool:
-    """GenPRM's relative progress estimation: q / v >= epsilon (arXiv 2504.00891)."""
+    """Returns whether q / v >= epsilon (GenPRM's relative progress, arXiv 2504.00891)."""
     return q > 0 and q >= epsilon * v
 
 
@@ -71,7 +72,8 @@ def label_chunks(values: Sequence[float], rule: str | Rule, **arguments: float) 
     Args:
         values: [Q_0 .. Q_J], from 0 to 1.
         rule: A name as for `load_rule`, or a function of (q, v).
-        **arguments: Those of a rule given by name, such as `alpha=0.4`; defaults are the configs'.
+        **arguments: Arguments of a rule given by name, such as `alpha=0.4`. The defaults are those
+            of the configs.
 
     Returns:
         A label for each of the J chunks.

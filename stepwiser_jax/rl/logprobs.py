@@ -2,8 +2,8 @@
 
     hidden_BTD -> hidden of each token's predictor -> x head_VD, some positions at a time -> log p
 
-The logits of all positions are never in memory together, if they are many: a loop over slices of
-the positions computes the logits of one slice and reduces them to three numbers per position; the
+If there are many positions, their logits are never in memory together. A loop over slices of the
+positions computes the logits of one slice and reduces them to three numbers per position. The
 backward pass computes them again. Positions are sliced, and not the vocabulary, because a mesh
 splits the vocabulary (and the rows) but never the positions. Target tokens are moved to the front
 of their row first, so that slices without any are left out.
@@ -29,7 +29,7 @@ Stats = tuple[jax.Array, jax.Array]
 Residuals = tuple[jax.Array, ...]
 
 SLICE_ELEMENTS = 1 << 22
-"""The most logits in memory together, if slices are few enough: 16 MiB in float32."""
+"""The most logits in memory together (16 MiB in float32), unless that needs too many slices."""
 
 
 class LanguageModel(Protocol):
@@ -85,7 +85,8 @@ def token_logprobs_and_entropy(
         positions_BT: Positions for the rotary embedding; None: 0, 1, 2, ...
         segment_ids_BT: Packing ids, see `model.packing`; None: a row is one document.
         predictor_BT: The index of the position whose logits predict a token; None: t - 1. In a row
-            that holds a rollout group the first token of each completion has the prompt's last.
+            that holds a rollout group, the prompt's last token predicts the first token of each
+            completion.
         target_mask_BT: The tokens that are asked for; None: all. The others take no time.
         temperature: Above 0; divides the logits, and is a constant for the gradient.
         num_slices: Slices of the positions; None: `default_slices`.
@@ -133,8 +134,8 @@ def token_log_odds(
     remat: bool = False,
 ) -> jax.Array:
     """Returns log-odds (B, T), float32, of the first token of `pair` against the second as token t,
-    given the tokens before it: the sigmoid of them is a softmax over the two. Differentiable in the
-    model; 0 if nothing predicts a token."""
+    given the tokens before it. Their sigmoid is a softmax over the two tokens. They are
+    differentiable in the model, and 0 if nothing predicts a token."""
     hidden_BTD = model.hidden(tokens_BT, positions_BT, segment_ids_BT, remat=remat)
     with jax.named_scope("token_log_odds"):
         logits_BT2 = model.pair_logits(hidden_BTD, pair)
@@ -157,7 +158,7 @@ def _is_predicted(
 
 def _targets_first(is_target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the positions of each row, targets first and otherwise in order, and the inverse
-    permutation. It does not sort: the TPU compiler is slow at that."""
+    permutation. It does not sort, because the TPU compiler is slow at that."""
     is_target = is_target_BT.astype(jnp.int32)
     num_targets_B1 = jnp.sum(is_target, axis=1, keepdims=True)
     place_of_target_BT = jnp.cumsum(is_target, axis=1) - 1
@@ -173,8 +174,8 @@ def _targets_first(is_target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def default_slices(rows: int, length: int, vocab_size: int) -> int:
     """Returns the number of slices that keeps the logits of each within `SLICE_ELEMENTS`, but at
-    most 8, or one per 512 positions. `rows` may be spread over a mesh, where each device's matmul
-    has to stay large, and where each slice gathers the matrix and adds up its gradient."""
+    most 8, or one per 512 positions. More would be slow on a mesh: each device's matmul has to stay
+    large, and each slice gathers the matrix and adds up its gradient."""
     needed = math.ceil(rows * length * vocab_size / SLICE_ELEMENTS)
     return max(1, min(needed, length, max(8, length // 512)))
 
@@ -183,7 +184,7 @@ def default_slices(rows: int, length: int, vocab_size: int) -> int:
 
 
 def _split(array_BT: jax.Array, num_slices: int) -> jax.Array:
-    """(B, T, ...) -> (slices, B, C, ...), padded with zeros to slices of one length C."""
+    """Reshapes (B, T, ...) to (slices, B, C, ...), padded with zeros to slices of one length C."""
     rows, length, *rest = array_BT.shape
     slice_length = math.ceil(length / num_slices)
     padding = [(0, 0), (0, num_slices * slice_length - length), *((0, 0) for _ in rest)]
@@ -192,14 +193,14 @@ def _split(array_BT: jax.Array, num_slices: int) -> jax.Array:
 
 
 def _merge(slices: jax.Array, length: int) -> jax.Array:
-    """(slices, B, C, ...) -> (B, T, ...), the inverse of `_split`."""
+    """Reshapes (slices, B, C, ...) to (B, T, ...), the inverse of `_split`."""
     num_slices, rows, slice_length, *rest = slices.shape
     joined = jnp.moveaxis(slices, 0, 1).reshape(rows, num_slices * slice_length, *rest)
     return joined[:, :length]
 
 
 def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
-    # Compared, not gathered: the vocabulary may be split over devices.
+    # This compares instead of gathering, since the vocabulary may be split over devices.
     shape = (*targets_BC.shape, vocab_size)
     return lax.broadcasted_iota(targets_BC.dtype, shape, 2) == targets_BC[:, :, None]
 
@@ -216,8 +217,8 @@ def _sliced_stats(
 ) -> Stats:
     """Returns log-prob of each target and entropy under softmax(features @ head.T / temperature).
 
-    Only the first `num_targets` positions of each row are computed; the others hold anything.
-    `unknown_ids` are outside the softmax, and no targets.
+    Only the first `num_targets` positions of each row are computed; the others are undefined.
+    `unknown_ids` are outside the softmax, and are never targets.
     """
     stats, _ = _sliced_stats_forward(
         features_BTD, head_VD, targets_BT, temperature, num_targets, num_slices, unknown_ids
@@ -247,7 +248,7 @@ def _sliced_stats_forward(
         is_target_BCV = _is_target(targets[i], head_VD.shape[0])
         target_BC = jnp.sum(jnp.where(is_target_BCV, shifted_BCV, 0), axis=-1)
         log_total_BC = jnp.log(total_BC)
-        # Both bounds hold exactly but for rounding.
+        # Without rounding, both bounds would hold by themselves.
         logprobs_BC = jnp.minimum(target_BC - log_total_BC, 0)
         entropy_BC = jnp.maximum(log_total_BC - mean_shifted_BC, 0)
         log_sum_BC = peak_BC1[:, :, 0] + log_total_BC
@@ -279,7 +280,7 @@ def _used_slices(num_targets: jax.Array, slices: jax.Array) -> jax.Array:
 def _sliced_stats_backward(
     num_slices: int, unknown_ids: tuple[range, ...], residuals: Residuals, cotangents: Stats
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
-    """With p = softmax(z), z the logits over the temperature:
+    """Returns the gradients. With p = softmax(z), and z the logits over the temperature, they use
 
         d log p_target / dz = [target] - p        d entropy / dz = -p (log p + entropy)
 

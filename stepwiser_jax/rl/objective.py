@@ -35,15 +35,14 @@ def add_old_and_reference_logprobs(
     *,
     micro_batches: int,
 ) -> RolloutBatch:
-    """Returns the batch with the log-probs that the loss needs of other parameters than those that
-    the update changes.
+    """Returns the batch with the log-probs of the old policy and the reference that the loss needs.
 
     Args:
-        batch: On the mesh.
+        batch: Is on the mesh.
         policy: The policy before the first of several updates. None: there is one update, whose own
             log-probs are the old ones.
         reference: The model that the KL term pulls to; None without the term.
-        temperature: Of sampling.
+        temperature: The temperature of sampling.
         micro_batches: See `split_rows`.
     """
     rows, length = batch.tokens_BT.shape
@@ -90,7 +89,7 @@ DUAL_CLIP = 3.0
 """Bounds the loss of a token with a negative advantage, as in verl."""
 
 AGGREGATION: Aggregation = "token_mean"
-"""The losses of all tokens are averaged, as verl does by default."""
+"""How token losses are combined: their mean, as in verl by default."""
 
 
 def make_objective(
@@ -101,7 +100,7 @@ def make_objective(
     Args:
         grpo: Settings of the loss.
         correction: At which level importance weights correct for the sampler, if at all.
-        temperature: Of sampling.
+        temperature: The temperature of sampling.
         remat: Whether the backward pass computes the layers again.
     """
     loss_fn = functools.partial(
@@ -111,8 +110,8 @@ def make_objective(
 
 
 def policy_normalizers(batch: RolloutBatch) -> dict[str, jax.Array]:
-    """Returns what sums over the whole batch are divided by, for all of its micro-batches: the loss
-    by `loss`, metrics by `tokens`."""
+    """Returns the divisors of the whole batch, which all its micro-batches use: `loss` divides the
+    loss, `tokens` divides metrics."""
     mask_BT = batch.target_mask_BT
     return {
         "loss": loss_normalizer(mask_BT, batch.segment_ids_BT, AGGREGATION),

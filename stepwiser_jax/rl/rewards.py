@@ -1,9 +1,9 @@
-"""Rewards of completions, by name: `reward` in a config is a name of `REWARDS`, or
-`module:function` of the user's own, with `reward_args` as its keyword arguments.
+"""Rewards of completions. A config's `reward` is a name of `REWARDS` or a user's `module:function`,
+and `reward_args` are its keyword arguments.
 
 A reward is a function of (example, completion text, completion tokens). It returns a number, or a
-dict of named terms whose sum is the reward and each of which is a metric, `reward_<name>`. It must
-depend on its arguments alone: all processes compute it, and a run that resumes computes it again.
+dict of named terms: their sum is the reward, and each is the metric `reward_<name>`. It must depend
+on its arguments alone, since all processes compute it, and a run that resumes computes it again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Reward = Callable[..., float | dict[str, float]]
 def verdict_reward(
     example: JudgeExample, text: str, tokens: Any, *, format_penalty: float = 0.0
 ) -> float | dict[str, float]:
-    """Returns 1 if the verdict of a judgment is the label, else 0, also without a verdict
-    (StepWiser 3.3). With `format_penalty` (the ablation of the chain of thought, A.1) a judgment
-    that is more than its verdict earns minus the penalty, right or wrong."""
+    """Returns 1 if the verdict of a judgment is the label, else 0; a judgment without a verdict
+    earns 0 (StepWiser 3.3). With `format_penalty` (the ablation of the chain of thought, A.1) a
+    judgment that is more than its verdict earns minus the penalty, right or wrong."""
     is_right = judge_reward(parse_verdict(text), example.is_positive)
     if not format_penalty:
         return is_right
@@ -42,7 +42,7 @@ def judge_reward(verdict: Verdict, is_positive: bool) -> float:
 def verdict_metrics(texts: Sequence[str], *, bare: bool) -> dict[str, float]:
     """Returns shares of judgments: those that say Positive, those without a verdict
     (`unparsed_rate`), and those among them whose last box holds something else (`other_box_rate`).
-    `bare`: a judgment is to be a verdict alone; also the share of those that are."""
+    With `bare` also the share of those that are nothing but a verdict."""
     verdicts = [parse_verdict(text) for text in texts]
     shares = {
         "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),

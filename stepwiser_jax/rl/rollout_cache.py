@@ -1,15 +1,15 @@
-"""Rollouts that are sampled but not yet part of a checkpoint: a killed run reads them again.
+"""Rollouts that are sampled but in no checkpoint yet. A killed run reads them when it resumes.
 
     <run_dir>/rollout_cache/000012-draw0-9f86d081884c-60303ae22b99.npz
                             iteration, resample, param hash, checksum of the file
 
-Rollouts are used again only by the parameters that sampled them, to the bit. A file whose checksum
-is another is damaged, and counts as none. A run that is killed leaves whole files, and the same
-bytes. A run that is asked to stop leaves the rows that have ended: when it resumes it samples the
-others alone, in other company, so their log-probs may differ in the last digits, and a token may if
-its draw lay that close to another one.
+Rollouts are used again only if the parameters equal those that sampled them in every bit. A file
+with another checksum is damaged and counts as missing. A killed run leaves whole files, and resumes
+to the same bytes. A run that is asked to stop leaves the rows that have ended. When it resumes, it
+samples the other rows in a smaller batch. So their log-probs may differ in the last digits, and so
+may a token whose draw was that close to another one.
 
-All processes hold all rows; the first of them writes.
+All processes hold all rows; the primary process writes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class SampledRow(NamedTuple):
 
 
 class RolloutCache:
-    """Keeps the rows of iterations after the last complete checkpoint."""
+    """The files with the rows of iterations after the last complete checkpoint."""
 
     def __init__(self, directory: Path):
         self._directory = directory
 
     def read(self, iteration: int, resample: int, param_hash: str) -> dict[str, SampledRow]:
-        """Returns the rows that the parameters with this hash sampled, by id; {} for none."""
+        """Returns the rows that the parameters with this hash sampled, by id; {} if there are
+        none."""
         for file in self._directory.glob(f"{_name(iteration, resample, param_hash)}-*.npz"):
             if not file.stem.endswith(f"-{sha256_of(file)[:12]}"):
                 print(f"{file} is damaged: its rollouts are sampled again", file=sys.stderr)
@@ -79,7 +80,7 @@ class RolloutCache:
 
     def forget_before(self, iteration: int) -> None:
         """Removes the rows that a checkpoint after `iteration` iterations has learned from, and
-        what a kill left half-written."""
+        half-written files."""
         for file in self._directory.glob("*-draw*") if hosts.is_primary() else ():
             if file.suffix == ".tmp" or int(file.name.partition("-")[0]) < iteration:
                 file.unlink()

@@ -59,7 +59,7 @@ class RolloutGroup:
 
 
 class RolloutSampler:
-    """Samples groups on the devices of all processes, each of which then holds all groups.
+    """A sampler of rollout groups on the devices of all processes. Each process gets all groups.
 
     Groups are kept in the rollout cache until a checkpoint holds what was learned from them.
     """
@@ -77,17 +77,18 @@ class RolloutSampler:
         mesh: jax.sharding.Mesh,
         name: str,
     ):
-        """
+        """Makes an engine without weights, see `weights`.
+
         Args:
-            loaded: The policy; its weights come and go with `weights`.
-            encode: Prompt ids of an example.
+            loaded: The policy, of which the tokenizer and the shapes are used.
+            encode: Returns the prompt ids of an example.
             params: How completions are sampled.
             engine: Shapes of the engine.
-            cache: Of this run.
+            cache: The run's cache.
             group_size: Completions of a prompt.
-            seed: Of the noise, with `name`, iteration, resample, example and completion.
+            seed: Decides the noise, with `name`, iteration, resample, example and completion.
             mesh: The devices that sample.
-            name: What the ids of groups begin with.
+            name: Begins the ids of groups.
         """
         self.tokenizer, self.encode, self.params = loaded.tokenizer, encode, params
         self.cache, self.group_size, self.name, self.mesh = cache, group_size, name, mesh
@@ -112,8 +113,8 @@ class RolloutSampler:
     def sample_groups(
         self, examples: Sequence[Any], iteration: int, resample: int
     ) -> list[RolloutGroup]:
-        """Returns a group for each example, without rewards. What this run had sampled before it
-        ended is read from the cache.
+        """Returns a group for each example, without rewards. Rows that this run sampled before it
+        was interrupted are read from the cache.
 
         Raises:
             Interrupted: The run is to stop. Rows that have ended are in the cache.
@@ -143,7 +144,7 @@ class RolloutSampler:
         self, ids: Sequence[str], prompts: Sequence[np.ndarray], rows: dict[str, SampledRow]
     ) -> bool:
         """Adds the rows of these groups that `rows` lacks. Returns False if the processes stop
-        before all are there; they stop between two bursts."""
+        before all are there, which they do between two bursts."""
         prefixes = []
         for group_id, prompt in zip(ids, prompts, strict=True):
             missing = [row_id for row_id in self._row_ids(group_id) if row_id not in rows]
@@ -204,8 +205,8 @@ def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutG
 
 
 def split_groups(groups: Sequence[RolloutGroup], num_updates: int) -> list[Sequence[RolloutGroup]]:
-    """Returns the groups of each update; fewer updates if there are fewer groups, since an update
-    without any would be momentum alone."""
+    """Returns the groups of each update. There are no more updates than groups, since an update
+    without a group would be momentum alone."""
     return [groups[update::num_updates] for update in range(min(num_updates, len(groups)))]
 
 

@@ -25,16 +25,16 @@ from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 ADAPTIVE_SAMPLES = 4
-"""Samples of a trajectory that run at once when rollouts are adaptive: those that still run when a
-label becomes known were sampled for nothing."""
+"""Samples of a trajectory that run at once when rollouts are adaptive. The number is small because
+samples that still run when a label becomes known are wasted."""
 
 IsCorrect = Callable[[Sequence[tuple[Problem, str]]], Sequence[bool]]
-"""For each pair of a problem and the text of a solution: whether its final answer is right."""
+"""Returns, for each pair of a problem and a solution's text, whether the final answer is right."""
 
 
 @dataclass(frozen=True)
 class ChunkPrefix:
-    """The first `num_chunks` chunks of a trajectory. `source` is its index among all."""
+    """The first `num_chunks` chunks of a trajectory. `source` is the trajectory's index."""
 
     trajectory: Trajectory
     source: int
@@ -54,7 +54,7 @@ class ChunkPrefix:
 
     @property
     def sampling_id(self) -> str:
-        """Names the noise. The bare problem is one prefix, shared by all its trajectories."""
+        """Decides the noise. All trajectories of a problem share the prefix without chunks."""
         of = self.trajectory.trajectory_id if self.num_chunks else self.trajectory.problem_id
         return f"annotate/{of}/{self.num_chunks}"
 
@@ -161,8 +161,8 @@ def estimate_prefix_values(
         params: How to sample. A prefix and its continuation together have at most
             `max_new_tokens` tokens, as a whole solution has.
         key: Seeds the noise.
-        labels: With it rollouts are adaptive: prefixes take turns, and one whose chunks' labels are
-            known with `confidence` is sampled no more.
+        labels: Makes rollouts adaptive: prefixes take turns, and a prefix is sampled no more when
+            the labels of its chunks are known with `confidence`.
         confidence: See `labels`. With 1 the labels are those of M rollouts.
         policy_id: Is written into the values.
 

@@ -73,7 +73,7 @@ class Refiner:
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         """Raises UserError if the policy's context does not hold a first solution of each problem,
-        or if the judge's own check fails."""
+        or if the judge's check fails."""
         for problem in problems:
             length = len(self.writer.encode(self._begin(problem).conversation))
             self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)

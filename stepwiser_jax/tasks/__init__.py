@@ -1,1 +1,1 @@
-"""Embedded tasks: problems with exactly known step truth, generated on the spot."""
+"""The embedded task, whose problems are generated on the spot, and checks of answers."""

@@ -1,4 +1,4 @@
-"""The embedded task: compound arithmetic modulo 10, with exactly known truth of every chunk.
+"""The embedded task: compound arithmetic modulo 10. It is known of every chunk whether it is right.
 
     question    start 4 ; * 7 + 5 ; * 3 - 2 ; * 2 + 9 ?
     solution    <chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> ... <chunk> \\boxed{ 5 } </chunk>
@@ -29,7 +29,7 @@ SUBSET = "arithmetic"
 """The `source` of the task's problems."""
 
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
-"""Without 5, which maps every error to 0 or 5 and so removes most of them."""
+"""5 is missing, because it maps every error to 0 or 5 and so removes most of them."""
 
 SPLITS = {
     "train": range(0, 10),
@@ -121,7 +121,8 @@ def solve(question: str) -> int:
 
 
 def problems(*, split: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """The data set `arithmetic` (see `tasks.sources`). Raises UserError without split or limit."""
+    """Returns the data set `arithmetic`, see `tasks.sources`. Raises UserError without split or
+    limit."""
     if limit is None or split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "
@@ -131,8 +132,8 @@ def problems(*, split: str | None, limit: int | None, seed: int) -> list[Problem
 
 
 def generate_problems(count: int, seed: int, split: str) -> list[Problem]:
-    """Returns `count` different questions of 3 to 5 operations; with a larger count more follow.
-    Raises UserError for an unknown split."""
+    """Returns `count` different problems of 3 to 5 operations. A larger count adds problems after
+    them. Raises UserError for an unknown split."""
     if split not in SPLITS:
         raise UserError(f"expected a split of {sorted(SPLITS)}, found {split!r}")
     rng = np.random.default_rng((seed, zlib.crc32(split.encode())))
@@ -168,7 +169,7 @@ class State:
 
     def expected(self, chunk: str) -> str | None:
         """Returns the correct chunk of the same kind as `chunk` (an operation, a repair or the
-        answer), None if no chunk of its kind is correct now."""
+        answer), or None if no chunk of this kind would be correct."""
         words = chunk.split()
         if "fix" in words:
             if self.previous_value is None:
@@ -182,7 +183,8 @@ class State:
         return chunk_text(exact_lines(self.value, self.operations[self.done]))
 
     def advance(self, chunk: str) -> None:
-        """Takes over what the chunk claims; a chunk that claims nothing changes nothing."""
+        """Updates the state by what the chunk claims. A chunk that claims nothing changes
+        nothing."""
         lines = claimed_lines(chunk)
         if not lines or lines[-1][-1] not in "0123456789":
             return
@@ -234,7 +236,7 @@ def processbench_item(
 
 
 def write_model(directory: str | Path) -> None:
-    """Writes what a fresh model is made of: config.json and the tokenizer's files."""
+    """Writes the files from which a fresh model is made: config.json and the tokenizer's."""
     write_tokenizer(directory)
     (Path(directory) / "config.json").write_text(json.dumps(hf_config()), encoding="utf-8")
 

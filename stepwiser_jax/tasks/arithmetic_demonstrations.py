@@ -8,16 +8,15 @@ same.
 
 What the demonstrations teach, and what they do not:
 
-1. The policy's teacher is wrong *systematically*: a seventh of the 250 facts (x * d, m + a, m - a)
-   are hard; each has a fixed wrong value that the teacher writes with a fixed probability. Random
-   slips alone would be averaged away, and greedy decoding would solve everything.
+1. The policy's teacher is wrong *systematically*. A seventh of the 250 facts (x * d, m + a, m - a)
+   are hard. Each of these has a fixed wrong value that the teacher writes with a fixed probability.
+   Random slips alone would be averaged away, and greedy decoding would solve everything.
 2. After a wrong chunk the teacher sometimes repairs it, so that a prefix with an error keeps a
    value above 0, as real solutions do.
 3. The judge's demonstrations carry the *skill* to recompute, noisily. They know the hard facts
-   better than the policy's teacher, but not fully. Only a part of them recompute everything, a part
-   look at the last line only, and the rest glance at the chunk and guess. A tenth of all verdicts
-   are flipped. That recomputing pays, and which facts are wrong, is left to GRPO on Monte Carlo
-   labels.
+   better than the policy's teacher, but not fully. Some of them recompute everything, some look at
+   the last line only, and the rest glance at the chunk and guess. A tenth of all verdicts are
+   flipped. GRPO on Monte Carlo labels must teach that recomputing pays, and which facts are wrong.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ from stepwiser_jax.text.prompts import (
 
 
 class Teacher:
-    """Knows most facts. On hard ones it writes a fixed wrong value with a fixed probability."""
+    """A teacher that knows most facts. For a hard one it writes a fixed wrong value with a fixed
+    probability."""
 
     def __init__(
         self, seed: int, *, hard_share: float = 0.13, wrong: tuple[float, float] = (0.3, 0.65)
@@ -80,7 +80,7 @@ class Teacher:
         return Line(left, op, right, compute(left, op, right))
 
     def chunk(self, value: int, operation: Operation, rng: np.random.Generator) -> list[Line]:
-        """Returns two lines, in one of 100 chunks with a random slip."""
+        """Returns two lines. One of 100 chunks has a random slip."""
         first = self.line(value, "*", operation.factor, rng)
         second = self.line(first.result, operation.sign, operation.addend, rng)
         if rng.random() < 0.005:
@@ -92,7 +92,7 @@ class Teacher:
 
 
 REPAIR_PROBABILITY = {False: 0.02, True: 0.3}
-"""How often the teacher does an operation again, by whether it was wrong."""
+"""The probability that the teacher does an operation again, by whether it was wrong."""
 
 
 def demonstrate(question: str, teacher: Teacher, rng: np.random.Generator) -> list[str]:
@@ -125,7 +125,7 @@ def policy_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExa
 
 
 def untagged(solution: str) -> str:
-    """Returns what a policy writes that knows no chunks."""
+    """Returns the solution as a policy writes it that does not mark chunks."""
     return " ".join(strip_tags(solution).split())
 
 
@@ -138,7 +138,8 @@ def untagged_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftE
 
 
 def segmenter_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
-    """Returns prompts that hold a solution without tags, completed by the same with tags."""
+    """Returns prompts with a solution without tags, and the same solution with tags as the
+    completion."""
     return [
         dataclasses.replace(example, prompt=chunking_prompt(untagged(example.completion), "bare"))
         for example in policy_demonstrations(problems, seed)
@@ -167,9 +168,10 @@ def demonstrate_opinion(
         chunks: The solution up to the chunk that is judged.
         teacher: The policy's teacher.
         rng: Decides how this judgment is made.
-        runs_code: Whether the verdict shares no misbelief; the analysis still does.
-        full: Probability to recompute every line.
-        partial: Probability to recompute the last line only. With the remaining probability the
+        runs_code: Whether the verdict is free of misbelief, as if code had run; the analysis never
+            is.
+        full: Probability of recomputing every line.
+        partial: Probability of recomputing the last line only. With the remaining probability the
             judge glances, and says Positive in 60% of the cases, whatever the chunk holds.
         flip: Share of verdicts that are flipped.
         error_scale: How much of the teacher's misbelief the judge shares.
@@ -193,7 +195,7 @@ def judge_demonstrations(
     problems: Sequence[Problem], seed: int, *, wrong_share: float = 0.5
 ) -> list[SftExample]:
     """Returns one judgment per problem, of a random chunk of an imperfect solution. If the solution
-    has wrong chunks, it is one of those with probability `wrong_share`."""
+    has wrong chunks, one of those is chosen with probability `wrong_share`."""
     teacher, rng = Teacher(seed), np.random.default_rng((seed, 3))
     examples = []
     for problem in problems:
@@ -232,8 +234,8 @@ def demonstrate_turn(
     question: str, chunks: Sequence[str], teacher: Teacher, rng: np.random.Generator
 ) -> str:
     """Returns GenPRM's turn about the last chunk. Its code recomputes the lines that the analysis
-    recomputed. What it prints is exact although the teacher may err, and the verdict follows it (a
-    tenth is flipped all the same). A teacher that recomputed nothing writes no code."""
+    recomputed. What the code prints is exact although the teacher may err, and the verdict follows
+    it (but a tenth are flipped). A teacher that recomputed nothing writes no code."""
     analysis, positive = demonstrate_opinion(question, chunks, teacher, rng, runs_code=True)
     facts = _FACT.findall(analysis)
     code = "".join(f"print(({left} {op} {right}) % 10)\n" for left, op, right in facts)
@@ -245,8 +247,8 @@ def demonstrate_turn(
 def genprm_demonstrations(
     problems: Sequence[Problem], seed: int, style: PromptStyle
 ) -> list[Dialogue]:
-    """Returns one conversation per problem in GenPRM's form: a turn judges each chunk of an
-    imperfect solution, in the instruct form with code."""
+    """Returns one conversation per problem in GenPRM's form. A turn judges each chunk of an
+    imperfect solution; in the instruct form it has code."""
     teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm_form.FORMS[style]
     say = demonstrate_judgment if style == "bare" else demonstrate_turn
     dialogues = []
@@ -263,7 +265,7 @@ def thinkprm_demonstrations(
     problems: Sequence[Problem], seed: int, style: PromptStyle
 ) -> list[SftExample]:
     """Returns one verification chain per problem in ThinkPRM's form. It judges the chunks of an
-    imperfect solution until one is wrong, then answers the question whether all are correct."""
+    imperfect solution until one is wrong, then says whether all are correct."""
     teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
     examples = []
     for problem in problems:
@@ -287,7 +289,7 @@ def thinkprm_demonstrations(
 
 
 def _digit(word: str) -> int:
-    """Returns the digit a word is; 0 for any other word, which no line may hold."""
+    """Returns the digit that a word is, or 0 for a word that is none."""
     return int(word) if len(word) == 1 and word.isdigit() else 0
 
 
@@ -320,7 +322,7 @@ def judge_chunk(
     for i in [1] if mode == "partial" else [0, 1]:
         if i >= len(claimed):
             return " ; ".join([*parts, "? diff |"]), False
-        # From what the chunk itself claims for the line before: each line is checked on its own.
+        # Each line is checked alone, so it starts from what the chunk claims for the line before.
         left = int(exact[0][0]) if i == 0 else _digit(claimed[0][-1])
         line = teacher.line(left, exact[i][1], int(exact[i][2]), rng, error_scale)
         same = " ".join(claimed[i]) == line.text

@@ -7,8 +7,8 @@ run in the sandbox after the last fenced block of the completion:
     def double(x): return 2 * x     assert double(2) == 4            <- the column `tests`
     ```                             print("<a random word>")         <- not reached if a test fails
 
-Code that ends the process before its tests does not print the word. (Code that looks for it in the
-interpreter could find it: the sandbox protects the machine, not the tests.)
+Code that ends the process before its tests does not print the word, and so is wrong. (Code that
+searches the interpreter could find the word: the sandbox protects the machine, not the tests.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from stepwiser_jax.records import Problem
 from stepwiser_jax.sandbox.runner import Limits, execute
 
 LIMITS = Limits(seconds=4.0)
-"""Of one solution with its tests: less than the 5 seconds of a verifier, so that
-ordinary loops end before the worker is killed."""
+"""The limits of one solution with its tests. The time is less than the 5 seconds of a verifier, so
+that ordinary loops end before the worker is killed."""
 
 
 def verify(completion: str, problem: Problem) -> bool:

@@ -1,7 +1,7 @@
 """Imports math-verify, and builds the tables that its parser makes at its first expressions.
 
-The server from which workers of `tasks.verifier` are forked imports this once. So a worker is ready
-at once, and its deadline is for the answer alone.
+Workers of `tasks.verifier` are forked from a server that imports this once. So a worker is ready at
+once, and its deadline is for the answer alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 
 from stepwiser_jax.tasks.mathematics import is_equivalent
 
-# It warns at every call that its own time-outs are off: ours are outside.
+# math-verify warns at every call that its time-outs are off. `tasks.verifier` sets deadlines.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 for _answer, _reference in [("\\frac{2}{4}", "\\frac{1}{2}"), ("(1, x^2]", "\\sqrt{2} + 3x")]:
     is_equivalent(_answer, _reference)

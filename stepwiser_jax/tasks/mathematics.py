@@ -1,7 +1,7 @@
-"""The verifier of mathematics: finds the final answer of a completion, and compares its meaning.
+"""The verifier of mathematics: it finds a completion's final answer, and compares its meaning.
 
 Numbers and equal texts are compared here. Everything else goes to math-verify, which can hang on a
-pathological text: call `verify` and `is_equivalent` in a process with a deadline, as
+pathological text. So call `verify` and `is_equivalent` in a process with a deadline, as
 `tasks.verifier` does.
 """
 
@@ -36,10 +36,10 @@ def verify(completion: str, problem: Problem) -> bool:
 
 
 def decide(completion: str, problem: Problem) -> bool | UserError | str:
-    """Returns what `verify` would, if that needs no math-verify.
+    """Returns what `verify` would return or raise, if that needs no math-verify.
 
-    Otherwise returns the part of the completion that `verify` needs: equal answers need to be
-    compared once."""
+    Otherwise returns the part of the completion that `verify` needs, so that equal answers are
+    compared only once."""
     verifiable = _is_plainly_verifiable(problem.answer)
     if verifiable is False:
         return _refusal(problem.answer)
@@ -64,7 +64,8 @@ def _refusal(reference: str) -> UserError:
 
 def last_box(text: str) -> str | None:
     """Returns the content of the last \\boxed{}, None if there is no box or the last one is
-    unfinished: the model gave up earlier ones. Escaped braces are text."""
+    unfinished. Earlier boxes do not count then, since the model gave them up. Escaped braces are
+    text."""
     start = max((match.end() for match in BOX.finditer(text)), default=None)
     depth = 1
     for brace in _BRACE.finditer(text, len(text) if start is None else start):
@@ -101,7 +102,7 @@ def _number(answer: str) -> Fraction | None:
 
 
 def compare_plainly(answer: str | None, reference: str) -> bool | None:
-    """Returns whether two answers are equal, None if math-verify must decide."""
+    """Returns whether two answers are equal, or None if math-verify must decide."""
     if answer is None or max(len(answer), len(reference)) > MAX_ANSWER_CHARACTERS:
         return False
     answer, reference = _normalize(answer), _normalize(reference)
@@ -145,7 +146,7 @@ _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]|[A-Za-z]\s+[A-Za-z]{3,}")
 
 
 def _is_plainly_verifiable(reference: str) -> bool | None:
-    """Returns True for numbers, False for code and an empty text, None if math-verify must
+    """Returns True for numbers, False for code and an empty text, and None if math-verify must
     decide."""
     reference = _normalize(reference)
     if not reference or len(reference) > MAX_ANSWER_CHARACTERS or _CODE.search(reference):
@@ -158,9 +159,9 @@ def _is_verifiable(reference: str) -> bool:
     """Returns whether an answer can be checked against the reference: math-verify reads an
     expression that equals itself.
 
-    It reads words as products of their letters. Two words in a row outside of LaTeX are prose or
-    code, unless none of their letters is in the expression: then they were the number's unit. `and`
-    joins expressions, as `or` does."""
+    math-verify reads words as products of their letters. Two words in a row outside of LaTeX are
+    prose or code. But if the expression has no letters, the words were a number's unit. `and` joins
+    expressions, as `or` does."""
     plain = _is_plainly_verifiable(reference)
     if plain is not None:
         return plain

@@ -1,6 +1,6 @@
 """The data that comes with the package, by the short names that configs use.
 
-A config may name a function of the user's instead, as `module:function` (docs/extending.md):
+A config may name a user's function instead, as `module:function` (docs/extending.md):
 
     problems     (*, split, limit, seed) -> iterable of Problem records or of rows (dicts)
     examples     (*, count, seed, style) -> list of SftExample or Dialogue records
@@ -54,7 +54,7 @@ EXAMPLES: dict[str, Callable[..., Examples]] = {
     )
 }
 MODELS: dict[str, Callable[[str | Path], None]] = {"arithmetic": arithmetic.write_model}
-"""Models that are made here, with fresh weights: what writes their config.json and tokenizer."""
+"""Functions that write the config.json and tokenizer of a model that gets fresh weights."""
 
 TRUTH: dict[str, Callable[..., ProcessBenchItem]] = {
     arithmetic.SUBSET: arithmetic.processbench_item,

@@ -34,7 +34,7 @@ VERIFIERS: dict[str, Callable[[str, Problem], bool]] = {
     "mathematics": mathematics.verify,
     "code": code.verify,
 }
-"""The verifiers of our own, by the names that configs use."""
+"""The built-in verifiers, by the names that configs use."""
 
 QUESTIONS_PER_WORKER = 1000
 """A worker is replaced after this number of questions, because sympy's caches only grow."""
@@ -46,10 +46,11 @@ WARM_UP = "stepwiser_jax.tasks.math_warm_up"
 """What a worker of `mathematics` imports before it is ready."""
 
 DIED = "the worker died"
-"""The reply to a question whose worker died of it, or was killed."""
+"""The reply to a question whose worker died or was killed."""
 
 Reply = bool | UserError | str | None
-"""Right or wrong; the problem cannot be checked; what else the verifier raised; too slow."""
+"""The solution is right or wrong (bool), the problem cannot be checked (UserError), the verifier
+raised something else (str), or it was too slow (None)."""
 
 
 def load_verifier(name: str) -> Callable[[str, Problem], bool]:
@@ -122,8 +123,8 @@ class Verifier:
         ]
 
     def _ask(self, questions: Sequence[tuple[str, Problem]]) -> list[Reply]:
-        """Returns the workers' replies; each works on one question at a time. A question whose
-        worker died, of it or killed from outside, is asked once more."""
+        """Returns the workers' replies. Each worker has one question at a time. If a worker died or
+        was killed from outside, its question is asked once more."""
         replies: list[Reply] = [None] * len(questions)
         waiting, asked_again = deque(range(len(questions))), set[int]()
         busy: dict[_Worker, tuple[int, float]] = {}  # its question, and its deadline
@@ -187,11 +188,11 @@ def _serve(pipe: Connection, name: str) -> None:
 
 
 class _Worker:
-    """A process that answers questions, one at a time. It is ready when it has been made."""
+    """A process that answers questions, one at a time. The constructor waits until it is ready."""
 
     def __init__(self, name: str) -> None:
         """Raises UserError if the process cannot be started."""
-        # Every worker is a fork of a server that has imported what takes long, so that one that
+        # Every worker is a fork of a server that has done the slow imports, so that one that
         # replaces a slow worker is ready at once.
         context = multiprocessing.get_context("forkserver")
         if name == "mathematics":
@@ -221,7 +222,7 @@ class _Worker:
             self.pipe.send((completion, problem))
 
     def reply(self) -> Reply:
-        """Returns the reply to its question or `DIED`; None if there is none so far."""
+        """Returns the reply to the worker's question or `DIED`; None if there is none yet."""
         try:
             return self.pipe.recv() if self.pipe.poll() else None
         except (EOFError, OSError):

@@ -1,8 +1,8 @@
-"""What a chunk is: a span of the sampled token ids that ends where the policy closed it.
+"""Finds chunks: spans of the sampled token ids that end where the policy closed them.
 
 A closing tag is several tokens in real vocabularies, and its last token may hold the characters
-that follow it. So boundaries are found on token ids, by an automaton that reads each token's bytes:
-a chunk ends with the token that completes the tag. The sampler stops at tags with the same table.
+that follow it. So boundaries are found on token ids, by an automaton that reads each token's bytes.
+A chunk ends with the token that completes the tag. The sampler stops at tags with the same table.
 Nothing is re-tokenised and nothing is added to the vocabulary.
 """
 
