@@ -1,6 +1,6 @@
 """PRMBench scores (arXiv 2501.03124), from verdicts on steps.
 
-Each step is right or wrong on its own. F1 is computed on right steps (a step judged Positive is
+Each step is right or wrong by itself. F1 is computed on right steps (a step judged Positive is
 called right) and negative F1 on wrong ones, both over the steps of all solutions together. PRMScore
 is their mean; in the class `multi_solutions`, which has no wrong steps, it is F1 alone. A
 category's PRMScore is the plain mean over its classes. Original solutions (`correct`) count in no

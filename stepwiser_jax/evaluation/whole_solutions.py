@@ -1,6 +1,6 @@
 """Scores of judgments of whole solutions, as in ThinkPRM's tables.
 
-The positive class is a solution without an error. The paper does not name its class, but its random
+Solutions without an error are the positive class. The paper does not name its class, but its random
 baselines (39.1 on OlympiadBench and 32.7 on Omni-MATH, of which about 34% and 24% are correct) are
 those of this one. This F1 is binary, unlike ProcessBench's.
 """

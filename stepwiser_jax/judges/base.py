@@ -104,7 +104,7 @@ class Judge(Protocol):
         top_k: int = 0,
     ) -> list[list[SolutionJudgment]]:
         """Returns one judgment of each solution for each suffix, [solution][suffix]. A suffix is
-        part of the row ids, so each suffix has its noise. Temperature 0 is greedy."""
+        part of the row ids, so that each draws different noise. Temperature 0 is greedy."""
         ...
 
 

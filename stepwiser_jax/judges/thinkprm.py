@@ -77,7 +77,7 @@ class Form:
     """The words of a verification.
 
     Attributes:
-        opening: The given beginning.
+        opening: The beginning, which is given.
         question: Ends the chain; one of the `answers`, Yes or No, follows.
         words: The boxed verdicts on a step, right and wrong.
         box: The format of a boxed verdict.

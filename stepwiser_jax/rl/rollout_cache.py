@@ -6,7 +6,7 @@
 Rollouts are used again only if the parameters equal those that sampled them in every bit. A file
 with another checksum is damaged and counts as missing. A killed run leaves whole files, and resumes
 to the same bytes. A run that is asked to stop leaves the rows that have ended. When it resumes, it
-samples the other rows in a smaller batch. So their log-probs may differ in the last digits, and so
+samples the other rows in other batches. So their log-probs may differ in the last digits, and so
 may a token whose draw was that close to another one.
 
 All processes hold all rows; the primary process writes.

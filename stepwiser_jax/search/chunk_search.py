@@ -1,4 +1,4 @@
-"""Search chunk by chunk: the policy extends its beams, the judge scores them, a method decides.
+"""Searches chunk by chunk: the policy extends its beams, the judge scores them, a method decides.
 
     beams of all problems -> one more chunk each -> judge -> method: which beams go on -> ...
 

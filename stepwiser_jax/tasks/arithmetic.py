@@ -1,4 +1,4 @@
-"""The embedded task: compound arithmetic modulo 10. It is known of every chunk whether it is right.
+"""The embedded task: compound arithmetic modulo 10. The truth of every chunk is known exactly.
 
     question    start 4 ; * 7 + 5 ; * 3 - 2 ; * 2 + 9 ?
     solution    <chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> ... <chunk> \\boxed{ 5 } </chunk>

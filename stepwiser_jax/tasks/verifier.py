@@ -59,7 +59,7 @@ def load_verifier(name: str) -> Callable[[str, Problem], bool]:
 
 
 class Verifier:
-    """Checks solutions in up to `workers` processes, which start when they are first needed.
+    """A pool of up to `workers` processes that check solutions. They start when first needed.
 
     `timeouts` counts questions that took longer than `timeout_seconds`, `failures` those on which
     the verifier raised an exception or two workers died. Such solutions count as wrong.

@@ -32,7 +32,7 @@ def end_patterns(chunking: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TokenMatcher:
-    """Finds strings in token ids: Aho-Corasick over bytes, compiled to tokens.
+    """An automaton that finds strings in token ids: Aho-Corasick over bytes, compiled to tokens.
 
     `table_AV[state, token]` is the next state. State 0 is the start. The last state means that a
     pattern was completed; it is never left."""
