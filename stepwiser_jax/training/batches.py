@@ -268,8 +268,8 @@ def document_loader(
         max_length: Tokens of a row.
         seed: Decides the order.
         packing: Whether documents share rows.
-        epochs: How often every document comes. Padding fills up the last batch. With None the loader
-            never ends.
+        epochs: How often every document comes; padding fills up the last batch. With None the
+            loader never ends.
     """
     order = _shuffled(len(documents), seed, epochs)
     lengths = [len(document.tokens_T) for document in documents]
