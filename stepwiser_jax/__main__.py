@@ -175,7 +175,7 @@ def compare_judges(
     run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate.")],
     run_b: Annotated[Path, typer.Argument(help="Another finished run, on the same items.")],
     votes: Annotated[
-        bool, typer.Option("--votes", help="Compare what the votes say together.")
+        bool, typer.Option("--votes", help="Compare majority votes, not greedy judgments.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with fractions.")] = False,
 ) -> None:
@@ -272,9 +272,11 @@ def plan(
     set_: Annotated[
         list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
     ] = [],  # noqa: B006 - typer copies it
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON, in bytes and seconds.")
+    ] = False,
     search: Annotated[
-        bool, typer.Option("--search", help="Also find the largest batches that fit.")
+        bool, typer.Option("--search", help="Also find the largest batches that fit (slow).")
     ] = False,
 ) -> None:
     """Say whether a run fits a TPU slice, and how fast it can be at best. Needs no TPU.

@@ -1,4 +1,4 @@
-"""Checksums, which show whether a file still holds what was written.
+"""Writes and checks checksums, which show whether a file still holds what was written.
 
 A directory that is handed on as a whole, such as an exported model, has a file `SHA256SUMS`, which
 `sha256sum -c` reads too. A JSON object may hold the checksum of its other fields in a field

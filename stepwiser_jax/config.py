@@ -829,8 +829,8 @@ class Grpo(Config):
     drop_zero_variance: bool = True
     """Leave out groups whose judgments all have the same reward."""
     max_resamples: int = Field(0, ge=0)
-    """Sample groups in place of those that were left out at most this number of times an iteration
-    (DAPO's dynamic sampling)."""
+    """At most this number of times an iteration, sample new groups in place of those that were left
+    out (DAPO's dynamic sampling)."""
 
 
 class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
@@ -1216,8 +1216,7 @@ def load_config(
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader of YAML that refuses a key that stands twice in one mapping: one value would be
-    lost."""
+    """A YAML loader that refuses a key that stands twice in a mapping: one value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -1241,8 +1240,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def beside(run_dir: str | Path, value: Any) -> Any:
-    """Returns settings in which `RUNS/` at the start of a value is the directory that holds
-    `run_dir`."""
+    """Returns settings with `RUNS/` replaced by the directory that holds `run_dir`."""
     if isinstance(value, dict):
         return {key: beside(run_dir, part) for key, part in value.items()}
     if isinstance(value, list):

@@ -84,8 +84,7 @@ def fine_tuning(data: str, count: int, seed: int, steps: int) -> dict[str, Any]:
 
 
 def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
-    """Returns the stages that make a policy, its solutions of new problems, and labels of their
-    chunks."""
+    """Returns the stages that make a policy, its solutions of new problems, and their labels."""
     policy, rollouts, values = (str(run_dir / n) for n in ("policy", "rollouts", "values"))
     problems = {"source": "arithmetic", "split": "rollout", "limit": 448, "seed": seed}
     sample = {"policy": {"path": policy}, "sampling": SOLVE, "engine": POLICY_ENGINE}
@@ -134,8 +133,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
 
 
 def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
-    """Returns the stages that score both judges on held-out solutions, and search with the trained
-    one."""
+    """Returns the stages that score both judges, and search with the trained one."""
     policy = {"path": str(run_dir / "policy")}
     rollout = {
         "policy": policy,
@@ -247,7 +245,7 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 LabelsAndTruths = list[tuple[bool, bool]]
-"""(label, whether it is right) of chunks."""
+"""For each chunk: its label, and whether it is right."""
 
 
 def label_quality(run_dir: Path) -> dict[str, Any]:
@@ -279,8 +277,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
 
 
 def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
-    """Returns `balanced_accuracy` of all chunks, its 95% interval over problems, and their
-    number."""
+    """Returns `balanced_accuracy`, its 95% interval over problems, and the number of chunks."""
 
     def scores(problems: list[LabelsAndTruths]) -> dict[str, float]:
         pairs = [pair for of_problem in problems for pair in of_problem]

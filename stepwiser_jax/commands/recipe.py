@@ -76,8 +76,7 @@ def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
 
 
 def read_recipe(prefix: str) -> dict[str, Step]:
-    """Returns the steps by their names. Raises UserError if there is none, or one names no
-    stage."""
+    """Returns the steps by name. Raises UserError if there is none, or one names no stage."""
     folder, start = Path(prefix).parent, Path(prefix).name
     steps = {}
     for file in sorted(folder.glob(f"{start}_*.yaml")):

@@ -1,8 +1,8 @@
-"""Demonstrations for supervised fine-tuning: where they come from, and their tokens.
+"""Reads demonstrations for supervised fine-tuning, and turns them into tokens.
 
-A judge or policy learns completions, and in conversations what the assistant says, with the end
-tokens. What the assistant's code printed is not learned: at inference the interpreter writes it.
-(GenPRM's paper does not say.)
+A model learns completions, and in conversations what the assistant says, with the end tokens. What
+the assistant's code printed is not learned: at inference the interpreter writes it. (GenPRM's paper
+does not say.)
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
 
 
 def holds_dialogues(source: str) -> bool:
-    """Returns whether the manifest of a finished run, or the first line of a file, tells of
-    dialogues."""
+    """Returns whether a run's manifest, or the first line of a file, tells of dialogues."""
     path = Path(source)
     if path.is_dir():
         return KIND[Dialogue] in read_manifest(path)["records"]

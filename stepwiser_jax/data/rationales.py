@@ -21,7 +21,7 @@ class Outcome(enum.Enum):
 
 
 def judgment_outcome(text: str, finished: bool, is_positive: bool) -> Outcome:
-    """Returns the outcome of a judgment of one chunk. Its verdict must be the label (A.1,
+    """Returns the outcome of a judgment of one chunk: its verdict must be the label (A.1,
     RS-FT)."""
     verdict = parse_verdict(text)
     if not finished:

@@ -5,8 +5,8 @@ malformed row stops the reading with its file and line, or is counted as dropped
 `on_malformed` says; the log then names the first few.
 
 Rows are taken in the order that `config.Problems` states: shuffled, malformed ones and those of
-excluded problems left out, then the first `limit`. The id of a row is its place in the source,
-also after a shuffle.
+excluded problems left out, then the first `limit`. A row keeps the id that it has in its
+source, also after a shuffle.
 """
 
 from __future__ import annotations

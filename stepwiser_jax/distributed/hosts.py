@@ -43,15 +43,13 @@ EXCHANGE_SECONDS = 1.0
 """How often a process looks whether another one was asked to stop."""
 
 BARRIER_SECONDS = 7 * 24 * 3600
-"""The longest wait at a barrier. A peer that still works may need days; a dead one ends the
-wait."""
+"""The longest wait at a barrier. A working peer may need days; a dead one ends the wait."""
 
 LOST_PEER = re.compile(
     r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): (?!.*(RET_CHECK|compil))",
     re.DOTALL,
 )
-"""Matches XLA's message when a collective fails, but not failures to compile or to allocate
-memory."""
+"""Matches XLA's message when a collective fails, but not failures to compile or to allocate."""
 
 
 @dataclass(frozen=True)

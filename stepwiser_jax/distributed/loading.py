@@ -108,8 +108,7 @@ def _check_weights(directory: Path, mesh: Mesh) -> None:
 def load_for_training(
     path: str, *, lora: dict[str, Any] | None, mesh: Mesh, seed: int, **settings: Any
 ) -> Loaded:
-    """Returns what `load_model` does, with new adapters if `lora` has settings
-    (`make_adapters`)."""
+    """Returns what `load_model` returns, with new adapters if `lora` has settings."""
     loaded = load_model(path, mesh=mesh, seed=seed, **settings)
     if lora is None:
         return loaded
@@ -136,7 +135,7 @@ def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dic
 
 
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
-    """Returns what `load_model` does, in the layout of the sampler only."""
+    """Returns what `load_model` returns, in the layout of the sampler only."""
     loaded = load_model(path, decoding=True, **settings)
     return dataclasses.replace(loaded, model=Decoder.from_transformer(loaded.model, weights))
 
@@ -225,8 +224,7 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
 
 
 def _fingerprint(directory: str) -> str:
-    """Returns 12 hex digits over the ends of every weight file, which tell two checkpoints
-    apart."""
+    """Returns 12 hex digits of the ends of all weight files, which tell checkpoints apart."""
     digest = hashlib.sha256()
     for file in sorted(Path(directory).glob("*.safetensors")):
         size = file.stat().st_size

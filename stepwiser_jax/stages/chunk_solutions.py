@@ -168,7 +168,7 @@ class Proposer:
         return encode_message(self.tokenizer, chunking_prompt(solution, style), style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether the context holds the prompt and an answer."""
+        """Returns whether the context holds the prompt and an answer."""
         return len(prompt) + self.params.max_new_tokens <= self.context
 
 

@@ -125,8 +125,7 @@ def load_policy(config: Search, session: Session) -> Policy:
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:
-    """Returns the methods that the judge steers, each with its number of beams and how they are
-    ranked."""
+    """Returns the methods that the judge steers, each with its beams and their ranking."""
     methods = {"chunk_reset": (chunk_reset(config.max_attempts), 1, "last")}
     for name, make, beams in (("beam", beam_search, config.beam), ("dvts", dvts, config.dvts)):
         if beams is not None:

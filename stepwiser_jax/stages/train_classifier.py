@@ -104,8 +104,7 @@ def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dic
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
-    """Returns the model to train, with a new scalar head if the config asks for one and it has
-    none."""
+    """Returns the model to train, with a new scalar head if it needs one."""
     scalar = config.head == "scalar"
     settings = config.model.load_args
     loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)

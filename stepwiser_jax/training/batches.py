@@ -322,8 +322,7 @@ def _lists_of(items: Iterator[T], size: int) -> Iterator[list[T]]:
 def _packed_rows(
     order: grain.MapDataset[Any], lengths: Sequence[int], batch_size: int, row_length: int
 ) -> Iterator[list[int]]:
-    """Yields rows of documents. The rows of a block are shuffled, since the first hold more
-    tokens."""
+    """Yields rows of documents, shuffled within a block, since its first rows hold more tokens."""
     num_rows = 0
     for block in first_fit(_ordered(order), lengths.__getitem__, row_length, 4 * batch_size):
         for row in np.random.default_rng(num_rows).permutation(len(block)):

@@ -1,7 +1,7 @@
 """Saves train state, loader position and counters together, as Orbax checkpoints.
 
-A save is finished or absent. Only the adapters of a model are saved if it has some: the base does
-not change.
+A save is finished or absent. If a model has adapters, only these are saved: the base does not
+change.
 
 Orbax and tensorstore have checksums over their own metadata, but not over arrays. So a checksum of
 each array is saved too, and compared with that of the array that was read. It is a sum on the
@@ -26,7 +26,7 @@ from stepwiser_jax.training.step import TrainState
 
 
 class Checkpointer:
-    """The checkpoints of a run, saved in the background. After a kill a save is complete or
+    """The checkpoints of a run, saved in the background. After a kill each is complete or
     absent."""
 
     def __init__(self, directory: Path, *, keep: int = 2):
@@ -73,7 +73,7 @@ class Checkpointer:
     def restore_model(self, template: Any, step: int | None = None) -> Any:
         """Returns the parameters of one save, by default the newest.
 
-        `template` is an abstract or real model. Adapters get the template's base.
+        `template` is an abstract or real model. If it has adapters, their base is the template's.
 
         Raises UserError if there is no such save, or its model is not what was saved.
         """

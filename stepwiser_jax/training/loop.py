@@ -167,7 +167,7 @@ class TrainingRun:
             hosts.barrier("the run is stopped")  # a process that left looks like one that died
 
     def save(self, *, wait: bool = False) -> None:
-        """Saves the state after the last step, unless that is done. With `wait` it waits for the
+        """Saves the last state, unless that is done. With `wait` it returns when that is on
         disk."""
         self.flush()
         if self._checkpointer.latest_step() != self.step:

@@ -133,8 +133,7 @@ def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: f
 
 
 def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
-    """Returns the part of `forward_flops` that takes weights. Their gradients take as many
-    again."""
+    """Returns the part of `forward_flops` that takes weights. Their gradients take as many."""
     head = scored * config.vocab_size * config.hidden_size
     return 2.0 * (tokens * block_parameters(config) + head)
 
@@ -150,16 +149,14 @@ def update_flops(
 
 
 def cache_flops(config: ModelConfig, tokens: int) -> float:
-    """Returns the FLOPs of reading a prompt for its keys and values: the last layer computes no
-    more."""
+    """Returns the FLOPs of a prompt's keys and values. The last layer computes only those."""
     below = dataclasses.replace(config, num_layers=config.num_layers - 1)
     last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
     return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
 
 
 def causal_pairs(before: int, tokens: int) -> float:
-    """Returns the pairs of a query and a key that it sees: `tokens` in a row after `before`
-    others."""
+    """Returns the pairs of a query and a key it sees: `tokens` in a row after `before` others."""
     return tokens * before + tokens * (tokens + 1) / 2
 
 
@@ -276,8 +273,7 @@ def judge_batch(config: TrainJudge) -> RolloutBatch:
 
 
 def judge_work(config: TrainJudge) -> dict[str, float]:
-    """Returns the arguments of `forward_flops` for a group: its prompt once, then its
-    completions."""
+    """Returns arguments of `forward_flops` for a group: its prompt once, then its completions."""
     prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
     size = config.group_size
     pairs = causal_pairs(0, prompt) + size * causal_pairs(prompt, new)
@@ -390,8 +386,7 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
 def _gather(
     model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
 ) -> Program:
-    """Returns the program of `loading.decoding_copy`: from the layout of training to that of
-    decoding."""
+    """Returns the program that moves a model from the layout of training to that of decoding."""
     cast = jax.eval_shape(lambda model: merge(model, model.compute_dtype), model)
     cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
     shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))

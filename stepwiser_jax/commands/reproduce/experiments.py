@@ -42,8 +42,7 @@ CLASSIFIER = {"kind": "classifier", "prompt_style": "bare", "max_length": 320}
 
 Settings = dict[str, Any]
 Stage = tuple[str, str, Callable[[], Settings]]
-"""(directory, stage, settings). Settings are a function, since some are read from earlier
-stages."""
+"""(directory, stage, settings). Settings are a function: some are read from earlier stages."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class SeedRuns:
         return read_run_json(self.run_dir / name, "summary.json")
 
     def stage(self, name: str, stage: str, settings: Settings | Callable[[], Settings]) -> Stage:
-        """Returns a stage with the seed, without chat templates, and with a shared cache of
-        programs."""
+        """Returns a stage with the seed, no chat templates, and a shared cache of programs."""
 
         def resolved() -> Settings:
             tree = settings() if callable(settings) else settings
@@ -247,8 +245,7 @@ labels, each solution gets more."""
 
 
 def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
-    """Returns the cold start, taught a form by the same imperfect teacher. It has not seen a
-    label."""
+    """Returns the cold start, taught a form by the same imperfect teacher, without labels."""
     steps = PRM_FORMS[form].start_steps
     tree = changed(
         fine_tuning(f"arithmetic-{form}", 8 * steps, runs.seed, steps),
@@ -265,8 +262,7 @@ def prm_scored(runs: SeedRuns, form: str, name: str) -> Stage:
 
 
 def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0) -> list[Stage]:
-    """Returns the stages that sample from its start, keep what agrees with the labels, and learn
-    it."""
+    """Returns the stages that sample from its start, keep what fits the labels, and learn it."""
     kept = f"{form}_rationales_{share:g}"
 
     def asked() -> Settings:
@@ -357,8 +353,7 @@ def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
 
 
 def searches(runs: SeedRuns) -> list[Stage]:
-    """Returns the stages that run every method on the same problems, with the same budget of
-    tokens."""
+    """Returns the stages that run every method with the same problems and budget of tokens."""
     shared = {
         "policy": {"path": runs.at("policy")},
         "problems": {
@@ -458,8 +453,7 @@ def solved(runs: SeedRuns, policy: str) -> Stage:
 
 
 def every_stage(runs: SeedRuns) -> list[Stage]:
-    """Returns the stages of one seed in order. A stage that several rows need occurs several
-    times."""
+    """Returns the stages of one seed in order. One that several rows need occurs several times."""
     return [
         *base(runs),
         scored(runs, "cold_start"),
