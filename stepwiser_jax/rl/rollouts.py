@@ -94,7 +94,8 @@ class RolloutSampler:
         self.key = jax.random.key(seed)
         shapes = jax.eval_shape(lambda model: decoding_layout(model, engine.weights), loaded.model)
         self.engine = Engine(shapes, loaded.tokenizer, mesh=mesh, **engine.model_dump())
-        self._param_hash, self._loaded_engine = "", self.engine
+        self._param_hash = ""
+        self._engine_with_weights: Engine | None = None
 
     @contextmanager
     def weights(self, model: Any) -> Iterator[None]:
@@ -102,11 +103,11 @@ class RolloutSampler:
         end, before an update needs the memory."""
         self._param_hash = param_hash(model)
         with jax.set_mesh(self.mesh):
-            self._loaded_engine = self.engine.with_model(decoding_copy(model, self.mesh))
+            self._engine_with_weights = self.engine.with_model(decoding_copy(model, self.mesh))
         try:
             yield
         finally:
-            self._loaded_engine = self.engine
+            self._engine_with_weights = None
 
     def sample_groups(
         self, examples: Sequence[Any], iteration: int, resample: int
@@ -151,7 +152,8 @@ class RolloutSampler:
             ]
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
-        ended = self._loaded_engine.sample(
+        assert self._engine_with_weights is not None, "sample inside `weights`"
+        ended = self._engine_with_weights.sample(
             prefixes, self.params, key=self.key, is_needed=lambda _: True
         )
         for completions in ended:

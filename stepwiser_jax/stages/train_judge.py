@@ -39,6 +39,7 @@ from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
 from stepwiser_jax.rl.grpo import group_advantages
+from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, make_objective
 from stepwiser_jax.rl.rewards import REWARDS, verdict_metrics
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.rl.rollouts import (
@@ -48,7 +49,6 @@ from stepwiser_jax.rl.rollouts import (
     rollout_metrics,
     split_groups,
 )
-from stepwiser_jax.rl.update import add_old_and_reference_logprobs, make_objective
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
@@ -77,8 +77,8 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     reference_of = make_reference(config, load_model)
     grpo, num_prompts = config.grpo, config.prompts_per_iteration
     start, began = training.step, time.perf_counter()
-    following = progress("train-judge", "iteration", iterations, start)
-    with jax.set_mesh(mesh), training, following as told:
+    bar = progress("train-judge", "iteration", iterations, start)
+    with jax.set_mesh(mesh), training, bar as shown:
         for iteration in range(start, iterations):
             policy = training.state.model
             sampled, groups = [], []
@@ -107,7 +107,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
             training.finish_step(iteration + 1, mean_metrics(updates) | metrics)
             sampler.cache.forget_before(training.saved_step)
-            told.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
+            shown.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
         training.save(wait=True)
         sampler.cache.forget_before(iterations)
     summary = {

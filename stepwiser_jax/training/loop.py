@@ -125,13 +125,13 @@ class TrainingRun:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
         step, None if no step was left."""
         start, began, stage = self.step, time.perf_counter(), self._directory.stage
-        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as told:
+        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as shown:
             for step in range(start, steps):
                 metrics = self.update(shard_batch(next(self.loader), self.mesh))
                 self.finish_step(step + 1, metrics)
                 shown = [n for n in ("loss", "accuracy", "grad_norm") if n in self.last_metrics]
-                told.advance(**{name: self.last_metrics[name] for name in shown[:2]})
-        self.flush()
+                shown.advance(**{name: self.last_metrics[name] for name in shown[:2]})
+        self.log_last_step()
         return per_item(time.perf_counter() - began, steps - start)
 
     def update(self, batch: Any) -> Metrics:
@@ -142,15 +142,16 @@ class TrainingRun:
         return metrics
 
     def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs the step before this one, and saves when a checkpoint is due.
+        """Ends a step: logs the step before it, saves when a checkpoint is due, and stops if asked.
 
-        The host has the values of the step before by now, so it does not wait for the device.
+        The metrics of a step are logged one step later, when they are on the host, so the host
+        never waits for the device.
 
         Raises:
             Interrupted: The run was asked to stop.
             UserError: Too many updates in a row were skipped.
         """
-        self.flush()
+        self.log_last_step()
         self._unlogged = (step, metrics)
         self.step, self._loader_state = step, self.loader.get_state()
         if step % self.settings.checkpoint_every == 0:
@@ -167,9 +168,8 @@ class TrainingRun:
             hosts.barrier("the run is stopped")  # a process that left looks like one that died
 
     def save(self, *, wait: bool = False) -> None:
-        """Saves the last state, unless that is done. With `wait` it returns when that is on
-        disk."""
-        self.flush()
+        """Saves the last state, unless that is done. With `wait` it waits for the disk."""
+        self.log_last_step()
         if self._checkpointer.latest_step() != self.step:
             self._metrics.sync()
             self._checkpointer.save(self.step, self.state, {"loader": self._loader_state})
@@ -182,8 +182,8 @@ class TrainingRun:
         """Returns the step of the newest checkpoint that is on disk as a whole."""
         return self._checkpointer.complete_step() or 0
 
-    def flush(self) -> None:
-        """Fetches and logs the metrics of the last step."""
+    def log_last_step(self) -> None:
+        """Fetches and logs the metrics that `finish_step` got last."""
         if self._unlogged is None:
             return
         (step, metrics), self._unlogged = self._unlogged, None
@@ -204,7 +204,7 @@ class TrainingRun:
         Raises:
             UserError: A parameter is not finite.
         """
-        self.flush()
+        self.log_last_step()
         if names := non_finite(self.state.model):
             raise UserError(
                 f"expected finite parameters after step {self.step}, found others in "

@@ -164,10 +164,14 @@ def load(tmp_path, tree, *overrides, stage="train-judge"):
 
 def test_overrides_are_typed(tmp_path):
     config = load(
-        tmp_path, judge_tree(), "training.optimizer.learning_rate=3e-5", "sampling_mesh=null"
+        tmp_path,
+        judge_tree(),
+        *("training.optimizer.learning_rate=3e-5", "sampling_mesh=null"),
+        "reward_args={a: 1e-3, b: -2E+2, c: 1e, d: e1}",
     )
     assert config.training.optimizer.learning_rate == 3e-5
     assert config.sampling_mesh is None
+    assert config.reward_args == {"a": 0.001, "b": -200.0, "c": "1e", "d": "e1"}
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,7 @@ def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
     for step, (skipped, updates) in enumerate(iterations, 1):
         training.finish_step(step, {"skipped": skipped, "updates": updates})
         try:
-            training.flush()
+            training.log_last_step()
         except UserError as error:
             assert f"{5 if updates == 1 else 6} updates in a row" in str(error)
             stopped = step

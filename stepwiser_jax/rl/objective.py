@@ -1,4 +1,5 @@
-"""The update of a policy on packed rollouts: log-probs before it, and its loss."""
+"""What an update of a policy minimises: the GRPO loss of packed rollouts, and the old and reference
+log-probs that it compares with. The update itself is `training/step.py`."""
 
 from __future__ import annotations
 
