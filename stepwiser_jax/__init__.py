@@ -1,8 +1,7 @@
-"""StepWiser (arXiv 2508.19229) in JAX: judges that reason about a chunk of thought, trained by
-GRPO.
+"""StepWiser (arXiv 2508.19229) in JAX: judges that reason about chunks of thought.
 
-The public names, resolved when they are first used: importing the package imports neither jax nor
-anything else, so that worker processes start fast.
+Public names are imported when they are first used. Importing the package imports neither jax nor
+anything else, so worker processes start fast.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-# Set before the first import of transformers, which says at that time that there is no PyTorch.
+# transformers warns at its first import that there is no PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOME = {

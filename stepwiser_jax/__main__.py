@@ -1,9 +1,9 @@
 """The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `compare-judges`, `reproduce`,
 `plan`, `convert`.
 
-A mistake of the user's is one message and exit status 2; a traceback is a bug. After Ctrl-C and
-SIGTERM a stage that samples or trains saves and exits with 130; the same command goes on from
-there. Everything else ends at once.
+A user's mistake gives one message and exit status 2; a traceback is a bug. On Ctrl-C or SIGTERM a
+stage that samples or trains saves its work and exits with 130, and the same command resumes it.
+Everything else ends at once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ STAGES = {
         "judgments.",
     ),
     "search": (
-        "Chunk-reset, beam search, DVTS and best-of-N beside greedy decoding, sampling and votes.",
+        "Compare chunk-reset, beam search, DVTS and best-of-N with greedy decoding and votes.",
         "Reads problems, a policy and a judge. Writes search results.",
     ),
     "select-responses": (
@@ -107,18 +107,18 @@ def _add_stage(name: str, does: str, files: str) -> None:
             bool, typer.Option(help="Check config and input, print the config, write nothing.")
         ] = False,
         distributed: Annotated[
-            bool, typer.Option("--distributed", help="Several processes: ask the cluster.")
+            bool, typer.Option("--distributed", help="Run as several processes; ask the cluster.")
         ] = False,
         coordinator: Annotated[
-            str | None, typer.Option(help="HOST:PORT of process 0, where no cluster tells.")
+            str | None, typer.Option(help="HOST:PORT of process 0, if no cluster tells.")
         ] = None,
         num_processes: Annotated[int | None, typer.Option(help="With --coordinator.")] = None,
         process_id: Annotated[int | None, typer.Option(help="With --coordinator.")] = None,
         shard: Annotated[
             str | None,
             typer.Option(
-                help="I/N: every N-th block of a sampling stage, from the I-th. Shards run at any "
-                "time and place; the same command without --shard then finishes the run."
+                help="I/N: do every N-th block of a sampling stage, from the I-th. Shards run at "
+                "any time and place; the same command without --shard then finishes the run."
             ),
         ] = None,
     ) -> None:
@@ -156,10 +156,10 @@ for _name, (_does, _files) in STAGES.items():
 def quickstart(
     run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("quickstart"),
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of data, sampling and initial weights.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of data, sampling and weights.")
     ] = 0,
 ) -> None:
-    """The whole method on the embedded arithmetic task with a tiny model, on this machine.
+    """Run the whole method on the embedded arithmetic task with a tiny model, on this machine.
 
     Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
     """
@@ -173,19 +173,19 @@ def quickstart(
 @app.command("compare-judges")
 def compare_judges(
     run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate.")],
-    run_b: Annotated[Path, typer.Argument(help="Another one on the same items.")],
+    run_b: Annotated[Path, typer.Argument(help="Another finished run, on the same items.")],
     votes: Annotated[
-        bool, typer.Option("--votes", help="Of evaluate runs with votes, what these say together.")
+        bool, typer.Option("--votes", help="Compare majority votes, not greedy judgments.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The same as JSON, in fractions.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with fractions.")] = False,
 ) -> None:
-    """What the judge of RUN_B has over that of RUN_A on the same items, and how sure that is.
+    """Compare the judges of two runs on the same items.
 
-    Official F1 of both; the difference with its 95% interval and p by paired bootstrap; the items
-    that one of them alone gets exactly right, with the p of McNemar's exact test. All of it is of
-    the choice of items; what another seed of training would change it does not know. Of evaluate
-    the greedy judgments count, or with --votes the majority (of GenPRM's form the mean) of the
-    votes, of classify the run's threshold. Writes nothing.
+    Prints the official F1 of both judges, and their difference with its 95% interval and its p by
+    paired bootstrap. Counts the items that only one judge gets exactly right, with the p of
+    McNemar's exact test. Intervals and p cover the choice of items, not the seed of training.
+    Greedy judgments are compared, or with --votes the majority of the votes (GenPRM: their mean). A
+    classifier uses the threshold of its run. Writes nothing.
     """
     from stepwiser_jax.commands.compare_judges import print_comparison
 
@@ -197,17 +197,17 @@ def reproduce(
     run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("reproduce"),
     seed: Annotated[
         list[int] | None,
-        typer.Option(min=0, max=2**32 - 1, help="Once for each; 0, 1 and 2 without it."),
+        typer.Option(min=0, max=2**32 - 1, help="Repeatable; 0, 1 and 2 by default."),
     ] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Instead, search the learning rates that are used.")
+        bool, typer.Option("--tune", help="Search for learning rates instead.")
     ] = False,
 ) -> None:
-    """The paper's claims on the embedded task: every judge, search and selection, several seeds.
+    """Test the paper's claims on the embedded task, with several seeds.
 
-    Reads nothing. Writes one run directory per stage and seed below --run-dir, compare.json and
-    compare.md; with --tune tuning.json. Seeds may run side by side, each a command of its own; one
-    command with all of them then makes the table.
+    Runs every judge, search and selection. Reads nothing. Writes one run directory per stage and
+    seed below --run-dir, compare.json and compare.md; with --tune it writes tuning.json. Seeds may
+    run side by side, each as one command; one command with all of them then makes the table.
     """
     from stepwiser_jax.commands.reproduce import measure, report
     from stepwiser_jax.runs.storage import writing_to
@@ -225,7 +225,7 @@ def convert(
         Path,
         typer.Option(help="Run directory of a stage that trains, or one of its checkpoints/N."),
     ],
-    output: Annotated[Path, typer.Option(help="A new directory.")],
+    output: Annotated[Path, typer.Option(help="Directory to create.")],
 ) -> None:
     """Export a checkpoint as a Hugging Face directory that transformers loads.
 
@@ -248,11 +248,11 @@ def recipe(
         bool, typer.Option(help="Also check every stage as its own --dry-run does.")
     ] = False,
 ) -> None:
-    """The stages of a recipe, as commands in the order in which they run. Runs none of them.
+    """Print the commands of a recipe in the order in which they run. Runs none of them.
 
-    PREFIX_NAME.yaml is the config of the run RUNS/NAME, for the stage that it names; RUNS/NAME in
-    another one is this run. Exits with 2 where a config reads what no other writes. --dry-run
-    checks models and data too, and of the runs between them those that are finished. Needs no
+    PREFIX_NAME.yaml is the config of the run RUNS/NAME, and names its stage. Another config of the
+    recipe reads this run by the name RUNS/NAME. Exits with 2 if a config reads what no other
+    writes. --dry-run also checks models, data and those input runs that are finished. Needs no
     accelerator.
     """
     from stepwiser_jax.commands.recipe import print_recipe
@@ -268,19 +268,21 @@ def plan(
     ],
     config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
     topology: Annotated[str, typer.Option(help="Chips of a slice, such as v5p:4x4x4.")],
-    slices: Annotated[int, typer.Option(help="How many slices.", min=1)] = 1,
+    slices: Annotated[int, typer.Option(help="Number of slices.", min=1)] = 1,
     set_: Annotated[
         list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
     ] = [],  # noqa: B006 - typer copies it
-    json: Annotated[bool, typer.Option("--json", help="Everything, in bytes and seconds.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON, in bytes and seconds.")
+    ] = False,
     search: Annotated[
-        bool, typer.Option("--search", help="Also the largest batches that fit; takes longer.")
+        bool, typer.Option("--search", help="Also find the largest batches that fit (slow).")
     ] = False,
 ) -> None:
-    """Whether a run fits a TPU slice, and how fast it can be at best. Needs no TPU.
+    """Say whether a run fits a TPU slice, and how fast it can be at best. Needs no TPU.
 
-    Reads the config and config.json of its model. Writes nothing; exits 1 where it does not fit.
-    Needs the extra `tpu`, for its compiler.
+    Reads the config and the config.json of its model. Writes nothing. Exits with 1 if the run does
+    not fit. Needs the extra `tpu`, which holds the compiler.
     """
     from stepwiser_jax.commands.plan.command import print_plan
 
@@ -289,7 +291,7 @@ def plan(
 
 
 def refuse_old_names(arguments: list[str]) -> None:
-    """Raises UserError for a command that has another name now."""
+    """Raises UserError if a command has been renamed."""
     from stepwiser_jax.config import RENAMED_COMMANDS
 
     if arguments and arguments[0] in RENAMED_COMMANDS:
@@ -297,7 +299,7 @@ def refuse_old_names(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Runs one command and returns its exit status."""
     from stepwiser_jax.runs.signals import Interrupted
 
     try:
@@ -307,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except typer.TyperException as error:
-        if message := error.format_message():  # without arguments there is the help instead
+        if message := error.format_message():  # empty if the help was printed
             print(f"error: {message}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt, typer.Abort):
@@ -317,11 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Runs the command of this process, then ends the process."""
     from stepwiser_jax.distributed.hosts import exit_process
 
-    # Ctrl-C ends the process at once, as SIGTERM does, in the middle of compilation too: Python's
-    # own handler would wait for it. What has something to save waits for the end of its work.
+    # Ctrl-C ends the process at once, as SIGTERM does: Python's own handler would wait for a
+    # compilation. Stages that have something to save install other handlers.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main()

@@ -1,8 +1,8 @@
-"""Checksums, which show whether a file still holds what was written.
+"""Writes and checks checksums, which show whether a file still holds what was written.
 
 A directory that is handed on as a whole, such as an exported model, has a file `SHA256SUMS`, which
-`sha256sum -c` reads too. A JSON object that vouches for itself has a field `sha256`, computed from
-the others. Files without a checksum, such as models of others, are read unchecked.
+`sha256sum -c` reads too. A JSON object may hold the checksum of its other fields in a field
+`sha256`. Files without a checksum, such as models of others, are read unchecked.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
 
 
 def check_files(directory: Path, names: Iterable[str], sums: dict[str, str]) -> None:
-    """Raises UserError that names the files whose checksums are not those of `sums`."""
+    """Raises UserError with the names of the files whose checksums differ from `sums`."""
 
     def is_whole(name: str) -> bool:
         file = directory / name
@@ -84,7 +84,7 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def seal_fits(fields: dict[str, Any]) -> bool:
-    """Returns whether an object is what was sealed, or has no seal."""
+    """Returns whether an object fits its checksum, or has none."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return fields.get("sha256", _digest(rest)) == _digest(rest)
 

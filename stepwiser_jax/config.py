@@ -148,7 +148,7 @@ class Model(ChatTemplate):
 
     @property
     def load_args(self) -> dict[str, Any]:
-        """The arguments of `distributed.loading` that these settings are."""
+        """Returns these settings as arguments of `distributed.loading`."""
         return {
             "path": self.path,
             "param_dtype": self.dtype,
@@ -438,7 +438,7 @@ class DataSource(Config):
 
     @property
     def one_split(self) -> str | None:
-        """The split, where a list of them makes no sense."""
+        """Returns the split, which must not be a list."""
         assert not isinstance(self.split, tuple)
         return self.split
 
@@ -657,7 +657,7 @@ class Annotate(PolicyStage, FromRollouts):
     (bound, M) makes M depend on the problem's share of right trajectories: M is that of the first
     bound above it (GenPRM: `[[0.1, 128], [0.9, 64], [1, 32]]`)."""
     adaptive: AdaptiveRollouts | None = None
-    """Stop early where the labels are known; null never does."""
+    """Stop early when the labels are known; null never does."""
     drop_uniform_problems: bool = True
     """Leave out problems whose trajectories are all right or all wrong."""
     max_problems: int | None = Field(None, ge=1)
@@ -830,8 +830,8 @@ class Grpo(Config):
     drop_zero_variance: bool = True
     """Leave out groups whose judgments all have the same reward."""
     max_resamples: int = Field(0, ge=0)
-    """Sample groups in place of those that were left out at most this number of times an iteration
-    (DAPO's dynamic sampling)."""
+    """At most this number of times an iteration, sample new groups in place of those that were left
+    out (DAPO's dynamic sampling)."""
 
 
 class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
@@ -849,8 +849,8 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     """What a judgment earns: a name of `rl.rewards`, or `module:function` of your own. `verdict` is
     1 if the verdict is the label, else 0."""
     reward_args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the reward. `verdict` takes `format_penalty`, for a judge that is to
-    write its verdict and nothing else: any other judgment earns the negative of it, 1 in the
+    """Keyword arguments of the reward. For a judge that is to write its verdict and nothing else,
+    `verdict` takes `format_penalty`: any other judgment earns the negative of it. It is 1 in the
     paper's ablation of reasoning (A.1)."""
     row_lengths: Sizes
     """Lengths of packed rows, in tokens. The smallest that holds the longest group is used; a group
@@ -862,7 +862,7 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
 
     @property
     def wants_bare_verdict(self) -> bool:
-        """Whether a judgment earns less if it is more than its verdict."""
+        """Whether a judgment earns less if it holds more than its verdict."""
         return self.reward == "verdict" and bool(self.reward_args.get("format_penalty"))
 
     @property
@@ -874,8 +874,8 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     def correction(self) -> Literal["none", "token", "sequence"]:
         """`grpo.sampler_correction`, with `auto` resolved.
 
-        With int8 weights the sampler is another policy than the one that learns, else the two
-        differ by rounding. Not by sequence: a product of that many ratios is mostly noise.
+        With int8 weights the sampler's policy is not the one that learns; otherwise the two differ
+        by rounding only. `auto` never takes `sequence`: a product of many ratios is mostly noise.
         """
         if self.grpo.sampler_correction == "auto":
             return "token" if self.engine.weights == "int8" else "none"
@@ -942,9 +942,9 @@ class RejectionSample(SamplingStage, FromExamples):
     """Judgments of each example."""
     balance: Annotated[bool, OnResume.UNTIL_EXAMPLES] = True
     """Keep as many judgments of positive labels as of negative ones. It may still be changed if
-    nothing was left."""
+    none was left."""
     max_examples: Annotated[int | None, OnResume.UNTIL_EXAMPLES] = Field(None, ge=1)
-    """Draw this number of the judgments that are left. It may still be changed if nothing was."""
+    """Draw this number of the judgments that are left. It may still be changed if none was left."""
 
     @property
     def of_solutions(self) -> bool:
@@ -1012,7 +1012,7 @@ class Beams(Ranked):
     beams: int = Field(ge=1)
     """Unfinished solutions of a problem at a time."""
     width: int = Field(ge=1)
-    """After every chunk one of `width` solutions goes on, as `width` copies."""
+    """After every chunk one in `width` solutions goes on, as `width` copies."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Beams:
@@ -1186,12 +1186,12 @@ def load_config(
     overrides: tuple[str, ...] = (),
     run_dir: str | Path | None = None,
 ) -> Stage:
-    """Read a YAML file as the config of `stage`; `overrides` are `a.b=value`, value in YAML.
-    `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
+    """Reads a YAML file as the config of `stage`. `overrides` are `a.b=value`, with the value in
+    YAML. `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
 
-    Raises UserError for a missing or broken file, one that names another stage, an unknown key (the
-    closest real one is named), a wrong type or an inconsistent combination; all problems in one
-    message.
+    Raises one UserError with all problems: a missing or broken file, one that names another stage,
+    an unknown key (the closest real one is named), a wrong type, or settings that do not fit
+    together.
     """
     if stage in RENAMED_COMMANDS:
         raise UserError(f"{path}: the stage {stage} is now {RENAMED_COMMANDS[stage]}")
@@ -1217,8 +1217,7 @@ def load_config(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in one mapping is a mistake: of two values one would be
-    lost."""
+    """A YAML loader that refuses a key that stands twice in a mapping: one value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -1249,7 +1248,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def beside(run_dir: str | Path, value: Any) -> Any:
-    """Settings whose paths that begin with `RUNS/` are in the directory that `run_dir` lies in."""
+    """Returns settings with `RUNS/` replaced by the directory that holds `run_dir`."""
     if isinstance(value, dict):
         return {key: beside(run_dir, part) for key, part in value.items()}
     if isinstance(value, list):
@@ -1260,7 +1259,7 @@ def beside(run_dir: str | Path, value: Any) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it holds something else."""
+    """Returns the mapping in a YAML file. Raises UserError if it holds something else."""
     try:
         tree = _load_yaml(path.read_text(encoding="utf-8"))
     except _NO_YAML as error:
@@ -1271,7 +1270,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
-    """The settings of a run. Raises UserError if its config.yaml is missing or damaged."""
+    """Returns the settings of a run. Raises UserError if its config.yaml is missing or damaged."""
     file = Path(run_dir) / "config.yaml"
     check_run_file(Path(run_dir), file.name)
     if not file.is_file():
@@ -1300,7 +1299,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
-    """Build a config; raises UserError with every problem, each with its key and the fix."""
+    """Returns a config. Raises UserError with every problem, each with its key and the fix."""
     try:
         return config_type.model_validate(tree)
     except ValidationError as error:
@@ -1309,10 +1308,10 @@ def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
 
 
 def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the settings of a run as this version would write them: those that have come since
-    the run began have their defaults.
+    """Returns the settings of a run as this version would write them: settings that are newer than
+    the run have their defaults.
 
-    Raises UserError for settings that are none of this stage, or no longer.
+    Raises UserError for settings that this stage does not have, or no longer has.
     """
     try:
         return config_type.model_validate(tree).model_dump(mode="json")
@@ -1354,10 +1353,10 @@ def _explain(config_type: type[Config], problem: Any) -> str:
 
 
 def _locate(config_type: type[Config], location: tuple[str | int, ...]) -> tuple[str, type[Config]]:
-    """Returns a key as the user writes it, and the group of settings that it is or is one of."""
+    """Returns a key as the user writes it, and the group of settings that it names or lies in."""
     group, members, parts = config_type, [config_type], []
     for part in location:
-        if len(members) > 1:  # pydantic puts the kind of a member behind the name of a union
+        if len(members) > 1:  # pydantic puts the kind of a member after the name of a union
             (group,) = [m for m in members if m.model_fields["kind"].default == part] or [OwnJudge]
             members = [group]
             continue
@@ -1377,12 +1376,12 @@ def _groups_in(annotation: Any) -> list[type[Config]]:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML in the same schema, every default written out."""
+    """Returns the config as YAML in the same schema, with every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def config_digest(config: Config) -> str:
-    """First 16 hex digits of the sha256 of the resolved config."""
+    """Returns the first 16 hex digits of the sha256 of the resolved config."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -1400,7 +1399,7 @@ def settings_marked(config: Config, mark: OnResume, prefix: str = "") -> list[st
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every setting in which two dumped configs differ."""
+    """Returns `key: old -> new` for every setting in which two dumped configs differ."""
     differences = []
     for key in sorted(set(old) | set(new)):
         before, after = old.get(key), new.get(key)

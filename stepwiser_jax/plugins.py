@@ -1,4 +1,4 @@
-"""Functions by name: one of ours by its short name, a user's own as `module:function`."""
+"""Loads functions by name: built-in ones by a short name, a user's as `module:function`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def load(
 ) -> Callable[..., Any]:
     """Returns the function that a config names, with `arguments` bound to it.
 
-    A module of the user's is found as Python finds it, and in the working directory.
+    A user's module is found on Python's path, or in the working directory.
 
     Args:
         name: A key of `known`, or `module:function` with dots in the module's name.
         expected: What the function is, such as "a reward"; errors say it.
-        known: Functions of our own, by short name.
+        known: Built-in functions, by short name.
         arguments: Keyword arguments that the config gives with the name.
 
     Raises:
-        UserError: No such short name, module or function; it cannot be called; or it does not take
-            one of the `arguments`.
+        UserError: There is no such short name, module or function; it cannot be called; or it does
+            not take one of the `arguments`.
     """
     known = known or {}
     function = known[name] if name in known else _import(name, expected, known)

@@ -1,19 +1,19 @@
-"""Records on disk: a line is a record.
+"""Reads and writes records, one JSON line each.
 
 A stage appends records to one JSONL part per process, and writes `manifest.json` last: no manifest
 means the run is not finished.
 
     <run_dir>/records/<kind>/part-00000-of-00001.jsonl    one record a line
-                             part-00000-of-00001.tokens   of trajectories: their token arrays
+                             part-00000-of-00001.tokens   token arrays of trajectories
     <run_dir>/manifest.json    counts and sha256 of every part, sha256 of the run's other files and
                                of itself
 
 While the run grows, a part's `.jsonl.crc32` holds its size and CRC-32, and token arrays are in
 `part-00000-of-00001.growing.tokens`; lines name the file that holds their arrays (`token_files`).
 
-A run that is killed in the middle of a line loses that line only; started again, it skips the ids
-that are present. When a stage finishes, each part is put in id order, so a restarted run leaves the
-same bytes as an undisturbed one.
+A run that is killed while it writes a line loses only that line. When it is started again, it
+skips the ids that are present. A stage that finishes puts each part in id order, so a restarted run
+leaves the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def from_fields(fields: Any, record_type: type[R]) -> R:
 
 
 def _refusal(error: ValidationError, record_type: type) -> UserError:
-    """Says what is wrong in one line, the first three errors of it."""
+    """Returns the error that names the first three mistakes in one line."""
     found = []
     for one in error.errors(include_url=False):
         if one["type"] == "json_invalid":
@@ -150,7 +150,7 @@ def parse_json(line: str) -> Any:
 
 
 def check_text(text: str) -> None:
-    """Raises UserError for half of a surrogate pair: no file and no tokenizer takes it."""
+    """Raises UserError for half of a surrogate pair, which no file and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -165,7 +165,7 @@ def check_text(text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file that takes the place of `path` when all of it is on the disk."""
+    """Opens a new file that replaces `path` when all of it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -174,7 +174,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # the disk is full, maybe: half a file is in the way
+    except BaseException:  # such as a full disk: remove the half
         temporary.unlink(missing_ok=True)
         raise
 
@@ -186,8 +186,8 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes one JSONL file, whole or not at all, and beside it the token arrays of trajectories.
-    Keeps one record in memory at a time."""
+    """Writes one JSONL file completely or not at all, and the token arrays of trajectories beside
+    it. Keeps one record in memory at a time."""
     path = Path(path)
     with contextlib.ExitStack() as files:
         lines = files.enter_context(replacing(path))  # entered first: it is replaced last
@@ -220,8 +220,8 @@ class TrajectoryLine:
 
 
 def _lines(path: Path, record_type: type[R], *, growing: bool = False) -> Iterator[R]:
-    """Reads the records of a file one by one. `growing`: another process may be writing the last
-    line. Raises UserError with the file and the line of what is no record."""
+    """Reads the records of a file one by one. With `growing`, another process may be writing the
+    last line. Raises UserError with the file and the line if a line is no record."""
     token_file = functools.cache(lambda name: TokenFile(path.parent / name))
 
     def decode(line: bytes) -> Any:
@@ -245,8 +245,8 @@ def _lines(path: Path, record_type: type[R], *, growing: bool = False) -> Iterat
 
 
 def read_jsonl(path: Path, record_type: type[R], *, growing: bool = False) -> list[R]:
-    """Returns one record for each line. Raises UserError for what is no record, and for an id that
-    occurs twice, with the file, the lines and the id."""
+    """Returns one record for each line. Raises UserError with the file and the lines if a line is
+    no record or an id occurs twice."""
     return _without_duplicates({path: list(_lines(path, record_type, growing=growing))})
 
 
@@ -273,18 +273,17 @@ def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
 
 
 def read_records(path: str | Path, record_type: type[R]) -> list[R]:
-    """Returns the records of one type of a JSONL file, or of a finished run directory in id order,
-    the order in which one writer alone would have left them.
+    """Returns the records of one type of a JSONL file, or of a finished run directory in id order.
 
     Raises:
-        UserError: The path is missing, the run is not finished, a part's bytes are not those that
-            the manifest promises, or the run holds no records of the type.
+        UserError: The path is missing, the run is not finished, a part does not match the manifest,
+            or the run holds no records of the type.
     """
     return list(stream_records(path, record_type))
 
 
 def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
-    """Yields what `read_records` returns, but keeps no record of a run."""
+    """Yields what `read_records` returns, without keeping a run's records in memory."""
     path = Path(path)
     if path.is_file():
         yield from read_jsonl(path, record_type)
@@ -307,8 +306,8 @@ def _order(record: Record) -> Any:
 
 
 def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
-    """The files with a finished run's records of one type. Raises UserError if the run is not
-    finished, or holds none, or if a file's bytes are not those that the manifest promises."""
+    """Returns the files with a finished run's records of one type. Raises UserError if the run is
+    not finished, if it holds none, or if a file does not match the manifest."""
     run_dir, manifest = Path(run_dir), read_manifest(run_dir)
     kind = KIND[record_type]
     if kind not in manifest["records"]:
@@ -323,8 +322,8 @@ def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
 
 
 def check_run_file(run_dir: Path, name: str) -> None:
-    """Raises UserError if a file of `MANIFEST_FILES` is not the one that the run's manifest names.
-    Nothing is known of a run that is not finished."""
+    """Raises UserError if a file of `MANIFEST_FILES` does not match the run's manifest. A run that
+    is not finished has no manifest and is not checked."""
     if not (run_dir / MANIFEST).is_file():
         return
     files = read_manifest(run_dir).get("files", {})
@@ -333,7 +332,7 @@ def check_run_file(run_dir: Path, name: str) -> None:
 
 
 def check_finished(run_dir: Path) -> None:
-    """Raises UserError if any file of a finished run is not the one that its manifest names."""
+    """Raises UserError if any file of a finished run does not match its manifest."""
     for name, digest in _promises(read_manifest(run_dir)):
         _check_promised(run_dir, name, digest)
 
@@ -369,7 +368,7 @@ def _check_promised(run_dir: Path, name: str, digest: str) -> None:
 
 
 def nothing_at(path: str | Path) -> str:
-    """Returns an error's words about a missing path: the place, and the closest name in it."""
+    """Returns the text of an error about a missing path, with the closest name beside it."""
     path = Path(path)
     text = f"nothing at {path}" + ("" if path.is_absolute() else f" (in {Path.cwd()})")
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -411,7 +410,7 @@ def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> Any:
-    """Returns what a JSON file holds, None if it is not JSON."""
+    """Returns the content of a JSON file, None if it is not JSON."""
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError):
@@ -454,8 +453,8 @@ def _sum_of_growing(part: Path) -> Path:
 
 
 def _check_growing(part: Path) -> None:
-    """Raises UserError unless a part of an unfinished run begins with the bytes that were written.
-    What follows them is newer: the process ended before it could count it."""
+    """Raises UserError unless a part of an unfinished run begins with the bytes that were counted.
+    Bytes after them are newer: the process ended before it could count them."""
     file = _sum_of_growing(part)
     if not file.is_file():
         return
@@ -486,8 +485,8 @@ def makers_of(record: Record) -> set[str]:
 
 
 def check_makers(where: Path, makers: set[str]) -> None:
-    """Raises UserError if records of one type and run are of several models: half of them are of a
-    model that was replaced while the run was under way."""
+    """Raises UserError if records of one type and run come from several models. That is so if a
+    model was replaced during the run."""
     if len(makers) > 1:
         raise UserError(
             f"{where}: expected records of one model, found those of {sorted(makers)}: put the "
@@ -496,9 +495,10 @@ def check_makers(where: Path, makers: set[str]) -> None:
 
 
 class RecordWriter(typing.Generic[R]):
-    """Appends records of one type to a part of their own, skipping ids that any part has already.
+    """Appends records of one type to one part, and skips ids that any part has already.
 
-    Part `part` of `num_parts`: those that write at the same time must differ."""
+    `part` of `num_parts` must differ between writers that write at the same time.
+    """
 
     def __init__(self, run_dir: Path, record_type: type[R], part: int = 0, num_parts: int = 1):
         self.run_dir, self.record_type = run_dir, record_type
@@ -522,8 +522,8 @@ class RecordWriter(typing.Generic[R]):
         return read_written(self.run_dir, self.record_type)
 
     def append(self, records: Sequence[R]) -> None:
-        """Writes records whose id is new, and makes sure they are on disk. Raises UserError if they
-        are not of the model that made those before them."""
+        """Writes the records whose ids are new, and waits until they are on disk. Raises UserError
+        if they are not by the model that made those before them."""
         new = [record for record in records if record.record_id not in self.done]
         self._makers = self._makers.union(*map(makers_of, new))
         check_makers(self.run_dir, self._makers)
@@ -558,8 +558,8 @@ def _growing_tokens(part: Path) -> Path:
 
 
 def _open_growing_tokens(part: Path) -> IO[bytes]:
-    """Opens the token file of a growing part, without what no line names. A row that is missing is
-    noticed when it is read."""
+    """Opens the token file of a growing part, and cuts off rows that no line names. A missing row
+    is noticed when it is read."""
     file = _growing_tokens(part)
     file.touch()
     with open(part, "rb") as lines:
@@ -573,8 +573,8 @@ def _open_growing_tokens(part: Path) -> IO[bytes]:
 def write_manifest(
     run_dir: Path, stage: str, config_digest: str, record_types: Iterable[type[Record]]
 ) -> None:
-    """Puts every part in id order and writes the manifest: from here on the run is finished. Parts
-    without a record are left out if others have some."""
+    """Puts every part in id order and writes the manifest, which finishes the run. Parts without
+    records are left out if others have some."""
     records = {}
     for record_type in record_types:
         kind = KIND[record_type]
@@ -592,19 +592,19 @@ def write_manifest(
         "files": files,
     }
     for unfinished in (*run_dir.glob(".*.tmp"), *(run_dir / "records").glob("*/.*.tmp")):
-        unfinished.unlink()  # of a process that was killed while it wrote a whole file
+        unfinished.unlink()  # left by a process that was killed
     atomic_write(run_dir / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")
 
 
 def _finish_part(path: Path, record_type: type[Record], run_dir: Path) -> dict[str, Any]:
-    """Puts a part in id order. Returns its entry of the manifest."""
+    """Puts a part in id order and returns its entry in the manifest."""
     _check_growing(path)
     keys = (natural_key(record.record_id) for record in _lines(path, record_type))
     is_sorted, count = True, 0
     previous: Any = ()
     for key in keys:
         is_sorted, count, previous = is_sorted and previous <= key, count + 1, key
-    _sum_of_growing(path).unlink(missing_ok=True)  # from here on the order is another one
+    _sum_of_growing(path).unlink(missing_ok=True)  # the order changes now
     if record_type is Trajectory or not is_sorted:
         write_records(path, sorted(_lines(path, record_type), key=_order))
         _growing_tokens(path).unlink(missing_ok=True)  # now no line names it

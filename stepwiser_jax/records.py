@@ -1,7 +1,7 @@
-"""Records: what crosses from one stage to the next.
+"""The records that stages hand to one another.
 
-A record is a frozen dataclass of str, int, float, bool and tuples, and of None if a field allows
-it. `record_io.py` says how records lie on disk.
+A record is a frozen dataclass. Its fields are str, int, float, bool and tuples, and None if a field
+allows it. `record_io.py` says how records lie on disk.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from stepwiser_jax.errors import UserError
 
 
 def expect(holds: bool, what: str, record: Any) -> None:
-    """Raises UserError for a record that cannot be. Records call it on themselves, so that a wrong
-    one is refused wherever it is made or read."""
+    """Raises UserError unless a condition on a record holds. Records check themselves, so a wrong
+    one is refused when it is made or read."""
     if not holds:
         fields = f"{record}"
         raise UserError(f"expected {what}, found {fields[:400]}{'...' * (len(fields) > 400)}")
 
 
 MAX_ROLLOUTS = 1024
-"""The most Monte Carlo rollouts of one prefix: a table of labels has the square of it entries."""
+"""The most Monte Carlo rollouts of one prefix. A table of labels has its square of entries."""
 
 
 class Verdict(enum.Enum):
-    """A judge's verdict on a chunk. POSITIVE and NEGATIVE are verdicts. The others are counted and
-    never a silent default: UNPARSED has no finished \\boxed{}, and the box of OTHER holds something
+    """A judge's verdict on a chunk: POSITIVE or NEGATIVE. The other values are counted and never a
+    silent default: UNPARSED has no finished \\boxed{}, and the box of OTHER holds something
     else."""
 
     POSITIVE = "Positive"
@@ -71,8 +71,8 @@ class TokenArrays(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """A prompt and its completion: token ids (int32), and for each token of the completion its
-    log-prob (float32) in the distribution it was sampled from. Other types are converted."""
+    """A prompt and its completion: token ids (int32), and the log-prob (float32) of each token of
+    the completion in the distribution it was sampled from. Other types are converted."""
 
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
@@ -108,8 +108,8 @@ class Tokens:
 class Trajectory:
     """One sampled solution.
 
-    `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`: the chunks are a partition
-    of the completion. One that was read from a file reads its arrays each time they are asked for:
+    `chunk_ends[j]` is the exclusive end of chunk j in `completion_ids`; the chunks are a partition
+    of the completion. A trajectory that was read from a file reads its arrays on each access, so
     many of them need little memory.
     """
 
@@ -144,7 +144,7 @@ class Trajectory:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the length limit ended it: its outcome then says nothing about its last chunk."""
+        """Whether the length limit ended it. Its outcome then says nothing about its last chunk."""
         return self.stop_reason == "length"
 
 
@@ -164,9 +164,9 @@ class SftExample:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """A conversation to imitate: who says what, in order, beginning with the system's or the user's
-    text. An assistant's turn may be several texts. Those of the role `assistant` are learned; those
-    of `output`, which its code printed, are read and not learned."""
+    """A conversation to imitate: roles and texts in order, beginning with the system's or the
+    user's. An assistant's turn may be several texts: those of the role `assistant` are learned,
+    those of `output`, which its code printed, are not."""
 
     example_id: str
     problem_id: str
@@ -180,9 +180,9 @@ class Dialogue:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedSolution:
-    """A solution cut into chunks (StepWiser 3.1), which are its text but for white space between
-    them; none where no proposal was kept. `outcomes` says what became of every proposal
-    (`text.chunking.Outcome`); `votes` of those that were kept propose just these chunks."""
+    """A solution cut into chunks (StepWiser 3.1), which are its text except for white space between
+    them; no chunks if no proposal was kept. `outcomes` says what became of every proposal
+    (`text.chunking.Outcome`). `votes` of the kept proposals are these chunks."""
 
     trajectory_id: str
     problem_id: str
@@ -198,7 +198,7 @@ class ChunkedSolution:
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
-    """A judgment that was written to be learned, the prompt that it answers, and what became of it
+    """A judgment for a judge to learn, with its prompt and what became of it
     (`data.rationales.Outcome`). `is_positive` is the label of what it judges."""
 
     rationale_id: str
@@ -252,8 +252,7 @@ class PrefixValue:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLabel:
-    """The label of a chunk and what it follows from: q, the value with the chunk, and v, the value
-    before it."""
+    """The label of a chunk, and the values that it follows from: q with the chunk, v before it."""
 
     trajectory_id: str
     chunk_index: int
@@ -289,8 +288,9 @@ class JudgeExample:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierExample:
-    """A solution whose chunks are judged all at once. `labelled` are the indices of the chunks that
-    have a label, ascending; `is_positive` and `q`, the value with the chunk, belong to these."""
+    """A solution whose chunks are judged all at once. `labelled` holds the indices of the chunks
+    that have a label, ascending; `is_positive` and `q`, the value with the chunk, have an entry for
+    each."""
 
     solution_id: str
     problem_id: str
@@ -335,16 +335,16 @@ class Judgment:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSolution:
-    """A solution whose steps others have labelled (`data.step_formats` reads them).
+    """A solution with steps that others have labelled (`data.step_formats` reads them).
 
     `labels[t]` says how right step t is: 1 is right, 0 wrong, a value between them a Monte Carlo
     value or PRM800K's neutral (0.5); None means that nobody judged it. If `cumulative`, a label
-    speaks of the solution up to its step, so that a right step makes those before it right; else of
-    the step alone.
+    is about the solution up to its step, so a right step makes those before it right. Otherwise a
+    label is about its step alone.
 
-    One row of a source may give several solutions, a tree of them: the first `shared_steps` steps
-    and their labels are in an earlier one too. `question_value` is the value of the bare problem,
-    and `finish_reason` why a labeller stopped, if the source says so.
+    One row of a source may give a tree of solutions: the first `shared_steps` steps and their
+    labels are in an earlier solution too. `question_value` is the value of the bare problem, and
+    `finish_reason` says why a labeller stopped, if the source does.
     """
 
     solution_id: str
@@ -398,7 +398,7 @@ class ProcessBenchItem:
 
 @dataclasses.dataclass(frozen=True)
 class PrmBenchItem:
-    """A solution in steps, each of which is right or wrong alone; `wrong_steps` are 0-based and
+    """A solution in steps, each of which is right or wrong by itself; `wrong_steps` are 0-based and
     ascend. `subset` is PRMBench's class of error, in its spelling, or `correct`."""
 
     item_id: str
@@ -427,11 +427,11 @@ BenchmarkItem = ProcessBenchItem | PrmBenchItem
 class SearchResult:
     """One problem solved by one method.
 
-    The policy wrote `accepted_tokens`, which are part of a solution that was found, and
-    `rejected_tokens`, which are not; `judge_tokens` steered it. `forced_chunks` counts chunks that
-    were kept although they were judged Negative. `chunk_scores` are those of the chunks of
-    `completion` that were judged. A sample is scored when it is written, by a judgment of
-    `scoring_tokens`; only methods that use its scores count them as a cost.
+    The policy wrote `accepted_tokens`, which are in a solution that was found, and
+    `rejected_tokens`, which are not; the judge wrote `judge_tokens` to steer it. `forced_chunks`
+    counts chunks that were kept although they were judged Negative. `chunk_scores` are the scores
+    of those chunks of `completion` that were judged. A judgment of `scoring_tokens` scores a
+    finished sample; they are a cost only for methods that use its scores.
     """
 
     search_id: str
@@ -464,8 +464,8 @@ class SearchResult:
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """The response to a problem that was selected from `candidates` by the mean scores of their
-    chunks; without a judge there are no `scores`. `completion` is the policy's text, and `tagged`
-    says whether it was asked to mark its chunks."""
+    chunks. Without a judge there are no `scores`. `completion` is the policy's text, and `tagged`
+    says whether the policy was asked to mark its chunks."""
 
     trajectory_id: str
     problem_id: str

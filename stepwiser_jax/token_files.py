@@ -6,8 +6,7 @@ Without this project, NumPy reads a row:
 
     ids = np.fromfile(file, "<i4", prompt + completion, offset=offset)
 
-Rows are read when they are asked for, one at a time, so that a process reads no others. The CRC-32
-of a row lies in the JSON line, and is checked each time the row is read.
+A row is read when it is asked for. Its CRC-32 lies in the JSON line and is checked at each read.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is no stage: the quickstart, the dry run, the export."""
+"""Commands that are not stages: the quickstart, the dry run, the export and others."""

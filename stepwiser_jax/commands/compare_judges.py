@@ -14,7 +14,7 @@ from stepwiser_jax.evaluation.paired import compare_runs
 
 
 def print_comparison(run_a: Path, run_b: Path, *, votes: bool, as_json: bool) -> None:
-    """Runs the command."""
+    """Prints the comparison of two runs, as a table or as JSON."""
     found = compare_runs(run_a, run_b, votes=votes)
     if as_json:
         print(json.dumps(found, indent=2))

@@ -81,7 +81,7 @@ def check_inputs(
 
 
 def _is_awaited(value: object, awaited: Collection[str]) -> bool:
-    """Whether a setting, or a group of them, names a run that is still to come."""
+    """Returns whether a setting, or a group of them, names a run that is still to come."""
     if isinstance(value, Config):
         return any(_is_awaited(part, awaited) for _, part in value)
     return isinstance(value, str) and value in awaited

@@ -1,10 +1,10 @@
-"""The whole method on the embedded arithmetic task, with a tiny model, on a laptop.
+"""Runs the whole method on the embedded arithmetic task, with a tiny model, on a laptop.
 
     policy (sft) -> rollout -> annotate -> label -> judge cold start (sft) -> judge (GRPO)
     held-out rollouts -> evaluate both judges -> search
 
 Every stage is the one that a real run uses, with its own run directory; the settings below are the
-whole recipe. Run again after a stop, it goes on where it was.
+whole recipe. After a stop, the same command goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def judge_at(run_dir: Path) -> dict[str, Any]:
 
 
 def recipe(run_dir: Path, seed: int, *, problems: int = 512, split: str = "test") -> list[Stage]:
-    """Every stage in order. `problems` are evaluated on `split`."""
+    """Returns every stage in order. `problems` is the number of those evaluated, on `split`."""
     held_out = {"source": "arithmetic", "split": split, "limit": problems, "seed": seed}
     stages = [
         *policy_and_labels(run_dir, seed),
@@ -56,7 +56,7 @@ def recipe(run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
 
 
 def shared_settings(stage: str, seed: int) -> dict[str, Any]:
-    """Returns the settings that all stages share, those of them that the stage has."""
+    """Returns the settings that all stages share, as far as this stage has them."""
     shared = {"seed": seed, "prompt_style": "bare"}
     return {key: x for key, x in shared.items() if key in STAGE_CONFIGS[stage].model_fields}
 
@@ -72,7 +72,7 @@ def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
 
 
 def fine_tuning(data: str, count: int, seed: int, steps: int) -> dict[str, Any]:
-    """From fresh weights, on generated demonstrations."""
+    """Returns the settings that train fresh weights on generated demonstrations."""
     return {
         "model": {"path": "arithmetic"},
         "examples": {"source": data, "limit": count, "seed": seed},
@@ -84,7 +84,7 @@ def fine_tuning(data: str, count: int, seed: int, steps: int) -> dict[str, Any]:
 
 
 def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
-    """A policy, its solutions of new problems, and what Monte Carlo says of their chunks."""
+    """Returns the stages that make a policy, its solutions of new problems, and their labels."""
     policy, rollouts, values = (str(run_dir / n) for n in ("policy", "rollouts", "values"))
     problems = {"source": "arithmetic", "split": "rollout", "limit": 448, "seed": seed}
     sample = {"policy": {"path": policy}, "sampling": SOLVE, "engine": POLICY_ENGINE}
@@ -112,7 +112,7 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
 
 
 def judge_training(run_dir: Path, seed: int) -> list[Stage]:
-    """The form of a judgment, then GRPO on the labels."""
+    """Returns the stages that teach a judge the form of a judgment, then train it by GRPO."""
     judge = {
         "model": {"path": str(run_dir / "cold_start")},
         "examples": {"source": str(run_dir / "labels")},
@@ -133,7 +133,7 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
 
 
 def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
-    """Both judges on held-out solutions, and the search that the trained one steers."""
+    """Returns the stages that score both judges, and search with the trained one."""
     policy = {"path": str(run_dir / "policy")}
     rollout = {
         "policy": policy,
@@ -171,7 +171,8 @@ def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
 def run_quickstart(
     run_dir: Path, seed: int, *, problems: int = 512, split: str = "test"
 ) -> dict[str, Any]:
-    """Run every stage that is not finished, print the table and a few judgments, write summary."""
+    """Runs every stage that is not finished, prints the table and a few judgments, and writes
+    summary.json."""
     console = Console()
     summaries: dict[str, dict[str, Any]] = {}
     stages = recipe(run_dir, seed, problems=problems, split=split)
@@ -194,7 +195,7 @@ def stage_module(stage: str) -> Any:
 
 
 def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
-    """Run a stage; its wall seconds, restarts added up, are kept beside it in seconds.json."""
+    """Runs a stage. Its wall seconds, restarts added up, are kept beside it in seconds.json."""
     file = directory / "seconds.json"
     seconds = json.loads(file.read_text()) if file.is_file() else 0.0
     is_finished = (directory / "manifest.json").is_file()
@@ -213,7 +214,7 @@ def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
 
 
 def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of the table; accuracies and F1 are fractions between 0 and 1."""
+    """Returns the numbers of the table; accuracies and F1 are fractions between 0 and 1."""
     search = summaries["search"]
     methods = {name: search[name] for name in ("plain", "greedy", "majority", "chunk_reset")}
 
@@ -244,13 +245,16 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 LabelsAndTruths = list[tuple[bool, bool]]
-"""Of chunks: the label, and whether it is right."""
+"""For each chunk: its label, and whether it is right."""
 
 
 def label_quality(run_dir: Path) -> dict[str, Any]:
-    """Every rule against the exact truth, over the same chunks: up to and including a trajectory's
-    first error, where the prefix before the chunk has a value above 0, with the 95% interval over
-    problems. Parameters are the defaults: the paper's for 7B (4.1), and GenPRM's."""
+    """Returns the scores of every label rule against the exact truth.
+
+    All rules are scored on the same chunks: those up to and including a trajectory's first error
+    whose prefix has a value above 0. Intervals are 95%, over problems. Parameters are the defaults:
+    the paper's for 7B (4.1), and GenPRM's.
+    """
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
     values: dict[str, list[float]] = {}
@@ -273,7 +277,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
 
 
 def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
-    """`balanced_accuracy` of all chunks, its 95% interval over problems, and how many chunks."""
+    """Returns `balanced_accuracy`, its 95% interval over problems, and the number of chunks."""
 
     def scores(problems: list[LabelsAndTruths]) -> dict[str, float]:
         pairs = [pair for of_problem in problems for pair in of_problem]
@@ -322,8 +326,8 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def print_judgments(console: Console, run_dir: Path, count: int = 4) -> None:
-    """A few chains of thought of the trained judge on first errors and on right chunks, and one
-    that ends in a wrong verdict."""
+    """Prints a few chains of thought of the trained judge, on first errors and on right chunks, and
+    one that ends in a wrong verdict."""
     judgments = {j.example_id: j for j in read_records(run_dir / "evaluate_judge", Judgment)}
     items = load_items(str(run_dir / "heldout"), load_tokenizer_of(str(run_dir / "policy")))
     console.print("\n[bold]The judge at work[/bold] (held-out solutions)")

@@ -1,4 +1,4 @@
-"""`stepwiser recipe`: configs that belong together, in the order in which they run, checked.
+"""`stepwiser recipe`: checks configs that belong together, and prints them in the order of runs.
 
 PREFIX_NAME.yaml names its `stage` and writes the run RUNS/NAME. `RUNS/OTHER` in one of its settings
 is what PREFIX_OTHER.yaml writes, and must be what the setting reads.
@@ -62,9 +62,9 @@ class Step:
 
 
 def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
-    """Prints the commands of a recipe. Raises UserError where its configs do not chain; with
-    `dry_run` also what each stage's own would raise for its models and data, and for input runs
-    that are finished."""
+    """Prints the commands of a recipe. Raises UserError if its configs do not chain. With `dry_run`
+    it also raises what the dry run of each stage would raise for its models, its data and those
+    input runs that are finished."""
     steps = ordered(read_recipe(prefix))
     for step in steps:
         run_dir = runs / step.name
@@ -76,7 +76,7 @@ def print_recipe(prefix: str, runs: Path, *, dry_run: bool = False) -> None:
 
 
 def read_recipe(prefix: str) -> dict[str, Step]:
-    """Returns the steps by their names. Raises UserError for none, or one that names no stage."""
+    """Returns the steps by name. Raises UserError if there is none, or one names no stage."""
     folder, start = Path(prefix).parent, Path(prefix).name
     steps = {}
     for file in sorted(folder.glob(f"{start}_*.yaml")):
@@ -92,7 +92,7 @@ def read_recipe(prefix: str) -> dict[str, Step]:
 
 
 def runs_named(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
-    """(setting, NAME) of every value RUNS/NAME."""
+    """Yields (setting, NAME) for every value RUNS/NAME."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from runs_named(part, f"{setting}.{key}".removeprefix("."))
@@ -104,9 +104,9 @@ def runs_named(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
 
 
 def ordered(steps: dict[str, Step]) -> list[Step]:
-    """Returns the steps, each after those that it reads. Raises UserError where a setting names a
-    run that no step writes, or one of a stage that it does not read, and for steps that wait for
-    one another."""
+    """Returns the steps, each after those that it reads. Raises UserError if a setting names a run
+    that no step writes, or one of a stage that it does not read, or if steps wait for one
+    another."""
     for step in steps.values():
         for setting, name, wanted in step.reads:
             found = f"a run of {steps[name].stage}" if name in steps else "no config of that name"
@@ -127,8 +127,8 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_step(step: Step, config: Stage, runs: Path) -> None:
-    """Checks what a step reads as its stage's own dry run does, but for runs that are still to
-    come, which the chain promises, and devices, which are elsewhere."""
+    """Checks what a step reads as its stage's dry run does. It leaves out devices, which are
+    elsewhere, and runs that are still to come, which other steps write."""
     awaited = {str(runs / name) for _, name, _ in step.reads if not is_finished(runs / name)}
     meshes = {"mesh", "sampling_mesh"} & type(config).model_fields.keys()
     config = config.model_copy(update=dict.fromkeys(meshes, Mesh()))

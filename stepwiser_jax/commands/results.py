@@ -19,7 +19,7 @@ NOT_PRINTED = ("compiled", "warm_up", "judgments")
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
     """Prints a line for each score of ProcessBench, the rest as YAML, and some judgments."""
     voters = {name: part for name, part in summary.items() if _has_scores(part)}
-    if "subsets" in summary and _has_scores(summary):  # of a classifier
+    if "subsets" in summary and _has_scores(summary):  # a classifier has them
         voters = {"F1": summary}
     for name, scores in voters.items():
         for line in score_lines(name, scores):

@@ -56,8 +56,8 @@ def load_problems(
 
     Args:
         source: File or hub id, from which ids are made.
-        rows: The source's rows; by default they are read from it, of a hub data set those of the
-            split 'train'.
+        rows: The source's rows. By default they are read from it, from a hub data set those of
+            the split 'train'.
         needs_answer: Whether a row without an answer is malformed.
     """
     part = _name(source, split)
@@ -102,7 +102,7 @@ def _name(source: str, split: Split) -> str:
 
 
 def _find_answer(row: dict[str, Any], needed: bool) -> str:
-    """Returns the final answer: as it is given, or from a worked solution."""
+    """Returns the final answer: the given one, or that of a worked solution."""
     for column in ("answer", "solution"):
         text = row.get(column)
         if text is None or not str(text).strip():
@@ -129,8 +129,8 @@ def load_solutions(
     on_malformed: OnMalformed = "stop",
     dropped: Counter[str] | None = None,
 ) -> list[LabelledSolution]:
-    """Returns solutions with labelled steps, of any format that `data.step_formats` knows; of all
-    splits of a hub data set unless one is named."""
+    """Returns solutions with labelled steps, in any format that `data.step_formats` knows. Without
+    `split` a hub data set gives all its splits."""
     part = _name(source, split)
     return parse_rows(
         read_rows(source, split=split),
@@ -152,10 +152,10 @@ def load_benchmark(
     index of the first wrong step, -1: none), our records, and the whole solutions of other formats.
     A row without a whole solution is malformed.
 
-    PRMBench has five solutions under an id that was there before. As its own loader does, this one
-    leaves them out; `dropped` counts them as `repeated`.
+    Five solutions of PRMBench repeat an id. They are left out, as by its own loader, and `dropped`
+    counts them as `repeated`.
 
-    Raises UserError for a source that holds both benchmarks: they have different scores.
+    Raises UserError for a source that holds both benchmarks, since their scores differ.
     """
     part = _name(source, split)
     seen: set[str] = set()

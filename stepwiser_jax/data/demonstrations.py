@@ -1,8 +1,8 @@
-"""Demonstrations for supervised fine-tuning: where they come from, and their tokens.
+"""Reads demonstrations for supervised fine-tuning, and turns them into tokens.
 
-What is learned are completions, and of conversations what the assistant says, with the end tokens.
-What the assistant's code printed is read and not learned: at inference the interpreter writes it.
-(GenPRM's paper does not say.)
+A model learns completions, and in conversations what the assistant says, with the end tokens. What
+the assistant's code printed is not learned: at inference the interpreter writes it. (GenPRM's paper
+does not say.)
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def load_demonstrations(data: DataSource, style: PromptStyle) -> Demonstrations:
 
 
 def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
-    """Returns SftExample or Dialogue records; of a `chunk-solutions` run the solutions that were
-    cut, and of a `select-responses` run the selected responses, each after its question in the
-    words in which `rollout` asks it."""
+    """Returns SftExample or Dialogue records. A `chunk-solutions` run gives the solutions that were
+    cut, and a `select-responses` run the selected responses, each after the prompt of `rollout`."""
     if holds_dialogues(source):
         return read_records(source, Dialogue)
     kinds = read_manifest(source)["records"] if Path(source).is_dir() else {}
@@ -70,7 +69,7 @@ def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
 
 
 def holds_dialogues(source: str) -> bool:
-    """Returns what the manifest of a finished run says, or the first line of a file."""
+    """Returns whether a run's manifest, or the first line of a file, tells of dialogues."""
     path = Path(source)
     if path.is_dir():
         return KIND[Dialogue] in read_manifest(path)["records"]
@@ -106,8 +105,8 @@ def encode_demonstration(
 
 
 def spells_control(example: SftExample | Dialogue, tokenizer: Tokenizer) -> bool:
-    """Returns whether a text holds a control token. It is learned as the text that it is: turns are
-    those of a Dialogue, and are not spelled out."""
+    """Returns whether a text holds a control token. It is learned as plain text: only a Dialogue
+    has turns."""
     is_dialogue = isinstance(example, Dialogue)
     texts = example.texts if is_dialogue else (example.prompt, example.completion)
     return any(map(tokenizer.control.spelled_in, texts))

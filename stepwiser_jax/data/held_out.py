@@ -1,6 +1,6 @@
 """Finds training data that occurs in evaluation sets, by the text of the problem.
 
-Problems are equal if their texts are, white space aside: copies of a data set differ in little
+Problems are equal if their texts are, except for white space: copies of a data set differ in little
 else. ProcessBench-GSM8K lies in GSM8K's test split, two other ProcessBench problems in MATH's train
 split; PRMBench takes 401 problems from MATH's train split and 307 from MATH500.
 """

@@ -149,8 +149,8 @@ def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[Proces
 def check_tokenizer(
     tokenizer: Tokenizer, problems: Sequence[Problem], trajectories: Sequence[Trajectory]
 ) -> None:
-    """Raises UserError if the first prompts, decoded by `tokenizer`, do not hold their questions:
-    then it is not the one that the trajectories were sampled with, and its text is another."""
+    """Raises UserError if the first prompts, decoded by `tokenizer`, do not hold their questions.
+    It is then not the tokenizer that the trajectories were sampled with."""
     questions = {problem.problem_id: problem.question for problem in problems}
 
     def reads(trajectory: Trajectory) -> bool:

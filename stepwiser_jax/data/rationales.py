@@ -1,4 +1,4 @@
-"""What becomes of a judgment that was written to be learned: is it kept, and if not, why?"""
+"""Decides whether a judgment becomes training data, and if not, why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Outcome(enum.Enum):
 
 
 def judgment_outcome(text: str, finished: bool, is_positive: bool) -> Outcome:
-    """Of a judgment of one chunk (StepWiser A.1, RS-FT): its verdict has to be the label."""
+    """Returns the outcome of a judgment of one chunk: its verdict must be the label (A.1,
+    RS-FT)."""
     verdict = parse_verdict(text)
     if not finished:
         return Outcome.UNFINISHED

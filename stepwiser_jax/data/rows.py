@@ -5,8 +5,8 @@ malformed row stops the reading with its file and line, or is counted as dropped
 `on_malformed` says; the log then names the first few.
 
 Rows are taken in the order that `config.Problems` states: shuffled, malformed ones and those of
-excluded problems left out, then the first `limit`. An id is that of the row in its source, wherever
-the shuffle has put it.
+excluded problems left out, then the first `limit`. A row keeps the id that it has in its
+source, also after a shuffle.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _log = logging.getLogger(__name__)
 
 MAX_NAMED = 10
-"""How many malformed rows are named one by one: a data set may have thousands, as NuminaMath-CoT
-has proofs."""
+"""The most malformed rows that are named one by one. NuminaMath-CoT has thousands, with proofs."""
 
 
 def shuffled(names: Iterable[N], seed: int) -> list[N]:
@@ -91,7 +90,7 @@ def number_rows(rows: Iterable[tuple[str, Any]], shuffle_seed: int | None) -> Ro
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Not through `datasets`: it gives all rows the same columns and types, and knows no lines.
+    # `datasets` would give all rows the same columns and types, and knows no lines.
     with open(path, "rb") as file:
         if file.read(1024).lstrip().startswith(b"["):
             yield from _list_items(path)
@@ -107,7 +106,7 @@ def _list_items(path: Path) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     try:
         text = path.read_text(encoding="utf-8")
-        count = len(json.loads(text))  # valid as a whole: what follows need not look at commas
+        count = len(json.loads(text))  # valid as a whole, so commas need no check
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a list in JSON: {error}") from None
     end, line, counted = text.index("[") + 1, 1, 0
@@ -132,7 +131,7 @@ def _table_rows(source: str, split: Split, subset: str | None, shuffle_seed: int
         else:
             names = [split] if isinstance(split, str) else split
             tables = {name: datasets.load_dataset(source, subset, split=name) for name in names}
-    except Exception as error:  # datasets raises many types for one thing: it cannot read this
+    except Exception as error:  # datasets raises many types for this
         reason = error.__cause__ or error
         if is_file:
             raise UserError(f"cannot read the file {source}: {reason}") from None
@@ -176,8 +175,8 @@ def parse_rows(
 ) -> list[R]:
     """Returns the records that `parse` makes of each row and its number.
 
-    A row is malformed if `parse` raises UserError, if a text of it cannot be written, or if an id
-    was there before: ids name records and noise, and two equal ones would be taken for one.
+    A row is malformed if `parse` raises UserError, if a text of it cannot be written, or if its id
+    came before: ids name records and noise, and two equal ones would be taken for one.
 
     Args:
         rows: As `read_rows` yields them.

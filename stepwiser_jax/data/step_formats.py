@@ -49,7 +49,7 @@ _WITH_ORIGINAL = "redundency"
 """PRMBench's class, in its spelling, whose rows also give the original solution."""
 
 RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0, None: None}
-"""PRM800K's, as labels; a step that a labeller wrote has none."""
+"""PRM800K's ratings as labels. A step that a labeller wrote has no rating."""
 
 
 def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
@@ -101,8 +101,8 @@ def _labelled_steps(solution: LabelledSolution) -> list[int]:
 
 
 def to_processbench_items(solutions: Iterable[LabelledSolution]) -> list[ProcessBenchItem]:
-    """Returns the whole ones among the solutions: it is known whether the final answer is right,
-    and they are labelled up to their end or first error. Raises UserError if there is none."""
+    """Returns the whole solutions: those labelled up to their end or first error, for which it is
+    known whether the final answer is right. Raises UserError if there is none."""
     items = [
         ProcessBenchItem(
             item_id=solution.solution_id,
@@ -344,7 +344,7 @@ def error_steps_past_the_end(row: Row) -> int:
 def prmbench_items(row: Row) -> list[PrmBenchItem]:
     """Returns a PRMBench row's modified solution with its wrong steps, and for rows of the class
     `redundency` the original too. Each original is in the benchmark once for every class, and the
-    benchmark's own loader takes it from there: 758 originals beside 6,211 others.
+    benchmark's own loader also takes it from this one: 758 originals and 6,211 others.
 
     Raises UserError for a row without PRMBench's columns.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def param_hash(model: Any) -> str:
-    """Returns 12 hex digits of the bits of all parameters, the same on every mesh.
+    """Returns a hash of the bits of all parameters, 12 hex digits, the same on every mesh.
 
     All processes must call it.
     """
@@ -23,8 +23,8 @@ def sums_of_bits(tree: Any) -> jax.Array:
     """Returns one uint32 for each array of a tree, the same on every mesh.
 
     It is a sum of integers, which does not depend on their order. Each element is mixed with its
-    position before it is added. So a change of one element always changes the sum, and any other
-    change does so except in one case of 2^32.
+    position before it is added. A change of one element always changes the sum; any other change
+    does so except in one case of 2^32.
     """
 
     def sum_of(array: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def sums_of_bits(tree: Any) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """The last step of MurmurHash3, which is one to one on 32 bits."""
+    """Applies the last step of MurmurHash3, which is one to one on 32 bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

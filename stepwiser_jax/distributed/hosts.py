@@ -2,15 +2,16 @@
 
 A training stage is one program over the devices of all processes, its sampling included. In a
 sampling stage each process has a copy of the model on its own devices and takes every n-th block of
-the work: processes meet at the end only. Work can also be cut into shards that never meet. Each is
-a run at any time and place; a last one without a shard finds all records and finishes the run.
+the work: processes meet at the end only. Work can also be cut into shards that never meet. Each
+runs at any time and place; a last command without a shard finds all records and finishes the run.
 
 All processes must see the run directory.
 
-jax's coordination service, which `connect` starts, ends all processes when one of them dies. It
-does not decide where they stop: its `reached_preemption_sync_point` knows SIGTERM and not Ctrl-C,
-and counts one kind of step. Orbax calls it with the number of each checkpoint, so points inside an
-iteration, between two bursts of decoding, cannot be counted beside these. See `StopAgreement`.
+jax's coordination service, which `connect` starts, ends all processes when one of them dies. When
+they are asked to stop, `StopAgreement` decides at which point they do. jax's
+`reached_preemption_sync_point` cannot: it knows SIGTERM but not Ctrl-C, and counts one kind of
+step. Orbax calls it with the number of each checkpoint, so it cannot also count points inside an
+iteration, between two bursts of decoding.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ EXCHANGE_SECONDS = 1.0
 """How often a process looks whether another one was asked to stop."""
 
 BARRIER_SECONDS = 7 * 24 * 3600
-"""The longest wait at a barrier: a peer that still works may need days, a dead one ends this."""
+"""The longest wait at a barrier. A working peer may need days; a dead one ends the wait."""
 
 LOST_PEER = re.compile(
     r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): (?!.*(RET_CHECK|compil))",
     re.DOTALL,
 )
-"""XLA's message when a collective fails. Failures to compile, or for lack of memory, differ."""
+"""Matches XLA's message when a collective fails, but not failures to compile or to allocate."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class StopAgreement:
         self._stop_at: int | None = None
 
     def here(self, asked: bool) -> bool:
-        """Returns whether all processes stop here. `asked`: whether this one was asked to."""
+        """Returns whether all processes stop here. `asked` says whether this one was asked to."""
         with self._changed:
             self._asked |= asked
             self._changed.wait_for(lambda: not self._published or self._stop_at is not None)
@@ -141,7 +142,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             )
         who = f"process {process_id} of {num_processes} waits for the others at {coordinator}"
     print(f"{who}, {CONNECT_SECONDS // 60} minutes at most", file=sys.stderr, flush=True)
-    # jax's own handler of SIGTERM would take the place of that of runs/signals.py.
+    # jax's own handler of SIGTERM would replace that of runs/signals.py.
     jax.config.update("jax_enable_preemption_service", False)
     # jax's own time-out aborts the process with a stack trace.
     timer = threading.Timer(CONNECT_SECONDS, _give_up)
@@ -205,7 +206,7 @@ def report_lost_peers() -> Iterator[None]:
     """Ends this process with one line when a collective fails because another process is gone."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax turns some into the latter
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # some come as ValueError
         if jax.process_count() == 1 or not LOST_PEER.match(str(error)):
             raise
         print(
@@ -217,7 +218,7 @@ def report_lost_peers() -> Iterator[None]:
 
 
 def is_primary() -> bool:
-    """Returns whether this process writes what is written once."""
+    """Returns whether this is the primary process, which writes what is written once."""
     return jax.process_index() == 0
 
 

@@ -1,4 +1,4 @@
-"""Where a stage's model comes from, in numbered cases.
+"""Loads a stage's model from one of these places.
 
 1. `arithmetic`: the embedded task's tiny model with fresh weights and its word-level tokenizer.
 2. The run directory of a finished stage that trains: the model it exported to `<run>/model`.
@@ -60,10 +60,10 @@ def load_model(
     decoding: bool = False,
     classifier: bool = False,
 ) -> Loaded:
-    """Model, tokenizer and an id that names the weights. Raises UserError where nothing fits.
+    """Returns a model, its tokenizer and an id of the weights. Raises UserError if there is none.
 
-    `decoding`: on the devices where a sampler wants them; it still is in the layout of training.
-    `classifier`: whether a model that scores classes in place of a vocabulary will do.
+    With `decoding` the weights lie on the devices as a sampler wants them, still in the layout of
+    training. `classifier` allows a model that scores classes in place of a vocabulary.
     """
     tokenizer = load_tokenizer_of(path, chat_template_args)
     if path in MODELS:
@@ -96,7 +96,7 @@ def load_model(
 
 
 def _check_weights(directory: Path, mesh: Mesh) -> None:
-    """Raises UserError if weights of an exported model are not those that were written. If the mesh
+    """Raises UserError if weights of an exported model differ from what was written. If the mesh
     spans several processes, each of them reads some of the files, as each loads a part of the
     model."""
     sums = read_checksums(directory)
@@ -108,7 +108,7 @@ def _check_weights(directory: Path, mesh: Mesh) -> None:
 def load_for_training(
     path: str, *, lora: dict[str, Any] | None, mesh: Mesh, seed: int, **settings: Any
 ) -> Loaded:
-    """As `load_model`; where `lora` has settings (`make_adapters`), with new adapters."""
+    """Returns what `load_model` returns, with new adapters if `lora` has settings."""
     loaded = load_model(path, mesh=mesh, seed=seed, **settings)
     if lora is None:
         return loaded
@@ -117,8 +117,8 @@ def load_for_training(
 
 
 def with_new_score(model: Transformer, mesh: Mesh, seed: int) -> Transformer:
-    """A classifier of a language model, with initial weights for its score."""
-    key = jax.random.fold_in(jax.random.key(seed), 2**31)  # not the draws of the base
+    """Returns a classifier made of a language model, with initial weights for its score."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)  # other draws than the base's
 
     def create() -> ClassifierHead:
         return ClassifierHead(model.config, nnx.Rngs(key), model.embed[...].dtype)
@@ -128,21 +128,21 @@ def with_new_score(model: Transformer, mesh: Mesh, seed: int) -> Transformer:
 
 
 def sharded_adapters(model: Transformer, mesh: Mesh, **settings: Any) -> nnx.Dict[Adapter]:
-    """New adapters (`make_adapters`), born on the devices of the matrices they belong to."""
+    """Returns new adapters (`make_adapters`), made on the devices of their matrices."""
     create = functools.partial(make_adapters, model.blocks, **settings)
     shardings = shardings_of(nnx.eval_shape(create), sharding_of(model.config, mesh))
     return jax.jit(create, out_shardings=shardings)()
 
 
 def load_for_decoding(path: str, *, weights: Weights, **settings: Any) -> Loaded:
-    """As `load_model`, in the layout of the sampler; the other one is not kept."""
+    """Returns what `load_model` returns, in the layout of the sampler only."""
     loaded = load_model(path, decoding=True, **settings)
     return dataclasses.replace(loaded, model=Decoder.from_transformer(loaded.model, weights))
 
 
 def config_of(path: str) -> ModelConfig:
-    """The shape of the model that `load_model(path)` would load; of a hub id, its config.json alone
-    is fetched. Raises UserError where there is none, or no network to ask."""
+    """Returns the shape of the model that `load_model(path)` would load. For a hub id, only its
+    config.json is fetched. Raises UserError if there is none, or no network to ask."""
     if path in MODELS:
         with tempfile.TemporaryDirectory() as directory:
             MODELS[path](directory)
@@ -189,7 +189,7 @@ def fresh(
     compute_dtype: Any,
     decoding: bool = False,
 ) -> Transformer:
-    """A model with initial weights, born on the devices where they belong."""
+    """Returns a model with initial weights, made on the devices where they belong."""
 
     def create() -> Transformer:
         return Transformer(
@@ -206,7 +206,7 @@ def fresh(
 
 
 def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
-    """The tree of a model, or of a part of it, with a sharding for each parameter."""
+    """Returns the tree of a model, or of a part of it, with a sharding for each parameter."""
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         sharding = sharding_for(variable.get_metadata("axes"), variable.get_value().shape)
@@ -215,8 +215,8 @@ def shardings_of(model: Any, sharding_for: ShardingFor) -> Any:
 
 
 def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
-    """Returns a model in training in its compute type, adapters merged, on a mesh of the same
-    devices: gathered over data and fsdp, split over tensor."""
+    """Returns a copy of a model in training to decode with: in its compute type, adapters merged,
+    on a mesh of the same devices, gathered over data and fsdp, split over tensor."""
     attention = attention_of(model.config, mesh, model.compute_dtype)
     model = replace(merge(model, model.compute_dtype), attention=attention)
     sharding_for = sharding_of(model.config, mesh, decoding=True)
@@ -224,7 +224,7 @@ def decoding_copy(model: Transformer, mesh: Mesh) -> Transformer:
 
 
 def _fingerprint(directory: str) -> str:
-    """12 hex digits over the ends of every weight file: enough to tell two checkpoints apart."""
+    """Returns 12 hex digits of the ends of all weight files, which tell checkpoints apart."""
     digest = hashlib.sha256()
     for file in sorted(Path(directory).glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,11 +1,11 @@
 """The device mesh, and the one table from a parameter's logical axes to mesh axes.
 
 Axes: `data` (outer; replicas), `fsdp` (parameters and batch), `tensor` (heads, MLP, vocabulary).
-Batches are split over data and fsdp. Changing the parallelism is changing this table.
+Batches are split over data and fsdp. To change the parallelism, change this table.
 
-On a TPU the mesh follows the machine: neighbours on an axis are neighbours on the torus as far as
-the sizes allow, the last axes first, since they exchange most. Between slices only `data` crosses
-the network: what is summed over it, gradients and metrics.
+On a TPU, neighbours on an axis are neighbours on the torus as far as the sizes allow. The last axes
+come first, since they exchange most. Between slices only `data` crosses the network: gradients and
+metrics are summed over it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ AXIS_RULES: dict[str, str | None] = {
 }
 
 DECODING_RULES = AXIS_RULES | {"embed": None}
-"""Not split over fsdp: gathering the weights for each decode step would cost more than the step."""
+"""The rules for decoding do not split weights over fsdp: gathering them for each step would cost
+more than the step."""
 
 ShardingFor = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 
@@ -52,7 +53,7 @@ def make_mesh(
     """Returns a mesh of the first data x fsdp x tensor devices, by default of those of all
     processes.
 
-    GPUs come in the order of their global numbers, node after node: so the last axes stay within a
+    GPUs come in the order of their global numbers, node after node, so the last axes stay within a
     node if they fit there. Raises UserError if there are fewer devices, if a process would be left
     without any, or if these sizes do not fit the slices or the grid of a TPU.
     """
@@ -230,7 +231,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_sharding(mesh: Mesh, *, num_heads: int, num_kv_heads: int) -> NamedSharding:
-    """Of keys and values (B, K, ., .): rows as a batch's, heads as those of the parameters."""
+    """Returns the sharding of keys and values (B, K, ., .): rows as in a batch, heads as in the
+    parameters."""
     _, kv_heads_split = _heads_split(mesh, num_heads, num_kv_heads)
     rows = batch_sharding(mesh).spec[0]
     return NamedSharding(mesh, PartitionSpec(rows, "tensor" if kv_heads_split else None))
@@ -242,7 +244,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts arrays onto the mesh, their leading axis over data and fsdp, and scalars everywhere.
+    """Puts arrays onto the mesh: their leading axis over data and fsdp, scalars everywhere.
 
     Raises UserError if the devices cannot get equal numbers of rows.
     """
@@ -266,7 +268,7 @@ def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def fetch(arrays: Any) -> Any:
-    """Returns arrays on devices, of other processes too, as whole numpy arrays.
+    """Returns arrays on devices, also of other processes, as whole numpy arrays.
 
     All processes that hold a part of them must call it.
     """

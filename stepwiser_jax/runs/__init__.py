@@ -1,1 +1,1 @@
-"""The run directory and what a run says of itself."""
+"""The run directory, metrics, progress and signals of a run."""

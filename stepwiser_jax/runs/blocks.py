@@ -1,8 +1,8 @@
-"""How a stage samples: its inputs in blocks, each of them sampled at once and then written.
+"""Runs a sampling stage on blocks of its inputs; each block is sampled at once and then written.
 
-A stage says what is its own (`Work`): the inputs, how a block of them becomes records, and what the
-summary says of all records. `run_blocks` does what all of them share: it finds out which blocks are
-left to do, loads models for them, writes their records, and finishes the run.
+A stage defines its `Work`: the inputs, how a block of them becomes records, and how records become
+a summary. `run_blocks` does what all stages share: it finds out which blocks are left to do, loads
+models for them, writes their records, and finishes the run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
 Compiled = Counter[str]
-"""Programs by their shape, and how often each ran."""
+"""How often each program ran, by its shape."""
 
 
 class Session:
-    """The devices, models and verifier that a stage samples with, and what is measured of them."""
+    """The devices, models and verifier that a stage samples with, and their measurements."""
 
     def __init__(self, config: SamplingStage, closing: ExitStack):
         self.seed = config.seed
@@ -46,7 +46,7 @@ class Session:
     def load(
         self, model: Model, engine: EngineShapes, name: str = "policy"
     ) -> tuple[Loaded, Engine]:
-        """Returns a model and the engine that samples from it; `name` is for the summary."""
+        """Returns a model and the engine that samples from it. The summary calls it `name`."""
         arguments = {**model.load_args, "mesh": self.mesh, "seed": self.seed}
         loaded = load_for_decoding(**arguments, weights=engine.weights)
         sampler = Engine(loaded.model, loaded.tokenizer, mesh=self.mesh, **engine.model_dump())

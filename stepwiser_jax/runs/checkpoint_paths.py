@@ -1,7 +1,7 @@
 """Finds the checkpoint that a config names, and its tokenizer, without jax.
 
 A path is a task's own tiny model (`tasks.sources.MODELS`), the run directory of a finished training
-(the model it exported to `<run>/model`), a Hugging Face directory, or a Hugging Face hub id.
+stage (the model it exported to `<run>/model`), a Hugging Face directory, or a Hugging Face hub id.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_model_exists(path: str) -> None:
 
 
 def check_small_files(directory: Path) -> None:
-    """Raises UserError if files of an exported model, other than weights, are not those that were
+    """Raises UserError if files of an exported model, other than weights, differ from what was
     written."""
     sums = read_checksums(directory)
     check_files(directory, [name for name in sums if not name.endswith(".safetensors")], sums)

@@ -54,7 +54,7 @@ def start(cache: str | None) -> None:
     if jax.default_backend() == "cpu":
         directory /= f"cpu-{processor()}"
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    # Small programs too: there are hundreds, and together they take seconds.
+    # Keep small programs too: there are hundreds, and together they take seconds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # it ignores another directory once it is in use
@@ -73,8 +73,8 @@ def compiling(shape: str) -> Iterator[None]:
 def report() -> dict[str, Any]:
     """Returns what has been compiled since `start`.
 
-    `seconds` of all compilation, with the reading of cached programs; how many programs were
-    `cached` and how many `compiled`; and the `programs` with a named shape, in order.
+    It holds the `seconds` of all compilation, with the reading of cached programs; how many
+    programs were `cached` and how many `compiled`; and the `programs` with a named shape, in order.
     """
     return {
         "seconds": sum(program.seconds for program in _compiled),

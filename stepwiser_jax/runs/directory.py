@@ -119,7 +119,7 @@ class RunDirectory:
         found = completed(type(self.config), read_run_settings(self.path), str(self.path))
         self._is_longer = self._is_lengthened(found)
         if self._is_longer and (self.path / MANIFEST).is_file():
-            check_finished(self.path)  # for the last time: the next manifest names what is there
+            check_finished(self.path)  # before the next manifest names what is there
         free = settings_marked(self.config, OnResume.FREE)
         examples = chain(*(stream_written(self.path, kind) for kind in (SftExample, Dialogue)))
         if next(examples, None) is None:
@@ -147,7 +147,8 @@ class RunDirectory:
         for name in settings_marked(self.config, OnResume.LONGER):
             before, now = _setting(found, name), _setting(self._settings, name)
             training = found.get("training")
-            if before is None or (training is not None and now is None):  # all of it; or by epochs
+            # The run used everything, or now trains by epochs.
+            if before is None or (training is not None and now is None):
                 continue
             if now is not None and now <= before:
                 continue

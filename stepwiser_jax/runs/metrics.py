@@ -24,8 +24,8 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         self._tensorboard, self._last_line = None, time.perf_counter()
         if hosts.is_primary():
-            # Not tensorboardX.SummaryWriter: if the disk is full, its thread dies, and the next
-            # call that adds to its queue waits for ever.
+            # tensorboardX.SummaryWriter will not do: if the disk is full, its thread dies, and the
+            # next call that adds to its queue waits for ever.
             from tensorboardX.event_file_writer import EventsWriter
 
             folder = run_dir / "tensorboard"

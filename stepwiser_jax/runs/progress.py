@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, lines elsewhere (SLURM, GKE, a file).
+"""Shows the progress of a run: a bar on a terminal, lines elsewhere (SLURM, GKE, a file).
 
     10:29:30 train-judge: iteration 12 of 800, reward 0.61, kl 0.002, 41.2 s each, 9:02:00 left
 

@@ -20,7 +20,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not `print`: the signal may interrupt a print, and a second one inside it raises.
+        # `print` will not do: the signal may interrupt a print, and a second one inside it raises.
         os.write(2, b"stopping: saving first (Ctrl-C again to stop at once)\n")
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Turns what a file system refuses into one message that says what to change."""
+"""Turns errors of a file system into one message that says what to change."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Monte Carlo values of every prefix of every trajectory (StepWiser 3.2, 4.1; `rl/values.py`).
+"""Estimates the value of every prefix by Monte Carlo (StepWiser 3.2, 4.1; `rl/values.py`).
 
-Leaves out, and counts, problems whose trajectories are all right or all wrong (4.1), and those that
-`max_problems` has no room for.
+Leaves out, and counts, problems whose trajectories are all right or all wrong (4.1), and those
+beyond `max_problems`.
 Reads `rollouts` and `policy`. Writes prefix values. A worker reads the token arrays of its own
 trajectories only.
 """
@@ -58,8 +58,8 @@ def annotate_blocks(
     work: Sequence[Sequence[Trajectory]],
     rollouts_of: dict[str, int],
 ) -> dict[str, Any]:
-    """Writes the values of the prefixes of these blocks; returns what was measured. First checks
-    the lengths of all trajectories: each worker must refuse what one would."""
+    """Writes the values of the prefixes of these blocks, and returns what was measured. It first
+    checks the lengths of all trajectories, so that all workers refuse the same ones."""
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
     mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
     loaded = load_for_decoding(
@@ -109,7 +109,8 @@ def annotate_blocks(
 
 
 def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue]) -> dict[str, Any]:
-    """Counts rollouts of the prefixes that were continued: not of whole trajectories."""
+    """Returns counts and means. Rollouts are those of continued prefixes, not whole
+    trajectories."""
     whole = {f"{t.trajectory_id}/{len(t.chunk_ends)}" for t in trajectories}
     sampled = [value.num_rollouts for value in values if value.record_id not in whole]
     return {
@@ -155,7 +156,7 @@ def select_trajectories(
 
 
 def rollouts_by_problem(config: Annotate, trajectories: Sequence[Trajectory]) -> dict[str, int]:
-    """Returns M of every problem, by the share of its trajectories that are right."""
+    """Returns M of every problem, which depends on the share of its trajectories that are right."""
     right: dict[str, list[bool]] = defaultdict(list)
     for trajectory in trajectories:
         right[trajectory.problem_id].append(trajectory.is_correct)

@@ -1,6 +1,6 @@
 """Cuts solutions into chunks of thought (StepWiser 3.1), which the policy then learns to mark.
 
-    right solution -> K proposals of a teacher -> those that are the solution again, in the format
+    right solution -> K proposals of a teacher -> those that repeat the solution, in the format
                    -> the cut that most of them agree on: what `sft` teaches the policy
 
 The paper keeps the proposals that reconstruct their solution and does not say what it does with
@@ -95,7 +95,7 @@ def begin(
 
 
 def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
-    """Returns the first `most` right ones of every problem."""
+    """Returns the first `most` right trajectories of every problem."""
     of_problem: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         if trajectory.is_correct:
@@ -168,7 +168,7 @@ class Proposer:
         return encode_message(self.tokenizer, chunking_prompt(solution, style), style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether the context holds the prompt and an answer."""
+        """Returns whether the context holds the prompt and an answer."""
         return len(prompt) + self.params.max_new_tokens <= self.context
 
 
@@ -188,7 +188,7 @@ def summarize(
     chunked: Sequence[ChunkedSolution], solutions: dict[str, str], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Returns how many proposals were kept, and the paper's table 4 for the solutions that were
-    cut: chunks and tokens, and the chunks that blank lines would have made of them."""
+    cut: their chunks and tokens, and how many chunks blank lines would make of them."""
     outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
     for solution in chunked:
         outcomes.update(solution.outcomes)

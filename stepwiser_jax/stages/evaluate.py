@@ -13,11 +13,12 @@ the best official F1 on one subset, which is then used for all, as ProcessBench 
 that subset the score is then the best that any threshold gives: `summary.json` names the subset.
 
 GenPRM's judgments of an item are a conversation (`judges/genprm.py`). A step is wrong if its
-P(right), or its mean over the sampled paths, is below the threshold; without a verdict it has 1/2.
+P(right), or the mean of it over the sampled paths, is below the threshold. Without a verdict
+P(right) is 1/2.
 
 ThinkPRM's judgments of an item are one chain. It also writes `<item>/solution`, a judgment of the
-whole solution. How well that tells right solutions from wrong ones is scored in `solution`; this F1
-is binary, and not ProcessBench's.
+whole solution. `solution` in the summary says how well that tells right solutions from wrong ones;
+its F1 is binary, and not ProcessBench's.
 
 Reads `judge` and `benchmark`. Writes judgments: `<item>/<step>` is the greedy one,
 `<item>/<step>/vote<k>` are sampled. A classifier's verdict is the likelier sign, whatever the

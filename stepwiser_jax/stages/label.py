@@ -3,9 +3,9 @@
     values [Q_0 .. Q_J] -> rule -> positive / negative / None (teaches nothing: dropped)
                         -> length filter -> as many negatives as positives
 
-Two kinds of chunks get no label, whatever their values, and are counted: the only one of a response
-that closes no chunk though the policy was asked for tags, since it is a whole solution; and the
-last one of a response that was cut at the length limit, whose outcome says nothing about it.
+Two kinds of chunks get no label, whatever their values, and are counted. If the policy was asked
+for tags and a response closes no chunk, its only chunk is a whole solution. If a response was cut
+at the length limit, its outcome says nothing about its last chunk.
 
 Changing the label rule reruns this stage only. Reads `values`, `rollouts` and `tokenizer`.
 Writes chunk labels (all but those of these two kinds), judge examples (filtered and balanced), and

@@ -1,6 +1,6 @@
 """Lets a policy think again where GenPRM's judge finds its first wrong step (arXiv 2504.00891).
 
-How a turn goes is in `search.refinement`. Leaves out, and counts, problems whose reference answer
+`search.refinement` says how a turn goes. Leaves out, and counts, problems whose reference answer
 cannot be verified. Reads `problems`, `policy` and `judge`. Writes search results
 `<problem>/turn<r>`: the solution after r turns. `rejected_tokens` are those of earlier solutions.
 """
@@ -65,8 +65,8 @@ def begin(
 
 
 def summarize(config: Refine, results: Sequence[SearchResult]) -> dict[str, Any]:
-    """Returns, for every turn, accuracy with its interval, the number of problems that were thought
-    through again, and mean tokens per problem so far."""
+    """Returns for every turn the accuracy with its interval, the number of problems that the policy
+    thought about again, and mean tokens per problem so far."""
     summary: dict[str, Any] = {}
     before: dict[str, int] = {}
     for turn in range(config.turns + 1):

@@ -90,7 +90,7 @@ def run(config: RejectionSample, run_dir: str | Path, shard: Shard = NO_SHARD) -
             rationales, chosen = directory.writer(Rationale), directory.writer(learned_type)
             hosts.barrier("rejection-sample: rationales are written")
             if shard == NO_SHARD:
-                # In every process: each must refuse what one of them would.
+                # Every process chooses, so that all of them raise the same UserError.
                 learned = choose(config, rationales.read())
                 if hosts.is_primary():
                     chosen.append(to_learn(config, examples, learned))
@@ -169,7 +169,7 @@ class TextForm:
 
 
 def text_form(config: RejectionSample, tokenizer: Tokenizer) -> TextForm:
-    """Returns what the judge writes about an example."""
+    """Returns the form of what the judge writes about an example."""
     if isinstance(config.judge, ThinkPrmTeacher):
         return chains(config.judge.prompt_style, tokenizer, config.judge.max_tokens)
     return judgments(style_of(config))
@@ -215,7 +215,7 @@ def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextFor
 
 
 class TextWriter:
-    """Writes `samples` texts about each example of a block, and says what becomes of them."""
+    """Writes `samples` texts about each example of a block, with what becomes of them."""
 
     def __init__(self, config: RejectionSample, tokenizer: Tokenizer, engine: Engine):
         self.config, self.tokenizer, self.engine = config, tokenizer, engine
@@ -263,7 +263,7 @@ class TextWriter:
 
 
 class CritiqueWriter:
-    """Writes `samples` critiques of each solution of a block, and says what becomes of them."""
+    """Writes `samples` critiques of each solution of a block, with what becomes of them."""
 
     def __init__(
         self, config: RejectionSample, judge: GenPrmTeacher, loaded: Loaded, engine: Engine
@@ -303,15 +303,15 @@ class CritiqueWriter:
 
 
 def first_prompt(judge: GenPrmTeacher, example: ClassifierExample) -> str:
-    """Returns what the teacher is asked about a solution, or asked first."""
+    """Returns the first prompt to the teacher about a solution."""
     if judge.turn_by_turn:
         return FORMS[judge.prompt_style].user_turn(example.question, example.chunks, 0)
     return synthesis_prompt(example.question, example.chunks, code=bool(judge.code_rounds))
 
 
 def critique_of(judge: GenPrmTeacher, example: ClassifierExample, text: str) -> Critique | None:
-    """Returns a critique from its text, None if it is in no form. Without code a text that claims
-    to show what code printed is in none."""
+    """Returns the critique that a text holds, None if its form is wrong. Without code, a text that
+    claims to show what code printed has the wrong form."""
     if not judge.code_rounds and CODE_OUTPUT in text:
         return None
     if judge.turn_by_turn:
@@ -344,7 +344,7 @@ def rationales_of(
 
 
 def choose(config: RejectionSample, rationales: Sequence[Rationale]) -> list[Rationale]:
-    """Returns those that are learned, in id order, so that draws do not depend on which process
+    """Returns the rationales to learn, in id order, so that draws do not depend on which process
     wrote which part. Raises UserError if there are none."""
     ordered = sorted(rationales, key=lambda r: natural_key(r.rationale_id))
     kept = [r for r in ordered if r.outcome == Outcome.KEPT.value]

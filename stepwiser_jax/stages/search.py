@@ -7,8 +7,8 @@
 
 Every sample is judged once for all methods. Best of k takes the sample with the highest min, mean,
 last or product of its chunks' scores, the first of equals. The weighted majority sums that score
-over the samples of an answer. Beam search and DVTS answer by the weighted majority of the solutions
-that they find, weighed by the aggregate that ranked them.
+over the samples with the same answer. Beam search and DVTS answer by the weighted majority of the
+solutions that they find, weighed by the aggregate that ranked them.
 
 Where the paper is silent:
 
@@ -16,17 +16,17 @@ Where the paper is silent:
 2. A judgment without a verdict accepts the chunk: it is no reason to spend more tokens.
 3. Cost counts the tokens that policy and judge generate. A classifier's judgment is one token.
    Tokens are rejected if they are in no solution that is chosen or votes: a chunk that was taken
-   back, a beam that was pruned, every sample but the best of k.
+   back, a beam that was pruned, all samples except the best of k.
 
 With a `token_budget` B for what policy and judge write about a problem:
 
-    majority, best of k, weighted majority   the first samples that fit B, judgments included where
+    majority, best of k, weighted majority   the first samples that fit B, judgments included if
                                              they are used; at least one, at most k
     chunk-reset, beam search, DVTS           judge and branch until B is spent, and finish
 
-Only the first sample may overrun B. The steered methods may by one step and the rest of one
-solution: compare the tokens in `summary.json`, not B. If the `samples` of a row is k, B did not
-limit it: for an equal budget ask for more samples.
+Among samples only the first may exceed B. A steered method may exceed it by one step and the rest
+of one solution, so compare the tokens in `summary.json`, not B. If the `samples` of a row is k, B
+did not limit it: ask for more samples to compare equal budgets.
 
 Leaves out, and counts, problems whose reference answer cannot be verified. Reads `problems`,
 `policy` and `judge`. Writes search results.
@@ -125,7 +125,7 @@ def load_policy(config: Search, session: Session) -> Policy:
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:
-    """Returns the methods that the judge steers, each with its beams and how these are ranked."""
+    """Returns the methods that the judge steers, each with its beams and their ranking."""
     methods = {"chunk_reset": (chunk_reset(config.max_attempts), 1, "last")}
     for name, make, beams in (("beam", beam_search, config.beam), ("dvts", dvts, config.dvts)):
         if beams is not None:

@@ -3,8 +3,8 @@
     N responses to a problem -> the right ones -> mean score of each one's chunks -> the best -> sft
 
 Where the paper is silent: the score of a chunk is the judge's (1 for Positive and 0 for Negative,
-the share of its votes, or a classifier's P(+)). A draw, which does not depend on the judge, chooses
-among equals; a judge without votes has many. Without a judge all are equal: that is the paper's
+the share of its votes, or a classifier's P(+)). A draw that does not depend on the judge chooses
+among equals; a judge without votes gives many. Without a judge all are equal: that is the paper's
 baseline, selection by the outcome alone, or at random with `only_correct: false`.
 
 Reads `rollouts` and, if given, `judge`. Writes a selection for every problem that has a response to

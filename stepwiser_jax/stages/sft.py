@@ -1,5 +1,7 @@
-"""Supervised fine-tuning (StepWiser 3.1): a policy learns to cut its thought into chunks, or a
-judge learns the form of a judgment before GRPO, or, of GenPRM's form, all that it knows.
+"""Fine-tunes a model on demonstrations (StepWiser 3.1).
+
+A policy learns to cut its thought into chunks. A judge learns the form of a judgment before GRPO;
+GenPRM's judge learns all that it knows.
 
     demonstrations -> token ids, and which are learned -> packed TokenBatch -> cross-entropy
 

@@ -1,4 +1,4 @@
-"""Train a discriminative process reward model, the baseline of StepWiser 4.2 (A.1): RLHFlow's form.
+"""Trains a discriminative process reward model, the baseline of StepWiser 4.2 (A.1, RLHFlow).
 
     ClassifierExample -> one conversation: a chunk, its answer, a chunk, its answer, ...
                      -> packed TokenBatch -> cross-entropy of + against - at the answers
@@ -12,8 +12,8 @@ Only the answers are learned; one pass over a solution learns, and scores, all o
 3. A scalar head is two rows, wrong and right, in place of the vocabulary's, read where the answer
    would be predicted: transformers' ...ForTokenClassification.
 
-Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/, which `classify` reads,
-and any other program by the logits of + and -, or of the two classes, before each answer.
+Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/. Other programs can
+score with it by the logits of + and -, or of the two classes, before each answer.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dic
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
-    """Returns the model to train, with a new scalar head if it is to have one and has none."""
+    """Returns the model to train, with a new scalar head if it needs one."""
     scalar = config.head == "scalar"
     settings = config.model.load_args
     loaded = load_for_training(**settings, mesh=mesh, seed=config.seed, classifier=scalar)

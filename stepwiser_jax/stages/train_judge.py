@@ -1,7 +1,7 @@
-"""Train the judge by GRPO to reason about a chunk before it gives its verdict (StepWiser 3.3, 4.1).
+"""Trains the judge by GRPO to reason about a chunk before its verdict (StepWiser 3.3, 4.1).
 
-`run` is all of it. Where the paper is silent (4.1 gives clip, learning rate, group and batch sizes
-only):
+`run` holds the whole loop. Where the paper is silent (4.1 gives clip, learning rate, group and
+batch sizes only):
 
 1. By default there is no KL term and no entropy bonus, advantages are divided by the group's
    standard deviation, and the loss is averaged over tokens (verl's defaults).
@@ -9,7 +9,7 @@ only):
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
    `max_resamples` further batches of examples replace them (dynamic sampling).
 4. A group's prompt goes through the network once, and all its completions attend to it; groups
-   share rows where they fit.
+   share rows if they fit.
 5. If the sampler's weights are int8, its samples are weighted by truncated importance weights.
 
 Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
@@ -207,8 +207,8 @@ def make_sampler(
 
 
 def make_reference(config: TrainJudge, load_model: Callable[[], Loaded]) -> Callable[[Any], Any]:
-    """Returns a function from the policy to the model that the KL term pulls to, or to None if
-    there is no such term. With adapters it is the policy without them."""
+    """Returns a function from the policy to the model that the KL term pulls to. With adapters that
+    is the policy without them; without the KL term it is None."""
     if not config.grpo.kl_coef:
         return lambda policy: None
     if config.model.lora is not None:

@@ -1,4 +1,4 @@
-"""Token ids to batches of a fixed shape: one first-fit packer, and loaders that can resume.
+"""Makes batches of a fixed shape from token ids: one first-fit packer, and loaders that resume.
 
 A loader's position is part of every checkpoint. Masks and packing ids are data here, never derived
 from token ids: pad and end may be the same token.
@@ -28,7 +28,7 @@ T = TypeVar("T")
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One example as arrays over its tokens: ids, which of them are learned, and, for a classifier,
-    the probability of + that each of those should have."""
+    the target P(+) of each learned one."""
 
     tokens_T: np.ndarray
     target_mask_T: np.ndarray
@@ -105,7 +105,7 @@ def first_fit(
 def pack_documents(
     rows: Sequence[Sequence[Document]], num_rows: int, row_length: int
 ) -> TokenBatch:
-    """Returns the documents of each row, one after the other; rows that are missing are padding."""
+    """Packs the documents of each row one after the other. Missing rows are padding."""
     shape = (num_rows, row_length)
     has_targets = any(d.targets_T is not None for d in itertools.chain(*rows))
     batch = TokenBatch(
@@ -139,7 +139,7 @@ def pack_groups(
 ) -> RolloutBatch:
     """Returns groups packed into rows, with the advantage of a completion on each of its tokens.
 
-    Rows that are not needed are padding, and lie in the last of the `micro_batches` (see
+    Rows that are not needed are padding. They lie in the last of the `micro_batches` (see
     `step.split_rows`), which then take no time.
 
     Args:
@@ -209,7 +209,7 @@ def _write_group(
 
 
 class Loader(Generic[T]):
-    """An iterator over batches whose position can be saved: it is the number of those it gave.
+    """An iterator over batches. Its position, the number of those it gave, can be saved.
 
     `plan()` iterates over all batches as lists of indices, the same ones each time, and is cheap:
     a loader that resumes skips the first ones. `make` turns such lists into a batch.
@@ -266,10 +266,10 @@ def document_loader(
         documents: What is learned; none is longer than `max_length`.
         batch_size: Rows of a batch.
         max_length: Tokens of a row.
-        seed: Of the order.
+        seed: Decides the order.
         packing: Whether documents share rows.
-        epochs: How many times every document comes; the last batch is filled up with padding. None:
-            the loader never ends.
+        epochs: How often every document comes; padding fills up the last batch. With None the
+            loader never ends.
     """
     order = _shuffled(len(documents), seed, epochs)
     lengths = [len(document.tokens_T) for document in documents]
@@ -310,7 +310,7 @@ def _shuffled(count: int, seed: int, epochs: int | None) -> grain.MapDataset[Any
 
 
 def _ordered(order: grain.MapDataset[Any]) -> Iterator[Any]:
-    # By index: the data set's own iterator prefetches in threads, which is slow here.
+    # The data set's own iterator prefetches in threads, which is slow here.
     return map(order.__getitem__, range(len(order)))
 
 
@@ -322,7 +322,7 @@ def _lists_of(items: Iterator[T], size: int) -> Iterator[list[T]]:
 def _packed_rows(
     order: grain.MapDataset[Any], lengths: Sequence[int], batch_size: int, row_length: int
 ) -> Iterator[list[int]]:
-    """Yields rows of documents. The rows of a block are shuffled: the first hold more tokens."""
+    """Yields rows of documents, shuffled within a block, since its first rows hold more tokens."""
     num_rows = 0
     for block in first_fit(_ordered(order), lengths.__getitem__, row_length, 4 * batch_size):
         for row in np.random.default_rng(num_rows).permutation(len(block)):

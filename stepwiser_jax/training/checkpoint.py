@@ -1,10 +1,12 @@
-"""Orbax checkpoints: train state, loader position and counters in one save, finished or absent. Of
-a model with adapters these are saved, and not the base, which stays what it was.
+"""Saves train state, loader position and counters together, as Orbax checkpoints.
 
-Orbax and tensorstore have checksums over their own metadata, and none over arrays. So a checksum of
-each array is saved beside them, and compared with that of the array that was read. It is a sum on
-the devices where the array lies: it costs one pass over their memory, reads nothing twice, and is
-the same on every mesh, so that every process checks what all of them have read.
+A save is finished or absent. If a model has adapters, only these are saved: the base does not
+change.
+
+Orbax and tensorstore have checksums over their own metadata, but not over arrays. So a checksum of
+each array is saved too, and compared with that of the array that was read. It is a sum on the
+devices that hold the array: it costs one pass over their memory, reads nothing twice, and is the
+same on every mesh, so every process checks what all of them have read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from stepwiser_jax.training.step import TrainState
 
 
 class Checkpointer:
-    """Saves in the background; after a kill a save is either complete or not there."""
+    """The checkpoints of a run, saved in the background. After a kill each is complete or
+    absent."""
 
     def __init__(self, directory: Path, *, keep: int = 2):
         self._directory = directory
@@ -35,12 +38,12 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def complete_step(self) -> int | None:
-        """The newest step that is on disk as a whole: a save gets its name last."""
+        """Returns the newest step that is on disk as a whole: a save gets its name last."""
         names = (path.name for path in self._directory.iterdir())
         return max((int(name) for name in names if name.isdigit()), default=None)
 
     def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
-        """`host_state` is JSON, with the loader's position as `loader`."""
+        """Saves a step. `host_state` is JSON, with the loader's position as `loader`."""
         parts = {
             "model": trainable(state.model),
             "rest": (state.opt_state, state.step, state.skipped),
@@ -55,9 +58,9 @@ class Checkpointer:
         )
 
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest save, bit for bit, with the shapes and shardings of `template`.
+        """Returns the newest save, bit for bit, with the shapes and shardings of `template`.
 
-        Raises UserError where a part of it is missing, cannot be read, or is not what was saved.
+        Raises UserError if a part of it is missing, cannot be read, or is not what was saved.
         """
         step = self._manager.latest_step()
         rest = (template.opt_state, template.step, template.skipped)
@@ -68,10 +71,11 @@ class Checkpointer:
         return TrainState(with_trainable(template.model, model), *rest), loader
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
-        """The parameters of one save (the newest by default). `template`: abstract or real model;
-        with adapters, their base is the template's.
+        """Returns the parameters of one save, by default the newest.
 
-        Raises UserError where there is no such save, or its model is not what was saved.
+        `template` is an abstract or real model. If it has adapters, their base is the template's.
+
+        Raises UserError if there is no such save, or its model is not what was saved.
         """
         steps = sorted(self._manager.all_steps())
         wanted = step if step is not None else self._manager.latest_step()
@@ -87,7 +91,7 @@ class Checkpointer:
     def _restore_host(self, step: int | None) -> dict[str, Any]:
         host = self._restore(step, "host", ocp.args.JsonRestore())
         names = set(host) - {"sums", "sha256"}
-        if names != {"loader"}:  # also if a bit of another name was flipped
+        if names != {"loader"}:  # also if a bit of a name was flipped
             raise self._damaged(step, "host", f"expected the loader's state, found {sorted(names)}")
         if not seal_fits(host):
             raise self._damaged(step, "host", "it is not what was saved")
@@ -95,7 +99,7 @@ class Checkpointer:
 
     def _restore_tree(self, step: int | None, part: str, like: Any, host: dict[str, Any]) -> Any:
         tree = self._restore(step, part, ocp.args.StandardRestore(_abstract(like)))
-        saved = host["sums"][part] if "sums" in host else None  # none in older ones
+        saved = host["sums"][part] if "sums" in host else None  # older saves have none
         if saved is not None and (found := checksums_of(tree)) != saved:
             names = [name for name in found if saved.get(name) != found[name]]
             raise self._damaged(step, part, f"not what was saved: {', '.join(names)}")
@@ -105,7 +109,7 @@ class Checkpointer:
         try:
             args = ocp.args.Composite(**{part: how})
             return self._manager.restore(step, args=args)[part]
-        except Exception as error:  # Orbax has no type of its own for what it cannot read
+        except Exception as error:  # Orbax raises many types for what it cannot read
             raise self._damaged(step, part, str(error)) from error
 
     def _damaged(self, step: int | None, part: str, reason: str) -> UserError:
@@ -118,7 +122,7 @@ class Checkpointer:
         )
 
     def wait(self) -> None:
-        """Until every save is on disk."""
+        """Waits until every save is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -127,7 +131,7 @@ class Checkpointer:
 
 
 def checksums_of(tree: Any) -> dict[str, int]:
-    """A sum of bits for each array of a tree, by name. All processes must call this."""
+    """Returns a sum of bits for each array of a tree, by name. All processes must call it."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
     return dict(zip(names, np.asarray(sums_of_bits(tree)).tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""A training run: starts or resumes, logs, checkpoints, stops, and exports the model.
+"""Runs a training: starts or resumes it, logs, checkpoints, stops, and exports the model.
 
 <run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
                           with adapters, base.json: the model that they belong to
@@ -42,8 +42,8 @@ KEEP_CHECKPOINTS = 2
 class TrainingRun:
     """The state of a training stage, and what happens to it between two steps.
 
-    A step is an update, or, of RL, an iteration. `with run:` goes around the loop: when the run is
-    asked to stop, the state after the last step is saved.
+    A step is an update; in RL it is an iteration. Put the loop inside `with run:`, which saves the
+    state after the last step when the run is asked to stop.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class TrainingRun:
         """Starts at step 0, or resumes from the last checkpoint.
 
         Args:
-            directory: Of the run.
+            directory: The directory of the run.
             loaded: The model to train, whose arrays the first update consumes.
             mesh: The devices that train.
-            settings: Of all training stages.
+            settings: The settings that all training stages share.
             total_updates: The length of the learning rate's schedule.
-            loader: What steps are made of; its position is saved.
+            loader: Gives the data of the steps; its position is saved.
             loss_fn: See `step.make_train_step`.
             normalizer_fn: See `step.make_train_step`.
 
@@ -123,7 +123,7 @@ class TrainingRun:
 
     def fit(self, steps: int) -> float | None:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
-        step; None if all were done."""
+        step, None if no step was left."""
         start, began, stage = self.step, time.perf_counter(), self._directory.stage
         with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as shown:
             for step in range(start, steps):
@@ -142,14 +142,13 @@ class TrainingRun:
         return metrics
 
     def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Ends a step: logs the metrics of the step before it, saves when a checkpoint is due, and
-        stops if that was asked for.
+        """Ends a step: logs the step before it, saves when a checkpoint is due, and stops if asked.
 
-        The metrics of this step are logged one step later, when they are on the host: so the host
+        The metrics of a step are logged one step later, when they are on the host, so the host
         never waits for the device.
 
         Raises:
-            Interrupted: The run is to stop.
+            Interrupted: The run was asked to stop.
             UserError: Too many updates in a row were skipped.
         """
         self.log_last_step()
@@ -166,10 +165,10 @@ class TrainingRun:
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         if error_type is Interrupted:
             self.save(wait=True)
-            hosts.barrier("the run is stopped")  # one that has left would look like one that died
+            hosts.barrier("the run is stopped")  # a process that left looks like one that died
 
     def save(self, *, wait: bool = False) -> None:
-        """Saves the state after the last step, unless that is done. `wait`: until it is on disk."""
+        """Saves the last state, unless that is done. With `wait` it waits for the disk."""
         self.log_last_step()
         if self._checkpointer.latest_step() != self.step:
             self._metrics.sync()
@@ -180,7 +179,7 @@ class TrainingRun:
 
     @property
     def saved_step(self) -> int:
-        """The step of the newest checkpoint that is on disk as a whole."""
+        """Returns the step of the newest checkpoint that is on disk as a whole."""
         return self._checkpointer.complete_step() or 0
 
     def log_last_step(self) -> None:
@@ -222,7 +221,7 @@ class TrainingRun:
 
 
 def say_length(stage: str, epochs: int | None, examples: int, length: str) -> None:
-    """Says how long `epochs` of this many examples are, if the training is given in epochs."""
+    """Prints how long `epochs` of this many examples are, if the training is given in epochs."""
     if epochs is not None:
         say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
 

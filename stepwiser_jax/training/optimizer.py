@@ -34,9 +34,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW (arXiv 1711.05101) after clipping by the global norm; only matrices decay.
 
-    An update takes 1026 MiB beside the state (XLA on CPU, SmolLM2-135M in float32, whose parameters
-    are 513; 4 micro-batches of 512 tokens). One formula written by hand, with clipping and skipping
-    in its scalars, took 894.
+    An update takes 1026 MiB beside the state (XLA on CPU; SmolLM2-135M in float32, 513 MiB of
+    parameters; 4 micro-batches of 512 tokens). One formula written by hand, with clipping and
+    skipping in its scalars, took 894 MiB.
     """
     return optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),

@@ -17,7 +17,7 @@ def num_target_tokens(batch: TokenBatch) -> jax.Array:
 def cross_entropy_loss(
     model: LanguageModel, batch: TokenBatch, normalizer: jax.Array, *, remat: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns minus the log-probs of the learned tokens, summed, over `normalizer`, in nats.
+    """Returns the negative sum of the learned tokens' log-probs, over `normalizer`, in nats.
 
     The first token of a document has no log-prob and must not be in the mask.
     """

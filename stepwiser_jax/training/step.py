@@ -63,14 +63,14 @@ def make_train_step(
     micro_batches: int,
     like: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns a jitted update that consumes the state which it is given.
+    """Returns a jitted update that consumes its state.
 
     Args:
         loss_fn: The loss and metrics of a micro-batch.
         normalizer_fn: What sums are divided by, from the whole batch.
-        optimizer: Made for `schedule`.
+        optimizer: The optimizer, made for `schedule`.
         schedule: The learning rate, for the metrics.
-        micro_batches: A batch is cut into this number of parts, see `split_rows`.
+        micro_batches: The number of parts that a batch is cut into, see `split_rows`.
         like: The state, whose shardings the next one has. On a mesh it must be given: otherwise XLA
             splits what is replicated, and the second update is compiled anew.
 
@@ -114,9 +114,11 @@ def accumulate(
     batch: Any,
     micro_batches: int,
 ) -> tuple[Any, Metrics]:
-    """Returns gradients of what is trained, and metrics, of the whole batch, from one micro-batch
-    at a time. Micro-batches at its end that are padding take no time. Metrics named `*_max` must
-    not be negative."""
+    """Returns the gradients of what is trained and the metrics of the whole batch.
+
+    It takes one micro-batch at a time; those at the end that are padding take no time. Metrics
+    named `*_max` must not be negative.
+    """
     normalizer, trained = normalizer_fn(batch), trainable(model)
 
     def loss_of(trained: Any, rows: Any) -> tuple[jax.Array, Metrics]:
@@ -145,18 +147,18 @@ def accumulate(
 
 
 def used_micro_batches(stacked: Any) -> jax.Array:
-    """Returns how many of the micro-batches, from the first, hold tokens: the rest is padding."""
+    """Returns the number of micro-batches that hold tokens. Those after them are padding."""
     is_used_U = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
     return jnp.max(jnp.where(is_used_U, jnp.arange(1, is_used_U.shape[0] + 1), 0))
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """(B, ...) -> (parts, B / parts, ...), strided, so that rows stay on their devices."""
+    """Reshapes (B, ...) to (parts, B / parts, ...), strided, so that rows stay on their devices."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def join_rows(parts: jax.Array) -> jax.Array:
-    """The inverse of `split_rows` for one array."""
+    """Inverts `split_rows` for one array."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers do not show."""
+        """Returns what the numbers do not show."""
         of_host = self.mesh.devices.size < len(self.topology.devices)
         if not (of_host and self.topology.chip.whole_slices):
             return []
@@ -275,7 +275,7 @@ def as_text(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan, compiled: dict[str, Any]) -> str:
-    """One sentence: whether the run fits, and the least time of its calls."""
+    """Returns one sentence: whether the run fits, and the least time of its calls."""
     hbm = plan.topology.chip.hbm_gib
     if plan.too_large:
         names = ", ".join(need.program.name for need in plan.too_large)

@@ -75,7 +75,7 @@ class Cost:
 
 
 Trips = Callable[[str], float | None]
-"""Returns how often a loop runs whose bound is data, from its op_name; None if unknown."""
+"""Returns how often a loop runs if data decide it, from its op_name; None if unknown."""
 
 KernelCost = Callable[[Instruction, list[Instruction]], Cost | None]
 """Returns the cost of a kernel that states none, from its call and operands; None if unknown."""
@@ -88,7 +88,7 @@ def program_cost(
 
     Args:
         text: the module.
-        trips: says how often loops run whose bound is data.
+        trips: says how often loops run if data decide it.
         kernel: says what kernels cost that do not state it.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The programs of a stage's run, with inputs that are only shapes, in the longest case: every
-prompt and every completion as long as the config allows.
+"""Lists the programs of a stage's run, with inputs that are only shapes.
 
-They are the functions that the run itself calls. What is not compiled here moves little: the empty
-state of the engine, and the compaction of its last rows.
+Shapes are those of the longest case: every prompt and every completion is as long as the config
+allows. The programs are the functions that the run itself calls. Some that move little are left
+out: the empty state of the engine, and the compaction of its last rows.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ PLANNED = ("sft", "rollout", "annotate", "train-judge", "train-classifier", "eva
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """In the order in which a run needs them. `work` says what their calls add up to; `waves` is
-    how often the rows in flight are filled for it."""
+    """The programs of a run, in the order in which it needs them. `work` says what their calls add
+    up to; `waves` is how often the rows in flight are filled for it."""
 
     programs: list[Program]
     work: str
@@ -89,7 +89,7 @@ class Programs:
 
 
 def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
-    """Raises UserError for a stage that has no plan."""
+    """Returns the programs of a stage. Raises UserError if it has no plan."""
     if isinstance(config, Sft | TrainClassifier):
         return _of_packed_rows(config, mesh)
     if isinstance(config, TrainJudge):
@@ -98,7 +98,7 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         per_wave = (config.block_size, config.group_size)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Annotate):
-        # A trajectory of at most max_new_tokens, with the rollouts of one of its prefixes.
+        # A trajectory has at most max_new_tokens; a wave holds the rollouts of one of its prefixes.
         per_wave = (config.block_size, config.most_rollouts)
         return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
     if isinstance(config, Evaluate):
@@ -117,20 +117,23 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Of the matrices of all layers."""
+    """Returns the number of parameters in the matrices of all layers."""
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
 def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: float) -> float:
-    """2 for each matrix parameter and token, the output matrix where a token is scored, and two
-    products for each query and key that it sees. A backward pass is twice that."""
+    """Returns the FLOPs of a forward pass; a backward pass takes twice as many.
+
+    They are 2 for each matrix parameter and token, those of the output matrix for each scored
+    token, and two products for each pair of a query and a key that it sees.
+    """
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return weight_flops(config, tokens=tokens, scored=scored) + 2.0 * attention
 
 
 def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
-    """Of `forward_flops` those with weights, and as many again is what their gradients take."""
+    """Returns the part of `forward_flops` that takes weights. Their gradients take as many."""
     head = scored * config.vocab_size * config.hidden_size
     return 2.0 * (tokens * block_parameters(config) + head)
 
@@ -138,21 +141,22 @@ def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
 def update_flops(
     config: ModelConfig, settings: TrainedModel, *, tokens: float, scored: float, pairs: float
 ) -> float:
-    """Forward and backward. Frozen weights have no gradient; adapters are too small to count."""
+    """Returns the FLOPs of forward and backward. Frozen weights have no gradient; adapters are too
+    small to count."""
     forward = forward_flops(config, tokens=tokens, scored=scored, pairs=pairs)
     frozen = settings.lora is not None
     return 3 * forward - frozen * weight_flops(config, tokens=tokens, scored=scored)
 
 
 def cache_flops(config: ModelConfig, tokens: int) -> float:
-    """Of reading a prompt for its keys and values: the last layer computes no more than those."""
+    """Returns the FLOPs of a prompt's keys and values. The last layer computes only those."""
     below = dataclasses.replace(config, num_layers=config.num_layers - 1)
     last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
     return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
 
 
 def causal_pairs(before: int, tokens: int) -> float:
-    """Queries and the keys they see: `tokens` in a row behind `before` others."""
+    """Returns the pairs of a query and a key it sees: `tokens` in a row after `before` others."""
     return tokens * before + tokens * (tokens + 1) / 2
 
 
@@ -179,14 +183,14 @@ def _model(
 def _loops(
     program: str, config: ModelConfig, rows: int, length: int, scored: int, micro_batches: int
 ) -> dict[str, float]:
-    """Slices of positions that are scored, and micro-batches."""
+    """Returns the lengths of two loops: slices of positions that are scored, and micro-batches."""
     slices = default_slices(rows // micro_batches, length, config.vocab_size)
     used = math.ceil(scored / math.ceil(length / slices))
     return {"token_logprobs": used, f"jit({program})/while": micro_batches}
 
 
 def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
-    """What the attention kernels need for rows like this one."""
+    """Returns the cost of the attention kernels for rows like this one."""
     visited, block = blocks_visited(jnp.asarray(segment_ids_T))
 
     def kernel(call: Instruction, operands: Sequence[Instruction]) -> Cost | None:
@@ -220,7 +224,7 @@ def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> P
     remat, micro_batches = config.training.remat, config.training.micro_batches
     targets, scored, loss = None, length, functools.partial(cross_entropy_loss, remat=remat)
     if isinstance(config, TrainClassifier):
-        # Two logits of a token, which are not worth counting, whichever they are.
+        # The two logits of a token cost next to nothing, so any two will do.
         targets, scored = np.zeros((rows, length), np.float32), 0
         loss = functools.partial(classifier_loss, signs=(0, 1), remat=remat)
     batch = abstract_rows(TokenBatch(ints, ints, ints, mask, targets), mesh)
@@ -257,7 +261,7 @@ def longest_group(config: TrainJudge) -> RolloutGroup:
 
 
 def judge_batch(config: TrainJudge) -> RolloutBatch:
-    """Of one update, its arrays empty: every row a group of the longest there may be."""
+    """Returns the batch of one update without content. Every row is a group of the longest size."""
     rows = config.prompts_per_iteration // config.updates_per_iteration
     batch = pack_groups([], [], num_rows=rows, row_lengths=config.row_lengths[-1:])
     numbers = batch.sampler_logprobs_BT
@@ -269,7 +273,7 @@ def judge_batch(config: TrainJudge) -> RolloutBatch:
 
 
 def judge_work(config: TrainJudge) -> dict[str, float]:
-    """What `forward_flops` wants to know of a group: its prompt once, its completions behind it."""
+    """Returns arguments of `forward_flops` for a group: its prompt once, then its completions."""
     prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
     size = config.group_size
     pairs = causal_pairs(0, prompt) + size * causal_pairs(prompt, new)
@@ -279,7 +283,7 @@ def judge_work(config: TrainJudge) -> dict[str, float]:
 def lower_update(
     config: TrainJudge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
 ) -> Any:
-    """The judge's train step, traced for an abstract model and batches of these shapes."""
+    """Returns the judge's train step, traced for an abstract model and batches of these shapes."""
     updates = (config.iterations or 1) * config.updates_per_iteration
     schedule = make_schedule(config.training.optimizer, updates)
     optimizer = make_optimizer(config.training.optimizer, schedule)
@@ -382,7 +386,7 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
 def _gather(
     model: Transformer, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh, held: int
 ) -> Program:
-    """What `loading.decoding_copy` moves: from the layout of training to that of decoding."""
+    """Returns the program that moves a model from the layout of training to that of decoding."""
     cast = jax.eval_shape(lambda model: merge(model, model.compute_dtype), model)
     cast = jax.tree.map(lambda leaf, kept: placed(leaf, kept.sharding), cast, base_of(model))
     shardings = shardings_of(cast, sharding_of(model.config, sampling_mesh, decoding=True))
@@ -432,10 +436,13 @@ def _of_sampling(
     prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
-    """`per_wave`: prefixes, and samples of each, run together. `prompt`: tokens of the longest, by
-    default what the context leaves. `held`: bytes of a device that the run keeps beside the
-    sampler's weights; where it trains, those come from a copy in the compute type."""
-    if isinstance(settings, TrainedModel):  # sampled from a copy in the type to compute in
+    """Returns the programs that sample.
+
+    `per_wave`: prefixes, and samples of each, that run together. `prompt`: tokens of the longest
+    prompt, by default what the context leaves. `held`: bytes of a device that the run keeps beside
+    the sampler's weights; a stage that trains makes those as a copy in the compute type.
+    """
+    if isinstance(settings, TrainedModel):  # it samples from a copy in the compute type
         settings = Model(path=settings.path, dtype=settings.dtype)
     model_config, model = _model(settings, mesh, decoding=True)
     decoder, reshard = abstract_decoder(model, engine_config.weights)

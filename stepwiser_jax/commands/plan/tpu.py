@@ -64,7 +64,7 @@ class Chip:
 
 # From Google Cloud's documentation of each TPU version, bfloat16. Links, network and rings follow
 # "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2) and were checked against no
-# second source: times on the interconnect are no better than they are.
+# second source, so times on the interconnect are only as good as these.
 CHIPS = {
     "v4": Chip(32, 275e12, 1.23e12, 4.5e10, 6.25e9, ring=4),
     "v5e": Chip(16, 197e12, 8.2e11, 4.5e10, 3.125e9, ring=16, whole_slices=True),
@@ -109,7 +109,7 @@ def tpu_topology(name: str, slices: int = 1) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # What the machine itself is does not matter, but without these libtpu prints errors about it.
+    # This machine does not matter, but without these libtpu prints errors about it.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     from jax.experimental import topologies
@@ -214,12 +214,12 @@ def bytes_per_device(tree: Any) -> int:
 class Program:
     """One program of a run. `lower` traces it.
 
-    `mesh`: of the devices that run it together: all, or in a sampling stage those of one process.
+    `mesh`: the devices that run it together: all, or in a sampling stage those of one process.
     `calls`: how often it runs, in the longest case, in what the plan is for (an iteration, a wave).
     `resident`: bytes of a device that the run holds beside what the program takes and gives.
-    `loops`: how often loops whose bound is data run, by a part of their op_name.
+    `loops`: how often loops run if data decide it, by a part of their op_name.
     `kernel`: the cost of its custom calls, which the compiler does not know.
-    `useful_flops`: of one call, on all devices of `mesh`, without padding and recomputation.
+    `useful_flops`: those of one call on all devices of `mesh`, without padding and recomputation.
     `change`: the settings that make it smaller.
     """
 

@@ -24,7 +24,7 @@ class Claim:
 
     @property
     def is_paired(self) -> bool:
-        """Whether both numbers are of the same solutions or problems."""
+        """Whether both numbers come from the same solutions or problems."""
         return self.better.startswith(("judge/", "search/", "selection/"))
 
 

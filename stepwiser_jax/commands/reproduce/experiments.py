@@ -1,4 +1,4 @@
-"""What is compared on the embedded arithmetic task, as stages and their settings.
+"""Defines what is compared on the embedded arithmetic task, as stages and their settings.
 
     base         the quickstart's policy, labels, cold start and held-out solutions
     judges       one row for every way to train a judge, from there on
@@ -42,7 +42,7 @@ CLASSIFIER = {"kind": "classifier", "prompt_style": "bare", "max_length": 320}
 
 Settings = dict[str, Any]
 Stage = tuple[str, str, Callable[[], Settings]]
-"""(directory, stage, settings): a function, since some are read from the stages before."""
+"""(directory, stage, settings). Settings are a function: some are read from earlier stages."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SeedRuns:
         return read_run_json(self.run_dir / name, "summary.json")
 
     def stage(self, name: str, stage: str, settings: Settings | Callable[[], Settings]) -> Stage:
-        """With the seed, without chat templates, and with the programs that others compiled."""
+        """Returns a stage with the seed, no chat templates, and a shared cache of programs."""
 
         def resolved() -> Settings:
             tree = settings() if callable(settings) else settings
@@ -77,7 +77,7 @@ class SeedRuns:
 
 
 def changed(tree: Settings, **changes: Any) -> Settings:
-    """A copy with other values: `grpo__clip_eps_high=0.2` is of a group."""
+    """Returns a copy with other values. `grpo__clip_eps_high=0.2` sets a value in a group."""
     tree = copy.deepcopy(tree)
     for key, value in changes.items():
         *groups, last = key.split("__")
@@ -92,8 +92,11 @@ def changed(tree: Settings, **changes: Any) -> Settings:
 
 
 def base(runs: SeedRuns) -> list[Stage]:
-    """Policy, values and labels under every rule that is trained on; the cold start, and the same
-    taught to answer at once; held-out solutions for tests and for thresholds."""
+    """Returns the stages that all rows share.
+
+    They make the policy, values, and labels under every rule that is trained on; the cold start,
+    and the same taught to answer at once; held-out solutions for tests and for thresholds.
+    """
     shared = {
         name: (stage, tree) for name, stage, tree in policy_and_labels(runs.run_dir, runs.seed)
     }
@@ -116,8 +119,8 @@ def base(runs: SeedRuns) -> list[Stage]:
         *(runs.stage(name, stage, tree) for name, (stage, tree) in shared.items()),
         runs.stage("labels_absolute", "label", changed(label, rule="abs_q")),
         runs.stage("labels_unbalanced", "label", changed(label, balance=False)),
-        # The same completions, cut at every line; half as many of them, so that the rollouts that
-        # label them are as many.
+        # These are the same completions, cut at every line. Half as many are used, so that
+        # their labels take as many rollouts.
         runs.stage("rollouts_lines", "rollout", changed(rollouts, chunking=[";", "</chunk>"])),
         runs.stage("values_lines", "annotate", changed(values | lines, limit=500)),
         runs.stage("labels_lines", "label", label | lines | {"values": runs.at("values_lines")}),
@@ -161,7 +164,7 @@ def by_grpo(
 
 
 def learned(runs: SeedRuns, name: str, rate: float, start: str, source: str) -> Stage:
-    """Fine-tuned on judgments that were kept, from the model that wrote them."""
+    """Returns the fine-tuning of the model that wrote judgments on those that were kept."""
     tree = changed(
         fine_tuning(source, 1, runs.seed, runs.steps(150)),
         model={"path": runs.at(start)},
@@ -188,7 +191,8 @@ def offline(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
 
 
 def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
-    """From the same model and on the same labels; the threshold is chosen on other solutions."""
+    """Returns the stages of a classifier. It begins with the same model and learns the same labels;
+    its threshold is chosen on other solutions."""
     tree = {
         "model": {"path": runs.at("cold_start")},
         "examples": {"source": runs.at("labels")},
@@ -218,8 +222,8 @@ def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
 
 @dataclass(frozen=True)
 class PrmForm:
-    """A generative reward model's: steps that its start takes to learn it, how it is asked for
-    rationales, how it judges, and the tokens of a turn, or of a chain."""
+    """A form of generative reward model: the steps that its start takes to learn it, how it is
+    asked for rationales, how it judges, and the tokens of a turn or a chain."""
 
     start_steps: int
     asked_for: Settings
@@ -228,20 +232,20 @@ class PrmForm:
 
 
 PRM_FORMS = {
-    # Without code, for which the task has no words.
+    # The task has no words for code.
     "genprm": PrmForm(300, {"code_rounds": 0, "turn_by_turn": True}, {"code_rounds": 0}, 32),
-    # A chain must find in the solution what it verifies, where a turn has it before its eyes:
-    # after 300 steps it looks at the wrong places (dev split: F1 19 in place of 67).
+    # A chain must find what it verifies in the solution, while a turn is shown it. After 300
+    # steps it looks at the wrong places (dev split: F1 19 in place of 67).
     "thinkprm": PrmForm(900, {}, {}, CHAIN - 160),
 }
 PRM_ENGINE = JUDGE_ENGINE | {"buckets": [160, 288, CHAIN]}
 SAMPLES = {1.0: 2, 0.1: 8, 0.01: 32}
-"""Rationales of each solution, by the share of the labelled solutions, the first ones, that is
-asked about: of few labels more is made."""
+"""Rationales of each solution, by the share of the labelled solutions that is used. With few
+labels, each solution gets more."""
 
 
 def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
-    """The cold start, taught a form by the same imperfect teacher; it has not seen a label."""
+    """Returns the cold start, taught a form by the same imperfect teacher, without labels."""
     steps = PRM_FORMS[form].start_steps
     tree = changed(
         fine_tuning(f"arithmetic-{form}", 8 * steps, runs.seed, steps),
@@ -258,7 +262,7 @@ def prm_scored(runs: SeedRuns, form: str, name: str) -> Stage:
 
 
 def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0) -> list[Stage]:
-    """Sampled from its start, kept where it agrees with the labels, learned."""
+    """Returns the stages that sample from its start, keep what fits the labels, and learn it."""
     kept = f"{form}_rationales_{share:g}"
 
     def asked() -> Settings:
@@ -277,7 +281,7 @@ def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0
                 "limit": max(1, round(share * solutions)),
             },
             "samples": SAMPLES[share],
-            "balance": share > 0.01,  # what is kept of a handful may be all of one kind
+            "balance": share > 0.01,  # the few that are kept may be all of one kind
             "block_size": 256,
         }
 
@@ -322,8 +326,8 @@ CHOSEN = {
     "genprm": 1.0,
     "thinkprm": 1.0,
 }
-"""The factor of `FACTORS` that `tune` chose for each. After a change of it, begin a new run
-directory: what was made with a row's judge does not know its rate."""
+"""The factor of `FACTORS` that `tune` chose for each judge. Begin a new run directory after a
+change: runs that use a judge do not notice that its rate is another."""
 
 FEWER_LABELS: dict[str, tuple[str, Row]] = {
     "genprm_10": ("genprm", partial(by_prm, "genprm", share=0.1)),
@@ -331,15 +335,15 @@ FEWER_LABELS: dict[str, tuple[str, Row]] = {
     "thinkprm_10": ("thinkprm", partial(by_prm, "thinkprm", share=0.1)),
     "thinkprm_1": ("thinkprm", partial(by_prm, "thinkprm", share=0.01)),
 }
-"""The same on 10% and 1% of the labelled solutions, at the rate of all."""
+"""Rows that learn from 10% and 1% of the labelled solutions, at the rate of the whole row."""
 
 
 STARTS = ("cold_start", "cold_start_verdicts", *(f"{form}_start" for form in PRM_FORMS))
-"""What these judges are before they have seen a label."""
+"""The judges that have not yet seen a label."""
 
 
 def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
-    """The stages of every judge, at its chosen rate."""
+    """Returns the stages of every judge, at its chosen rate."""
     rates = {name: rate * CHOSEN[name] for name, (_, rate) in JUDGES.items()}
     rows = {name: row(runs, name, rates[name]) for name, (row, _) in JUDGES.items()}
     return rows | {name: row(runs, name, rates[of]) for name, (of, row) in FEWER_LABELS.items()}
@@ -349,7 +353,7 @@ def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
 
 
 def searches(runs: SeedRuns) -> list[Stage]:
-    """Every method on the same problems and under the same budget of tokens."""
+    """Returns the stages that run every method with the same problems and budget of tokens."""
     shared = {
         "policy": {"path": runs.at("policy")},
         "problems": {
@@ -394,12 +398,12 @@ SELECTIONS: dict[str, tuple[str | None, bool]] = {
     "stepwiser_alone": ("stepwiser", False),
     "classifier": ("classifier", True),
 }
-"""By whose scores a solution of each problem is chosen, and whether among right ones only."""
+"""The judge whose scores choose a solution of each problem, and whether among right ones only."""
 
 
 def selections(runs: SeedRuns) -> list[Stage]:
-    """The policy's own solutions, one a problem, learned by the policy. The problems are not those
-    that the judges were trained on."""
+    """Returns the stages in which the policy learns its own solutions, one for each problem. Judges
+    were trained on other problems."""
     _, (_, _, rollouts), *_ = policy_and_labels(runs.run_dir, runs.seed)
     candidates = changed(
         rollouts, problems__seed=runs.seed + 10_000, problems__limit=300, group_size=8
@@ -431,7 +435,7 @@ def selections(runs: SeedRuns) -> list[Stage]:
 
 
 def solved(runs: SeedRuns, policy: str) -> Stage:
-    """How often a policy is right, sampled."""
+    """Returns the stage that says how often a policy's samples are right."""
     tree = {
         "policy": {"path": runs.at(policy)},
         "problems": {
@@ -449,7 +453,7 @@ def solved(runs: SeedRuns, policy: str) -> Stage:
 
 
 def every_stage(runs: SeedRuns) -> list[Stage]:
-    """Of one seed, in order; what several rows need is named by each of them."""
+    """Returns the stages of one seed in order. One that several rows need occurs several times."""
     return [
         *base(runs),
         scored(runs, "cold_start"),

@@ -1,7 +1,7 @@
 """Runs the experiments of one seed, and reads their numbers from the finished runs.
 
 `experiments` says what is trained. The learning rates of all judges are tuned with the same budget:
-`tune` trains each judge with every factor for half of its steps, with a seed of its own, and
+`tune` trains each judge with every factor for half of its steps, with a separate seed, and
 measures F1 on the solutions of the development split. After a stop, the same command resumes. Seeds
 may be run one by one; a command that names them all then only reads them.
 """
@@ -115,7 +115,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
 def judge_score(runs: SeedRuns, name: str) -> dict[str, Any]:
     """Returns a judge's official F1 with its interval, `acc_error` and `acc_correct`.
 
-    They are of greedy judgments, or of a classifier's threshold.
+    Judgments are greedy; a classifier's follow its threshold.
     """
     summary = runs.summary(f"{name}_score")
     subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
