@@ -1,11 +1,11 @@
-"""Adaptive rollouts: tokens as a share of fixed M, and what the labels are worth.
+"""Measures adaptive rollouts: tokens as a share of fixed M, and how good the labels are.
 
     python benchmarks/adaptive.py --quickstart DIR [--limit 256] [--output FILE.json]
 
 DIR is a finished `stepwiser quickstart`. Its trajectories are annotated again, with all M rollouts
-and adaptively, for every rule and confidence; balanced accuracy is against the exact truth of the
-embedded task, over chunks up to and including a solution's first error whose prefix has a value
-above 0 among all M rollouts: the same chunks in every row.
+and adaptively, for every rule and confidence. Balanced accuracy compares labels with the exact
+truth of the embedded task. It counts chunks up to and including a solution's first error whose
+prefix has a value above 0 among all M rollouts: the same chunks in every row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONFIDENCES = (1.0, 0.99, 0.95, 0.9)
 
 
 def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixValue]], int]:
-    """Values of every trajectory in order, and the number of tokens sampled."""
+    """Returns the values of every trajectory in order, and the number of tokens sampled."""
     summary = annotate.run(Annotate.model_validate(config), directory)
     values = defaultdict(list)
     for value in read_records(directory, PrefixValue):

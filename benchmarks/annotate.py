@@ -1,4 +1,4 @@
-"""Annotation as the stage runs it, beside the same rollouts without sharing, on one core.
+"""Compares annotation as the stage runs it with the same rollouts without sharing, on one core.
 
     python benchmarks/annotate.py --model DIR [--trajectories 2] [--rollouts 16] [--output FILE]
     python benchmarks/annotate.py --quickstart DIR [--trajectories 64] [--output FILE]
@@ -9,21 +9,21 @@ Workloads, M = 16 rollouts from every prefix, with real end tokens:
                  template, 256 tokens each), up to 256 tokens, sampled first, cut at blank lines
     arithmetic   DIR is a finished `stepwiser quickstart`: its policy and its trajectories
 
-Sides, each a process of its own, all pinned to the same core, in turns:
+Sides, each its own process, all pinned to the same core, take turns:
 
-    ours           the stage's function: the engine forks all prefixes from one stored trajectory,
-                   refills slots, and answers are verified in worker processes
-    static batch   the reference sampler: every prefix is a prompt of its own, batches of as many
-                   rows, each until its last row has ended; the rollouts are the same but for
-                   rounding
+    ours           the stage's function: the engine samples all prefixes of a trajectory from one
+                   stored copy and refills rows, and worker processes verify answers
+    static batch   the reference sampler: it reads every prefix as another prompt, in batches of the
+                   same number of rows, each until its last row has ended; the rollouts are the
+                   same, apart from rounding
     transformers   `generate` for every prefix, M sequences (needs torch, as does the floor:
                    `pip install '.[numerics]'`)
 
-Tokens are those of the completions, end token included; seconds are core seconds of the side's own
-process; "beside ours" is ours in tokens/s over the side's. The floor is that of the same rollouts.
-Waiting for verification is wall time in which answers were verified while the device had nothing
-to do, from above: a call counts whole if the device is idle when it returns. All sides verify the
-same kind of answers; workers share the core, so that this is the worst case.
+Tokens are those of the completions, end token included. Seconds are core seconds of the side's
+process. "beside ours" is ours in tokens/s over the side's. The floor is for the same rollouts.
+Waiting for verification is wall time in which answers were verified while the device had nothing to
+do. It is an upper bound: a call counts whole if the device is idle when it returns. All sides
+verify the same kind of answers; workers share the core, which is the worst case.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Work:
         return load_for_decoding(**self.policy, weights="model", mesh=make_mesh())
 
     def verify(self, tokenizer: Any, verifier: Any, rows: Sequence[Any]) -> list[bool]:
-        """Says of each (trajectory, completion ids) whether the final answer is right."""
+        """Returns for each (trajectory, completion ids) whether the final answer is right."""
         from stepwiser_jax.text.tokenizer import completion_text
 
         return verifier.verify(
@@ -92,7 +92,7 @@ class Work:
 
 
 def smollm2(model_dir: str, count: int) -> Work:
-    """The policy's own solutions; a solution's answer is the reference, so that it is verified."""
+    """Returns the policy's own solutions; a solution's answer is the reference, to be verified."""
     import jax
 
     from stepwiser_jax.inference.engine import Engine
@@ -173,7 +173,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.rl.values import estimate_prefix_values
 
     class RecordingEngine(Engine):
-        """Keeps how long every rollout was, as the floor asks for it."""
+        """Keeps how long every rollout was, which the floor needs."""
 
         def sample(
             self, trunks: Sequence[Prefix], params: SamplingParams, **settings: Any

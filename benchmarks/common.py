@@ -1,8 +1,8 @@
 """What the benchmarks share: workloads, clocks, the machine's limits, sides that take turns.
 
-A side is a process of its own that reads the name of a workload from a line and answers with a line
-of JSON. It may run in another interpreter, where only the standard library can be counted on, so
-nothing else is imported at the top.
+A side is a process that reads the name of a workload from a line and answers with a line
+of JSON. It may run in another interpreter, which may have the standard library alone, so nothing
+else is imported at the top.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORKLOAD = json.loads((FOLDER / "workload.json").read_text())
 
 
 def requests(name: str) -> tuple[list[tuple[list[int], list[int], int]], int]:
-    """[(token ids, lengths of the prefixes to go on from, samples of each)], new tokens."""
+    """Returns [(token ids, lengths of the prefixes to continue, samples of each)], new tokens."""
     prompts = WORKLOAD["prompts"]
     if name == "mc":
         mc = WORKLOAD["mc"]
@@ -50,7 +50,7 @@ def num_tokens(name: str) -> int:
 
 
 def random_completions() -> list[list[list[int]]]:
-    """Token ids of `train`'s completions, by prompt and sample; the same in every process."""
+    """Returns token ids of `train`'s completions, by prompt and sample, equal in all processes."""
     train, draw = WORKLOAD["train"], random.Random(0)
     return [
         [
@@ -65,14 +65,14 @@ def random_completions() -> list[list[list[int]]]:
 
 
 def core_seconds(function: Callable[[], Any]) -> float:
-    """User and system time of this process: another process on the core does not stretch it."""
+    """Returns user and system time of this process: another process on the core adds nothing."""
     start = time.process_time()
     function()
     return time.process_time() - start
 
 
 def reset_peak() -> None:
-    """Peak memory counts from here on."""
+    """Starts to count peak memory from here."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -82,7 +82,7 @@ def peak_mib() -> float:
 
 
 def compilations() -> list[str]:
-    """A list that grows by one with every program XLA compiles from now on."""
+    """Returns a list that grows by one with every program XLA compiles from now on."""
     import jax
 
     compiled: list[str] = []
@@ -93,14 +93,14 @@ def compilations() -> list[str]:
 
 
 def finished_quickstart(text: str) -> Path:
-    """An argument of the command line: the directory of a finished `stepwiser quickstart`."""
+    """Returns an argument of the command line: the directory of a finished quickstart."""
     if not (Path(text) / "summary.json").is_file():
         raise argparse.ArgumentTypeError(f"expected a finished quickstart at {text}, found none")
     return Path(text)
 
 
 def ceilings() -> dict[str, float]:
-    """bfloat16 FLOP/s of a matrix product (oneDNN) and bytes/s of a sum over 1 GiB."""
+    """Returns FLOP/s of a bfloat16 matrix product (oneDNN), and bytes/s of a sum over 1 GiB."""
     import torch
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def ceilings() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model the floor depends on: `body` and `head` are numbers of parameters."""
+    """The sizes of a model that the floor depends on; `body` and `head` count parameters."""
 
     layers: int
     width: int
@@ -129,7 +129,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Sizes:
-        """From the fields of a config.json."""
+        """Reads the fields of a config.json."""
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head_dim = config.get("head_dim") or hidden // heads
         width, kv_width = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -149,9 +149,9 @@ SampledTrunk = tuple[int, list[tuple[int, int]]]
 def sampling_floor(
     sizes: Sizes, trunks: Sequence[SampledTrunk], rows: int, *, flops: float, bandwidth: float
 ) -> float:
-    """Least seconds in bfloat16 for sampling with `rows` rows at a time.
+    """Returns the least seconds in bfloat16 for sampling with `rows` rows at a time.
 
-    Reading a trunk gives the first token of each of its rows. Every further step reads the weights
+    Reading a prefix gives the first token of each of its rows. Every further step reads the weights
     and every distinct key and value once, at full bandwidth, while all products run at the rate of
     a large square one.
     """
@@ -175,8 +175,8 @@ def sampling_floor(
 
 
 def serve(run: Callable[[str], dict[str, Any]], *, warm_up: bool = True) -> None:
-    """Run every workload whose name comes in; what `run` returns goes back with seconds and peak
-    memory. The first run of each is not measured where `warm_up`: it compiles."""
+    """Runs every workload whose name comes in; what `run` returns goes back with seconds and peak
+    memory. With `warm_up` the first run of each is not measured: it compiles."""
     print(json.dumps({"ready": True}), flush=True)
     warm = set()
     for line in sys.stdin:
@@ -195,7 +195,7 @@ def serve(run: Callable[[str], dict[str, Any]], *, warm_up: bool = True) -> None
 
 
 class SideEnded(Exception):
-    """The process of a side is gone; the message says what it last wrote."""
+    """The process of a side has ended; the message says what it last wrote."""
 
 
 class Side:
@@ -225,7 +225,7 @@ class Side:
         self._ready = False
 
     def run(self, workload: str) -> dict[str, Any]:
-        """What the side answers. Raises SideEnded."""
+        """Returns what the side answers. Raises SideEnded."""
         if not self._ready:
             self._answer("ready")
             self._ready = True
@@ -238,7 +238,7 @@ class Side:
         return self._answer("seconds")
 
     def _answer(self, key: str) -> dict[str, Any]:
-        """The next line that is a JSON object with this key."""
+        """Returns the next line that is a JSON object with this key."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
@@ -259,7 +259,7 @@ class Side:
 
 
 def rival_of(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
-    """What reads NAME=PYTHON from a command line."""
+    """Returns what reads NAME=PYTHON from a command line."""
 
     def rival(text: str) -> tuple[str, str]:
         name, _, python = text.partition("=")
@@ -275,7 +275,7 @@ def rival_of(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
 def take_turns(
     sides: dict[str, Side], workload: str, repeats: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """`repeats` answers of every side. A side that ends is reported and taken out of `sides`."""
+    """Returns `repeats` answers of every side. Reports a side that ends, and drops it."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in list(sides.items()):
@@ -290,7 +290,7 @@ def take_turns(
 def summaries(
     workload: str, runs: dict[str, list[dict[str, Any]]], tokens: int, floor: float
 ) -> list[dict[str, Any]]:
-    """One row per side: medians, share of the floor, and how much faster `ours` is.
+    """Returns one row per side: medians, share of the floor, and how much faster `ours` is.
 
     `tokens` are those of a run, unless it says how many it sampled, and those of the floor.
     """

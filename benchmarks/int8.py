@@ -1,11 +1,11 @@
-"""int8 weights beside bfloat16: bytes, core seconds, and the log-prob gap to the model that learns.
+"""Compares int8 weights with bfloat16: bytes, core seconds, log-prob gap to the trained model.
 
     python benchmarks/int8.py --model DIR [--rows 32] [--new-tokens 64] [--repeats 3]
 
-Prompts are those of workload.json, `--rows` of them, `--new-tokens` sampled of each at temperature
-1. Seconds are core seconds of sampling them after a warm-up, the two sides taking turns: pin the
-process to one core. The gap is between what the sampler says of its tokens and what the same
-checkpoint says, teacher-forced, computed in bfloat16 and in float32.
+It samples `--new-tokens` tokens at temperature 1 from `--rows` prompts of workload.json. Seconds
+are core seconds of sampling after a warm-up, and the two sides take turns: pin the process to one
+core. The gap is between the sampler's log-probs of its tokens and those of the same checkpoint,
+teacher-forced, computed in bfloat16 and in float32.
 """
 
 from __future__ import annotations

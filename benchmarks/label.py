@@ -1,7 +1,7 @@
-"""Seconds and memory of `label` on many long trajectories, and what a shard of `annotate` reads.
+"""Measures `label` on many long trajectories, and what a shard of `annotate` reads.
 
-Makes a rollout run of the embedded task's tokens at random, with values of every prefix at random,
-and runs the `label` stage on them in this process.
+It makes a rollout run of random tokens of the embedded task, with random values of every prefix,
+and runs the `label` stage on them in this process. It prints seconds and memory.
 
     python benchmarks/label.py --trajectories 200000 --tokens 700 --chunks 5
 """

@@ -1,10 +1,11 @@
-"""The judge's update with and without LoRA: memory by XLA's account, core seconds by running it.
+"""Compares the judge's update with and without LoRA: memory by XLA's account, core seconds as run.
 
     python benchmarks/lora.py --model DIR [--rank 16] [--prompts 4] [--repeats 3] [--core 0]
 
-The update of train_step.py (4 prompts of 256 tokens x 8 completions of 128, a micro-batch each,
-bfloat16 products, layers recomputed), all sides in turns in one process: all weights trained,
-adapters of every matrix of the blocks on a base in float32, and on one in bfloat16.
+The update is that of train_step.py (4 prompts of 256 tokens x 8 completions of 128, a micro-batch
+each, bfloat16 products, layers recomputed). All sides take turns in one process. They train all
+weights, adapters of every matrix of the blocks on a base in float32, and the same on one in
+bfloat16.
 """
 
 from __future__ import annotations

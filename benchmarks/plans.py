@@ -1,11 +1,11 @@
-"""`stepwiser plan` of the shipped configs on the slices that their heads name: the table of
-docs/plan.md. No TPU; of the models, their config.json alone.
+"""Runs `stepwiser plan` on the shipped configs, for the slices that their heads name: the table of
+docs/plan.md. It needs no TPU, and only the config.json of the models.
 
     pip install '.[tpu]' && python benchmarks/plans.py --models DIR [NAME ...]
 
 DIR holds one directory a model, called as on the hub, such as DIR/Qwen2.5-7B-Instruct; without
---models they are asked for there. A head has one line for each topology, `#   v6e:8x8 --set ...`;
---write puts behind it what was found.
+--models they come from the hub. A head has one line for each topology, `#   v6e:8x8 --set ...`;
+--write puts what was found below it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ GIB = 2**30
 
 
 def planned(head: str) -> list[tuple[str, list[str]]]:
-    """(topology, its overrides) of every line of a config's head that names a TPU topology."""
+    """Returns (topology, overrides) for every line of a config's head that names a TPU topology."""
     lines = re.findall(r"^#   (\w+:[\dx]+)((?: --set \S+)*)", head, re.MULTILINE)
     return [(topology, re.findall(r"--set (\S+)", settings)) for topology, settings in lines]
 
 
 def model_of(file: Path) -> tuple[str, str]:
-    """(setting, hub id) of a config's model: of a run of its recipe, that which it began with."""
+    """Returns (setting, hub id) of a config's model; for a run of its recipe, of the base."""
     tree = yaml.safe_load(file.read_text())
     key = "policy" if "policy" in tree else "model"
     path = tree[key]["path"]
@@ -44,7 +44,7 @@ def model_of(file: Path) -> tuple[str, str]:
 
 
 def plan(stage: str, file: Path, topology: str, settings: list[str]) -> dict[str, Any]:
-    """What `plan --json` says, with the seconds it took: on the clock, and of all cores."""
+    """Returns what `plan --json` says, with its seconds: on the clock, and of all cores."""
     command = [sys.executable, "-m", "stepwiser_jax", "plan", stage, "--config", str(file)]
     command += ["--topology", topology, "--json", *(f"--set={item}" for item in settings)]
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -58,7 +58,7 @@ def plan(stage: str, file: Path, topology: str, settings: list[str]) -> dict[str
 
 
 def largest(found: dict[str, Any]) -> tuple[str, str]:
-    """(GiB of a device's, the program that needs them)."""
+    """Returns (GiB of a device's, the program that needs them)."""
     programs = found["programs"]
     refused = [name for name, entry in programs.items() if "refused" in entry]
     if refused:
@@ -70,7 +70,7 @@ def largest(found: dict[str, Any]) -> tuple[str, str]:
 
 
 def shares(found: dict[str, Any]) -> tuple[str, list[str]]:
-    """(a program, its share of peak without and with the interconnect)."""
+    """Returns (a program, its share of peak without and with the interconnect)."""
     name = "train step" if "train step" in found["programs"] else "decode burst"
     entry = found["programs"][name]
     keys = (f"share_of_peak_{how}_interconnect" for how in ("without", "with"))
@@ -78,7 +78,7 @@ def shares(found: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def row(name: str, topology: str, found: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Returns a line of the table."""
     gib, program = largest(found)
     seconds = [
         sum(
@@ -100,7 +100,7 @@ def row(name: str, topology: str, found: dict[str, Any]) -> str:
 
 
 def with_need(text: str, topology: str, found: dict[str, Any]) -> str:
-    """A config with what was found behind the topology's line of its head."""
+    """Returns a config with what was found below the topology's line of its head."""
     (gib, program), (shared, (without, with_)) = largest(found), shares(found)
     waves = f"; {found['waves']} wave(s)" if found["waves"] else ""
     need = f"{gib} GiB a chip, {program}; {shared} {without} of peak, {with_} with links{waves}"

@@ -1,4 +1,4 @@
-"""Rows that end by themselves: the engine, which refills slots, beside a static batch.
+"""Compares the engine, which refills rows, with a static batch, on rows that end by themselves.
 
     python benchmarks/refill.py --quickstart DIR [--problems 128] [--output FILE.json]
     python benchmarks/refill.py --model DIR [--problems 6] [--output FILE.json]
@@ -9,9 +9,10 @@ Workloads, 16 solutions of each problem:
     smollm2      DIR is SmolLM2-135M-Instruct: prompts of workload.json (its chat template, 256
                  tokens each), up to 256 new tokens, bfloat16, 32 rows
 
-The static batch is the reference sampler: batches of as many rows, each until its last row has
-ended. Both run in one process, on one core, and take turns; tokens are those of the solutions, end
-token included, and are the same on both sides but for rounding. Medians, of core seconds.
+The static batch is the reference sampler: batches of the same number of rows, each until its last
+row has ended. Both run in one process, on one core, and take turns. Tokens are those of the
+solutions, end token included, and equal on both sides apart from rounding. It prints medians of
+core seconds.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def main() -> None:
 
     def timed(sampler_class: type[ReferenceSampler] | type[Engine]) -> dict[str, Any]:
         most = work.rows[-1]
-        # The static batch reads its prompts as rows of their own, so many and no padding.
+        # The static batch reads each prompt as one row: this number of them, and no padding.
         rows = work.rows if sampler_class is Engine else [most // GROUP, most]
         sampler = sampler_class(loaded.model, loaded.tokenizer, rows=rows, buckets=work.buckets)
         seconds = core_seconds(

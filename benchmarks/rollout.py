@@ -1,21 +1,21 @@
-"""Sampling: ours beside its rivals, on one core, all against the machine's floor.
+"""Compares our sampling with its rivals on one core, and all with the machine's floor.
 
     python benchmarks/rollout.py --model DIR [--workloads mc group b32 b8 b1] [--output FILE.json]
         [--rival vllm=PYTHON] [--rival llama.cpp=PYTHON] [--rival tunix=PYTHON]
 
-DIR is SmolLM2-135M-Instruct. Workloads, of its token ids (workload.json), temperature 1, no end
-token:
+DIR is SmolLM2-135M-Instruct. Workloads have its token ids (workload.json), temperature 1, and no
+end token:
 
-    b1 b8 b32   as many prompts of 256 tokens, 128 new tokens each
+    b1 b8 b32   this number of prompts of 256 tokens, 128 new tokens each
     group       4 prompts x 8 samples, 128 new tokens
     mc          one trajectory (256 + 384 tokens) cut at 6 places, 16 rollouts of 96 tokens each
 
 transformers `generate` runs in this environment; each other rival in its own, whose interpreter
-`--rival` names (benchmarks/rivals/ says how to install it). Each side is a process of its own, all
-pinned to the same core; they take turns in every repeat. Seconds are core seconds (user + system of
-that process), which another process on the core does not stretch; medians. Peak memory is that of
-the runs of a workload. "beside ours" is a side's seconds over ours. transformers and
-the floor need torch (`pip install '.[numerics]'`); `--only ours` leaves transformers out.
+`--rival` names (benchmarks/rivals/ says how to install it). Each side is its own process, all are
+pinned to the same core, and they take turns in every repeat. Seconds are medians of core seconds
+(user + system of that process), to which other processes on the core add nothing. Peak memory is
+that of the runs of a workload. "beside ours" is a side's seconds over ours. transformers and the
+floor need torch (`pip install '.[numerics]'`); `--only ours` leaves transformers out.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ RIVALS = {
 
 
 def floor_seconds(name: str, sizes: Sizes, limits: dict[str, float]) -> float:
-    """All rows of a workload at once."""
+    """Returns the floor for all rows of a workload at once."""
     some, new = requests(name)
     trunks = [
         (max(cuts), [(cut, new) for cut in cuts for _ in range(samples)])

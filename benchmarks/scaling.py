@@ -1,20 +1,20 @@
-"""How the cost of sampling grows: with rows, stored prefix, chunks, M and vocabulary.
+"""Measures how the cost of sampling grows with rows, stored prefix, chunks, M and vocabulary.
 
     python benchmarks/scaling.py [--axes rows prefix chunks M vocabulary] [--output FILE.json]
 
-A model of SmolLM2-135M's shape but with 6 layers and random weights, bfloat16, on one core; random
-token ids, 16 new tokens per row, no end token. One thing varies at a time:
+The model has SmolLM2-135M's shape, but 6 layers and random weights, in bfloat16, on one core. Token
+ids are random, with 16 new tokens per row and no end token. One thing varies at a time:
 
-    rows         1 to 96 rows that go on from one prompt of 256 tokens
+    rows         1 to 96 rows that continue one prompt of 256 tokens
     prefix       64 to 1024 stored tokens, 32 rows
     chunks       a trajectory of 512 tokens cut at 1 to 16 places, 4 rollouts from each
     M            1 to 16 rollouts from each of 6 cuts of a trajectory of 512 tokens
-    vocabulary   4096 to 131072 tokens, 32 rows that go on from one prompt of 256 tokens
+    vocabulary   4096 to 131072 tokens, 32 rows that continue one prompt of 256 tokens
 
-The engine shares what is stored; beside it, in turns and in the same process, the reference sampler
-for which every prefix is a prompt of its own and every row has a cache of its own. Seconds are core
-seconds of the whole call, reading included; medians. The exponent is the slope of a line through
-the logarithms of (what varies, seconds): 1 is linear growth, 0 is none.
+The engine shares what is stored. The reference sampler takes turns with it in the same process: it
+reads every prefix as another prompt, and shares no cache. Seconds are medians of core seconds of
+the whole call, reading included. The exponent is the slope of a line through the logarithms of
+(what varies, seconds): 1 is linear growth, 0 is none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Point:
 
 
 def even_cuts(count: int) -> tuple[int, ...]:
-    """So many cuts of a trajectory, the last at its end."""
+    """Returns evenly spaced cuts of a trajectory, the last at its end."""
     return tuple(TRAJECTORY * (j + 1) // count for j in range(count))
 
 
@@ -115,7 +115,7 @@ def engine_side(model: Decoder, point: Point) -> Callable[[], Any]:
 
 
 def sampler_side(model: Decoder, point: Point) -> Callable[[], Any]:
-    """All prefixes are read in one call, padded to the longest, and copied to their rows."""
+    """Reads all prefixes in one call, padded to the longest, and copies them to their rows."""
     ids = token_ids(point)
     rows, longest = len(point.cuts) * point.rollouts, max(point.cuts)
     sampler = ReferenceSampler(
@@ -142,7 +142,7 @@ SIDES = {"engine": engine_side, "sampler": sampler_side}
 
 
 def measure(point: Point, repeats: int, compiled: list[str]) -> dict[str, Any]:
-    """Medians of the sides' core seconds, which take turns, and compilations after the warm-up."""
+    """Returns medians of core seconds of the sides, and compilations after the warm-up."""
     model = random_model(point.vocab_size)
     runs = {name: side(model, point) for name, side in SIDES.items()}
     for run in runs.values():
@@ -161,7 +161,7 @@ def measure(point: Point, repeats: int, compiled: list[str]) -> dict[str, Any]:
 
 
 def exponent(xs: list[int], seconds: list[float]) -> float:
-    """The slope of least squares through (log x, log seconds)."""
+    """Returns the slope of least squares through (log x, log seconds)."""
     return float(np.polyfit([math.log(x) for x in xs], [math.log(s) for s in seconds], 1)[0])
 
 

@@ -1,10 +1,10 @@
-"""What an update of the judge needs on a TPU, by its compiler's account: no TPU, nothing is run.
+"""Prints what an update of the judge needs on a TPU, by its compiler's account. It runs nothing.
 
     pip install '.[tpu]' && python benchmarks/tpu_step.py [--topology v5p:2x2x1] [--layers 4]
 
-One device, one group a row, at the paper's lengths: a prompt of 3096 tokens and 4 judgments of
-3096 (paper 4.1), in rows of 15872; layers of Qwen2.5-1.5B, bfloat16 compute, remat, AdamW. Both
-sides are the whole train step; they differ in their attention alone.
+It needs no TPU. The update has one device and one group a row, at the paper's lengths: a prompt of
+3096 tokens and 4 judgments of 3096 (paper 4.1), in rows of 15872, with layers of Qwen2.5-1.5B,
+bfloat16 compute, remat and AdamW. Both sides are the whole train step, with different attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One GRPO update, and one whole step: ours beside TRL's, on one core, against the machine's floor.
+"""Compares our GRPO update and whole step with TRL's and with the machine's floor, on one core.
 
     python benchmarks/train_step.py --model DIR [--workloads update step] [--repeats 3]
         [--rival trl=PYTHON] [--output FILE.json]
@@ -6,12 +6,12 @@
 DIR is SmolLM2-135M-Instruct in float32. Workloads (`train` of workload.json: 4 prompts of 256
 tokens x 8 completions of 128, float32 master weights, bfloat16 products, 4 micro-batches):
 
-    update  forward, backward and AdamW on fixed random completions: their values cost nothing
-    step    the same on completions sampled just before by the weights in training
+    update  forward, backward and AdamW on fixed random completions, which cost nothing
+    step    the same on completions that the weights in training have just sampled
 
 Sides, turns, core seconds and peak memory are those of rollout.py; rivals/trl_update.py says how to
-install the rival. The floor needs torch (`pip install '.[numerics]'`). Tunix's trainer is no side:
-one of its updates takes minutes here, and 15 GiB.
+install the rival. The floor needs torch (`pip install '.[numerics]'`). Tunix's trainer is not a
+side: one of its updates takes minutes here, and 15 GiB.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RIVALS = {"trl": "trl_update.py"}
 
 
 def settings(model_dir: str) -> dict[str, Any]:
-    """A judge's: each group in a row of its own, its prompt once."""
+    """Returns a judge's settings: each group has its own row, with its prompt once."""
     return {
         "model": {"path": model_dir, "dtype": "bfloat16"},
         "examples": {"source": "unused"},
@@ -135,9 +135,9 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
 
 
 def floor_seconds(name: str, sizes: Sizes, limits: dict[str, float]) -> float:
-    """Least time of an update: prompts once, their pairs of tokens that see one another, and the
-    head where a completion is predicted, forward and twice as much backward; AdamW reads weights,
-    moments and gradients and writes the first three, in float32. A step samples before."""
+    """Returns the least time of an update: prompts once, pairs of tokens that see one another, and
+    the head for tokens of completions, forward and twice as much backward; AdamW reads weights,
+    moments and gradients and writes the first three, in float32. A step samples before it."""
     prompt, scored = TRAIN["prompt_len"], SAMPLES * LENGTH
     pairs = prompt**2 / 2 + SAMPLES * (prompt * LENGTH + LENGTH**2 / 2)
     products = 2 * sizes.body * (prompt + scored) + 2 * sizes.head * scored

@@ -11,12 +11,12 @@ fail() {
   exit 2
 }
 
-usage() { # the comment at the top of the launcher
+usage() { # prints the comment at the top of the launcher
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# parse "VALUES" "FLAGS" "$@": --some-name X sets some_name=X where VALUES has some_name, --some-flag
-# sets some_flag=yes where FLAGS has it, and what follows -- becomes the array run.
+# parse "VALUES" "FLAGS" "$@": --some-name X sets some_name=X if VALUES has some_name, --some-flag
+# sets some_flag=yes if FLAGS has it, and what follows -- becomes the array run.
 parse() {
   local values=" $1 " flags=" $2 dry_run " word key
   shift 2
@@ -53,14 +53,14 @@ parse() {
       "$(quote stepwiser "${run[@]}" --dry-run)" >&2
 }
 
-need() { # need OPTION...: each has a value
+need() { # need OPTION...: fails unless each has a value
   local option
   for option; do
     [[ ${!option} ]] || fail "--${option//_/-} is missing; --help lists the options"
   done
 }
 
-need_counts() { # need_counts OPTION...: each is a whole number from 1
+need_counts() { # need_counts OPTION...: fails unless each is a whole number from 1
   local option
   for option; do
     [[ ${!option} =~ ^[1-9][0-9]*$ ]] ||
@@ -68,7 +68,7 @@ need_counts() { # need_counts OPTION...: each is a whole number from 1
   done
 }
 
-need_names() { # need_names OPTION...: each is a name as Google Cloud and Kubernetes take it
+need_names() { # need_names OPTION...: fails unless each is a name as Google Cloud and Kubernetes take it
   local option
   for option; do
     [[ ${!option} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
@@ -76,22 +76,22 @@ need_names() { # need_names OPTION...: each is a name as Google Cloud and Kubern
   done
 }
 
-need_sharded() { # the stage can be divided into shards
+need_sharded() { # fails unless the stage can be divided into shards
   local stages="rollout chunk-solutions annotate rejection-sample evaluate search select-responses refine"
   [[ " $stages " == *" ${run[0]} "* ]] ||
     fail "--shards: expected a stage of $stages, found '${run[0]}'"
 }
 
-need_type() { # need_type GENERATION...: --type is an accelerator type of one of them
+need_type() { # need_type GENERATION...: fails unless --type is an accelerator type of one of them
   [[ " $* " == *" ${type%-*} "* && ${type##*-} =~ ^[1-9][0-9]*$ ]] ||
     fail "--type: expected one of $* and a size, as in $1-8, found '$type'"
 }
 
-several_hosts() { # types up to a size of 8 are one host, whether the size counts chips or cores
+several_hosts() { # a type up to a size of 8 is one host, whether the size counts chips or cores
   ((${type##*-} > 8 || slices > 1))
 }
 
-quote() { # the words as a shell would read them back
+quote() { # prints the words as a shell would read them back
   local line
   printf -v line '%q ' "$@"
   printf '%s\n' "${line% }"
@@ -101,7 +101,7 @@ send() { # run the command, or only print it in a dry run
   if [[ $dry_run ]]; then quote "$@"; else "$@"; fi
 }
 
-run_dir() { # the value of --run-dir in the run
+run_dir() { # prints the value of --run-dir in the run
   local i
   for ((i = 0; i < ${#run[@]}; i++)); do
     [[ ${run[i]} != --run-dir ]] || printf '%s\n' "${run[i + 1]-}"

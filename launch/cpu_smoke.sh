@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The pipeline, stage by stage, as a person types it: tiny model, embedded task, some minutes on a
-# laptop CPU. Nothing is learned here that is worth a number; it shows that every stage runs, stops,
-# resumes and hands over.
+# Runs the pipeline stage by stage, as a person types it: tiny model, embedded task, some minutes on a
+# laptop CPU. It trains too little for a number worth quoting; it shows that every stage runs, and reads
+# what the stages before it wrote.
 #
-#   launch/cpu_smoke.sh [RUN_DIR]        exit status 0: all is well
+#   launch/cpu_smoke.sh [RUN_DIR]        exit status 0 if all is well
 set -euo pipefail
 case ${1-} in
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -48,7 +48,7 @@ stage select-responses select
 stage train-classifier classifier
 stage evaluate evaluate_classifier
 
-# 9. The offline judge: the cold start's own judgments, where they agree with the labels.
+# 9. The offline judge: the cold start's own judgments that agree with the labels.
 stage rejection-sample rationales
 
 # 10. ThinkPRM: chains about whole solutions are sampled, filtered by the labels and learned.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On GKE, by the JobSet controller: one run on one or several TPU slices, or the shards of one data set
-# on many one-host slices, and their merge. Restarted after preemption.
+# Runs on GKE by the JobSet controller: one run on one or several TPU slices, or the shards of one data
+# set on many one-host slices, and their merge. Both are restarted after preemption.
 #
 #   launch/jobset.sh --name judge-7b --topology v5p:4x4x4 --image REPOSITORY/stepwiser --claim runs \
 #       -- train-judge --config configs/qwen2.5-7b_judge.yaml --run-dir /runs/judge \
@@ -24,7 +24,7 @@
 #                       may be gone sooner
 #   --dry-run           print what would be sent, send nothing
 #
-# A Hugging Face token, where one is needed, is the key HF_TOKEN of the Secret hf-token:
+# A Hugging Face token, if one is needed, is the key HF_TOKEN of the Secret hf-token:
 # kubectl create secret generic hf-token --from-file=HF_TOKEN=FILE
 
 # shellcheck source-path=SCRIPTDIR

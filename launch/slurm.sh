@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On CUDA, by SLURM: one run on one or several nodes, or the shards of one data set as an array, and
+# Runs on CUDA by SLURM: one run on one or several nodes, or the shards of one data set as an array, and
 # their merge. Before its time is over, and when it is preempted, a run saves and is queued again.
 #
 #   launch/slurm.sh --name judge --nodes 2 --gpus 8 --time 12:00:00 \
@@ -23,7 +23,7 @@
 #   --dry-run           print what would be sent, send nothing
 #
 # Partition and account are sbatch's own variables SBATCH_PARTITION and SBATCH_ACCOUNT. The job sees
-# this shell's environment: the Python in which stepwiser is installed, HF_TOKEN where one is needed.
+# this shell's environment: the Python in which stepwiser is installed, HF_TOKEN if one is needed.
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"

@@ -5,7 +5,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # What launch/slurm.sh submits: slurm_job.sh SHARDS MAX_RESTARTS PORT STAGE --config FILE ...
-# One process on each node holds all its GPUs. SHARDS is 0 but for an array.
+# One process on each node holds all its GPUs. SHARDS is 0 unless it is an array.
 set -euo pipefail
 shards=$1 max_restarts=$2 port=$3
 shift 3
@@ -15,7 +15,7 @@ command=(stepwiser "$@")
 if ((SLURM_JOB_NUM_NODES > 1)); then
   read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   command+=(--coordinator "$first:$port" --num-processes "$SLURM_JOB_NUM_NODES")
-  # Where it sees SLURM, jax gives each process one GPU unless it is told otherwise.
+  # If it sees SLURM, jax gives each process one GPU unless it is told otherwise.
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
   # shellcheck disable=SC2016 # each task has its own number

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh and tpu_pod.sh: a run that outlives the machines it runs on.
+# Sourced by tpu_vm.sh and tpu_pod.sh: lets a run outlive the machines it runs on.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -13,7 +13,7 @@ need_type v4 v5litepod v5p v6e
 # shellcheck disable=SC2034
 where=(--zone="$zone" --quiet ${project:+--project="$project"})
 
-state_of() { # the answer of `gcloud ... describe`, ABSENT where there is no such thing
+state_of() { # prints the answer of `gcloud ... describe`, ABSENT if there is no such thing
   local answer
   if answer=$("$@" --verbosity=error 2>&1); then
     echo "$answer"
@@ -26,9 +26,9 @@ state_of() { # the answer of `gcloud ... describe`, ABSENT where there is no suc
 }
 
 # until_finished: create the machines, start the run, create them again when they were preempted, at
-# most max_attempts times, and delete them however it ends, but for --keep. The launcher says how, in
-# state (ABSENT where there is none), create, start and delete. A run that fails on machines that stay
-# is not started again: its exit status is this function's.
+# most max_attempts times, and delete them however it ends, unless there is --keep. The launcher says
+# how, in state (ABSENT if there is none), create, start and delete. If a run fails and its machines
+# stay, it is not started again: its exit status is this function's.
 until_finished() {
   local attempt=0 status=0 now polls
   if [[ $dry_run ]]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One run on a TPU pod slice, or on several slices, by a queued resource: it waits for its turn, runs
-# on every host, is queued again after preemption, and deleted at the end.
+# Runs on a TPU pod slice, or on several slices, by a queued resource: it waits for its turn, runs on
+# every host, is queued again after preemption, and deleted at the end.
 #
 #   launch/tpu_pod.sh --name judge-7b --zone us-east5-a --type v5p-128 --version v2-alpha-tpuv5 \
 #       --spot --setup 'sudo mount 10.0.0.2:/runs /mnt && . /mnt/venv/bin/activate' \
@@ -18,8 +18,8 @@
 #   --poll SECONDS      between two looks at the queue (30)
 #   --dry-run           print what would be sent, send nothing
 #
-# How long a preempted TPU VM leaves its run cannot be set: the run goes on from its last checkpoint,
-# and a judge from the draws that it had finished.
+# The time that a preempted TPU VM leaves its run cannot be set. The run goes on from its last
+# checkpoint, and train-judge also from the rollouts that it had stored.
 # gcloud reaches several hosts only with a key in the agent: ssh-add ~/.ssh/google_compute_engine.
 # The run directory must lie on storage that all hosts share and that outlives them. A Hugging Face
 # token is read by the hosts:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on a single TPU VM (one host: v5litepod-8, v6e-8, v5p-8 and smaller), which is created,
+# Runs on a single TPU VM (one host: v5litepod-8, v6e-8, v5p-8 and smaller), which is created,
 # created again after preemption, and deleted at the end.
 #
 #   launch/tpu_vm.sh --name judge --zone us-east5-b --type v6e-8 --version v2-alpha-tpuv6e --spot \
@@ -17,8 +17,8 @@
 #   --poll SECONDS      between two looks at its state (30)
 #   --dry-run           print what would be sent, send nothing
 #
-# How long a preempted TPU VM leaves its run cannot be set: the run goes on from its last checkpoint,
-# and a judge from the draws that it had finished.
+# The time that a preempted TPU VM leaves its run cannot be set. The run goes on from its last
+# checkpoint, and train-judge also from the rollouts that it had stored.
 # The run directory must lie on storage that outlives the TPU VM. A Hugging Face token is read by the
 # host: --setup 'export HF_TOKEN=$(gcloud secrets versions access latest --secret hf-token)'.
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On GKE, by xpk: one run on one or several TPU slices of a cluster that xpk made. Restarted after
-# preemption.
+# Runs on GKE by xpk: one run on one or several TPU slices of a cluster that xpk made. It is restarted
+# after preemption.
 #
 #   launch/xpk.sh --name judge-7b --cluster tpus --zone us-east5-a --type v5p-128 \
 #       --image REPOSITORY/stepwiser --storage runs \

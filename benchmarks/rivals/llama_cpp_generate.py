@@ -1,15 +1,16 @@
 """llama.cpp as a side of rollout.py: `--rival llama.cpp=VENV/bin/python`.
 
-Compiled for this machine, which takes some 10 minutes of one core:
+It is compiled for this machine, which takes some 10 minutes of one core:
 
     python3.11 -m venv VENV
     export CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
     VENV/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     VENV/bin/pip install gguf safetensors ml_dtypes
 
-Batched decoding through the low-level interface, a sampler per sequence. The weights are written
-to a temporary GGUF file first. Prefixes that several rows go on from are read once, and their cells
-are shared (`llama_memory_seq_cp`, a unified cache), as in llama.cpp's example of parallel decoding.
+It decodes batches through the low-level interface, with a sampler per sequence. The weights are
+written to a temporary GGUF file first. Prefixes that several rows continue are read once, and their
+cells are shared (`llama_memory_seq_cp`, a unified cache), as in llama.cpp's example of parallel
+decoding.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ AT_ONCE = 2048
 
 
 def write_gguf(model_dir: str, file: str, kind: str) -> None:
-    """The weights of a Hugging Face directory, without a vocabulary: token ids go in and out."""
+    """Writes the weights of a Hugging Face directory without a vocabulary: it takes token ids."""
     fields = json.loads((Path(model_dir) / "config.json").read_text())
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     tensors = load_file(Path(model_dir) / "model.safetensors")
@@ -97,7 +98,7 @@ def load(model_dir: str, kind: str) -> Any:
 
 
 class Context:
-    """A cache of `cells` tokens for so many sequences, a sampler for each."""
+    """A cache of `cells` tokens for several sequences, with a sampler for each."""
 
     def __init__(self, model: Any, cells: int, sequences: int, unified: bool):
         params = llama.llama_context_default_params()
@@ -116,7 +117,7 @@ class Context:
             self.samplers.append(chain)
 
     def decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
-        """(token, position, sequence, are its logits wanted)."""
+        """Decodes tokens given as (token, position, sequence, are its logits wanted)."""
         for i, (token, position, sequence, wanted) in enumerate(entries):
             self.batch.token[i], self.batch.pos[i] = token, position
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence

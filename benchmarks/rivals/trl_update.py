@@ -3,9 +3,9 @@
     python3.11 -m venv VENV
     VENV/bin/pip install torch==2.13.0 trl==1.16.0
 
-float32 weights under bfloat16 autocast (its default), micro-batches of 8 rows with a prompt each.
-In `update` its sampling is replaced by the completions of train_step.py, whose token ids are the
-same ones; its own bookkeeping around an update is in the seconds of both workloads.
+It has float32 weights under bfloat16 autocast (its default), and micro-batches of 8 rows with a
+prompt each. In `update` the completions of train_step.py, with the same token ids, replace its
+sampling. Its bookkeeping around an update is in the seconds of both workloads.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python3.11 -m venv VENV
     VENV/bin/pip install jax==0.10.2 google-tunix==0.1.7 safetensors
 
-Its Llama3 with the weights of SmolLM2; it rotates with a base of its own (1e6), so the text is not
-right, which does not change its speed. It shares no prefixes: a prompt is given once per sample. A
-call reads its prompts with logits at every place, so `mc` is a call per cut, its prompts padded to
-the longest (one compilation).
+It is Tunix's Llama3 with the weights of SmolLM2. It rotates with another base (1e6), so the text is
+not right, which does not change its speed. It shares no prefixes: a prompt is given once per
+sample. A call reads its prompts with logits at every position, so `mc` is a call per cut, with
+prompts padded to the longest (one compilation).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ids:
         return ""
 
     def bos_id(self) -> int:
-        return 0  # none is put in front
+        return 0  # no token is put before the text
 
     def eos_id(self) -> int:
         return 2

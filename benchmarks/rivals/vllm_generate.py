@@ -11,8 +11,8 @@ PyPI, so they are installed without those that sampling text does not need:
     VENV/bin/pip install torch==2.13.0 -r requirements.txt
     VENV/bin/pip uninstall -y torchvision torchaudio torchcodec
 
-bfloat16, compiled, continuous batching, automatic prefix caching; the cache of prefixes is emptied
-before every run. Starts in about a minute.
+It runs in bfloat16, compiled, with continuous batching and automatic prefix caching; the cache of
+prefixes is emptied before every run. It starts in about a minute.
 """
 
 from __future__ import annotations
