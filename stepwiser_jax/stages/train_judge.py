@@ -77,8 +77,8 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     reference_of = make_reference(config, load_model)
     grpo, num_prompts = config.grpo, config.prompts_per_iteration
     start, began = training.step, time.perf_counter()
-    bar = progress("train-judge", "iteration", iterations, start)
-    with jax.set_mesh(mesh), training, bar as shown:
+    reporting = progress("train-judge", "iteration", iterations, start)
+    with jax.set_mesh(mesh), training, reporting as bar:
         for iteration in range(start, iterations):
             policy = training.state.model
             sampled, groups = [], []
@@ -107,7 +107,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
             training.finish_step(iteration + 1, mean_metrics(updates) | metrics)
             sampler.cache.forget_before(training.saved_step)
-            shown.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
+            bar.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
         training.save(wait=True)
         sampler.cache.forget_before(iterations)
     summary = {

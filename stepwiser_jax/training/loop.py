@@ -125,12 +125,12 @@ class TrainingRun:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
         step, None if no step was left."""
         start, began, stage = self.step, time.perf_counter(), self._directory.stage
-        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as shown:
+        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as bar:
             for step in range(start, steps):
                 metrics = self.update(shard_batch(next(self.loader), self.mesh))
                 self.finish_step(step + 1, metrics)
-                shown = [n for n in ("loss", "accuracy", "grad_norm") if n in self.last_metrics]
-                shown.advance(**{name: self.last_metrics[name] for name in shown[:2]})
+                named = [n for n in ("loss", "accuracy", "grad_norm") if n in self.last_metrics]
+                bar.advance(**{name: self.last_metrics[name] for name in named[:2]})
         self.log_last_step()
         return per_item(time.perf_counter() - began, steps - start)
 
