@@ -185,7 +185,8 @@ def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutG
         found = reward(group.example, text, tokens)
         found = found if isinstance(found, dict) else {"": found}
         for name, value in found.items():
-            if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+            is_number = isinstance(value, int | float | np.number)  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not is_number or not math.isfinite(value):
                 raise UserError(
                     f"expected a reward that is a finite number, or a dict of such numbers, found "
                     f"{value!r}{f' as {name!r}' if name else ''} for {group.group_id}"
