@@ -182,7 +182,7 @@ class Dialogue:
 class ChunkedSolution:
     """A solution cut into chunks (StepWiser 3.1), which are its text except for white space between
     them; no chunks if no proposal was kept. `outcomes` says what became of every proposal
-    (`text.chunking.Outcome`). `votes` of the kept proposals are these chunks."""
+    (`text.chunking.ProposalOutcome`). `votes` of the kept proposals are these chunks."""
 
     trajectory_id: str
     problem_id: str
@@ -199,7 +199,7 @@ class ChunkedSolution:
 @dataclasses.dataclass(frozen=True)
 class Rationale:
     """A judgment for a judge to learn, with its prompt and what became of it
-    (`data.rationales.Outcome`). `is_positive` is the label of what it judges."""
+    (`data.rationales.RationaleOutcome`). `is_positive` is the label of what it judges."""
 
     rationale_id: str
     problem_id: str

@@ -8,7 +8,7 @@ from stepwiser_jax.records import Verdict
 from stepwiser_jax.text.prompts import parse_verdict
 
 
-class Outcome(enum.Enum):
+class RationaleOutcome(enum.Enum):
     """Why a rationale is kept, or is not."""
 
     KEPT = "kept"
@@ -20,13 +20,13 @@ class Outcome(enum.Enum):
     REPEATED = "repeated"
 
 
-def judgment_outcome(text: str, finished: bool, is_positive: bool) -> Outcome:
+def judgment_outcome(text: str, finished: bool, is_positive: bool) -> RationaleOutcome:
     """Returns the outcome of a judgment of one chunk: its verdict must be the label (A.1,
     RS-FT)."""
     verdict = parse_verdict(text)
     if not finished:
-        return Outcome.UNFINISHED
+        return RationaleOutcome.UNFINISHED
     if not verdict.is_given:
-        return Outcome.OTHER_BOX if verdict is Verdict.OTHER else Outcome.UNPARSED
+        return RationaleOutcome.OTHER_BOX if verdict is Verdict.OTHER else RationaleOutcome.UNPARSED
     agrees = verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE)
-    return Outcome.KEPT if agrees else Outcome.DISAGREES
+    return RationaleOutcome.KEPT if agrees else RationaleOutcome.DISAGREES

@@ -20,7 +20,7 @@ from stepwiser_jax.judges.base import Judge
 from stepwiser_jax.judges.classifier import Classifier
 from stepwiser_jax.judges.genprm import judge as genprm
 from stepwiser_jax.judges.stepwiser import ChunkJudge
-from stepwiser_jax.judges.thinkprm import ThinkPrmJudge as ThinkPrm
+from stepwiser_jax.judges.thinkprm import ThinkPrmVerifier
 
 
 def load_judge(
@@ -61,7 +61,7 @@ def load_judge(
         "vote_temperature": config.sampling.temperature,
     }
     if isinstance(config, GenPrmJudge):
-        return genprm.GenPrmJudge(loaded, engine, code_rounds=config.code_rounds, **settings)
+        return genprm.GenPrmCritic(loaded, engine, code_rounds=config.code_rounds, **settings)
     if isinstance(config, ThinkPrmJudge):
-        return ThinkPrm(loaded, engine, rounds=config.rounds, **settings)
+        return ThinkPrmVerifier(loaded, engine, rounds=config.rounds, **settings)
     return ChunkJudge(loaded, engine, **settings)

@@ -14,7 +14,7 @@ paper's code leaves out the </think> before the question, which its training tex
 question is asked as it was learned. Teachers and judges share one prompt, which holds the format.
 
 A chain gives a verdict on every step, and the score of the whole. Search and selection need a
-process reward, so there each prefix has a chain and its score (`ThinkPrmJudge.__call__`).
+process reward, so there each prefix has a chain and its score (`ThinkPrmVerifier.__call__`).
 
 `bare` is the form of the embedded task: an analysis and a verdict for one chunk after another, then
 `<judge>` in place of the question.
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import SamplingParams, probabilities
@@ -73,7 +73,7 @@ and so on. Stop after the first step that is incorrect."""
 
 
 @dataclass(frozen=True)
-class Form:
+class ThinkPrmForm:
     """The words of a verification.
 
     Attributes:
@@ -115,8 +115,8 @@ class Form:
         return " ".join(f"{critique} {box}" for critique, box in parts)
 
 
-FORMS: dict[PromptStyle, Form] = {
-    "instruct": Form(
+FORMS: dict[PromptStyle, ThinkPrmForm] = {
+    "instruct": ThinkPrmForm(
         opening="<think>\nLet's verify step by step:\n",
         question="\n</think>\nIs the solution correct? ",
         answers=("Yes", "No"),
@@ -130,7 +130,7 @@ FORMS: dict[PromptStyle, Form] = {
         ),
         numbered=True,
     ),
-    "bare": Form(
+    "bare": ThinkPrmForm(
         opening="",
         question=" <judge> ",
         answers=("Positive", "Negative"),
@@ -172,7 +172,7 @@ _MARK = re.compile(
 )
 
 
-def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
+def step_verdicts(chain: str, form: ThinkPrmForm) -> list[StepVerdict]:
     """Returns the verdicts in the order of the text; one heading may have several.
 
     Boxes without a verdict do not count. A verdict before the first heading has step -1. If the
@@ -198,7 +198,7 @@ def step_verdicts(chain: str, form: Form) -> list[StepVerdict]:
     return found
 
 
-def cut_chain(text: str, form: Form, num_steps: int) -> str:
+def cut_chain(text: str, form: ThinkPrmForm, num_steps: int) -> str:
     """Returns sampled text up to the end of the chain: before the question, or before a step that
     the solution does not have."""
     ends = [text.find(stop) for stop in form.stops]
@@ -208,7 +208,7 @@ def cut_chain(text: str, form: Form, num_steps: int) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))].strip()
 
 
-def verdicts_of(rounds: Sequence[str], form: Form, num_steps: int) -> list[Verdict]:
+def verdicts_of(rounds: Sequence[str], form: ThinkPrmForm, num_steps: int) -> list[Verdict]:
     """Returns the last verdict on every step. A step without a verdict is Negative if an earlier
     step is, since it builds on that one (as in the paper's code); otherwise it is Unparsed."""
     found = {v.step: v.verdict for chain in rounds for v in step_verdicts(chain, form)}
@@ -234,21 +234,21 @@ class Chain:
     thought: list[str] = field(default_factory=list)
     num_tokens: int = 0
 
-    def text(self, form: Form) -> str:
+    def text(self, form: ThinkPrmForm) -> str:
         """Returns the rounds of thought with the triggers between them."""
         return self._with_triggers(form, len(self.thought) - 1)
 
-    def next_round(self, form: Form) -> str:
+    def next_round(self, form: ThinkPrmForm) -> str:
         """Returns the text that the next round continues: it ends with a trigger, except before
         the first round."""
         return self._with_triggers(form, len(self.thought))
 
-    def _with_triggers(self, form: Form, count: int) -> str:
+    def _with_triggers(self, form: ThinkPrmForm, count: int) -> str:
         triggers = (*form.triggers[: max(0, count)], "")
         return "".join(map("".join, zip(self.thought, triggers, strict=False)))
 
 
-class ThinkPrmJudge:
+class ThinkPrmVerifier:
     """A judge that verifies whole solutions. Row ids begin with `name`, so that stages draw
     different noise."""
 
@@ -419,7 +419,7 @@ class ThinkPrmJudge:
         return judgments
 
 
-def answer_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:
+def answer_ids(tokenizer: Tokenizer, form: ThinkPrmForm) -> tuple[int, int]:
     """Returns the tokens of yes and no after the question. Raises UserError unless the two texts
     differ in their last token alone."""
     yes, no = (tokenizer.encode(form.whole("", is_correct)) for is_correct in (True, False))
@@ -449,8 +449,8 @@ def to_verify(example: ClassifierExample) -> tuple[tuple[str, ...], tuple[bool, 
 
 
 def chain_outcome(
-    chain: str, finished: bool, labels: Sequence[bool], num_steps: int, form: Form
-) -> Outcome:
+    chain: str, finished: bool, labels: Sequence[bool], num_steps: int, form: ThinkPrmForm
+) -> RationaleOutcome:
     """Returns what becomes of a chain about `num_steps` steps, which are labelled up to the first
     wrong one. It is kept if it gives one verdict on every step, or on exactly the labelled ones,
     and agrees with the labels."""
@@ -459,13 +459,13 @@ def chain_outcome(
         found = [v.verdict is Verdict.POSITIVE for v in written]
         both = min(len(found), len(labels))
         if found[:both] != list(labels[:both]):
-            return Outcome.DISAGREES
+            return RationaleOutcome.DISAGREES
         if len(found) in (len(labels), num_steps):
-            return Outcome.KEPT
-    return Outcome.UNPARSED if finished else Outcome.UNFINISHED
+            return RationaleOutcome.KEPT
+    return RationaleOutcome.UNPARSED if finished else RationaleOutcome.UNFINISHED
 
 
-def clean_chain(chain: str, form: Form) -> str:
+def clean_chain(chain: str, form: ThinkPrmForm) -> str:
     """Returns the chain up to its last verdict, with all verdicts spelled alike."""
     clean, start = "", 0
     for v in step_verdicts(chain, form):

@@ -24,7 +24,7 @@ LINE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Compilation:
     """One compilation of one program; `shape` is None for what jax compiles by itself."""
 
     program: str
@@ -33,7 +33,7 @@ class Program:
     cached: bool
 
 
-_compiled: list[Program] = []
+_compiled: list[Compilation] = []
 _here = threading.local()
 
 
@@ -109,7 +109,7 @@ def _listen() -> None:
             if duration_secs >= LINE_SECONDS:
                 how = "read from the cache" if hit else "compiled"
                 say(f"{how} in {duration_secs:.1f} s: {shape or about['fun_name']}")
-            _compiled.append(Program(about["fun_name"], shape, duration_secs, hit))
+            _compiled.append(Compilation(about["fun_name"], shape, duration_secs, hit))
 
     monitoring.register_event_listener(on_event)
     monitoring.register_event_duration_secs_listener(on_duration)

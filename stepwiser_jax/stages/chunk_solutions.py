@@ -32,7 +32,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ChunkedSolution, Problem, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.text.chunking import (
-    Outcome,
+    ProposalOutcome,
     majority_chunking,
     read_chunks,
     split_solution,
@@ -44,7 +44,7 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokeni
 Solutions = Sequence[tuple[Trajectory, str]]
 """Trajectories, each with its text."""
 
-Proposals = list[list[tuple[Outcome, tuple[str, ...]]]]
+Proposals = list[list[tuple[ProposalOutcome, tuple[str, ...]]]]
 """For each solution: what became of each proposal, and its chunks."""
 
 
@@ -108,7 +108,7 @@ def make_proposer(config: ChunkSolutions, session: Session) -> Callable[[Solutio
     teacher = config.teacher
     if isinstance(teacher, TeacherRule):
         return lambda block: [
-            [(Outcome.KEPT, split_solution(text, teacher.splitter))] for _, text in block
+            [(ProposalOutcome.KEPT, split_solution(text, teacher.splitter))] for _, text in block
         ]
     if isinstance(teacher, TeacherServer):
         tokenizer = load_tokenizer(teacher.tokenizer, teacher.chat_template_args)
@@ -138,7 +138,7 @@ class Proposer:
 
     def __call__(self, block: Solutions) -> Proposals:
         size = self.num_segmentations
-        proposals: Proposals = [[(Outcome.NO_ROOM, ())] * size for _ in block]
+        proposals: Proposals = [[(ProposalOutcome.NO_ROOM, ())] * size for _ in block]
         prompts = [self.prompt_ids(text) for _, text in block]
         fitting = [i for i, prompt in enumerate(prompts) if self.fits(prompt)]
         if not fitting:
@@ -156,7 +156,7 @@ class Proposer:
             for k in range(size):
                 completion = completions[row * size + k]
                 if completion.stop_reason is StopReason.LENGTH:
-                    proposals[i][k] = (Outcome.UNFINISHED, ())
+                    proposals[i][k] = (ProposalOutcome.UNFINISHED, ())
                 else:
                     text = completion_text(self.tokenizer, completion.tokens.tolist())
                     proposals[i][k] = read_chunks(text, block[i][1])
@@ -173,10 +173,12 @@ class Proposer:
 
 
 def choose(
-    problem: Problem, trajectory_id: str, proposals: Sequence[tuple[Outcome, tuple[str, ...]]]
+    problem: Problem,
+    trajectory_id: str,
+    proposals: Sequence[tuple[ProposalOutcome, tuple[str, ...]]],
 ) -> ChunkedSolution:
     """Returns the cut that most of the kept proposals agree on."""
-    kept = [chunks for outcome, chunks in proposals if outcome is Outcome.KEPT]
+    kept = [chunks for outcome, chunks in proposals if outcome is ProposalOutcome.KEPT]
     chunks, votes = majority_chunking(kept) if kept else ((), 0)
     outcomes = tuple(outcome.value for outcome, _ in proposals)
     return ChunkedSolution(
@@ -189,7 +191,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns how many proposals were kept, and the paper's table 4 for the solutions that were
     cut: their chunks and tokens, and how many chunks blank lines would make of them."""
-    outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
+    outcomes: Counter[str] = Counter({outcome.value: 0 for outcome in ProposalOutcome})
     for solution in chunked:
         outcomes.update(solution.outcomes)
     cut = [s for s in chunked if s.chunks]
@@ -198,7 +200,7 @@ def summarize(
     return {
         "cut": len(cut),
         "proposals": dict(outcomes),
-        "agreement": mean([s.votes / s.outcomes.count(Outcome.KEPT.value) for s in cut]),
+        "agreement": mean([s.votes / s.outcomes.count(ProposalOutcome.KEPT.value) for s in cut]),
         "mean_chunks": mean([len(s.chunks) for s in cut]),
         "mean_blank_line_chunks": mean([len(split_solution(t, "blank_lines")) for t in texts]),
         "mean_tokens_per_chunk": mean(tokens),

@@ -41,7 +41,7 @@ from stepwiser_jax.config import (
 )
 from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_examples
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
-from stepwiser_jax.data.rationales import Outcome, judgment_outcome
+from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import Loaded
@@ -60,7 +60,7 @@ from stepwiser_jax.judges.genprm.form import (
     parse_turns,
     synthesis_prompt,
 )
-from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer
+from stepwiser_jax.judges.genprm.judge import GenPrmCritic, Synthesizer
 from stepwiser_jax.record_io import read_written
 from stepwiser_jax.records import (
     ClassifierExample,
@@ -163,7 +163,7 @@ class TextForm:
 
     prompt: Callable[[Any], str]
     label: Callable[[Any], bool]
-    read: Callable[[Any, str, bool], tuple[str, Outcome]]
+    read: Callable[[Any, str, bool], tuple[str, RationaleOutcome]]
     opening: str = ""
     stop_strings: tuple[str, ...] = ()
 
@@ -195,15 +195,15 @@ def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextFor
     """Returns the form of ThinkPRM's chains about solutions."""
     form = thinkprm.FORMS[style]
 
-    def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, Outcome]:
+    def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, RationaleOutcome]:
         chunks, labels = thinkprm.to_verify(example)
         chain = thinkprm.cut_chain(text, form, len(chunks))
         outcome = thinkprm.chain_outcome(chain, finished, labels, len(chunks), form)
-        if outcome is not Outcome.KEPT:
+        if outcome is not RationaleOutcome.KEPT:
             return chain, outcome
         chain = thinkprm.clean_chain(chain, form)
         is_long = len(tokenizer.encode(form.whole(chain, labels[-1]))) > max_tokens
-        return chain, Outcome.TOO_LONG if is_long else Outcome.KEPT
+        return chain, RationaleOutcome.TOO_LONG if is_long else RationaleOutcome.KEPT
 
     return TextForm(
         prompt=lambda e: thinkprm.verify_prompt(e.question, thinkprm.to_verify(e)[0], style),
@@ -280,7 +280,7 @@ class CritiqueWriter:
         }
         if judge.turn_by_turn:
             settings["prompt_style"] = judge.prompt_style
-            self.teacher = GenPrmJudge(loaded, engine, **settings)
+            self.teacher = GenPrmCritic(loaded, engine, **settings)
         else:
             self.teacher = Synthesizer(loaded, engine, **settings)
 
@@ -327,14 +327,17 @@ def solution_of(example: ClassifierExample) -> Solution:
 
 
 def rationales_of(
-    example: Example, prompt: str, is_positive: bool, written: Sequence[tuple[str, Outcome]]
+    example: Example,
+    prompt: str,
+    is_positive: bool,
+    written: Sequence[tuple[str, RationaleOutcome]],
 ) -> list[Rationale]:
     """Returns the records of all samples (text, outcome) of an example; equal texts are kept
     once."""
     rationales, seen = [], set()
     for k, (text, outcome) in enumerate(written):
-        if outcome is Outcome.KEPT and text in seen:
-            outcome = Outcome.REPEATED
+        if outcome is RationaleOutcome.KEPT and text in seen:
+            outcome = RationaleOutcome.REPEATED
         seen.add(text)
         name = f"{example.record_id}/{k}"
         rationales.append(
@@ -347,7 +350,7 @@ def choose(config: RejectionSample, rationales: Sequence[Rationale]) -> list[Rat
     """Returns the rationales to learn, in id order, so that draws do not depend on which process
     wrote which part. Raises UserError if there are none."""
     ordered = sorted(rationales, key=lambda r: natural_key(r.rationale_id))
-    kept = [r for r in ordered if r.outcome == Outcome.KEPT.value]
+    kept = [r for r in ordered if r.outcome == RationaleOutcome.KEPT.value]
     chosen = balanced(kept, config.seed) if config.balance else kept
     if not chosen:
         found = Counter(rationale.is_positive for rationale in kept)
@@ -396,9 +399,9 @@ def learned_text(judge: StepwiserTeacher | ThinkPrmTeacher, rationale: Rationale
 def summarize(rationales: Sequence[Rationale]) -> dict[str, Any]:
     """Returns counts of rationales by what became of them, and the share of positive labels among
     those that were kept."""
-    outcomes = Counter({outcome.value: 0 for outcome in Outcome})
+    outcomes = Counter({outcome.value: 0 for outcome in RationaleOutcome})
     outcomes.update(rationale.outcome for rationale in rationales)
-    kept = [r.is_positive for r in rationales if r.outcome == Outcome.KEPT.value]
+    kept = [r.is_positive for r in rationales if r.outcome == RationaleOutcome.KEPT.value]
     return {
         "rationales": dict(outcomes),
         "kept_positive_share": sum(kept) / len(kept) if kept else 0.0,

@@ -26,7 +26,7 @@ _BOUNDARIES: dict[Splitter, str] = {
 }
 
 
-class Outcome(enum.Enum):
+class ProposalOutcome(enum.Enum):
     """What became of a teacher's proposal: it is KEPT, or the reason why it is not."""
 
     KEPT = "kept"
@@ -38,25 +38,29 @@ class Outcome(enum.Enum):
     ALTERED = "altered"
 
 
-def read_chunks(text: str, solution: str) -> tuple[Outcome, tuple[str, ...]]:
+def read_chunks(text: str, solution: str) -> tuple[ProposalOutcome, tuple[str, ...]]:
     """Returns what becomes of a teacher's `text`, and the chunks of `solution` that it tags. There
     are none unless it is KEPT."""
     outside, *parts = re.split(f"({CHUNK_OPEN}|{CHUNK_CLOSE})", text)
     tags, between = parts[::2], [part.strip() for part in parts[1::2]]
     if tags != [CHUNK_OPEN, CHUNK_CLOSE] * (len(tags) // 2):
-        return Outcome.UNBALANCED_TAGS, ()
+        return ProposalOutcome.UNBALANCED_TAGS, ()
     chunks, outsides = between[::2], [outside.strip(), *between[1::2]]
     if not chunks or any(outsides):
-        return Outcome.TEXT_OUTSIDE_OF_CHUNKS, ()
+        return ProposalOutcome.TEXT_OUTSIDE_OF_CHUNKS, ()
     if not all(chunks):
-        return Outcome.EMPTY_CHUNK, ()
+        return ProposalOutcome.EMPTY_CHUNK, ()
     end = 0
     for chunk in chunks:
         begin = solution.find(chunk, end)
         if begin < 0 or solution[end:begin].strip():
-            return Outcome.ALTERED, ()
+            return ProposalOutcome.ALTERED, ()
         end = begin + len(chunk)
-    return (Outcome.ALTERED, ()) if solution[end:].strip() else (Outcome.KEPT, tuple(chunks))
+    return (
+        (ProposalOutcome.ALTERED, ())
+        if solution[end:].strip()
+        else (ProposalOutcome.KEPT, tuple(chunks))
+    )
 
 
 def majority_chunking(proposals: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.chunking import (
-    Outcome,
+    ProposalOutcome,
     Splitter,
     join_tagged,
     majority_chunking,
@@ -28,8 +28,8 @@ GAPS = st.sampled_from(["", "\n", " \n\n"])
 def test_any_cut_at_white_space_is_kept_and_gives_the_text_back(parts, between, gap):
     solution = between.join(parts)
     text = gap + gap.join(f"<chunk>{gap}{part}{gap}</chunk>" for part in parts) + gap
-    assert read_chunks(text, solution) == (Outcome.KEPT, tuple(parts))
-    assert read_chunks(join_tagged(parts), solution) == (Outcome.KEPT, tuple(parts))
+    assert read_chunks(text, solution) == (ProposalOutcome.KEPT, tuple(parts))
+    assert read_chunks(join_tagged(parts), solution) == (ProposalOutcome.KEPT, tuple(parts))
 
 
 @given(st.text("ab. \n3Step1:#", max_size=30), st.sampled_from(get_args(Splitter)))
@@ -38,25 +38,25 @@ def test_rules_of_thumb_keep_all_but_white_space(solution, splitter):
     assert all(chunk and chunk == chunk.strip() for chunk in chunks)
     assert "".join("".join(chunks).split()) == "".join(solution.split())
     if chunks:
-        assert read_chunks(join_tagged(chunks), solution) == (Outcome.KEPT, chunks)
+        assert read_chunks(join_tagged(chunks), solution) == (ProposalOutcome.KEPT, chunks)
 
 
 @pytest.mark.parametrize(
     ("text", "outcome"),
     [
-        (SOLUTION, Outcome.TEXT_OUTSIDE_OF_CHUNKS),
-        ("", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
-        (f"Here it is: <chunk>{SOLUTION}</chunk>", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
-        (f"<chunk>{SOLUTION}</chunk> Done.", Outcome.TEXT_OUTSIDE_OF_CHUNKS),
-        (f"<chunk>{SOLUTION}", Outcome.UNBALANCED_TAGS),
-        (f"{SOLUTION}</chunk>", Outcome.UNBALANCED_TAGS),
-        (f"<chunk><chunk>{SOLUTION}</chunk></chunk>", Outcome.UNBALANCED_TAGS),
-        (f"<chunk>{SOLUTION}</chunk><chunk>\n</chunk>", Outcome.EMPTY_CHUNK),
-        (f"<chunk>{SOLUTION.replace('  ', ' ')}</chunk>", Outcome.ALTERED),
-        (f"<chunk>{SOLUTION[:-2]}</chunk>", Outcome.ALTERED),
-        (f"<chunk>{SOLUTION}</chunk><chunk>And so on.</chunk>", Outcome.ALTERED),
-        (f"<chunk>{SOLUTION[:10]}</chunk><chunk>{SOLUTION[12:]}</chunk>", Outcome.ALTERED),
-        (f"<chunk>{SOLUTION}</chunk><chunk>{SOLUTION}</chunk>", Outcome.ALTERED),
+        (SOLUTION, ProposalOutcome.TEXT_OUTSIDE_OF_CHUNKS),
+        ("", ProposalOutcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"Here it is: <chunk>{SOLUTION}</chunk>", ProposalOutcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"<chunk>{SOLUTION}</chunk> Done.", ProposalOutcome.TEXT_OUTSIDE_OF_CHUNKS),
+        (f"<chunk>{SOLUTION}", ProposalOutcome.UNBALANCED_TAGS),
+        (f"{SOLUTION}</chunk>", ProposalOutcome.UNBALANCED_TAGS),
+        (f"<chunk><chunk>{SOLUTION}</chunk></chunk>", ProposalOutcome.UNBALANCED_TAGS),
+        (f"<chunk>{SOLUTION}</chunk><chunk>\n</chunk>", ProposalOutcome.EMPTY_CHUNK),
+        (f"<chunk>{SOLUTION.replace('  ', ' ')}</chunk>", ProposalOutcome.ALTERED),
+        (f"<chunk>{SOLUTION[:-2]}</chunk>", ProposalOutcome.ALTERED),
+        (f"<chunk>{SOLUTION}</chunk><chunk>And so on.</chunk>", ProposalOutcome.ALTERED),
+        (f"<chunk>{SOLUTION[:10]}</chunk><chunk>{SOLUTION[12:]}</chunk>", ProposalOutcome.ALTERED),
+        (f"<chunk>{SOLUTION}</chunk><chunk>{SOLUTION}</chunk>", ProposalOutcome.ALTERED),
     ],
 )
 def test_what_is_not_the_solution_in_the_format_is_rejected(text, outcome):
@@ -93,6 +93,6 @@ def test_the_embedded_tasks_segmenter_learns_to_cut_what_the_policy_writes():
         assert example.prompt == f"{solution.completion} ?"
         assert example.completion == demonstration.completion
         outcome, chunks = read_chunks(example.completion, solution.completion)
-        assert outcome is Outcome.KEPT
+        assert outcome is ProposalOutcome.KEPT
         assert len(chunks) == demonstration.completion.count("</chunk>")
         assert set(example.prompt.split()) <= set(arithmetic.VOCABULARY)

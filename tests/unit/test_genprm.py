@@ -15,7 +15,7 @@ from flax import nnx
 from landlock import needs_landlock
 from stepwiser_jax.config import DataSource, load_config
 from stepwiser_jax.data.demonstrations import encode_demonstration, load_demonstrations
-from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -41,7 +41,7 @@ from stepwiser_jax.judges.genprm.form import (
     split_outputs,
     with_memory,
 )
-from stepwiser_jax.judges.genprm.judge import GenPrmJudge, Synthesizer, verdict_ids
+from stepwiser_jax.judges.genprm.judge import GenPrmCritic, Synthesizer, verdict_ids
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.sandbox.runner import Sandbox
@@ -213,10 +213,10 @@ def test_consensus_against_an_oracle():
             assert agrees(first_wrong, of) is expected, (labels, first_wrong)
     text = written_in_one_go([("fine", "")] * 2, "2")
     critique, of = parse_critique(text, 2), example(2, [True, False])
-    assert critique_outcome(critique, True, of) is Outcome.KEPT
-    assert critique_outcome(critique, False, of) is Outcome.UNFINISHED
-    assert critique_outcome(None, True, of) is Outcome.UNPARSED
-    assert critique_outcome(critique, True, example(2, [True, True])) is Outcome.DISAGREES
+    assert critique_outcome(critique, True, of) is RationaleOutcome.KEPT
+    assert critique_outcome(critique, False, of) is RationaleOutcome.UNFINISHED
+    assert critique_outcome(None, True, of) is RationaleOutcome.UNPARSED
+    assert critique_outcome(critique, True, example(2, [True, True])) is RationaleOutcome.DISAGREES
 
 
 # --- conversations ------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_p_right_against_the_full_forward(yes_no_tokenizer):
     assert verdict_ids(yes_no_tokenizer, INSTRUCT) == tuple(words)
     config = tiny_config(vocab_size=yes_no_tokenizer.vocab_size, max_length=1024)
     model = Transformer(config, rngs=nnx.Rngs(0))
-    judge = GenPrmJudge(
+    judge = GenPrmCritic(
         Loaded(None, yes_no_tokenizer, "fake"),
         Engine(model, yes_no_tokenizer, rows=(2,), buckets=(512,)),
         name="judge",
@@ -468,7 +468,7 @@ def judge_of(
     )
     engine = ScriptedEngine(bpe_tokenizer, script, max_length)
     loaded = Loaded(None, bpe_tokenizer, "fake")
-    return GenPrmJudge(
+    return GenPrmCritic(
         loaded,
         engine,
         name="judge",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.config import load_config
-from stepwiser_jax.data.rationales import Outcome, judgment_outcome
+from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.record_io import write_records
@@ -22,14 +22,14 @@ from stepwiser_jax.stages.rejection_sample import (
 @pytest.mark.parametrize(
     ("text", "finished", "is_positive", "outcome"),
     [
-        (r"2 + 2 = 4. \boxed{Positive}", True, True, Outcome.KEPT),
-        (r"2 + 2 = 5. \boxed{Negative}", True, False, Outcome.KEPT),
-        (r"2 + 2 = 4. \boxed{Positive}", True, False, Outcome.DISAGREES),
-        (r"2 + 2 = 5. \boxed{Negative}", True, True, Outcome.DISAGREES),
-        ("It is right.", True, True, Outcome.UNPARSED),
-        (r"\boxed{Positive}, or \boxed{Pos", True, True, Outcome.UNPARSED),
-        (r"\boxed{Positive}, since it is \boxed{4}", True, True, Outcome.OTHER_BOX),
-        (r"2 + 2 = 4. \boxed{Positive}", False, True, Outcome.UNFINISHED),
+        (r"2 + 2 = 4. \boxed{Positive}", True, True, RationaleOutcome.KEPT),
+        (r"2 + 2 = 5. \boxed{Negative}", True, False, RationaleOutcome.KEPT),
+        (r"2 + 2 = 4. \boxed{Positive}", True, False, RationaleOutcome.DISAGREES),
+        (r"2 + 2 = 5. \boxed{Negative}", True, True, RationaleOutcome.DISAGREES),
+        ("It is right.", True, True, RationaleOutcome.UNPARSED),
+        (r"\boxed{Positive}, or \boxed{Pos", True, True, RationaleOutcome.UNPARSED),
+        (r"\boxed{Positive}, since it is \boxed{4}", True, True, RationaleOutcome.OTHER_BOX),
+        (r"2 + 2 = 4. \boxed{Positive}", False, True, RationaleOutcome.UNFINISHED),
     ],
 )
 def test_a_judgment_is_kept_whose_verdict_is_the_label(text, finished, is_positive, outcome):

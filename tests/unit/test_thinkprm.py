@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config import ThinkPrmJudge as ThinkPrmSettings
-from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.config import ThinkPrmJudge
+from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
@@ -22,7 +22,7 @@ from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.judges.thinkprm import (
     FORMS,
     Chain,
-    ThinkPrmJudge,
+    ThinkPrmVerifier,
     answer_ids,
     chain_outcome,
     clean_chain,
@@ -99,7 +99,7 @@ def test_a_chain_cut_anywhere_says_no_more_than_it_said(style):
 def test_an_unfinished_last_box_takes_back_what_was_said_of_its_step(rest, verdicts):
     chain = INSTRUCT.chain("ab", [P, P])
     assert verdicts_of([chain + rest], INSTRUCT, 2) == verdicts
-    kept = chain_outcome(chain + rest, True, (True, True), 2, INSTRUCT) is Outcome.KEPT
+    kept = chain_outcome(chain + rest, True, (True, True), 2, INSTRUCT) is RationaleOutcome.KEPT
     assert kept == (verdicts == [P, P] and "no:" not in rest)
     # the next round of thought may say it after all
     assert verdicts_of([chain + rest, chain], INSTRUCT, 2) == [P, P]
@@ -173,13 +173,15 @@ def test_the_filter_against_brute_force(style):
                 expected = slow_kept(said, labels, num_steps)
                 for finished in (True, False):
                     found = chain_outcome(chain, finished, labels, num_steps, form)
-                    assert (found is Outcome.KEPT) == expected, (labels, said)
+                    assert (found is RationaleOutcome.KEPT) == expected, (labels, said)
                     agrees = slow_kept(said[: len(labels)], labels[:count], min(count, num_steps))
                     if not expected and agrees:
-                        short = Outcome.UNPARSED if finished else Outcome.UNFINISHED
+                        short = (
+                            RationaleOutcome.UNPARSED if finished else RationaleOutcome.UNFINISHED
+                        )
                         assert found is short
                     elif not expected:
-                        assert found is Outcome.DISAGREES
+                        assert found is RationaleOutcome.DISAGREES
                     kept += expected
     assert kept > 20
 
@@ -196,7 +198,7 @@ def test_the_filter_against_brute_force(style):
     ],
 )
 def test_chains_out_of_order_are_not_kept(chain):
-    assert chain_outcome(chain, True, (True, True), 2, INSTRUCT) is Outcome.UNPARSED
+    assert chain_outcome(chain, True, (True, True), 2, INSTRUCT) is RationaleOutcome.UNPARSED
 
 
 def example(labelled, is_positive):
@@ -255,7 +257,7 @@ def loaded():
 def make_judge(loaded, engine, **settings):
     settings = {"max_new_tokens": 24, "rounds": 1} | settings
     key = jax.random.key(0)
-    return ThinkPrmJudge(loaded, engine, name="t", prompt_style="bare", key=key, **settings)
+    return ThinkPrmVerifier(loaded, engine, name="t", prompt_style="bare", key=key, **settings)
 
 
 SOLUTIONS = [
@@ -344,15 +346,15 @@ def test_search_and_selection_may_ask_it():
         "votes": 2,
         "engine": {"rows": [8], "buckets": [128]},
     }
-    judge = load_judge(ThinkPrmSettings.model_validate(settings), mesh=make_mesh(), seed=0)
-    assert isinstance(judge, ThinkPrmJudge) and (judge.rounds, judge.votes) == (2, 2)
+    judge = load_judge(ThinkPrmJudge.model_validate(settings), mesh=make_mesh(), seed=0)
+    assert isinstance(judge, ThinkPrmVerifier) and (judge.rounds, judge.votes) == (2, 2)
     judge.check_room("a", SOLUTIONS[0].question, 20)
     judge.check_lengths(SOLUTIONS)
     found = judge([dataclasses.replace(SOLUTIONS[0], start=1), SOLUTIONS[1]])
     assert [len(opinions) for opinions in found] == [1, 1] and judge.compiled_shapes
     assert all(0 < opinion.p_positive < 1 for (opinion,) in found)
     with pytest.raises(ValidationError, match="prompt_style"):
-        ThinkPrmSettings.model_validate(settings | {"prompt_style": "verdict"})
+        ThinkPrmJudge.model_validate(settings | {"prompt_style": "verdict"})
 
 
 def test_the_forced_question_against_the_full_forward(loaded):

@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepwiser_jax.data.rationales import Outcome
+from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.records import ClassifierExample, Dialogue
 from stepwiser_jax.tasks.mathematics import last_box
 from stepwiser_jax.text.chunks import strip_tags
@@ -90,7 +90,7 @@ _INDEX = re.compile(r"-1|[1-9]\d{0,5}")
 
 
 @dataclass(frozen=True)
-class Form:
+class GenPrmForm:
     """The fixed texts of a conversation.
 
     Attributes:
@@ -136,7 +136,7 @@ class Form:
         return self.words[0 if is_right else 1] + self.ending
 
 
-INSTRUCT = Form(
+INSTRUCT = GenPrmForm(
     system=SYSTEM_PROMPT,
     opening="<analyze>\nLet's analyze the Paragraph {number} step by step:",
     stop="<output>",
@@ -146,7 +146,7 @@ INSTRUCT = Form(
     ending="}$\n</output>\n",
     style="instruct",
 )
-BARE = Form(
+BARE = GenPrmForm(
     system="",
     opening="",
     stop="\\boxed{",
@@ -156,7 +156,7 @@ BARE = Form(
     ending=" }",
     style="bare",
 )
-FORMS: dict[JudgePromptStyle, Form] = {"instruct": INSTRUCT, "bare": BARE}
+FORMS: dict[JudgePromptStyle, GenPrmForm] = {"instruct": INSTRUCT, "bare": BARE}
 
 
 def analysis_of(turn: str, style: JudgePromptStyle) -> str:
@@ -255,7 +255,7 @@ def _paragraphs(text: str) -> list[str]:
     return sections[1::2] if in_order else []
 
 
-def parse_turns(text: str, form: Form, num_chunks: int) -> Critique | None:
+def parse_turns(text: str, form: GenPrmForm, num_chunks: int) -> Critique | None:
     """Reads a critique that was written turn by turn. Returns None if a turn up to the first wrong
     one has no verdict."""
     turns = [turn.removesuffix("\n") for turn in _paragraphs(text)]
@@ -312,14 +312,18 @@ def whole_turn(t: int, analysis: str, verification: str, *, is_right: bool) -> s
 
 def critique_outcome(
     critique: Critique | None, finished: bool, example: ClassifierExample
-) -> Outcome:
+) -> RationaleOutcome:
     """Returns the outcome of GenPRM's consensus filter: a critique is kept if it disagrees with no
     label."""
     if not finished:
-        return Outcome.UNFINISHED
+        return RationaleOutcome.UNFINISHED
     if critique is None:
-        return Outcome.UNPARSED
-    return Outcome.KEPT if agrees(critique.first_wrong, example) else Outcome.DISAGREES
+        return RationaleOutcome.UNPARSED
+    return (
+        RationaleOutcome.KEPT
+        if agrees(critique.first_wrong, example)
+        else RationaleOutcome.DISAGREES
+    )
 
 
 def agrees(first_wrong: int, example: ClassifierExample) -> bool:
@@ -333,7 +337,7 @@ def agrees(first_wrong: int, example: ClassifierExample) -> bool:
 
 
 def dialogue_of(
-    example_id: str, example: ClassifierExample, critique: Critique, form: Form
+    example_id: str, example: ClassifierExample, critique: Critique, form: GenPrmForm
 ) -> Dialogue:
     """Returns the conversation that a critique becomes."""
     roles, texts = conversation(example.question, example.chunks, critique.turns, form)
@@ -341,7 +345,7 @@ def dialogue_of(
 
 
 def conversation(
-    question: str, chunks: Sequence[str], turns: Sequence[str], form: Form
+    question: str, chunks: Sequence[str], turns: Sequence[str], form: GenPrmForm
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns (roles, texts) of the conversation with these turns about the first paragraphs."""
     parts = [("system", form.system)] if form.system else []

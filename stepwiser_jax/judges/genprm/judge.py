@@ -31,7 +31,7 @@ from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
     FORMS,
     SYNTHESIS_OPENING,
-    Form,
+    GenPrmForm,
     code_to_run,
     join_turns,
     output_text,
@@ -223,7 +223,7 @@ class Path:
         return bool(self.judgments) and self.judgments[-1].verdict is not Verdict.POSITIVE
 
 
-class GenPrmJudge:
+class GenPrmCritic:
     """A judge that talks about the steps of a solution in one conversation. `max_new_tokens` bounds
     its text about one step."""
 
@@ -385,7 +385,7 @@ class GenPrmJudge:
             )
 
 
-def verdict_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, int]:
+def verdict_ids(tokenizer: Tokenizer, form: GenPrmForm) -> tuple[int, int]:
     """Returns the tokens of a verdict's two words. Raises UserError unless each is one token."""
     before = form.stop + form.lead
     ids = tokenizer.encode(before)
