@@ -98,22 +98,19 @@ def definitions(kind: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
             yield from ((file, child) for child in bodies if isinstance(child, kind))
 
 
-VERB = re.compile(r"\b(is|are|has|have|was|were|does|do|can|may|must|will|[A-Z]?[a-z]+s)\b")
-
-
 def docstrings_without_verb() -> list[str]:
-    """Returns public functions whose docstring begins with a line that seems to have no verb: its
-    first word does not end in "s" as in "Returns", "Packs" or "Whether ... is"."""
+    """Returns public functions whose docstring does not begin with a verb, such as "Returns" or
+    "Packs". Properties may begin with a noun, and help of commands with an imperative."""
     found = []
     for file, node in definitions(ast.FunctionDef):
         assert isinstance(node, ast.FunctionDef)
         first = (ast.get_docstring(node) or "").split("\n")[0]
-        if node.name.startswith("_") or not first:
-            continue
-        word = re.match(r"[A-Za-z`']+", first)
-        begins_with_verb = word is not None and word[0].endswith("s")
-        if not begins_with_verb and not VERB.search(first):
-            found.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {first}")
+        is_property = any("property" in ast.unparse(d) for d in node.decorator_list)
+        is_help = file.name == "__main__.py"
+        if first and not node.name.startswith("_") and not is_property and not is_help:
+            word = re.match(r"[A-Z][a-z-]+s\b", first)
+            if word is None:
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {first}")
     return found
 
 

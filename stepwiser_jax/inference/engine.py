@@ -125,7 +125,7 @@ class Engine:
         return self.shards * max(1, PREFILL_TOKENS // num_tokens)
 
     def check_length(self, num_tokens: int, max_new_tokens: int, name: str) -> None:
-        """See `Shapes.check_length`."""
+        """Calls `Shapes.check_length`."""
         self.shapes.check_length(num_tokens, max_new_tokens, name)
 
     # --- completions ----------------------------------------------------------------------------

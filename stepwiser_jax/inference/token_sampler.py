@@ -30,7 +30,7 @@ class TokenSampler:
 
     @classmethod
     def create(cls, key: jax.Array, temperature: float, top_k: int, top_p: float) -> TokenSampler:
-        """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off."""
+        """Makes a sampler. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 truncate nothing."""
         return cls(
             key=key,
             temperature=jnp.float32(temperature),

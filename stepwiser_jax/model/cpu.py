@@ -43,8 +43,11 @@ def keep_freed_memory() -> None:
 
 
 def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
-    """As `linear.product_over_rows`. The fast bfloat16 product contracts the last axis of its left
-    operand. Without the padding XLA folds the transpose into a product in float32."""
+    """Does what `linear.product_over_rows` does.
+
+    The fast bfloat16 product contracts the last axis of its left operand. Without the padding XLA
+    folds the transpose into a product in float32.
+    """
     padded_IT = jnp.pad(a_TI.T, ((0, 8), (0, 0)))
     dimensions = (((1,), (0,)), ((), ()))
     product = lax.dot_general(padded_IT, b_TO, dimensions, preferred_element_type=F32)
@@ -52,8 +55,11 @@ def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
 
 
 def scores(q_WH: jax.Array, k_SH: jax.Array) -> jax.Array:
-    """As `attention.plain_scores`. In float32 few queries run several times faster if the keys are
-    the left operand. Without the padding XLA turns the operands around again."""
+    """Does what `attention.plain_scores` does.
+
+    In float32 few queries run several times faster if the keys are the left operand. Without the
+    padding XLA turns the operands around again.
+    """
     if k_SH.dtype != F32:
         return plain_scores(q_WH, k_SH)
     scores_SW = jnp.einsum("...sh,...wh->...sw", k_SH, q_WH)

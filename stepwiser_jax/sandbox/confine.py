@@ -115,8 +115,8 @@ def limit_resources(memory_bytes: int, seconds: int, file_bytes: int) -> None:
 
 
 def restrict_files(readable: list[str], scratch: str) -> None:
-    """Landlock: allows reading of `readable`, and reading and writing of the files in `scratch`,
-    and forbids all else that its version on this kernel can. Raises OSError before version 3 (Linux
+    """Allows reading of `readable`, and reading and writing of the files in `scratch`, and forbids
+    all else that this kernel's Landlock can. Raises OSError before version 3 (Linux
     6.2), in which opening a file for reading could empty it, with O_TRUNC."""
     version = _landlock(_CREATE_RULESET, None, 0, 1)
     if version < 3:
@@ -146,8 +146,8 @@ def drop_capabilities() -> None:
 
 
 def restrict_calls() -> None:
-    """seccomp: calls that are not allowed fail with ENOSYS, as on a kernel that does not have them,
-    so that the C library falls back to what it knows. Calls of another processor mode (32 bits on
+    """Makes calls that are not allowed fail with ENOSYS (seccomp), as on a kernel without them, so
+    that the C library falls back to what it knows. Calls of another processor mode (32 bits on
     a kernel of 64) kill; those of x32 have numbers of their own, which are not on the list."""
     column = 1 + list(_ARCHITECTURES).index(os.uname().machine)
     allow, kill, ignore, refuse = 0x7FFF0000, 0x80000000, 0x00050000, 0x00050000 | errno.ENOSYS
