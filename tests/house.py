@@ -37,6 +37,7 @@ GRPO_STEP = (
     "rl/rollouts.py",
     "rl/rewards.py",
     "rl/grpo.py",
+    "rl/objective.py",
     "rl/logprobs.py",
 )
 """Files on the way of one GRPO step, from the command line to the update."""
@@ -46,6 +47,7 @@ LOOP = (
     "rl/rollouts.py",
     "rl/rewards.py",
     "rl/grpo.py",
+    "rl/objective.py",
     "training/loop.py",
     "training/step.py",
 )
