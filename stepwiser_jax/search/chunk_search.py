@@ -110,15 +110,15 @@ def _search(
 ) -> None:
     """Steps until no problem has beams."""
     longest = max(len(state.prompt_ids) for state in states)
-    cache = policy.sampler.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
+    sampler_state = policy.sampler.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
     while rows := [(state, beam) for state in states for beam in state.beams]:
-        cache = policy.sampler.branch(cache, [beam.source for _, beam in rows])
+        sampler_state = policy.sampler.branch(sampler_state, [beam.source for _, beam in rows])
         # A rejected chunk is no part of its hypothesis: its row is rewound to where it began.
         lengths_B = [len(state.prompt_ids) + len(beam.hypothesis.ids) for state, beam in rows]
-        cache = policy.sampler.rewind(cache, lengths_B)
+        sampler_state = policy.sampler.rewind(sampler_state, lengths_B)
         row_ids = [state.row_id(beam) for state, beam in rows]
-        completions, cache = policy.sampler.decode(
-            cache, policy.params, key=policy.key, row_ids=row_ids
+        completions, sampler_state = policy.sampler.decode(
+            sampler_state, policy.params, key=policy.key, row_ids=row_ids
         )
         for b, (state, beam) in enumerate(rows):
             ended = completions[b].stop_reason is StopReason.STOP_ID
