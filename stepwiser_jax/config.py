@@ -196,6 +196,11 @@ class Sampling(Config):
     max_new_tokens: int = Field(ge=1)
     """The most tokens of one completion."""
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The settings without `max_new_tokens`."""
+        return self.model_dump(exclude={"max_new_tokens"})
+
 
 class EngineShapes(Config):
     """The shapes that sampling is compiled for."""

@@ -34,7 +34,6 @@ Leaves out, and counts, problems whose reference answer cannot be verified. Read
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ import jax
 
 from stepwiser_jax import plugins
 from stepwiser_jax.config import Search
-from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.data.problems import read_verifiable
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
@@ -63,10 +62,7 @@ def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[st
     """Searches for solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, SearchResult]:
-        dropped: Counter[str] = Counter()
-        problems = read_problems(config.problems, dropped, config.verifier)
-        problems = keep_verifiable(problems, config, dropped)
-        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        problems, counts = read_verifiable(config)
         return Work(
             items=problems,
             record_type=SearchResult,
