@@ -83,8 +83,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
-    from stepwiser_jax.rl.grpo import group_advantages
-    from stepwiser_jax.rl.objective import make_objective
+    from stepwiser_jax.rl.grpo import group_advantages, make_objective
     from stepwiser_jax.rl.rollouts import RolloutGroup
     from stepwiser_jax.stages.train_judge import pack
     from stepwiser_jax.training.optimizer import make_optimizer, make_schedule

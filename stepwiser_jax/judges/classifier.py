@@ -30,7 +30,7 @@ from stepwiser_jax.inference.params import probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.rl.logprobs import LanguageModel, token_log_odds
+from stepwiser_jax.rl.logprobs import token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.chunks import strip_tags
@@ -106,7 +106,7 @@ def encode_solution(
 
 
 def classifier_loss(
-    model: LanguageModel,
+    model: Transformer,
     batch: TokenBatch,
     normalizer: jax.Array,
     *,

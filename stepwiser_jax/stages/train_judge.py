@@ -38,21 +38,24 @@ from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
-from stepwiser_jax.rl.grpo import group_advantages
-from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, make_objective
-from stepwiser_jax.rl.rewards import REWARDS, verdict_metrics
+from stepwiser_jax.rl.grpo import (
+    add_old_and_reference_logprobs,
+    group_advantages,
+    make_objective,
+)
+from stepwiser_jax.rl.rewards import REWARDS, add_rewards, rollout_metrics, verdict_metrics
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.rl.rollouts import (
+    RolloutBatch,
     RolloutGroup,
     RolloutSampler,
-    add_rewards,
-    rollout_metrics,
+    pack_groups,
     split_groups,
 )
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
-from stepwiser_jax.training.batches import RolloutBatch, example_loader, pack_groups
+from stepwiser_jax.training.batches import example_loader
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.step import mean_metrics
 

@@ -42,9 +42,9 @@ from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.grpo import make_objective
 from stepwiser_jax.rl.logprobs import token_logprobs
-from stepwiser_jax.rl.objective import make_objective
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.optimizer import make_optimizer
 from stepwiser_jax.training.step import accumulate, create_train_state, make_train_step

@@ -27,8 +27,8 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import label_values
+from stepwiser_jax.rl.grpo import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.labels import load_rule
-from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.runs.directory import RunDirectory

@@ -17,6 +17,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample
+from stepwiser_jax.rl.rollouts import pack_groups
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.batches import (
     Document,
@@ -25,7 +26,6 @@ from stepwiser_jax.training.batches import (
     example_loader,
     fitting_documents,
     num_batches,
-    pack_groups,
 )
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
