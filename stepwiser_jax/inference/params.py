@@ -1,5 +1,5 @@
-"""What the engine, the reference sampler and the remote engine share: settings, results, shapes,
-and the tests whether a row ends."""
+"""What goes into the engine and comes out: settings, requests and completions. Then what the engine
+is made of: shapes, counts, and the tests whether a row ends."""
 
 from __future__ import annotations
 
@@ -43,6 +43,29 @@ class SamplingParams:
             raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample: it continues the first `num_tokens` tokens of its prefix by at most
+    `max_new_tokens` tokens. `row_id` seeds its noise."""
+
+    row_id: str
+    num_tokens: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A token sequence that is prefilled once, and the samples that continue it."""
+
+    ids: Sequence[int]
+    samples: Sequence[SampleRequest]
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that its samples continue at most; the rest is not prefilled."""
+        return max(sample.num_tokens for sample in self.samples)
+
+
 class StopReason(enum.IntEnum):
     LENGTH = 0
     STOP_ID = 1
@@ -69,6 +92,9 @@ def check_row_ids(row_ids: Sequence[str], count: int) -> None:
 def probabilities(log_odds: np.ndarray) -> list[float]:
     """Returns the sigmoid of log-odds, in float64, so that values near 1 stay distinct."""
     return (1 / (1 + np.exp(-log_odds.astype(np.float64)))).tolist()
+
+
+# --- what the engine is made of -------------------------------------------------------------------
 
 
 class Shapes:

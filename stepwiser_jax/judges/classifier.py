@@ -34,10 +34,10 @@ from stepwiser_jax.rl.logprobs import token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.dialogues import before_answers
 from stepwiser_jax.text.prompts import (
     PromptStyle,
     bare_judge_prompt,
-    before_answers,
     encode_message,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer

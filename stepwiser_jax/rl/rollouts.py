@@ -23,8 +23,7 @@ from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, decoding_layout
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams, decoding_layout
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.signals import Interrupted, stop
@@ -87,7 +86,7 @@ class RolloutSampler:
             engine: Shapes of the engine.
             cache: The run's cache.
             group_size: Completions of a prompt.
-            seed: Decides the noise, with `name`, iteration, resample, example and completion.
+            seed: Decides the noise, with `name`, iteration, draw, example and completion.
             mesh: The devices that sample.
             name: Begins the ids of groups.
         """
@@ -112,18 +111,19 @@ class RolloutSampler:
             self._engine_with_weights = None
 
     def sample_groups(
-        self, examples: Sequence[Any], iteration: int, resample: int
+        self, examples: Sequence[Any], iteration: int, draw: int
     ) -> list[RolloutGroup]:
-        """Returns a group for each example, without rewards. Rows that this run sampled before it
+        """Returns a group for each example, without rewards. `draw` counts the batches of examples
+        of an iteration. Rows that this run sampled before it
         was interrupted are read from the cache.
 
         Raises:
             Interrupted: The run is to stop. Rows that have ended are in the cache.
         """
-        prefix = f"{self.name}/it{iteration}/draw{resample}"
+        prefix = f"{self.name}/it{iteration}/draw{draw}"
         ids = [f"{prefix}/{p}/{example.record_id}" for p, example in enumerate(examples)]
         prompts = [np.asarray(self.encode(example), np.int32) for example in examples]
-        cached = (iteration, resample, self._param_hash)
+        cached = (iteration, draw, self._param_hash)
         rows = self.cache.read(*cached)
         if hosts.any_process(not rows):  # all processes begin with the same rows, or with none
             rows = {}
@@ -155,7 +155,7 @@ class RolloutSampler:
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
         assert self._engine_with_weights is not None, "sample inside `weights`"
-        ended = self._engine_with_weights.sample(
+        ended = self._engine_with_weights.stream(
             prefixes, self.params, key=self.key, is_needed=lambda _: True
         )
         for completions in ended:

@@ -24,8 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
-from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.inference.params import (
+    Prefix,
+    SampleRequest,
+    SamplingParams,
+    StopReason,
+    probabilities,
+)
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, judge_by_votes
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
@@ -41,7 +46,8 @@ from stepwiser_jax.judges.genprm.form import (
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.directory import per_item, worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
-from stepwiser_jax.text.prompts import JudgePromptStyle, encode_dialogue
+from stepwiser_jax.text.dialogues import encode_dialogue
+from stepwiser_jax.text.prompts import JudgePromptStyle
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 if TYPE_CHECKING:
@@ -172,7 +178,7 @@ class Writer:
                 conversation_of[row_id] = conversation
                 requests.setdefault(tuple(ids), []).append(SampleRequest(row_id, len(ids), room))
         prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
-        for completions in self.engine.sample(prefixes, params, key=self.key):
+        for completions in self.engine.stream(prefixes, params, key=self.key):
             for completion in completions:
                 text = completion_text(self.tokenizer, completion.tokens.tolist())
                 if completion.stop_reason is StopReason.STOP_STRING:
