@@ -40,20 +40,18 @@ from stepwiser_jax.inference.params import (
     Prefix,
     SampleRequest,
     SamplingParams,
-    Shapes,
     StopReason,
-    StopTables,
-    Usage,
     check_row_ids,
-    check_vocabulary,
-    decoding_layout,
 )
 from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Scheduler
+from stepwiser_jax.inference.shapes import Shapes, Usage
+from stepwiser_jax.inference.stops import StopTables
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
+from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 PREFILL_TOKENS = 4096
 """How many tokens go through the network at once in a prefill, on each device that rows are split
@@ -344,3 +342,27 @@ def check_prefix(prefix: Prefix, max_new_tokens: int, shapes: Shapes) -> None:
                 f"{sample.row_id} has max_new_tokens {sample.max_new_tokens}, expected 1 to "
                 f"{max_new_tokens}, that of params"
             )
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError if a model would sample ids that the tokenizer does not know."""
+    if tokenizer is None:
+        return
+    unknown = unknown_ids(tokenizer, config.vocab_size)
+    if unknown != config.unknown_ids:
+        raise ValueError(
+            f"expected a model that knows the ids without a token, {unknown}, found one with "
+            f"{config.unknown_ids}: load it with load_hf(path, tokenizer=tokenizer)"
+        )
+
+
+def decoding_layout(model: Transformer | Decoder, weights: Weights = "model") -> Decoder:
+    """Returns a decoder of the model; itself if it is one. Raises ValueError if it is one with
+    other weights."""
+    if not isinstance(model, Decoder):
+        return Decoder.from_transformer(model, weights)
+    if model.weights != weights:
+        raise ValueError(
+            f"expected a model with weights {weights!r}, found one with {model.weights!r}"
+        )
+    return model

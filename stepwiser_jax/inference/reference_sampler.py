@@ -22,7 +22,8 @@ import numpy as np
 
 from stepwiser_jax.distributed.mesh import fetch
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason, find_stops
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
+from stepwiser_jax.inference.stops import find_stops
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache

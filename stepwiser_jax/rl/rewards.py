@@ -1,5 +1,7 @@
-"""Rewards of completions. A config's `reward` is a name of `REWARDS` or a user's `module:function`,
-and `reward_args` are its keyword arguments.
+"""Rewards of completions, and what rollouts leave in the metrics.
+
+A config's `reward` is a name of `REWARDS` or a user's `module:function`. `reward_args` are its
+keyword arguments, so another keyword argument of a reward is another setting.
 
 A reward is a function of (example, completion text, completion tokens). It returns a number, or a
 dict of named terms: their sum is the reward, and each is the metric `reward_<name>`. It must depend
@@ -39,31 +41,16 @@ def verdict_reward(
     return {"verdict": 0.0, "format": -format_penalty}
 
 
-REWARDS: dict[str, Reward] = {"verdict": verdict_reward}
-
-
 def judge_reward(verdict: Verdict, is_positive: bool) -> float:
     """Returns 1 if the verdict is the label, else 0."""
     return float(verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE))
 
 
-def verdict_metrics(texts: Sequence[str], *, bare: bool) -> dict[str, float]:
-    """Returns shares of judgments: those that say Positive, those without a verdict
-    (`unparsed_rate`), and those among them whose last box holds something else (`other_box_rate`).
-    With `bare` also the share of those that are nothing but a verdict."""
-    verdicts = [parse_verdict(text) for text in texts]
-    shares = {
-        "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
-        "unparsed_rate": sum(not verdict.is_given for verdict in verdicts) / len(verdicts),
-        "other_box_rate": verdicts.count(Verdict.OTHER) / len(verdicts),
-    }
-    if bare:
-        shares["in_format_share"] = sum(map(is_bare_verdict, texts)) / len(texts)
-    return shares
+REWARDS: dict[str, Reward] = {"verdict": verdict_reward}
 
 
 def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutGroup]:
-    """Returns the groups with what each completion earns, see `rl.rewards`."""
+    """Returns the groups with what each completion earns."""
 
     def terms(group: RolloutGroup, text: str, tokens: np.ndarray) -> dict[str, float]:
         found = reward(group.example, text, tokens)
@@ -89,6 +76,9 @@ def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutG
     ]
 
 
+# --- metrics ------------------------------------------------------------------------------------
+
+
 def rollout_metrics(sampled: Sequence[RolloutGroup], num_kept: int) -> dict[str, float]:
     """Returns metrics over all completions sampled, of kept groups or not: the mean reward and its
     named terms, the share of groups kept, and lengths in tokens."""
@@ -103,3 +93,18 @@ def rollout_metrics(sampled: Sequence[RolloutGroup], num_kept: int) -> dict[str,
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(np.max(lengths)),
     }
+
+
+def verdict_metrics(texts: Sequence[str], *, bare: bool) -> dict[str, float]:
+    """Returns shares of judgments: those that say Positive, those without a verdict
+    (`unparsed_rate`), and those among them whose last box holds something else (`other_box_rate`).
+    With `bare` also the share of those that are nothing but a verdict."""
+    verdicts = [parse_verdict(text) for text in texts]
+    shares = {
+        "verdict_positive_share": verdicts.count(Verdict.POSITIVE) / len(verdicts),
+        "unparsed_rate": sum(not verdict.is_given for verdict in verdicts) / len(verdicts),
+        "other_box_rate": verdicts.count(Verdict.OTHER) / len(verdicts),
+    }
+    if bare:
+        shares["in_format_share"] = sum(map(is_bare_verdict, texts)) / len(texts)
+    return shares

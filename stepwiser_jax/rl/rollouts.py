@@ -22,8 +22,8 @@ from stepwiser_jax.config import EngineShapes
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams, decoding_layout
+from stepwiser_jax.inference.engine import Engine, decoding_layout
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.signals import Interrupted, stop
@@ -100,8 +100,9 @@ class RolloutSampler:
 
     @contextmanager
     def weights(self, model: Any) -> Iterator[None]:
-        """Samples with these parameters inside the block. Their copy for decoding is freed at its
-        end, before an update needs the memory."""
+        """Samples with these parameters inside the block: with a copy in the compute type, adapters
+        merged, that lies on the sampling mesh. It is freed at the end, before an update needs the
+        memory."""
         self._param_hash = param_hash(model)
         with jax.set_mesh(self.mesh):
             self._engine_with_weights = self.engine.with_model(decoding_copy(model, self.mesh))

@@ -15,7 +15,8 @@ from sampled import Reference
 
 from stepwiser_jax.config import Beams, load_config
 from stepwiser_jax.distributed.loading import Loaded
-from stepwiser_jax.inference.params import Completion, SamplingParams, Shapes, StopReason
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
+from stepwiser_jax.inference.shapes import Shapes
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
