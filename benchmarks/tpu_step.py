@@ -24,8 +24,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.rl.rollouts import RolloutGroup
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import RolloutGroup, pack_groups
 
 TOKENS, COMPLETIONS, ROW = 3096, 4, 15872
 QWEN = {

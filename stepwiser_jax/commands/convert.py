@@ -16,7 +16,7 @@ from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.loop import check_base
+from stepwiser_jax.training.template import check_base
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> None:

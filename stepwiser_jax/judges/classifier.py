@@ -31,14 +31,14 @@ from stepwiser_jax.inference.params import probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.rl.logprobs import LanguageModel, token_log_odds
+from stepwiser_jax.rl.logprobs import token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.dialogues import before_answers
 from stepwiser_jax.text.prompts import (
     PromptStyle,
     bare_judge_prompt,
-    before_answers,
     encode_message,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def encode_solution(
 
 
 def classifier_loss(
-    model: LanguageModel,
+    model: Transformer,
     batch: TokenBatch,
     normalizer: jax.Array,
     *,

@@ -105,10 +105,6 @@ def check_lengths(
 def load_policy(config: Search, session: Session) -> Policy:
     """Returns the policy, which writes one chunk at a time."""
     loaded, engine = session.load(config.policy, config.engine)
-    sampler = ReferenceSampler(
-        loaded.model, loaded.tokenizer, mesh=session.mesh, **config.engine.model_dump()
-    )
-    sampler.usage = engine.usage  # the summary counts the shapes of both together
     stop_strings = end_patterns(config.chunking)
     if CHUNK_CLOSE in stop_strings:
         check_tags(loaded.tokenizer)
@@ -117,7 +113,7 @@ def load_policy(config: Search, session: Session) -> Policy:
         **chunk_sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids, stop_strings=stop_strings
     )
     key = jax.random.key(config.seed)
-    return Policy(loaded, engine, sampler, config.prompt_style, params, key)
+    return Policy(loaded, engine, ReferenceSampler(engine), config.prompt_style, params, key)
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:

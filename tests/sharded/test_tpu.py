@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
 from tpu_step import JUDGE
 
 LENGTH = 1000

@@ -20,10 +20,10 @@ from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
 from stepwiser_jax.text import chat
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
     chunking_prompt,
-    encode_dialogue,
     encode_judge_prompt,
     encode_message,
     encode_solve_prompt,

@@ -17,8 +17,7 @@ from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
 from stepwiser_jax.rl.labels import label_chunks
-from stepwiser_jax.rl.rewards import REWARDS
-from stepwiser_jax.rl.rollouts import add_rewards, rollout_metrics
+from stepwiser_jax.rl.rewards import REWARDS, add_rewards, rollout_metrics
 from stepwiser_jax.tasks.verifier import Verifier
 from tiny import rollout_group
 

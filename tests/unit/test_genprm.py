@@ -49,7 +49,7 @@ from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
 from stepwiser_jax.tasks.mathematics import extract_answer
-from stepwiser_jax.text.prompts import encode_dialogue
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
@@ -432,7 +432,7 @@ class ScriptedEngine:
         self.shapes = SimpleNamespace(max_length=max_length)
         self.prompts, self.asked, self.compiled_shapes = {}, [], {}
 
-    def sample(self, trunks, params, *, key):
+    def stream(self, trunks, params, *, key):
         for trunk in trunks:
             for fork in trunk.samples:
                 assert fork.num_tokens == len(trunk.ids)

@@ -27,8 +27,8 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import label_values
+from stepwiser_jax.rl.grpo import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.labels import load_rule
-from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.runs.directory import RunDirectory
@@ -367,7 +367,7 @@ def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
                 np.testing.assert_allclose(a, b, atol=1e-4)
                 if f"{found.group_id}/{g}" in kept:
                     np.testing.assert_array_equal(a, kept[f"{found.group_id}/{g}"].logprobs)
-    monkeypatch.setattr(Engine, "sample", None)
+    monkeypatch.setattr(Engine, "stream", None)
     assert [found.group_id for found in sample(sampler("stopped"))] == [
         f"judge/it0/draw0/{p}/{prompt}" for p, prompt in enumerate(prompts)
     ]

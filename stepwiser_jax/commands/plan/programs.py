@@ -67,10 +67,10 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
 from stepwiser_jax.model.lora import base_of, merge
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.grpo import completion_logprobs, make_objective
 from stepwiser_jax.rl.logprobs import default_slices
-from stepwiser_jax.rl.objective import completion_logprobs, make_objective
-from stepwiser_jax.rl.rollouts import RolloutGroup
-from stepwiser_jax.training.batches import RolloutBatch, TokenBatch, pack_groups
+from stepwiser_jax.rl.rollouts import RolloutBatch, RolloutGroup, pack_groups
+from stepwiser_jax.training.batches import TokenBatch
 from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from stepwiser_jax.training.step import make_train_step

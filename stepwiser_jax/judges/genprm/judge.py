@@ -23,8 +23,13 @@ from typing import Any
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
-from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.inference.params import (
+    Prefix,
+    SampleRequest,
+    SamplingParams,
+    StopReason,
+    probabilities,
+)
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
@@ -41,7 +46,7 @@ from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
-from stepwiser_jax.text.prompts import encode_dialogue
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 CODE_LIMITS = Limits(seconds=5.0, memory_bytes=2**30, output_bytes=2048)
@@ -153,7 +158,7 @@ class TurnWriter:
                 conversation_of[row_id] = conversation
                 requests.setdefault(tuple(ids), []).append(SampleRequest(row_id, len(ids), room))
         prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
-        for completions in engine.sample(prefixes, params, key=self.writer.key):
+        for completions in engine.stream(prefixes, params, key=self.writer.key):
             for completion in completions:
                 text = completion_text(self.writer.tokenizer, completion.tokens)
                 if completion.stop_reason is StopReason.STOP_STRING:
