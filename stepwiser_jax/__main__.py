@@ -123,7 +123,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
         ] = None,
     ) -> None:
         from stepwiser_jax.commands.results import print_summary
-        from stepwiser_jax.config import dump_config, load_config
+        from stepwiser_jax.config_files import dump_config, load_config
         from stepwiser_jax.distributed import hosts
         from stepwiser_jax.runs.storage import writing_to
 
@@ -292,7 +292,7 @@ def plan(
 
 def refuse_old_names(arguments: list[str]) -> None:
     """Raises UserError if a command has been renamed."""
-    from stepwiser_jax.config import RENAMED_COMMANDS
+    from stepwiser_jax.config_files import RENAMED_COMMANDS
 
     if arguments and arguments[0] in RENAMED_COMMANDS:
         raise UserError(f"the command {arguments[0]} is now {RENAMED_COMMANDS[arguments[0]]}")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax import plugins
-from stepwiser_jax.config import CheckedAnswers, DataSource, read_run_settings
+from stepwiser_jax.config import CheckedAnswers, DataSource
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.datasets import load_benchmark, load_problems
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions, is_held_out
 from stepwiser_jax.data.rows import OnMalformed, Split, number_rows, shuffled

@@ -32,12 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import (
-    ClassifierJudge,
-    Evaluate,
-    OwnJudge,
-    ThinkPrmJudge,
-)
+from stepwiser_jax.config import ClassifierJudge, Evaluate, OwnJudge, ThinkPrmJudge
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of

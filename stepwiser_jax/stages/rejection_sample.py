@@ -33,12 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.config import (
-    GenPrmTeacher,
-    RejectionSample,
-    StepwiserTeacher,
-    ThinkPrmTeacher,
-)
+from stepwiser_jax.config import GenPrmTeacher, RejectionSample, StepwiserTeacher, ThinkPrmTeacher
 from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_examples
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome

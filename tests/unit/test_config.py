@@ -10,7 +10,8 @@ import yaml
 from plans import model_of, planned
 
 from stepwiser_jax.commands.quickstart import recipe
-from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config, validate
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_files import dump_config, load_config, validate
 from stepwiser_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from landlock import needs_landlock
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample

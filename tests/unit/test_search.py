@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.config import Beams, load_config
+from stepwiser_jax.config import Beams
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.params import Completion, SamplingParams, Shapes, StopReason
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler

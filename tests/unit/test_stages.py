@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import CheckedAnswers, Label, load_config
+from stepwiser_jax.config import CheckedAnswers, Label
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
