@@ -6,7 +6,7 @@ The text below a field is its documentation: docs/settings.md is made from it.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -224,8 +224,8 @@ class JudgePrompted(Config):
     an analysis. `bare` is the form of the embedded task."""
 
 
-class PromptLimit(Config):
-    """What every part needs that leaves out long prompts."""
+class BoundedJudgePrompts(JudgePrompted):
+    """What every stage needs that writes prompts for a judge of chunks."""
 
     max_prompt_tokens: int = Field(3096, ge=1)
     """Examples with a longer prompt for the judge are left out."""
@@ -240,20 +240,8 @@ class StepwiserTeacher(Sampled, JudgePrompted, Model):
     kind: Literal["stepwiser"] = "stepwiser"
     """The kind of judge."""
 
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
-        mesh.check_rows("judge.engine.rows", self.engine.rows)
 
-
-class WholeSolutionJudge(Sampled, Prompted, Model):
-    """A judge that writes about all steps of a solution."""
-
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
-        mesh.check_rows("judge.engine.rows", self.engine.rows)
-
-
-class GenPrm(WholeSolutionJudge):
+class GenPrm(Sampled, Prompted, Model):
     """GenPRM (arXiv 2504.00891): a conversation with one turn for every step.
     `sampling.max_new_tokens` bounds a turn."""
 
@@ -269,7 +257,7 @@ class GenPrm(WholeSolutionJudge):
         return self
 
 
-class ThinkPrm(WholeSolutionJudge):
+class ThinkPrm(Sampled, Prompted, Model):
     """ThinkPRM (arXiv 2504.16828): one chain of thought about a whole solution, then P(yes)."""
 
     kind: Literal["thinkprm"] = "thinkprm"
@@ -320,10 +308,6 @@ class ClassifierJudge(Threshold, Prompted, Model):
     max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
     """Tokens of a row. It must hold the longest solution with the prompts of its chunks."""
 
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows can be dealt out to the devices."""
-        mesh.check_rows("judge.rows", (self.rows,))
-
 
 class OwnArguments(Config):
     """What something of your own is given."""
@@ -338,9 +322,6 @@ class OwnJudge(OwnArguments, Model):
 
     kind: str
     """The function or class, `module:name`."""
-
-    def check_rows(self, mesh: Mesh) -> None:
-        """Does nothing: what the judge needs of the devices is its own concern."""
 
 
 class GenPrmTeacher(GenPrm):
@@ -463,25 +444,24 @@ class SamplingStage(ComputeStage):
     """Inputs (problems, trajectories, items, ...) of a block. A block is sampled at once, then
     written; a stopped run loses at most the block it is in."""
 
+    @model_validator(mode="after")
+    def _rows_fit(self) -> SamplingStage:
+        for name, part in (("", self), *((f"{name}.", part) for name, part in self)):
+            if isinstance(part, Sampled):
+                self.mesh.check_rows(f"{name}engine.rows", part.engine.rows)
+            elif isinstance(part, ClassifierJudge):
+                self.mesh.check_rows(f"{name}rows", (part.rows,))
+        return self
 
-class CheckedAnswers(Config):
-    """How the answers of solutions are checked."""
 
-    verifier: str = "mathematics"
-    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
-    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
-
-
-class PolicyStage(SamplingStage, Sampled, CheckedAnswers):
+class PolicyStage(SamplingStage, Sampled):
     """What every stage has that samples from a policy."""
 
     policy: Model
     """The model that solves problems."""
-
-    @model_validator(mode="after")
-    def _rows_fit(self) -> PolicyStage:
-        self.mesh.check_rows("engine.rows", self.engine.rows)
-        return self
+    verifier: str = "mathematics"
+    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
+    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
 
 
 class SolvingStage(PolicyStage, Prompted):
@@ -585,12 +565,6 @@ class ChunkSolutions(SamplingStage, FromSolutions):
     max_per_problem: int = Field(4, ge=1)
     """The most right solutions of a problem that are cut."""
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> ChunkSolutions:
-        if isinstance(self.teacher, TeacherModel):
-            self.mesh.check_rows("teacher.engine.rows", self.teacher.engine.rows)
-        return self
-
 
 class LabelRule(Config):
     """How the value before a chunk (v) and after it (q) become a label."""
@@ -668,7 +642,7 @@ class Annotate(PolicyStage, FromRollouts):
         return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(Stage, FromSolutions, ChatTemplate, JudgePrompted, PromptLimit, LabelRule):
+class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
     """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
     values: str
@@ -716,12 +690,20 @@ class Training(Config):
 class FromExamples(Config):
     """What every stage has that reads examples."""
 
+    used: ClassVar = ("source", "on_malformed", "exclude")
+    """What the stage uses of `examples`."""
+
     examples: DataSource
     """`sft`: an `SftExample` or `Dialogue` file, a finished run of `rejection-sample`,
     `chunk-solutions` or `select-responses`, or a generator of the embedded task
     (`arithmetic-policy`, `-untagged`, `-segmenter`, `-judge`, `-verdicts`, `-genprm`, `-thinkprm`).
     Other stages: a finished `label` run, a `JudgeExample` or `ClassifierExample` file, or solutions
     with labelled steps in a known format (ProcessBench, PRM800K, Math-Shepherd, ...)."""
+
+    @model_validator(mode="after")
+    def _examples_are_consistent(self) -> FromExamples:
+        self.examples.check_unused("examples", self.used)
+        return self
 
 
 class TrainingStage(ComputeStage, FromExamples):
@@ -777,10 +759,7 @@ class SupervisedStage(TrainingStage, Prompted):
 class Sft(SupervisedStage):
     """Fine-tune a model: a policy on chunked solutions (paper 3.1), or a judge on judgments."""
 
-    @model_validator(mode="after")
-    def _examples_are_consistent(self) -> Sft:
-        self.examples.check_unused("examples", ("source", "limit", "seed"))
-        return self
+    used = ("source", "limit", "seed")
 
 
 class TrainClassifier(SupervisedStage):
@@ -792,10 +771,9 @@ class TrainClassifier(SupervisedStage):
     """`signs` reads P(+) from two tokens of the vocabulary; `scalar` from a new output."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainClassifier:
+    def _adapters_have_no_new_output(self) -> TrainClassifier:
         if self.head == "scalar" and self.model.lora is not None:
             raise ValueError("with model.lora only adapters are trained: set head to signs")
-        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
         return self
 
 
@@ -818,7 +796,7 @@ class Grpo(Config):
     out (DAPO's dynamic sampling)."""
 
 
-class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
+class TrainJudge(TrainingStage, Sampled, BoundedJudgePrompts):
     """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
     iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
@@ -895,7 +873,6 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     @model_validator(mode="after")
     def _updates_are_consistent(self) -> TrainJudge:
         self.check_length("iterations", self.iterations)
-        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
         if self.prompts_per_iteration % self.updates_per_iteration:
             raise ValueError(
                 f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
@@ -920,6 +897,8 @@ class RejectionSample(SamplingStage, FromExamples):
     """Sample judgments of labelled chunks, or solutions, and keep those that agree with the labels:
     examples for `sft` (paper A.1, RS-FT)."""
 
+    used = ("source", "limit", "on_malformed", "exclude")
+
     judge: Teacher
     """Who writes: `stepwiser` judges chunks, `genprm` and `thinkprm` whole solutions."""
     samples: int = Field(4, ge=1)
@@ -936,11 +915,9 @@ class RejectionSample(SamplingStage, FromExamples):
         return not isinstance(self.judge, StepwiserTeacher)
 
     @model_validator(mode="after")
-    def _consistent(self) -> RejectionSample:
-        self.judge.check_rows(self.mesh)
+    def _judge_reasons(self) -> RejectionSample:
         if self.judge.prompt_style == "verdict":
             raise ValueError("judge.prompt_style: a verdict alone is no example: instruct or bare")
-        self.examples.check_unused("examples", ("source", "limit", "on_malformed", "exclude"))
         return self
 
 
@@ -966,7 +943,6 @@ class Evaluate(SamplingStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
-        self.judge.check_rows(self.mesh)
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
         if self.threshold_subset is None:
             return self
@@ -1039,7 +1015,6 @@ class Search(SolvingStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
-        self.judge.check_rows(self.mesh)
         if self.max_chunk_tokens > self.sampling.max_new_tokens:
             raise ValueError(
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
@@ -1063,12 +1038,6 @@ class SelectResponses(SamplingStage, FromSolutions):
     only_correct: bool = True
     """Choose among responses with the right answer only."""
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> SelectResponses:
-        if self.judge is not None:
-            self.judge.check_rows(self.mesh)
-        return self
-
 
 class Refine(SolvingStage):
     """Let a policy think again where GenPRM's judge finds its first wrong step."""
@@ -1079,8 +1048,7 @@ class Refine(SolvingStage):
     """How often the policy thinks again, at most."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Refine:
-        self.judge.check_rows(self.mesh)
+    def _judge_writes_greedily(self) -> Refine:
         if self.judge.votes:
             raise ValueError("judge.votes: refine takes the greedy judgment: set votes to 0")
         return self

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from stepwiser_jax.config import CheckedAnswers, EngineShapes, Model, SamplingStage
+from stepwiser_jax.config import EngineShapes, Model, SamplingStage
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -53,9 +53,9 @@ class Session:
         self.compiled[name] = sampler.compiled_shapes
         return loaded, sampler
 
-    def verifier(self, config: CheckedAnswers) -> Verifier:
+    def verifier(self, name: str) -> Verifier:
         """Returns what checks answers, in processes that end with the session."""
-        verifier = Verifier(config.verifier, workers=worker_count())
+        verifier = Verifier(name, workers=worker_count())
         self.measures.append(
             lambda made: {
                 "verifier_timeouts": verifier.timeouts,

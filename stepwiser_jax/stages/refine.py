@@ -28,7 +28,7 @@ def run(config: Refine, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[st
     def prepare() -> Work[Problem, SearchResult]:
         dropped: Counter[str] = Counter()
         problems = read_problems(config.problems, dropped, config.verifier)
-        problems = keep_verifiable(problems, config, dropped)
+        problems = keep_verifiable(problems, config.verifier, dropped)
         counts = {"problems": len(problems), "dropped": dict(dropped)}
         return Work(
             items=problems,
@@ -51,7 +51,7 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that refines the solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
+    verifier = session.verifier(config.verifier)
     policy, engine = session.load(config.policy, config.engine)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed, name="refine")
     session.compiled["judge"] = judge.compiled_shapes

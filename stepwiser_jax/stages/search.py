@@ -65,7 +65,7 @@ def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[st
     def prepare() -> Work[Problem, SearchResult]:
         dropped: Counter[str] = Counter()
         problems = read_problems(config.problems, dropped, config.verifier)
-        problems = keep_verifiable(problems, config, dropped)
+        problems = keep_verifiable(problems, config.verifier, dropped)
         counts = {"problems": len(problems), "dropped": dict(dropped)}
         return Work(
             items=problems,
@@ -84,7 +84,7 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that searches for solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
+    verifier = session.verifier(config.verifier)
     policy = load_policy(config, session)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed)
     session.compiled["judge"] = judge.compiled_shapes

@@ -79,7 +79,7 @@ def test_a_data_set_and_its_answer_checker(settings_of):
     problems = read_problems(config.problems, verifier=config.verifier)
     assert len(problems) == 5 and problems[0].extra == {"word": "level"}
     dropped = Counter()
-    assert keep_verifiable(problems, config, dropped) == problems and not dropped
+    assert keep_verifiable(problems, config.verifier, dropped) == problems and not dropped
     with Verifier(config.verifier, workers=1) as verifier:
         right = verifier.verify(["I think: yes."] * 5, problems)
         assert right == [True, True, False, False, True]
