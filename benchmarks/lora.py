@@ -37,7 +37,8 @@ def main() -> None:
     from common import random_completions
     from train_step import LENGTH, PROMPTS, SAMPLES, settings
 
-    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.config import TrainJudge
+    from stepwiser_jax.config_files import validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.model.lora import trainable

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.commands.plan.programs import lower_update
-from stepwiser_jax.commands.plan.tpu import abstract_model, tpu_topology
+from stepwiser_jax.commands.plan.tpu import tpu_topology
 from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig

@@ -77,7 +77,8 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
     import numpy as np
 
-    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.config import TrainJudge
+    from stepwiser_jax.config_files import validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.inference.engine import Engine

@@ -16,6 +16,7 @@ LIBRARY = ROOT / "stepwiser_jax"
 GRPO_STEP = (
     "__main__.py",
     "config.py",
+    "config_files.py",
     "stages/train_judge.py",
     "text/prompts.py",
     "rl/rollouts.py",

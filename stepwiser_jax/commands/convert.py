@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 
 from stepwiser_jax.checksums import check_files, read_checksums
-from stepwiser_jax.commands.plan.tpu import abstract_model
-from stepwiser_jax.config import TrainedModel, read_run_settings
+from stepwiser_jax.config import TrainedModel
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf

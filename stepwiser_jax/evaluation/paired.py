@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
+from stepwiser_jax.config import ClassifierJudge, Evaluate
+from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (

@@ -48,7 +48,7 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that refines the solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
+    verifier = session.verifier(config.verifier)
     loaded, engine = session.load(config.policy, config.engine)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed, name="refine")
     session.compiled["judge"] = judge.compiled_shapes

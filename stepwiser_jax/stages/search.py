@@ -80,7 +80,7 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that searches for solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
+    verifier = session.verifier(config.verifier)
     policy = load_policy(config, session)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed)
     session.compiled["judge"] = judge.compiled_shapes

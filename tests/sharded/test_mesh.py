@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from sampled import Reference, arrays_of, assert_sampled
 
-from stepwiser_jax.config import Optimizer, load_config
+from stepwiser_jax.config import Optimizer
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
     sharded_adapters,

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from stand_ins import write_model, write_tokenizer
 
-from stepwiser_jax.config import Label, Model, load_config, validate
+from stepwiser_jax.config import Label, Model
+from stepwiser_jax.config_files import load_config, validate
 from stepwiser_jax.data.demonstrations import encode_demonstration, spells_control
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh

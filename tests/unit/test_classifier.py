@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.config import ClassifierJudge, load_config
+from stepwiser_jax.config import ClassifierJudge
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.datasets import load_classifier_examples
 from stepwiser_jax.distributed.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import DataSource, Sampling, load_config
+from stepwiser_jax.config import DataSource, Sampling
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.demonstrations import encode_demonstration, load_demonstrations
 from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.distributed.loading import Loaded

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError

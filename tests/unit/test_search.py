@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from sampled import Reference
 
-from stepwiser_jax.config import Beams, load_config
+from stepwiser_jax.config import Beams
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.shapes import Shapes

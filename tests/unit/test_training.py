@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from stepwiser_jax.config import Optimizer, load_config
+from stepwiser_jax.config import Optimizer
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
