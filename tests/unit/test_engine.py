@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from draws import assert_drawn, tokens_of
+from flax import nnx
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference import engine as engine_module
@@ -13,7 +14,11 @@ from stepwiser_jax.inference import engine_state
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.inference.scheduler import Grid, Prefix, SampleRequest
+from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.transformer import Transformer
+from tiny import tiny_config
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(0)
@@ -244,3 +249,27 @@ def test_log_odds_are_those_of_the_full_forward(tiny_model):
         engine.log_odds([[5], []], (11, 3))
     with pytest.raises(UserError, match="prompt 0: prompt of 33 tokens"):
         engine.log_odds([[5] * 33], (11, 3))
+
+
+def test_a_burst_does_not_cast_the_embedding():
+    """XLA's CPU backend would cast all of it to float32, at every call."""
+    config = tiny_config(vocab_size=8192, tie_embeddings=True)
+    model = Transformer(config, rngs=nnx.Rngs(0), param_dtype="bfloat16", compute_dtype="bfloat16")
+    decoder = Decoder.from_transformer(model)
+    rows = engine_state.StartingRows(
+        starts_B=np.ones((8,), bool),
+        prefix_length_B=np.zeros((8,), np.int32),
+        last_token_B=np.zeros((8,), np.int32),
+        limit_B=np.full((8,), 8, np.int32),
+        hash_B=np.zeros((8,), np.uint32),
+    )
+    compiled = engine_state.decode_burst.lower(
+        decoder,
+        engine_state.empty_state(decoder, None, Grid(1, 8), 16, 8),
+        rows,
+        TokenSampler.create(KEY, 1.0, 0, 1.0),
+        np.int32(0),
+        np.array((), np.int32),
+        None,
+    ).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < decoder.embed_VD.size * 4
