@@ -21,10 +21,10 @@ from stepwiser_jax.model.attention import (
     NOT_SEEN,
     SAVED,
     Attention,
-    plain_attend,
     plain_scores,
     segment_mask,
 )
+from stepwiser_jax.model.attention.decoding import cache_attention
 from stepwiser_jax.model.packing import group_of, is_prefix, sees
 
 F32 = jnp.float32
@@ -58,12 +58,12 @@ def scores(q_WH: jax.Array, k_SH: jax.Array) -> jax.Array:
     """Does what `attention.plain_scores` does.
 
     In float32 few queries run several times faster if the keys are the left operand. Without the
-    padding XLA turns the operands around again.
+    padding XLA turns the operands around again; one column is enough, and reads the least.
     """
     if k_SH.dtype != F32:
         return plain_scores(q_WH, k_SH)
     scores_SW = jnp.einsum("...sh,...wh->...sw", k_SH, q_WH)
-    padded_SW = jnp.pad(scores_SW, [(0, 0)] * (scores_SW.ndim - 1) + [(0, 8)])
+    padded_SW = jnp.pad(scores_SW, [(0, 0)] * (scores_SW.ndim - 1) + [(0, 1)])
     return padded_SW.swapaxes(-1, -2)[..., : q_WH.shape[-2], :]
 
 
@@ -261,8 +261,11 @@ def _mask(segment_ids_BT: jax.Array) -> VisibleBlocks | jax.Array:
 def _attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: VisibleBlocks | jax.Array
 ) -> jax.Array:
-    by_blocks = isinstance(mask, VisibleBlocks)
-    return (packed_attention if by_blocks else plain_attend)(q_BTNH, k_BTKH, v_BTKH, mask)  # pyright: ignore
+    if isinstance(mask, VisibleBlocks):
+        return packed_attention(q_BTNH, k_BTKH, v_BTKH, mask)
+    # With heads before positions the products run a fifth faster than in `plain_attend`.
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    return cache_attention(q_BTNH, k_BKTH, v_BKTH, mask, plain_scores)
 
 
 CPU = Attention(_mask, _attend, scores, suffix_dtype="float32")

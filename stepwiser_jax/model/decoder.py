@@ -160,7 +160,9 @@ class Decoder:
         """Returns the residual stream (B, T, D) after the final norm; `attend(layer, q, k, v)`."""
         config = self.config
         cos, sin = rope_angles(config, positions_BT)
-        x_BTD = self.embed_VD[tokens_BT]
+        # Without the barrier XLA's CPU backend casts the whole table before a decode loop.
+        embed_VD, tokens_BT = jax.lax.optimization_barrier((self.embed_VD, tokens_BT))
+        x_BTD = embed_VD[tokens_BT]
         for layer, transposed in enumerate(self.blocks):
             block = jax.tree.map(lambda x: x.T, transposed)  # XLA folds it into the products
             with jax.named_scope("attention"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -34,12 +35,11 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW (arXiv 1711.05101) after clipping by the global norm; only matrices decay.
 
-    An update takes 1026 MiB beside the state (XLA on CPU; SmolLM2-135M in float32, 513 MiB of
-    parameters; 4 micro-batches of 512 tokens). One formula written by hand, with clipping and
-    skipping in its scalars, took 894 MiB.
+    An update takes 894 MiB beside the state (XLA on CPU; SmolLM2-135M in float32, 513 MiB of
+    parameters; 4 micro-batches of 512 tokens), as with one formula for all of it.
     """
     return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
+        optax.stateless(clip_by_norm),
         optax.adamw(
             schedule,
             b1=B1,
@@ -48,6 +48,16 @@ def make_optimizer(
             mask=decay_mask,
         ),
     )
+
+
+def clip_by_norm(grads: Any, params: Any = None) -> Any:
+    """Scales gradients down to the global norm `CLIP_NORM`, if theirs is larger.
+
+    It multiplies by one number. `optax.clip_by_global_norm` divides each gradient; XLA, which
+    repeats no division, then writes all clipped gradients to memory, and AdamW takes twice as long.
+    """
+    scale = CLIP_NORM / jnp.maximum(optax.tree.norm(grads), CLIP_NORM)
+    return jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads)
 
 
 def decay_mask(params: Any) -> Any:

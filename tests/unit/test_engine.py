@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from sampled import Reference, assert_sampled, tokens_of
 
 from stepwiser_jax.errors import UserError
@@ -12,6 +13,11 @@ from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference import engine_state
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams, StopReason
+from stepwiser_jax.inference.scheduler import Grid
+from stepwiser_jax.inference.token_sampler import TokenSampler
+from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.transformer import Transformer
+from tiny import tiny_config
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(0)
@@ -256,3 +262,27 @@ def test_prompts_that_cannot_be_sampled_are_refused(tiny_model):
         engine.generate(PROMPTS, params, key=KEY, row_ids=["a"] * len(PROMPTS))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
         SamplingParams(0)
+
+
+def test_a_burst_does_not_cast_the_embedding():
+    """XLA's CPU backend would cast all of it to float32, at every call."""
+    config = tiny_config(vocab_size=8192, tie_embeddings=True)
+    model = Transformer(config, rngs=nnx.Rngs(0), param_dtype="bfloat16", compute_dtype="bfloat16")
+    decoder = Decoder.from_transformer(model)
+    rows = engine_state.StartingRows(
+        starts_B=np.ones((8,), bool),
+        prefix_length_B=np.zeros((8,), np.int32),
+        last_token_B=np.zeros((8,), np.int32),
+        limit_B=np.full((8,), 8, np.int32),
+        hash_B=np.zeros((8,), np.uint32),
+    )
+    compiled = engine_state.decode_burst.lower(
+        decoder,
+        engine_state.empty_state(decoder, None, Grid(1, 8), 16, 8),
+        rows,
+        TokenSampler.create(KEY, 1.0, 0, 1.0),
+        np.int32(0),
+        np.array((), np.int32),
+        None,
+    ).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < decoder.embed_VD.size * 4

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from stepwiser_jax.model.attention import plain_attend, segment_mask
-from stepwiser_jax.model.cpu import packed_attention, visible_blocks
+from stepwiser_jax.model.cpu import CPU, visible_blocks
 from stepwiser_jax.model.linear import linear
 from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
@@ -102,8 +102,9 @@ def test_rows_without_tokens_are_not_computed():
     assert (float(grads["weight"]), float(metrics["loss"])) == (used, 2.0 * used)
 
 
+@pytest.mark.parametrize("mask_of", [visible_blocks, segment_mask], ids=["long", "short"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
+def test_attention_on_cpu_is_the_plain_form(dtype, tolerance, mask_of):
     T, N, K, H = 400, 4, 2, 8
     rows = [
         [member(1, 0)] * 150 + [member(1, 1)] * 60 + [member(1, 2)] * 70 + [0] * 120,
@@ -114,8 +115,8 @@ def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
         + [member(2, 2)] * 90,
     ]
     segments = jnp.array(rows, jnp.int32)
-    blocks = visible_blocks(segments)
-    assert int(blocks.num_pairs_B[0]) < int(blocks.num_pairs_B[1]), "the rows have different pairs"
+    num_pairs_B = visible_blocks(segments).num_pairs_B
+    assert int(num_pairs_B[0]) < int(num_pairs_B[1]), "the rows have different pairs"
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (2, T, N, H))
     k, v = (jax.random.normal(key, (2, T, K, H)) for key in keys[1:3])
@@ -129,7 +130,7 @@ def test_visible_blocks_equal_the_whole_mask(dtype, tolerance):
 
     expected, grads = of(lambda *x: plain_attend(*x, segment_mask(segments)), (q, k, v))
     cast = [x.astype(dtype) for x in (q, k, v)]
-    found, found_grads = of(lambda *x: packed_attention(*x, blocks), cast)
+    found, found_grads = of(lambda *x: CPU.attend(*x, mask_of(segments)), cast)
     np.testing.assert_allclose(found, expected, rtol=10 * tolerance)
     for a, b in zip(grads, found_grads, strict=True):
         scale = float(jnp.max(jnp.abs(a)))

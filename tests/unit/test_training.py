@@ -1,11 +1,13 @@
 """Loaders, batches, the train step and checkpoints."""
 
+import functools
 import shutil
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -305,6 +307,27 @@ def test_norms_and_biases_do_not_decay():
     for path, variable in nnx.to_flat_state(nnx.state(updates)):
         moved = bool(jnp.any(variable.get_value() != 0))
         assert moved == (path[-1] in {"embed", "q", "k", "v", "o", "gate", "up", "down"}), path
+
+
+def test_an_update_clips_to_norm_1_in_place():
+    """The clipped gradients are not written to memory, where they take as much as the weights."""
+    model = Transformer(tiny_config("qwen2", vocab_size=4096), rngs=nnx.Rngs(0))
+    transform = make_optimizer(SETTINGS, SCHEDULE)
+    state = transform.init(model)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(model, state, grads):
+        updates, state = transform.update(grads, state, model)
+        return optax.apply_updates(model, updates), state
+
+    compiled = update.lower(model, state, model).compile()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * weights
+
+    for norm, clipped in ((0.5, 0.5), (4.0, 1.0)):
+        grads = jax.tree.map(lambda x, norm=norm: x * (norm / optax.tree.norm(model)), model)
+        _, (_, (adam, *_)) = transform.update(grads, state, model)
+        assert float(optax.tree.norm(adam.mu)) == pytest.approx(0.1 * clipped)  # 1 - B1
 
 
 def test_checkpoint_resumes_to_the_bit(tmp_path):
