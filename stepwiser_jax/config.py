@@ -40,7 +40,8 @@ from pydantic import (
 
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import check_run_file, nothing_at
+from stepwiser_jax.files import nothing_at
+from stepwiser_jax.manifest import check_run_file
 from stepwiser_jax.records import MAX_ROLLOUTS
 from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument

@@ -22,8 +22,8 @@ from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.files import atomic_write
 from stepwiser_jax.model.hf import non_finite, save_hf
-from stepwiser_jax.record_io import atomic_write
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress, say

@@ -7,7 +7,7 @@ from stepwiser_jax.config import load_config
 from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, StopReason
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages.rejection_sample import (
