@@ -23,12 +23,12 @@ import yaml
 from common import finished_quickstart
 
 from stepwiser_jax.config import Annotate
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.statistics import balanced_accuracy
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.labels import LABEL_RULES, Rule, load_rule
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages import annotate
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts

@@ -282,8 +282,8 @@ def transformers_generate(work: Work, verifier: Any) -> Callable[[str], dict[str
     import torch
     from transformers import AutoModelForCausalLM
 
-    from stepwiser_jax.distributed.loading import load_tokenizer_of
     from stepwiser_jax.rl.values import prefixes_to_sample
+    from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 
     torch.set_num_threads(1)
     dtype = getattr(torch, work.policy.get("dtype", "float32"))

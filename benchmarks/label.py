@@ -21,7 +21,8 @@ import numpy as np
 
 from stepwiser_jax import token_files
 from stepwiser_jax.config import Label
-from stepwiser_jax.record_io import stream_records, write_manifest, write_records
+from stepwiser_jax.record_io import stream_records, write_manifest
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import PrefixValue, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages import label
@@ -90,7 +91,11 @@ def main() -> None:
         make_runs(directory, args.trajectories, args.tokens, args.chunks)
         read, size = bytes_of_shard(directory / "rollouts", 3, 64)
         settings = {"rollouts": directory / "rollouts", "values": directory / "values"}
-        config = Label(**{k: str(path) for k, path in settings.items()}, tokenizer="arithmetic")
+        config = Label(
+            **{k: str(path) for k, path in settings.items()},
+            tokenizer="arithmetic",
+            prompt_style="bare",
+        )
         start, before = time.perf_counter(), time.process_time()
         summary = label.run(config, directory / "labels")
         found = {

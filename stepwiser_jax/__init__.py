@@ -46,7 +46,7 @@ _HOME = {
     "load_config": "config",
     "dump_config": "config",
     "read_records": "record_io",
-    "write_records": "record_io",
+    "write_records": "record_lines",
     "UserError": "errors",
     "Problem": "records",
     "Trajectory": "records",

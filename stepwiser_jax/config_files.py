@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import STAGE_CONFIGS, Config, OnResume, OwnJudge, Stage
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import check_run_file, nothing_at
+from stepwiser_jax.files import nothing_at
+from stepwiser_jax.manifest import check_run_file
 
 C = TypeVar("C", bound=Config)
 RUNS = "RUNS/"

@@ -1,4 +1,4 @@
-"""Reads and writes records, one JSON line each.
+"""Reads and writes the records of runs.
 
 A stage appends records to one JSONL part per process, and writes `manifest.json` last: no manifest
 means the run is not finished.
@@ -18,24 +18,26 @@ leaves the same bytes as an undisturbed one.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
 import heapq
 import json
 import os
-import socket
 import typing
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-
-from stepwiser_jax.checksums import seal_fits, sealed, sha256_of
+from stepwiser_jax.checksums import sealed, sha256_of
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.files import atomic_write
+from stepwiser_jax.manifest import MANIFEST, MANIFEST_FILES, check_promised, read_manifest
+from stepwiser_jax.record_lines import (
+    TrajectoryLine,
+    encode_line,
+    from_json,
+    read_lines,
+    write_records,
+)
 from stepwiser_jax.records import (
     ChunkedSolution,
     ChunkLabel,
@@ -54,13 +56,8 @@ from stepwiser_jax.records import (
     Trajectory,
     natural_key,
 )
-from stepwiser_jax.token_files import StoredTokens, TokenFile, TokenSpan, write_row
 
 R = TypeVar("R", bound=Record)
-
-MANIFEST = "manifest.json"
-MANIFEST_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
-"""Files of a run, other than records, whose checksums its manifest holds."""
 
 KIND: dict[type, str] = {
     Problem: "problems",
@@ -81,173 +78,72 @@ KIND: dict[type, str] = {
 """The folder of each record type in `<run_dir>/records`."""
 
 
-# --- one record <-> one line --------------------------------------------------------------------
-
-_to_json = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value, allow_nan=False
-).encode
+# --- what a finished run holds --------------------------------------------------------------------
 
 
-def to_json(record: Record) -> str:
-    """Returns the line of a record, without its end. Raises UserError if a number is not finite."""
-    try:
-        return _to_json(vars(record))
-    except ValueError:
-        raise UserError(
-            f"expected finite numbers in the {type(record).__name__} {record.record_id}, found "
-            "others: the model that made it overflows (compute_dtype float32 has more room)"
-        ) from None
+def read_records(path: str | Path, record_type: type[R]) -> list[R]:
+    """Returns the records of one type of a JSONL file, or of a finished run directory in id order.
+
+    Raises:
+        UserError: The path is missing, the run is not finished, a part does not match the manifest,
+            or the run holds no records of the type.
+    """
+    return list(stream_records(path, record_type))
 
 
-@functools.cache
-def _adapter(record_type: type) -> TypeAdapter[Any]:
-    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    return TypeAdapter(with_config(config)(record_type))
-
-
-def from_json(line: str | bytes, record_type: type[R]) -> R:
-    """Reads one line. Raises UserError that names each missing, unknown or mistyped field."""
-    try:
-        return _adapter(record_type).validate_json(line)
-    except ValidationError as error:
-        raise _refusal(error, record_type) from None
-
-
-def from_fields(fields: Any, record_type: type[R]) -> R:
-    """Returns the record with these fields, which are as `json` reads them. Raises UserError as
-    `from_json` does."""
-    check_text(text := json.dumps(fields, ensure_ascii=False, default=str))
-    return from_json(text, record_type)
-
-
-def _refusal(error: ValidationError, record_type: type) -> UserError:
-    """Returns the error that names the first three mistakes in one line."""
-    found = []
-    for one in error.errors(include_url=False):
-        if one["type"] == "json_invalid":
-            reason = one["msg"].removeprefix("Invalid JSON: ")
-            line = one["input"] if isinstance(one["input"], str) else one["input"].decode()
-            return UserError(f"expected one JSON object a line, found {line[:80]!r} ({reason})")
-        name = ".".join(map(str, one["loc"]))
-        given = "" if one["type"] == "missing" else f" (found {one['input']!r:.400})"
-        place = f"{record_type.__name__}.{name}: " if name else ""
-        found.append(f"{place}{one['msg'].removeprefix('Value error, ')}{given}")
-    return UserError("; ".join(found[:3]))
-
-
-def parse_json(line: str) -> Any:
-    """Returns the value of a line of JSON. Raises UserError if it is not JSON, or if it holds more
-    than can be read."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # also for integers of thousands of digits
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at column {error.colno}"
-        raise UserError(
-            f"expected one JSON object a line, found {line[:80]!r} ({reason})"
-        ) from None
-
-
-def check_text(text: str) -> None:
-    """Raises UserError for half of a surrogate pair, which no file and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        place = text[max(0, error.start - 20) : error.start + 20]
-        raise UserError(
-            f"expected text that UTF-8 can hold, found half of a surrogate pair in {place!r}"
-        ) from None
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file that replaces `path` when all of it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # such as a full disk: remove the half
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def write_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes one JSONL file completely or not at all, and the token arrays of trajectories beside
-    it. Keeps one record in memory at a time."""
+def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
+    """Yields what `read_records` returns, without keeping a run's records in memory."""
     path = Path(path)
-    with contextlib.ExitStack() as files:
-        lines = files.enter_context(replacing(path))  # entered first: it is replaced last
-        tokens = None
-        for record in records:
-            if tokens is None and isinstance(record, Trajectory):
-                tokens = files.enter_context(replacing(path.with_suffix(".tokens")))
-            lines.write(_line(record, tokens, path.with_suffix(".tokens").name))
+    if path.is_file():
+        yield from _without_duplicates({path: list(read_lines(path, record_type))})
+        return
+    parts = _promised_parts(path, record_type)
+    makers: set[str] = set()
+    last = None
+    streams = [read_lines(part, record_type) for part in parts]
+    for record in heapq.merge(*streams, key=_order) if len(parts) > 1 else streams[0]:
+        if record.record_id == last:
+            _refuse_duplicate({part: list(read_lines(part, record_type)) for part in parts})
+        last = record.record_id
+        makers |= _makers_of(record)
+        yield record
+    _check_makers(path, makers)
 
 
-def _line(record: Record, tokens: IO[bytes] | None, tokens_name: str) -> bytes:
-    """Returns a record's line. The arrays of a trajectory are appended to `tokens`."""
-    if not isinstance(record, Trajectory) or tokens is None:
-        return f"{to_json(record)}\n".encode()
-    span = write_row(tokens, tokens_name, record.tokens, record.record_id)
-    return f"{_to_json(vars(record) | {'tokens': span})}\n".encode()
+def _order(record: Record) -> Any:
+    return natural_key(record.record_id)
 
 
-@dataclass(frozen=True)
-class TrajectoryLine:
-    """The line of a trajectory: `tokens` says where its arrays are."""
-
-    trajectory_id: str
-    problem_id: str
-    policy_id: str
-    tokens: TokenSpan
-    chunk_ends: tuple[int, ...]
-    stop_reason: str
-    is_correct: bool
-
-
-def _lines(path: Path, record_type: type[R], *, growing: bool = False) -> Iterator[R]:
-    """Reads the records of a file one by one. With `growing`, another process may be writing the
-    last line. Raises UserError with the file and the line if a line is no record."""
-    token_file = functools.cache(lambda name: TokenFile(path.parent / name))
-
-    def decode(line: bytes) -> Any:
-        if record_type is not Trajectory:
-            return from_json(line, record_type)
-        fields = vars(from_json(line, TrajectoryLine))  # pyright: ignore[reportArgumentType]
-        span = fields["tokens"]
-        return Trajectory(**fields | {"tokens": StoredTokens(token_file(span.file), span)})
-
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if growing and not line.endswith(b"\n"):
-                return
-            try:
-                line.decode()
-                yield decode(line)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: expected UTF-8: {error}") from None
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+def _promised_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
+    """Returns the files with a finished run's records of one type. Raises UserError if the run is
+    not finished, if it holds none, or if a file does not match the manifest."""
+    run_dir, manifest = Path(run_dir), read_manifest(run_dir)
+    kind = KIND[record_type]
+    if kind not in manifest["records"]:
+        held = sorted(manifest["records"]) or "no records"
+        raise UserError(
+            f"{run_dir} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
+        )
+    parts = {part["path"]: part["sha256"] for part in manifest["records"][kind]["parts"]}
+    for name, digest in parts.items():
+        check_promised(run_dir, name, digest)
+    return [run_dir / name for name in parts]
 
 
-def read_jsonl(path: Path, record_type: type[R], *, growing: bool = False) -> list[R]:
-    """Returns one record for each line. Raises UserError with the file and the lines if a line is
-    no record or an id occurs twice."""
-    return _without_duplicates({path: list(_lines(path, record_type, growing=growing))})
+def _makers_of(record: Record) -> set[str]:
+    """Returns the ids of the models that made this record, as far as it names them."""
+    fields = vars(record)
+    return {fields[name] for name in ("policy_id", "judge_id") if name in fields}
+
+
+def _check_makers(where: Path, makers: set[str]) -> None:
+    """Raises UserError if records of one type and run come from several models. That is so if a
+    model was replaced during the run."""
+    if len(makers) > 1:
+        raise UserError(
+            f"{where}: expected records of one model, found those of {sorted(makers)}: put the "
+            "model back that began the run, or begin again in a new run directory"
+        )
 
 
 def _without_duplicates(of_file: Mapping[Path, Sequence[R]]) -> list[R]:
@@ -272,179 +168,30 @@ def _refuse_duplicate(of_file: Mapping[Path, Sequence[Record]]) -> NoReturn:
     raise AssertionError("no id is there twice")
 
 
-def read_records(path: str | Path, record_type: type[R]) -> list[R]:
-    """Returns the records of one type of a JSONL file, or of a finished run directory in id order.
-
-    Raises:
-        UserError: The path is missing, the run is not finished, a part does not match the manifest,
-            or the run holds no records of the type.
-    """
-    return list(stream_records(path, record_type))
-
-
-def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
-    """Yields what `read_records` returns, without keeping a run's records in memory."""
-    path = Path(path)
-    if path.is_file():
-        yield from read_jsonl(path, record_type)
-        return
-    parts = read_parts(path, record_type)
-    makers: set[str] = set()
-    last = None
-    streams = [_lines(part, record_type) for part in parts]
-    for record in heapq.merge(*streams, key=_order) if len(parts) > 1 else streams[0]:
-        if record.record_id == last:
-            _refuse_duplicate({part: list(_lines(part, record_type)) for part in parts})
-        last = record.record_id
-        makers |= makers_of(record)
-        yield record
-    check_makers(path, makers)
-
-
-def _order(record: Record) -> Any:
-    return natural_key(record.record_id)
-
-
-def read_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path]:
-    """Returns the files with a finished run's records of one type. Raises UserError if the run is
-    not finished, if it holds none, or if a file does not match the manifest."""
-    run_dir, manifest = Path(run_dir), read_manifest(run_dir)
-    kind = KIND[record_type]
-    if kind not in manifest["records"]:
-        held = sorted(manifest["records"]) or "no records"
-        raise UserError(
-            f"{run_dir} is a run of stage '{manifest['stage']}' and holds {held}, not {kind}"
-        )
-    parts = {part["path"]: part["sha256"] for part in manifest["records"][kind]["parts"]}
-    for name, digest in parts.items():
-        _check_promised(run_dir, name, digest)
-    return [run_dir / name for name in parts]
-
-
-def check_run_file(run_dir: Path, name: str) -> None:
-    """Raises UserError if a file of `MANIFEST_FILES` does not match the run's manifest. A run that
-    is not finished has no manifest and is not checked."""
-    if not (run_dir / MANIFEST).is_file():
-        return
-    files = read_manifest(run_dir).get("files", {})
-    if name in files:
-        _check_promised(run_dir, name, files[name])
-
-
-def check_finished(run_dir: Path) -> None:
-    """Raises UserError if any file of a finished run does not match its manifest."""
-    for name, digest in _promises(read_manifest(run_dir)):
-        _check_promised(run_dir, name, digest)
-
-
-def _promises(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns name and checksum of every file that a manifest names."""
-    parts = [part for kind in manifest["records"].values() for part in kind["parts"]]
-    tokens = [part["tokens"] for part in parts if "tokens" in part]
-    of_parts = [(part["path"], part["sha256"]) for part in (*parts, *tokens)]
-    return [*of_parts, *manifest.get("files", {}).items()]
-
-
-_WITHOUT_A_COPY = {
-    "config.yaml": "write it again: with --dry-run and a new --run-dir beside this one, the "
-    "command that made the run prints it",
-    "metrics.jsonl": f"delete {MANIFEST} and repeat the command that made the run: it names a line "
-    "that cannot be read",
-}
-"""What to do about a file that the run cannot make again."""
-
-
-def _check_promised(run_dir: Path, name: str, digest: str) -> None:
-    file = run_dir / name
-    if not file.is_file() or sha256_of(file) != digest:
-        make_again = (
-            f"delete it and {MANIFEST}, and repeat the command that made the run: it makes again "
-            "what is missing"
-        )
-        raise UserError(
-            f"{file} is missing or is not the file that {run_dir / MANIFEST} names: put it back. "
-            f"If there is no copy, {_WITHOUT_A_COPY.get(name, make_again)}"
-        )
-
-
-def nothing_at(path: str | Path) -> str:
-    """Returns the text of an error about a missing path, with the closest name beside it."""
-    path = Path(path)
-    text = f"nothing at {path}" + ("" if path.is_absolute() else f" (in {Path.cwd()})")
-    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return text + (f"; did you mean {path.parent / close[0]}?" if close else "")
-
-
-def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """Returns the manifest of a finished run. Raises UserError if it is missing or damaged."""
-    run_dir = Path(run_dir)
-    manifest = run_dir / MANIFEST
-    if manifest.is_file():
-        fields = _read_json(manifest)
-        if not _is_manifest(fields):
-            raise UserError(
-                f"{manifest} is damaged: put it back, or delete it and repeat the command that "
-                "made the run: it writes the file again"
-            )
-        return fields
-    if (run_dir / "config.yaml").is_file():
-        raise UserError(
-            f"{run_dir} is not finished (it has no manifest.json): resume it with the command that "
-            "started it, then run this one again"
-        )
-    raise UserError(f"expected a file or a finished run directory, found {nothing_at(run_dir)}")
-
-
-def read_run_json(run_dir: Path, name: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of a finished run. Raises UserError if it is damaged or
-    missing."""
-    check_run_file(run_dir, name)
-    fields = _read_json(run_dir / name) if (run_dir / name).is_file() else None
-    if not isinstance(fields, dict):
-        raise UserError(
-            f"expected a JSON object in {run_dir / name}, found none: put the file back, or delete "
-            f"{MANIFEST} and repeat the command that made the run"
-        )
-    return fields
-
-
-def _read_json(file: Path) -> Any:
-    """Returns the content of a JSON file, None if it is not JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_manifest(fields: Any) -> bool:
-    known = {"stage", "config_digest", "records", "files", "sha256"}
-    if not isinstance(fields, dict) or not {"stage", "records"} <= set(fields) <= known:
-        return False
-    try:
-        promises = _promises(fields)
-    except (TypeError, KeyError, AttributeError):
-        return False
-    are_texts = all(isinstance(text, str) for promise in promises for text in promise)  # pyright: ignore[reportUnnecessaryIsInstance]
-    return are_texts and isinstance(fields["stage"], str) and seal_fits(fields)
+# --- while a run grows ----------------------------------------------------------------------------
 
 
 def stream_written(run_dir: Path, record_type: type[R]) -> Iterator[R]:
     """Yields what all writers of a run, finished or not, have written so far, part by part."""
-    for part in sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl")):
-        _check_growing(part)
-        yield from _lines(part, record_type, growing=True)
+    for part in _growing_parts(run_dir, record_type):
+        yield from read_lines(part, record_type, growing=True)
 
 
 def read_written(run_dir: Path, record_type: type[R]) -> list[R]:
     """Returns what all writers of a run, finished or not, have written so far. Raises UserError for
     an id that occurs twice."""
-    parts = sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl"))
-    for part in parts:
-        _check_growing(part)
+    parts = _growing_parts(run_dir, record_type)
     return _without_duplicates(
-        {part: list(_lines(part, record_type, growing=True)) for part in parts}
+        {part: list(read_lines(part, record_type, growing=True)) for part in parts}
     )
+
+
+def _growing_parts(run_dir: Path, record_type: type[Record]) -> Iterator[Path]:
+    """Yields the files of one type in a run, finished or not. Raises UserError at one that does not
+    hold what was written."""
+    for part in sorted((run_dir / "records" / KIND[record_type]).glob("part-*.jsonl")):
+        _check_growing(part)
+        yield part
 
 
 def _sum_of_growing(part: Path) -> Path:
@@ -478,22 +225,6 @@ def _crc32(file: Path, size: int) -> int:
     return crc
 
 
-def makers_of(record: Record) -> set[str]:
-    """Returns the ids of the models that made this record, as far as it names them."""
-    fields = vars(record)
-    return {fields[name] for name in ("policy_id", "judge_id") if name in fields}
-
-
-def check_makers(where: Path, makers: set[str]) -> None:
-    """Raises UserError if records of one type and run come from several models. That is so if a
-    model was replaced during the run."""
-    if len(makers) > 1:
-        raise UserError(
-            f"{where}: expected records of one model, found those of {sorted(makers)}: put the "
-            "model back that began the run, or begin again in a new run directory"
-        )
-
-
 class RecordWriter(typing.Generic[R]):
     """Appends records of one type to one part, and skips ids that any part has already.
 
@@ -510,7 +241,7 @@ class RecordWriter(typing.Generic[R]):
         _drop_half_written_line(self.path)
         written = self.read()
         self.done = {record.record_id for record in written}
-        self._makers = set().union(*map(makers_of, written))
+        self._makers = set().union(*map(_makers_of, written))
         self._tokens = _open_growing_tokens(self.path) if record_type is Trajectory else None
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
         self._size = self.path.stat().st_size
@@ -525,10 +256,10 @@ class RecordWriter(typing.Generic[R]):
         """Writes the records whose ids are new, and waits until they are on disk. Raises UserError
         if they are not by the model that made those before them."""
         new = [record for record in records if record.record_id not in self.done]
-        self._makers = self._makers.union(*map(makers_of, new))
-        check_makers(self.run_dir, self._makers)
+        self._makers = self._makers.union(*map(_makers_of, new))
+        _check_makers(self.run_dir, self._makers)
         name = _growing_tokens(self.path).name
-        lines = b"".join(_line(record, self._tokens, name) for record in new)
+        lines = b"".join(encode_line(record, self._tokens, name) for record in new)
         if self._tokens is not None:  # first, so that no line names bytes that are not there
             self._tokens.flush()
             os.fsync(self._tokens.fileno())
@@ -563,11 +294,14 @@ def _open_growing_tokens(part: Path) -> IO[bytes]:
     file = _growing_tokens(part)
     file.touch()
     with open(part, "rb") as lines:
-        spans = [from_json(line, TrajectoryLine).tokens for line in lines]  # pyright: ignore
+        spans = [from_json(line, TrajectoryLine).tokens for line in lines]
     end = max((span.end for span in spans if span.file == file.name), default=0)
     if file.stat().st_size > end:
         os.truncate(file, end)
     return open(file, "ab")
+
+
+# --- when a run is finished -----------------------------------------------------------------------
 
 
 def write_manifest(
@@ -578,8 +312,8 @@ def write_manifest(
     records = {}
     for record_type in record_types:
         kind = KIND[record_type]
-        paths = sorted((run_dir / "records" / kind).glob("part-*.jsonl"))
-        parts = [_finish_part(path, record_type, run_dir) for path in paths]
+        growing = _growing_parts(run_dir, record_type)
+        parts = [_finish_part(path, record_type, run_dir) for path in growing]
         parts = [part for part in parts if part["count"]] or parts[:1]
         records[kind] = {"count": sum(part["count"] for part in parts), "parts": parts}
     files = {
@@ -598,15 +332,14 @@ def write_manifest(
 
 def _finish_part(path: Path, record_type: type[Record], run_dir: Path) -> dict[str, Any]:
     """Puts a part in id order and returns its entry in the manifest."""
-    _check_growing(path)
-    keys = (natural_key(record.record_id) for record in _lines(path, record_type))
+    keys = (natural_key(record.record_id) for record in read_lines(path, record_type))
     is_sorted, count = True, 0
     previous: Any = ()
     for key in keys:
         is_sorted, count, previous = is_sorted and previous <= key, count + 1, key
     _sum_of_growing(path).unlink(missing_ok=True)  # the order changes now
     if record_type is Trajectory or not is_sorted:
-        write_records(path, sorted(_lines(path, record_type), key=_order))
+        write_records(path, sorted(read_lines(path, record_type), key=_order))
         _growing_tokens(path).unlink(missing_ok=True)  # now no line names it
 
     def entry(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The records that stages hand to one another.
 
 A record is a frozen dataclass. Its fields are str, int, float, bool and tuples, and None if a field
-allows it. `record_io.py` says how records lie on disk.
+allows it. `record_lines.py` writes each as a line, `record_io.py` keeps those of a run.
 """
 
 from __future__ import annotations
@@ -512,9 +512,12 @@ Record = (
 )
 
 
+_split_at_numbers = re.compile("0*([0-9]+)").split
+
+
 def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
     """Returns a sort key that puts `p#2` before `p#10`."""
-    parts = re.split(r"0*([0-9]+)", record_id)  # texts, and between them numbers
+    parts = _split_at_numbers(record_id)  # texts, and between them numbers
     return tuple(
-        (0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part
+        [(0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part]
     )

@@ -22,12 +22,13 @@ from stepwiser_jax.commands.results import judgment_text
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_files import validate
 from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.judgments import describe_judgment, example_judgments
 from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
-from stepwiser_jax.record_io import atomic_write, read_records
+from stepwiser_jax.files import atomic_write
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 

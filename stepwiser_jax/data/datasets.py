@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stepwiser_jax.data.rows import OnMalformed, Rows, Split, columns_of, parse_rows, read_rows
 from stepwiser_jax.data.step_formats import (
@@ -25,7 +25,8 @@ from stepwiser_jax.data.step_formats import (
     to_processbench_items,
 )
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import from_fields, read_records
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.record_lines import from_fields
 from stepwiser_jax.records import (
     BenchmarkItem,
     ClassifierExample,
@@ -34,6 +35,8 @@ from stepwiser_jax.records import (
     Problem,
 )
 from stepwiser_jax.tasks.mathematics import extract_answer
+
+Example = TypeVar("Example", JudgeExample, ClassifierExample)
 
 USED_COLUMNS = {"problem_id", "question", "problem", "answer", "solution", "source", "messages"}
 """Columns of a problem's row that are not kept in `Problem.extra`."""
@@ -204,18 +207,8 @@ def load_judge_examples(
     """Returns the JudgeExample records of a file or a finished `label` run, or the labelled steps
     of others' solutions (`data.step_formats`), of all splits of a hub data set. Rows of PRM800K
     whose labeller found the problem itself wrong give none."""
-    if Path(source).is_dir():
-        return read_records(source, JudgeExample)
-    part = _name(source, None)
-
-    def parse(row: Any, number: int) -> list[JudgeExample]:
-        row = columns_of(row)
-        if "example_id" in row:
-            return [from_fields(row, JudgeExample)]
-        solutions = _solutions(row, f"{part}/{number:06d}", dropped)
-        return list(to_judge_examples(_of_sound_problems(solutions, dropped)))
-
-    return parse_rows(read_rows(source), parse, on_malformed=on_malformed, dropped=dropped)
+    kind = (JudgeExample, "example_id", to_judge_examples)
+    return _load_examples(source, *kind, on_malformed=on_malformed, dropped=dropped)
 
 
 def load_classifier_examples(
@@ -223,16 +216,31 @@ def load_classifier_examples(
 ) -> list[ClassifierExample]:
     """Returns the ClassifierExample records of a file or a finished `label` run, or others'
     solutions, as `load_judge_examples` reads them."""
+    kind = (ClassifierExample, "labelled", to_classifier_examples)
+    return _load_examples(source, *kind, on_malformed=on_malformed, dropped=dropped)
+
+
+def _load_examples(
+    source: str,
+    record_type: type[Example],
+    column: str,
+    to_examples: Callable[[Iterable[LabelledSolution]], Iterable[Example]],
+    *,
+    on_malformed: OnMalformed,
+    dropped: Counter[str] | None,
+) -> list[Example]:
+    """Returns the records of a run or a file, whose rows have this column, or makes them of others'
+    solutions."""
     if Path(source).is_dir():
-        return read_records(source, ClassifierExample)
+        return read_records(source, record_type)
     part = _name(source, None)
 
-    def parse(row: Any, number: int) -> list[ClassifierExample]:
+    def parse(row: Any, number: int) -> list[Example]:
         row = columns_of(row)
-        if "labelled" in row:
-            return [from_fields(row, ClassifierExample)]
+        if column in row:
+            return [from_fields(row, record_type)]
         solutions = _solutions(row, f"{part}/{number:06d}", dropped)
-        return list(to_classifier_examples(_of_sound_problems(solutions, dropped)))
+        return list(to_examples(_of_sound_problems(solutions, dropped)))
 
     return parse_rows(read_rows(source), parse, on_malformed=on_malformed, dropped=dropped)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from stepwiser_jax import plugins
 from stepwiser_jax.config import DataSource
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import KIND, read_manifest, read_records
+from stepwiser_jax.manifest import read_manifest
+from stepwiser_jax.record_io import KIND, read_records
 from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
 from stepwiser_jax.tasks.arithmetic_demonstrations import EXAMPLES
 from stepwiser_jax.text.chunking import join_tagged

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import nothing_at
+from stepwiser_jax.files import nothing_at
 
 
 def local_directory(path_or_id: str, patterns: Sequence[str]) -> Path:

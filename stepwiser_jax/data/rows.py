@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import check_text, nothing_at, parse_json, to_json
+from stepwiser_jax.files import nothing_at
+from stepwiser_jax.record_lines import check_text, parse_json, to_json
 from stepwiser_jax.records import Record
 
 N = TypeVar("N", int, str)

@@ -25,7 +25,8 @@ from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subs
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
 from stepwiser_jax.judges.base import vote_suffixes
-from stepwiser_jax.record_io import read_manifest, read_records
+from stepwiser_jax.manifest import read_manifest
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem
 
 

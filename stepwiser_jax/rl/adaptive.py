@@ -39,7 +39,8 @@ class LabelTable:
 
     def likeliest(self, q: tuple[int, int], v: tuple[int, int]) -> Label:
         """Returns the label of the chunk between partial counts v (before it) and q (with it)."""
-        return LABELS[int(np.argmax(self._probabilities(q, v)))]
+        probabilities = self._probabilities(q, v)
+        return LABELS[probabilities.index(max(probabilities))]
 
     def is_known(self, q: tuple[int, int], v: tuple[int, int], confidence: float) -> bool:
         """Returns whether one label has at least this probability, or at confidence 1, whether no

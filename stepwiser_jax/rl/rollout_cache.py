@@ -24,7 +24,7 @@ import numpy as np
 
 from stepwiser_jax.checksums import sha256_of
 from stepwiser_jax.distributed import hosts
-from stepwiser_jax.record_io import replacing
+from stepwiser_jax.files import replacing
 
 
 class SampledRow(NamedTuple):

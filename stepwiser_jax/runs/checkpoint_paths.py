@@ -12,7 +12,8 @@ from pathlib import Path
 
 from stepwiser_jax.checksums import check_files, read_checksums
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import nothing_at, read_manifest
+from stepwiser_jax.files import nothing_at
+from stepwiser_jax.manifest import read_manifest
 from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer

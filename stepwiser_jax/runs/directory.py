@@ -38,16 +38,9 @@ from stepwiser_jax.config_files import (
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import (
-    KIND,
-    MANIFEST,
-    RecordWriter,
-    atomic_write,
-    check_finished,
-    read_run_json,
-    stream_written,
-    write_manifest,
-)
+from stepwiser_jax.files import atomic_write
+from stepwiser_jax.manifest import MANIFEST, check_finished, read_run_json
+from stepwiser_jax.record_io import KIND, RecordWriter, stream_written, write_manifest
 from stepwiser_jax.records import Dialogue, Record, SftExample
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.metrics import Metrics

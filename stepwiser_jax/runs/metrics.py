@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import atomic_write
+from stepwiser_jax.files import atomic_write
 
 TIMING_FIELDS = ("time", "seconds")
 """Fields of a line of metrics.jsonl that differ when a run is repeated: when the line was written

@@ -23,7 +23,6 @@ import numpy as np
 from stepwiser_jax.config import ChunkSolutions, TeacherModel, TeacherRule, TeacherServer
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
@@ -31,6 +30,7 @@ from stepwiser_jax.inference.remote import RemoteEngine
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import ChunkedSolution, Problem, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.text.chunking import (
     ProposalOutcome,
     majority_chunking,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def examples(
     ids = {label.record_id for label in chosen}
     for trajectory_id, group in groupby(labels, lambda label: label.trajectory_id):
         trajectory, of_one = trajectories[trajectory_id], list(group)
+        trajectory = replace(trajectory, tokens=trajectory.tokens.read())  # once, not per chunk
         question = problems[trajectory.problem_id].question
         solution = classifier_example(of_one, trajectory, question, tokenizer)
         yield (

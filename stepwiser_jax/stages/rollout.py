@@ -21,12 +21,12 @@ import numpy as np
 from stepwiser_jax.config import Rollout
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.statistics import accuracy, right_by_problem
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.records import Problem, Tokens, Trajectory
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.chunks import (
     CHUNK_CLOSE,

@@ -22,12 +22,12 @@ from stepwiser_jax.config import SelectResponses
 from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Problem, Selection, Trajectory, natural_key
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.search.selection import Candidates, find_candidates, select
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, end_patterns
 from stepwiser_jax.text.tokenizer import Tokenizer

@@ -105,8 +105,10 @@ TokenIds = Sequence[int] | np.ndarray
 
 def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
     """Returns the text of a completion without its end token."""
-    ends = tokenizer.eos_ids
-    return tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in ends])
+    listed, ends = np.asarray(ids).tolist(), frozenset(tokenizer.eos_ids)
+    if not ends.isdisjoint(listed):  # it is quicker to ask first
+        listed = [i for i in listed if i not in ends]
+    return tokenizer.decode(listed)
 
 
 class HuggingFaceTokenizer:
@@ -173,9 +175,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.known_ids)  # the library drops unknown ids silently
-        return self._hf.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        # What `self._hf.decode` calls, after it has looked at every id and before it cleans up.
+        return self._hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True

@@ -13,7 +13,7 @@ from stepwiser_jax.checksums import check_files, read_checksums, write_checksums
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import atomic_write
+from stepwiser_jax.files import atomic_write
 
 
 def write_template(template: Path, loaded: Loaded) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.record_io import read_records, write_records
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ClassifierExample, Judgment
 
 from .conftest import CONFIGS

@@ -7,7 +7,8 @@ import pytest
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.judges.genprm.form import BARE
-from stepwiser_jax.record_io import RecordWriter, read_records, write_records
+from stepwiser_jax.record_io import RecordWriter, read_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import (
     ClassifierExample,
     Dialogue,

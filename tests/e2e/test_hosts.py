@@ -16,7 +16,8 @@ import pytest
 from devices import xla_flags
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.distributed.hosts import SILENCE_SECONDS
-from stepwiser_jax.record_io import read_records, write_records
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import (
     JudgeExample,
     Judgment,

@@ -15,7 +15,7 @@ from stepwiser_jax.distributed.loading import load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import JudgeExample, SftExample
 from stepwiser_jax.rl.rewards import judge_reward
 from stepwiser_jax.stages import sft, train_judge

@@ -28,7 +28,7 @@ from stepwiser_jax.judges.classifier import (
 from stepwiser_jax.model.config import ARCHITECTURES, ModelConfig
 from stepwiser_jax.model.hf import save_hf, tensors_by_name
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ClassifierExample, ProcessBenchItem
 from stepwiser_jax.stages import train_classifier
 from stepwiser_jax.text.tokenizer import unknown_ids

@@ -13,7 +13,7 @@ from stepwiser_jax.commands.results import print_summary
 from stepwiser_jax.config import Label
 from stepwiser_jax.evaluation.judgments import example_judgments
 from stepwiser_jax.evaluation.processbench import score_by_subset
-from stepwiser_jax.record_io import nothing_at
+from stepwiser_jax.files import nothing_at
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, Verdict
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import stop

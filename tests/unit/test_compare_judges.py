@@ -9,7 +9,8 @@ import yaml
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.evaluation.processbench import processbench_f1
-from stepwiser_jax.record_io import read_records, write_manifest, write_records
+from stepwiser_jax.record_io import read_records, write_manifest
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import Judgment, Verdict
 
 LABELS = [2, 1, -1, -1, 0, -1]

@@ -10,10 +10,10 @@ from stepwiser_jax.config import DataSource, Mesh
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.problems import read_problems
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import JudgeExample, Problem
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages import train_judge
 

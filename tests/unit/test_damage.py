@@ -19,25 +19,17 @@ from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
 from stepwiser_jax.config import Label
 from stepwiser_jax.config_files import load_config, read_run_settings, read_settings
 from stepwiser_jax.distributed.hosts import Shard
-from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
+from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.manifest import check_finished, check_run_file, read_manifest, read_run_json
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import save_hf
-from stepwiser_jax.record_io import (
-    RecordWriter,
-    check_finished,
-    check_run_file,
-    from_json,
-    read_manifest,
-    read_records,
-    read_run_json,
-    to_json,
-    write_manifest,
-    write_records,
-)
+from stepwiser_jax.record_io import RecordWriter, read_records, write_manifest
+from stepwiser_jax.record_lines import from_json, to_json, write_records
 from stepwiser_jax.records import PrefixValue, Problem, Tokens, Trajectory
 from stepwiser_jax.runs import directory as run_module
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.step import TrainState

@@ -12,7 +12,7 @@ from stepwiser_jax.data.datasets import (
     load_solutions,
 )
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import JudgeExample
 
 ITEM = {

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from stepwiser_jax.config import ChunkSolutions
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages.chunk_solutions import make_proposer
 from stepwiser_jax.text.tokenizer import load_tokenizer
 

@@ -32,7 +32,7 @@ from stepwiser_jax.model.lora import (
     with_trainable,
 )
 from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import JudgeExample
 from stepwiser_jax.training.batches import TokenBatch
 from stepwiser_jax.training.checkpoint import Checkpointer

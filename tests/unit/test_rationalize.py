@@ -9,7 +9,7 @@ from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.judges.writer import Writer
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages.rejection_sample import (

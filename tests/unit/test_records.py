@@ -1,31 +1,37 @@
 """Records on disk: nothing is lost, nothing is half-written, unfinished input is refused."""
 
 import json
+import math
 import time
 from datetime import UTC, datetime
+from typing import get_args
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stepwiser_jax.runs.directory as run_module
 from stepwiser_jax import __version__
 from stepwiser_jax.config import Evaluate, Label, Sft
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import (
-    RecordWriter,
-    from_json,
-    read_records,
-    read_written,
-    to_json,
-    write_manifest,
-    write_records,
-)
+from stepwiser_jax.record_io import RecordWriter, read_records, read_written, write_manifest
+from stepwiser_jax.record_lines import from_json, to_json, write_records
 from stepwiser_jax.records import (
+    MAX_ROLLOUTS,
     ChunkLabel,
+    ClassifierExample,
     Judgment,
     LabelledSolution,
+    PrefixValue,
     Problem,
+    ProcessBenchItem,
+    Record,
+    SearchResult,
+    Selection,
+    Tokens,
+    Trajectory,
     Verdict,
     natural_key,
 )
@@ -37,13 +43,125 @@ from tiny import logged
 PROBLEMS = [Problem(f"p#{i}", f"What is {i} → {i}?", str(i), "test") for i in (0, 2, 10, 1)]
 
 
-def test_every_kind_of_field_survives():
-    records = [
-        Judgment("p#0/1", "m", "\\boxed{Positive}\n", Verdict.POSITIVE, 1.0, 0.0),
-        LabelledSolution("s#0", "s", "x", "1+1?", None, ("2", "3"), (0.5, None), True, 0, 0.25),
-    ]
-    for record in records:
-        assert from_json(to_json(record), type(record)) == record
+def share():
+    return st.floats(0, 1)
+
+
+def count():
+    return st.integers(min_value=0)
+
+
+def number():
+    return st.floats(allow_nan=False, allow_infinity=False)
+
+
+def tuples(elements, **size):
+    return st.lists(elements, **size).map(tuple)
+
+
+def json_values():
+    leaves = st.none() | st.booleans() | st.integers() | number() | st.text()
+    nested = lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)  # noqa: E731
+    return st.recursive(leaves, nested, max_leaves=5)
+
+
+@st.composite
+def prefix_values(draw):
+    right, sampled, most = sorted(draw(st.tuples(*[st.integers(1, MAX_ROLLOUTS)] * 3)))
+    return PrefixValue(draw(st.text()), draw(count()), sampled, right, most, draw(st.text()))
+
+
+@st.composite
+def classifier_examples(draw):
+    chunks = draw(tuples(st.text(), min_size=1))
+    labelled = tuple(sorted(draw(st.sets(st.integers(0, len(chunks) - 1), min_size=1))))
+    size = {"min_size": len(labelled), "max_size": len(labelled)}
+    signs, values = draw(tuples(st.booleans(), **size)), draw(tuples(share(), **size))
+    texts = draw(st.tuples(st.text(), st.text(), st.text()))
+    return ClassifierExample(*texts, chunks, labelled, signs, values)
+
+
+@st.composite
+def processbench_items(draw):
+    steps = draw(tuples(st.text()))
+    first_error = draw(st.integers(-1, len(steps) - 1))
+    texts = draw(st.tuples(st.text(), st.text(), st.text()))
+    return ProcessBenchItem(*texts, steps, first_error, draw(st.booleans()))
+
+
+@st.composite
+def selections(draw):
+    candidates = draw(tuples(st.text(), min_size=1))
+    scores = draw(st.just(()) | tuples(number(), min_size=len(candidates)))[: len(candidates)]
+    texts = [draw(st.sampled_from(candidates)), *draw(st.tuples(*[st.text()] * 3))]
+    signs = draw(st.tuples(st.booleans(), st.booleans()))
+    return Selection(*texts, *signs, candidates, scores, draw(count()))
+
+
+COUNTS = "accepted_tokens rejected_tokens judge_tokens forced_chunks scoring_tokens".split()
+ANY = {
+    PrefixValue: prefix_values(),
+    ClassifierExample: classifier_examples(),
+    ProcessBenchItem: processbench_items(),
+    Selection: selections(),
+    Problem: st.builds(Problem, extra=st.dictionaries(st.text(), json_values())),
+    ChunkLabel: st.builds(ChunkLabel, chunk_index=count(), q=share(), v=share()),
+    Judgment: st.builds(Judgment, p_positive=share(), reward=number()),
+    LabelledSolution: st.builds(
+        LabelledSolution,
+        labels=tuples(st.none() | number()),
+        shared_steps=st.integers(),
+        question_value=st.none() | number(),
+        final_answer_correct=st.none() | st.booleans(),
+        finish_reason=st.none() | st.text(),
+    ),
+    SearchResult: st.builds(
+        SearchResult, chunk_scores=tuples(number()), **dict.fromkeys(COUNTS, count())
+    ),
+}
+"""Types whose fields are not free."""
+
+
+@pytest.mark.parametrize("record_type", [t for t in get_args(Record) if t is not Trajectory])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_record_is_the_same_after_its_line(record_type, data):
+    record = data.draw(ANY.get(record_type, st.builds(record_type)))
+    line = to_json(record)
+    assert "\n" not in line and from_json(line.encode(), record_type) == record
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_neither_written_nor_read(value):
+    judgment = Judgment("p#0/1", "m", "text", Verdict.POSITIVE, 1.0, value)
+    with pytest.raises(UserError, match="expected finite numbers in the Judgment p#0/1"):
+        to_json(judgment)
+    line = json.dumps(vars(judgment), default=lambda verdict: verdict.value)
+    with pytest.raises(UserError, match=r"Judgment\.reward: .*finite number"):
+        from_json(line, Judgment)
+
+
+@st.composite
+def trajectories(draw):
+    ids = st.integers(0, 2**31 - 1)
+    prompt, completion = draw(tuples(ids)), draw(tuples(ids))
+    logprob = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    logprobs = [draw(logprob) for _ in completion]
+    length, inner = len(completion), draw(st.sets(st.integers(1, 9)))
+    ends = sorted({end for end in inner if end < length} | {length})
+    texts, right = draw(st.tuples(*[st.text()] * 4)), draw(st.booleans())
+    return Trajectory(
+        *texts[:3], Tokens(prompt, completion, logprobs), tuple(ends), texts[3], right
+    )
+
+
+@settings(max_examples=10)
+@given(st.lists(trajectories(), max_size=4, unique_by=lambda t: t.trajectory_id))
+def test_any_trajectories_are_the_same_after_their_files(tmp_path_factory, records):
+    file = tmp_path_factory.mktemp("run") / "trajectories.jsonl"
+    write_records(file, records)
+    assert file.with_suffix(".tokens").exists() == bool(records)
+    assert read_records(file, Trajectory) == records
 
 
 @pytest.mark.parametrize(
@@ -402,8 +520,3 @@ def test_a_search_goes_on_with_longer_rows_of_a_classifier(tmp_path, request):
     directory("judge.max_length=96", "judge.rows=32").create()
     with pytest.raises(UserError, match=r"differs in judge.threshold: None -> 0.6: name a new"):
         directory("judge.max_length=96", "judge.threshold=0.6")
-
-
-def test_write_records_round_trip(tmp_path):
-    write_records(tmp_path / "x" / "problems.jsonl", PROBLEMS)
-    assert read_records(tmp_path / "x" / "problems.jsonl", Problem) == PROBLEMS

@@ -13,7 +13,8 @@ from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, StopReason
-from stepwiser_jax.record_io import read_records, write_manifest, write_records
+from stepwiser_jax.record_io import read_records, write_manifest
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ChunkedSolution, Problem, Tokens, Trajectory
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import stop

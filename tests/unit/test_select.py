@@ -9,7 +9,8 @@ from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.base import ChunkJudgment
-from stepwiser_jax.record_io import read_records, write_manifest, write_records
+from stepwiser_jax.record_io import read_records, write_manifest
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import Problem, Selection, Tokens, Trajectory, Verdict
 from stepwiser_jax.stages import select_responses
 from stepwiser_jax.tasks import arithmetic

@@ -12,7 +12,7 @@ from stepwiser_jax.config import Label
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import param_hash
-from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
+from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -32,6 +32,7 @@ from stepwiser_jax.rl.grpo import add_old_and_reference_logprobs, completion_log
 from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.values import estimate_prefix_values
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.stages import train_judge

@@ -12,7 +12,7 @@ from tensorboardX.record_writer import RecordWriter as EventFile
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import read_manifest
+from stepwiser_jax.manifest import read_manifest
 from stepwiser_jax.records import Problem
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.directory import RunDirectory, blocks

@@ -30,7 +30,7 @@ from stepwiser_jax.commands.quickstart import (
     shared_settings,
 )
 from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.record_io import read_run_json
+from stepwiser_jax.manifest import read_run_json
 from stepwiser_jax.tasks import arithmetic
 
 CHAIN = 416

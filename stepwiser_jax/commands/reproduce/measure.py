@@ -36,7 +36,9 @@ from stepwiser_jax.config import STAGE_CONFIGS, Search
 from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.evaluation.paired import compare_runs
 from stepwiser_jax.evaluation.statistics import paired_bootstrap, right_by_problem
-from stepwiser_jax.record_io import atomic_write, check_run_file, read_records
+from stepwiser_jax.files import atomic_write
+from stepwiser_jax.manifest import check_run_file
+from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import SearchResult, Trajectory
 from stepwiser_jax.runs.metrics import read_metrics
 from stepwiser_jax.search.report import solved_by_method

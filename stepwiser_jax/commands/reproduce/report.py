@@ -14,7 +14,7 @@ from stepwiser_jax.commands.reproduce.claims import CLAIMS, CLIP_PAIR, decide
 from stepwiser_jax.commands.reproduce.experiments import CHOSEN, SeedRuns
 from stepwiser_jax.commands.reproduce.measure import TUNING_SEED, run_seed
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import atomic_write
+from stepwiser_jax.files import atomic_write
 
 
 def reproduce(run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
