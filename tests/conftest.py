@@ -16,6 +16,10 @@ from flax import nnx
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import shapes
+
+shapes.install()
+
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import load_tokenizer
