@@ -29,8 +29,9 @@ def check_shapes(where: str, arguments: dict[str, Any]) -> None:
     """Raises AssertionError if an array has another shape than the name of its argument says."""
     _check(where, arguments)
     for name, value in arguments.items():
-        if dataclasses.is_dataclass(value):
-            _check(f"{where}, {name}", vars(value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = [field.name for field in dataclasses.fields(value)]
+            _check(f"{where}, {name}", {field: getattr(value, field) for field in fields})
 
 
 def _check(where: str, arrays: dict[str, Any]) -> None:
