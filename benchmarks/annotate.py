@@ -168,18 +168,17 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
     from stepwiser_jax.inference.engine import Engine
-    from stepwiser_jax.inference.params import Completion, SamplingParams
-    from stepwiser_jax.inference.scheduler import Prefix
+    from stepwiser_jax.inference.params import Completion, Prefix, SamplingParams
     from stepwiser_jax.rl.values import estimate_prefix_values
 
     class RecordingEngine(Engine):
         """Keeps how long every rollout was, which the floor needs."""
 
-        def sample(
+        def stream(
             self, trunks: Sequence[Prefix], params: SamplingParams, **settings: Any
         ) -> Iterator[list[Completion]]:
             lengths: dict[str, int] = {}
-            for completions in super().sample(trunks, params, **settings):
+            for completions in super().stream(trunks, params, **settings):
                 lengths |= {done.row_id: len(done.tokens) for done in completions}
                 yield completions
             self.trunks = [
@@ -231,6 +230,7 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
 def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
+    from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
     from stepwiser_jax.inference.reference_sampler import ReferenceSampler
     from stepwiser_jax.rl.values import prefixes_to_sample
@@ -248,7 +248,8 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     # As many rows as there are, of prefixes too: nothing is computed for padding.
     counts = sorted({len(some) for some in (*batches, *prefixes)})
     buckets = sorted({t.tokens.num_prompt for t in work.trajectories} | set(work.buckets))
-    sampler = ReferenceSampler(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
+    engine = Engine(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
+    sampler = ReferenceSampler(engine)
 
     def run(_: str) -> dict[str, Any]:
         before, tokens = len(compiled), 0

@@ -37,12 +37,12 @@ def main() -> None:
     from common import random_completions
     from train_step import LENGTH, PROMPTS, SAMPLES, settings
 
-    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.config import TrainJudge
+    from stepwiser_jax.config_files import validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.model.lora import trainable
-    from stepwiser_jax.rl.grpo import group_advantages
-    from stepwiser_jax.rl.objective import make_objective
+    from stepwiser_jax.rl.grpo import group_advantages, make_objective
     from stepwiser_jax.rl.rollouts import RolloutGroup
     from stepwiser_jax.stages.train_judge import pack
     from stepwiser_jax.training.optimizer import make_optimizer, make_schedule

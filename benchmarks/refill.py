@@ -72,6 +72,26 @@ def smollm2(model_dir: str, problems: int) -> Work:
     return Work("smollm2", loaded, WORKLOAD["prompts"][:problems], [8, 32], [256, 512], 256)
 
 
+def sample_with_refills(
+    engine: Engine, work: Work, row_ids: list[str], params: SamplingParams
+) -> None:
+    key = jax.random.key(0)
+    engine.generate(work.prompts, params, key=key, row_ids=row_ids, group_size=GROUP)
+
+
+def sample_statically(
+    engine: Engine, work: Work, row_ids: list[str], params: SamplingParams
+) -> None:
+    sampler, key = ReferenceSampler(engine), jax.random.key(0)
+    at_once = engine.shapes.max_rows // GROUP
+    for start in range(0, len(work.prompts), at_once):
+        prompts = work.prompts[start : start + at_once]
+        state = sampler.prefill(prompts, max(map(len, prompts)) + params.max_new_tokens)
+        state = sampler.branch(state, [p for p in range(len(prompts)) for _ in range(GROUP)])
+        ids = row_ids[start * GROUP : (start + at_once) * GROUP]
+        sampler.decode(state, params, key=key, row_ids=ids)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     policy = parser.add_mutually_exclusive_group(required=True)
@@ -92,26 +112,23 @@ def main() -> None:
     row_ids = [f"{p}/{g}" for p in range(len(work.prompts)) for g in range(GROUP)]
     params = SamplingParams(work.max_new_tokens, stop_ids=loaded.tokenizer.eos_ids)
 
-    def timed(sampler_class: type[ReferenceSampler] | type[Engine]) -> dict[str, Any]:
+    def timed(is_static: bool) -> dict[str, Any]:
         most = work.rows[-1]
         # The static batch reads each prompt as one row: this number of them, and no padding.
-        rows = work.rows if sampler_class is Engine else [most // GROUP, most]
-        sampler = sampler_class(loaded.model, loaded.tokenizer, rows=rows, buckets=work.buckets)
-        seconds = core_seconds(
-            lambda: sampler.generate(
-                work.prompts, params, key=jax.random.key(0), row_ids=row_ids, group_size=GROUP
-            )
-        )
-        return {"seconds": seconds, "tokens": sampler.usage.sampled_tokens}
+        rows = [most // GROUP, most] if is_static else work.rows
+        engine = Engine(loaded.model, loaded.tokenizer, rows=rows, buckets=work.buckets)
+        sample = sample_statically if is_static else sample_with_refills
+        seconds = core_seconds(lambda: sample(engine, work, row_ids, params))
+        return {"seconds": seconds, "tokens": engine.sampled_tokens}
 
-    sides = {"static batch": ReferenceSampler, "engine": Engine}
+    sides = {"static batch": True, "engine": False}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for sampler_class in sides.values():
-        timed(sampler_class)  # compiles
+    for is_static in sides.values():
+        timed(is_static)  # compiles
     warm = len(compiled)
     for _ in range(args.repeats):
-        for name, sampler_class in sides.items():
-            runs[name].append(timed(sampler_class))
+        for name, is_static in sides.items():
+            runs[name].append(timed(is_static))
     rate = {
         name: statistics.median(run["tokens"] / run["seconds"] for run in some)
         for name, some in runs.items()

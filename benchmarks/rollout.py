@@ -56,8 +56,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
 
     from stepwiser_jax.inference.engine import Engine
-    from stepwiser_jax.inference.params import SamplingParams
-    from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+    from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
     from stepwiser_jax.model.decoder import Decoder
     from stepwiser_jax.model.hf import load_hf
 
@@ -79,7 +78,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
         rows = sum(len(trunk.samples) for trunk in trunks)
         engine = Engine(model, rows=[rows], buckets=[256, 640, 1024])
         before = len(compiled)
-        parts = engine.sample(trunks, SamplingParams(new), key=jax.random.key(runs))
+        parts = engine.stream(trunks, SamplingParams(new), key=jax.random.key(runs))
         assert sum(len(done.tokens) for part in parts for done in part) == num_tokens(name)
         return {"compilations": len(compiled) - before}
 

@@ -34,9 +34,8 @@ from common import compilations, core_seconds, print_header, print_row, write_js
 from flax import nnx
 
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.transformer import Transformer
@@ -103,7 +102,7 @@ def engine_side(model: Decoder, point: Point) -> Callable[[], Any]:
     ]
 
     def run() -> None:
-        parts = engine.sample(
+        parts = engine.stream(
             [Prefix(ids, forks)],
             SamplingParams(NEW_TOKENS),
             key=jax.random.key(0),
@@ -119,7 +118,7 @@ def sampler_side(model: Decoder, point: Point) -> Callable[[], Any]:
     ids = token_ids(point)
     rows, longest = len(point.cuts) * point.rollouts, max(point.cuts)
     sampler = ReferenceSampler(
-        model, rows=[len(point.cuts), rows], buckets=[longest, longest + NEW_TOKENS]
+        Engine(model, rows=[len(point.cuts), rows], buckets=[longest, longest + NEW_TOKENS])
     )
     source_B = np.repeat(np.arange(len(point.cuts)), point.rollouts).tolist()
     row_ids = [f"{b}" for b in range(rows)]

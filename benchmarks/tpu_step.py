@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepwiser_jax.commands.plan.programs import lower_update
-from stepwiser_jax.commands.plan.tpu import abstract_model, tpu_topology
+from stepwiser_jax.commands.plan.tpu import tpu_topology
 from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.attention.splash import splash_mask
 from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.rl.rollouts import RolloutGroup
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import RolloutGroup, pack_groups
 
 TOKENS, COMPLETIONS, ROW = 3096, 4, 15872
 QWEN = {

@@ -77,14 +77,13 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
     import jax
     import numpy as np
 
-    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.config import TrainJudge
+    from stepwiser_jax.config_files import validate
     from stepwiser_jax.distributed.loading import load_for_training
     from stepwiser_jax.distributed.mesh import make_mesh, shard_batch
     from stepwiser_jax.inference.engine import Engine
-    from stepwiser_jax.inference.params import SamplingParams
-    from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
-    from stepwiser_jax.rl.grpo import group_advantages
-    from stepwiser_jax.rl.objective import make_objective
+    from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
+    from stepwiser_jax.rl.grpo import group_advantages, make_objective
     from stepwiser_jax.rl.rollouts import RolloutGroup
     from stepwiser_jax.stages.train_judge import pack
     from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
@@ -109,7 +108,7 @@ def ours(model_dir: str) -> Callable[[str], dict[str, Any]]:
             Prefix(ids, [SampleRequest(f"{p}/{g}", len(ids), LENGTH) for g in range(SAMPLES)])
             for p, ids in enumerate(PROMPTS)
         ]
-        parts = engine.sample(trunks, SamplingParams(LENGTH), key=jax.random.key(runs))
+        parts = engine.stream(trunks, SamplingParams(LENGTH), key=jax.random.key(runs))
         ids = {done.row_id: done.tokens.tolist() for part in parts for done in part}
         return [[ids[f"{p}/{g}"] for g in range(SAMPLES)] for p in range(len(PROMPTS))]
 

@@ -6,11 +6,11 @@ python docs/make_settings.py > docs/settings.md
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from stepwiser_jax.config import STAGE_CONFIGS, Config
+from stepwiser_jax.config_files import groups_in
 
 HEAD = """# Settings
 
@@ -18,13 +18,6 @@ Every setting of every stage, made by `python docs/make_settings.py` from
 `stepwiser_jax/config.py`. A config file is YAML; `--set a.b=value` overrides a setting. A setting
 without a default is required. A group of settings has its own section.
 """
-
-
-def groups_in(annotation: Any) -> list[type[Config]]:
-    """Returns the groups of settings that a field may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [group for part in get_args(annotation) for group in groups_in(part)]
 
 
 def default_of(field: FieldInfo) -> str:

@@ -20,6 +20,8 @@ import typer
 
 from stepwiser_jax import __version__
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.runs.signals import Interrupted
+from stepwiser_jax.runs.storage import writing_to
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -33,6 +35,12 @@ def _print_version(wanted: bool) -> None:
 
 
 _Version = typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
+
+ConfigFile = Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
+]
+ResumedDir = Annotated[Path, typer.Option(help="Resumes if it exists.")]
 
 
 @app.callback()
@@ -98,11 +106,9 @@ STAGES = {
 def _add_stage(name: str, does: str, files: str) -> None:
     @app.command(name, help=f"{does}\n\n{files}")
     def stage(
-        config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
+        config: ConfigFile,
         run_dir: Annotated[Path, typer.Option(help="Directory of the run; resumes if it exists.")],
-        set_: Annotated[
-            list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
-        ] = [],  # noqa: B006 - typer copies it
+        set_: Overrides = [],  # noqa: B006 - typer copies it
         dry_run: Annotated[
             bool, typer.Option(help="Check config and input, print the config, write nothing.")
         ] = False,
@@ -123,9 +129,8 @@ def _add_stage(name: str, does: str, files: str) -> None:
         ] = None,
     ) -> None:
         from stepwiser_jax.commands.results import print_summary
-        from stepwiser_jax.config import dump_config, load_config
+        from stepwiser_jax.config_files import dump_config, load_config
         from stepwiser_jax.distributed import hosts
-        from stepwiser_jax.runs.storage import writing_to
 
         settings = load_config(name, config, tuple(set_), run_dir)
         if dry_run:
@@ -154,7 +159,7 @@ for _name, (_does, _files) in STAGES.items():
 
 @app.command()
 def quickstart(
-    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("quickstart"),
+    run_dir: ResumedDir = Path("quickstart"),
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of data, sampling and weights.")
     ] = 0,
@@ -164,7 +169,6 @@ def quickstart(
     Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
     """
     from stepwiser_jax.commands.quickstart import run_quickstart
-    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         run_quickstart(run_dir, seed)
@@ -194,7 +198,7 @@ def compare_judges(
 
 @app.command("reproduce")
 def reproduce(
-    run_dir: Annotated[Path, typer.Option(help="Resumes if it exists.")] = Path("reproduce"),
+    run_dir: ResumedDir = Path("reproduce"),
     seed: Annotated[
         list[int] | None,
         typer.Option(min=0, max=2**32 - 1, help="Repeatable; 0, 1 and 2 by default."),
@@ -210,7 +214,6 @@ def reproduce(
     run side by side, each as one command; one command with all of them then makes the table.
     """
     from stepwiser_jax.commands.reproduce import measure, report
-    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(run_dir):
         if tune:
@@ -232,7 +235,6 @@ def convert(
     Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
-    from stepwiser_jax.runs.storage import writing_to
 
     with writing_to(output):
         convert_checkpoint(checkpoint, output)
@@ -266,12 +268,10 @@ def plan(
         str,
         typer.Argument(help="sft, rollout, annotate, train-judge, train-classifier or evaluate."),
     ],
-    config: Annotated[Path, typer.Option(help="YAML file in the schema of the stage.")],
+    config: ConfigFile,
     topology: Annotated[str, typer.Option(help="Chips of a slice, such as v5p:4x4x4.")],
     slices: Annotated[int, typer.Option(help="Number of slices.", min=1)] = 1,
-    set_: Annotated[
-        list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
-    ] = [],  # noqa: B006 - typer copies it
+    set_: Overrides = [],  # noqa: B006 - typer copies it
     json: Annotated[
         bool, typer.Option("--json", help="Print all of it as JSON, in bytes and seconds.")
     ] = False,
@@ -292,7 +292,7 @@ def plan(
 
 def refuse_old_names(arguments: list[str]) -> None:
     """Raises UserError if a command has been renamed."""
-    from stepwiser_jax.config import RENAMED_COMMANDS
+    from stepwiser_jax.config_files import RENAMED_COMMANDS
 
     if arguments and arguments[0] in RENAMED_COMMANDS:
         raise UserError(f"the command {arguments[0]} is now {RENAMED_COMMANDS[arguments[0]]}")
@@ -300,8 +300,6 @@ def refuse_old_names(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    from stepwiser_jax.runs.signals import Interrupted
-
     try:
         refuse_old_names(sys.argv[1:] if arguments is None else arguments)
         status = app(arguments, standalone_mode=False)

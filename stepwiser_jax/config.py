@@ -1,26 +1,13 @@
-"""The settings of every stage, each with its type, default and meaning; and how a YAML file becomes
-a config.
-
-A config is a YAML file in the schema of its stage, plus `--set a.b=c` overrides. An unknown key is
-refused, and the error names the closest one. The resolved config is written to the run directory in
-the same schema, so that `--config <run_dir>/config.yaml` repeats the run. A file may also name its
-`stage`. A path that begins with `RUNS/` lies in the directory that holds the run directory, so that
-runs that lie side by side find each other by name.
+"""The settings of every stage, each with its type, default and meaning.
 
 The text below a field is its documentation: docs/settings.md is made from it.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import re
 from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     AnyHttpUrl,
@@ -32,15 +19,12 @@ from pydantic import (
     PositiveInt,
     Tag,
     TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from stepwiser_jax.data.rows import OnMalformed
-from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import check_run_file, nothing_at
 from stepwiser_jax.records import MAX_ROLLOUTS
 from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument
@@ -196,6 +180,11 @@ class Sampling(Config):
     max_new_tokens: int = Field(ge=1)
     """The most tokens of one completion."""
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The settings without `max_new_tokens`."""
+        return self.model_dump(exclude={"max_new_tokens"})
+
 
 class EngineShapes(Config):
     """The shapes that sampling is compiled for."""
@@ -240,8 +229,8 @@ class JudgePrompted(Config):
     an analysis. `bare` is the form of the embedded task."""
 
 
-class PromptLimit(Config):
-    """What every part needs that leaves out long prompts."""
+class BoundedJudgePrompts(JudgePrompted):
+    """What every stage needs that writes prompts for a judge of chunks."""
 
     max_prompt_tokens: int = Field(3096, ge=1)
     """Examples with a longer prompt for the judge are left out."""
@@ -256,20 +245,8 @@ class StepwiserTeacher(Sampled, JudgePrompted, Model):
     kind: Literal["stepwiser"] = "stepwiser"
     """The kind of judge."""
 
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
-        mesh.check_rows("judge.engine.rows", self.engine.rows)
 
-
-class WholeSolutionJudge(Sampled, Prompted, Model):
-    """A judge that writes about all steps of a solution."""
-
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows in flight can be dealt out to the devices."""
-        mesh.check_rows("judge.engine.rows", self.engine.rows)
-
-
-class GenPrm(WholeSolutionJudge):
+class GenPrm(Sampled, Prompted, Model):
     """GenPRM (arXiv 2504.00891): a conversation with one turn for every step.
     `sampling.max_new_tokens` bounds a turn."""
 
@@ -285,7 +262,7 @@ class GenPrm(WholeSolutionJudge):
         return self
 
 
-class ThinkPrm(WholeSolutionJudge):
+class ThinkPrm(Sampled, Prompted, Model):
     """ThinkPRM (arXiv 2504.16828): one chain of thought about a whole solution, then P(yes)."""
 
     kind: Literal["thinkprm"] = "thinkprm"
@@ -336,10 +313,6 @@ class ClassifierJudge(Threshold, Prompted, Model):
     max_length: Annotated[int, OnResume.FREE] = Field(ge=2)
     """Tokens of a row. It must hold the longest solution with the prompts of its chunks."""
 
-    def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError unless the rows can be dealt out to the devices."""
-        mesh.check_rows("judge.rows", (self.rows,))
-
 
 class OwnArguments(Config):
     """What something of your own is given."""
@@ -354,9 +327,6 @@ class OwnJudge(OwnArguments, Model):
 
     kind: str
     """The function or class, `module:name`."""
-
-    def check_rows(self, mesh: Mesh) -> None:
-        """Does nothing: what the judge needs of the devices is its own concern."""
 
 
 class GenPrmTeacher(GenPrm):
@@ -479,25 +449,24 @@ class SamplingStage(ComputeStage):
     """Inputs (problems, trajectories, items, ...) of a block. A block is sampled at once, then
     written; a stopped run loses at most the block it is in."""
 
+    @model_validator(mode="after")
+    def _rows_fit(self) -> SamplingStage:
+        for name, part in (("", self), *((f"{name}.", part) for name, part in self)):
+            if isinstance(part, Sampled):
+                self.mesh.check_rows(f"{name}engine.rows", part.engine.rows)
+            elif isinstance(part, ClassifierJudge):
+                self.mesh.check_rows(f"{name}rows", (part.rows,))
+        return self
 
-class CheckedAnswers(Config):
-    """How the answers of solutions are checked."""
 
-    verifier: str = "mathematics"
-    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
-    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
-
-
-class PolicyStage(SamplingStage, Sampled, CheckedAnswers):
+class PolicyStage(SamplingStage, Sampled):
     """What every stage has that samples from a policy."""
 
     policy: Model
     """The model that solves problems."""
-
-    @model_validator(mode="after")
-    def _rows_fit(self) -> PolicyStage:
-        self.mesh.check_rows("engine.rows", self.engine.rows)
-        return self
+    verifier: str = "mathematics"
+    """What says whether a solution is right: `mathematics` (the meaning of its final answer),
+    `code` (the unit tests of the problem), or a function of your own as `module:function`."""
 
 
 class SolvingStage(PolicyStage, Prompted):
@@ -601,12 +570,6 @@ class ChunkSolutions(SamplingStage, FromSolutions):
     max_per_problem: int = Field(4, ge=1)
     """The most right solutions of a problem that are cut."""
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> ChunkSolutions:
-        if isinstance(self.teacher, TeacherModel):
-            self.mesh.check_rows("teacher.engine.rows", self.teacher.engine.rows)
-        return self
-
 
 class LabelRule(Config):
     """How the value before a chunk (v) and after it (q) become a label."""
@@ -684,7 +647,7 @@ class Annotate(PolicyStage, FromRollouts):
         return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(Stage, FromSolutions, ChatTemplate, JudgePrompted, PromptLimit, LabelRule):
+class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
     """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
     values: str
@@ -732,12 +695,20 @@ class Training(Config):
 class FromExamples(Config):
     """What every stage has that reads examples."""
 
+    used: ClassVar = ("source", "on_malformed", "exclude")
+    """What the stage uses of `examples`."""
+
     examples: DataSource
     """`sft`: an `SftExample` or `Dialogue` file, a finished run of `rejection-sample`,
     `chunk-solutions` or `select-responses`, or a generator of the embedded task
     (`arithmetic-policy`, `-untagged`, `-segmenter`, `-judge`, `-verdicts`, `-genprm`, `-thinkprm`).
     Other stages: a finished `label` run, a `JudgeExample` or `ClassifierExample` file, or solutions
     with labelled steps in a known format (ProcessBench, PRM800K, Math-Shepherd, ...)."""
+
+    @model_validator(mode="after")
+    def _examples_are_consistent(self) -> FromExamples:
+        self.examples.check_unused("examples", self.used)
+        return self
 
 
 class TrainingStage(ComputeStage, FromExamples):
@@ -793,10 +764,7 @@ class SupervisedStage(TrainingStage, Prompted):
 class Sft(SupervisedStage):
     """Fine-tune a model: a policy on chunked solutions (paper 3.1), or a judge on judgments."""
 
-    @model_validator(mode="after")
-    def _examples_are_consistent(self) -> Sft:
-        self.examples.check_unused("examples", ("source", "limit", "seed"))
-        return self
+    used = ("source", "limit", "seed")
 
 
 class TrainClassifier(SupervisedStage):
@@ -808,10 +776,9 @@ class TrainClassifier(SupervisedStage):
     """`signs` reads P(+) from two tokens of the vocabulary; `scalar` from a new output."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainClassifier:
+    def _adapters_have_no_new_output(self) -> TrainClassifier:
         if self.head == "scalar" and self.model.lora is not None:
             raise ValueError("with model.lora only adapters are trained: set head to signs")
-        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
         return self
 
 
@@ -834,7 +801,7 @@ class Grpo(Config):
     out (DAPO's dynamic sampling)."""
 
 
-class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
+class TrainJudge(TrainingStage, Sampled, BoundedJudgePrompts):
     """Train a judge by GRPO to reason about a chunk before its verdict (paper 3.3)."""
 
     iterations: Annotated[int | None, OnResume.LONGER] = Field(None, ge=1)
@@ -911,7 +878,6 @@ class TrainJudge(TrainingStage, Sampled, JudgePrompted, PromptLimit):
     @model_validator(mode="after")
     def _updates_are_consistent(self) -> TrainJudge:
         self.check_length("iterations", self.iterations)
-        self.examples.check_unused("examples", ("source", "on_malformed", "exclude"))
         if self.prompts_per_iteration % self.updates_per_iteration:
             raise ValueError(
                 f"prompts_per_iteration ({self.prompts_per_iteration}) must be a multiple of "
@@ -936,6 +902,8 @@ class RejectionSample(SamplingStage, FromExamples):
     """Sample judgments of labelled chunks, or solutions, and keep those that agree with the labels:
     examples for `sft` (paper A.1, RS-FT)."""
 
+    used = ("source", "limit", "on_malformed", "exclude")
+
     judge: Teacher
     """Who writes: `stepwiser` judges chunks, `genprm` and `thinkprm` whole solutions."""
     samples: int = Field(4, ge=1)
@@ -952,11 +920,9 @@ class RejectionSample(SamplingStage, FromExamples):
         return not isinstance(self.judge, StepwiserTeacher)
 
     @model_validator(mode="after")
-    def _consistent(self) -> RejectionSample:
-        self.judge.check_rows(self.mesh)
+    def _judge_reasons(self) -> RejectionSample:
         if self.judge.prompt_style == "verdict":
             raise ValueError("judge.prompt_style: a verdict alone is no example: instruct or bare")
-        self.examples.check_unused("examples", ("source", "limit", "on_malformed", "exclude"))
         return self
 
 
@@ -982,7 +948,6 @@ class Evaluate(SamplingStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
-        self.judge.check_rows(self.mesh)
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
         if self.threshold_subset is None:
             return self
@@ -1055,7 +1020,6 @@ class Search(SolvingStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
-        self.judge.check_rows(self.mesh)
         if self.max_chunk_tokens > self.sampling.max_new_tokens:
             raise ValueError(
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
@@ -1079,12 +1043,6 @@ class SelectResponses(SamplingStage, FromSolutions):
     only_correct: bool = True
     """Choose among responses with the right answer only."""
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> SelectResponses:
-        if self.judge is not None:
-            self.judge.check_rows(self.mesh)
-        return self
-
 
 class Refine(SolvingStage):
     """Let a policy think again where GenPRM's judge finds its first wrong step."""
@@ -1095,8 +1053,7 @@ class Refine(SolvingStage):
     """How often the policy thinks again, at most."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Refine:
-        self.judge.check_rows(self.mesh)
+    def _judge_writes_greedily(self) -> Refine:
         if self.judge.votes:
             raise ValueError("judge.votes: refine takes the greedy judgment: set votes to 0")
         return self
@@ -1116,295 +1073,3 @@ STAGE_CONFIGS: dict[str, type[Stage]] = {
     "select-responses": SelectResponses,
     "refine": Refine,
 }
-
-
-RENAMED_COMMANDS = {
-    "judge": "train-judge",
-    "classifier": "train-classifier",
-    "segment": "chunk-solutions",
-    "rationalize": "rejection-sample",
-    "select": "select-responses",
-    "classify": "evaluate, with `judge: {kind: classifier}`",
-    "contrast": "compare-judges",
-    "compare": "reproduce",
-}
-"""What commands and stages were called before."""
-
-RENAMED_SETTINGS = {
-    "annotations": "values",
-    "items": "benchmark.source",
-    "split": "benchmark.split",
-    "on_malformed": "on_malformed of examples or benchmark",
-    "exclude": "examples.exclude",
-    "limit": "limit of examples or benchmark",
-    "data": "examples",
-    "count": "limit",
-    "classifier": "judge, with kind: classifier",
-    "genprm": "judge, with kind: genprm",
-    "thinkprm": "judge, with kind: thinkprm",
-    "threshold": "judge.threshold",
-    "max_new_tokens": "sampling.max_new_tokens, in judge where there is one",
-    "votes": "judge.votes",
-    "vote_temperature": "judge.sampling.temperature",
-    "vote_top_k": "judge.sampling.top_k",
-    "vote_top_p": "judge.sampling.top_p",
-    "code": "code_rounds, 0 for no code",
-    "max_code_rounds": "code_rounds",
-    "server": "teacher, with kind: server",
-    "splitter": "teacher, with kind: rule",
-    "max_refills": "max_resamples",
-    "format_penalty": "reward_args.format_penalty",
-    "rollouts_by_pass_rate": "num_rollouts",
-    "answer_timeout_seconds": "always 5 seconds",
-    "param_dtype": "dtype",
-    "compute_dtype": "dtype",
-    **dict.fromkeys(("alpha", "gamma", "epsilon"), "in rule_args"),
-    "best_of": "rule_args.n",
-    **dict.fromkeys(
-        (
-            "problems_per_block",
-            "trajectories_per_block",
-            "solutions_per_block",
-            "examples_per_block",
-            "items_per_block",
-        ),
-        "block_size",
-    ),
-}
-"""What settings were called before, by the last part of their names."""
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-C = TypeVar("C", bound=Config)
-RUNS = "RUNS/"
-
-
-def load_config(
-    stage: str,
-    path: str | Path,
-    overrides: tuple[str, ...] = (),
-    run_dir: str | Path | None = None,
-) -> Stage:
-    """Reads a YAML file as the config of `stage`. `overrides` are `a.b=value`, with the value in
-    YAML. `RUNS/` in the file's own values becomes the directory that `run_dir` lies in.
-
-    Raises one UserError with all problems: a missing or broken file, one that names another stage,
-    an unknown key (the closest real one is named), a wrong type, or settings that do not fit
-    together.
-    """
-    if stage in RENAMED_COMMANDS:
-        raise UserError(f"{path}: the stage {stage} is now {RENAMED_COMMANDS[stage]}")
-    if stage not in STAGE_CONFIGS:
-        raise UserError(f"expected a stage of {sorted(STAGE_CONFIGS)}, found {stage!r}")
-    path = Path(path)
-    try:
-        found = path.is_file()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
-    if not found:
-        raise UserError(f"expected a config file, found {nothing_at(path)}")
-    tree = read_settings(path)
-    named = tree.pop("stage", stage)
-    if named != stage:
-        renamed = f", which is now {RENAMED_COMMANDS[named]}" if named in RENAMED_COMMANDS else ""
-        raise UserError(f"expected a config of {stage}, found one of {named} in {path}{renamed}")
-    if run_dir is not None:
-        tree = beside(run_dir, tree)
-    for override in overrides:
-        _apply_override(tree, override)
-    return validate(STAGE_CONFIGS[stage], tree, str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a key that stands twice in a mapping: one value would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 1e-3 for a text, because it has no point.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
-"""What is raised for text that is no YAML, or holds more than can be read."""
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def beside(run_dir: str | Path, value: Any) -> Any:
-    """Returns settings with `RUNS/` replaced by the directory that holds `run_dir`."""
-    if isinstance(value, dict):
-        return {key: beside(run_dir, part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [beside(run_dir, part) for part in value]
-    if isinstance(value, str) and value.startswith(RUNS):
-        return str(Path(run_dir).parent / value.removeprefix(RUNS))
-    return value
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises UserError if it holds something else."""
-    try:
-        tree = _load_yaml(path.read_text(encoding="utf-8"))
-    except _NO_YAML as error:
-        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
-
-
-def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
-    """Returns the settings of a run. Raises UserError if its config.yaml is missing or damaged."""
-    file = Path(run_dir) / "config.yaml"
-    check_run_file(Path(run_dir), file.name)
-    if not file.is_file():
-        raise UserError(f"expected a run directory at {run_dir}, found no {file.name} in it")
-    return read_settings(file)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(
-            f"--set expects key=value such as sampling.temperature=0.7, found {override!r}"
-        )
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
-    try:
-        node[last] = _load_yaml(value)
-    except _NO_YAML as error:
-        raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
-
-
-def validate(config_type: type[C], tree: dict[str, Any], where: str) -> C:
-    """Returns a config. Raises UserError with every problem, each with its key and the fix."""
-    try:
-        return config_type.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(config_type, problem) for problem in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
-
-
-def completed(config_type: type[Config], tree: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the settings of a run as this version would write them: settings that are newer than
-    the run have their defaults.
-
-    Raises UserError for settings that this stage does not have, or no longer has.
-    """
-    try:
-        return config_type.model_validate(tree).model_dump(mode="json")
-    except ValidationError as error:
-        problems = error.errors()
-    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
-    others = [_explain(config_type, p) for p in problems if p["type"] != "extra_forbidden"]
-    named = [f"the unknown settings {', '.join(unknown)}"] if unknown else []
-    raise UserError(
-        f"{where} was written by another stage or another version of stepwiser; here it has "
-        f"{'; '.join([*named, *others])}. Go on with the version that wrote it, or name a new run "
-        "directory"
-    )
-
-
-def _explain(config_type: type[Config], problem: Any) -> str:
-    key, group = _locate(config_type, problem["loc"])
-    kind, found = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        last = str(problem["loc"][-1])
-        if last in RENAMED_SETTINGS:
-            return f"{key!r} is now {RENAMED_SETTINGS[last]}"
-        known = sorted(group.model_fields)
-        close = difflib.get_close_matches(last, known, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {close[0]!r}? (known: {', '.join(known)})"
-    if kind == "missing":
-        return f"{key!r} is required and not set"
-    if kind == "model_type" or (kind.startswith("union_tag") and not isinstance(found, dict)):
-        first = next(name for name, field in group.model_fields.items() if field.is_required())
-        return (
-            f"{key} is a group of settings, found {found!r}: set one of the group, such as "
-            f"{key}.{first}"
-        )
-    if kind == "union_tag_invalid":
-        context = problem["ctx"]
-        return f"{key}.kind: expected {context['expected_tags']}, found {context['tag']!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (found {found!r})" if key else message
-
-
-def _locate(config_type: type[Config], location: tuple[str | int, ...]) -> tuple[str, type[Config]]:
-    """Returns a key as the user writes it, and the group of settings that it names or lies in."""
-    group, members, parts = config_type, [config_type], []
-    for part in location:
-        if len(members) > 1:  # pydantic puts the kind of a member after the name of a union
-            (group,) = [m for m in members if m.model_fields["kind"].default == part] or [OwnJudge]
-            members = [group]
-            continue
-        if isinstance(part, int) or members or part not in ("number", "pairs"):
-            parts.append(str(part))
-        field = members[0].model_fields.get(str(part)) if members else None
-        members = _groups_in(field.annotation) if field else []
-        group = members[0] if members else group
-    return ".".join(parts), group
-
-
-def _groups_in(annotation: Any) -> list[type[Config]]:
-    """Returns the groups of settings that a field may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [group for part in get_args(annotation) for group in _groups_in(part)]
-
-
-def dump_config(config: Config) -> str:
-    """Returns the config as YAML in the same schema, with every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def config_digest(config: Config) -> str:
-    """Returns the first 16 hex digits of the sha256 of the resolved config."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def settings_marked(config: Config, mark: OnResume, prefix: str = "") -> list[str]:
-    """Returns the dotted names of a config's settings that carry this mark."""
-    names = []
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if mark in field.metadata:
-            names.append(f"{prefix}{name}")
-        elif isinstance(value, Config):
-            names += settings_marked(value, mark, f"{prefix}{name}.")
-    return names
-
-
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns `key: old -> new` for every setting in which two dumped configs differ."""
-    differences = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            differences += differing_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
-            differences.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return differences

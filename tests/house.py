@@ -16,38 +16,37 @@ LIBRARY = ROOT / "stepwiser_jax"
 GRPO_STEP = (
     "__main__.py",
     "config.py",
+    "config_files.py",
     "stages/train_judge.py",
-    "runs/directory.py",
-    "distributed/mesh.py",
-    "distributed/loading.py",
+    "text/prompts.py",
+    "rl/rollouts.py",
+    "inference/engine.py",
+    "inference/params.py",
+    "inference/engine_state.py",
+    "inference/token_sampler.py",
+    "model/decoder.py",
+    "rl/rewards.py",
+    "rl/grpo.py",
+    "rl/logprobs.py",
+    "model/packing.py",
+    "model/transformer.py",
+    "model/block.py",
+    "model/linear.py",
+    "model/attention/__init__.py",
     "training/loop.py",
     "training/step.py",
     "training/optimizer.py",
-    "training/batches.py",
-    "training/checkpoint.py",
-    "text/prompts.py",
-    "inference/engine.py",
-    "inference/scheduler.py",
-    "inference/token_sampler.py",
-    "model/transformer.py",
-    "model/block.py",
-    "model/decoder.py",
-    "model/linear.py",
-    "model/attention/__init__.py",
-    "rl/rollouts.py",
-    "rl/rewards.py",
-    "rl/grpo.py",
-    "rl/objective.py",
-    "rl/logprobs.py",
 )
-"""Files on the way of one GRPO step, from the command line to the update."""
+"""Files on the way of one GRPO step, from the command line to the update, in the order of reading:
+those that say what becomes of an example, its tokens and the parameters. Where the name of a
+function says enough (a mesh, a run directory, a checkpoint, a scheduler), its file is not listed.
+"""
 
 LOOP = (
     "stages/train_judge.py",
     "rl/rollouts.py",
     "rl/rewards.py",
     "rl/grpo.py",
-    "rl/objective.py",
     "training/loop.py",
     "training/step.py",
 )

@@ -7,16 +7,17 @@ from pathlib import Path
 import jax
 
 from stepwiser_jax.checksums import check_files, read_checksums
-from stepwiser_jax.commands.plan.tpu import abstract_model
-from stepwiser_jax.config import TrainedModel, read_run_settings
+from stepwiser_jax.config import TrainedModel
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.loop import check_base
+from stepwiser_jax.training.template import check_base
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> None:

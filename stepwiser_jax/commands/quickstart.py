@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stepwiser_jax.commands.results import judgment_text
-from stepwiser_jax.config import STAGE_CONFIGS, validate
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_files import validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.evaluation.judgments import describe_judgment, example_judgments

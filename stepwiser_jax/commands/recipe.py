@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.commands.dry_run import check_inputs
-from stepwiser_jax.config import RUNS, Mesh, Stage, load_config, read_settings
+from stepwiser_jax.config import Mesh, Stage
+from stepwiser_jax.config_files import RUNS, load_config, read_settings
 from stepwiser_jax.errors import UserError
 
 TRAINING = ("sft", "train-judge", "train-classifier")

@@ -14,9 +14,10 @@ from stepwiser_jax.config import DataSource
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import KIND, read_manifest, read_records
 from stepwiser_jax.records import ChunkedSolution, Dialogue, Selection, SftExample
-from stepwiser_jax.tasks.sources import EXAMPLES
+from stepwiser_jax.tasks.arithmetic_demonstrations import EXAMPLES
 from stepwiser_jax.text.chunking import join_tagged
-from stepwiser_jax.text.prompts import PromptStyle, encode_dialogue, encode_message, solve_prompt
+from stepwiser_jax.text.dialogues import encode_dialogue
+from stepwiser_jax.text.prompts import PromptStyle, encode_message, solve_prompt
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 Demonstrations = list[SftExample] | list[Dialogue]

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax import plugins
-from stepwiser_jax.config import CheckedAnswers, DataSource, read_run_settings
+from stepwiser_jax.config import DataSource, Evaluate, SolvingStage
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.datasets import load_benchmark, load_problems
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions, is_held_out
 from stepwiser_jax.data.rows import OnMalformed, Split, number_rows, shuffled
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import BenchmarkItem, Problem, ProcessBenchItem, Trajectory
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.tasks.sources import PROBLEMS, TRUTH, is_function
 from stepwiser_jax.tasks.verifier import Verifier
@@ -72,25 +74,34 @@ def _generate(problems: DataSource) -> Iterator[tuple[str, Any]]:
 
 
 def keep_verifiable(
-    problems: Sequence[Problem], answers: CheckedAnswers, dropped: Counter[str]
+    problems: Sequence[Problem], verifier: str, dropped: Counter[str]
 ) -> list[Problem]:
-    """Returns the problems that the verifier can check (paper 4.1). The others are counted in
+    """Returns the problems that `verifier` can check (paper 4.1). The others are counted in
     `dropped` and logged. Raises UserError if no problem is left, or no worker starts."""
-    with Verifier(answers.verifier, workers=worker_count()) as verifier:
-        reasons = verifier.check(problems)
+    with Verifier(verifier, workers=worker_count()) as checking:
+        reasons = checking.check(problems)
     kept = [p for p, reason in zip(problems, reasons, strict=True) if reason is None]
     if len(kept) == len(problems):
         return kept
     first = next(i for i, reason in enumerate(reasons) if reason is not None)
     unverifiable = (
         f"{len(problems) - len(kept)} of {len(problems)} problems cannot be checked by the "
-        f"verifier {answers.verifier!r}, such as {problems[first].problem_id}: {reasons[first]}"
+        f"verifier {verifier!r}, such as {problems[first].problem_id}: {reasons[first]}"
     )
     if not kept:
         raise UserError(unverifiable)
     _log.warning("left out: %s", unverifiable)
     dropped["unverifiable"] += len(problems) - len(kept)
     return kept
+
+
+def read_verifiable(config: SolvingStage) -> tuple[list[Problem], dict[str, Any]]:
+    """Returns the problems that a stage solves, and for its summary how many there are, and how
+    many were left out."""
+    dropped: Counter[str] = Counter()
+    problems = read_problems(config.problems, dropped, config.verifier)
+    problems = keep_verifiable(problems, config.verifier, dropped)
+    return problems, {"problems": len(problems), "dropped": dict(dropped)}
 
 
 def load_items(
@@ -115,6 +126,19 @@ def load_items(
     if limit is None:
         return items
     return [items[i] for i in np.random.default_rng(0).permutation(len(items))[:limit]]
+
+
+def read_items(config: Evaluate, dropped: Counter[str] | None = None) -> list[BenchmarkItem]:
+    """Returns the items that a run of `evaluate` judges, see `load_items`."""
+    benchmark = config.benchmark
+    return load_items(
+        benchmark.source,
+        load_tokenizer_of(config.judge.path),
+        split=benchmark.split,
+        limit=benchmark.limit,
+        on_malformed=benchmark.on_malformed,
+        dropped=dropped,
+    )
 
 
 def items_of_run(source: str, tokenizer: Tokenizer, split: Split) -> list[ProcessBenchItem]:

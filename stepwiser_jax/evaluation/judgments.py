@@ -16,7 +16,7 @@ from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
 from stepwiser_jax.evaluation.whole_solutions import solutions_by_subset
-from stepwiser_jax.judges.base import ChunkJudgment, SolutionJudgment
+from stepwiser_jax.judges.base import ChunkJudgment, SolutionJudgment, vote_suffixes
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem, Verdict
 from stepwiser_jax.rl.rewards import judge_reward
 
@@ -29,11 +29,6 @@ def votes_of(config: Evaluate) -> int:
     return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
 
 
-def vote_suffixes(votes: int) -> list[str]:
-    """Returns the suffixes that tell the sampled judgments of a step apart."""
-    return [f"/vote{k}" for k in range(votes)]
-
-
 def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
     """Returns the suffixes of the judgments that are scored together, by the score's name: `greedy`
     and, with votes, for example `majority_8`."""
@@ -42,6 +37,16 @@ def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
 
 
 # --- records ------------------------------------------------------------------------------------
+
+
+def judgment_ids(
+    items: Sequence[BenchmarkItem], suffixes: Sequence[str], *, whole: bool = False
+) -> list[str]:
+    """Returns the ids `<item>/<step><suffix>` of the judgments of items; with `whole` also
+    `<item>/solution<suffix>`."""
+    ends = ["solution"] if whole else []
+    ids = [f"{item.item_id}/{part}" for item in items for part in [*range(len(item.steps)), *ends]]
+    return [f"{judgment_id}{suffix}" for suffix in suffixes for judgment_id in ids]
 
 
 def judgment_records(

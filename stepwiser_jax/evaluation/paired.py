@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, read_run_settings, validate
-from stepwiser_jax.data.problems import load_items
-from stepwiser_jax.distributed.loading import load_tokenizer_of
+from stepwiser_jax.config import ClassifierJudge, Evaluate
+from stepwiser_jax.config_files import read_run_settings, validate
+from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
     GREEDY,
     VotingRule,
+    judgment_ids,
     threshold_of,
     voters,
     votes_of,
@@ -23,6 +24,7 @@ from stepwiser_jax.evaluation.judgments import (
 from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
 from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
+from stepwiser_jax.judges.base import vote_suffixes
 from stepwiser_jax.record_io import read_manifest, read_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem
 
@@ -86,7 +88,7 @@ def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
             and neither run has any.
     """
     a, b = (read_judged_run(run, votes=votes) for run in (run_a, run_b))
-    check_same_items(run_a, a.items, run_b, b.items)
+    check_same_items(a, b)
     if votes and not a.has_votes and not b.has_votes:
         raise UserError(
             f"--votes: expected an evaluate run with votes, found {run_a} ({a.counted}) and "
@@ -101,6 +103,7 @@ class JudgedRun:
     """A run's items, the first error that its judge predicts in each, and the name of the judgments
     that `counted`."""
 
+    path: Path
     items: list[ProcessBenchItem]
     predictions: list[int]
     counted: str
@@ -113,18 +116,33 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     Args:
         run: A finished run of `evaluate`.
         votes: Whether the sampled judgments count in place of the greedy ones, if the run has any.
+
+    Raises:
+        UserError: It is a run of another stage, or on PRMBench, or lacks a judgment.
     """
     stage = read_manifest(run)["stage"]
     if stage != "evaluate":
         raise UserError(f"expected a run of evaluate, found one of {stage} in {run}")
     config = validate(Evaluate, read_run_settings(run), str(run / "config.yaml"))
-    items = read_items(config)
+    found = read_items(config)
+    items = [item for item in found if isinstance(item, ProcessBenchItem)]
+    if len(items) < len(found):
+        raise UserError(
+            f"two judges are compared by ProcessBench's F1: expected its items, found those of "
+            f"PRMBench in {config.benchmark.source}: compare the prm_score of both in their "
+            "summary.json"
+        )
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
-    check_complete(run, judgments, items, GREEDY)
+    needed = [*GREEDY, *vote_suffixes(votes_of(config) if votes else 0)]
+    for judgment_id in judgment_ids(items, needed):
+        if judgment_id not in judgments:
+            raise UserError(
+                f"{run} has no judgment {judgment_id}: the items that its config.yaml names are "
+                "not those it has judged; put them back"
+            )
     threshold = threshold_of(config, items, judgments)
     rule = VotingRule(threshold)
     counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
-    check_complete(run, judgments, items, suffixes)
     if isinstance(config.judge, ClassifierJudge):
         counted = f"threshold {threshold:.3g}"
     predictions = [
@@ -133,63 +151,22 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
         )
         for item in items
     ]
-    return JudgedRun(items, predictions, counted, votes_of(config) > 0)
+    return JudgedRun(run, items, predictions, counted, votes_of(config) > 0)
 
 
-def read_items(config: Evaluate) -> list[ProcessBenchItem]:
-    """Reads the items that a run judged. Raises UserError if they are PRMBench's."""
-    items = load_items(
-        config.benchmark.source,
-        load_tokenizer_of(config.judge.path),
-        split=config.benchmark.split,
-        limit=config.benchmark.limit,
-        on_malformed=config.benchmark.on_malformed,
-    )
-    found = [item for item in items if isinstance(item, ProcessBenchItem)]
-    if len(found) < len(items):
-        raise UserError(
-            f"two judges are compared by ProcessBench's F1: expected its items, found those of "
-            f"PRMBench in {config.benchmark.source}: compare the prm_score of both in their "
-            "summary.json"
-        )
-    return found
-
-
-def check_complete(
-    run: Path,
-    judgments: Mapping[str, Judgment],
-    items: Sequence[ProcessBenchItem],
-    suffixes: Sequence[str],
-) -> None:
-    """Raises UserError if a step lacks one of these judgments."""
-    for item in items:
-        for step in range(len(item.steps)):
-            for judgment_id in (f"{item.item_id}/{step}{suffix}" for suffix in suffixes):
-                if judgment_id not in judgments:
-                    raise UserError(
-                        f"{run} has no judgment {judgment_id}: the items that its config.yaml "
-                        "names are not those it has judged; put them back"
-                    )
-
-
-def check_same_items(
-    run_a: Path,
-    items_a: Sequence[ProcessBenchItem],
-    run_b: Path,
-    items_b: Sequence[ProcessBenchItem],
-) -> None:
+def check_same_items(a: JudgedRun, b: JudgedRun) -> None:
     """Raises UserError, naming the first difference, unless both runs have the same items."""
-    for number, (a, b) in enumerate(zip(items_a, items_b, strict=False), 1):
-        if a != b:
-            differing = [name for name, value in vars(a).items() if value != vars(b)[name]]
+    for number, (of_a, of_b) in enumerate(zip(a.items, b.items, strict=False), 1):
+        if of_a != of_b:
+            differing = [name for name, x in vars(of_a).items() if x != vars(of_b)[name]]
             raise UserError(
-                f"two judges are compared on the same items: item {number} is {a.item_id} in "
-                f"{run_a} and {b.item_id} in {run_b}, which differ in {', '.join(differing)}"
+                f"two judges are compared on the same items: item {number} is {of_a.item_id} in "
+                f"{a.path} and {of_b.item_id} in {b.path}, which differ in {', '.join(differing)}"
             )
-    if len(items_a) != len(items_b):
-        longer, items = max((run_a, items_a), (run_b, items_b), key=lambda pair: len(pair[1]))
-        first = items[min(len(items_a), len(items_b))].item_id
+    shorter, longer = sorted((a, b), key=lambda run: len(run.items))
+    if len(shorter.items) < len(longer.items):
         raise UserError(
-            f"two judges are compared on the same items: {run_a} has {len(items_a)} and {run_b} "
-            f"{len(items_b)}; the first that {longer} alone has is {first}"
+            f"two judges are compared on the same items: {a.path} has {len(a.items)} and {b.path} "
+            f"{len(b.items)}; the first that {longer.path} alone has is "
+            f"{longer.items[len(shorter.items)].item_id}"
         )

@@ -1,13 +1,14 @@
 """The engine: samples many continuations of few prefixes, for rollouts, values and judgments.
 
+`Engine.stream` gets prefixes and yields completions as they end; `Engine.generate` gets prompts and
+returns all completions in order. Both go through these, once per burst:
+
     Scheduler    decides which prefixes are in which slots, and which samples run in which rows
     prefill      computes the keys and values of new prefixes, once for all of their samples
     decode_burst starts new rows, and decodes all rows until some have ended
     shrink_grid  moves the last rows to a smaller grid
 
 While the device decodes a burst, the caller has the completions of the burst before.
-`reference_sampler` samples the same without shared prefixes and without refilling. Its noise is
-equal, all else is equal to rounding.
 
 On a mesh of several processes each process makes the same calls and has all completions, so all
 take the same decisions.
@@ -15,6 +16,7 @@ take the same decisions.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,26 +37,21 @@ from stepwiser_jax.inference.engine_state import (
 )
 from stepwiser_jax.inference.params import (
     Completion,
-    SamplingParams,
-    Shapes,
-    StopReason,
-    StopTables,
-    Usage,
-    check_row_ids,
-    check_vocabulary,
-    decoding_layout,
-)
-from stepwiser_jax.inference.scheduler import (
-    SAMPLES_PER_PREFIX,
     Prefix,
     SampleRequest,
-    Scheduler,
+    SamplingParams,
+    StopReason,
+    check_row_ids,
 )
+from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Scheduler
+from stepwiser_jax.inference.shapes import Shapes, Usage
+from stepwiser_jax.inference.stops import StopTables
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
+from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
-from stepwiser_jax.text.tokenizer import Tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 
 PREFILL_TOKENS = 4096
 """How many tokens go through the network at once in a prefill, on each device that rows are split
@@ -97,14 +94,8 @@ class Engine:
     def with_model(self, model: Transformer | Decoder) -> Engine:
         """Returns an engine with other weights of the same architecture. Both engines share what
         else there is, and count their usage together."""
-        engine = Engine(
-            model,
-            rows=self.shapes.rows,
-            buckets=self.shapes.buckets,
-            weights=self.decoder.weights,
-            mesh=self.mesh,
-        )
-        engine.stop_tables, engine.usage = self.stop_tables, self.usage
+        engine = copy.copy(self)
+        engine.decoder = decoding_layout(model, self.decoder.weights)
         return engine
 
     @property
@@ -139,7 +130,7 @@ class Engine:
         row_ids: Sequence[str],
         group_size: int = 1,
     ) -> list[Completion]:
-        """Samples `group_size` completions of each prompt; row b = p * group_size + g.
+        """Returns `group_size` completions of each prompt; row b = p * group_size + g.
 
         Raises:
             UserError: A prompt is empty, or does not fit the context with its completion.
@@ -151,11 +142,11 @@ class Engine:
             ids = row_ids[p * group_size : (p + 1) * group_size]
             samples = [SampleRequest(id, len(prompt), params.max_new_tokens) for id in ids]
             prefixes.append(Prefix(prompt, samples))
-        parts = self.sample(prefixes, params, key=key)
+        parts = self.stream(prefixes, params, key=key)
         completions = {completion.row_id: completion for part in parts for completion in part}
         return [completions[row_id] for row_id in row_ids]
 
-    def sample(
+    def stream(
         self,
         prefixes: Sequence[Prefix],
         params: SamplingParams,
@@ -195,12 +186,12 @@ class Engine:
                 is_needed=is_needed,
             )
             overlap = is_needed is None
-            for part in self._sample_bucket(scheduler, prefix_tokens, params, key, overlap):
+            for part in self._stream_bucket(scheduler, prefix_tokens, params, key, overlap):
                 done += len(part)
                 rows_done(done, total, sum(len(completion.tokens) for completion in part))
                 yield part
 
-    def _sample_bucket(
+    def _stream_bucket(
         self,
         scheduler: Scheduler,
         prefix_tokens: int,
@@ -224,7 +215,7 @@ class Engine:
                 state = decode_burst(
                     self.decoder,
                     state,
-                    self._place_rows(starts),
+                    self.place_rows(starts),
                     token_sampler,
                     np.int32(scheduler.exit_at()),
                     np.array(params.stop_ids, np.int32),
@@ -253,7 +244,7 @@ class Engine:
                 tokens_PT[p, : prefix.num_tokens] = prefix.ids[: prefix.num_tokens]
                 slot_P[p] = slot
             with self.usage.calling(f"prefill {count}x{length} into {slots}"):
-                state = prefill(self.decoder, state, *self._place_rows((tokens_PT, slot_P)))
+                state = prefill(self.decoder, state, *self.place_rows((tokens_PT, slot_P)))
         return state
 
     def _starting_rows(self, scheduler: Scheduler) -> StartingRows:
@@ -297,9 +288,9 @@ class Engine:
         source_B[: len(rows)] = rows
         is_used_B = np.arange(slots) < len(rows)
         with self.usage.calling(f"shrink {state.grid} -> {slots}x1"):
-            return shrink_grid(state, *self._place_rows((source_B, is_used_B)))
+            return shrink_grid(state, *self.place_rows((source_B, is_used_B)))
 
-    def _place_rows(self, arrays: Any) -> Any:
+    def place_rows(self, arrays: Any) -> Any:
         """Puts arrays with a leading axis of rows onto the mesh."""
         return arrays if self.mesh is None else shard_batch(arrays, self.mesh)
 
@@ -329,14 +320,14 @@ class Engine:
                     tokens_BT[row, : len(prompts_P[p])] = prompts_P[p]
                     last_B[row] = len(prompts_P[p]) - 1
                 with self.usage.calling(f"log-odds {rows}x{length}"):
-                    placed = self._place_rows((tokens_BT, last_B))
+                    placed = self.place_rows((tokens_BT, last_B))
                     found_B = fetch(log_odds_at(self.decoder, *placed, pair=pair))
                 log_odds_P[batch] = found_B[: len(batch)]
         return log_odds_P
 
 
 def check_prefix(prefix: Prefix, max_new_tokens: int, shapes: Shapes) -> None:
-    """Raises UserError or ValueError for what `Engine.sample` cannot sample."""
+    """Raises UserError or ValueError for what `Engine.stream` cannot sample."""
     if not prefix.samples:
         raise ValueError(f"a prefix of {len(prefix.ids)} tokens has no samples")
     for sample in prefix.samples:
@@ -351,3 +342,27 @@ def check_prefix(prefix: Prefix, max_new_tokens: int, shapes: Shapes) -> None:
                 f"{sample.row_id} has max_new_tokens {sample.max_new_tokens}, expected 1 to "
                 f"{max_new_tokens}, that of params"
             )
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError if a model would sample ids that the tokenizer does not know."""
+    if tokenizer is None:
+        return
+    unknown = unknown_ids(tokenizer, config.vocab_size)
+    if unknown != config.unknown_ids:
+        raise ValueError(
+            f"expected a model that knows the ids without a token, {unknown}, found one with "
+            f"{config.unknown_ids}: load it with load_hf(path, tokenizer=tokenizer)"
+        )
+
+
+def decoding_layout(model: Transformer | Decoder, weights: Weights = "model") -> Decoder:
+    """Returns a decoder of the model; itself if it is one. Raises ValueError if it is one with
+    other weights."""
+    if not isinstance(model, Decoder):
+        return Decoder.from_transformer(model, weights)
+    if model.weights != weights:
+        raise ValueError(
+            f"expected a model with weights {weights!r}, found one with {model.weights!r}"
+        )
+    return model

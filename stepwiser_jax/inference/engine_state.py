@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stepwiser_jax.distributed.mesh import batch_sharding, cache_sharding, replicated
-from stepwiser_jax.inference.params import StopReason, find_stops
+from stepwiser_jax.inference.params import StopReason
 from stepwiser_jax.inference.scheduler import Grid
+from stepwiser_jax.inference.stops import find_stops
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder

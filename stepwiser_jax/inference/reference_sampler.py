@@ -1,7 +1,8 @@
 """The reference sampler: rows with whole caches that can stop, branch, be rewound and go on.
 
-Chunk-wise search uses it, and `Engine`, which is faster, is tested against it. A row's result
-depends on its row id, not on its place in the batch or on the other rows.
+Chunk-wise search uses it, and `Engine`, which is faster, is tested against it: it samples the same,
+without shared prefixes and without refilling. Noise is equal, all else is equal to rounding. A
+row's result depends on its row id, not on its place in the batch or on the other rows.
 
 A row's state is its tokens, and a cache of all of them but the last. A decode step feeds the last
 token and samples the next, so a prefill computes no logits, and a rewind to the first n tokens only
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,24 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepwiser_jax.distributed.mesh import fetch, shard_batch
-from stepwiser_jax.inference.params import (
-    Completion,
-    SamplingParams,
-    Shapes,
-    StopReason,
-    StopTables,
-    Usage,
-    check_row_ids,
-    check_vocabulary,
-    decoding_layout,
-    find_stops,
-)
+from stepwiser_jax.distributed.mesh import fetch
+from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
+from stepwiser_jax.inference.stops import find_stops
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
-from stepwiser_jax.model.decoder import Decoder, Weights
+from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 @jax.tree_util.register_dataclass
@@ -52,80 +41,10 @@ class SamplerState:
 
 
 class ReferenceSampler:
-    """A model with its allowed shapes.
+    """Rows on the model, the devices and the shapes of an engine, which counts what they do."""
 
-    Args:
-        model: A model, or a decoder with the same `weights`.
-        tokenizer: Needed for stop strings.
-        rows: The numbers of rows that may be compiled, ascending; the smallest that fits is used.
-        buckets: The numbers of tokens that may be compiled, ascending; the last is the context.
-        weights: See `Decoder`.
-        mesh: The devices that rows are split over; by default the first device.
-
-    Raises:
-        UserError: The largest bucket exceeds the model's context.
-        ValueError: The model would sample ids that the tokenizer does not know.
-    """
-
-    def __init__(
-        self,
-        model: Transformer | Decoder,
-        tokenizer: Tokenizer | None = None,
-        *,
-        rows: Sequence[int],
-        buckets: Sequence[int],
-        weights: Weights = "model",
-        mesh: jax.sharding.Mesh | None = None,
-    ):
-        check_vocabulary(model.config, tokenizer)
-        self.shapes = Shapes(rows, buckets, model.config.max_length)
-        self.decoder, self.mesh = decoding_layout(model, weights), mesh
-        self.stop_tables = StopTables(tokenizer)
-        self.usage = Usage()
-
-    @property
-    def compiled_shapes(self) -> Counter[str]:
-        return self.usage.compiled_shapes
-
-    def generate(
-        self,
-        prompts_P: Sequence[Sequence[int]],
-        params: SamplingParams,
-        *,
-        key: jax.Array,
-        row_ids: Sequence[str],
-        group_size: int = 1,
-    ) -> list[Completion]:
-        """Samples `group_size` completions of each prompt; row b = p * group_size + g.
-
-        Raises:
-            UserError: A prompt is empty, or does not fit the context with its completion.
-            ValueError: The row ids, which seed the noise, are not as many or not all different.
-        """
-        check_row_ids(row_ids, len(prompts_P) * group_size)
-        batches: dict[tuple[int, int], list[int]] = {}
-        for b, row_id in enumerate(row_ids):
-            length = len(prompts_P[b // group_size])
-            self.shapes.check_length(length, params.max_new_tokens, row_id)
-            shape = (
-                self.shapes.bucket(length),
-                self.shapes.bucket(length + params.max_new_tokens),
-            )
-            batches.setdefault(shape, []).append(b)
-        completions: dict[int, Completion] = {}
-        for _, rows in sorted(batches.items()):
-            for start in range(0, len(rows), self.shapes.max_rows):
-                batch = rows[start : start + self.shapes.max_rows]
-                source = sorted({b // group_size for b in batch})  # each prompt is prefilled once
-                prompts = [prompts_P[p] for p in source]
-                longest = max(map(len, prompts))
-                state = self.prefill(prompts, longest + params.max_new_tokens)
-                if group_size > 1:
-                    state = self.branch(state, [source.index(b // group_size) for b in batch])
-                ids = [row_ids[b] for b in batch]
-                found, _ = self.decode(state, params, key=key, row_ids=ids)
-                completions.update(zip(batch, found, strict=True))
-        return [completions[b] for b in range(len(row_ids))]
+    def __init__(self, engine: Engine):
+        self.engine, self.shapes, self.usage = engine, engine.shapes, engine.usage
 
     def prefill(self, prompts_P: Sequence[Sequence[int]], min_tokens: int) -> SamplerState:
         """Returns a row for each of up to `max_rows` prompts, with room for `min_tokens` tokens."""
@@ -137,8 +56,8 @@ class ReferenceSampler:
             tokens_BT[row, : len(prompt)] = prompt
             num_tokens_B[row] = len(prompt)
         with self.usage.calling(f"prefill rows={len(tokens_BT)} tokens={length} room={room}"):
-            placed = self._place_rows((tokens_BT, num_tokens_B))
-            return _prefill(self.decoder, *placed, room=room)
+            placed = self.engine.place_rows((tokens_BT, num_tokens_B))
+            return _prefill(self.engine.decoder, *placed, room=room)
 
     def branch(self, state: SamplerState, source_B: Sequence[int]) -> SamplerState:
         """Returns new rows: row b is a copy of row `source_B[b]`."""
@@ -146,14 +65,14 @@ class ReferenceSampler:
         padded_B = np.array([*source_B, *[0] * (rows - len(source_B))], np.int32)
         B, S = state.tokens_BS.shape
         with self.usage.calling(f"branch rows={B}->{rows} room={S}"):
-            return _branch(state, self._place_rows(padded_B))
+            return _branch(state, self.engine.place_rows(padded_B))
 
     def rewind(self, state: SamplerState, num_tokens_B: Sequence[int]) -> SamplerState:
         """Returns the rows cut to their first `num_tokens_B[b]` tokens: what they wrote after these
         is taken back."""
         rows = state.tokens_BS.shape[0]
         kept_B = jnp.array([*num_tokens_B, *[1] * (rows - len(num_tokens_B))], jnp.int32)
-        kept_B, length_B = self._place_rows((kept_B, kept_B - 1))
+        kept_B, length_B = self.engine.place_rows((kept_B, kept_B - 1))
         return SamplerState(state.cache.rewind(length_B), state.tokens_BS, kept_B)
 
     def decode(
@@ -188,12 +107,12 @@ class ReferenceSampler:
         new = params.max_new_tokens
         with self.usage.calling(f"decode rows={B} room={S} new={new} {sampler}"):
             state, results = _decode(
-                self.decoder,
+                self.engine.decoder,
                 state,
-                *self._place_rows((hash_B, is_active_B, limit_B)),
+                *self.engine.place_rows((hash_B, is_active_B, limit_B)),
                 sampler,
                 np.array(params.stop_ids, np.int32),
-                self.stop_tables[params.stop_strings],
+                self.engine.stop_tables[params.stop_strings],
                 max_new_tokens=new,
             )
         tokens_BC, logprobs_BC, length_B, reason_B = fetch(results)
@@ -202,9 +121,6 @@ class ReferenceSampler:
             Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], StopReason(reason_B[b]))
             for b, (row_id, n) in enumerate(zip(row_ids, length_B, strict=False))
         ], state
-
-    def _place_rows(self, arrays: Any) -> Any:
-        return arrays if self.mesh is None else shard_batch(arrays, self.mesh)
 
 
 # --- device programs ----------------------------------------------------------------------------

@@ -97,8 +97,7 @@ class RemoteEngine:
         row_ids: Sequence[str],
         group_size: int = 1,
     ) -> list[Completion]:
-        """Samples `group_size` completions of each prompt; row b = p * group_size + g. `key` and
-        the row id give the seed of a request.
+        """Returns what `Engine.generate` does. `key` and the row id give the seed of a request.
 
         Raises:
             UserError: The server cannot be reached, refuses, or gives an answer that is not usable.

@@ -18,6 +18,10 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepwiser_jax.inference.params import Prefix, SampleRequest
 
 SAMPLES_PER_PREFIX = 16
 """How many samples of one prefix run at the same time while other prefixes wait. With more, each
@@ -27,29 +31,6 @@ last row before it takes the next prefix."""
 REFILL_FRACTION = 1 / 8
 """While samples wait, a burst ends when this fraction of the running rows has ended. Smaller values
 leave fewer rows idle, and stop the device more often."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleRequest:
-    """One sample: it continues the first `num_tokens` tokens of its prefix by at most
-    `max_new_tokens` tokens. `row_id` seeds its noise."""
-
-    row_id: str
-    num_tokens: int
-    max_new_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """A token sequence that is prefilled once, and the samples that continue it."""
-
-    ids: Sequence[int]
-    samples: Sequence[SampleRequest]
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of tokens that its samples continue at most; the rest is not prefilled."""
-        return max(sample.num_tokens for sample in self.samples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,2 @@
-"""Judges of chunks, one file or folder per kind: prompt, judge, verdict. `load` makes them."""
+"""Judges of chunks, one file or folder per kind: prompt, judge, verdict. `load` makes them, and
+`writer` asks their models."""

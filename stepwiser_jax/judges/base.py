@@ -108,22 +108,6 @@ class Judge(Protocol):
         ...
 
 
-class VotingJudge(Judge, Protocol):
-    """A judge that may be asked several times."""
-
-    votes: int
-    vote_temperature: float
-
-
-def judge_by_votes(judge: VotingJudge, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-    """Returns one judgment of every chunk: the greedy one, or the result of `votes` sampled
-    ones."""
-    suffixes = [f"/vote{k}" for k in range(judge.votes)] or [""]
-    temperature = judge.vote_temperature if judge.votes else 0.0
-    return [
-        [
-            ChunkJudgment.of_votes(of_chunk)
-            for of_chunk in zip(*(x.chunks for x in votes), strict=True)
-        ]
-        for votes in judge.sample(solutions, suffixes, temperature=temperature)
-    ]
+def vote_suffixes(votes: int) -> list[str]:
+    """Returns the suffixes that tell the sampled judgments of a solution apart."""
+    return [f"/vote{k}" for k in range(votes)]

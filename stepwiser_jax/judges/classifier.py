@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepwiser_jax.config import ClassifierJudge
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
@@ -30,14 +31,14 @@ from stepwiser_jax.inference.params import probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.rl.logprobs import LanguageModel, token_log_odds
+from stepwiser_jax.rl.logprobs import token_log_odds
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.dialogues import before_answers
 from stepwiser_jax.text.prompts import (
     PromptStyle,
     bare_judge_prompt,
-    before_answers,
     encode_message,
 )
 from stepwiser_jax.text.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def encode_solution(
 
 
 def classifier_loss(
-    model: LanguageModel,
+    model: Transformer,
     batch: TokenBatch,
     normalizer: jax.Array,
     *,
@@ -141,22 +142,13 @@ def classifier_loss(
 
 class Classifier:
     """A judge of all chunks of a solution in one pass, in batches of `rows` rows of `max_length`
-    tokens. The verdict is Negative if P(+) is below `threshold`."""
+    tokens. The verdict is Negative if P(+) is below the threshold."""
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        mesh: jax.sharding.Mesh,
-        *,
-        rows: int,
-        max_length: int,
-        prompt_style: PromptStyle,
-        threshold: float = 0.5,
-    ):
+    def __init__(self, loaded: Loaded, mesh: jax.sharding.Mesh, config: ClassifierJudge):
         self.judge_id, self.tokenizer, self.model = loaded.model_id, loaded.tokenizer, loaded.model
-        self.mesh, self.rows, self.max_length = mesh, rows, max_length
-        self.prompt_style: PromptStyle = prompt_style
-        self.threshold = threshold
+        self.mesh, self.rows, self.max_length = mesh, config.rows, config.max_length
+        self.prompt_style: PromptStyle = config.prompt_style
+        self.threshold = 0.5 if config.threshold is None else config.threshold
         self.signs = sign_ids(loaded.tokenizer)
         self.compiled_shapes: Counter[str] = Counter()
 
@@ -195,37 +187,28 @@ class Classifier:
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
         """Returns P(+) of every chunk, with its verdict; the text is the likelier sign."""
         encoded = [self._encode(solution) for solution in solutions]
-        p_positive: list[list[float]] = [[] for _ in solutions]
         documents = [Document(np.array(ids), np.array(False)) for ids, _ in encoded]
         lengths = [len(ids) for ids, _ in encoded]
         blocks = first_fit(range(len(encoded)), lengths.__getitem__, self.max_length, len(encoded))
         packed = next(blocks, [])
+        found: list[list[ChunkJudgment]] = [[] for _ in solutions]
         for start in range(0, len(packed), self.rows):
             rows = packed[start : start + self.rows]
             batch = pack_documents(
                 [[documents[i] for i in row] for row in rows], self.rows, self.max_length
             )
-            log_odds_BT = self._log_odds(batch)
-            for log_odds_T, row in zip(log_odds_BT, rows, strict=False):
+            for log_odds_T, row in zip(self._log_odds(batch), rows, strict=False):
                 offset = 0
                 for i in row:
-                    ids, answers = encoded[i]
-                    p_positive[i] = probabilities(log_odds_T[offset + np.array(answers)])
-                    offset += len(ids)
+                    answers = np.array(encoded[i][1][solutions[i].start :], int)
+                    p_positive = probabilities(log_odds_T[offset + answers])
+                    found[i] = [self._judgment(p) for p in p_positive]
+                    offset += lengths[i]
             rows_done(min(start + self.rows, len(packed)), len(packed), 0)
-        return [
-            [self._judgment(p) for p in of_chunks[x.start :]]
-            for x, of_chunks in zip(solutions, p_positive, strict=True)
-        ]
+        return found
 
     def sample(
-        self,
-        solutions: Sequence[Solution],
-        suffixes: Sequence[str],
-        *,
-        temperature: float,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        self, solutions: Sequence[Solution], suffixes: Sequence[str], **sampling: Any
     ) -> list[list[SolutionJudgment]]:
         """Returns the same judgments for each suffix: nothing is drawn."""
         return [[SolutionJudgment(chunks) for _ in suffixes] for chunks in self(solutions)]

@@ -23,34 +23,27 @@ process reward, so there each prefix has a chain and its score (`ThinkPrmVerifie
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import SamplingParams, probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
+from stepwiser_jax.judges.writer import Writer, sample_votes
 from stepwiser_jax.records import ClassifierExample, Verdict
-from stepwiser_jax.runs.directory import per_item
 from stepwiser_jax.tasks.mathematics import BOX, last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import (
     BOXED,
-    PromptStyle,
+    JudgePromptStyle,
     bare_judge_prompt,
     boxed_word,
     encode_message,
 )
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
-
-if TYPE_CHECKING:
-    import jax
-
-    from stepwiser_jax.distributed.loading import Loaded
-    from stepwiser_jax.inference.engine import Engine
+from stepwiser_jax.text.tokenizer import Tokenizer
 
 VERIFY_PROMPT = """\
 Here is a mathematical problem, and a solution of it that was proposed, step by step.
@@ -115,7 +108,7 @@ class ThinkPrmForm:
         return " ".join(f"{critique} {box}" for critique, box in parts)
 
 
-FORMS: dict[PromptStyle, ThinkPrmForm] = {
+FORMS: dict[JudgePromptStyle, ThinkPrmForm] = {
     "instruct": ThinkPrmForm(
         opening="<think>\nLet's verify step by step:\n",
         question="\n</think>\nIs the solution correct? ",
@@ -143,7 +136,7 @@ FORMS: dict[PromptStyle, ThinkPrmForm] = {
 }
 
 
-def verify_prompt(question: str, chunks: Sequence[str], style: PromptStyle) -> str:
+def verify_prompt(question: str, chunks: Sequence[str], style: JudgePromptStyle) -> str:
     """Returns the user's message. Steps that have numbers already are numbered anew."""
     if style == "bare":
         return bare_judge_prompt(question, " ".join(chunks), "")
@@ -225,196 +218,139 @@ def verdicts_of(rounds: Sequence[str], form: ThinkPrmForm, num_steps: int) -> li
 
 @dataclass
 class Chain:
-    """A verification that is being written. `thought` has a text for each round so far, and
-    `num_tokens` counts what was sampled. `row_id` decides its noise."""
+    """A verification that is being written. `text` has its `rounds` of thought, with the triggers
+    between them; `num_tokens` counts what was sampled. `name` decides its noise."""
 
-    row_id: str
+    name: str
     prompt_ids: list[int]
     num_steps: int
-    thought: list[str] = field(default_factory=list)
+    rounds: list[str] = field(default_factory=list)
+    text: str = ""
     num_tokens: int = 0
-
-    def text(self, form: ThinkPrmForm) -> str:
-        """Returns the rounds of thought with the triggers between them."""
-        return self._with_triggers(form, len(self.thought) - 1)
-
-    def next_round(self, form: ThinkPrmForm) -> str:
-        """Returns the text that the next round continues: it ends with a trigger, except before
-        the first round."""
-        return self._with_triggers(form, len(self.thought))
-
-    def _with_triggers(self, form: ThinkPrmForm, count: int) -> str:
-        triggers = (*form.triggers[: max(0, count)], "")
-        return "".join(map("".join, zip(self.thought, triggers, strict=False)))
 
 
 class ThinkPrmVerifier:
-    """A judge that verifies whole solutions. Row ids begin with `name`, so that stages draw
-    different noise."""
+    """A judge that verifies whole solutions, in `rounds` of thought."""
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        engine: Engine,
-        *,
-        name: str,
-        prompt_style: PromptStyle,
-        max_new_tokens: int,
-        rounds: int,
-        key: jax.Array,
-        votes: int = 0,
-        vote_temperature: float = 1.0,
-    ):
+    def __init__(self, writer: Writer, *, rounds: int):
         """Raises UserError unless the two answers are one token each."""
-        self.judge_id, self.tokenizer = loaded.model_id, loaded.tokenizer
-        self.engine, self.name, self.key = engine, name, key
-        self.prompt_style: PromptStyle = prompt_style
-        self.max_new_tokens, self.rounds = max_new_tokens, rounds
-        self.votes, self.vote_temperature = votes, vote_temperature
-        self.form = FORMS[prompt_style]
-        self.answer_ids = answer_ids(loaded.tokenizer, self.form)
-
-    @property
-    def compiled_shapes(self) -> Counter[str]:
-        return self.engine.compiled_shapes
-
-    def measured(self, made: int) -> dict[str, Any]:
-        """Returns tokens per judgment."""
-        return {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
+        self.writer, self.rounds, self.judge_id = writer, rounds, writer.loaded.model_id
+        self.compiled_shapes, self.measured = writer.engine.compiled_shapes, writer.measured
+        self.form = FORMS[writer.prompt_style]
+        self.answer_ids = answer_ids(writer.tokenizer, self.form)
 
     def prompt_ids(self, solution: Solution) -> list[int]:
-        text = verify_prompt(solution.question, solution.chunks, self.prompt_style)
-        return encode_message(self.tokenizer, text, self.prompt_style, answer=self.form.opening)
+        """Returns the prompt about a solution, without the opening of the answer."""
+        style = self.writer.prompt_style
+        text = verify_prompt(solution.question, solution.chunks, style)
+        return encode_message(self.writer.tokenizer, text, style, answer=self.form.opening)
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold a verification of a solution of this length.
         The headings of its steps are not counted."""
         empty = self.prompt_ids(Solution(problem_id, question, [""]))
-        name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
-        self.engine.check_length(len(empty), num_tokens + self._room(self.rounds), name)
+        self.writer.check_room(empty, problem_id, num_tokens, self._room(self.rounds))
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError if the context does not hold a verification of each solution."""
+        room = self._room(self.rounds)
         for solution in solutions:
-            self.engine.check_length(
-                len(self.prompt_ids(solution)), self._room(self.rounds), solution.solution_id
-            )
+            self.writer.check_length(self.prompt_ids(solution), solution.solution_id, room)
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
         """Returns, for every chunk, the judgment of the prefix that ends with it: the greedy one,
-        or the result of `votes` sampled ones."""
+        or the result of all votes."""
         prefixes = [
             replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
             for x in solutions
             for j in range(x.start, len(x.chunks))
         ]
-        suffixes = [f"/vote{k}" for k in range(self.votes)] or [""]
-        temperature = self.vote_temperature if self.votes else 0.0
-        found = iter(self._verify(prefixes, suffixes, temperature=temperature))
+        votes = iter(sample_votes(self, self.writer, prefixes))
         return [
             [
-                ChunkJudgment.of_votes([whole for _, whole in next(found)])
+                ChunkJudgment.of_votes([vote.whole for vote in next(votes) if vote.whole])
                 for _ in x.chunks[x.start :]
             ]
             for x in solutions
         ]
 
     def sample(
-        self,
-        solutions: Sequence[Solution],
-        suffixes: Sequence[str],
-        *,
-        temperature: float,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        self, solutions: Sequence[Solution], suffixes: Sequence[str], **sampling: Any
     ) -> list[list[SolutionJudgment]]:
         """Returns one chain about each solution for each suffix, see `Judge`."""
-        found = self._verify(solutions, suffixes, temperature=temperature, top_p=top_p, top_k=top_k)
-        return [
-            [SolutionJudgment(self._judge_steps(chain), whole) for chain, whole in chains]
-            for chains in found
-        ]
-
-    def _verify(
-        self,
-        solutions: Sequence[Solution],
-        suffixes: Sequence[str],
-        *,
-        temperature: float,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> list[list[tuple[Chain, ChunkJudgment]]]:
-        """Returns finished chains with their judgments of the whole, [solution][suffix]."""
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.tokenizer.eos_ids,
-            stop_strings=self.form.stops,
-        )
-        chains = [
-            Chain(f"{self.name}/{x.solution_id}{suffix}", self.prompt_ids(x), len(x.chunks))
+        params = replace(self.writer.params(**sampling), stop_strings=self.form.stops)
+        groups = [
+            [Chain(x.solution_id + s, self.prompt_ids(x), len(x.chunks)) for s in suffixes]
             for x in solutions
-            for suffix in suffixes
         ]
-        for r in range(self.rounds):
-            # In the first round the chains about a solution begin alike, so they share a prompt.
-            self._think(chains, params, r, group_size=1 if r else len(suffixes))
-        judged = list(zip(chains, self._judge_solutions(chains), strict=True))
-        K = len(suffixes)
-        return [judged[s * K : (s + 1) * K] for s in range(len(solutions))]
+        # In the first round the chains about a solution begin alike, so they share a prompt.
+        self._think([x.solution_id for x in solutions], groups, suffixes, params)
+        chains = [chain for group in groups for chain in group]
+        for r in range(1, self.rounds):
+            for chain in chains:
+                chain.text += self.form.triggers[r - 1]
+            names = [chain.name for chain in chains]
+            self._think(names, [[chain] for chain in chains], [f"/round{r}"], params)
+        wholes = iter(self._judge_solutions(chains))
+        return [
+            [SolutionJudgment(self._judge_steps(chain), next(wholes)) for chain in group]
+            for group in groups
+        ]
 
     def _think(
-        self, chains: Sequence[Chain], params: SamplingParams, r: int, *, group_size: int
+        self,
+        names: Sequence[str],
+        groups: Sequence[Sequence[Chain]],
+        suffixes: Sequence[str],
+        params: SamplingParams,
     ) -> None:
-        """Samples one round of thought of every chain."""
+        """Samples one more round of every chain. The chains of a group have the same text so far;
+        there is one for each suffix."""
         prompts = [
-            chain.prompt_ids + self._encode(self.form.opening + chain.next_round(self.form), r)
-            for chain in chains[::group_size]
+            chain.prompt_ids + self._encode(self.form.opening + chain.text, len(chain.rounds))
+            for chain, *_ in groups
         ]
-        row_ids = [chain.row_id + (f"/round{r}" if r else "") for chain in chains]
-        completions = self.engine.generate(
-            prompts, params, key=self.key, row_ids=row_ids, group_size=group_size
-        )
-        for chain, completion in zip(chains, completions, strict=True):
-            text = completion_text(self.tokenizer, completion.tokens.tolist())
-            chain.thought.append(cut_chain(text, self.form, chain.num_steps))
-            chain.num_tokens += len(completion.tokens)
+        written = self.writer.write(names, prompts, suffixes, params)
+        for group, of_group in zip(groups, written, strict=True):
+            for chain, (text, completion) in zip(group, of_group, strict=True):
+                chain.rounds.append(cut_chain(text, self.form, chain.num_steps))
+                chain.text += chain.rounds[-1]
+                chain.num_tokens += len(completion.tokens)
 
     def _encode(self, text: str, rounds: int, tail: int = 0) -> list[int]:
         """Encodes the verifier's text. Sampled text that is encoded again hardly ever has more
         tokens than before. If it has, the excess is cut out before the last `tail` tokens."""
-        ids = self.tokenizer.encode(text)
+        ids = self.writer.tokenizer.encode(text)
         excess = max(0, len(ids) - self._room(rounds))
         return ids[: len(ids) - tail - excess] + ids[len(ids) - tail :]
 
     def _room(self, rounds: int) -> int:
         """Returns the largest number of tokens that a verification of these rounds has."""
-        encode, form = self.tokenizer.encode, self.form
-        triggers = sum(len(encode(trigger)) for trigger in form.triggers[:rounds])
-        return len(encode(form.whole("", True))) + triggers + rounds * self.max_new_tokens
+        texts = [self.form.whole("", True), *self.form.triggers[:rounds]]
+        given = sum(len(self.writer.tokenizer.encode(text)) for text in texts)
+        return given + rounds * self.writer.max_new_tokens
 
     def _judge_solutions(self, chains: Sequence[Chain]) -> list[ChunkJudgment]:
         """Returns the judgments of the whole: the likelier answer, and P(Yes)."""
-        tail = len(self.tokenizer.encode(self.form.question + self.form.answers[0]))
-        texts = [chain.text(self.form) for chain in chains]
+        whole = self.form.whole
+        tail = len(self.writer.tokenizer.encode(self.form.question + self.form.answers[0]))
         prompts = [
-            chain.prompt_ids + self._encode(self.form.whole(text, True), self.rounds, tail)[:-1]
-            for chain, text in zip(chains, texts, strict=True)
+            chain.prompt_ids + self._encode(whole(chain.text, True), self.rounds, tail)[:-1]
+            for chain in chains
         ]
-        p_correct = probabilities(self.engine.log_odds(prompts, self.answer_ids))
+        p_correct = probabilities(self.writer.engine.log_odds(prompts, self.answer_ids))
         return [
-            ChunkJudgment(self.form.whole(text, p >= 0.5), verdict_at(0.5, p), p, chain.num_tokens)
-            for chain, text, p in zip(chains, texts, p_correct, strict=True)
+            ChunkJudgment(whole(chain.text, p >= 0.5), verdict_at(0.5, p), p, chain.num_tokens)
+            for chain, p in zip(chains, p_correct, strict=True)
         ]
 
     def _judge_steps(self, chain: Chain) -> list[ChunkJudgment]:
-        written = {v.step: v.text for text in chain.thought for v in step_verdicts(text, self.form)}
+        """Returns the last verdict on every step, with its text."""
+        written = {v.step: v.text for text in chain.rounds for v in step_verdicts(text, self.form)}
         judgments = []
-        for step, verdict in enumerate(verdicts_of(chain.thought, self.form, chain.num_steps)):
+        for step, verdict in enumerate(verdicts_of(chain.rounds, self.form, chain.num_steps)):
             text = written.get(step, "")
-            num_tokens = len(self.tokenizer.encode(text))
+            num_tokens = len(self.writer.tokenizer.encode(text))
             judgments.append(ChunkJudgment.of_verdict(text, verdict, num_tokens))
         return judgments
 

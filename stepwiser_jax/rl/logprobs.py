@@ -14,9 +14,8 @@ after them, and the gradient of the head, is float32.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,9 @@ from jax import lax
 from stepwiser_jax.model.linear import output_logits, product, product_over_rows
 from stepwiser_jax.model.packing import sees
 
+if TYPE_CHECKING:
+    from stepwiser_jax.model.transformer import Transformer
+
 Stats = tuple[jax.Array, jax.Array]
 Residuals = tuple[jax.Array, ...]
 
@@ -32,30 +34,8 @@ SLICE_ELEMENTS = 1 << 22
 """The most logits in memory together (16 MiB in float32), unless that needs too many slices."""
 
 
-class LanguageModel(Protocol):
-    """What a model must have: hidden states after the final norm, the output matrix, the ids that
-    no token has, and logits of two tokens alone."""
-
-    @property
-    def head_VD(self) -> jax.Array: ...
-
-    @property
-    def unknown_ids(self) -> tuple[range, ...]: ...
-
-    def hidden(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segment_ids_BT: jax.Array | None = None,
-        *,
-        remat: bool = False,
-    ) -> jax.Array: ...
-
-    def pair_logits(self, hidden_BTD: jax.Array, pair: tuple[int, int]) -> jax.Array: ...
-
-
 def token_logprobs(
-    model: LanguageModel,
+    model: Transformer,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
@@ -66,7 +46,7 @@ def token_logprobs(
 
 
 def token_logprobs_and_entropy(
-    model: LanguageModel,
+    model: Transformer,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
@@ -125,7 +105,7 @@ def token_logprobs_and_entropy(
 
 
 def token_log_odds(
-    model: LanguageModel,
+    model: Transformer,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
@@ -205,27 +185,6 @@ def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
     return lax.broadcasted_iota(targets_BC.dtype, shape, 2) == targets_BC[:, :, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _sliced_stats(
-    features_BTD: jax.Array,
-    head_VD: jax.Array,
-    targets_BT: jax.Array,
-    temperature: jax.Array,
-    num_targets: jax.Array,
-    num_slices: int,
-    unknown_ids: tuple[range, ...],
-) -> Stats:
-    """Returns log-prob of each target and entropy under softmax(features @ head.T / temperature).
-
-    Only the first `num_targets` positions of each row are computed; the others are undefined.
-    `unknown_ids` are outside the softmax, and are never targets.
-    """
-    stats, _ = _sliced_stats_forward(
-        features_BTD, head_VD, targets_BT, temperature, num_targets, num_slices, unknown_ids
-    )
-    return stats
-
-
 def _sliced_stats_forward(
     features_BTD: jax.Array,
     head_VD: jax.Array,
@@ -235,6 +194,12 @@ def _sliced_stats_forward(
     num_slices: int,
     unknown_ids: tuple[range, ...],
 ) -> tuple[Stats, Residuals]:
+    """Returns log-prob of each target and entropy under softmax(features @ head.T / temperature),
+    and what the backward pass needs.
+
+    Only the first `num_targets` positions of each row are computed; the others are undefined.
+    `unknown_ids` are outside the softmax, and are never targets.
+    """
     cast_head_VD = head_VD.astype(features_BTD.dtype)
     features, targets = _split(features_BTD, num_slices), _split(targets_BT, num_slices)
 
@@ -319,4 +284,9 @@ def _sliced_stats_backward(
     return features_grad_BTD, head_grad_DV.T.astype(head_VD.dtype), None, None, None
 
 
+def _stats_alone(*arguments: Any) -> Stats:
+    return _sliced_stats_forward(*arguments)[0]
+
+
+_sliced_stats = jax.custom_vjp(_stats_alone, nondiff_argnums=(5, 6))
 _sliced_stats.defvjp(_sliced_stats_forward, _sliced_stats_backward)

@@ -1,7 +1,7 @@
 """Rollouts that are sampled but in no checkpoint yet. A killed run reads them when it resumes.
 
     <run_dir>/rollout_cache/000012-draw0-9f86d081884c-60303ae22b99.npz
-                            iteration, resample, param hash, checksum of the file
+                            iteration, draw, param hash, checksum of the file
 
 Rollouts are used again only if the parameters equal those that sampled them in every bit. A file
 with another checksum is damaged and counts as missing. A killed run leaves whole files, and resumes
@@ -40,10 +40,10 @@ class RolloutCache:
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def read(self, iteration: int, resample: int, param_hash: str) -> dict[str, SampledRow]:
+    def read(self, iteration: int, draw: int, param_hash: str) -> dict[str, SampledRow]:
         """Returns the rows that the parameters with this hash sampled, by id; {} if there are
         none."""
-        for file in self._directory.glob(f"{_name(iteration, resample, param_hash)}-*.npz"):
+        for file in self._directory.glob(f"{_name(iteration, draw, param_hash)}-*.npz"):
             if not file.stem.endswith(f"-{sha256_of(file)[:12]}"):
                 print(f"{file} is damaged: its rollouts are sampled again", file=sys.stderr)
                 continue
@@ -55,12 +55,12 @@ class RolloutCache:
         return {}
 
     def write(
-        self, iteration: int, resample: int, param_hash: str, rows: dict[str, SampledRow]
+        self, iteration: int, draw: int, param_hash: str, rows: dict[str, SampledRow]
     ) -> None:
         """Writes these rows in place of those of the same name, whole or not at all."""
         if not rows or not hosts.is_primary():
             return
-        name, ids = _name(iteration, resample, param_hash), sorted(rows)
+        name, ids = _name(iteration, draw, param_hash), sorted(rows)
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -86,5 +86,5 @@ class RolloutCache:
                 file.unlink()
 
 
-def _name(iteration: int, resample: int, param_hash: str) -> str:
-    return f"{iteration:06d}-draw{resample}-{param_hash}"
+def _name(iteration: int, draw: int, param_hash: str) -> str:
+    return f"{iteration:06d}-draw{draw}-{param_hash}"

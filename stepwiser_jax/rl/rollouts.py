@@ -1,7 +1,7 @@
 """Rollouts: groups of completions, sampled and rewarded with the policy as it is now.
 
-    examples -> prompts -> engine -> RolloutGroup -> rewards -> groups with a signal
-                                                     -> training.batches.pack_groups
+    examples -> RolloutSampler -> RolloutGroups -> `rewards.add_rewards` -> groups with a signal
+             -> `grpo.group_advantages` -> pack_groups -> RolloutBatch
 
 Nothing here knows what the policy writes: a stage supplies prompts and a reward.
 """
@@ -9,26 +9,26 @@ Nothing here knows what the policy writes: a stage supplies prompts and a reward
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stepwiser_jax.config import EngineShapes
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
-from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, decoding_layout
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
-from stepwiser_jax.rl.rewards import Reward
+from stepwiser_jax.inference.engine import Engine, decoding_layout
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
+from stepwiser_jax.model.packing import member
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.text.tokenizer import completion_text
+from stepwiser_jax.training.batches import first_fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RolloutSampler:
             engine: Shapes of the engine.
             cache: The run's cache.
             group_size: Completions of a prompt.
-            seed: Decides the noise, with `name`, iteration, resample, example and completion.
+            seed: Decides the noise, with `name`, iteration, draw, example and completion.
             mesh: The devices that sample.
             name: Begins the ids of groups.
         """
@@ -100,8 +100,9 @@ class RolloutSampler:
 
     @contextmanager
     def weights(self, model: Any) -> Iterator[None]:
-        """Samples with these parameters inside the block. Their copy for decoding is freed at its
-        end, before an update needs the memory."""
+        """Samples with these parameters inside the block: with a copy in the compute type, adapters
+        merged, that lies on the sampling mesh. It is freed at the end, before an update needs the
+        memory."""
         self._param_hash = param_hash(model)
         with jax.set_mesh(self.mesh):
             self._engine_with_weights = self.engine.with_model(decoding_copy(model, self.mesh))
@@ -111,18 +112,19 @@ class RolloutSampler:
             self._engine_with_weights = None
 
     def sample_groups(
-        self, examples: Sequence[Any], iteration: int, resample: int
+        self, examples: Sequence[Any], iteration: int, draw: int
     ) -> list[RolloutGroup]:
-        """Returns a group for each example, without rewards. Rows that this run sampled before it
+        """Returns a group for each example, without rewards. `draw` counts the batches of examples
+        of an iteration. Rows that this run sampled before it
         was interrupted are read from the cache.
 
         Raises:
             Interrupted: The run is to stop. Rows that have ended are in the cache.
         """
-        prefix = f"{self.name}/it{iteration}/draw{resample}"
+        prefix = f"{self.name}/it{iteration}/draw{draw}"
         ids = [f"{prefix}/{p}/{example.record_id}" for p, example in enumerate(examples)]
         prompts = [np.asarray(self.encode(example), np.int32) for example in examples]
-        cached = (iteration, resample, self._param_hash)
+        cached = (iteration, draw, self._param_hash)
         rows = self.cache.read(*cached)
         if hosts.any_process(not rows):  # all processes begin with the same rows, or with none
             rows = {}
@@ -154,7 +156,7 @@ class RolloutSampler:
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
         assert self._engine_with_weights is not None, "sample inside `weights`"
-        ended = self._engine_with_weights.sample(
+        ended = self._engine_with_weights.stream(
             prefixes, self.params, key=self.key, is_needed=lambda _: True
         )
         for completions in ended:
@@ -178,31 +180,7 @@ class RolloutSampler:
         )
 
 
-def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutGroup]:
-    """Returns the groups with what each completion earns, see `rl.rewards`."""
-
-    def terms(group: RolloutGroup, text: str, tokens: np.ndarray) -> dict[str, float]:
-        found = reward(group.example, text, tokens)
-        found = found if isinstance(found, dict) else {"": found}
-        for name, value in found.items():
-            is_number = isinstance(value, int | float | np.number)  # pyright: ignore[reportUnnecessaryIsInstance]
-            if not is_number or not math.isfinite(value):
-                raise UserError(
-                    f"expected a reward that is a finite number, or a dict of such numbers, found "
-                    f"{value!r}{f' as {name!r}' if name else ''} for {group.group_id}"
-                )
-        return {name: float(value) for name, value in found.items()}
-
-    return [
-        dataclasses.replace(
-            group,
-            reward_terms_G=[
-                terms(group, text, tokens)
-                for text, tokens in zip(group.texts_G, group.completions_G, strict=True)
-            ],
-        )
-        for group in groups
-    ]
+# --- a batch of groups --------------------------------------------------------------------------
 
 
 def split_groups(groups: Sequence[RolloutGroup], num_updates: int) -> list[Sequence[RolloutGroup]]:
@@ -211,17 +189,99 @@ def split_groups(groups: Sequence[RolloutGroup], num_updates: int) -> list[Seque
     return [groups[update::num_updates] for update in range(min(num_updates, len(groups)))]
 
 
-def rollout_metrics(sampled: Sequence[RolloutGroup], num_kept: int) -> dict[str, float]:
-    """Returns metrics over all completions sampled, of kept groups or not: the mean reward and its
-    named terms, the share of groups kept, and lengths in tokens."""
-    lengths = [len(tokens) for group in sampled for tokens in group.completions_G]
-    terms = [terms for group in sampled for terms in group.reward_terms_G]
-    names = sorted({name for named in terms for name in named if name})
-    return {
-        "reward": float(np.mean([group.rewards_G for group in sampled])),
-        **{f"reward_{n}": float(np.mean([t.get(n, 0.0) for t in terms])) for n in names},
-        "groups_sampled": len(sampled),
-        "groups_kept_share": num_kept / len(sampled),
-        "response_tokens": float(np.mean(lengths)),
-        "response_tokens_max": float(np.max(lengths)),
-    }
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """Rows of one or more rollout groups: each is its prompt once, then its completions, with the
+    packing ids of `model.packing`.
+
+    Every array is indexed by the token that it describes. `predictor_BT` is the index of the
+    position whose logits predict the token: for the first token of every completion that is the
+    last token of the prompt.
+    """
+
+    tokens_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    predictor_BT: Any
+    target_mask_BT: Any
+    sampler_logprobs_BT: Any
+    advantages_BT: Any
+    old_logprobs_BT: Any = None
+    reference_logprobs_BT: Any = None
+
+
+def pack_groups(
+    groups: Sequence[RolloutGroup],
+    advantages_PG: ArrayLike,
+    *,
+    num_rows: int,
+    row_lengths: Sequence[int],
+    micro_batches: int = 1,
+) -> RolloutBatch:
+    """Returns groups packed into rows, with the advantage of a completion on each of its tokens.
+
+    Rows that are not needed are padding. They lie in the last of the `micro_batches` (see
+    `step.split_rows`), which then take no time.
+
+    Args:
+        groups: P groups.
+        advantages_PG: An advantage for each completion.
+        num_rows: Rows of the batch.
+        row_lengths: The lengths that a row may have; the smallest that holds every group is taken.
+        micro_batches: Parts that the rows are cut into.
+
+    Raises:
+        ValueError: A group is longer than any row, or the groups do not fit.
+    """
+    advantages_PG = np.asarray(advantages_PG)
+    longest = max((group.num_tokens for group in groups), default=1)
+    row_length = next((length for length in row_lengths if length >= longest), row_lengths[-1])
+    shape = (num_rows, row_length)
+    batch = RolloutBatch(
+        tokens_BT=np.zeros(shape, np.int32),
+        segment_ids_BT=np.zeros(shape, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        predictor_BT=np.zeros(shape, np.int32),
+        target_mask_BT=np.zeros(shape, bool),
+        sampler_logprobs_BT=np.zeros(shape, np.float32),
+        advantages_BT=np.zeros(shape, np.float32),
+    )
+    numbered = range(len(groups))
+    blocks = list(first_fit(numbered, lambda p: groups[p].num_tokens, row_length, num_rows))
+    if len(blocks) > 1:
+        raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows of {row_length}")
+    in_order = np.arange(num_rows).reshape(-1, micro_batches).T.ravel()
+    for row, members in zip(in_order, itertools.chain(*blocks), strict=False):
+        start = 0
+        for number, p in enumerate(members, 1):
+            _write_group(batch, int(row), start, number, groups[p], advantages_PG[p])
+            start += groups[p].num_tokens
+    return batch
+
+
+def _write_group(
+    batch: RolloutBatch,
+    row: int,
+    start: int,
+    number: int,
+    group: RolloutGroup,
+    advantages_G: np.ndarray,
+) -> None:
+    """Writes a group, the `number`th of its row, from position `start` on."""
+    prompt_length = len(group.prompt_ids)
+    end = prompt_end = start + prompt_length
+    batch.tokens_BT[row, start:end] = group.prompt_ids
+    batch.segment_ids_BT[row, start:end] = member(number, 0)
+    batch.positions_BT[row, start:end] = np.arange(prompt_length)
+    batch.predictor_BT[row, start + 1 : end] = np.arange(start, end - 1)
+    for g, completion_ids in enumerate(group.completions_G):
+        start, end = end, end + len(completion_ids)
+        batch.tokens_BT[row, start:end] = completion_ids
+        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
+        batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion_ids))
+        batch.predictor_BT[row, start:end] = np.arange(start - 1, end - 1)
+        batch.predictor_BT[row, start : start + 1] = prompt_end - 1
+        batch.target_mask_BT[row, start:end] = True
+        batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
+        batch.advantages_BT[row, start:end] = advantages_G[g]

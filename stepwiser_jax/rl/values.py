@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Prefix, SampleRequest
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
+from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -190,7 +190,7 @@ def estimate_prefix_values(
     def is_needed(sample: SampleRequest) -> bool:
         return counts.needs_more(prefix_of[sample.row_id])
 
-    for completions in engine.sample(
+    for completions in engine.stream(
         prefixes,
         params,
         key=key,

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from stepwiser_jax.config import CheckedAnswers, EngineShapes, Model, SamplingStage
+from stepwiser_jax.config import EngineShapes, Model, SamplingStage
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -33,9 +33,13 @@ Compiled = Counter[str]
 
 
 class Session:
-    """The devices, models and verifier that a stage samples with, and their measurements."""
+    """The blocks that this process does, the devices, models and verifier that it samples them
+    with, and their measurements."""
 
-    def __init__(self, config: SamplingStage, closing: ExitStack):
+    def __init__(self, config: SamplingStage, blocks: Sequence[Sequence[Any]], closing: ExitStack):
+        self.blocks = blocks
+        self.seconds = 0.0
+        """How long the blocks took, once they are done."""
         self.seed = config.seed
         self.mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
         self.compiled: dict[str, Compiled] = {}
@@ -53,9 +57,9 @@ class Session:
         self.compiled[name] = sampler.compiled_shapes
         return loaded, sampler
 
-    def verifier(self, config: CheckedAnswers) -> Verifier:
+    def verifier(self, name: str) -> Verifier:
         """Returns what checks answers, in processes that end with the session."""
-        verifier = Verifier(config.verifier, workers=worker_count())
+        verifier = Verifier(name, workers=worker_count())
         self.measures.append(
             lambda made: {
                 "verifier_timeouts": verifier.timeouts,
@@ -125,10 +129,10 @@ def run_blocks(
     measured: dict[str, Any] = {}
     if left:
         with ExitStack() as closing:
-            session = Session(config, closing)
+            session = Session(config, left, closing)
             records_of = work.begin(session)
-            seconds, made = directory.write_blocks(left, work.record_type, records_of)
-            measured = {f"seconds_per_{work.unit}": per_item(seconds, made)}
+            session.seconds, made = directory.write_blocks(left, work.record_type, records_of)
+            measured = {f"seconds_per_{work.unit}": per_item(session.seconds, made)}
             measured |= session.measured(made)
     writer = directory.writer(work.record_type)
     work.complete(directory)

@@ -26,10 +26,8 @@ from typing import Any, TypeVar
 import jax
 
 from stepwiser_jax import __version__
-from stepwiser_jax.config import (
-    ComputeStage,
-    Config,
-    OnResume,
+from stepwiser_jax.config import ComputeStage, Config, OnResume
+from stepwiser_jax.config_files import (
     completed,
     config_digest,
     differing_keys,

@@ -30,8 +30,8 @@ the beams of the next step. It adds solutions with `state.collect_finished`."""
 
 
 def chunk_reset(max_attempts: int) -> Method:
-    """Returns the method that keeps or rewrites the chunk of one beam. The last attempt is kept
-    whatever its verdict."""
+    """Returns the method that keeps the chunk of one beam, or takes it back (`Beam.rewind`). The
+    last attempt is kept whatever its verdict."""
 
     def decide(state: SearchState, beams: list[Beam]) -> list[Beam]:
         (beam,) = beams

@@ -14,15 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-
 from stepwiser_jax.config import Refine
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
-from stepwiser_jax.judges.genprm.judge import Conversation, Writer
+from stepwiser_jax.judges.genprm.judge import Conversation, TurnWriter
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.results import Found, check_answers
 from stepwiser_jax.tasks.mathematics import extract_answer
@@ -35,7 +32,6 @@ from stepwiser_jax.text.chunks import (
     end_patterns,
 )
 from stepwiser_jax.text.prompts import solve_prompt
-from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -54,17 +50,15 @@ class Refiner:
     """The loop of policy and judge over a block of problems. `steps_without_verdict` counts the
     steps so far at which the judge's context was full."""
 
-    def __init__(self, config: Refine, tokenizer: Tokenizer, engine: Engine, judge: Judge):
-        self.config, self.tokenizer, self.judge = config, tokenizer, judge
+    def __init__(self, config: Refine, policy: Writer, judge: Judge):
+        self.config, self.policy, self.judge = config, policy, judge
+        self.turns, self.tokenizer = TurnWriter(policy), policy.tokenizer
         self.steps_without_verdict = 0
-        key = jax.random.key(config.seed)
-        self.writer = Writer(tokenizer, engine, prompt_style=config.prompt_style, key=key)
         self.patterns = end_patterns(config.chunking)
-        self.matcher = TokenMatcher.build(tokenizer.token_bytes(), self.patterns)
-        sampling = config.sampling.model_dump()
-        self.params = SamplingParams(**sampling, stop_ids=tokenizer.eos_ids)
+        self.matcher = TokenMatcher.build(self.tokenizer.token_bytes(), self.patterns)
 
     def _begin(self, problem: Problem) -> Attempt:
+        """Returns the attempt at a problem that the user has just posed."""
         attempt = Attempt(problem, Conversation("", ""))
         tags = CHUNK_CLOSE in self.patterns
         prompt = solve_prompt(problem.question, self.config.prompt_style, tags=tags)
@@ -75,11 +69,12 @@ class Refiner:
         """Raises UserError if the policy's context does not hold a first solution of each problem,
         or if the judge's check fails."""
         for problem in problems:
-            length = len(self.writer.encode(self._begin(problem).conversation))
-            self.writer.engine.check_length(length, self.params.max_new_tokens, problem.problem_id)
+            prompt = self.turns.encode(self._begin(problem).conversation)
+            self.policy.check_length(prompt, problem.problem_id)
         self.judge.check_lengths([Solution(p.problem_id, p.question, [""]) for p in problems])
 
     def __call__(self, block: Sequence[Problem], verifier: Verifier) -> list[SearchResult]:
+        """Returns the solutions of a block after each turn."""
         attempts = [self._begin(problem) for problem in block]
         results, thinking = [], attempts
         for turn in range(self.config.turns + 1):
@@ -93,9 +88,9 @@ class Refiner:
         """Writes the next solutions; returns the attempts that have room for one."""
         attempts = [attempt for attempt in attempts if self._has_room(attempt)]
         for attempt in attempts:
-            attempt.conversation.name = f"refine/{attempt.problem.problem_id}/policy{turn}"
+            attempt.conversation.name = f"{attempt.problem.problem_id}/policy{turn}"
             attempt.conversation.begin_turn("")
-        self.writer.write([a.conversation for a in attempts], self.params, stops=[], reserve=0)
+        self.turns.write([a.conversation for a in attempts], self.policy.params())
         for attempt in attempts:
             attempt.solution = attempt.conversation.turn
             attempt.rejected_tokens += attempt.accepted_tokens
@@ -103,16 +98,15 @@ class Refiner:
         return attempts
 
     def _has_room(self, attempt: Attempt) -> bool:
-        length = len(self.writer.encode(attempt.conversation))
-        return length + self.params.max_new_tokens <= self.writer.engine.shapes.max_length
+        length = len(self.turns.encode(attempt.conversation))
+        return length + self.policy.max_new_tokens <= self.policy.engine.shapes.max_length
 
     def _criticize(self, attempts: Sequence[Attempt], turn: int) -> list[Attempt]:
         """Tells the policy its first wrong steps; returns the attempts that have one."""
         solutions = [self._solution(attempt, turn) for attempt in attempts]
+        judged = self.judge(solutions)
         criticized = []
-        for attempt, solution, judgments in zip(
-            attempts, solutions, self.judge(solutions), strict=True
-        ):
+        for attempt, solution, judgments in zip(attempts, solutions, judged, strict=True):
             attempt.judge_tokens += sum(judgment.num_tokens for judgment in judgments)
             verdicts = [judgment.verdict for judgment in judgments]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)

@@ -98,9 +98,10 @@ class Beam:
     def rewind(self) -> Beam:
         """Returns the beam without its last chunk, which the next step writes anew.
 
-        The retry counts one more `attempt`. That is part of the row's id (`SearchState.row_id`),
-        and a row's noise is a function of its id, so the retry draws other tokens. The next step of
-        `chunk_search` cuts the row in the cache to the tokens that are left here.
+        The retry counts one more `attempt`. That is part of the row's id (`SearchState.row_id`), of
+        which `TokenSampler` makes the row's noise, so the retry gets other tokens. The next step of
+        `chunk_search` cuts the row in the cache to the tokens that are left here
+        (`ReferenceSampler.rewind`).
         """
         shorter = replace(self.hypothesis, chunks=self.hypothesis.chunks[:-1], is_finished=False)
         return Beam(shorter, self.attempt + 1, self.source)

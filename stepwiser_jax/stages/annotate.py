@@ -9,7 +9,7 @@ trajectories only.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ import numpy as np
 from stepwiser_jax.config import Annotate
 from stepwiser_jax.data.rows import shuffled
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import load_for_decoding
-from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
@@ -30,82 +28,76 @@ from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.rl.values import estimate_prefix_values, prefix_ids
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 
 
 def run(config: Annotate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[str, Any]:
-    """Annotates block after block; a restarted run repeats the block it was killed in."""
-    directory = RunDirectory(run_dir, "annotate", config, shard)
-    if directory.finished:
-        return directory.summary()
-    directory.begin()
-    sampled = read_records(config.rollouts, Trajectory)
-    trajectories, dropped = select_trajectories(config, sampled)
-    work = blocks(trajectories, config.block_size)
-    work = directory.pending(work, PrefixValue, prefix_ids)
-    rollouts_of = rollouts_by_problem(config, sampled)
-    measured = annotate_blocks(config, directory, trajectories, work, rollouts_of) if work else {}
-    writer = directory.writer(PrefixValue)
-    counts = {"trajectories": len(trajectories), "dropped": dropped}
-    return directory.finish(lambda: counts | summarize(trajectories, writer.read()) | measured)
+    """Annotates block after block."""
+
+    def prepare() -> Work[Trajectory, PrefixValue]:
+        sampled = read_records(config.rollouts, Trajectory)
+        trajectories, dropped = select_trajectories(config, sampled)
+        rollouts_of = rollouts_by_problem(config, sampled)
+        counts = {"trajectories": len(trajectories), "dropped": dropped}
+        return Work(
+            items=trajectories,
+            record_type=PrefixValue,
+            ids_of=prefix_ids,
+            begin=lambda session: begin(config, session, trajectories, rollouts_of),
+            summarize=lambda values: counts | summarize(trajectories, values),
+            unit="prefix",
+        )
+
+    return run_blocks("annotate", config, run_dir, shard, prepare)
 
 
-def annotate_blocks(
+def begin(
     config: Annotate,
-    directory: RunDirectory,
+    session: Session,
     trajectories: Sequence[Trajectory],
-    work: Sequence[Sequence[Trajectory]],
     rollouts_of: dict[str, int],
-) -> dict[str, Any]:
-    """Writes the values of the prefixes of these blocks, and returns what was measured. It first
-    checks the lengths of all trajectories, so that all workers refuse the same ones."""
+) -> Callable[[Sequence[Trajectory]], list[PrefixValue]]:
+    """Returns the function that makes the values of a block. It first checks the lengths of all
+    trajectories, so that all workers refuse the same ones."""
     problems = {p.problem_id: p for p in read_records(config.rollouts, Problem)}
-    mesh = make_mesh(**config.mesh.model_dump(), devices=jax.local_devices())
-    loaded = load_for_decoding(
-        **config.policy.load_args, weights=config.engine.weights, mesh=mesh, seed=config.seed
-    )
-    engine = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **config.engine.model_dump())
+    loaded, engine = session.load(config.policy, config.engine)
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids)
     check_lengths(trajectories, engine, params)
-    check_ids(chain.from_iterable(work), engine)
+    check_ids(chain.from_iterable(session.blocks), engine)
     adaptive, tables = config.adaptive, {}
     if adaptive is not None:
         rule = load_rule(adaptive.rule, adaptive.rule_args)
         tables = {m: LabelTable(rule, m) for m in set(rollouts_of.values())}
+    verifier = session.verifier(config.verifier)
+    session.measures.append(
+        lambda made: {
+            "sampled_tokens": engine.sampled_tokens,
+            "tokens_per_second": engine.sampled_tokens / session.seconds,
+        }
+    )
 
-    with Verifier(config.verifier, workers=worker_count()) as verifier:
+    def is_correct(solutions: Sequence[tuple[Problem, str]]) -> list[bool]:
+        return verifier.verify([text for _, text in solutions], [p for p, _ in solutions])
 
-        def is_correct(solutions: Sequence[tuple[Problem, str]]) -> list[bool]:
-            return verifier.verify([text for _, text in solutions], [p for p, _ in solutions])
+    def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
+        values = []
+        for num_rollouts in sorted({rollouts_of[t.problem_id] for t in block}):
+            values += estimate_prefix_values(
+                engine,
+                loaded.tokenizer,
+                [t for t in block if rollouts_of[t.problem_id] == num_rollouts],
+                problems,
+                is_correct,
+                num_rollouts=num_rollouts,
+                params=params,
+                key=jax.random.key(config.seed),
+                labels=tables.get(num_rollouts),
+                confidence=adaptive.confidence if adaptive else 1.0,
+                policy_id=loaded.model_id,
+            )
+        return values
 
-        def values_of(block: Sequence[Trajectory]) -> list[PrefixValue]:
-            values = []
-            for num_rollouts in sorted({rollouts_of[t.problem_id] for t in block}):
-                values += estimate_prefix_values(
-                    engine,
-                    loaded.tokenizer,
-                    [t for t in block if rollouts_of[t.problem_id] == num_rollouts],
-                    problems,
-                    is_correct,
-                    num_rollouts=num_rollouts,
-                    params=params,
-                    key=jax.random.key(config.seed),
-                    labels=tables.get(num_rollouts),
-                    confidence=adaptive.confidence if adaptive else 1.0,
-                    policy_id=loaded.model_id,
-                )
-            return values
-
-        seconds, annotated = directory.write_blocks(work, PrefixValue, values_of)
-    return {
-        "sampled_tokens": engine.sampled_tokens,
-        "tokens_per_second": engine.sampled_tokens / seconds,
-        "seconds_per_prefix": per_item(seconds, annotated),
-        "verifier_timeouts": verifier.timeouts,
-        "verifier_failures": verifier.failures,
-        "compiled": engine.compiled_shapes,
-    }
+    return values_of
 
 
 def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue]) -> dict[str, Any]:

@@ -5,14 +5,13 @@
 
 ProcessBench is scored twice: by the official split of items (does the item have an error?), and by
 the split that the paper follows (is the final answer right?). Every step is judged, not only those
-up to the first rejection, so that the steps of all items run together. PRMBench has its own scores
-(`evaluation/prmbench.py`).
+up to the first rejection, so that the steps of all items run together. PRMBench has its own scores.
 
 A classifier reads all steps of an item in one pass. Its threshold is a setting, or is the one with
 the best official F1 on one subset, which is then used for all, as ProcessBench does with gsm8k. On
 that subset the score is then the best that any threshold gives: `summary.json` names the subset.
 
-GenPRM's judgments of an item are a conversation (`judges/genprm.py`). A step is wrong if its
+GenPRM's judgments of an item are a conversation (`judges/genprm/judge.py`). A step is wrong if its
 P(right), or the mean of it over the sampled paths, is below the threshold. Without a verdict
 P(right) is 1/2.
 
@@ -32,27 +31,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import (
-    ClassifierJudge,
-    Evaluate,
-    OwnJudge,
-    ThinkPrmJudge,
-)
-from stepwiser_jax.data.problems import load_items
+from stepwiser_jax.config import ClassifierJudge, Evaluate, OwnJudge, ThinkPrmJudge
+from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import load_tokenizer_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
+    GREEDY,
     VotingRule,
     example_judgments,
+    judgment_ids,
     judgment_records,
     score_judgments,
     score_whole_solutions,
     threshold_of,
-    vote_suffixes,
     votes_of,
 )
-from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.base import Judge, Solution, vote_suffixes
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
@@ -63,25 +57,23 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[
 
     def prepare() -> Work[BenchmarkItem, Judgment]:
         dropped: Counter[str] = Counter()
-        items = load_items(
-            config.benchmark.source,
-            load_tokenizer_of(config.judge.path),
-            split=config.benchmark.split,
-            limit=config.benchmark.limit,
-            on_malformed=config.benchmark.on_malformed,
-            dropped=dropped,
-        )
+        items = read_items(config, dropped)
         check_subset(config, items)
 
         def scores(found: Sequence[Judgment]) -> dict[str, Any]:
             judgments = {judgment.example_id: judgment for judgment in found}
-            examples = {"judgments": example_judgments(items, judgments)}
-            return summarize(config, items, judgments) | {"dropped": dict(dropped)} | examples
+            examples = example_judgments(items, judgments)
+            more = {"dropped": dict(dropped), "judgments": examples}
+            return summarize(config, items, judgments) | more
 
         return Work(
             items=items,
             record_type=Judgment,
-            ids_of=lambda block: judgment_ids(config, block),
+            ids_of=lambda block: judgment_ids(
+                block,
+                [*GREEDY, *vote_suffixes(votes_of(config))],
+                whole=isinstance(config.judge, ThinkPrmJudge),
+            ),
             begin=lambda session: begin(config, session, items),
             summarize=scores,
             unit="judgment",
@@ -123,25 +115,17 @@ def begin(
     return lambda block: judge_block(config, judge, block)
 
 
-def judgment_ids(config: Evaluate, block: Sequence[BenchmarkItem]) -> list[str]:
-    """Returns the ids of a block's judgments."""
-    whole = ["solution"] if isinstance(config.judge, ThinkPrmJudge) else []
-    ids = [f"{i.item_id}/{part}" for i in block for part in [*range(len(i.steps)), *whole]]
-    return ids + [f"{i}{suffix}" for i in ids for suffix in vote_suffixes(votes_of(config))]
-
-
 def judge_block(config: Evaluate, judge: Judge, block: Sequence[BenchmarkItem]) -> list[Judgment]:
     """Returns judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
-    passes = [([""], judge.sample(solutions, [""], temperature=0.0))]
+    passes: list[tuple[Sequence[str], dict[str, Any]]] = [(GREEDY, {"temperature": 0.0})]
     if suffixes := vote_suffixes(votes_of(config)):
         assert not isinstance(config.judge, ClassifierJudge | OwnJudge)
-        how = config.judge.sampling.model_dump(include={"temperature", "top_k", "top_p"})
-        passes.append((suffixes, judge.sample(solutions, suffixes, **how)))
+        passes.append((suffixes, config.judge.sampling.drawing))
     return [
         record
-        for suffixes, found_of in passes
-        for item, found in zip(block, found_of, strict=True)
+        for suffixes, drawing in passes
+        for item, found in zip(block, judge.sample(solutions, suffixes, **drawing), strict=True)
         for suffix, judgment in zip(suffixes, found, strict=True)
         for record in judgment_records(item, judgment, judge.judge_id, suffix)
     ]

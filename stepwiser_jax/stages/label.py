@@ -20,7 +20,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import AdaptiveRollouts, Label, read_run_settings
+from stepwiser_jax.config import AdaptiveRollouts, Label
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records, stream_records

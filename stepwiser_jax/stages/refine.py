@@ -7,16 +7,16 @@ cannot be verified. Reads `problems`, `policy` and `judge`. Writes search result
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.config import Refine
-from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.data.problems import read_verifiable
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.evaluation.statistics import accuracy
 from stepwiser_jax.judges.load import load_judge
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import Problem, SearchResult, natural_key
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.search.refinement import Refiner
@@ -26,10 +26,7 @@ def run(config: Refine, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[st
     """Refines solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, SearchResult]:
-        dropped: Counter[str] = Counter()
-        problems = read_problems(config.problems, dropped, config.verifier)
-        problems = keep_verifiable(problems, config, dropped)
-        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        problems, counts = read_verifiable(config)
         return Work(
             items=problems,
             record_type=SearchResult,
@@ -51,11 +48,13 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that refines the solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
-    policy, engine = session.load(config.policy, config.engine)
+    verifier = session.verifier(config.verifier)
+    loaded, engine = session.load(config.policy, config.engine)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed, name="refine")
     session.compiled["judge"] = judge.compiled_shapes
-    refine = Refiner(config, policy.tokenizer, engine, judge)
+    style = config.prompt_style
+    policy = Writer(loaded, engine, config.sampling, style, config.seed, name="refine")
+    refine = Refiner(config, policy, judge)
     refine.check_lengths(problems)
     session.measures += [
         lambda made: {"steps_without_verdict": refine.steps_without_verdict},

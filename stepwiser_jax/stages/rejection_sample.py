@@ -24,19 +24,19 @@ examples or dialogues from those that are kept.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from stepwiser_jax.config import (
     GenPrmTeacher,
     RejectionSample,
     StepwiserTeacher,
+    Teacher,
     ThinkPrmTeacher,
 )
 from stepwiser_jax.data.datasets import load_classifier_examples, load_judge_examples
@@ -44,23 +44,22 @@ from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
-from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.params import StopReason
 from stepwiser_jax.judges import thinkprm
 from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
     FORMS,
     Critique,
+    conversation,
     critique_outcome,
-    dialogue_of,
     parse_critique,
     parse_turns,
     synthesis_prompt,
 )
 from stepwiser_jax.judges.genprm.judge import GenPrmCritic, Synthesizer
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.record_io import read_written
 from stepwiser_jax.records import (
     ClassifierExample,
@@ -73,8 +72,8 @@ from stepwiser_jax.records import (
 from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.text.prompts import PromptStyle, encode_message, judge_prompt
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.prompts import JudgePromptStyle, encode_message, judge_prompt
+from stepwiser_jax.text.tokenizer import Tokenizer
 
 Example = JudgeExample | ClassifierExample
 
@@ -135,29 +134,43 @@ def begin(
 ) -> Callable[[Sequence[Any]], list[Rationale]]:
     """Returns the function that writes the rationales of a block. Raises UserError for an example
     that is too long."""
-    loaded, engine = session.load(config.judge, config.judge.engine, "judge")
-    if isinstance(config.judge, GenPrmTeacher):
-        write = CritiqueWriter(config, config.judge, loaded, engine)
-        session.measures.append(lambda made: write.teacher.writer.measured)
-    else:
-        write = TextWriter(config, loaded.tokenizer, engine)
-    write.check_lengths(examples)
-    return write
+    judge = config.judge
+    loaded, engine = session.load(judge, judge.engine, "judge")
+    name = "rejection-sample" if isinstance(judge, GenPrmTeacher) else "rationalize"
+    writer = Writer(loaded, engine, judge.sampling, judge.prompt_style, config.seed, name)
+    task = task_of(judge, loaded.tokenizer)
+    suffixes = [f"/{k}" for k in range(config.samples)]
+    if not isinstance(judge, GenPrmTeacher):
+        for example in examples:
+            writer.check_length(prompt_ids(writer, task, example), example.record_id)
+        return lambda block: rationales_of(task, block, write_texts(writer, task, block, suffixes))
+    make = GenPrmCritic if judge.turn_by_turn else Synthesizer
+    teacher = make(writer, code_rounds=judge.code_rounds)
+    session.measures.append(lambda made: teacher.turns.measured)
+    teacher.check_lengths(solutions_of(examples))
+    return lambda block: rationales_of(
+        task, block, teacher.critiques(solutions_of(block), suffixes)
+    )
 
 
-# --- one text about an example ------------------------------------------------------------------
+def solutions_of(examples: Sequence[ClassifierExample]) -> list[Solution]:
+    """Returns what a teacher of whole solutions writes about."""
+    return [Solution(e.solution_id, e.question, e.chunks) for e in examples]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextForm:
-    """A text that is written about an example in one go.
+# --- what is written about an example -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is written about an example, and what becomes of it.
 
     Attributes:
-        prompt: Returns what the writer is asked about an example.
+        prompt: Returns the first message to the writer about an example.
         label: Returns whether what is judged is right.
         read: Takes an example, a text, and whether the text is finished. Returns the text to keep
             and what becomes of it.
-        opening: How the answer begins; the writer is given it.
+        opening: How a text begins; the writer is given it.
         stop_strings: What ends a text.
     """
 
@@ -168,145 +181,58 @@ class TextForm:
     stop_strings: tuple[str, ...] = ()
 
 
-def text_form(config: RejectionSample, tokenizer: Tokenizer) -> TextForm:
-    """Returns the form of what the judge writes about an example."""
-    if isinstance(config.judge, ThinkPrmTeacher):
-        return chains(config.judge.prompt_style, tokenizer, config.judge.max_tokens)
-    return judgments(style_of(config))
+def task_of(judge: Teacher, tokenizer: Tokenizer) -> Task:
+    """Returns what this judge writes."""
+    if isinstance(judge, GenPrmTeacher):
+        return critiques(judge)
+    if isinstance(judge, ThinkPrmTeacher):
+        return chains(judge, tokenizer)
+    return judgments(judge.prompt_style)
 
 
-def style_of(config: RejectionSample) -> PromptStyle:
-    """Returns the style of prompts, which is not `verdict` here."""
-    style = config.judge.prompt_style
-    assert style != "verdict"
-    return style
-
-
-def judgments(style: PromptStyle) -> TextForm:
-    """Returns the form of StepWiser's judgments of single chunks."""
-    return TextForm(
+def judgments(style: JudgePromptStyle) -> Task:
+    """Returns the task of StepWiser's judge: a judgment of a single chunk."""
+    return Task(
         prompt=lambda e: judge_prompt(e.question, e.history, e.chunk, style),
         label=lambda e: e.is_positive,
         read=lambda e, text, finished: (text, judgment_outcome(text, finished, e.is_positive)),
     )
 
 
-def chains(style: PromptStyle, tokenizer: Tokenizer, max_tokens: int) -> TextForm:
-    """Returns the form of ThinkPRM's chains about solutions."""
-    form = thinkprm.FORMS[style]
+def chains(judge: ThinkPrmTeacher, tokenizer: Tokenizer) -> Task:
+    """Returns the task of ThinkPRM: a chain about a solution, of at most `max_tokens` tokens."""
+    form = thinkprm.FORMS[judge.prompt_style]
+
+    def prompt(example: ClassifierExample) -> str:
+        chunks, _ = thinkprm.to_verify(example)
+        return thinkprm.verify_prompt(example.question, chunks, judge.prompt_style)
 
     def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, RationaleOutcome]:
         chunks, labels = thinkprm.to_verify(example)
         chain = thinkprm.cut_chain(text, form, len(chunks))
         outcome = thinkprm.chain_outcome(chain, finished, labels, len(chunks), form)
-        if outcome is not RationaleOutcome.KEPT:
-            return chain, outcome
-        chain = thinkprm.clean_chain(chain, form)
-        is_long = len(tokenizer.encode(form.whole(chain, labels[-1]))) > max_tokens
-        return chain, RationaleOutcome.TOO_LONG if is_long else RationaleOutcome.KEPT
+        if outcome is RationaleOutcome.KEPT:
+            chain = thinkprm.clean_chain(chain, form)
+            if len(tokenizer.encode(form.whole(chain, labels[-1]))) > judge.max_tokens:
+                outcome = RationaleOutcome.TOO_LONG
+        return chain, outcome
 
-    return TextForm(
-        prompt=lambda e: thinkprm.verify_prompt(e.question, thinkprm.to_verify(e)[0], style),
-        label=lambda e: thinkprm.to_verify(e)[1][-1],
-        read=read,
-        opening=form.opening,
-        stop_strings=form.stops,
-    )
+    return Task(prompt, lambda e: thinkprm.to_verify(e)[1][-1], read, form.opening, form.stops)
 
 
-class TextWriter:
-    """Writes `samples` texts about each example of a block, with what becomes of them."""
+def critiques(judge: GenPrmTeacher) -> Task:
+    """Returns the task of GenPRM: a critique of a solution. If it is written turn by turn, the
+    first message is about the first paragraph."""
 
-    def __init__(self, config: RejectionSample, tokenizer: Tokenizer, engine: Engine):
-        self.config, self.tokenizer, self.engine = config, tokenizer, engine
-        self.form = text_form(config, tokenizer)
-        self.params = SamplingParams(
-            **config.judge.sampling.model_dump(),
-            stop_ids=tokenizer.eos_ids,
-            stop_strings=self.form.stop_strings,
-        )
-        self.key = jax.random.key(config.seed)
-
-    def prompt_ids(self, example: Example) -> list[int]:
-        opening, style = self.form.opening, style_of(self.config)
-        asked = encode_message(self.tokenizer, self.form.prompt(example), style, answer=opening)
-        return asked + self.tokenizer.encode(opening)
-
-    def check_lengths(self, examples: Sequence[Example]) -> None:
-        for example in examples:
-            self.engine.check_length(
-                len(self.prompt_ids(example)), self.params.max_new_tokens, example.record_id
-            )
-
-    def __call__(self, block: Sequence[Example]) -> list[Rationale]:
-        ids_B = rationale_ids(self.config, block)
-        completions = self.engine.generate(
-            [self.prompt_ids(example) for example in block],
-            self.params,
-            key=self.key,
-            row_ids=[f"rationalize/{rationale_id}" for rationale_id in ids_B],
-            group_size=self.config.samples,
-        )
-        rationales = []
-        for p, example in enumerate(block):
-            written = []
-            for completion in completions[p * self.config.samples :][: self.config.samples]:
-                text = completion_text(self.tokenizer, completion.tokens.tolist())
-                finished = completion.stop_reason is not StopReason.LENGTH
-                written.append(self.form.read(example, text, finished))
-            prompt, label = self.form.prompt(example), self.form.label(example)
-            rationales += rationales_of(example, prompt, label, written)
-        return rationales
-
-
-# --- a conversation about a solution ------------------------------------------------------------
-
-
-class CritiqueWriter:
-    """Writes `samples` critiques of each solution of a block, with what becomes of them."""
-
-    def __init__(
-        self, config: RejectionSample, judge: GenPrmTeacher, loaded: Loaded, engine: Engine
-    ):
-        """Raises UserError if code is to be run and cannot be confined on this machine."""
-        self.config, self.judge = config, judge
-        sampling = judge.sampling.model_dump()
-        self.params = SamplingParams(**sampling, stop_ids=loaded.tokenizer.eos_ids)
-        settings: dict[str, Any] = {
-            "name": "rejection-sample",
-            "code_rounds": judge.code_rounds,
-            "max_new_tokens": judge.sampling.max_new_tokens,
-            "key": jax.random.key(config.seed),
-        }
+    def prompt(example: ClassifierExample) -> str:
         if judge.turn_by_turn:
-            settings["prompt_style"] = judge.prompt_style
-            self.teacher = GenPrmCritic(loaded, engine, **settings)
-        else:
-            self.teacher = Synthesizer(loaded, engine, **settings)
+            return FORMS[judge.prompt_style].user_turn(example.question, example.chunks, 0)
+        return synthesis_prompt(example.question, example.chunks, code=bool(judge.code_rounds))
 
-    def check_lengths(self, examples: Sequence[ClassifierExample]) -> None:
-        self.teacher.check_lengths([solution_of(example) for example in examples])
+    def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, RationaleOutcome]:
+        return text, critique_outcome(critique_of(judge, example, text), finished, example)
 
-    def __call__(self, block: Sequence[ClassifierExample]) -> list[Rationale]:
-        solutions = [solution_of(example) for example in block]
-        suffixes = [f"/{k}" for k in range(self.config.samples)]
-        found = self.teacher.critiques(solutions, self.params, suffixes)
-        rationales = []
-        for example, critiques in zip(block, found, strict=True):
-            written = []
-            for text, finished in critiques:
-                critique = critique_of(self.judge, example, text)
-                written.append((text, critique_outcome(critique, finished, example)))
-            prompt, label = first_prompt(self.judge, example), all(example.is_positive)
-            rationales += rationales_of(example, prompt, label, written)
-        return rationales
-
-
-def first_prompt(judge: GenPrmTeacher, example: ClassifierExample) -> str:
-    """Returns the first prompt to the teacher about a solution."""
-    if judge.turn_by_turn:
-        return FORMS[judge.prompt_style].user_turn(example.question, example.chunks, 0)
-    return synthesis_prompt(example.question, example.chunks, code=bool(judge.code_rounds))
+    return Task(prompt, lambda e: all(e.is_positive), read)
 
 
 def critique_of(judge: GenPrmTeacher, example: ClassifierExample, text: str) -> Critique | None:
@@ -319,30 +245,46 @@ def critique_of(judge: GenPrmTeacher, example: ClassifierExample, text: str) -> 
     return parse_critique(text, len(example.chunks))
 
 
-def solution_of(example: ClassifierExample) -> Solution:
-    return Solution(example.solution_id, example.question, example.chunks)
+def prompt_ids(writer: Writer, task: Task, example: Example) -> list[int]:
+    """Returns the prompt about an example, with the opening of the answer."""
+    style, opening = writer.prompt_style, task.opening
+    asked = encode_message(writer.tokenizer, task.prompt(example), style, answer=opening)
+    return asked + writer.tokenizer.encode(opening)
+
+
+def write_texts(
+    writer: Writer, task: Task, examples: Sequence[Example], suffixes: Sequence[str]
+) -> list[list[tuple[str, bool]]]:
+    """Returns (text, whether the writer ended it), [example][suffix]."""
+    params = replace(writer.params(), stop_strings=task.stop_strings)
+    prompts = [prompt_ids(writer, task, example) for example in examples]
+    written = writer.write([e.record_id for e in examples], prompts, suffixes, params)
+    return [
+        [(text, completion.stop_reason is not StopReason.LENGTH) for text, completion in of_one]
+        for of_one in written
+    ]
 
 
 # --- what is kept, and what is learned of it ----------------------------------------------------
 
 
 def rationales_of(
-    example: Example,
-    prompt: str,
-    is_positive: bool,
-    written: Sequence[tuple[str, RationaleOutcome]],
+    task: Task, block: Sequence[Example], written: Sequence[Sequence[tuple[str, bool]]]
 ) -> list[Rationale]:
-    """Returns the records of all samples (text, outcome) of an example; equal texts are kept
-    once."""
-    rationales, seen = [], set()
-    for k, (text, outcome) in enumerate(written):
-        if outcome is RationaleOutcome.KEPT and text in seen:
-            outcome = RationaleOutcome.REPEATED
-        seen.add(text)
-        name = f"{example.record_id}/{k}"
-        rationales.append(
-            Rationale(name, example.problem_id, prompt, text, is_positive, outcome.value)
-        )
+    """Returns the records of what was `written` about each example: texts, and whether each is
+    finished. Of equal texts one is kept."""
+    rationales = []
+    for example, texts in zip(block, written, strict=True):
+        prompt, label, seen = task.prompt(example), task.label(example), set()
+        for k, (text, finished) in enumerate(texts):
+            kept, outcome = task.read(example, text, finished)
+            if outcome is RationaleOutcome.KEPT and kept in seen:
+                outcome = RationaleOutcome.REPEATED
+            seen.add(kept)
+            name = f"{example.record_id}/{k}"
+            rationales.append(
+                Rationale(name, example.problem_id, prompt, kept, label, outcome.value)
+            )
     return rationales
 
 
@@ -384,7 +326,8 @@ def to_learn(
         critique = critique_of(judge, example, rationale.completion)
         assert critique is not None, f"{rationale.rationale_id} was kept"
         form = FORMS[judge.prompt_style]
-        dialogues.append(dialogue_of(rationale.rationale_id, example, critique, form))
+        said = conversation(example.question, example.chunks, critique.turns, form)
+        dialogues.append(Dialogue(rationale.rationale_id, example.problem_id, *said))
     return dialogues
 
 

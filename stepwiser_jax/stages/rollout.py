@@ -70,7 +70,7 @@ def load_problems(config: Rollout) -> tuple[list[Problem], Counter[str]]:
     """Returns the problems to solve, and counts of those that were left out by the reason."""
     dropped = Counter(duplicate=0, unverifiable=0)
     problems = drop_duplicates(read_problems(config.problems, dropped, config.verifier), dropped)
-    problems = keep_verifiable(problems, config, dropped)
+    problems = keep_verifiable(problems, config.verifier, dropped)
     return keep_fitting(config, problems, dropped), dropped
 
 
@@ -124,7 +124,7 @@ class BlockSampler:
     """Makes the trajectories of a block, in one compiled shape per length bucket."""
 
     def __init__(self, config: Rollout, session: Session):
-        self.config, self.verifier = config, session.verifier(config)
+        self.config, self.verifier = config, session.verifier(config.verifier)
         self.loaded, self.engine = session.load(config.policy, config.engine)
         tokenizer = self.loaded.tokenizer
         patterns = end_patterns(config.chunking)

@@ -34,7 +34,6 @@ Leaves out, and counts, problems whose reference answer cannot be verified. Read
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ import jax
 
 from stepwiser_jax import plugins
 from stepwiser_jax.config import Search
-from stepwiser_jax.data.problems import keep_verifiable, read_problems
+from stepwiser_jax.data.problems import read_verifiable
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
@@ -63,10 +62,7 @@ def run(config: Search, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[st
     """Searches for solutions of every problem, block after block."""
 
     def prepare() -> Work[Problem, SearchResult]:
-        dropped: Counter[str] = Counter()
-        problems = read_problems(config.problems, dropped, config.verifier)
-        problems = keep_verifiable(problems, config, dropped)
-        counts = {"problems": len(problems), "dropped": dict(dropped)}
+        problems, counts = read_verifiable(config)
         return Work(
             items=problems,
             record_type=SearchResult,
@@ -84,7 +80,7 @@ def begin(
 ) -> Callable[[Sequence[Problem]], list[SearchResult]]:
     """Returns the function that searches for solutions of a block. Raises UserError for a problem
     that is too long."""
-    verifier = session.verifier(config)
+    verifier = session.verifier(config.verifier)
     policy = load_policy(config, session)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed)
     session.compiled["judge"] = judge.compiled_shapes
@@ -109,10 +105,6 @@ def check_lengths(
 def load_policy(config: Search, session: Session) -> Policy:
     """Returns the policy, which writes one chunk at a time."""
     loaded, engine = session.load(config.policy, config.engine)
-    sampler = ReferenceSampler(
-        loaded.model, loaded.tokenizer, mesh=session.mesh, **config.engine.model_dump()
-    )
-    sampler.usage = engine.usage  # the summary counts the shapes of both together
     stop_strings = end_patterns(config.chunking)
     if CHUNK_CLOSE in stop_strings:
         check_tags(loaded.tokenizer)
@@ -121,7 +113,7 @@ def load_policy(config: Search, session: Session) -> Policy:
         **chunk_sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids, stop_strings=stop_strings
     )
     key = jax.random.key(config.seed)
-    return Policy(loaded, engine, sampler, config.prompt_style, params, key)
+    return Policy(loaded, engine, ReferenceSampler(engine), config.prompt_style, params, key)
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:

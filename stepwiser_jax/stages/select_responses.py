@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import SelectResponses, read_run_settings
+from stepwiser_jax.config import SelectResponses
+from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.distributed.loading import load_tokenizer_of

@@ -7,7 +7,7 @@ batch sizes only):
    standard deviation, and the loss is averaged over tokens (verl's defaults).
 2. A judgment without a verdict earns 0, like a wrong one.
 3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
-   `max_resamples` further batches of examples replace them (dynamic sampling).
+   `max_resamples` further draws, each of a batch of examples, replace them (dynamic sampling).
 4. A group's prompt goes through the network once, and all its completions attend to it; groups
    share rows if they fit.
 5. If the sampler's weights are int8, its samples are weighted by truncated importance weights.
@@ -38,21 +38,24 @@ from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
-from stepwiser_jax.rl.grpo import group_advantages
-from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, make_objective
-from stepwiser_jax.rl.rewards import REWARDS, verdict_metrics
+from stepwiser_jax.rl.grpo import (
+    add_old_and_reference_logprobs,
+    group_advantages,
+    make_objective,
+)
+from stepwiser_jax.rl.rewards import REWARDS, add_rewards, rollout_metrics, verdict_metrics
 from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.rl.rollouts import (
+    RolloutBatch,
     RolloutGroup,
     RolloutSampler,
-    add_rewards,
-    rollout_metrics,
+    pack_groups,
     split_groups,
 )
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
-from stepwiser_jax.training.batches import RolloutBatch, example_loader, pack_groups
+from stepwiser_jax.training.batches import example_loader
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.step import mean_metrics
 
@@ -76,15 +79,15 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     sampler = make_sampler(config, directory, loaded, sampling_mesh)
     reference_of = make_reference(config, load_model)
     grpo, num_prompts = config.grpo, config.prompts_per_iteration
-    start, began = training.step, time.perf_counter()
+    start, began = training.iteration, time.perf_counter()
     reporting = progress("train-judge", "iteration", iterations, start)
     with jax.set_mesh(mesh), training, reporting as bar:
         for iteration in range(start, iterations):
             policy = training.state.model
             sampled, groups = [], []
             with sampler.weights(policy):
-                for resample in range(1 + grpo.max_resamples):  # dynamic sampling
-                    fresh = sampler.sample_groups(next(training.loader), iteration, resample)
+                for draw in range(1 + grpo.max_resamples):  # dynamic sampling
+                    fresh = sampler.sample_groups(next(training.loader), iteration, draw)
                     sampled += add_rewards(fresh, reward)
                     groups = [g for g in sampled if g.has_signal or not grpo.drop_zero_variance]
                     if len(groups) >= num_prompts:
@@ -105,8 +108,8 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
             metrics = rollout_metrics(sampled, num_kept=len(groups))
             texts = [text for group in sampled for text in group.texts_G]
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
-            training.finish_step(iteration + 1, mean_metrics(updates) | metrics)
-            sampler.cache.forget_before(training.saved_step)
+            training.finish_iteration(iteration + 1, mean_metrics(updates) | metrics)
+            sampler.cache.forget_before(training.saved_iteration)
             bar.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
         training.save(wait=True)
         sampler.cache.forget_before(iterations)

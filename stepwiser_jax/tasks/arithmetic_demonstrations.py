@@ -22,11 +22,13 @@ What the demonstrations teach, and what they do not:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges import thinkprm
 from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.records import Dialogue, Problem, SftExample, Verdict
@@ -41,6 +43,7 @@ from stepwiser_jax.tasks.arithmetic import (
     claimed_lines,
     compute,
     exact_lines,
+    generate_problems,
     parse_question,
 )
 from stepwiser_jax.text.chunks import strip_tags
@@ -329,3 +332,39 @@ def judge_chunk(
         parts.append(f"{line.text} {claimed[i][-1]} {'same' if same else 'diff'}")
         verdict = verdict and same
     return " ; ".join(parts) + " |", verdict
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+Examples = list[SftExample] | list[Dialogue]
+
+
+def _demonstrate(
+    make: Callable[..., Examples],
+    *,
+    count: int | None,
+    seed: int,
+    style: PromptStyle,
+    styled: bool = False,
+) -> Examples:
+    """Returns demonstrations of `count` problems. Raises UserError without a count."""
+    if count is None:
+        raise UserError("examples.limit must say how many examples of the task to generate")
+    problems = generate_problems(count, seed, "train")
+    return make(problems, seed, style) if styled else make(problems, seed)
+
+
+EXAMPLES: dict[str, Callable[..., Examples]] = {
+    f"arithmetic-{name}": functools.partial(_demonstrate, make, styled=styled)
+    for name, make, styled in (
+        ("policy", policy_demonstrations, False),
+        ("untagged", untagged_demonstrations, False),
+        ("segmenter", segmenter_demonstrations, False),
+        ("judge", judge_demonstrations, False),
+        ("verdicts", verdict_demonstrations, False),
+        ("genprm", genprm_demonstrations, True),
+        ("thinkprm", thinkprm_demonstrations, True),
+    )
+}
+"""The sources of examples that configs name. A config may name a user's function instead, as
+`module:function`: (*, count, seed, style) -> list of SftExample or Dialogue records."""

@@ -9,18 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grain
 import jax
 import numpy as np
-from numpy.typing import ArrayLike
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.packing import member
-
-if TYPE_CHECKING:
-    from stepwiser_jax.rl.rollouts import RolloutGroup
 
 T = TypeVar("T")
 
@@ -46,28 +41,6 @@ class TokenBatch:
     positions_BT: Any
     target_mask_BT: Any
     targets_BT: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RolloutBatch:
-    """Rows of one or more rollout groups: each is its prompt once, then its completions, with the
-    packing ids of `model.packing`.
-
-    Every array is indexed by the token that it describes. `predictor_BT` is the index of the
-    position whose logits predict the token: for the first token of every completion that is the
-    last token of the prompt.
-    """
-
-    tokens_BT: Any
-    segment_ids_BT: Any
-    positions_BT: Any
-    predictor_BT: Any
-    target_mask_BT: Any
-    sampler_logprobs_BT: Any
-    advantages_BT: Any
-    old_logprobs_BT: Any = None
-    reference_logprobs_BT: Any = None
 
 
 # --- packing ------------------------------------------------------------------------------------
@@ -127,82 +100,6 @@ def pack_documents(
                 batch.targets_BT[row, here] = document.targets_T
             start = here.stop
     return batch
-
-
-def pack_groups(
-    groups: Sequence[RolloutGroup],
-    advantages_PG: ArrayLike,
-    *,
-    num_rows: int,
-    row_lengths: Sequence[int],
-    micro_batches: int = 1,
-) -> RolloutBatch:
-    """Returns groups packed into rows, with the advantage of a completion on each of its tokens.
-
-    Rows that are not needed are padding. They lie in the last of the `micro_batches` (see
-    `step.split_rows`), which then take no time.
-
-    Args:
-        groups: P groups.
-        advantages_PG: An advantage for each completion.
-        num_rows: Rows of the batch.
-        row_lengths: The lengths that a row may have; the smallest that holds every group is taken.
-        micro_batches: Parts that the rows are cut into.
-
-    Raises:
-        ValueError: A group is longer than any row, or the groups do not fit.
-    """
-    advantages_PG = np.asarray(advantages_PG)
-    longest = max((group.num_tokens for group in groups), default=1)
-    row_length = next((length for length in row_lengths if length >= longest), row_lengths[-1])
-    shape = (num_rows, row_length)
-    batch = RolloutBatch(
-        tokens_BT=np.zeros(shape, np.int32),
-        segment_ids_BT=np.zeros(shape, np.int32),
-        positions_BT=np.zeros(shape, np.int32),
-        predictor_BT=np.zeros(shape, np.int32),
-        target_mask_BT=np.zeros(shape, bool),
-        sampler_logprobs_BT=np.zeros(shape, np.float32),
-        advantages_BT=np.zeros(shape, np.float32),
-    )
-    numbered = range(len(groups))
-    blocks = list(first_fit(numbered, lambda p: groups[p].num_tokens, row_length, num_rows))
-    if len(blocks) > 1:
-        raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows of {row_length}")
-    in_order = np.arange(num_rows).reshape(-1, micro_batches).T.ravel()
-    for row, members in zip(in_order, itertools.chain(*blocks), strict=False):
-        start = 0
-        for number, p in enumerate(members, 1):
-            _write_group(batch, int(row), start, number, groups[p], advantages_PG[p])
-            start += groups[p].num_tokens
-    return batch
-
-
-def _write_group(
-    batch: RolloutBatch,
-    row: int,
-    start: int,
-    number: int,
-    group: RolloutGroup,
-    advantages_G: np.ndarray,
-) -> None:
-    """Writes a group, the `number`th of its row, from position `start` on."""
-    prompt_length = len(group.prompt_ids)
-    end = prompt_end = start + prompt_length
-    batch.tokens_BT[row, start:end] = group.prompt_ids
-    batch.segment_ids_BT[row, start:end] = member(number, 0)
-    batch.positions_BT[row, start:end] = np.arange(prompt_length)
-    batch.predictor_BT[row, start + 1 : end] = np.arange(start, end - 1)
-    for g, completion_ids in enumerate(group.completions_G):
-        start, end = end, end + len(completion_ids)
-        batch.tokens_BT[row, start:end] = completion_ids
-        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
-        batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion_ids))
-        batch.predictor_BT[row, start:end] = np.arange(start - 1, end - 1)
-        batch.predictor_BT[row, start : start + 1] = prompt_end - 1
-        batch.target_mask_BT[row, start:end] = True
-        batch.sampler_logprobs_BT[row, start:end] = group.logprobs_G[g]
-        batch.advantages_BT[row, start:end] = advantages_G[g]
 
 
 # --- loaders ------------------------------------------------------------------------------------

@@ -1,29 +1,24 @@
 """Runs a training: starts or resumes it, logs, checkpoints, stops, and exports the model.
 
-<run_dir>/template/       config.json and tokenizer: what `stepwiser convert` needs beside weights;
-                          with adapters, base.json: the model that they belong to
+<run_dir>/template/       see `training.template`
 <run_dir>/checkpoints/    train state and loader position, together (Orbax)
 <run_dir>/model/          the finished model as a Hugging Face directory
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from stepwiser_jax.checksums import check_files, read_checksums, write_checksums
 from stepwiser_jax.config import Training
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.hf import non_finite, save_hf
-from stepwiser_jax.record_io import atomic_write
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress, say
@@ -32,18 +27,20 @@ from stepwiser_jax.training.batches import Loader
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
 from stepwiser_jax.training.step import Loss, Metrics, create_train_state, make_train_step
+from stepwiser_jax.training.template import write_template
 
 MAX_SKIPPED_IN_A_ROW = 5
-"""A run ends after this number of steps in a row whose updates were all skipped."""
+"""A run ends after this number of iterations in a row whose updates were all skipped."""
 
 KEEP_CHECKPOINTS = 2
 
 
 class TrainingRun:
-    """The state of a training stage, and what happens to it between two steps.
+    """The state of a training stage, and what happens to it between two iterations.
 
-    A step is an update; in RL it is an iteration. Put the loop inside `with run:`, which saves the
-    state after the last step when the run is asked to stop.
+    An iteration of RL samples rollouts and makes updates on them; elsewhere it is one update. The
+    loop is `fit`, or a stage's own inside `with run:`, which saves the state after the last
+    iteration when the run is asked to stop.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class TrainingRun:
         loss_fn: Loss,
         normalizer_fn: Callable[[Any], Any],
     ):
-        """Starts at step 0, or resumes from the last checkpoint.
+        """Starts at iteration 0, or resumes from the last checkpoint.
 
         Args:
             directory: The directory of the run.
@@ -66,7 +63,7 @@ class TrainingRun:
             mesh: The devices that train.
             settings: The settings that all training stages share.
             total_updates: The length of the learning rate's schedule.
-            loader: Gives the data of the steps; its position is saved.
+            loader: Gives the data of the iterations; its position is saved.
             loss_fn: See `step.make_train_step`.
             normalizer_fn: See `step.make_train_step`.
 
@@ -86,37 +83,23 @@ class TrainingRun:
             like=self.state,
         )
         self._directory = directory
-        self._write_template()
+        write_template(directory.create() / "template", loaded)
         install_signal_handlers()
         self._checkpointer = Checkpointer(directory.path / "checkpoints", keep=KEEP_CHECKPOINTS)
-        self.step = 0
+        self.iteration = 0
         self._restore()
         self._loader_state = loader.get_state()
         self._metrics = directory.metrics()
-        self.last_metrics = self._metrics.resume_at(self.step)
+        self.last_metrics = self._metrics.resume_at(self.iteration)
         self._unlogged: tuple[int, dict[str, Any]] | None = None
         self._skipped_in_a_row = 0
-
-    def _write_template(self) -> None:
-        template = self._directory.create() / "template"
-        if self._loaded.model.adapters:
-            check_base(template, self._loaded.model_id)
-        if not hosts.is_primary():
-            return
-        config = self._loaded.model.config.to_hf()
-        atomic_write(template / "config.json", json.dumps(config, indent=2) + "\n")
-        self._loaded.tokenizer.save(str(template))
-        if self._loaded.model.adapters:
-            base = {"model_id": self._loaded.model_id}
-            atomic_write(template / "base.json", json.dumps(base) + "\n")
-        write_checksums(template)
 
     def _restore(self) -> None:
         latest = self._checkpointer.latest_step()
         if latest is not None:
             self.state, host_state = self._checkpointer.restore(self.state)
             self.loader.set_state(host_state["loader"])
-            self.step = latest
+            self.iteration = latest
             say(f"{self._directory.stage}: goes on from the checkpoint of step {latest}")
 
     # --- the loop -------------------------------------------------------------------------------
@@ -124,14 +107,14 @@ class TrainingRun:
     def fit(self, steps: int) -> float | None:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
         step, None if no step was left."""
-        start, began, stage = self.step, time.perf_counter(), self._directory.stage
+        start, began, stage = self.iteration, time.perf_counter(), self._directory.stage
         with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as bar:
             for step in range(start, steps):
                 metrics = self.update(shard_batch(next(self.loader), self.mesh))
-                self.finish_step(step + 1, metrics)
+                self.finish_iteration(step + 1, metrics)
                 named = [n for n in ("loss", "accuracy", "grad_norm") if n in self.last_metrics]
                 bar.advance(**{name: self.last_metrics[name] for name in named[:2]})
-        self.log_last_step()
+        self.log_last()
         return per_item(time.perf_counter() - began, steps - start)
 
     def update(self, batch: Any) -> Metrics:
@@ -141,20 +124,20 @@ class TrainingRun:
             self.state, metrics = self._train_step(self.state, batch)
         return metrics
 
-    def finish_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Ends a step: logs the step before it, saves when a checkpoint is due, and stops if asked.
+    def finish_iteration(self, iteration: int, metrics: dict[str, Any]) -> None:
+        """Logs the iteration before this one, saves when a checkpoint is due, and stops if asked.
 
-        The metrics of a step are logged one step later, when they are on the host, so the host
-        never waits for the device.
+        Metrics are logged one iteration later, when they are on the host, so the host never waits
+        for the device.
 
         Raises:
             Interrupted: The run was asked to stop.
             UserError: Too many updates in a row were skipped.
         """
-        self.log_last_step()
-        self._unlogged = (step, metrics)
-        self.step, self._loader_state = step, self.loader.get_state()
-        if step % self.settings.checkpoint_every == 0:
+        self.log_last()
+        self._unlogged = (iteration, metrics)
+        self.iteration, self._loader_state = iteration, self.loader.get_state()
+        if iteration % self.settings.checkpoint_every == 0:
             self.save()
         if hosts.all_stop_here(stop.requested):
             raise Interrupted
@@ -169,33 +152,33 @@ class TrainingRun:
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the last state, unless that is done. With `wait` it waits for the disk."""
-        self.log_last_step()
-        if self._checkpointer.latest_step() != self.step:
+        self.log_last()
+        if self._checkpointer.latest_step() != self.iteration:
             self._metrics.sync()
-            self._checkpointer.save(self.step, self.state, {"loader": self._loader_state})
-            say(f"{self._directory.stage}: checkpoint of step {self.step}")
+            self._checkpointer.save(self.iteration, self.state, {"loader": self._loader_state})
+            say(f"{self._directory.stage}: checkpoint of step {self.iteration}")
         if wait:
             self._checkpointer.wait()
 
     @property
-    def saved_step(self) -> int:
-        """Returns the step of the newest checkpoint that is on disk as a whole."""
+    def saved_iteration(self) -> int:
+        """Returns the iteration of the newest checkpoint that is on disk as a whole."""
         return self._checkpointer.complete_step() or 0
 
-    def log_last_step(self) -> None:
-        """Fetches and logs the metrics that `finish_step` got last."""
+    def log_last(self) -> None:
+        """Fetches and logs the metrics that `finish_iteration` got last."""
         if self._unlogged is None:
             return
-        (step, metrics), self._unlogged = self._unlogged, None
+        (iteration, metrics), self._unlogged = self._unlogged, None
         self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._metrics.write(step, self.last_metrics)
+        self._metrics.write(iteration, self.last_metrics)
         skipped = int(self.last_metrics.get("skipped", 0))
         all_skipped = skipped == self.last_metrics.get("updates", 1)  # RL makes several, or none
         self._skipped_in_a_row = self._skipped_in_a_row + skipped if all_skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had non-finite gradients (last at step "
-                f"{step}); the parameters are those before them: lower the learning rate"
+                f"{iteration}); the parameters are those before them: lower the learning rate"
             )
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -204,10 +187,10 @@ class TrainingRun:
         Raises:
             UserError: A parameter is not finite.
         """
-        self.log_last_step()
+        self.log_last()
         if names := non_finite(self.state.model):
             raise UserError(
-                f"expected finite parameters after step {self.step}, found others in "
+                f"expected finite parameters after step {self.iteration}, found others in "
                 f"{', '.join(names)}: lower "
                 "training.optimizer.learning_rate, in a new run directory"
             )
@@ -224,18 +207,3 @@ def say_length(stage: str, epochs: int | None, examples: int, length: str) -> No
     """Prints how long `epochs` of this many examples are, if the training is given in epochs."""
     if epochs is not None:
         say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
-
-
-def check_base(template: Path, model_id: str) -> None:
-    """Raises UserError if the adapters of a run were trained on another model than this one."""
-    file = template / "base.json"
-    if not file.is_file():
-        return
-    sums = read_checksums(template)
-    check_files(template, {file.name} & sums.keys(), sums)
-    found = json.loads(file.read_text(encoding="utf-8"))["model_id"]
-    if found != model_id:
-        raise UserError(
-            f"the adapters of {template.parent} were trained on {found}, model.path now holds "
-            f"{model_id}: put that model back, or name a new run directory"
-        )

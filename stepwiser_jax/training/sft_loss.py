@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from stepwiser_jax.rl.logprobs import LanguageModel, token_logprobs
+from stepwiser_jax.rl.logprobs import token_logprobs
 from stepwiser_jax.training.batches import TokenBatch
+
+if TYPE_CHECKING:
+    from stepwiser_jax.model.transformer import Transformer
 
 
 def num_target_tokens(batch: TokenBatch) -> jax.Array:
@@ -15,7 +20,7 @@ def num_target_tokens(batch: TokenBatch) -> jax.Array:
 
 
 def cross_entropy_loss(
-    model: LanguageModel, batch: TokenBatch, normalizer: jax.Array, *, remat: bool = False
+    model: Transformer, batch: TokenBatch, normalizer: jax.Array, *, remat: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the negative sum of the learned tokens' log-probs, over `normalizer`, in nats.
 

@@ -42,16 +42,23 @@ def create_train_state(
 ) -> TrainState:
     """Returns the state before the first update. Moments are created with the sharding of their
     parameters, never whole on one device."""
-    whole, trained = replicated(mesh), trainable(model)
-    shardings = optax.tree_map_params(
+    whole, shardings = replicated(mesh), moment_shardings(model, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable(model))
+    return TrainState(model, opt_state, put(np.int32(0), whole), put(np.int32(0), whole))
+
+
+def moment_shardings(
+    model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Any:
+    """Returns the optimizer's state with a sharding for each array: that of its parameter."""
+    trained = trainable(model)
+    return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, trained),
         jax.tree.map(lambda leaf: leaf.sharding, trained),
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated(mesh),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
-    return TrainState(model, opt_state, put(np.int32(0), whole), put(np.int32(0), whole))
 
 
 def make_train_step(

@@ -4,11 +4,10 @@ noise of a token is within rounding of a boundary of the cumulative distribution
 import jax
 import numpy as np
 import pytest
-from draws import assert_drawn
+from sampled import Reference, assert_sampled
 
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.rl.logprobs import token_logprobs
 from stepwiser_jax.tasks import arithmetic
@@ -22,7 +21,7 @@ ROWS = 512
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler_class", "rows"),
-    [(ReferenceSampler, [256]), (ReferenceSampler, [32]), (Engine, [32, 256]), (Engine, [24])],
+    [(Reference, [256]), (Reference, [32]), (Engine, [32, 256]), (Engine, [24])],
     ids=["sampler of 256", "sampler of 32", "engine", "engine of 24"],
 )
 def test_solutions_do_not_depend_on_the_number_of_rows(runs, sampler_class, rows):
@@ -34,7 +33,7 @@ def test_solutions_do_not_depend_on_the_number_of_rows(runs, sampler_class, rows
     params = SamplingParams(64, stop_ids=tokenizer.eos_ids)
     sampler = sampler_class(model, tokenizer, rows=rows, buckets=[128])
     output = sampler.generate(prompts, params, key=KEY, row_ids=row_ids)
-    assert_drawn(model, prompts, row_ids, params, KEY, output)
+    assert_sampled(model, prompts, row_ids, params, KEY, output)
 
     # Teacher-forced, the sampled log-probs agree with the trainer's.
     for b in range(4):

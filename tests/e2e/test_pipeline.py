@@ -309,15 +309,15 @@ def test_cut_short_in_the_middle_of_a_line_and_run_again(request, name, tmp_path
 
 def die_at(step, monkeypatch):
     """In place of the end of that step, when what was to be saved before is saved."""
-    finish_step = TrainingRun.finish_step
+    finish_iteration = TrainingRun.finish_iteration
 
     def dying(self, found, metrics):
         if found == step:
             self._checkpointer.wait()
             raise Killed
-        finish_step(self, found, metrics)
+        finish_iteration(self, found, metrics)
 
-    monkeypatch.setattr(TrainingRun, "finish_step", dying)
+    monkeypatch.setattr(TrainingRun, "finish_iteration", dying)
 
 
 def steps_of(run):
@@ -389,14 +389,14 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     """Asked to stop while it samples, it keeps the rows that are finished, here all of them; killed
     before an iteration is over, it reads what it had sampled; and the end is the same to the bit.
     """
-    run, sampled, sample = tmp_path / "run", [], Engine.sample
+    run, sampled, sample = tmp_path / "run", [], Engine.stream
 
     def counting(self, *args, **settings):
         for ended in sample(self, *args, **settings):
             sampled.extend(done.row_id for done in ended)
             yield ended
 
-    monkeypatch.setattr(Engine, "sample", counting)
+    monkeypatch.setattr(Engine, "stream", counting)
     arguments = command("judge", runs, out=run)
     with monkeypatch.context() as patch:
         patch.setattr(signals.stop, "requested", True)

@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra 'numerics'")
 transformers = pytest.importorskip("transformers")
 
+from sampled import Reference
+
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.hf import load_hf, save_hf
 
@@ -119,7 +120,7 @@ def test_bfloat16_checkpoints(theirs, tmp_path):
 
 def test_greedy_continuation_is_theirs(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    sampler = ReferenceSampler(load_hf(str(tmp_path)), rows=(4,), buckets=(64,))
+    sampler = Reference(load_hf(str(tmp_path)), rows=(4,), buckets=(64,))
     prompts = [[5, 9, 11], [3], [8, 8, 2, 60, 33]]
     out = sampler.generate(
         prompts,

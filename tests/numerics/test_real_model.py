@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from sampled import Reference
+
 from stepwiser_jax.data.datasets import load_problems
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.text.prompts import encode_solve_prompt
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ def test_greedy_continuations_are_those_of_transformers(request):
     assert len(prompts) == 8
 
     longest = max(map(len, prompts)) + NEW_TOKENS
-    sampler = ReferenceSampler(load_hf(path), tokenizer, rows=[8], buckets=[longest])
+    sampler = Reference(load_hf(path), tokenizer, rows=[8], buckets=[longest])
     params = SamplingParams(NEW_TOKENS, temperature=0.0, stop_ids=tokenizer.eos_ids)
     row_ids = [problem.problem_id for problem in problems]
     output = sampler.generate(prompts, params, key=jax.random.key(0), row_ids=row_ids)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from draws import arrays_of, assert_drawn
 from flax import nnx
+from sampled import Reference, arrays_of, assert_sampled
 
-from stepwiser_jax.config import Optimizer, load_config
+from stepwiser_jax.config import Optimizer
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import (
     sharded_adapters,
@@ -34,7 +35,6 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model import cpu
 from stepwiser_jax.model.attention import PLAIN, Attention
@@ -42,9 +42,9 @@ from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import merge, with_adapters
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.grpo import make_objective
 from stepwiser_jax.rl.logprobs import token_logprobs
-from stepwiser_jax.rl.objective import make_objective
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.optimizer import B1, CLIP_NORM, make_optimizer
 from stepwiser_jax.training.step import accumulate, create_train_state, make_train_step
@@ -264,7 +264,7 @@ def log_odds_on_one_device(checkpoint):
 @one_family
 @pytest.mark.parametrize(
     ("sampler_class", "sizes"),
-    [(Engine, sizes) for sizes in MESHES[2:]] + [(ReferenceSampler, (2, 2, 2))],
+    [(Engine, sizes) for sizes in MESHES[2:]] + [(Reference, (2, 2, 2))],
     ids=str,
 )
 def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
@@ -275,7 +275,7 @@ def test_sampling_on_a_mesh(checkpoint, sizes, sampler_class):
         np.testing.assert_allclose(log_odds_P, log_odds_on_one_device(checkpoint), atol=1e-4)
     prompts_B = [PROMPTS[b // 8] for b in range(len(ROW_IDS))]
     one = load(checkpoint, make_mesh())
-    assert_drawn(one, prompts_B, ROW_IDS, SAMPLED, jax.random.key(0), many)
+    assert_sampled(one, prompts_B, ROW_IDS, SAMPLED, jax.random.key(0), many)
     groups = [
         rollout_group(prompt, [many[b].tokens], [many[b].logprobs])
         for b in range(len(ROW_IDS))
@@ -317,7 +317,7 @@ def test_ids_without_a_token_are_left_out_on_every_mesh(checkpoint):
     key = jax.random.key(0)
     output = engine.generate(PROMPTS, SAMPLED, key=key, row_ids=ROW_IDS, group_size=8)
     prompts_B = [PROMPTS[b // 8] for b in range(len(ROW_IDS))]
-    assert_drawn(load(checkpoint, make_mesh()), prompts_B, ROW_IDS, SAMPLED, key, output)
+    assert_sampled(load(checkpoint, make_mesh()), prompts_B, ROW_IDS, SAMPLED, key, output)
 
 
 def test_noise_is_identical_on_every_mesh():

@@ -18,13 +18,14 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.plan.command import make_plan
 from stepwiser_jax.commands.plan.hlo_cost import Collective, program_cost
 from stepwiser_jax.commands.plan.programs import abstract_decoder, lower_update
-from stepwiser_jax.commands.plan.tpu import abstract_model, abstract_rows, tpu_topology
+from stepwiser_jax.commands.plan.tpu import tpu_topology
 from stepwiser_jax.config import Annotate, TrainJudge
 from stepwiser_jax.distributed.loading import attention_of
 from stepwiser_jax.distributed.mesh import make_mesh, slice_of
+from stepwiser_jax.distributed.shapes import abstract_model, abstract_rows
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
 from tpu_step import JUDGE
 
 LENGTH = 1000

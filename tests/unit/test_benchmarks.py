@@ -242,7 +242,8 @@ def test_random_completions_are_the_same_everywhere(common, train_step):
 
 
 def test_the_judge_of_train_step_is_a_valid_one(train_step):
-    from stepwiser_jax.config import TrainJudge, validate
+    from stepwiser_jax.config import TrainJudge
+    from stepwiser_jax.config_files import validate
 
     config = validate(TrainJudge, train_step.settings("model"), "the benchmark")
     assert (config.group_size, config.training.micro_batches) == (8, 4)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from stand_ins import write_model, write_tokenizer
 
-from stepwiser_jax.config import Label, Model, load_config, validate
+from stepwiser_jax.config import Label, Model
+from stepwiser_jax.config_files import load_config, validate
 from stepwiser_jax.data.demonstrations import encode_demonstration, spells_control
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -20,10 +21,10 @@ from stepwiser_jax.judges.genprm import form as genprm_form
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.records import Dialogue, SftExample
 from stepwiser_jax.text import chat
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.prompts import (
     NO_THOUGHT,
     chunking_prompt,
-    encode_dialogue,
     encode_judge_prompt,
     encode_message,
     encode_solve_prompt,

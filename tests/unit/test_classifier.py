@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config import ClassifierJudge
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.datasets import load_classifier_examples
 from stepwiser_jax.distributed.loading import Loaded, load_model, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -303,9 +304,7 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
     scorer = Classifier(
         Loaded(model, word_tokenizer, "tiny"),
         make_mesh(*sizes),
-        rows=4,
-        max_length=96,
-        prompt_style="bare",
+        ClassifierJudge(kind="classifier", path="tiny", rows=4, max_length=96, prompt_style="bare"),
     )
     rng = np.random.default_rng(0)
     solutions = [
@@ -376,7 +375,9 @@ def test_adapters_have_no_scalar_head(request):
 
 def test_a_solution_longer_than_a_row_is_named(word_tokenizer, tiny_model):
     loaded = Loaded(tiny_model, word_tokenizer, "tiny")
-    scorer = Classifier(loaded, make_mesh(), rows=1, max_length=40, prompt_style="bare")
+    settings = {"kind": "classifier", "path": "tiny", "rows": 1, "max_length": 40}
+    config = ClassifierJudge.model_validate({**settings, "prompt_style": "bare"})
+    scorer = Classifier(loaded, make_mesh(), config)
     with pytest.raises(UserError, match="gsm8k-7 has 42 tokens: max_length must be at least that"):
         scorer.check_lengths([Solution("gsm8k-7", QUESTION, CHUNKS)])
 

@@ -10,7 +10,8 @@ import yaml
 from plans import model_of, planned
 
 from stepwiser_jax.commands.quickstart import recipe
-from stepwiser_jax.config import STAGE_CONFIGS, dump_config, load_config, validate
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_files import dump_config, load_config, validate
 from stepwiser_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -284,7 +285,11 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
             "judge is a group of settings, found None: .* judge.path",
         ),
         ("search", "search", "token_budget=0", "token_budget: .* greater than or equal to 1"),
-        ("search", "search", "mesh.data=5", r"engine.rows \[32\] must be multiples"),
+        ("search", "search", "mesh.data=5", r": engine.rows \[32\] must be multiples"),
+        ("evaluate", "evaluate", "mesh.data=5", r"judge.engine.rows \[.*\] must be multiples"),
+        ("policy", "sft", "examples.shuffle=true", "takes source, limit, seed here, found shuffle"),
+        ("rationales", "rejection-sample", "examples.seed=1", "takes source, limit, .*found seed"),
+        ("classifier", "train-classifier", "examples.limit=1", "on_.*, exclude here, found limit"),
     ],
 )
 def test_mistakes_of_other_stages_are_named(name, stage, override, message):

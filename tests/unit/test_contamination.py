@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepwiser_jax.config import DataSource, Mesh, load_config
+from stepwiser_jax.config import DataSource, Mesh
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
 from stepwiser_jax.data.problems import read_problems
 from stepwiser_jax.distributed.loading import load_tokenizer_of

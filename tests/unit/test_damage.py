@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
-from stepwiser_jax.config import Label, load_config, read_run_settings, read_settings
+from stepwiser_jax.config import Label
+from stepwiser_jax.config_files import load_config, read_run_settings, read_settings
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
 from stepwiser_jax.distributed.mesh import make_mesh

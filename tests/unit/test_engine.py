@@ -5,15 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from draws import assert_drawn, tokens_of
+from sampled import Reference, assert_sampled, tokens_of
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference import engine_state
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
+from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams, StopReason
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(0)
@@ -24,12 +22,12 @@ STOPS = (3, 5, 7, 9, 11, 13)
 
 
 def reference(model, params):
-    sampler = ReferenceSampler(model, rows=(8,), buckets=(16, 64))
+    sampler = Reference(model, rows=(8,), buckets=(16, 64))
     return sampler.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
 
 
 def check(model, params, output):
-    assert_drawn(model, [p for p in PROMPTS for _ in range(GROUP)], IDS, params, KEY, output)
+    assert_sampled(model, [p for p in PROMPTS for _ in range(GROUP)], IDS, params, KEY, output)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +57,7 @@ def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatc
     engine = Engine(tiny_model, rows=(8,), buckets=(32, 64))
     bursts = [
         completions
-        for completions in engine.sample(requests(24), params, key=KEY, samples_per_prefix=2)
+        for completions in engine.stream(requests(24), params, key=KEY, samples_per_prefix=2)
         if completions
     ]
     assert len(bursts) > 4
@@ -122,7 +120,7 @@ def test_a_burst_is_bounded(tiny_model, monkeypatch):
     monkeypatch.setattr(engine_state, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
     parts = list(
-        engine.sample(requests(19), SamplingParams(19), key=KEY, is_needed=lambda sample: True)
+        engine.stream(requests(19), SamplingParams(19), key=KEY, is_needed=lambda sample: True)
     )
     assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
     expected = reference(tiny_model, SamplingParams(19))
@@ -138,7 +136,7 @@ def test_samples_that_are_not_needed_do_not_start(tiny_model):
         return sample.row_id.split("/")[0] not in {row_id.split("/")[0] for row_id in seen}
 
     params = SamplingParams(6)
-    for part in engine.sample(
+    for part in engine.stream(
         requests(6), params, key=KEY, is_needed=is_needed, samples_per_prefix=2
     ):
         seen += [completion.row_id for completion in part]
@@ -150,9 +148,9 @@ def test_samples_that_continue_a_part_of_their_prefix(tiny_model):
     prefix, cuts, params = PROMPTS[4], (2, 11, 30), SamplingParams(9)
     engine = Engine(tiny_model, rows=(4,), buckets=(64,))
     samples = [SampleRequest(f"c{cut}", cut, 9 - index) for index, cut in enumerate(cuts)]
-    parts = engine.sample([Prefix(prefix, samples)], params, key=KEY)
+    parts = engine.stream([Prefix(prefix, samples)], params, key=KEY)
     found = {c.row_id: c.tokens.tolist() for part in parts for c in part}
-    sampler = ReferenceSampler(tiny_model, rows=(4,), buckets=(64,))
+    sampler = Reference(tiny_model, rows=(4,), buckets=(64,))
     expected = sampler.generate(
         [prefix[:cut] for cut in cuts],
         params,
@@ -176,7 +174,7 @@ def test_stop_strings_reach_over_bursts(word_tokenizer):
     params = SamplingParams(30, temperature=3.0, stop_strings=(text[:1], "</chunk>"))
     prompts, ids = [[5, 6, 7]] * 12, [f"r{b}" for b in range(12)]
     shapes = {"rows": (2, 4), "buckets": (64,)}
-    expected = ReferenceSampler(model, word_tokenizer, **shapes).generate(
+    expected = Reference(model, word_tokenizer, **shapes).generate(
         prompts, params, key=KEY, row_ids=ids
     )
     output = Engine(model, word_tokenizer, **shapes).generate(prompts, params, key=KEY, row_ids=ids)
@@ -224,7 +222,7 @@ def test_programs_are_compiled_once(tiny_model):
 def test_requests_that_cannot_be_sampled_are_named(tiny_model, samples, error, message):
     engine = Engine(tiny_model, rows=(4,), buckets=(16,))
     with pytest.raises(error, match=message):
-        list(engine.sample([Prefix([1] * 10, samples)], SamplingParams(7), key=KEY))
+        list(engine.stream([Prefix([1] * 10, samples)], SamplingParams(7), key=KEY))
 
 
 def test_log_odds_are_those_of_the_full_forward(tiny_model):
@@ -244,3 +242,17 @@ def test_log_odds_are_those_of_the_full_forward(tiny_model):
         engine.log_odds([[5], []], (11, 3))
     with pytest.raises(UserError, match="prompt 0: prompt of 33 tokens"):
         engine.log_odds([[5] * 33], (11, 3))
+
+
+def test_prompts_that_cannot_be_sampled_are_refused(tiny_model):
+    engine, params = Engine(tiny_model, rows=(4,), buckets=(32,)), SamplingParams(6)
+    with pytest.raises(UserError, match="context of 32"):
+        engine.generate([[1] * 30], params, key=KEY, row_ids=["long"])
+    with pytest.raises(UserError, match="model's context is 256"):
+        Engine(tiny_model, rows=(4,), buckets=(512,))
+    with pytest.raises(UserError, match="b: expected a prompt of at least one token"):
+        engine.generate([[1], []], params, key=KEY, row_ids=["a", "b"])
+    with pytest.raises(ValueError, match="different row_ids"):
+        engine.generate(PROMPTS, params, key=KEY, row_ids=["a"] * len(PROMPTS))
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        SamplingParams(0)

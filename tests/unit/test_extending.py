@@ -12,13 +12,12 @@ import pytest
 import yaml
 
 from landlock import needs_landlock
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, read_problems
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
 from stepwiser_jax.rl.labels import label_chunks
-from stepwiser_jax.rl.rewards import REWARDS
-from stepwiser_jax.rl.rollouts import add_rewards, rollout_metrics
+from stepwiser_jax.rl.rewards import REWARDS, add_rewards, rollout_metrics
 from stepwiser_jax.tasks.verifier import Verifier
 from tiny import rollout_group
 
@@ -79,7 +78,7 @@ def test_a_data_set_and_its_answer_checker(settings_of):
     problems = read_problems(config.problems, verifier=config.verifier)
     assert len(problems) == 5 and problems[0].extra == {"word": "level"}
     dropped = Counter()
-    assert keep_verifiable(problems, config, dropped) == problems and not dropped
+    assert keep_verifiable(problems, config.verifier, dropped) == problems and not dropped
     with Verifier(config.verifier, workers=1) as verifier:
         right = verifier.verify(["I think: yes."] * 5, problems)
         assert right == [True, True, False, False, True]

@@ -7,19 +7,19 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from landlock import needs_landlock
-from stepwiser_jax.config import DataSource, load_config
+from stepwiser_jax.config import DataSource, Sampling
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.demonstrations import encode_demonstration, load_demonstrations
 from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
+from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.judges.genprm.form import (
     BARE,
@@ -31,8 +31,8 @@ from stepwiser_jax.judges.genprm.form import (
     agrees,
     analysis_of,
     code_to_run,
+    conversation,
     critique_outcome,
-    dialogue_of,
     join_turns,
     output_text,
     parse_critique,
@@ -42,6 +42,7 @@ from stepwiser_jax.judges.genprm.form import (
     with_memory,
 )
 from stepwiser_jax.judges.genprm.judge import GenPrmCritic, Synthesizer, verdict_ids
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.sandbox.runner import Sandbox
@@ -49,11 +50,9 @@ from stepwiser_jax.search.refinement import Refiner
 from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
 from stepwiser_jax.tasks.mathematics import extract_answer
-from stepwiser_jax.text.prompts import encode_dialogue
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
-
-KEY = jax.random.key(0)
 
 
 def example(num_chunks, labels):
@@ -116,7 +115,8 @@ def test_a_critique_in_one_go_becomes_the_conversation_that_says_the_same(seed):
     critique = parse_critique(text, num_chunks)
     assert critique is not None and critique.first_wrong == wrong
     of = example(num_chunks, [True] * num_chunks)
-    dialogue = dialogue_of("d", of, critique, INSTRUCT)
+    roles, texts = conversation(of.question, of.chunks, critique.turns, INSTRUCT)
+    dialogue = Dialogue("d", "p", roles, texts)
     kept = sections if wrong == -1 else sections[: wrong + 1]
     words = ["No" if t == wrong else "Yes" for t in range(len(kept))]
     verdicts = [f"**Judgement**: $\\boxed{{{word}}}$\n</output>\n" for word in words]
@@ -190,7 +190,7 @@ def test_without_code_none_is_promised_and_no_output_believed(request):
         sets = ("judge.prompt_style=instruct", "judge.turn_by_turn=false")
         sets += (f"judge.code_rounds={3 * code_is_run}",)
         settings = load_config("rejection-sample", config, sets).judge
-        asked = rejection_sample.first_prompt(settings, one)
+        asked = rejection_sample.critiques(settings).prompt(one)
         assert (CODE_OUTPUT in asked, "<verify>" in asked) == (code_is_run, code_is_run)
         assert "</analyze>\n" in asked and "\n\nAt the end" in asked
         assert (rejection_sample.critique_of(settings, one, told) is not None) is code_is_run
@@ -366,15 +366,15 @@ def test_p_right_against_the_full_forward(yes_no_tokenizer):
     assert verdict_ids(yes_no_tokenizer, INSTRUCT) == tuple(words)
     config = tiny_config(vocab_size=yes_no_tokenizer.vocab_size, max_length=1024)
     model = Transformer(config, rngs=nnx.Rngs(0))
-    judge = GenPrmCritic(
+    writer = Writer(
         Loaded(None, yes_no_tokenizer, "fake"),
         Engine(model, yes_no_tokenizer, rows=(2,), buckets=(512,)),
+        Sampling(max_new_tokens=8),
+        "instruct",
+        seed=0,
         name="judge",
-        code_rounds=0,
-        prompt_style="instruct",
-        max_new_tokens=8,
-        key=KEY,
     )
+    judge = GenPrmCritic(writer, code_rounds=0)
     question = "How many?"
     solutions = [Solution("s", question, ["It is 42."]), Solution("t", question, ["Or 43!"])]
     for solution, (opinion,) in zip(solutions, judge(solutions), strict=True):
@@ -431,9 +431,9 @@ class ScriptedEngine:
     def __init__(self, tokenizer, script, max_length=4000):
         self.tokenizer, self.script = tokenizer, script
         self.shapes = SimpleNamespace(max_length=max_length)
-        self.prompts, self.asked = {}, []
+        self.prompts, self.asked, self.compiled_shapes = {}, [], {}
 
-    def sample(self, trunks, params, *, key):
+    def stream(self, trunks, params, *, key):
         for trunk in trunks:
             for fork in trunk.samples:
                 assert fork.num_tokens == len(trunk.ids)
@@ -467,16 +467,13 @@ def judge_of(
         "stepwiser_jax.judges.genprm.judge.verdict_ids", lambda tokenizer, form: (1, 2)
     )
     engine = ScriptedEngine(bpe_tokenizer, script, max_length)
-    loaded = Loaded(None, bpe_tokenizer, "fake")
-    return GenPrmCritic(
-        loaded,
-        engine,
-        name="judge",
-        code_rounds=code_rounds,
-        prompt_style="instruct",
-        max_new_tokens=max_new_tokens,
-        key=KEY,
-    )
+    writer = writer_of(bpe_tokenizer, engine, "judge", max_new_tokens)
+    return GenPrmCritic(writer, code_rounds=code_rounds)
+
+
+def writer_of(tokenizer, engine, name, max_new_tokens):
+    loaded, sampling = Loaded(None, tokenizer, "fake"), Sampling(max_new_tokens=max_new_tokens)
+    return Writer(loaded, engine, sampling, "instruct", seed=0, name=name)
 
 
 SOLUTION = Solution("s", "How many?", ["It is 42.", "And one more: 43."])
@@ -504,10 +501,12 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert second.completion.endswith(
         " Good.</verify>\n<output>\n**Judgement**: $\\boxed{Yes}$\n</output>\n"
     ), "what is open is closed"
-    assert judge.writer.measured == {"code_runs": 4, "code_failures": {"error": 1}}
+    assert judge.turns.measured == {"code_runs": 4, "code_failures": {"error": 1}}
     assert (first.verdict, first.p_positive) == (Verdict.POSITIVE, pytest.approx(0.75))
-    assert first.completion in judge.engine.prompts["judge/s/1/0"], "its own rationale is history"
-    assert all(prompt.endswith("$\\boxed{") for prompt in judge.engine.asked)
+    assert first.completion in judge.writer.engine.prompts["judge/s/1/0"], (
+        "its own rationale is history"
+    )
+    assert all(prompt.endswith("$\\boxed{") for prompt in judge.writer.engine.asked)
     sampled = [says["judge/s/0/0"][:-2], says["judge/s/0/1"][:-2]]
     assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
 
@@ -518,7 +517,7 @@ def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
     ((first, _),) = judge([SOLUTION])
     assert first.completion.count(CODE_OUTPUT) == 3 and first.completion.count("```\n1\n```") == 2
     assert first.verdict is Verdict.POSITIVE
-    assert judge.writer.code_runs == 4
+    assert judge.turns.code_runs == 4
 
 
 @needs_landlock
@@ -533,7 +532,7 @@ def test_paths_keep_their_own_rationales_and_one_may_ask_for_code(bpe_tokenizer,
     late = Solution("t", "Which?", ["One.", "Two.", "Three."], start=2)
     found = judge.sample([SOLUTION, late], ["/a", "/b"], temperature=0.6)
     assert [[len(path.chunks) for path in paths] for paths in found] == [[2, 2], [1, 1]]
-    prompts = judge.engine.prompts
+    prompts = judge.writer.engine.prompts
     assert "said by b of 0" in prompts["judge/s/1/0/b"]
     assert "said by a" not in prompts["judge/s/1/0/b"]
     assert "```\n11\n```" in prompts["judge/s/0/1/a"] and "judge/s/0/1/b" not in prompts
@@ -553,7 +552,7 @@ def test_a_conversation_that_outgrows_the_context_has_no_verdict(bpe_tokenizer, 
     assert "</analyze>\n<output>" in two[0].completion
     assert [opinion.p_positive for opinion in three] == [pytest.approx(0.75), 0.5, 0.5]
     assert [opinion.verdict for opinion in three[1:]] == [Verdict.UNPARSED] * 2
-    prompt = bpe_tokenizer._encode(judge.engine.prompts["judge/s/0/0"])
+    prompt = bpe_tokenizer._encode(judge.writer.engine.prompts["judge/s/0/0"])
     full = len(prompt) + judge.reserve + 5
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=100)
     ((first, second),) = judge([SOLUTION])
@@ -583,14 +582,13 @@ def test_a_critique_is_finished_whose_turns_came_to_their_end(
         return says if row.split("/")[2] == "1" else " so.</analyze>\n<output>"
 
     judge = judge_of(bpe_tokenizer, monkeypatch, script, max_new_tokens=300, code_rounds=1)
-    monkeypatch.setattr(judge.engine, "log_odds", second_is_wrong(bpe_tokenizer))
-    params = SamplingParams(300, stop_ids=bpe_tokenizer.eos_ids)
+    monkeypatch.setattr(judge.writer.engine, "log_odds", second_is_wrong(bpe_tokenizer))
     three = Solution("s", "How many?", ["One.", "Two.", "Three."])
-    (((text, came_to_its_end),),) = judge.critiques([three], params, ["/k"])
+    (((text, came_to_its_end),),) = judge.critiques([three], ["/k"])
     assert came_to_its_end is finished
     critique = parse_turns(text, INSTRUCT, 3)
     assert critique is not None and critique.first_wrong == 1
-    assert {row.split("/")[2] for row in judge.engine.prompts} == {"0", "1"}
+    assert {row.split("/")[2] for row in judge.writer.engine.prompts} == {"0", "1"}
 
 
 def second_is_wrong(tokenizer):
@@ -608,8 +606,7 @@ def test_a_turn_is_finished_whose_last_allowed_token_completes_it(bpe_tokenizer,
     length = len(bpe_tokenizer.encode(says))
     for allowed in (length - 1, length):
         judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: says, max_new_tokens=allowed)
-        params = SamplingParams(allowed, stop_ids=bpe_tokenizer.eos_ids)
-        (((_, finished),),) = judge.critiques([SOLUTION], params, [""])
+        (((_, finished),),) = judge.critiques([SOLUTION], [""])
         assert finished is (allowed == length)
 
 
@@ -619,11 +616,10 @@ def test_a_turn_that_the_context_cuts_is_not_finished(bpe_tokenizer, monkeypatch
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_new_tokens=9999)
     one = Solution("s", "How many?", ["It is 42."])
     judge([one])
-    prompt = bpe_tokenizer._encode(judge.engine.prompts["judge/s/0/0"])
+    prompt = bpe_tokenizer._encode(judge.writer.engine.prompts["judge/s/0/0"])
     full = len(prompt) + judge.reserve + 20
     judge = judge_of(bpe_tokenizer, monkeypatch, says, max_length=full, max_new_tokens=9999)
-    params = SamplingParams(9999, stop_ids=bpe_tokenizer.eos_ids)
-    (((text, finished),),) = judge.critiques([one], params, [""])
+    (((text, finished),),) = judge.critiques([one], [""])
     assert parse_turns(text, INSTRUCT, 1) is not None and not finished
 
 
@@ -635,12 +631,9 @@ def test_a_teacher_writes_on_behind_its_code(bpe_tokenizer):
         f"{code('print(z)')}",
         "t/s/2/k": "</verify>\nSo \\boxed{2}",
     }
-    loaded = Loaded(None, bpe_tokenizer, "fake")
     engine = ScriptedEngine(bpe_tokenizer, says.__getitem__)
-    settings = {"name": "t", "code_rounds": 1, "key": KEY}
-    teacher = Synthesizer(loaded, engine, **settings, max_new_tokens=500)
-    params = SamplingParams(500, stop_ids=bpe_tokenizer.eos_ids)
-    (((text, finished),),) = teacher.critiques([SOLUTION], params, ["/k"])
+    teacher = Synthesizer(writer_of(bpe_tokenizer, engine, "t", 500), code_rounds=1)
+    (((text, finished),),) = teacher.critiques([SOLUTION], ["/k"])
     assert (
         finished and "<paragraph_2>\nAnd one more: 43.\n</paragraph_2>" in engine.prompts["t/s/0/k"]
     )
@@ -706,7 +699,7 @@ def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
     engine = ScriptedEngine(bpe_tokenizer, lambda row: says.get(row, "Not well." + "?" * 90), 900)
     judge = Critic()
     problems = [Problem(name, f"What is {name}?", "4", "") for name in "abc"]
-    refiner = Refiner(config, bpe_tokenizer, engine, judge)
+    refiner = Refiner(config, writer_of(bpe_tokenizer, engine, "refine", 200), judge)
     results = refiner(problems, VERIFIER)
     assert [r.search_id for r in results] == [f"{p}/turn{t}" for t in range(4) for p in "abc"]
     assert [r.is_correct for r in results] == [True, False, False] + [True, True, False] * 3
@@ -731,7 +724,8 @@ def test_a_solution_is_replaced_where_a_whole_one_has_room(bpe_tokenizer):
 
     def refined(context):
         engine = ScriptedEngine(bpe_tokenizer, says.__getitem__, context)
-        refiner = Refiner(refine_config(turns=1), bpe_tokenizer, engine, Critic())
+        policy = writer_of(bpe_tokenizer, engine, "refine", 200)
+        refiner = Refiner(refine_config(turns=1), policy, Critic())
         before, after = refiner([Problem("a", "What?", "4", "")], VERIFIER)
         assert before.completion == first and before.is_correct
         assert refiner.steps_without_verdict == 1
@@ -747,7 +741,8 @@ def test_a_solution_is_replaced_where_a_whole_one_has_room(bpe_tokenizer):
 def test_a_problem_that_the_judge_has_no_room_for_is_refused(bpe_tokenizer, monkeypatch):
     judge = judge_of(bpe_tokenizer, monkeypatch, lambda row: "", max_length=1500)
     engine = ScriptedEngine(bpe_tokenizer, lambda row: "", 9000)
-    refiner = Refiner(refine_config(turns=1), bpe_tokenizer, engine, judge)
+    policy = writer_of(bpe_tokenizer, engine, "refine", 200)
+    refiner = Refiner(refine_config(turns=1), policy, judge)
     refiner.check_lengths([Problem("a", "What?", "4", "")])
     with pytest.raises(UserError, match="no solution's first step fits the context of 1500"):
         refiner.check_lengths([Problem("a", "What? " * 500, "4", "")])

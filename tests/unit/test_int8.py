@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from draws import arrays_of, assert_drawn
 from flax import nnx
+from sampled import Reference, arrays_of, assert_sampled
 
 from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.linear import quantize
 from stepwiser_jax.model.transformer import Transformer
@@ -100,9 +99,9 @@ def test_logprobs_are_those_of_the_rounded_model(family):
 
 def test_the_engine_samples_what_the_sampler_does(tiny_model):
     prompts_B = [prompt for prompt in PROMPTS for _ in range(4)]
-    for cls in (Engine, ReferenceSampler):
+    for cls in (Engine, Reference):
         output = sample(cls(tiny_model, weights="int8", **SHAPES))
-        assert_drawn(rounded(tiny_model), prompts_B, IDS, PARAMS, jax.random.key(7), output)
+        assert_sampled(rounded(tiny_model), prompts_B, IDS, PARAMS, jax.random.key(7), output)
 
 
 def test_other_weights_are_quantized_too_and_compile_nothing(tiny_model):

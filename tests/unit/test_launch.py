@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepwiser_jax.config import dump_config, load_config
+from stepwiser_jax.config_files import dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -12,7 +12,8 @@ from stepwiser_jax.rl.logprobs import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
-from stepwiser_jax.training.batches import TokenBatch, pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
+from stepwiser_jax.training.batches import TokenBatch
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from tiny import rollout_group, tiny_config
 

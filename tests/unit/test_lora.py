@@ -10,15 +10,15 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from sampled import Reference
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.plan.programs import forward_flops, update_flops, weight_flops
-from stepwiser_jax.commands.plan.tpu import abstract_model
 from stepwiser_jax.config import Optimizer, TrainedModel
 from stepwiser_jax.distributed.loading import decoding_copy, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.hf import load_hf, save_hf
@@ -124,7 +124,7 @@ def test_adapters_are_merged_wherever_a_model_leaves_training(tmp_path):
         np.testing.assert_allclose(merged(tokens()), expected(tokens()), rtol=1e-5, atol=1e-5)
 
     def sample(model):
-        sampler = ReferenceSampler(model, rows=[2], buckets=[32])
+        sampler = Reference(model, rows=[2], buckets=[32])
         settings = {"key": jax.random.key(0), "row_ids": list("ab")}
         found = sampler.generate([[1, 2], [3]], SamplingParams(9), **settings)
         return [completion.tokens for completion in found]
@@ -300,16 +300,16 @@ def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     _, arguments = configs
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*arguments[stage], "--run-dir", str(whole)]) == 0
-    finish_step = TrainingRun.finish_step
+    finish_iteration = TrainingRun.finish_iteration
 
     def dying(self, step, metrics):
         if step == 3:
             self._checkpointer.wait()
             raise Killed
-        finish_step(self, step, metrics)
+        finish_iteration(self, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "finish_step", dying)
+        patch.setattr(TrainingRun, "finish_iteration", dying)
         with pytest.raises(Killed):
             main([*arguments[stage], "--run-dir", str(cut)])
     assert Checkpointer(cut / "checkpoints").latest_step() == 2

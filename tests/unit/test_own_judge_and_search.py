@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.base import Solution

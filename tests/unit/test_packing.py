@@ -13,7 +13,7 @@ from stepwiser_jax.model.packing import member
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.grpo import grpo_loss, loss_normalizer
 from stepwiser_jax.rl.logprobs import token_logprobs
-from stepwiser_jax.training.batches import pack_groups
+from stepwiser_jax.rl.rollouts import pack_groups
 from stepwiser_jax.training.step import accumulate, split_rows, used_micro_batches
 from tiny import rollout_group, tiny_config
 

@@ -28,15 +28,14 @@ from stepwiser_jax.commands.plan.tpu import (
     Need,
     Program,
     Topology,
-    abstract_model,
     bandwidth,
-    bytes_per_device,
     roofline,
     tpu_topology,
 )
 from stepwiser_jax.config import TrainJudge
 from stepwiser_jax.distributed.loading import attention_of, config_of
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.distributed.shapes import abstract_model, bytes_per_device
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention.splash import blocks_visited
 from stepwiser_jax.model.transformer import Transformer

@@ -3,19 +3,23 @@
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.rationales import RationaleOutcome, judgment_outcome
+from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, StopReason
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.record_io import write_records
 from stepwiser_jax.records import ClassifierExample, JudgeExample, Rationale, SftExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages.rejection_sample import (
-    TextWriter,
     choose,
     load_examples,
+    rationales_of,
     summarize,
+    task_of,
     to_learn,
+    write_texts,
 )
 
 
@@ -180,7 +184,11 @@ def test_chains_are_cut_filtered_and_learned_with_the_answer(request):
         ClassifierExample("w", "p", "1?", ("x", "y"), (0, 1), (True, False), (1.0, 0.0)),
         ClassifierExample("r", "p", "1?", ("x", "y", "z"), (0, 1), (True, True), (1.0, 1.0)),
     ]
-    written = TextWriter(settings, scripted, scripted)(block)
+    judge, loaded = settings.judge, Loaded(None, scripted, "fake")
+    writer = Writer(loaded, scripted, judge.sampling, "instruct", seed=0, name="rationalize")
+    task = task_of(judge, scripted)
+    texts = write_texts(writer, task, block, [f"/{k}" for k in range(4)])
+    written = rationales_of(task, block, texts)
     opening = "<think>\nLet's verify step by step:\n"
     assert all(prompt.endswith(opening) for prompt in scripted.prompts)
     assert "Step 2: y\n" in scripted.prompts[1] and "Step 3" not in scripted.prompts[1]

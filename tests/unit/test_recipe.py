@@ -9,7 +9,7 @@ from stand_ins import MODELS, with_stand_ins, write_data, write_model, write_tok
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.recipe import TRAINING, read_recipe
-from stepwiser_jax.config import RUNS
+from stepwiser_jax.config_files import RUNS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted({file.stem.split("_")[0] for file in CONFIGS.glob("*.yaml")})

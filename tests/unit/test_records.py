@@ -9,7 +9,8 @@ import yaml
 
 import stepwiser_jax.runs.directory as run_module
 from stepwiser_jax import __version__
-from stepwiser_jax.config import Evaluate, Label, Sft, load_config
+from stepwiser_jax.config import Evaluate, Label, Sft
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import (
     RecordWriter,

@@ -11,7 +11,8 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.quickstart import timed
 from stepwiser_jax.commands.reproduce import claims, experiments, measure
 from stepwiser_jax.commands.reproduce.experiments import SeedRuns
-from stepwiser_jax.config import STAGE_CONFIGS, validate
+from stepwiser_jax.config import STAGE_CONFIGS
+from stepwiser_jax.config_files import validate
 from stepwiser_jax.records import SearchResult
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.search.report import solved_by_method

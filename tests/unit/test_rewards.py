@@ -7,8 +7,13 @@ import pytest
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample, Verdict
-from stepwiser_jax.rl.rewards import REWARDS, judge_reward, verdict_metrics
-from stepwiser_jax.rl.rollouts import add_rewards, rollout_metrics
+from stepwiser_jax.rl.rewards import (
+    REWARDS,
+    add_rewards,
+    judge_reward,
+    rollout_metrics,
+    verdict_metrics,
+)
 from tiny import rollout_group
 
 RIGHT = JudgeExample("e", "p", "start 4 ; * 7 + 5 ?", "", "<chunk> fix </chunk>", True)

@@ -34,8 +34,8 @@ def test_what_is_written_is_read_by_the_same_parameters_only(tmp_path):
     assert cache.read(3, 0, "aa") == {}
     cache.write(3, 0, "aa", written)
     assert_equal(cache.read(3, 0, "aa"), written)
-    for iteration, resample, other in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
-        assert cache.read(iteration, resample, other) == {}
+    for iteration, draw, other in ((3, 1, "aa"), (4, 0, "aa"), (3, 0, "ab"), (3, 0, "a")):
+        assert cache.read(iteration, draw, other) == {}
 
 
 def test_more_rows_take_the_place_of_some(tmp_path):

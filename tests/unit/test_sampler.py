@@ -3,13 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from draws import assert_drawn, tokens_of
+from sampled import Reference, assert_sampled, tokens_of
 
-from stepwiser_jax.errors import UserError
-from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams, StopReason
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import inverse_cdf, truncate
 from stepwiser_jax.rl.logprobs import token_logprobs
 
@@ -18,7 +14,7 @@ PROMPTS = [[5, 9, 11], [3], [8, 8, 2, 60, 33], [1, 2, 3, 4, 5, 6, 7]]
 
 
 def make(model, tokenizer=None, rows=(8,), buckets=(32,)):
-    return ReferenceSampler(model, tokenizer, rows=rows, buckets=buckets)
+    return Reference(model, tokenizer, rows=rows, buckets=buckets)
 
 
 def ids_of(prompts, group_size=1):
@@ -58,7 +54,7 @@ def test_another_batch_size_has_the_same_noise(tiny_model):
     for rows in (4, 32):
         sampler = make(tiny_model, rows=(rows,))
         found = sampler.generate(PROMPTS, params, key=KEY, row_ids=ids, group_size=4)
-        assert_drawn(tiny_model, prompts_B, ids, params, KEY, found)
+        assert_sampled(tiny_model, prompts_B, ids, params, KEY, found)
 
 
 def test_row_ids_name_the_noise(tiny_model):
@@ -229,26 +225,5 @@ def test_compiled_shapes_are_few(tiny_model):
     for count in (1, 2, 3, 5, 8, 11):
         prompts = [[1 + i, 2, 3] for i in range(count)]
         sampler.generate(prompts, SamplingParams(6), key=KEY, row_ids=ids_of(prompts))
-    decodes = [shape for shape in sampler.compiled_shapes if shape.startswith("decode")]
+    decodes = [shape for shape in sampler.engine.compiled_shapes if shape.startswith("decode")]
     assert len(decodes) == 2
-
-
-def test_too_long_a_prompt_is_refused(tiny_model):
-    with pytest.raises(UserError, match="context of 32"):
-        make(tiny_model).generate([[1] * 30], SamplingParams(6), key=KEY, row_ids=["long"])
-    with pytest.raises(UserError, match="model's context is 256"):
-        make(tiny_model, buckets=(512,))
-
-
-@pytest.mark.parametrize("sampler_class", [ReferenceSampler, Engine])
-def test_a_prompt_of_nothing_is_refused(tiny_model, sampler_class):
-    sampler = sampler_class(tiny_model, rows=(4,), buckets=(32,))
-    with pytest.raises(UserError, match="b: expected a prompt of at least one token"):
-        sampler.generate([[1], []], SamplingParams(2), key=KEY, row_ids=["a", "b"])
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
-        SamplingParams(0)
-
-
-def test_doubled_row_ids_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="different row_ids"):
-        make(tiny_model).generate(PROMPTS, SamplingParams(2), key=KEY, row_ids=["a"] * 4)

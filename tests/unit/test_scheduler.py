@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwiser_jax.inference.scheduler import Grid, Prefix, SampleRequest, Scheduler, choose_grid
+from stepwiser_jax.inference.params import Prefix, SampleRequest
+from stepwiser_jax.inference.scheduler import Grid, Scheduler, choose_grid
 
 
 def make_prefixes(*num_samples):

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from sampled import Reference
 
-from stepwiser_jax.config import Beams, load_config
+from stepwiser_jax.config import Beams
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
-from stepwiser_jax.inference.params import Completion, SamplingParams, Shapes, StopReason
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
+from stepwiser_jax.inference.shapes import Shapes
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
@@ -367,7 +369,7 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     """With a model: what a row writes is what a fresh row with its name and its tokens writes."""
     vocabulary = len(word_tokenizer.token_bytes())
     model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
-    fresh = ReferenceSampler(model, word_tokenizer, rows=(1,), buckets=(96,))
+    fresh = Reference(model, word_tokenizer, rows=(1,), buckets=(96,))
 
     def write(row_id, ids):
         (out,) = fresh.generate([ids], params, key=jax.random.key(3), row_ids=[row_id])
@@ -376,7 +378,7 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     def judge(question, chunks):
         return round(rng_of(*chunks).random(), 1)
 
-    sampler = ReferenceSampler(model, word_tokenizer, rows=(4, 8), buckets=(96,))
+    sampler = Reference(model, word_tokenizer, rows=(4, 8), buckets=(96,))
     policies = [policy_of(word_tokenizer, s) for s in (sampler, Rows(write, 8))]
     params = SamplingParams(8, stop_ids=word_tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
     found = []
@@ -388,7 +390,7 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
         found.append(solutions_of(trees))
         assert sum(tree.policy_tokens - tree.accepted_tokens for tree in trees) > 0
     assert found[0] == found[1]
-    assert len(sampler.compiled_shapes) <= 1 + 3 + 2, "prefill, branches, decodes"
+    assert len(sampler.engine.compiled_shapes) <= 1 + 3 + 2, "prefill, branches, decodes"
 
 
 # --- budgets ------------------------------------------------------------------------------------

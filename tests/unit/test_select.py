@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.demonstrations import read_demonstrations
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.base import ChunkJudgment

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import CheckedAnswers, Label, load_config
+from stepwiser_jax.config import Label
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import load_model, load_tokenizer_of
@@ -27,8 +28,8 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import label_values
+from stepwiser_jax.rl.grpo import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.labels import load_rule
-from stepwiser_jax.rl.objective import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.runs.directory import RunDirectory
@@ -367,7 +368,7 @@ def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
                 np.testing.assert_allclose(a, b, atol=1e-4)
                 if f"{found.group_id}/{g}" in kept:
                     np.testing.assert_array_equal(a, kept[f"{found.group_id}/{g}"].logprobs)
-    monkeypatch.setattr(Engine, "sample", None)
+    monkeypatch.setattr(Engine, "stream", None)
     assert [found.group_id for found in sample(sampler("stopped"))] == [
         f"judge/it0/draw0/{p}/{prompt}" for p, prompt in enumerate(prompts)
     ]
@@ -422,7 +423,7 @@ def problems_with(*references):
 def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
     dropped = Counter()
     found = problems_with("5", "assert double(2) == 4", "x+1", "")
-    kept = keep_verifiable(found, CheckedAnswers(), dropped)
+    kept = keep_verifiable(found, "mathematics", dropped)
     assert kept == [found[0], found[2]] and dropped == {"unverifiable": 2}
     assert "2 of 4 problems cannot be checked" in caplog.text and "such as p1: " in caplog.text
     assert "found 'assert double(2) == 4'" in caplog.text
@@ -431,7 +432,7 @@ def test_references_that_are_no_mathematics_are_counted_and_told_of(caplog):
 def test_a_data_set_without_mathematics_is_refused():
     problems = problems_with("assert f(1) == 1", "assert f(2) == 4")
     with pytest.raises(UserError, match=r"2 of 2 problems .* such as p0: .*'assert f\(1\) == 1'"):
-        keep_verifiable(problems, CheckedAnswers(), Counter())
+        keep_verifiable(problems, "mathematics", Counter())
 
 
 def test_only_chunks_that_end_at_tags_have_a_known_truth(tmp_path, word_tokenizer):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from tensorboardX.record_writer import RecordWriter as EventFile
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.config import load_config
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_manifest
 from stepwiser_jax.records import Problem

@@ -5,12 +5,11 @@ import itertools
 import random
 import re
 
-import jax
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stepwiser_jax.config import ThinkPrmJudge
+from stepwiser_jax.config import Sampling, ThinkPrmJudge
 from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.distributed.loading import load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -32,6 +31,7 @@ from stepwiser_jax.judges.thinkprm import (
     verdicts_of,
     verify_prompt,
 )
+from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import ClassifierExample, Verdict
 
 P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
@@ -229,7 +229,7 @@ class Scripted:
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, iter(texts)
-        self.generated, self.asked = [], []
+        self.generated, self.asked, self.compiled_shapes = [], [], {}
 
     def generate(self, prompts, params, *, key, row_ids, group_size):
         completions = []
@@ -255,9 +255,10 @@ def loaded():
 
 
 def make_judge(loaded, engine, **settings):
-    settings = {"max_new_tokens": 24, "rounds": 1} | settings
-    key = jax.random.key(0)
-    return ThinkPrmVerifier(loaded, engine, name="t", prompt_style="bare", key=key, **settings)
+    settings = {"max_new_tokens": 24, "rounds": 1, "votes": 0, "temperature": 1.0} | settings
+    rounds, votes = settings.pop("rounds"), settings.pop("votes")
+    writer = Writer(loaded, engine, Sampling(**settings), "bare", seed=0, name="t", votes=votes)
+    return ThinkPrmVerifier(writer, rounds=rounds)
 
 
 SOLUTIONS = [
@@ -326,12 +327,12 @@ def test_a_process_reward_is_the_score_of_every_prefix(loaded):
 
 def test_votes_on_a_prefix_are_averaged(loaded):
     engine = Scripted(loaded.tokenizer, ["looks fine \\boxed{ Positive }"] * 6)
-    judge = make_judge(loaded, engine, votes=3, vote_temperature=0.7)
+    judge = make_judge(loaded, engine, votes=3, temperature=0.7, top_k=9)
     (opinions,) = judge(SOLUTIONS[:1])
     assert [row_id for row_id, _, _ in engine.generated] == [
         f"t/a/{j}/vote{k}" for j in range(2) for k in range(3)
     ]
-    assert {params.temperature for _, _, params in engine.generated} == {0.7}
+    assert {(p.temperature, p.top_k) for _, _, p in engine.generated} == {(0.7, 9)}
     p = 1 / (1 + np.exp(-np.arange(6.0)))
     np.testing.assert_allclose([o.p_positive for o in opinions], p.reshape(2, 3).mean(1), rtol=1e-6)
 
@@ -347,7 +348,7 @@ def test_search_and_selection_may_ask_it():
         "engine": {"rows": [8], "buckets": [128]},
     }
     judge = load_judge(ThinkPrmJudge.model_validate(settings), mesh=make_mesh(), seed=0)
-    assert isinstance(judge, ThinkPrmVerifier) and (judge.rounds, judge.votes) == (2, 2)
+    assert isinstance(judge, ThinkPrmVerifier) and (judge.rounds, judge.writer.votes) == (2, 2)
     judge.check_room("a", SOLUTIONS[0].question, 20)
     judge.check_lengths(SOLUTIONS)
     found = judge([dataclasses.replace(SOLUTIONS[0], start=1), SOLUTIONS[1]])
@@ -385,7 +386,7 @@ def test_no_text_exceeds_the_room_that_was_checked(loaded):
     engine = Scripted(loaded.tokenizer, ["1"])
     judge = make_judge(loaded, engine, max_new_tokens=4)
     thought = " ".join("123456789")
-    judge._judge_solutions([Chain("r", judge.prompt_ids(SOLUTIONS[1]), 1, [thought])])
+    judge._judge_solutions([Chain("r", judge.prompt_ids(SOLUTIONS[1]), 1, [thought], thought)])
     (asked,) = engine.asked
     assert asked == f"{PROMPTS[1]} 1 2 3 4 5 <judge>"
     real = Engine(loaded.model, loaded.tokenizer, rows=(4,), buckets=(96,))

@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from stepwiser_jax.config import Optimizer, load_config
+from stepwiser_jax.config import Optimizer
+from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SftExample
+from stepwiser_jax.rl.rollouts import pack_groups
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.batches import (
     Document,
@@ -25,7 +27,6 @@ from stepwiser_jax.training.batches import (
     example_loader,
     fitting_documents,
     num_batches,
-    pack_groups,
 )
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
@@ -426,9 +427,9 @@ def test_skipped_updates_in_a_row_are_counted(training, iterations, stops_at):
     assert MAX_SKIPPED_IN_A_ROW == 5
     stopped = None
     for step, (skipped, updates) in enumerate(iterations, 1):
-        training.finish_step(step, {"skipped": skipped, "updates": updates})
+        training.finish_iteration(step, {"skipped": skipped, "updates": updates})
         try:
-            training.log_last_step()
+            training.log_last()
         except UserError as error:
             assert f"{5 if updates == 1 else 6} updates in a row" in str(error)
             stopped = step
@@ -443,7 +444,7 @@ def test_no_step_of_several_processes_waits_for_the_devices_of_all(training, mon
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     for step in (1, 2):
-        training.finish_step(step, {"loss": jnp.ones(())})
+        training.finish_iteration(step, {"loss": jnp.ones(())})
     with pytest.raises(AssertionError, match="a collective"):
         hosts.any_process(False)
 

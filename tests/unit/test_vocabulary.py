@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draws import arrays_of
 from flax import nnx
+from sampled import Reference, arrays_of
 
 from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import _pass
 from stepwiser_jax.model.attention import Attention
 from stepwiser_jax.model.attention.splash import splash_attention, splash_mask
@@ -107,7 +106,7 @@ def sample(sampler_class, model, weights, params):
     [
         (Engine, "model", HOT),
         (Engine, "int8", dataclasses.replace(HOT, top_k=60, top_p=0.99)),
-        (ReferenceSampler, "model", dataclasses.replace(HOT, temperature=0.0)),
+        (Reference, "model", dataclasses.replace(HOT, temperature=0.0)),
     ],
     ids=["hot", "truncated, int8", "greedy"],
 )
@@ -210,7 +209,7 @@ def test_a_model_knows_which_ids_have_a_token(padded, word_tokenizer, tmp_path):
 
 def test_a_sampler_refuses_a_model_that_does_not_know_its_tokenizer(padded, word_tokenizer):
     model = load_hf(str(padded))
-    for sampler_class in (ReferenceSampler, Engine):
+    for sampler_class in (Reference, Engine):
         with pytest.raises(ValueError, match=r"load it with load_hf\(path, tokenizer=tokenizer\)"):
             sampler_class(model, word_tokenizer, rows=(2,), buckets=(16,))
 

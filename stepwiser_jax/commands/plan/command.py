@@ -37,9 +37,8 @@ from stepwiser_jax.config import (
     Sft,
     TrainClassifier,
     TrainJudge,
-    load_config,
-    validate,
 )
+from stepwiser_jax.config_files import load_config, validate
 from stepwiser_jax.distributed.mesh import make_mesh, processes_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.runs.progress import progress

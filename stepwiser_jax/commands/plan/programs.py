@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -19,28 +20,20 @@ import numpy as np
 
 from stepwiser_jax.commands.plan.hlo_cost import Cost, KernelCost
 from stepwiser_jax.commands.plan.hlo_text import Instruction
-from stepwiser_jax.commands.plan.tpu import (
-    Program,
-    abstract_model,
-    abstract_rows,
-    abstract_train_state,
-    bytes_per_device,
-    placed,
-)
+from stepwiser_jax.commands.plan.tpu import Program
 from stepwiser_jax.config import (
     Annotate,
     ClassifierJudge,
-    ComputeStage,
     Config,
-    EngineShapes,
     Evaluate,
     Model,
     OwnJudge,
     Rollout,
-    Sampling,
+    Sampled,
     Sft,
     TrainClassifier,
     TrainedModel,
+    Training,
     TrainJudge,
 )
 from stepwiser_jax.distributed.loading import (
@@ -49,7 +42,13 @@ from stepwiser_jax.distributed.loading import (
     sharding_of,
     shardings_of,
 )
-from stepwiser_jax.distributed.mesh import make_sampling_mesh
+from stepwiser_jax.distributed.mesh import make_sampling_mesh, replicated
+from stepwiser_jax.distributed.shapes import (
+    abstract_model,
+    abstract_rows,
+    bytes_per_device,
+    placed,
+)
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.engine_state import (
@@ -65,15 +64,15 @@ from stepwiser_jax.judges.classifier import classifier_loss
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
-from stepwiser_jax.model.lora import base_of, merge
+from stepwiser_jax.model.lora import base_of, merge, trainable
 from stepwiser_jax.model.transformer import Transformer
+from stepwiser_jax.rl.grpo import completion_logprobs, make_objective
 from stepwiser_jax.rl.logprobs import default_slices
-from stepwiser_jax.rl.objective import completion_logprobs, make_objective
-from stepwiser_jax.rl.rollouts import RolloutGroup
-from stepwiser_jax.training.batches import RolloutBatch, TokenBatch, pack_groups
+from stepwiser_jax.rl.rollouts import RolloutBatch, RolloutGroup, pack_groups
+from stepwiser_jax.training.batches import TokenBatch
 from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
-from stepwiser_jax.training.step import make_train_step
+from stepwiser_jax.training.step import Loss, TrainState, make_train_step, moment_shardings
 
 PLANNED = ("sft", "rollout", "annotate", "train-judge", "train-classifier", "evaluate")
 
@@ -94,22 +93,18 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
         return _of_packed_rows(config, mesh)
     if isinstance(config, TrainJudge):
         return _of_judge(config, mesh)
-    if isinstance(config, Rollout):
-        per_wave = (config.block_size, config.group_size)
-        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
-    if isinstance(config, Annotate):
+    if isinstance(config, Rollout | Annotate):
         # A trajectory has at most max_new_tokens; a wave holds the rollouts of one of its prefixes.
-        per_wave = (config.block_size, config.most_rollouts)
-        return _of_sampling(config, config.policy, config.engine, config.sampling, per_wave, mesh)
+        samples = config.group_size if isinstance(config, Rollout) else config.most_rollouts
+        return _of_sampling(config.policy, config, (config.block_size, samples), mesh)
     if isinstance(config, Evaluate):
         judge = config.judge
         if isinstance(judge, ClassifierJudge | OwnJudge):
             raise UserError(f"expected a judge that writes, found kind {judge.kind}: no plan of it")
-        sampling = judge.sampling
         if not judge.votes:
-            sampling = sampling.model_copy(update={"temperature": 0.0})
-        per_wave = (config.block_size, max(1, judge.votes))
-        return _of_sampling(config, judge, judge.engine, sampling, per_wave, mesh)
+            greedy = judge.sampling.model_copy(update={"temperature": 0.0})
+            judge = judge.model_copy(update={"sampling": greedy})
+        return _of_sampling(judge, judge, (config.block_size, max(1, judge.votes)), mesh)
     raise UserError(f"expected a stage of {', '.join(PLANNED)}")
 
 
@@ -213,14 +208,34 @@ def _splash(config: ModelConfig, segment_ids_T: np.ndarray) -> KernelCost:
     return kernel
 
 
+def _train_step(
+    settings: Training,
+    updates: int,
+    objective: tuple[Loss, Callable[[Any], Any]],
+    model: Transformer,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Any, TrainState]:
+    """Returns the train step that `TrainingRun` makes, and the shapes of its state."""
+    schedule = make_schedule(settings.optimizer, updates)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    moments = jax.tree.map(
+        placed,
+        jax.eval_shape(optimizer.init, trainable(model)),
+        moment_shardings(model, optimizer, mesh),
+    )
+    zero: Any = placed(np.int32(0), replicated(mesh))
+    state = TrainState(model, moments, zero, zero)
+    step = make_train_step(
+        *objective, optimizer, schedule, micro_batches=settings.micro_batches, like=state
+    )
+    return step, state
+
+
 def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> Programs:
     scalar = isinstance(config, TrainClassifier) and config.head == "scalar"
     model_config, model = _model(config.model, mesh, scalar=scalar)
-    schedule = make_schedule(config.training.optimizer, config.steps or 1)
-    optimizer = make_optimizer(config.training.optimizer, schedule)
     rows, length = config.batch_size, config.max_length
     ints, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    state = abstract_train_state(model, optimizer, mesh)
     remat, micro_batches = config.training.remat, config.training.micro_batches
     targets, scored, loss = None, length, functools.partial(cross_entropy_loss, remat=remat)
     if isinstance(config, TrainClassifier):
@@ -228,15 +243,14 @@ def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> P
         targets, scored = np.zeros((rows, length), np.float32), 0
         loss = functools.partial(classifier_loss, signs=(0, 1), remat=remat)
     batch = abstract_rows(TokenBatch(ints, ints, ints, mask, targets), mesh)
-    step = make_train_step(
-        loss, num_target_tokens, optimizer, schedule, micro_batches=micro_batches, like=state
-    )
+    objective = (loss, num_target_tokens)
+    step, state = _train_step(config.training, config.steps or 1, objective, model, mesh)
     useful = update_flops(
         model_config, config.model, tokens=length, scored=scored, pairs=causal_pairs(0, length)
     )
     program = Program(
         "train step",
-        functools.partial(_lower, step, mesh, state, batch),
+        lambda: _lower(mesh, step, state, batch),
         mesh,
         calls=1,
         useful_flops=rows * useful,
@@ -248,10 +262,8 @@ def _of_packed_rows(config: Sft | TrainClassifier, mesh: jax.sharding.Mesh) -> P
     return Programs([program], "one step")
 
 
-def _lower(program: Any, mesh: jax.sharding.Mesh | None, *inputs: Any, **settings: Any) -> Any:
-    if mesh is None:
-        return program.lower(*inputs, **settings)
-    with jax.set_mesh(mesh):
+def _lower(mesh: jax.sharding.Mesh | None, program: Any, *inputs: Any, **settings: Any) -> Any:
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
         return program.lower(*inputs, **settings)
 
 
@@ -280,31 +292,32 @@ def judge_work(config: TrainJudge) -> dict[str, float]:
     return {"tokens": prompt + size * new, "scored": size * new, "pairs": pairs}
 
 
-def lower_update(
-    config: TrainJudge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
-) -> Any:
-    """Returns the judge's train step, traced for an abstract model and batches of these shapes."""
-    updates = (config.iterations or 1) * config.updates_per_iteration
-    schedule = make_schedule(config.training.optimizer, updates)
-    optimizer = make_optimizer(config.training.optimizer, schedule)
-    state = abstract_train_state(model, optimizer, mesh)
+def judge_step(
+    config: TrainJudge, model: Transformer, mesh: jax.sharding.Mesh
+) -> tuple[Any, TrainState]:
+    """Returns the judge's train step, and the shapes of its state."""
     objective = make_objective(
         config.grpo,
         correction=config.correction,
         temperature=config.sampling.temperature,
         remat=config.training.remat,
     )
-    step = make_train_step(
-        *objective, optimizer, schedule, micro_batches=config.training.micro_batches, like=state
-    )
-    return _lower(step, mesh, state, abstract_rows(batch, mesh))
+    updates = (config.iterations or 1) * config.updates_per_iteration
+    return _train_step(config.training, updates, objective, model, mesh)
+
+
+def lower_update(
+    config: TrainJudge, model: Transformer, batch: RolloutBatch, mesh: jax.sharding.Mesh
+) -> Any:
+    """Returns the judge's train step, traced for an abstract model and batches of these shapes."""
+    step, state = judge_step(config, model, mesh)
+    return _lower(mesh, step, state, abstract_rows(batch, mesh))
 
 
 def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
     model_config, model = _model(config.model, mesh)
     updates = config.updates_per_iteration
-    schedule = make_schedule(config.training.optimizer, updates)
-    optimizer = make_optimizer(config.training.optimizer, schedule)
+    step, state = judge_step(config, model, mesh)
     batch = judge_batch(config)
     micro_batches = config.training.micro_batches
     rows, length = batch.tokens_BT.shape
@@ -320,21 +333,13 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
     sampling_mesh = make_sampling_mesh(mesh, config.sampling_axes)
     has_reference = config.grpo.kl_coef and config.model.lora is None
     reference = bytes_per_device(model) if has_reference else 0
-    held = bytes_per_device(abstract_train_state(model, optimizer, mesh)) + reference
+    held = bytes_per_device(state) + reference
     change = (
         "raise training.micro_batches, mesh.fsdp or mesh.tensor, set training.remat, or lower "
         "max_prompt_tokens, group_size x sampling.max_new_tokens and row_lengths"
     )
-    sampling = _of_sampling(
-        config,
-        config.model,
-        config.engine,
-        config.sampling,
-        (config.prompts_per_iteration, config.group_size),
-        sampling_mesh,
-        prompt=config.max_prompt_tokens,
-        held=held,
-    )
+    per_wave = (config.prompts_per_iteration, config.group_size)
+    sampling = _of_sampling(config.model, config, per_wave, sampling_mesh, held=held)
     advantages = np.zeros((1, config.group_size))
     group = pack_groups([longest_group(config)], advantages, num_rows=1, row_lengths=[length])
     kernel = _splash(model_config, group.segment_ids_BT[0])
@@ -345,10 +350,9 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
         programs.append(
             Program(
                 "log-probs",
-                functools.partial(
-                    _lower,
-                    completion_logprobs,
+                lambda: _lower(
                     mesh,
+                    completion_logprobs,
                     model,
                     abstract_rows(bare, mesh),
                     config.sampling.temperature,
@@ -366,7 +370,7 @@ def _of_judge(config: TrainJudge, mesh: jax.sharding.Mesh) -> Programs:
     programs.append(
         Program(
             "train step",
-            functools.partial(lower_update, config, model, batch, mesh),
+            lambda: _lower(mesh, step, state, abstract_rows(batch, mesh)),
             mesh,
             calls=updates,
             useful_flops=rows * update_flops(model_config, config.model, **of_group),
@@ -426,29 +430,28 @@ def abstract_decoder(model: Transformer, weights: Weights) -> tuple[Decoder, Any
 
 
 def _of_sampling(
-    config: ComputeStage,
     settings: Model,
-    engine_config: EngineShapes,
-    sampling: Sampling,
+    sampler: Sampled,
     per_wave: tuple[int, int],
     mesh: jax.sharding.Mesh,
     *,
-    prompt: int | None = None,
     held: int = 0,
 ) -> Programs:
     """Returns the programs that sample.
 
-    `per_wave`: prefixes, and samples of each, that run together. `prompt`: tokens of the longest
-    prompt, by default what the context leaves. `held`: bytes of a device that the run keeps beside
-    the sampler's weights; a stage that trains makes those as a copy in the compute type.
+    `sampler`: how it samples. `per_wave`: prefixes, and samples of each, that run together.
+    `held`: bytes of a device that the run keeps beside the sampler's weights; a stage that trains
+    makes those as a copy in the compute type.
     """
-    if isinstance(settings, TrainedModel):  # it samples from a copy in the compute type
+    if isinstance(sampler, TrainJudge):
         settings = Model(path=settings.path, dtype=settings.dtype)
+    sampling = sampler.sampling
     model_config, model = _model(settings, mesh, decoding=True)
-    decoder, reshard = abstract_decoder(model, engine_config.weights)
-    engine = Engine(decoder, None, mesh=mesh, **engine_config.model_dump())
+    decoder, reshard = abstract_decoder(model, sampler.engine.weights)
+    engine = Engine(decoder, None, mesh=mesh, **sampler.engine.model_dump())
     new, trunks = sampling.max_new_tokens, per_wave[0]
-    prompt = prompt or max(1, engine.shapes.max_length - new)
+    room = max(1, engine.shapes.max_length - new)
+    prompt = sampler.max_prompt_tokens if isinstance(sampler, TrainJudge) else room
     slots = engine.shapes.bucket(prompt)
     grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
     B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
@@ -472,7 +475,7 @@ def _of_sampling(
     )
     read = cache_flops(model_config, prompt)
     sampled = forward_flops(model_config, tokens=new, scored=new, pairs=causal_pairs(prompt, new))
-    of_mesh = mesh if isinstance(config, TrainJudge) else None
+    set_mesh = mesh if isinstance(sampler, TrainJudge) else None
     programs = [
         Program(
             "reshard (a layer)",
@@ -485,14 +488,7 @@ def _of_sampling(
         ),
         Program(
             "prefill",
-            functools.partial(
-                _lower,
-                prefill,
-                of_mesh,
-                decoder,
-                state,
-                *fresh,
-            ),
+            lambda: _lower(set_mesh, prefill, decoder, state, *fresh),
             mesh,
             calls=math.ceil(trunks / at_once),
             useful_flops=at_once * read,
@@ -502,17 +498,8 @@ def _of_sampling(
         ),
         Program(
             "decode burst",
-            functools.partial(
-                _lower,
-                decode_burst,
-                of_mesh,
-                decoder,
-                state,
-                start,
-                draw,
-                scalar,
-                stop_ids,
-                None,
+            lambda: _lower(
+                set_mesh, decode_burst, decoder, state, start, draw, scalar, stop_ids, None
             ),
             mesh,
             calls=waves,

@@ -1,13 +1,11 @@
 """Compiles programs for TPUs that need not exist, and computes the memory and time they need.
 
 libtpu holds the TPU's compiler, and a CPU is enough to run it. Nothing here allocates or computes:
-a model, a train state or a batch is a pytree of `jax.ShapeDtypeStruct`, with the sharding that the
-run would give each array.
+the inputs of a program are only shapes (`distributed.shapes`).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
@@ -18,26 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
 
 from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, KernelCost, program_cost
-from stepwiser_jax.distributed.loading import sharding_of, shardings_of
-from stepwiser_jax.distributed.mesh import (
-    batch_sharding,
-    devices_of_process,
-    processes_of,
-    replicated,
-    slice_of,
-)
+from stepwiser_jax.distributed.mesh import devices_of_process, processes_of, slice_of
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.model.attention import Attention
-from stepwiser_jax.model.config import ModelConfig
-from stepwiser_jax.model.lora import make_adapters, trainable, with_adapters
-from stepwiser_jax.model.transformer import Transformer
-from stepwiser_jax.training.step import TrainState
 
 GIB = 2**30
 
@@ -139,72 +121,6 @@ def host_devices(topology: Topology) -> list[Any]:
         return own
     sizes = [1 + max(device.coords[axis] for device in own) for axis in range(2)]
     return tpu_topology(f"{topology.kind}:{sizes[0]}x{sizes[1]}").devices
-
-
-# --- abstract inputs ----------------------------------------------------------------------------
-
-
-def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
-
-
-def abstract_rows(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the shapes of what `mesh.shard_batch` makes of a batch."""
-    return jax.tree.map(
-        lambda leaf: placed(leaf, batch_sharding(mesh) if np.ndim(leaf) else replicated(mesh)),
-        batch,
-    )
-
-
-def abstract_model(
-    config: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    attention: Attention,
-    *,
-    param_dtype: str = "float32",
-    compute_dtype: str = "bfloat16",
-    decoding: bool = False,
-    lora: dict[str, Any] | None = None,
-) -> Transformer:
-    """Returns the shapes of the model that `load_model` or `load_for_training` returns."""
-    model = nnx.eval_shape(
-        lambda: Transformer(
-            config,
-            rngs=nnx.Rngs(0),
-            param_dtype=jnp.dtype(param_dtype),
-            compute_dtype=jnp.dtype(compute_dtype),
-            attention=attention,
-        )
-    )
-    if lora is not None:
-        create = functools.partial(make_adapters, model.blocks, seed=0, **lora)
-        model = with_adapters(model, nnx.eval_shape(create))
-    shardings = shardings_of(model, sharding_of(config, mesh, decoding=decoding))
-    return jax.tree.map(placed, model, shardings)
-
-
-def abstract_train_state(
-    model: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
-    """Returns the shapes of what `training.step.create_train_state` returns."""
-    whole, trained = replicated(mesh), trainable(model)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    moments = optax.tree_map_params(
-        optimizer,
-        lambda leaf, parameter: placed(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda leaf: placed(leaf, whole),
-    )
-    return TrainState(model, moments, scalar, scalar)  # pyright: ignore[reportArgumentType]
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that arrays of these shapes take on each device, without padding."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 # --- programs -----------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from stepwiser_jax.commands.reproduce.experiments import (
     base,
     every_stage,
 )
-from stepwiser_jax.config import STAGE_CONFIGS, Search, read_run_settings, validate
+from stepwiser_jax.config import STAGE_CONFIGS, Search
+from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.evaluation.paired import compare_runs
 from stepwiser_jax.evaluation.statistics import paired_bootstrap, right_by_problem
 from stepwiser_jax.record_io import atomic_write, check_run_file, read_records

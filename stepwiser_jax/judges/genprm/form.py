@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepwiser_jax.data.rationales import RationaleOutcome
-from stepwiser_jax.records import ClassifierExample, Dialogue
+from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.tasks.mathematics import last_box
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import JudgePromptStyle, bare_judge_prompt
@@ -319,11 +319,8 @@ def critique_outcome(
         return RationaleOutcome.UNFINISHED
     if critique is None:
         return RationaleOutcome.UNPARSED
-    return (
-        RationaleOutcome.KEPT
-        if agrees(critique.first_wrong, example)
-        else RationaleOutcome.DISAGREES
-    )
+    is_kept = agrees(critique.first_wrong, example)
+    return RationaleOutcome.KEPT if is_kept else RationaleOutcome.DISAGREES
 
 
 def agrees(first_wrong: int, example: ClassifierExample) -> bool:
@@ -334,14 +331,6 @@ def agrees(first_wrong: int, example: ClassifierExample) -> bool:
         return all(labels.values())
     before = [right for t, right in labels.items() if t < first_wrong]
     return all(before) and labels.get(first_wrong) is False
-
-
-def dialogue_of(
-    example_id: str, example: ClassifierExample, critique: Critique, form: GenPrmForm
-) -> Dialogue:
-    """Returns the conversation that a critique becomes."""
-    roles, texts = conversation(example.question, example.chunks, critique.turns, form)
-    return Dialogue(example_id, example.problem_id, roles, texts)
 
 
 def conversation(

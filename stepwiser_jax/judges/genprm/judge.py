@@ -17,16 +17,20 @@ block ended its process by `os._exit`, it does so again, and the blocks after it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
-from stepwiser_jax.inference.params import SamplingParams, StopReason, probabilities
-from stepwiser_jax.inference.scheduler import Prefix, SampleRequest
-from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, judge_by_votes
+from stepwiser_jax.inference.params import (
+    Prefix,
+    SampleRequest,
+    SamplingParams,
+    StopReason,
+    probabilities,
+)
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
     FORMS,
@@ -38,17 +42,12 @@ from stepwiser_jax.judges.genprm.form import (
     synthesis_prompt,
     with_memory,
 )
+from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.runs.directory import per_item, worker_count
+from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
-from stepwiser_jax.text.prompts import JudgePromptStyle, encode_dialogue
+from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
-
-if TYPE_CHECKING:
-    import jax
-
-    from stepwiser_jax.distributed.loading import Loaded
-    from stepwiser_jax.inference.engine import Engine
 
 CODE_LIMITS = Limits(seconds=5.0, memory_bytes=2**30, output_bytes=2048)
 """What one run of code may take: wall-clock time, memory, and output that is kept."""
@@ -106,45 +105,31 @@ class Conversation:
         return self.stop_reason is not StopReason.LENGTH and not self.asks_for_code
 
 
-class Writer:
-    """A writer of many conversations at once. With a `sandbox` it runs the code that they ask
-    for."""
+class TurnWriter:
+    """Writes turns of many conversations at once. With `code_rounds` it runs the code that they ask
+    for, and counts the programs in `code_runs`."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        *,
-        prompt_style: JudgePromptStyle,
-        key: jax.Array,
-        code_rounds: int = 0,
-    ):
+    def __init__(self, writer: Writer, code_rounds: int = 0):
         """Raises UserError if code is to be run and this machine cannot confine it."""
-        self.tokenizer, self.engine, self.key = tokenizer, engine, key
-        self.prompt_style: JudgePromptStyle = prompt_style
+        self.writer, self.code_rounds, self.code_runs = writer, code_rounds, 0
         self.sandbox = Sandbox(CODE_LIMITS, worker_count()) if code_rounds else None
-        self.code_runs = 0
 
     def encode(self, conversation: Conversation) -> list[int]:
-        roles, texts = conversation.roles, conversation.texts
-        return encode_dialogue(self.tokenizer, roles, texts, self.prompt_style)[0]
+        """Returns the ids of a conversation up to and including its last text."""
+        roles, texts, style = conversation.roles, conversation.texts, self.writer.prompt_style
+        return encode_dialogue(self.writer.tokenizer, roles, texts, style)[0]
 
     def write(
-        self,
-        conversations: Sequence[Conversation],
-        params: SamplingParams,
-        *,
-        stops: Sequence[str],
-        reserve: int,
+        self, conversations: Sequence[Conversation], params: SamplingParams, *, reserve: int = 0
     ) -> None:
         """Continues the turn of every conversation.
 
-        A turn stops if the model ends it, if it says one of `stops`, if it has `max_new_tokens`, if
-        only `reserve` tokens are left in the context, or if it asks for code more often than it
-        may.
+        A turn stops if the model ends it, if it says one of the stop strings, if it has
+        `max_new_tokens`, if only `reserve` tokens are left in the context, or if it asks for code
+        more often than it may.
         """
-        code_stop = [CODE_OUTPUT] if self.sandbox is not None else []
-        params = replace(params, stop_strings=(*code_stop, *stops))
+        if self.sandbox is not None:
+            params = replace(params, stop_strings=(CODE_OUTPUT, *params.stop_strings))
         number = 0
         while conversations:
             self._write_to_stop(conversations, params, number, reserve)
@@ -160,21 +145,22 @@ class Writer:
         reserve: int,
     ) -> None:
         """Samples up to the next stop, if there is room. Equal prompts are prefilled once."""
+        engine = self.writer.engine
         conversation_of: dict[str, Conversation] = {}
         requests: dict[tuple[int, ...], list[SampleRequest]] = {}
         for conversation in conversations:
             ids = self.encode(conversation)
-            left = self.engine.shapes.max_length - len(ids) - reserve
+            left = engine.shapes.max_length - len(ids) - reserve
             room = min(params.max_new_tokens - conversation.num_tokens, left)
             conversation.stop_reason = StopReason.LENGTH
             if room >= 1:
-                row_id = f"{conversation.name}/{number}{conversation.suffix}"
+                row_id = f"{self.writer.name}/{conversation.name}/{number}{conversation.suffix}"
                 conversation_of[row_id] = conversation
                 requests.setdefault(tuple(ids), []).append(SampleRequest(row_id, len(ids), room))
         prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
-        for completions in self.engine.sample(prefixes, params, key=self.key):
+        for completions in engine.stream(prefixes, params, key=self.writer.key):
             for completion in completions:
-                text = completion_text(self.tokenizer, completion.tokens.tolist())
+                text = completion_text(self.writer.tokenizer, completion.tokens)
                 if completion.stop_reason is StopReason.STOP_STRING:
                     # The last token may hold what comes after the stop string.
                     text = text[: first_end(text, params.stop_strings)]
@@ -224,59 +210,37 @@ class Path:
 
 
 class GenPrmCritic:
-    """A judge that talks about the steps of a solution in one conversation. `max_new_tokens` bounds
-    its text about one step."""
+    """A judge that talks about the steps of a solution in one conversation. `max_new_tokens` of its
+    `writer` bounds the text about one step."""
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        engine: Engine,
-        *,
-        name: str,
-        code_rounds: int,
-        prompt_style: JudgePromptStyle,
-        max_new_tokens: int,
-        key: jax.Array,
-        votes: int = 0,
-        vote_temperature: float = 1.0,
-    ):
-        """Raises UserError if a verdict is not one token, or as `Writer` does."""
-        self.judge_id, self.tokenizer = loaded.model_id, loaded.tokenizer
-        self.engine, self.name, self.code_rounds = engine, name, code_rounds
-        self.max_new_tokens = max_new_tokens
-        self.votes, self.vote_temperature = votes, vote_temperature
-        self.form = FORMS[prompt_style]
-        self.word_ids = verdict_ids(loaded.tokenizer, self.form)
-        self.writer = Writer(
-            loaded.tokenizer, engine, prompt_style=prompt_style, key=key, code_rounds=code_rounds
-        )
+    def __init__(self, writer: Writer, *, code_rounds: int):
+        """Raises UserError if a verdict is not one token, or as `TurnWriter` does."""
+        self.writer, self.judge_id = writer, writer.loaded.model_id
+        self.compiled_shapes = writer.engine.compiled_shapes
+        self.form = FORMS[writer.prompt_style]
+        self.word_ids = verdict_ids(writer.tokenizer, self.form)
+        self.turns = TurnWriter(writer, code_rounds)
         longest = self.form.to_verdict("<analyze><verify>") + self.form.verdict(True)
-        self.reserve = len(loaded.tokenizer.encode(longest)) + 4
-
-    @property
-    def compiled_shapes(self) -> Counter[str]:
-        return self.engine.compiled_shapes
+        self.reserve = len(writer.tokenizer.encode(longest)) + 4
 
     def measured(self, made: int) -> dict[str, Any]:
         """Returns tokens per judgment, and how much code ran."""
-        tokens = {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
-        return tokens | self.writer.measured
+        return self.writer.measured(made) | self.turns.measured
 
-    def _first_turn_length(self, solution: Solution) -> int:
+    def _first_prompt(self, solution: Solution) -> list[int]:
         path = Path(solution, self._begin(""))
         self._ask(path, 0)
-        return len(self.writer.encode(path.conversation))
+        return self.turns.encode(path.conversation)
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold the first turn about a solution."""
-        length = self._first_turn_length(Solution(problem_id, question, [""]))
-        name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
-        self.engine.check_length(length, num_tokens + self.reserve + 1, name)
+        prompt = self._first_prompt(Solution(problem_id, question, [""]))
+        self.writer.check_room(prompt, problem_id, num_tokens, self.reserve + 1)
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError if no solution's first turn fits the context."""
-        context = self.engine.shapes.max_length
-        needed = min(map(self._first_turn_length, solutions)) + self.reserve + 1
+        context = self.writer.engine.shapes.max_length
+        needed = min(len(self._first_prompt(x)) for x in solutions) + self.reserve + 1
         if needed > context:
             raise UserError(
                 f"no solution's first step fits the context of {context} tokens (the largest of "
@@ -285,57 +249,40 @@ class GenPrmCritic:
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
         """Returns one judgment of every chunk, see `judge_by_votes`."""
-        return judge_by_votes(self, solutions)
+        return judge_by_votes(self, self.writer, solutions)
 
     def sample(
-        self,
-        solutions: Sequence[Solution],
-        suffixes: Sequence[str],
-        *,
-        temperature: float,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        self, solutions: Sequence[Solution], suffixes: Sequence[str], **sampling: Any
     ) -> list[list[SolutionJudgment]]:
         """Returns one path through each solution for each suffix, see `Judge`. A path begins with
         the first chunk, even if judgments are wanted from a later one on."""
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.tokenizer.eos_ids,
-        )
         return [
             [SolutionJudgment(path.judgments[path.solution.start :]) for path in paths]
-            for paths in self._converse(solutions, params, suffixes)
+            for paths in self._converse(solutions, suffixes, self.writer.params(**sampling))
         ]
 
     def critiques(
-        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+        self, solutions: Sequence[Solution], suffixes: Sequence[str]
     ) -> list[list[tuple[str, bool]]]:
         """Returns critiques as `Synthesizer` does: the joined turns of a path up to the first one
         that does not accept its step, and whether all of them were complete."""
+        found = self._converse(solutions, suffixes, self.writer.params(), to_first_error=True)
         return [
-            [
-                (
-                    join_turns([judgment.completion for judgment in path.judgments]),
-                    all(path.finished),
-                )
-                for path in paths
-            ]
-            for paths in self._converse(solutions, params, suffixes, to_first_error=True)
+            [(join_turns([j.completion for j in path.judgments]), all(path.finished)) for path in x]
+            for x in found
         ]
 
     def _converse(
         self,
         solutions: Sequence[Solution],
-        params: SamplingParams,
         suffixes: Sequence[str],
+        params: SamplingParams,
         *,
         to_first_error: bool = False,
     ) -> list[list[Path]]:
         """Returns the paths of each solution, [solution][suffix]. With `to_first_error` a path ends
         after the first step that it does not accept."""
+        params = replace(params, stop_strings=(self.form.stop,))
         paths = [[Path(x, self._begin(suffix)) for suffix in suffixes] for x in solutions]
         active = [path for of_solution in paths for path in of_solution]
         for t in range(max((len(x.chunks) for x in solutions), default=0)):
@@ -350,30 +297,30 @@ class GenPrmCritic:
         return paths
 
     def _begin(self, suffix: str) -> Conversation:
-        conversation = Conversation("", suffix, self.code_rounds)
+        conversation = Conversation("", suffix, self.turns.code_rounds)
         conversation.say("system", self.form.system)
         return conversation
 
     def _ask(self, path: Path, t: int) -> None:
         """Asks about chunk t."""
         solution, conversation = path.solution, path.conversation
-        conversation.name = f"{self.name}/{solution.solution_id}/{t}"
+        conversation.name = f"{solution.solution_id}/{t}"
         conversation.say("user", self.form.user_turn(solution.question, solution.chunks, t))
         conversation.begin_turn(self.form.opening.format(number=t + 1))
 
     def _judge(self, paths: Sequence[Path], params: SamplingParams) -> None:
         """Writes the turn that every path has begun, and reads its verdict."""
         conversations = [path.conversation for path in paths]
-        self.writer.write(conversations, params, stops=[self.form.stop], reserve=self.reserve)
+        self.turns.write(conversations, params, reserve=self.reserve)
         prompts: dict[int, list[int]] = {}
         for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
             path.finished.append(conversation.is_finished)
             if conversation.num_tokens:  # else there was no room
                 conversation.say("assistant", self.form.to_verdict(conversation.turn))
-                ids = self.writer.encode(conversation)
-                if len(ids) < self.engine.shapes.max_length:
+                ids = self.turns.encode(conversation)
+                if len(ids) < self.writer.engine.shapes.max_length:
                     prompts[i] = ids
-        log_odds = self.engine.log_odds(list(prompts.values()), self.word_ids)
+        log_odds = self.writer.engine.log_odds(list(prompts.values()), self.word_ids)
         p_right = dict(zip(prompts, probabilities(log_odds), strict=True))
         for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
             p, verdict = p_right.get(i, 0.5), Verdict.UNPARSED
@@ -400,47 +347,30 @@ def verdict_ids(tokenizer: Tokenizer, form: GenPrmForm) -> tuple[int, int]:
 
 
 class Synthesizer:
-    """A teacher that writes the critique of a whole solution in one go."""
+    """A teacher that writes the critique of a whole solution in one go, in the style `instruct`."""
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        engine: Engine,
-        *,
-        name: str,
-        code_rounds: int,
-        max_new_tokens: int,
-        key: jax.Array,
-    ):
-        """Raises UserError as `Writer` does."""
-        self.name, self.code_rounds, self.max_new_tokens = name, code_rounds, max_new_tokens
-        self.writer = Writer(
-            loaded.tokenizer, engine, prompt_style="instruct", key=key, code_rounds=code_rounds
-        )
+    def __init__(self, writer: Writer, *, code_rounds: int):
+        """Raises UserError as `TurnWriter` does."""
+        self.writer, self.turns = writer, TurnWriter(writer, code_rounds)
 
     def _begin(self, solution: Solution, suffix: str) -> Conversation:
-        rounds = self.code_rounds * len(solution.chunks)
-        conversation = Conversation(f"{self.name}/{solution.solution_id}", suffix, rounds)
-        has_code = self.code_rounds > 0
-        conversation.say(
-            "user", synthesis_prompt(solution.question, solution.chunks, code=has_code)
-        )
+        rounds = self.turns.code_rounds
+        conversation = Conversation(solution.solution_id, suffix, rounds * len(solution.chunks))
+        prompt = synthesis_prompt(solution.question, solution.chunks, code=rounds > 0)
+        conversation.say("user", prompt)
         conversation.begin_turn(SYNTHESIS_OPENING)
         return conversation
 
     def check_lengths(self, solutions: Sequence[Solution]) -> None:
         """Raises UserError if the context does not hold a critique of each solution."""
         for solution in solutions:
-            prompt = self.writer.encode(self._begin(solution, ""))
-            self.writer.engine.check_length(len(prompt), self.max_new_tokens, solution.solution_id)
+            prompt = self.turns.encode(self._begin(solution, ""))
+            self.writer.check_length(prompt, solution.solution_id)
 
     def critiques(
-        self, solutions: Sequence[Solution], params: SamplingParams, suffixes: Sequence[str]
+        self, solutions: Sequence[Solution], suffixes: Sequence[str]
     ) -> list[list[tuple[str, bool]]]:
         """Returns (critique, whether the teacher ended it), [solution][suffix]."""
         written = [[self._begin(x, suffix) for suffix in suffixes] for x in solutions]
-        self.writer.write([c for of_x in written for c in of_x], params, stops=[], reserve=0)
-        return [
-            [(c.turn, c.stop_reason is StopReason.STOP_ID) for c in of_solution]
-            for of_solution in written
-        ]
+        self.turns.write([c for of_x in written for c in of_x], self.writer.params())
+        return [[(c.turn, c.stop_reason is StopReason.STOP_ID) for c in of_x] for of_x in written]

@@ -10,14 +10,36 @@ import zlib
 import jax
 import numpy as np
 
+from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import StopReason
+from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import truncate
 
 ROUNDING = 1e-4
 """Of probabilities, logits and log-probs of tiny models in float32."""
 
 
-def assert_drawn(model, prompts_B, row_ids, params, key, completions):
+class Reference(ReferenceSampler):
+    """The reference sampler, made and called as an `Engine` is. Its batches wait for their last row
+    to end."""
+
+    def __init__(self, model, tokenizer=None, **settings):
+        super().__init__(Engine(model, tokenizer, **settings))
+
+    def generate(self, prompts_P, params, *, key, row_ids, group_size=1):
+        prompts_B = [prompt for prompt in prompts_P for _ in range(group_size)]
+        completions = []
+        for start in range(0, len(row_ids), self.shapes.max_rows):
+            batch = slice(start, start + self.shapes.max_rows)
+            distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts_B[batch]))]
+            state = self.prefill(distinct, max(map(len, distinct)) + params.max_new_tokens)
+            state = self.branch(state, [distinct.index(list(ids)) for ids in prompts_B[batch]])
+            found, _ = self.decode(state, params, key=key, row_ids=row_ids[batch])
+            completions += found
+        return completions
+
+
+def assert_sampled(model, prompts_B, row_ids, params, key, completions):
     """Asserts that every token is the one that its row's noise picks from what `model`, which reads
     the whole row at once, says of it; that its log-prob is the model's; and that the row ends where
     it should (stop strings aside)."""
