@@ -1,9 +1,10 @@
 """Checks at every call that arrays have the shapes that their names say (CONTRIBUTING, "Letters").
 
 `logits_BTV` has three axes, `new_B1KH` has one element on its second, and all that a call names
-`_B` has as many rows. The same holds of the fields of a dataclass. The functions themselves check
-it: a line is put into each when its module is imported. So nothing is wrapped, and what jit
-compiles is checked once, while it is traced.
+`_B` has as many rows. The same holds of the fields of a dataclass, after the axes of its own name:
+`stacked_U.tokens_BT` has three. The functions themselves check it: a line is put into each when
+its module is imported. So nothing is wrapped, and what jit compiles is checked once, while it is
+traced.
 """
 
 from __future__ import annotations
@@ -27,20 +28,24 @@ LETTERS = re.compile(r"_([A-Z0-9]*[A-Z][A-Z0-9]*)$")
 
 def check_shapes(where: str, arguments: dict[str, Any]) -> None:
     """Raises AssertionError if an array has another shape than the name of its argument says."""
-    _check(where, arguments)
+    _check(where, "", arguments)
     for name, value in arguments.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = [field.name for field in dataclasses.fields(value)]
-            _check(f"{where}, {name}", {field: getattr(value, field) for field in fields})
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            _check(f"{where}, {name}", _letters(name), fields)
 
 
-def _check(where: str, arrays: dict[str, Any]) -> None:
+def _letters(name: str) -> str:
+    found = LETTERS.search(name)
+    return "" if found is None else found[1]
+
+
+def _check(where: str, outer: str, arrays: dict[str, Any]) -> None:
     sizes: dict[str, tuple[int, str]] = {}
     for name, value in arrays.items():
-        found = LETTERS.search(name)
-        if found is None or not isinstance(value, np.ndarray | jax.Array):
+        if not _letters(name) or not isinstance(value, np.ndarray | jax.Array):
             continue
-        letters, said = found[1], f"{where}: {name} has shape {value.shape}"
+        letters, said = outer + _letters(name), f"{where}: {name} has shape {value.shape}"
         assert value.ndim == len(letters), f"{said}, expected an axis for each of {letters}"
         for letter, size in zip(letters, value.shape, strict=True):
             expected, other = sizes.setdefault(
@@ -67,8 +72,11 @@ class _Loader(SourceFileLoader):
 
 
 def _add_check(function: ast.FunctionDef) -> None:
+    parameters = function.args
+    names = [x.arg for x in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+    arguments = ", ".join(f"{name!r}: {name}" for name in names)
+    call = ast.parse(f"check_shapes({function.name!r}, {{{arguments}}})").body[0]
     place = 1 if ast.get_docstring(function, clean=False) is not None else 0
-    call = ast.parse(f"check_shapes({function.name!r}, locals())").body[0]
     for node in ast.walk(call):
         ast.copy_location(node, function.body[0])
     function.body.insert(place, call)

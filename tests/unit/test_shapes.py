@@ -20,12 +20,14 @@ def zeros(*shape):
 def test_names_are_checked():
     check_shapes("f", {"a_BT": zeros(2, 3), "b_B": zeros(2), "c_BT2": zeros(2, 3, 2), "d_B1": None})
     check_shapes("f", {"rewards_PG": [[1.0]], "other": zeros(5), "N_B": np.zeros(1), "B": zeros(3)})
+    check_shapes("f", {"cache_U": KVCache((), (), zeros(3, 2)), "a_B": zeros(4)})
     for arrays, message in (
         ({"a_BT": zeros(2)}, r"f: a_BT has shape \(2,\), expected an axis for each of BT"),
         ({"a_BT": zeros(2, 3), "b_B": zeros(3)}, "b_B has shape .* expected B = 2 as in a_BT"),
         ({"a_TT": zeros(2, 3)}, "expected T = 2 as in a_TT"),
         ({"a_B1": np.zeros((2, 2))}, "expected 1 = 1 as in its name"),
         ({"cache": KVCache((), (), zeros(2, 2))}, "f, cache: length_B has shape"),
+        ({"cache_U": KVCache((), (), zeros(2))}, "length_B .* an axis for each of UB"),
     ):
         with pytest.raises(AssertionError, match=message):
             check_shapes("f", arrays)
