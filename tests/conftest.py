@@ -16,16 +16,23 @@ from flax import nnx
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import shapes
+
+shapes.install()
+
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
+RUNS = ("batch_sizes", "pipeline", "thinkprm", "unknown_ids", "hosts", "kill")
+"""The files of tests/e2e that begin with the runs of the smoke configs."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Tests that share compiled programs, or the runs of the smoke configs, share a worker. Slow
-    tests that start processes have a worker of their own: they take as long as all others.
+    tests that start processes do not share it: all together would take longer than the rest.
 
     (`--dist loadgroup` groups nothing with pytest 9.2 and pytest-xdist 3.8.)
     """
@@ -34,11 +41,12 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            if not file.startswith("tests/e2e/"):
-                return file
-            starts_processes = file.endswith(("test_hosts.py", "test_kill.py"))
-            return "processes" if starts_processes and config.option.markexpr == "slow" else "runs"
+            name = file.removeprefix("tests/e2e/test_").removesuffix(".py")
+            starts_processes = name in ("hosts", "kill") and config.option.markexpr == "slow"
+            return "runs" if name in RUNS and not starts_processes else file
 
+    # In their order, in which those that take longest come first.
+    config.option.loadscopereorder = False
     return ByFile(config, log)
 
 

@@ -54,17 +54,17 @@ def product_over_rows(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
     return product[: a_TI.shape[1]]
 
 
-def scores(q_WH: jax.Array, k_SH: jax.Array) -> jax.Array:
+def scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Does what `attention.plain_scores` does.
 
     In float32 few queries run several times faster if the keys are the left operand. Without the
     padding XLA turns the operands around again; one column is enough, and reads the least.
     """
-    if k_SH.dtype != F32:
-        return plain_scores(q_WH, k_SH)
-    scores_SW = jnp.einsum("...sh,...wh->...sw", k_SH, q_WH)
-    padded_SW = jnp.pad(scores_SW, [(0, 0)] * (scores_SW.ndim - 1) + [(0, 1)])
-    return padded_SW.swapaxes(-1, -2)[..., : q_WH.shape[-2], :]
+    if k.dtype != F32:
+        return plain_scores(q, k)
+    flipped = jnp.einsum("...sh,...wh->...sw", k, q)
+    padded = jnp.pad(flipped, [(0, 0)] * (flipped.ndim - 1) + [(0, 1)])
+    return padded.swapaxes(-1, -2)[..., : q.shape[-2], :]
 
 
 # --- packed rows, a visible pair of blocks at a time --------------------------------------------

@@ -121,7 +121,10 @@ class Decoder:
             values.append(suffix.write(suffix.values[layer], v))
             of_prefix = (prefix.cache.keys[layer], prefix.cache.values[layer], prefix_mask_BS)
             of_row = (keys[-1], values[-1], suffix_mask_BC)
-            return shared_prefix_attention(q[:, 0], of_prefix, of_row, self.attention.scores)
+            attended_BNH = shared_prefix_attention(
+                q[:, 0], of_prefix, of_row, self.attention.scores
+            )
+            return attended_BNH[:, None]
 
         hidden_B1D = self._run_blocks(tokens_B[:, None], positions_B[:, None], attend)
         return hidden_B1D[:, 0], suffix.step(keys, values, is_running_B.astype(jnp.int32))

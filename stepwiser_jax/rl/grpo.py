@@ -104,15 +104,15 @@ def completion_logprobs(
 ) -> jax.Array:
     """Returns log-probs (B, T) of a batch's completions under `model`, 0 elsewhere; computes one
     micro-batch at a time."""
-    stacked = split_rows(batch, micro_batches)
+    stacked_U = split_rows(batch, micro_batches)
 
     def put(u: jax.Array, logprobs: jax.Array) -> jax.Array:
-        rows = jax.tree.map(lambda x: x[u], stacked)
+        rows = jax.tree.map(lambda x: x[u], stacked_U)
         logprobs_BT, _ = _logprobs_and_entropy(model, rows, temperature)
         return logprobs.at[u].set(logprobs_BT)
 
-    zeros = jnp.zeros(stacked.tokens_BT.shape, jnp.float32)
-    return join_rows(jax.lax.fori_loop(0, used_micro_batches(stacked), put, zeros))
+    zeros = jnp.zeros(stacked_U.tokens_BT.shape, jnp.float32)
+    return join_rows(jax.lax.fori_loop(0, used_micro_batches(stacked_U), put, zeros))
 
 
 def _logprobs_and_entropy(

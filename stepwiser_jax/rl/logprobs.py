@@ -163,12 +163,12 @@ def default_slices(rows: int, length: int, vocab_size: int) -> int:
 # --- logits, a slice at a time ------------------------------------------------------------------
 
 
-def _split(array_BT: jax.Array, num_slices: int) -> jax.Array:
+def _split(array: jax.Array, num_slices: int) -> jax.Array:
     """Reshapes (B, T, ...) to (slices, B, C, ...), padded with zeros to slices of one length C."""
-    rows, length, *rest = array_BT.shape
+    rows, length, *rest = array.shape
     slice_length = math.ceil(length / num_slices)
     padding = [(0, 0), (0, num_slices * slice_length - length), *((0, 0) for _ in rest)]
-    padded = jnp.pad(array_BT, padding)
+    padded = jnp.pad(array, padding)
     return jnp.moveaxis(padded.reshape(rows, num_slices, slice_length, *rest), 1, 0)
 
 

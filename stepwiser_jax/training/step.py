@@ -134,28 +134,28 @@ def accumulate(
     if micro_batches == 1:
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)
         return grads, metrics | {"loss": loss}
-    stacked = split_rows(batch, micro_batches)
+    stacked_U = split_rows(batch, micro_batches)
     # The backward pass adds to these layer by layer. Gradients of one micro-batch, held whole
     # until they are added, took 405 of 1475 MiB beside the state (SmolLM2-135M, float32).
     sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), trained)
 
     def add(u: jax.Array, total: Metrics) -> Metrics:
-        rows = jax.tree.map(lambda x: x[u], stacked)
+        rows = jax.tree.map(lambda x: x[u], stacked_U)
         loss, backward, metrics = jax.vjp(
             lambda trained: loss_of(trained, rows), trained, has_aux=True
         )
         backward.with_refs(sums)(jnp.ones_like(loss))
         return _add_metrics(total, metrics | {"loss": loss})
 
-    loss, metrics = jax.eval_shape(loss_of, trained, jax.tree.map(lambda x: x[0], stacked))
+    loss, metrics = jax.eval_shape(loss_of, trained, jax.tree.map(lambda x: x[0], stacked_U))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics | {"loss": loss})
-    metrics = jax.lax.fori_loop(0, used_micro_batches(stacked), add, zeros)
+    metrics = jax.lax.fori_loop(0, used_micro_batches(stacked_U), add, zeros)
     return jax.tree.map(jax.freeze, sums), metrics
 
 
-def used_micro_batches(stacked: Any) -> jax.Array:
+def used_micro_batches(stacked_U: Any) -> jax.Array:
     """Returns the number of micro-batches that hold tokens. Those after them are padding."""
-    is_used_U = jnp.any(stacked.segment_ids_BT != 0, axis=(1, 2))
+    is_used_U = jnp.any(stacked_U.segment_ids_BT != 0, axis=(1, 2))
     return jnp.max(jnp.where(is_used_U, jnp.arange(1, is_used_U.shape[0] + 1), 0))
 
 

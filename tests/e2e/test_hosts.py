@@ -1,5 +1,6 @@
 """Several processes and several shards: what one process alone leaves, and how they end."""
 
+import functools
 import json
 import os
 import shutil
@@ -39,6 +40,22 @@ BLOCKS = {
     "search": ("block_size=2", "beam=null", "dvts=null"),
     "select": ("block_size=2",),
 }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs, tmp_path_factory):
+    """The run of a stage by one process that does all. Blocks change nothing, so that of `runs` is
+    one, but the search's, which leaves methods out."""
+
+    @functools.cache
+    def of(name):
+        if name != "search":
+            return runs / name
+        whole = tmp_path_factory.mktemp("whole") / name
+        assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
+        return whole
+
+    return of
 
 
 def start(arguments, *, processes, devices=1, program=("-m", "stepwiser_jax")):
@@ -96,10 +113,9 @@ def rows(run):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("values", "search", "select")),
     ],
 )
-def test_shards_that_never_meet_are_one_run(runs, tmp_path, name):
+def test_shards_that_never_meet_are_one_run(runs, undisturbed, tmp_path, name):
     """Of which the second is run again after it was lost halfway, and the last merges."""
-    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
+    whole, sharded = undisturbed(name), tmp_path / "sharded"
     again = command(name, runs, out=sharded, extra=BLOCKS[name])
     for shard in ("0/3", "2/3", "1/3"):
         assert main([*again, "--shard", shard]) == 0
@@ -166,9 +182,8 @@ SAMPLED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLED)
-def test_processes_share_the_rows_of_one(runs, tmp_path, name):
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0
+def test_processes_share_the_rows_of_one(runs, undisturbed, tmp_path, name):
+    whole, shared = undisturbed(name), tmp_path / "shared"
     finish(start(command(name, runs, out=shared, extra=BLOCKS[name]), processes=3))
     assert rows(shared) == rows(whole)
     assert read_records(shared, SAMPLED[name]) == read_records(whole, SAMPLED[name])
@@ -268,7 +283,7 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
     write_records(tmp_path / "examples.jsonl", examples)
     settings = ("model.path=arithmetic", f"examples.source={tmp_path / 'examples.jsonl'}")
     settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_resamples=0", "iterations=1")
-    settings += ("grpo.drop_zero_variance=false",)
+    settings += ("grpo.drop_zero_variance=false", f"compilation_cache={tmp_path / 'cache'}")
     run = tmp_path / "run"
     arguments = [
         "train-judge",
@@ -306,15 +321,31 @@ def test_training_goes_on_with_another_number_of_processes(runs, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+OF_TWO = {"values": BLOCKS["values"], "judge": ("mesh.fsdp=2", "training.checkpoint_every=1")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_of_two(runs, tmp_path_factory):
+    """The run of a stage by two processes."""
+
+    @functools.cache
+    def of(name):
+        whole = tmp_path_factory.mktemp("of_two") / name
+        finish(start(command(name, runs, out=whole, extra=OF_TWO[name]), processes=2))
+        return whole
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("name", ["values", "judge"])
-def test_one_process_killed_ends_all_and_all_started_again_finish(runs, tmp_path, name, victim):
+@pytest.mark.parametrize("name", OF_TWO)
+def test_one_process_killed_ends_all_and_all_started_again_finish(
+    runs, undisturbed_of_two, tmp_path, name, victim
+):
     """Within the silence that is allowed; what is left then is what an undisturbed run leaves."""
-    extra = {"values": BLOCKS["values"], "judge": ("mesh.fsdp=2", "training.checkpoint_every=1")}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(command(name, runs, out=whole, extra=extra[name]), processes=2))
-    again = command(name, runs, out=killed, extra=extra[name])
+    whole, killed = undisturbed_of_two(name), tmp_path / "killed"
+    again = command(name, runs, out=killed, extra=OF_TWO[name])
     processes = start(again, processes=2)
     while not _has_begun(killed):
         assert all(process.poll() is None for process in processes)

@@ -1,8 +1,7 @@
-"""The whole 1.5B recipe, every stage as shipped but for its sizes, on a model that has more logits
-than its tokenizer has ids, as Qwen's have."""
+"""The whole 1.5B recipe, every stage as shipped but for its sizes, on models that have more logits
+than their tokenizers have ids, as Qwen's have."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +13,9 @@ from stepwiser_jax.commands.recipe import ordered, read_recipe
 from .conftest import CONFIGS
 
 RECIPE = "qwen2.5-1.5b"
+IDS, LOGITS = {"qwen2": 151_665, "qwen3": 151_669}, 151_936
+JUDGES = {"judge", "classifier", "rationales", "offline"}
+"""What begins with a judge, a Qwen3 with a vocabulary of its own. The policy is a Qwen2."""
 SMALL = {
     "mesh": {},
     "sampling_mesh": None,
@@ -56,16 +58,16 @@ def small(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "ids", "logits"), [("qwen2", 151_665, 151_936), ("qwen3", 151_669, 151_936)]
-)
-def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys, family, ids, logits):
-    model, configs, runs = tmp_path / "model", tmp_path / "configs", tmp_path / "runs"
-    write_tokenizer(model, ids)
-    write_model(model, family=family, vocab_size=logits)
-    names = write_data(tmp_path) | dict.fromkeys(MODELS, model)
-    with_stand_ins(sorted(CONFIGS.glob(f"{RECIPE}_*.yaml")), configs, names)
-    with teacher(model) as url:
+def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys):
+    configs, runs = tmp_path / "configs", tmp_path / "runs"
+    for family, ids in IDS.items():
+        write_tokenizer(tmp_path / family, ids)
+        write_model(tmp_path / family, family=family, vocab_size=LOGITS)
+    data = write_data(tmp_path)
+    for file in CONFIGS.glob(f"{RECIPE}_*.yaml"):
+        family = "qwen3" if file.stem.removeprefix(f"{RECIPE}_") in JUDGES else "qwen2"
+        with_stand_ins([file], configs, data | dict.fromkeys(MODELS, tmp_path / family))
+    with teacher(tmp_path / "qwen2") as url:
         for step in ordered(read_recipe(str(configs / RECIPE))):
             tree = small(yaml.safe_load(step.file.read_text()))
             if step.stage == "chunk-solutions":
@@ -79,4 +81,6 @@ def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys, f
     assert 0 < labels["positive_share"] < 1 and labels["judge_positive_share"] == 0.5
     evaluated = json.loads((runs / "evaluate" / "summary.json").read_text())
     assert set(evaluated["greedy"]["subsets"]) == {"gsm8k", "math", "olympiadbench", "omnimath"}
-    assert Path(runs / "selected" / "model" / "config.json").is_file()
+    for run, family in (("selected", "qwen2"), ("judge", "qwen3"), ("classifier", "qwen3")):
+        exported = json.loads((runs / run / "model" / "config.json").read_text())
+        assert (exported["model_type"], exported["vocab_size"]) == (family, LOGITS)

@@ -416,36 +416,44 @@ def merging(tmp_path_factory):
     return load_tokenizer(str(directory))
 
 
-def as_before(hf, *contents):
+def ordinary_pairs(tokenizer):
+    """Pairs of texts that spell no control token."""
+    texts = [x for x in random_texts(600, PIECES) if not tokenizer.control.spelled_in(x)]
+    assert len(texts) > 400
+    return [(a, b + a) for a, b in zip(texts, reversed(texts), strict=True)]
+
+
+def said_by_a_user(texts):
+    return [{"role": "user", "content": text} for text in texts]
+
+
+def whole_conversation(hf, texts):
     """The tokens of a conversation, whatever its texts spell: all of it, in one go."""
-    messages = [{"role": "user", "content": content} for content in contents]
+    messages = said_by_a_user(texts)
     text = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return messages, hf.encode(text, add_special_tokens=False)
+    return hf.encode(text, add_special_tokens=False)
 
 
-def tokens_that_merged(tokenizer):
-    """Over many ordinary texts: how many tokens hold both a text and what the template has beside
-    it. All tokens are those of before."""
-    ordinary = [x for x in random_texts(600, PIECES) if not tokenizer.control.spelled_in(x)]
-    assert len(ordinary) > 400
-    merged = 0
-    for first, second in zip(ordinary, reversed(ordinary), strict=True):
-        apart = as_before(tokenizer._hf, "", "")[1]
-        for text in (first, second + first):
-            apart += tokenizer._hf.encode(text, add_special_tokens=False)
-            assert apart[len(apart) - len(tokenizer.encode(text)) :] == tokenizer.encode(text)
-        messages, ids = as_before(tokenizer._hf, first, second + first)
-        assert tokenizer.render_chat(messages) == ids
-        merged += len(apart) - len(ids)
-    return merged
+def apart(hf, texts):
+    """The tokens of texts, each by itself."""
+    return [hf.encode(text, add_special_tokens=False) for text in texts]
 
 
 def test_ordinary_texts_have_the_tokens_that_they_had(tokenizer):
-    tokens_that_merged(tokenizer)  # it asserts on its way
+    for texts in ordinary_pairs(tokenizer):
+        assert [tokenizer.encode(text) for text in texts] == apart(tokenizer._hf, texts)
+        found = tokenizer.render_chat(said_by_a_user(texts))
+        assert found == whole_conversation(tokenizer._hf, texts)
 
 
 def test_tokens_may_hold_both_template_and_text(merging):
-    assert tokens_that_merged(merging) > 20
+    """And conversations have the tokens that they had nevertheless."""
+    hf, merged = merging._hf, 0
+    for texts in ordinary_pairs(merging):
+        whole = whole_conversation(hf, texts)
+        assert merging.render_chat(said_by_a_user(texts)) == whole
+        merged += sum(map(len, [whole_conversation(hf, ["", ""]), *apart(hf, texts)])) - len(whole)
+    assert merged > 20
 
 
 def test_no_text_is_encoded_to_control_tokens(tokenizer):

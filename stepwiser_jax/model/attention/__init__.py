@@ -22,9 +22,9 @@ NOT_SEEN = -1e30
 """The score of a key that the mask hides. Not -inf: a row that sees nothing must not become NaN."""
 
 
-def plain_scores(q_WH: jax.Array, k_SH: jax.Array) -> jax.Array:
+def plain_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Returns the products (..., W, S) of queries (..., W, H) and keys (..., S, H), in float32."""
-    return jnp.einsum("...wh,...sh->...ws", q_WH, k_SH, preferred_element_type=jnp.float32)
+    return jnp.einsum("...wh,...sh->...ws", q, k, preferred_element_type=jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def shared_prefix_attention(
     return (out_BKEH / total_BKE[..., None]).reshape(B, N, H).astype(q_BNH.dtype)
 
 
-def _by_row(x_QKRE: jax.Array) -> jax.Array:
+def _by_row(x: jax.Array) -> jax.Array:
     """(Q, K, R, ...) -> (B, K, ...)."""
-    Q, K, R = x_QKRE.shape[:3]
-    return x_QKRE.swapaxes(1, 2).reshape(Q * R, K, *x_QKRE.shape[3:])
+    Q, K, R = x.shape[:3]
+    return x.swapaxes(1, 2).reshape(Q * R, K, *x.shape[3:])
