@@ -147,3 +147,6 @@ if __name__ == "__main__":
         print(f"{what:46} {count:>12}   at most {most}")
     for name, files in duplicate_classes().items():
         print(f"  {name}: {', '.join(files)}")
+    print("\nfiles of one GRPO step, from the command line to the update:")
+    for file in existing(GRPO_STEP):
+        print(f"{count_lines([file]):6}  {file.relative_to(LIBRARY)}")

@@ -153,6 +153,7 @@ class Engine:
         *,
         key: jax.Array,
         is_needed: Callable[[SampleRequest], bool] | None = None,
+        overlap: bool = True,
         samples_per_prefix: int = SAMPLES_PER_PREFIX,
     ) -> Iterator[list[Completion]]:
         """Samples all requests of the prefixes; yields completions after each burst, as they end.
@@ -162,9 +163,10 @@ class Engine:
             params: `max_new_tokens` is the most that any request may ask for.
             key: With the row id and the position of a token it gives the token's noise.
             is_needed: Is called before a sample starts; if it returns False, the sample is left
-                out. With it each burst yields its own completions, even if there are none, before
-                the next samples start. Without it they come while the device decodes the next
-                burst.
+                out.
+            overlap: Whether completions come while the device decodes the next burst. Otherwise
+                each burst yields its own, even if there are none, before the next samples start:
+                for an `is_needed` that depends on them, or to stop between two bursts.
             samples_per_prefix: How many samples of a prefix run at once while others wait.
 
         Raises:
@@ -185,7 +187,6 @@ class Engine:
                 samples_per_prefix=samples_per_prefix,
                 is_needed=is_needed,
             )
-            overlap = is_needed is None
             for part in self._stream_bucket(scheduler, prefix_tokens, params, key, overlap):
                 done += len(part)
                 rows_done(done, total, sum(len(completion.tokens) for completion in part))
@@ -233,7 +234,7 @@ class Engine:
 
     def _prefill(self, state: EngineState, admitted: list[tuple[int, Prefix]]) -> EngineState:
         """Computes the keys and values of the admitted prefixes, in their slots."""
-        slots, length = state.grid.slots, state.prefix.cache.slots
+        slots, length = state.grid.slots, state.prefix.cache.capacity
         at_once = min(slots, self.prefill_rows(length))
         while admitted:
             count = at_once if 2 * len(admitted) > at_once else self.shards

@@ -112,7 +112,7 @@ class Decoder:
             Hidden states (B, D), and the suffix cache, which has grown in rows that are running.
         """
         positions_B = prefix.length_B + suffix.length_B
-        prefix_mask_BS = jnp.arange(prefix.cache.slots)[None] < prefix.length_B[:, None]
+        prefix_mask_BS = jnp.arange(prefix.cache.capacity)[None] < prefix.length_B[:, None]
         suffix_mask_BC = suffix.visible_BC
         keys, values = [], []
 
@@ -134,16 +134,15 @@ class Decoder:
     ) -> tuple[jax.Array, KVCache]:
         """Feeds the first `counts_B[b]` <= T right-padded tokens of each row to its cache.
 
-        A token's position is its slot. Slots past a row's new length are masked, and overwritten by
-        what comes next. The reference sampler both prefills (an empty cache) and decodes (T = 1)
-        with this.
+        What lies past a row's new length is masked, and overwritten by what comes next. The chunk
+        sampler both prefills (an empty cache) and decodes (T = 1) with this.
 
         Returns:
             Hidden states (B, T, D), and the cache.
         """
         start_B, T = cache.length_B, tokens_BT.shape[1]
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        mask_BTS = jnp.arange(cache.slots)[None, None] <= positions_BT[:, :, None]
+        mask_BTS = jnp.arange(cache.capacity)[None, None] <= positions_BT[:, :, None]
         keys, values = [], []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Caches of keys and values: `KVCache` for prompts, `SuffixCache` for what rows sample.
 
-All arrays of keys and values are (rows, K, slots, H), one for each layer.
+All arrays of keys and values are (rows, K, capacity, H), one for each layer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from stepwiser_jax.model.config import ModelConfig
 Layers = tuple[jax.Array, ...]
 
 
-def _zeros(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Layers:
-    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+def _zeros(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Layers:
+    shape = (rows, config.num_kv_heads, capacity, config.head_dim)
     return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rows of different lengths: a token's position is its slot.
+    """Rows of different lengths: a token lies at its position in the row.
 
     Attributes:
         keys: (B, K, S, H) per layer.
         values: (B, K, S, H) per layer.
-        length_B: the number of tokens of each row. Slots past it are masked, and overwritten later.
+        length_B: the number of tokens of each row. What lies past it is masked, and overwritten
+            later.
     """
 
     keys: Layers
@@ -37,13 +38,14 @@ class KVCache:
     length_B: jax.Array
 
     @classmethod
-    def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        """Returns an empty cache of B = `rows` and S = `slots`."""
-        zeros = _zeros(config, rows, slots, dtype), _zeros(config, rows, slots, dtype)
+    def create(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+        """Returns an empty cache of B = `rows` and S = `capacity`."""
+        zeros = _zeros(config, rows, capacity, dtype), _zeros(config, rows, capacity, dtype)
         return cls(*zeros, jnp.zeros((rows,), jnp.int32))
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
+        """The most tokens that a row may have."""
         return self.values[0].shape[2]
 
     def write(self, cached_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
@@ -83,42 +85,42 @@ class SharedPrefix:
 class SuffixCache:
     """The last C decode steps of all rows, in a ring.
 
-    A step writes one slot for all rows at once, in place. Writes at a slot of each row's own would
-    be scatters, which cost ten times as much as the attention over them.
+    A step writes at the same index for all rows at once, in place. Writes at an index of each row's
+    own would be scatters, which cost ten times as much as the attention over them.
 
     Attributes:
         keys: (B, K, C, H) per layer.
         values: (B, K, C, H) per layer.
-        slot: the slot that the next step writes.
+        cursor: the index that the next step writes.
         length_B: how many of the latest steps belong to each row.
     """
 
     keys: Layers
     values: Layers
-    slot: jax.Array
+    cursor: jax.Array
     length_B: jax.Array
 
     @classmethod
-    def create(cls, config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> SuffixCache:
-        """Returns an empty cache of B = `rows` and C = `slots`."""
-        zeros = _zeros(config, rows, slots, dtype), _zeros(config, rows, slots, dtype)
+    def create(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> SuffixCache:
+        """Returns an empty cache of B = `rows` and C = `capacity`."""
+        zeros = _zeros(config, rows, capacity, dtype), _zeros(config, rows, capacity, dtype)
         return cls(*zeros, jnp.int32(0), jnp.zeros((rows,), jnp.int32))
 
     @property
     def visible_BC(self) -> jax.Array:
-        """Which slots each row sees once the current step is written."""
-        slots = self.values[0].shape[2]
-        age_C = (self.slot - jnp.arange(slots, dtype=jnp.int32)) % slots
+        """Which entries each row sees once the current step is written."""
+        capacity = self.values[0].shape[2]
+        age_C = (self.cursor - jnp.arange(capacity, dtype=jnp.int32)) % capacity
         return age_C[None] <= self.length_B[:, None]
 
     def write(self, cached_BKCH: jax.Array, new_B1KH: jax.Array) -> jax.Array:
         """Returns keys or values of a layer with those of the current step."""
         new_BK1H = new_B1KH.swapaxes(1, 2).astype(cached_BKCH.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(cached_BKCH, new_BK1H, self.slot, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(cached_BKCH, new_BK1H, self.cursor, axis=2)
 
     def step(
         self, keys: Sequence[jax.Array], values: Sequence[jax.Array], counts_B: jax.Array
     ) -> SuffixCache:
         """Returns the cache after a step, which counts for rows whose `counts_B` is 1."""
-        slot = (self.slot + 1) % self.values[0].shape[2]
-        return SuffixCache(tuple(keys), tuple(values), slot, self.length_B + counts_B)
+        cursor = (self.cursor + 1) % self.values[0].shape[2]
+        return SuffixCache(tuple(keys), tuple(values), cursor, self.length_B + counts_B)

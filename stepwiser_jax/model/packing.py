@@ -2,8 +2,8 @@
 
     0                       padding
     1 .. 65535              a document: it sees itself
-    group << 16 | member    groups 1, 2, ...: member 0 is the prompt, which the whole group sees;
-                            members 1, 2, ... are completions, which also see themselves
+    group << 16 | index     groups 1, 2, ...: index 0 is the prompt, which the whole group sees;
+                            1, 2, ... are completions, which also see themselves
 
 So the prompt of a GRPO group is stored and computed once, and short groups share a row.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 
 
-def member(group: int, index: int) -> int:
+def packing_id(group: int, index: int) -> int:
     """Returns the id of the prompt (`index` 0) or of a completion (from 1) of a group (from 1)."""
     return group << 16 | index
 

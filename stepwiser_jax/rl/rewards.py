@@ -1,7 +1,8 @@
 """Rewards of completions, and what rollouts leave in the metrics.
 
 A config's `reward` is a name of `REWARDS` or a user's `module:function`. `reward_args` are its
-keyword arguments, so another keyword argument of a reward is another setting.
+keyword arguments: give a reward another one, and it is a setting. Document it at `reward_args` in
+`config.py`.
 
 A reward is a function of (example, completion text, completion tokens). It returns a number, or a
 dict of named terms: their sum is the reward, and each is the metric `reward_<name>`. It must depend
@@ -79,9 +80,9 @@ def add_rewards(groups: Sequence[RolloutGroup], reward: Reward) -> list[RolloutG
 # --- metrics ------------------------------------------------------------------------------------
 
 
-def rollout_metrics(sampled: Sequence[RolloutGroup], num_kept: int) -> dict[str, float]:
-    """Returns metrics over all completions sampled, of kept groups or not: the mean reward and its
-    named terms, the share of groups kept, and lengths in tokens."""
+def rollout_metrics(sampled: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Returns metrics over all completions sampled, learned from or not: the mean reward and its
+    named terms, the share of groups with differing rewards, and lengths in tokens."""
     lengths = [len(tokens) for group in sampled for tokens in group.completions_G]
     terms = [terms for group in sampled for terms in group.reward_terms_G]
     names = sorted({name for named in terms for name in named if name})
@@ -89,7 +90,7 @@ def rollout_metrics(sampled: Sequence[RolloutGroup], num_kept: int) -> dict[str,
         "reward": float(np.mean([group.rewards_G for group in sampled])),
         **{f"reward_{n}": float(np.mean([t.get(n, 0.0) for t in terms])) for n in names},
         "groups_sampled": len(sampled),
-        "groups_kept_share": num_kept / len(sampled),
+        "groups_with_signal_share": float(np.mean([group.has_signal for group in sampled])),
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(np.max(lengths)),
     }

@@ -1,4 +1,4 @@
-"""Rollouts: groups of completions, sampled and rewarded with the policy as it is now.
+"""Rollouts: groups of completions, sampled from the policy as it is now, then rewarded.
 
     examples -> RolloutSampler -> RolloutGroups -> `rewards.add_rewards` -> groups with a signal
              -> `grpo.group_advantages` -> pack_groups -> RolloutBatch
@@ -24,7 +24,7 @@ from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
 from stepwiser_jax.inference.engine import Engine, decoding_layout
 from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
-from stepwiser_jax.model.packing import member
+from stepwiser_jax.model.packing import packing_id
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.text.tokenizer import completion_text
@@ -115,8 +115,8 @@ class RolloutSampler:
         self, examples: Sequence[Any], iteration: int, draw: int
     ) -> list[RolloutGroup]:
         """Returns a group for each example, without rewards. `draw` counts the batches of examples
-        of an iteration. Rows that this run sampled before it
-        was interrupted are read from the cache.
+        of an iteration. Rows that this run sampled before it was interrupted are read from the
+        cache, and not sampled again.
 
         Raises:
             Interrupted: The run is to stop. Rows that have ended are in the cache.
@@ -124,14 +124,14 @@ class RolloutSampler:
         prefix = f"{self.name}/it{iteration}/draw{draw}"
         ids = [f"{prefix}/{p}/{example.record_id}" for p, example in enumerate(examples)]
         prompts = [np.asarray(self.encode(example), np.int32) for example in examples]
-        cached = (iteration, draw, self._param_hash)
-        rows = self.cache.read(*cached)
-        if hosts.any_process(not rows):  # all processes begin with the same rows, or with none
+        cache_key = (iteration, draw, self._param_hash)
+        rows = self.cache.read(*cache_key)
+        if hosts.any_process(not rows):  # one has no file: then all processes sample anew
             rows = {}
         if len(rows) < len(ids) * self.group_size:
             with jax.set_mesh(self.mesh):
                 is_whole = self._sample_missing(ids, prompts, rows)
-            self.cache.write(*cached, rows)
+            self.cache.write(*cache_key, rows)
             if not is_whole:
                 raise Interrupted
         return [
@@ -156,9 +156,7 @@ class RolloutSampler:
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
         assert self._engine_with_weights is not None, "sample inside `weights`"
-        ended = self._engine_with_weights.stream(
-            prefixes, self.params, key=self.key, is_needed=lambda _: True
-        )
+        ended = self._engine_with_weights.stream(prefixes, self.params, key=self.key, overlap=False)
         for completions in ended:
             for done in completions:
                 rows[done.row_id] = SampledRow(done.tokens, done.logprobs)
@@ -252,9 +250,9 @@ def pack_groups(
     if len(blocks) > 1:
         raise ValueError(f"{len(groups)} groups do not fit {num_rows} rows of {row_length}")
     in_order = np.arange(num_rows).reshape(-1, micro_batches).T.ravel()
-    for row, members in zip(in_order, itertools.chain(*blocks), strict=False):
+    for row, in_row in zip(in_order, itertools.chain(*blocks), strict=False):
         start = 0
-        for number, p in enumerate(members, 1):
+        for number, p in enumerate(in_row, 1):
             _write_group(batch, int(row), start, number, groups[p], advantages_PG[p])
             start += groups[p].num_tokens
     return batch
@@ -272,13 +270,13 @@ def _write_group(
     prompt_length = len(group.prompt_ids)
     end = prompt_end = start + prompt_length
     batch.tokens_BT[row, start:end] = group.prompt_ids
-    batch.segment_ids_BT[row, start:end] = member(number, 0)
+    batch.segment_ids_BT[row, start:end] = packing_id(number, 0)
     batch.positions_BT[row, start:end] = np.arange(prompt_length)
     batch.predictor_BT[row, start + 1 : end] = np.arange(start, end - 1)
     for g, completion_ids in enumerate(group.completions_G):
         start, end = end, end + len(completion_ids)
         batch.tokens_BT[row, start:end] = completion_ids
-        batch.segment_ids_BT[row, start:end] = member(number, g + 1)
+        batch.segment_ids_BT[row, start:end] = packing_id(number, g + 1)
         batch.positions_BT[row, start:end] = prompt_length + np.arange(len(completion_ids))
         batch.predictor_BT[row, start:end] = np.arange(start - 1, end - 1)
         batch.predictor_BT[row, start : start + 1] = prompt_end - 1

@@ -195,6 +195,7 @@ def estimate_prefix_values(
         params,
         key=key,
         is_needed=None if labels is None else is_needed,
+        overlap=labels is None,
         samples_per_prefix=SAMPLES_PER_PREFIX if labels is None else ADAPTIVE_SAMPLES,
     ):
         sampled = [prefix_of[completion.row_id] for completion in completions]

@@ -104,8 +104,9 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
                     micro_batches=config.training.micro_batches,
                 )
                 batches.append(batch)
+            # The first update consumes the arrays of `policy`, so all batches are ready before it.
             updates = [training.update(batch) for batch in batches]
-            metrics = rollout_metrics(sampled, num_kept=len(groups))
+            metrics = rollout_metrics(sampled)
             texts = [text for group in sampled for text in group.texts_G]
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
             training.finish_iteration(iteration + 1, mean_metrics(updates) | metrics)

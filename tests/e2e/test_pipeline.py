@@ -243,7 +243,7 @@ def test_judge_metrics_are_all_there(runs):
     assert [line["step"] for line in lines] == [1, 2, 3]
     for name in (
         "reward loss policy_loss kl entropy clip_fraction_low clip_fraction_high grad_norm skipped "
-        "verdict_positive_share unparsed_rate response_tokens groups_kept_share logprob_gap "
+        "verdict_positive_share unparsed_rate response_tokens groups_with_signal_share logprob_gap "
         "logprob_gap_max learning_rate"
     ).split():
         assert name in lines[0], name

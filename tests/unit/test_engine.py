@@ -125,9 +125,7 @@ def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt)
 def test_a_burst_is_bounded(tiny_model, monkeypatch):
     monkeypatch.setattr(engine_state, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
-    parts = list(
-        engine.stream(requests(19), SamplingParams(19), key=KEY, is_needed=lambda sample: True)
-    )
+    parts = list(engine.stream(requests(19), SamplingParams(19), key=KEY, overlap=False))
     assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
     expected = reference(tiny_model, SamplingParams(19))
     by_id = dict(zip(IDS, tokens_of(expected), strict=True))
@@ -143,7 +141,7 @@ def test_samples_that_are_not_needed_do_not_start(tiny_model):
 
     params = SamplingParams(6)
     for part in engine.stream(
-        requests(6), params, key=KEY, is_needed=is_needed, samples_per_prefix=2
+        requests(6), params, key=KEY, is_needed=is_needed, overlap=False, samples_per_prefix=2
     ):
         seen += [completion.row_id for completion in part]
     assert sorted(seen) == sorted(f"p{p}/{g}" for p in range(len(PROMPTS)) for g in range(2))

@@ -69,7 +69,7 @@ def test_a_reward(settings_of):
     group = dataclasses.replace(group, example=example, texts_G=texts)
     (rewarded,) = add_rewards([group], reward)
     assert rewarded.rewards_G.tolist() == [0, 0.875]
-    metrics = rollout_metrics([rewarded], num_kept=1)
+    metrics = rollout_metrics([rewarded])
     assert (metrics["reward_verdict"], metrics["reward_length"]) == (0.5, -0.0625)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.model.packing import member
+from stepwiser_jax.model.packing import packing_id
 from stepwiser_jax.rl.grpo import (
     _sequence_sums,
     aggregate,
@@ -54,7 +54,7 @@ def make_case(seed, dtype=np.float32):
     """Packed rows: a prompt, completions 1 and 2 of its group, padding."""
     rng = np.random.default_rng(seed)
     members = np.array([[0, 0, 1, 1, 1, 2, 2, -1], [0, 1, 1, 2, 2, 2, 2, -1]])
-    segments = np.where(members >= 0, member(1, 0) + members, 0)
+    segments = np.where(members >= 0, packing_id(1, 0) + members, 0)
     mask = members > 0
     logprobs = rng.normal(-1, 0.8, segments.shape).astype(dtype)
     old = (logprobs + rng.normal(0, 0.6, segments.shape)).astype(dtype)
@@ -189,7 +189,9 @@ def test_micro_batches_add_up(how):
 
 
 def test_normalizers_by_hand():
-    segments = jnp.array([[member(1, 0), member(1, 1), member(1, 1), member(1, 2), 0]])
+    segments = jnp.array(
+        [[packing_id(1, 0), packing_id(1, 1), packing_id(1, 1), packing_id(1, 2), 0]]
+    )
     mask = jnp.array([[False, True, True, True, False]])
     found = [float(loss_normalizer(mask, segments, how)) for how in ("token_mean", "sequence_mean")]
     assert found == [3.0, 2.0]

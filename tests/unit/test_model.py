@@ -19,7 +19,7 @@ from stepwiser_jax.model.attention.splash import SPLASH
 from stepwiser_jax.model.cpu import LONG_ROW
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache
-from stepwiser_jax.model.packing import member
+from stepwiser_jax.model.packing import packing_id
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 
@@ -73,7 +73,7 @@ def test_padding_and_packing_change_nothing(model):
 def test_shared_prefix_equals_separate_rows(model):
     prompt, first, second = tokens(1, 4, seed=1), tokens(1, 3, seed=2), tokens(1, 2, seed=3)
     row = jnp.concatenate([prompt, first, second], axis=1)
-    segments = jnp.array([[member(1, 0)] * 4 + [member(1, 1)] * 3 + [member(1, 2)] * 2])
+    segments = jnp.array([[packing_id(1, 0)] * 4 + [packing_id(1, 1)] * 3 + [packing_id(1, 2)] * 2])
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 4, 5]])
     shared = logits(model, row, positions, segments)
     np.testing.assert_allclose(

@@ -9,7 +9,7 @@ from flax import nnx
 from stepwiser_jax.model.attention import plain_attend, segment_mask
 from stepwiser_jax.model.cpu import CPU, visible_blocks
 from stepwiser_jax.model.linear import linear
-from stepwiser_jax.model.packing import member
+from stepwiser_jax.model.packing import packing_id
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.grpo import grpo_loss, loss_normalizer
 from stepwiser_jax.rl.logprobs import token_logprobs
@@ -107,12 +107,12 @@ def test_rows_without_tokens_are_not_computed():
 def test_attention_on_cpu_is_the_plain_form(dtype, tolerance, mask_of):
     T, N, K, H = 400, 4, 2, 8
     rows = [
-        [member(1, 0)] * 150 + [member(1, 1)] * 60 + [member(1, 2)] * 70 + [0] * 120,
-        [member(1, 0)] * 100
-        + [member(1, 1)] * 30
-        + [member(2, 0)] * 90
-        + [member(2, 1)] * 90
-        + [member(2, 2)] * 90,
+        [packing_id(1, 0)] * 150 + [packing_id(1, 1)] * 60 + [packing_id(1, 2)] * 70 + [0] * 120,
+        [packing_id(1, 0)] * 100
+        + [packing_id(1, 1)] * 30
+        + [packing_id(2, 0)] * 90
+        + [packing_id(2, 1)] * 90
+        + [packing_id(2, 2)] * 90,
     ]
     segments = jnp.array(rows, jnp.int32)
     num_pairs_B = visible_blocks(segments).num_pairs_B

@@ -58,7 +58,7 @@ def test_a_judgment_that_is_more_than_a_verdict_is_penalized():
     reward = load("verdict", "a reward", REWARDS, {"format_penalty": 0.5})
     (rewarded,) = add_rewards([group()], reward)
     assert rewarded.rewards_G.tolist() == [1, 0, -0.5, -0.5]
-    metrics = rollout_metrics([rewarded], num_kept=1)
+    metrics = rollout_metrics([rewarded])
     assert metrics["reward"] == 0
     assert (metrics["reward_verdict"], metrics["reward_format"]) == (0.25, -0.25)
 
@@ -78,10 +78,10 @@ def test_judgments_without_a_verdict_are_counted_and_another_box_apart():
 
 def test_metrics_of_rollouts():
     sampled = add_rewards([group(), group([POSITIVE] * 4)], REWARDS["verdict"])
-    assert rollout_metrics(sampled, num_kept=1) == {
+    assert rollout_metrics(sampled) == {
         "reward": 0.75,
         "groups_sampled": 2,
-        "groups_kept_share": 0.5,
+        "groups_with_signal_share": 0.5,
         "response_tokens": 2.5,
         "response_tokens_max": 4.0,
     }
