@@ -44,12 +44,12 @@ BLOCKS = {
 
 @pytest.fixture(scope="module")
 def undisturbed(runs, tmp_path_factory):
-    """The run of a stage by one process that does all. Blocks change nothing, so that of `runs` is
-    one, but the search's, which leaves methods out."""
+    """The run of a stage by one process that does all. Blocks change nothing of what is sampled, so
+    that of `runs` is one, but the search's, which leaves methods out. A classifier's are packed."""
 
     @functools.cache
     def of(name):
-        if name != "search":
+        if name not in ("search", "evaluate_classifier"):
             return runs / name
         whole = tmp_path_factory.mktemp("whole") / name
         assert main(command(name, runs, out=whole, extra=BLOCKS[name])) == 0

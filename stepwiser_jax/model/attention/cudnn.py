@@ -29,7 +29,7 @@ def cudnn_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    mask_BTT: jax.Array,
+    mask: jax.Array,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
@@ -39,10 +39,11 @@ def cudnn_attention(
     `xla` is the same call without a GPU, for tests.
     """
     T = q_BTNH.shape[1]
-    padding = ((0, 0), (0, mask_BTT.shape[1] - T), (0, 0), (0, 0))
+    padding = ((0, 0), (0, mask.shape[1] - T), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q_BTNH, k_BTKH, v_BTKH))
-    mask = mask_BTT[:, None]
-    out_BTNH = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    out_BTNH = jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], implementation=implementation
+    )
     return out_BTNH[:, :T]
 
 
