@@ -30,6 +30,7 @@ from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
+from stepwiser_jax.text.templates import read_prompts
 
 
 class OnResume(Enum):
@@ -112,15 +113,24 @@ class Mesh(Config):
             )
 
 
-class ChatTemplate(Config):
-    """How a chat template is called."""
+class Asked(Config):
+    """How a model is asked. A trained model keeps it."""
 
     chat_template_args: dict[str, Argument] = Field(default_factory=dict)
     """Arguments of the chat template, the same in every prompt, such as `{enable_thinking: false}`
     for Qwen3. A trained model keeps them: a stage that names its run leaves them out."""
+    prompts: Annotated[dict[str, str], BeforeValidator(read_prompts)] = Field(default_factory=dict)
+    """A file of yours with prompts in place of ours (`stepwiser_jax/text/prompts.yaml`), see
+    docs/models.md. The run keeps its content. A trained model keeps them: a stage that names its
+    run leaves them out."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Returns these settings as arguments of `text.tokenizer.load_tokenizer`."""
+        return {"chat_template_args": self.chat_template_args, "prompts": self.prompts}
 
 
-class Model(ChatTemplate):
+class Model(Asked):
     """A model with its tokenizer."""
 
     path: str
@@ -137,7 +147,7 @@ class Model(ChatTemplate):
             "path": self.path,
             "param_dtype": self.dtype,
             "compute_dtype": self.dtype,
-            "chat_template_args": self.chat_template_args,
+            **self.asked,
         }
 
 
@@ -213,8 +223,18 @@ class Sampled(Drawn):
     """The shapes that sampling is compiled for."""
 
 
+def _bare_has_no_words(config: Any) -> Any:
+    """Raises ValueError for prompts that the style `bare` does not use."""
+    groups = (config, *(part for _, part in config if not hasattr(part, "prompt_style")))
+    if config.prompt_style == "bare" and any(getattr(group, "prompts", None) for group in groups):
+        raise ValueError("prompt_style bare has no words to replace: leave prompts out")
+    return config
+
+
 class Prompted(Config):
     """What every part that asks a model needs."""
+
+    _prompts_are_used = model_validator(mode="after")(_bare_has_no_words)
 
     prompt_style: PromptStyle = "instruct"
     """`instruct` asks in words, through the chat template. `bare` is the form of the embedded
@@ -223,6 +243,8 @@ class Prompted(Config):
 
 class JudgePrompted(Config):
     """What every part that asks a judge for one chunk needs."""
+
+    _prompts_are_used = model_validator(mode="after")(_bare_has_no_words)
 
     prompt_style: JudgePromptStyle = "instruct"
     """`instruct` asks in words, through the chat template. `verdict` asks for the verdict without
@@ -521,7 +543,7 @@ class TeacherModel(Sampled, Prompted, Model):
     """The kind of teacher."""
 
 
-class TeacherServer(Drawn, ChatTemplate, Prompted):
+class TeacherServer(Drawn, Asked, Prompted):
     """A model on an OpenAI-compatible server, such as vLLM's, that takes and returns token ids."""
 
     kind: Literal["server"] = "server"
@@ -647,7 +669,7 @@ class Annotate(PolicyStage, FromRollouts):
         return next((m for bound, m in pairs if pass_rate < bound), pairs[-1][1])
 
 
-class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
+class Label(Stage, FromSolutions, Asked, BoundedJudgePrompts, LabelRule):
     """Turn prefix values into chunk labels and judge examples (paper eqs 1-3; filters of 4.1)."""
 
     values: str

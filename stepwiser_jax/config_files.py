@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,6 +22,7 @@ from stepwiser_jax.config import STAGE_CONFIGS, Config, OnResume, OwnJudge, Stag
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.files import nothing_at
 from stepwiser_jax.manifest import check_run_file
+from stepwiser_jax.yaml_files import NO_YAML, load_yaml, read_mapping
 
 C = TypeVar("C", bound=Config)
 RUNS = "RUNS/"
@@ -107,7 +107,7 @@ def load_config(
         raise UserError(f"expected a config file at {str(path)[:200]}: {error}") from None
     if not found:
         raise UserError(f"expected a config file, found {nothing_at(path)}")
-    tree = read_settings(path)
+    tree = read_mapping(path, "settings")
     named = tree.pop("stage", stage)
     if named != stage:
         renamed = f", which is now {RENAMED_COMMANDS[named]}" if named in RENAMED_COMMANDS else ""
@@ -117,37 +117,6 @@ def load_config(
     for override in overrides:
         _apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a key that stands twice in a mapping: one value would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 1e-3 for a text, because it has no point.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)
-"""What is raised for text that is no YAML, or holds more than can be read."""
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
 
 
 def beside(run_dir: str | Path, value: Any) -> Any:
@@ -161,24 +130,13 @@ def beside(run_dir: str | Path, value: Any) -> Any:
     return value
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises UserError if it holds something else."""
-    try:
-        tree = _load_yaml(path.read_text(encoding="utf-8"))
-    except _NO_YAML as error:
-        raise UserError(f"{path} is not valid YAML in UTF-8: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
-
-
 def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
     """Returns the settings of a run. Raises UserError if its config.yaml is missing or damaged."""
     file = Path(run_dir) / "config.yaml"
     check_run_file(Path(run_dir), file.name)
     if not file.is_file():
         raise UserError(f"expected a run directory at {run_dir}, found no {file.name} in it")
-    return read_settings(file)
+    return read_mapping(file, "settings")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -196,8 +154,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {key}: {parent} is a value, not a group of settings")
     try:
-        node[last] = _load_yaml(value)
-    except _NO_YAML as error:
+        node[last] = load_yaml(value)
+    except NO_YAML as error:
         raise UserError(f"--set {key}: {value!r} is not valid YAML: {error}") from None
 
 

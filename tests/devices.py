@@ -21,6 +21,6 @@ def xla_flags(devices: int) -> str:
         # The old emitters, without MLIR, take half the time. XLA aborts if it does not know a
         # flag, so versions that nobody has tried do without.
         major, minor = map(int, importlib.metadata.version("jaxlib").split(".")[:2])
-        if (major, minor) <= (0, 12):
+        if (major, minor) <= (0, 10):
             flags.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join(flags)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from stepwiser_jax.text import prompts
+from stepwiser_jax.text.templates import OURS
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
 END = "<|im_end|>"
@@ -78,7 +78,8 @@ def write_tokenizer(directory: Path, size: int | None = None, ordinary: int = 15
     trainer = trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    texts = [text for name, text in vars(prompts).items() if name.endswith(("PROMPT", "TAGS"))]
+    names = ("solve", "solve_without_tags", "chunk_solution", "judge", "verdict")
+    texts = [OURS[name] for name in names]
     backend.train_from_iterator([*texts, "user system assistant"] * 3, trainer)
     spelled = json.loads(backend.to_str())
     vocab = spelled["model"]["vocab"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepwiser_jax import plugins
 from stepwiser_jax.config import (
+    Asked,
     Config,
     DataSource,
     FromExamples,
@@ -60,9 +61,9 @@ def check_inputs(
             continue
         if isinstance(value, Model):
             check_model_exists(value.path)
-            load_tokenizer_of(value.path, value.chat_template_args)
+            load_tokenizer_of(value.path, **value.asked)
         elif isinstance(value, TeacherServer):
-            load_tokenizer(value.tokenizer, value.chat_template_args)
+            load_tokenizer(value.tokenizer, **value.asked)
         elif isinstance(value, DataSource):
             exclude = tuple(source for source in value.exclude if source not in awaited)
             _check_data(name, config, value.model_copy(update={"exclude": exclude}))
@@ -71,7 +72,7 @@ def check_inputs(
         elif name in RUN_RECORDS:
             read_records(value, RUN_RECORDS[name])
         elif name == "tokenizer":
-            load_tokenizer_of(value, getattr(config, "chat_template_args", None))
+            load_tokenizer_of(value, **(config.asked if isinstance(config, Asked) else {}))
     for mesh in (getattr(config, name, None) for name in ("mesh", "sampling_mesh")):
         try:
             if mesh is not None:

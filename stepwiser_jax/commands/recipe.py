@@ -14,8 +14,9 @@ from typing import Any
 
 from stepwiser_jax.commands.dry_run import check_inputs
 from stepwiser_jax.config import Mesh, Stage
-from stepwiser_jax.config_files import RUNS, load_config, read_settings
+from stepwiser_jax.config_files import RUNS, load_config
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.yaml_files import read_mapping
 
 TRAINING = ("sft", "train-judge", "train-classifier")
 READS = {
@@ -81,7 +82,7 @@ def read_recipe(prefix: str) -> dict[str, Step]:
     folder, start = Path(prefix).parent, Path(prefix).name
     steps = {}
     for file in sorted(folder.glob(f"{start}_*.yaml")):
-        tree = read_settings(file)
+        tree = read_mapping(file, "settings")
         if "stage" not in tree:
             raise UserError(f"{file}: a config of a recipe names its stage, such as `stage: sft`")
         name = file.stem.removeprefix(f"{start}_")

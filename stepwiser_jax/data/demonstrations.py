@@ -19,19 +19,22 @@ from stepwiser_jax.tasks.arithmetic_demonstrations import EXAMPLES
 from stepwiser_jax.text.chunking import join_tagged
 from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.prompts import PromptStyle, encode_message, solve_prompt
+from stepwiser_jax.text.templates import OURS, Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 Demonstrations = list[SftExample] | list[Dialogue]
 
 
-def load_demonstrations(data: DataSource, style: PromptStyle) -> Demonstrations:
+def load_demonstrations(
+    data: DataSource, style: PromptStyle, prompts: Prompts = OURS
+) -> Demonstrations:
     """Returns demonstrations of a file, of a finished run, or of a function.
 
     Raises:
         UserError: There are none, or the source is unknown.
     """
     if Path(data.source).exists():
-        examples = read_demonstrations(data.source, style)
+        examples = read_demonstrations(data.source, style, prompts)
     else:
         make = plugins.load(data.source, "a file, a finished run or a source of examples", EXAMPLES)
         examples = make(count=data.limit, seed=data.seed, style=style)
@@ -40,7 +43,7 @@ def load_demonstrations(data: DataSource, style: PromptStyle) -> Demonstrations:
     return examples[: data.limit]
 
 
-def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
+def read_demonstrations(source: str, style: PromptStyle, prompts: Prompts = OURS) -> Demonstrations:
     """Returns SftExample or Dialogue records. A `chunk-solutions` run gives the solutions that were
     cut, and a `select-responses` run the selected responses, each after the prompt of `rollout`."""
     if holds_dialogues(source):
@@ -51,7 +54,9 @@ def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
             SftExample(
                 example_id=selection.trajectory_id,
                 problem_id=selection.problem_id,
-                prompt=solve_prompt(selection.question, style, tags=selection.tagged),
+                prompt=solve_prompt(
+                    selection.question, style, tags=selection.tagged, prompts=prompts
+                ),
                 completion=selection.completion,
             )
             for selection in read_records(source, Selection)
@@ -62,7 +67,7 @@ def read_demonstrations(source: str, style: PromptStyle) -> Demonstrations:
         SftExample(
             example_id=solution.trajectory_id,
             problem_id=solution.problem_id,
-            prompt=solve_prompt(solution.question, style),
+            prompt=solve_prompt(solution.question, style, prompts=prompts),
             completion=join_tagged(solution.chunks),
         )
         for solution in read_records(source, ChunkedSolution)

@@ -39,6 +39,7 @@ from stepwiser_jax.runs.checkpoint_paths import (
 )
 from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
+from stepwiser_jax.text.templates import Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 
@@ -56,6 +57,7 @@ def load_model(
     param_dtype: str = "float32",
     compute_dtype: str = "float32",
     chat_template_args: Mapping[str, Argument] | None = None,
+    prompts: Prompts | None = None,
     seed: int = 0,
     decoding: bool = False,
     classifier: bool = False,
@@ -65,7 +67,7 @@ def load_model(
     With `decoding` the weights lie on the devices as a sampler wants them, still in the layout of
     training. `classifier` allows a model that scores classes in place of a vocabulary.
     """
-    tokenizer = load_tokenizer_of(path, chat_template_args)
+    tokenizer = load_tokenizer_of(path, chat_template_args, prompts)
     if path in MODELS:
         config = config_of(path)
         dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}

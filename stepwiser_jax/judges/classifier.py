@@ -89,7 +89,9 @@ def encode_solution(
     plus, minus = sign_ids(tokenizer)
     if style == "instruct":
         texts = [strip_tags(chunk).strip() for chunk in chunks]
-        texts[:1] = [f"{question}\n\n{text}" for text in texts[:1]]
+        first, later = (tokenizer.prompts[x] for x in ("classifier_first_step", "classifier_step"))
+        texts[:1] = [first.format(question=question, step=text) for text in texts[:1]]
+        texts[1:] = [later.format(step=text) for text in texts[1:]]
         before = before_answers(tokenizer, [[{"role": "user", "content": x}] for x in texts])
     else:
         texts = [bare_judge_prompt("" if j else question, "", x) for j, x in enumerate(chunks)]

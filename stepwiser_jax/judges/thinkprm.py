@@ -10,8 +10,9 @@
 
 The opening and the question are given, not sampled. The rest of the chain may have several rounds;
 a trigger begins each after the first. P(Yes) is read from the probabilities of the two answers. The
-paper's code leaves out the </think> before the question, which its training text has. Here the
-question is asked as it was learned. Teachers and judges share one prompt, which holds the format.
+paper's code leaves out the </think> before the question, which its training text has, and compares
+yes and no in lower case. Here the question is asked as it was learned, unless a user's prompts say
+otherwise. Teachers and judges share one prompt, which holds the format.
 
 A chain gives a verdict on every step, and the score of the whole. Search and selection need a
 process reward, so there each prefix has a chain and its score (`ThinkPrmVerifier.__call__`).
@@ -43,26 +44,8 @@ from stepwiser_jax.text.prompts import (
     boxed_word,
     encode_message,
 )
+from stepwiser_jax.text.templates import OURS, Prompts, fields_of
 from stepwiser_jax.text.tokenizer import Tokenizer
-
-VERIFY_PROMPT = """\
-Here is a mathematical problem, and a solution of it that was proposed, step by step.
-
-[Math Problem]
-
-{question}
-
-[Solution]
-
-{steps}
-
-Review and critique every step of the solution, and decide whether it is correct. If the solution \
-is incomplete, verify only the steps that are given. Write one paragraph a step, in this format:
-
-Step 1: [your critique of step 1] The step is \\boxed{{correct}} or \\boxed{{incorrect}}
-Step 2: [your critique of step 2] The step is \\boxed{{correct}} or \\boxed{{incorrect}}
-
-and so on. Stop after the first step that is incorrect."""
 
 
 @dataclass(frozen=True)
@@ -108,41 +91,56 @@ class ThinkPrmForm:
         return " ".join(f"{critique} {box}" for critique, box in parts)
 
 
-FORMS: dict[JudgePromptStyle, ThinkPrmForm] = {
-    "instruct": ThinkPrmForm(
-        opening="<think>\nLet's verify step by step:\n",
-        question="\n</think>\nIs the solution correct? ",
-        answers=("Yes", "No"),
+BARE = ThinkPrmForm(
+    opening="",
+    question=" <judge> ",
+    answers=("Positive", "Negative"),
+    words=("Positive", "Negative"),
+    box="\\boxed{{ {} }}",
+    stops=("<judge>",),
+    triggers=(" fix ", " fix ", " fix "),
+    numbered=False,
+)
+
+
+def form_of(style: JudgePromptStyle, prompts: Prompts) -> ThinkPrmForm:
+    """Returns the form of a style, with the texts of these prompts. Raises UserError if there is no
+    question."""
+    if style == "bare":
+        return BARE
+    texts = {name: text.format() for name, text in prompts.items() if not fields_of(text)}
+    question = texts["thinkprm_question"]
+    if not question.strip():
+        raise UserError("expected a question in the prompt thinkprm_question, found no word")
+    return ThinkPrmForm(
+        opening=texts["thinkprm_opening"],
+        question=question,
+        answers=(texts["thinkprm_yes"], texts["thinkprm_no"]),
         words=("correct", "incorrect"),
         box="\\boxed{{{}}}",
-        stops=("Is the solution correct?", "</think>"),
+        stops=(question.strip().splitlines()[-1], "</think>"),
         triggers=(
-            "\nLet me double check\n",
-            "\nLet's verify again\n",
-            "\nDid I miss something?\n",
+            texts["thinkprm_round_2"],
+            texts["thinkprm_round_3"],
+            texts["thinkprm_round_4"],
         ),
         numbered=True,
-    ),
-    "bare": ThinkPrmForm(
-        opening="",
-        question=" <judge> ",
-        answers=("Positive", "Negative"),
-        words=("Positive", "Negative"),
-        box="\\boxed{{ {} }}",
-        stops=("<judge>",),
-        triggers=(" fix ", " fix ", " fix "),
-        numbered=False,
-    ),
-}
+    )
 
 
-def verify_prompt(question: str, chunks: Sequence[str], style: JudgePromptStyle) -> str:
+FORMS: dict[JudgePromptStyle, ThinkPrmForm] = {"instruct": form_of("instruct", OURS), "bare": BARE}
+
+
+def verify_prompt(
+    question: str, chunks: Sequence[str], style: JudgePromptStyle, prompts: Prompts = OURS
+) -> str:
     """Returns the user's message. Steps that have numbers already are numbered anew."""
     if style == "bare":
         return bare_judge_prompt(question, " ".join(chunks), "")
     texts = [re.sub(r"^Step \d+:", "", strip_tags(chunk).strip()).strip() for chunk in chunks]
-    steps = "\n".join(f"Step {i}: {text}" for i, text in enumerate(texts, 1))
-    return VERIFY_PROMPT.format(question=question, steps=steps)
+    step = prompts["thinkprm_step"]
+    steps = "\n".join(step.format(number=i, step=text) for i, text in enumerate(texts, 1))
+    return prompts["thinkprm_verify"].format(question=question, steps=steps)
 
 
 # --- reading a chain ----------------------------------------------------------------------------
@@ -236,14 +234,15 @@ class ThinkPrmVerifier:
         """Raises UserError unless the two answers are one token each."""
         self.writer, self.rounds, self.judge_id = writer, rounds, writer.loaded.model_id
         self.compiled_shapes, self.measured = writer.engine.compiled_shapes, writer.measured
-        self.form = FORMS[writer.prompt_style]
+        self.form = form_of(writer.prompt_style, writer.tokenizer.prompts)
         self.answer_ids = answer_ids(writer.tokenizer, self.form)
 
     def prompt_ids(self, solution: Solution) -> list[int]:
         """Returns the prompt about a solution, without the opening of the answer."""
         style = self.writer.prompt_style
-        text = verify_prompt(solution.question, solution.chunks, style)
-        return encode_message(self.writer.tokenizer, text, style, answer=self.form.opening)
+        tokenizer = self.writer.tokenizer
+        text = verify_prompt(solution.question, solution.chunks, style, tokenizer.prompts)
+        return encode_message(tokenizer, text, style, answer=self.form.opening)
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold a verification of a solution of this length.

@@ -16,6 +16,7 @@ from stepwiser_jax.files import nothing_at
 from stepwiser_jax.manifest import read_manifest
 from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.chat import Argument
+from stepwiser_jax.text.templates import Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -59,15 +60,17 @@ def check_small_files(directory: Path) -> None:
 
 
 def load_tokenizer_of(
-    path: str, chat_template_args: Mapping[str, Argument] | None = None
+    path: str,
+    chat_template_args: Mapping[str, Argument] | None = None,
+    prompts: Prompts | None = None,
 ) -> Tokenizer:
     """Returns the tokenizer of the model at `path`. Raises UserError for arguments that the chat
-    template does not take, or with which a run did not train its model."""
+    template does not take, or for arguments or prompts with which a run did not train its model."""
     if path in MODELS:
         with tempfile.TemporaryDirectory() as directory:
             MODELS[path](directory)
-            return load_tokenizer(directory, chat_template_args)
+            return load_tokenizer(directory, chat_template_args, prompts)
     trained, local = (Path(path) / "config.yaml").is_file(), checkpoint_directory(path)
     if Path(local).is_dir():
         check_small_files(Path(local))
-    return load_tokenizer(local, chat_template_args, trained=trained)
+    return load_tokenizer(local, chat_template_args, prompts, trained=trained)

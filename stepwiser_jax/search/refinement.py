@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from stepwiser_jax.config import Refine
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
-from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
-from stepwiser_jax.judges.genprm.judge import Conversation, TurnWriter
+from stepwiser_jax.judges.genprm.judge import Conversation, GenPrmCritic, TurnWriter
 from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.results import Found, check_answers
@@ -50,7 +50,7 @@ class Refiner:
     """The loop of policy and judge over a block of problems. `steps_without_verdict` counts the
     steps so far at which the judge's context was full."""
 
-    def __init__(self, config: Refine, policy: Writer, judge: Judge):
+    def __init__(self, config: Refine, policy: Writer, judge: GenPrmCritic):
         self.config, self.policy, self.judge = config, policy, judge
         self.turns, self.tokenizer = TurnWriter(policy), policy.tokenizer
         self.steps_without_verdict = 0
@@ -61,7 +61,9 @@ class Refiner:
         """Returns the attempt at a problem that the user has just posed."""
         attempt = Attempt(problem, Conversation("", ""))
         tags = CHUNK_CLOSE in self.patterns
-        prompt = solve_prompt(problem.question, self.config.prompt_style, tags=tags)
+        prompt = solve_prompt(
+            problem.question, self.config.prompt_style, tags=tags, prompts=self.tokenizer.prompts
+        )
         attempt.conversation.say("user", prompt)
         return attempt
 
@@ -113,9 +115,9 @@ class Refiner:
             threshold = self.config.judge.threshold or 0.5
             found = first_predicted_error([verdict_at(threshold, o.p_positive) for o in judgments])
             if found != -1:
-                style = self.config.judge.prompt_style
-                analysis = analysis_of(judgments[found].completion, style)
-                message = rethink_prompt(solution.chunks[found], analysis, self.config.prompt_style)
+                analysis = analysis_of(judgments[found].completion, found, self.judge.form)
+                style, prompts = self.config.prompt_style, self.tokenizer.prompts
+                message = rethink_prompt(solution.chunks[found], analysis, style, prompts)
                 attempt.conversation.say("user", message)
                 criticized.append(attempt)
         return criticized

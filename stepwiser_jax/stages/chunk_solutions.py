@@ -111,7 +111,7 @@ def make_proposer(config: ChunkSolutions, session: Session) -> Callable[[Solutio
             [(ProposalOutcome.KEPT, split_solution(text, teacher.splitter))] for _, text in block
         ]
     if isinstance(teacher, TeacherServer):
-        tokenizer = load_tokenizer(teacher.tokenizer, teacher.chat_template_args)
+        tokenizer = load_tokenizer(teacher.tokenizer, **teacher.asked)
         engine = RemoteEngine(url=teacher.url, model=teacher.model, vocab_size=tokenizer.vocab_size)
         return Proposer(config, teacher, tokenizer, engine, teacher.context)
     loaded, engine = session.load(teacher, teacher.engine, "teacher")
@@ -165,7 +165,8 @@ class Proposer:
     def prompt_ids(self, solution: str) -> list[int]:
         """Returns the prompt that asks for a cut."""
         style = self.prompt_style
-        return encode_message(self.tokenizer, chunking_prompt(solution, style), style)
+        text = chunking_prompt(solution, style, self.tokenizer.prompts)
+        return encode_message(self.tokenizer, text, style)
 
     def fits(self, prompt: Sequence[int]) -> bool:
         """Returns whether the context holds the prompt and an answer."""

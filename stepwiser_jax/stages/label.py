@@ -68,7 +68,7 @@ def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
             f"{config.values} values the trajectory {min(unknown)}, which is not in "
             f"{config.rollouts}: name the rollout run that was annotated"
         )
-    tokenizer = load_tokenizer_of(config.tokenizer, config.chat_template_args)
+    tokenizer = load_tokenizer_of(config.tokenizer, **config.asked)
     check_tokenizer(tokenizer, list(problems.values()), list(trajectories.values())[:16])
     labels, dropped = drop_undeserved(config, labels, trajectories, tokenizer)
     informative = [label for label in labels if label.v >= config.min_prefix_value]

@@ -15,6 +15,7 @@ from stepwiser_jax.config import Refine
 from stepwiser_jax.data.problems import read_verifiable
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.evaluation.statistics import accuracy
+from stepwiser_jax.judges.genprm.judge import GenPrmCritic
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import Problem, SearchResult, natural_key
@@ -51,6 +52,7 @@ def begin(
     verifier = session.verifier(config.verifier)
     loaded, engine = session.load(config.policy, config.engine)
     judge = load_judge(config.judge, mesh=session.mesh, seed=config.seed, name="refine")
+    assert isinstance(judge, GenPrmCritic)
     session.compiled["judge"] = judge.compiled_shapes
     style = config.prompt_style
     policy = Writer(loaded, engine, config.sampling, style, config.seed, name="refine")

@@ -50,10 +50,11 @@ from stepwiser_jax.judges import thinkprm
 from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.genprm.form import (
     CODE_OUTPUT,
-    FORMS,
     Critique,
+    GenPrmForm,
     conversation,
     critique_outcome,
+    form_of,
     parse_critique,
     parse_turns,
     synthesis_prompt,
@@ -71,8 +72,10 @@ from stepwiser_jax.records import (
 )
 from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.runs.blocks import Session, Work, run_blocks
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.prompts import JudgePromptStyle, encode_message, judge_prompt
+from stepwiser_jax.text.templates import Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 Example = JudgeExample | ClassifierExample
@@ -92,7 +95,8 @@ def run(config: RejectionSample, run_dir: str | Path, shard: Shard = NO_SHARD) -
                 # Every process chooses, so that all of them raise the same UserError.
                 learned = choose(config, rationales.read())
                 if hosts.is_primary():
-                    chosen.append(to_learn(config, examples, learned))
+                    prompts = load_tokenizer_of(config.judge.path, **config.judge.asked).prompts
+                    chosen.append(to_learn(config, examples, learned, prompts))
 
         def summary(rationales: Sequence[Rationale]) -> dict[str, Any]:
             chosen = read_written(Path(run_dir), learned_type)
@@ -184,16 +188,16 @@ class Task:
 def task_of(judge: Teacher, tokenizer: Tokenizer) -> Task:
     """Returns what this judge writes."""
     if isinstance(judge, GenPrmTeacher):
-        return critiques(judge)
+        return critiques(judge, tokenizer.prompts)
     if isinstance(judge, ThinkPrmTeacher):
         return chains(judge, tokenizer)
-    return judgments(judge.prompt_style)
+    return judgments(judge.prompt_style, tokenizer.prompts)
 
 
-def judgments(style: JudgePromptStyle) -> Task:
+def judgments(style: JudgePromptStyle, prompts: Prompts) -> Task:
     """Returns the task of StepWiser's judge: a judgment of a single chunk."""
     return Task(
-        prompt=lambda e: judge_prompt(e.question, e.history, e.chunk, style),
+        prompt=lambda e: judge_prompt(e.question, e.history, e.chunk, style, prompts),
         label=lambda e: e.is_positive,
         read=lambda e, text, finished: (text, judgment_outcome(text, finished, e.is_positive)),
     )
@@ -201,11 +205,12 @@ def judgments(style: JudgePromptStyle) -> Task:
 
 def chains(judge: ThinkPrmTeacher, tokenizer: Tokenizer) -> Task:
     """Returns the task of ThinkPRM: a chain about a solution, of at most `max_tokens` tokens."""
-    form = thinkprm.FORMS[judge.prompt_style]
+    style, prompts = judge.prompt_style, tokenizer.prompts
+    form = thinkprm.form_of(style, prompts)
 
     def prompt(example: ClassifierExample) -> str:
         chunks, _ = thinkprm.to_verify(example)
-        return thinkprm.verify_prompt(example.question, chunks, judge.prompt_style)
+        return thinkprm.verify_prompt(example.question, chunks, style, prompts)
 
     def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, RationaleOutcome]:
         chunks, labels = thinkprm.to_verify(example)
@@ -220,29 +225,33 @@ def chains(judge: ThinkPrmTeacher, tokenizer: Tokenizer) -> Task:
     return Task(prompt, lambda e: thinkprm.to_verify(e)[1][-1], read, form.opening, form.stops)
 
 
-def critiques(judge: GenPrmTeacher) -> Task:
+def critiques(judge: GenPrmTeacher, prompts: Prompts) -> Task:
     """Returns the task of GenPRM: a critique of a solution. If it is written turn by turn, the
     first message is about the first paragraph."""
+    form = form_of(judge.prompt_style, prompts)
 
     def prompt(example: ClassifierExample) -> str:
         if judge.turn_by_turn:
-            return FORMS[judge.prompt_style].user_turn(example.question, example.chunks, 0)
-        return synthesis_prompt(example.question, example.chunks, code=bool(judge.code_rounds))
+            return form.user_turn(example.question, example.chunks, 0)
+        code = bool(judge.code_rounds)
+        return synthesis_prompt(example.question, example.chunks, code=code, prompts=prompts)
 
     def read(example: ClassifierExample, text: str, finished: bool) -> tuple[str, RationaleOutcome]:
-        return text, critique_outcome(critique_of(judge, example, text), finished, example)
+        return text, critique_outcome(critique_of(judge, example, text, form), finished, example)
 
     return Task(prompt, lambda e: all(e.is_positive), read)
 
 
-def critique_of(judge: GenPrmTeacher, example: ClassifierExample, text: str) -> Critique | None:
+def critique_of(
+    judge: GenPrmTeacher, example: ClassifierExample, text: str, form: GenPrmForm
+) -> Critique | None:
     """Returns the critique that a text holds, None if its form is wrong. Without code, a text that
     claims to show what code printed has the wrong form."""
     if not judge.code_rounds and CODE_OUTPUT in text:
         return None
     if judge.turn_by_turn:
-        return parse_turns(text, FORMS[judge.prompt_style], len(example.chunks))
-    return parse_critique(text, len(example.chunks))
+        return parse_turns(text, form, len(example.chunks))
+    return parse_critique(text, len(example.chunks), form)
 
 
 def prompt_ids(writer: Writer, task: Task, example: Example) -> list[int]:
@@ -310,32 +319,37 @@ def choose(config: RejectionSample, rationales: Sequence[Rationale]) -> list[Rat
 
 
 def to_learn(
-    config: RejectionSample, examples: Sequence[Any], chosen: Sequence[Rationale]
+    config: RejectionSample,
+    examples: Sequence[Any],
+    chosen: Sequence[Rationale],
+    prompts: Prompts,
 ) -> list[SftExample] | list[Dialogue]:
     """Returns what `sft` reads."""
     judge = config.judge
     if not isinstance(judge, GenPrmTeacher):
         return [
-            SftExample(r.rationale_id, r.problem_id, r.prompt, learned_text(judge, r))
+            SftExample(r.rationale_id, r.problem_id, r.prompt, learned_text(judge, r, prompts))
             for r in chosen
         ]
+    form = form_of(judge.prompt_style, prompts)
     example_of = {id_: e for e in examples for id_ in rationale_ids(config, [e])}
     dialogues = []
     for rationale in chosen:
         example = example_of[rationale.rationale_id]
-        critique = critique_of(judge, example, rationale.completion)
+        critique = critique_of(judge, example, rationale.completion, form)
         assert critique is not None, f"{rationale.rationale_id} was kept"
-        form = FORMS[judge.prompt_style]
         said = conversation(example.question, example.chunks, critique.turns, form)
         dialogues.append(Dialogue(rationale.rationale_id, example.problem_id, *said))
     return dialogues
 
 
-def learned_text(judge: StepwiserTeacher | ThinkPrmTeacher, rationale: Rationale) -> str:
+def learned_text(
+    judge: StepwiserTeacher | ThinkPrmTeacher, rationale: Rationale, prompts: Prompts
+) -> str:
     """Returns the completion that `sft` imitates."""
     if not isinstance(judge, ThinkPrmTeacher):
         return rationale.completion
-    form = thinkprm.FORMS[judge.prompt_style]
+    form = thinkprm.form_of(judge.prompt_style, prompts)
     return form.whole(rationale.completion, rationale.is_positive)
 
 

@@ -95,7 +95,7 @@ def keep_fitting(
     """Returns the problems whose prompt and completion fit the largest of `engine.buckets`. The
     others are counted in `dropped` and logged: a large data set has some. Raises UserError if none
     is left."""
-    tokenizer = load_tokenizer_of(config.policy.path, config.policy.chat_template_args)
+    tokenizer = load_tokenizer_of(config.policy.path, **config.policy.asked)
     room = max(config.engine.buckets) - config.sampling.max_new_tokens
     lengths = [len(prompt_ids(config, tokenizer, problem)) for problem in problems]
     kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]

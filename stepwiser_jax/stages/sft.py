@@ -25,6 +25,7 @@ from stepwiser_jax.data.demonstrations import (
 )
 from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.batches import (
     Document,
@@ -41,7 +42,8 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "sft", config)
     if directory.finished:
         return directory.summary()
-    examples = load_demonstrations(config.examples, config.prompt_style)
+    prompts = load_tokenizer_of(config.model.path, **config.model.asked).prompts
+    examples = load_demonstrations(config.examples, config.prompt_style, prompts)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
     loaded = load_for_training(**config.model.load_args, mesh=mesh, seed=config.seed)

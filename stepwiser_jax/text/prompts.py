@@ -1,10 +1,11 @@
 """Writes prompts, encodes them, and reads verdicts. Conversations of several turns are encoded by
 `text.dialogues`.
 
-Prompts have two styles. `instruct` is a chat message with the paper's instructions (Tables 3 and
-11). `bare` is the text alone, for models that were fine-tuned on nothing else, such as the embedded
-task's. A judge has a third one, `verdict`, which asks for the verdict without an analysis (the
-ablation of the chain of thought, A.1).
+Prompts have two styles. `instruct` is a chat message with instructions as in the paper (Tables 3
+and 11), in the words of `text/prompts.yaml` or of a user's file (`text.templates`). `bare` is the
+text alone, for models that were fine-tuned on nothing else, such as the embedded task's. A judge
+has a third one, `verdict`, which asks for the verdict without an analysis (the ablation of the
+chain of thought, A.1).
 """
 
 from __future__ import annotations
@@ -16,108 +17,35 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.tasks.mathematics import last_box
 from stepwiser_jax.text.chunks import strip_tags
+from stepwiser_jax.text.templates import OURS, Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
 PromptStyle = Literal["instruct", "bare"]
 JudgePromptStyle = Literal["instruct", "verdict", "bare"]
 
-SOLVE_PROMPT = """\
-You are a careful mathematician. Solve the problem step by step, in exactly this format:
-1. Put every part of your reasoning inside <chunk> and </chunk>. A chunk is one complete step of \
-thought with one purpose: setting up an equation, one self-contained computation, one conclusion.
-2. When the reasoning is complete, give the final answer inside \\boxed{{}}.
-Follow the format strictly: no reasoning outside of the chunks.
 
-Problem: {question}"""
-
-SOLVE_PROMPT_WITHOUT_TAGS = """\
-Solve the problem step by step, and give the final answer inside \\boxed{{}}.
-
-Problem: {question}"""
-"""This is for models that were not taught to mark chunks. A small one would only copy the tags."""
-
-CHUNKING_PROMPT = """\
-You are given the solution of a mathematical problem. Cut it into chunks of thought.
-
-How to cut:
-1. Unified purpose: a chunk serves one clear objective, such as setting up an equation, one \
-self-contained computation, or stating one intermediate or final conclusion. Everything in it \
-serves that objective.
-2. Logical cohesion: the lines of a chunk form one unbroken flow of thought. Where the focus \
-shifts, a new chunk begins.
-3. Clear transition: a new chunk begins where the solution enters a new phase, for example from \
-solving to verifying, or to an explanatory aside.
-
-Format:
-1. Wrap every chunk in <chunk> and </chunk>.
-2. Write nothing but the tagged solution: no titles, no further text, no blank lines between chunks.
-3. Keep the text of the solution, with its line breaks, exactly as it is.
-
-Solution:
-{solution}"""
-
-JUDGE_PROMPT = """\
-You are a reasoning validator for mathematical problems. Think step by step and decide whether the \
-"New Reasoning Chunk" contains any explicit errors, given the problem and the historical reasoning \
-path.
-
-Always write your chain-of-thought analysis first, and only then give your judgment. It is \
-acceptable for a chunk to contain no numerical calculation.
-Judge Positive if the chunk is free of mistakes, and Negative if it contains one or more mistakes.
-
-Input:
-Mathematical Problem: {question}
-
-Historical Reasoning Path: {history}
-
-New Reasoning Chunk: {chunk}
-
-Output format:
-1. Analysis: [Always analyse step by step. First state briefly what the chunk sets out to do. Then \
-verify its logic, its method and any calculation against the problem and the historical reasoning \
-path. If something is wrong, explain the error and why it is one; if the chunk is right, say why \
-the step is valid and logical.]
-2. Final Judgment: [Give the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \
-\\boxed{{Negative}}.]"""
-
-
-VERDICT_PROMPT = """\
-You are a reasoning validator for mathematical problems. Decide whether the "New Reasoning Chunk" \
-contains any explicit errors, given the problem and the historical reasoning path.
-
-Give your judgment at once, without any analysis. It is acceptable for a chunk to contain no \
-numerical calculation.
-Judge Positive if the chunk is free of mistakes, and Negative if it contains one or more mistakes.
-
-Input:
-Mathematical Problem: {question}
-
-Historical Reasoning Path: {history}
-
-New Reasoning Chunk: {chunk}
-
-Output format:
-Nothing but the judgment inside \\boxed{{}}, that is \\boxed{{Positive}} or \\boxed{{Negative}}."""
-
-
-def solve_prompt(question: str, style: PromptStyle, *, tags: bool = True) -> str:
+def solve_prompt(
+    question: str, style: PromptStyle, *, tags: bool = True, prompts: Prompts = OURS
+) -> str:
     """Returns the prompt of paper Table 11, or one without chunks if `tags` is false."""
-    prompt = SOLVE_PROMPT if tags else SOLVE_PROMPT_WITHOUT_TAGS
-    return prompt.format(question=question) if style == "instruct" else question
+    template = prompts["solve" if tags else "solve_without_tags"]
+    return template.format(question=question) if style == "instruct" else question
 
 
-def chunking_prompt(solution: str, style: PromptStyle) -> str:
+def chunking_prompt(solution: str, style: PromptStyle, prompts: Prompts = OURS) -> str:
     """Returns the prompt of paper Table 1, or in the bare style the solution and a question
     mark."""
-    return CHUNKING_PROMPT.format(solution=solution) if style == "instruct" else f"{solution} ?"
+    template = prompts["chunk_solution"]
+    return template.format(solution=solution) if style == "instruct" else f"{solution} ?"
 
 
-def judge_prompt(question: str, history: str, chunk: str, style: JudgePromptStyle) -> str:
+def judge_prompt(
+    question: str, history: str, chunk: str, style: JudgePromptStyle, prompts: Prompts = OURS
+) -> str:
     """Returns the prompt about a chunk. Only the bare style keeps tags."""
     if style == "bare":
         return bare_judge_prompt(question, history, chunk)
-    template = VERDICT_PROMPT if style == "verdict" else JUDGE_PROMPT
-    return template.format(
+    return prompts["verdict" if style == "verdict" else "judge"].format(
         question=question, history=strip_tags(history).strip(), chunk=strip_tags(chunk).strip()
     )
 
@@ -161,13 +89,15 @@ def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list
 def encode_solve_prompt(
     tokenizer: Tokenizer, question: str, style: PromptStyle, *, tags: bool = True
 ) -> list[int]:
-    return encode_message(tokenizer, solve_prompt(question, style, tags=tags), style)
+    text = solve_prompt(question, style, tags=tags, prompts=tokenizer.prompts)
+    return encode_message(tokenizer, text, style)
 
 
 def encode_judge_prompt(
     tokenizer: Tokenizer, question: str, history: str, chunk: str, style: JudgePromptStyle
 ) -> list[int]:
-    return encode_message(tokenizer, judge_prompt(question, history, chunk, style), style)
+    text = judge_prompt(question, history, chunk, style, tokenizer.prompts)
+    return encode_message(tokenizer, text, style)
 
 
 def bare_judge_prompt(question: str, history: str, chunk: str) -> str:

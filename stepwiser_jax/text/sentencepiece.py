@@ -26,6 +26,7 @@ from typing import Any
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
+from stepwiser_jax.text.templates import Prompts, save_prompts
 from stepwiser_jax.text.token_ids import check_ids, end_ids, sentencepiece_bytes, write_end_ids
 
 UNKNOWN, CONTROL = 2, 3  # ModelProto.SentencePiece.Type
@@ -35,12 +36,19 @@ FILES = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
 class SentencePieceTokenizer:
     """The tokenizer of a `.model` file and the files beside it that are listed above."""
 
-    def __init__(self, path: str, arguments: Mapping[str, chat.Argument], *, trained: bool = False):
+    def __init__(
+        self,
+        path: str,
+        arguments: Mapping[str, chat.Argument],
+        prompts: Prompts,
+        *,
+        trained: bool = False,
+    ):
         """Raises UserError if neither library is installed, or the file is no such model."""
         file = Path(path)
         if not file.is_file():
             raise UserError(f"expected a SentencePiece model at {path}, found nothing")
-        self._model = file.read_bytes()
+        self._model, self.prompts = file.read_bytes(), prompts
         model = read_model(self._model, path)
         self._pieces = [piece.piece for piece in model.pieces]
         self._files = {
@@ -175,6 +183,7 @@ class SentencePieceTokenizer:
         (directory / "tokenizer.model").write_bytes(self._model)
         for name, text in self._files.items():
             (directory / name).write_text(text, encoding="utf-8")
+        save_prompts(directory, self.prompts)
         write_end_ids(directory, self.eos_ids, self.pad_id)
 
 

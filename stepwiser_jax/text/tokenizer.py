@@ -15,9 +15,10 @@ from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.text import chat
 from stepwiser_jax.text.sentencepiece import SentencePieceTokenizer
+from stepwiser_jax.text.templates import KEPT, Prompts, prompts_of, save_prompts
 from stepwiser_jax.text.token_ids import check_ids, end_ids, sentencepiece_bytes, write_end_ids
 
-FILES = ("*.json", "*.jinja", "*.model")
+FILES = ("*.json", "*.jinja", "*.model", KEPT)
 """The files of a hub id that a tokenizer needs."""
 
 
@@ -28,8 +29,10 @@ class Tokenizer(Protocol):
     text. Only `render_chat` returns control tokens, those of the chat template. `decode` keeps
     special tokens and cleans nothing up; it raises UserError for an id that no token has.
     `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
-    than the largest."""
+    than the largest. `prompts` are what its model is asked with (`text.templates`)."""
 
+    @property
+    def prompts(self) -> Prompts: ...
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
     @property
@@ -59,6 +62,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(
     path_or_id: str,
     chat_template_args: Mapping[str, chat.Argument] | None = None,
+    prompts: Prompts | None = None,
     *,
     trained: bool = False,
 ) -> Tokenizer:
@@ -71,20 +75,23 @@ def load_tokenizer(
     Args:
         path_or_id: File, directory or hub id. Without a network, a hub id has to be in the cache.
         chat_template_args: What `render_chat` hands to the template; `save` writes them into it.
+        prompts: Templates in place of ours; `save` keeps them. Those that are kept may be repeated,
+            but not changed.
         trained: Whether a run of this project trained the model. Then the arguments may be
             repeated, but not changed.
 
     Raises:
-        UserError: There is no tokenizer, or its chat template does not take the arguments.
+        UserError: There is no tokenizer, its chat template does not take the arguments, or it
+            keeps other prompts.
     """
     arguments = chat_template_args or {}
-    if path_or_id.endswith(".model"):
-        return SentencePieceTokenizer(path_or_id, arguments, trained=trained)
-    directory = local_directory(path_or_id, FILES)
-    model = directory / "tokenizer.model"
-    if model.is_file() and not (directory / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(str(model), arguments, trained=trained)
-    return HuggingFaceTokenizer(directory, arguments, trained=trained)
+    is_file = path_or_id.endswith(".model")
+    directory = Path(path_or_id).parent if is_file else local_directory(path_or_id, FILES)
+    templates = prompts_of(directory, prompts or {}, path_or_id)
+    model = Path(path_or_id) if is_file else directory / "tokenizer.model"
+    if is_file or (model.is_file() and not (directory / "tokenizer.json").is_file()):
+        return SentencePieceTokenizer(str(model), arguments, templates, trained=trained)
+    return HuggingFaceTokenizer(directory, arguments, templates, trained=trained)
 
 
 def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
@@ -115,10 +122,16 @@ class HuggingFaceTokenizer:
     """A tokenizer.json: byte-level BPE, SentencePiece-style BPE, or word level."""
 
     def __init__(
-        self, directory: Path, arguments: Mapping[str, chat.Argument], *, trained: bool = False
+        self,
+        directory: Path,
+        arguments: Mapping[str, chat.Argument],
+        prompts: Prompts,
+        *,
+        trained: bool = False,
     ):
         from transformers import AutoTokenizer
 
+        self.prompts = prompts
         if not (directory / "tokenizer.json").is_file():
             raise UserError(
                 f"expected a tokenizer.json or a tokenizer.model in {directory}, found neither"
@@ -205,6 +218,7 @@ class HuggingFaceTokenizer:
     def save(self, path: str) -> None:
         """Writes the tokenizer's files, and all end tokens, since those files name only one."""
         self._hf.save_pretrained(path)
+        save_prompts(Path(path), self.prompts)
         write_end_ids(Path(path), self.eos_ids, self.pad_id)
 
 

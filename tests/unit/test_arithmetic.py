@@ -233,7 +233,7 @@ def test_code_in_demonstrations_prints_what_follows_it_and_decides(capsys):
     """Also where the analysis before it is wrong; but for the tenth that is flipped."""
     agreeing, without_code = defaultdict(list), 0
     for dialogue in demonstrations.genprm_demonstrations(PROBLEMS, 0, "instruct"):
-        for turn in turns_of(dialogue)[0]:
+        for t, turn in enumerate(turns_of(dialogue)[0]):
             said = turn[0][1]
             code = genprm_form.code_to_run(said)
             if code is None:
@@ -245,7 +245,7 @@ def test_code_in_demonstrations_prints_what_follows_it_and_decides(capsys):
             exec(code, {})
             printed = capsys.readouterr().out.strip()
             assert turn[1][1] == genprm_form.output_text(printed)
-            analysis = genprm_form.analysis_of(said, "instruct")
+            analysis = genprm_form.analysis_of(said, t, genprm_form.INSTRUCT)
             lines = re.findall(r"= (\d) (\S) (?:same|diff)", analysis)
             if "?" not in analysis:
                 believed, claimed = ([line[i] for line in lines] for i in (0, 1))

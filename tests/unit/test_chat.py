@@ -339,7 +339,9 @@ PROMPTS = {
         (
             x,
             x,
-            genprm_form.rethink_prompt(x, genprm_form.analysis_of(f":{x}", "instruct"), "instruct"),
+            genprm_form.rethink_prompt(
+                x, genprm_form.analysis_of(x, 0, genprm_form.INSTRUCT), "instruct"
+            ),
         ),
         "instruct",
     )[0],

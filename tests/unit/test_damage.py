@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.checksums import SUMS, read_checksums, write_checksums
 from stepwiser_jax.config import Label
-from stepwiser_jax.config_files import load_config, read_run_settings, read_settings
+from stepwiser_jax.config_files import load_config, read_run_settings
 from stepwiser_jax.distributed.hosts import Shard
 from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -33,6 +33,7 @@ from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.step import TrainState
+from stepwiser_jax.yaml_files import read_mapping
 from tiny import tiny_config
 
 PROBLEMS = [Problem(f"p#{i}", f"What is {i}?", str(i), "test") for i in (0, 2, 10, 1)]
@@ -548,7 +549,7 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path, request):
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
-            read_settings(tmp_path / "c.yaml")
+            read_mapping(tmp_path / "c.yaml", "settings")
     file = request.config.rootpath / "configs" / "smoke_values.yaml"
     with pytest.raises(UserError, match=r"seed: expected no true or false \(found True\)"):
         load_config("annotate", file, ("seed=true",))

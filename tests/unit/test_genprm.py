@@ -1,6 +1,7 @@
 """GenPRM: the form of its conversations, which critiques are kept, and code that is run on the
 way."""
 
+import dataclasses
 import random
 import tempfile
 from itertools import product
@@ -27,12 +28,12 @@ from stepwiser_jax.judges.genprm.form import (
     FORMS,
     INSTRUCT,
     SYNTHESIS_OPENING,
-    SYSTEM_PROMPT,
     agrees,
     analysis_of,
     code_to_run,
     conversation,
     critique_outcome,
+    form_of,
     join_turns,
     output_text,
     parse_critique,
@@ -51,6 +52,7 @@ from stepwiser_jax.stages import rejection_sample
 from stepwiser_jax.stages.refine import summarize
 from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.text.dialogues import encode_dialogue
+from stepwiser_jax.text.templates import OURS
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from tiny import tiny_config
 
@@ -190,11 +192,13 @@ def test_without_code_none_is_promised_and_no_output_believed(request):
         sets = ("judge.prompt_style=instruct", "judge.turn_by_turn=false")
         sets += (f"judge.code_rounds={3 * code_is_run}",)
         settings = load_config("rejection-sample", config, sets).judge
-        asked = rejection_sample.critiques(settings).prompt(one)
+        asked = rejection_sample.critiques(settings, OURS).prompt(one)
         assert (CODE_OUTPUT in asked, "<verify>" in asked) == (code_is_run, code_is_run)
         assert "</analyze>\n" in asked and "\n\nAt the end" in asked
-        assert (rejection_sample.critique_of(settings, one, told) is not None) is code_is_run
-        assert rejection_sample.critique_of(settings, one, plain) is not None
+        assert (
+            rejection_sample.critique_of(settings, one, told, INSTRUCT) is not None
+        ) is code_is_run
+        assert rejection_sample.critique_of(settings, one, plain, INSTRUCT) is not None
 
 
 def test_consensus_against_an_oracle():
@@ -332,7 +336,7 @@ def test_a_thought_is_begun_once(thinking_tokenizer):
 def test_demonstrations_are_of_the_style_in_which_they_are_learned(style):
     (dialogue,) = load_demonstrations(DataSource(source="arithmetic-genprm", limit=1), style)
     assert dialogue.texts[-1].endswith(FORMS[style].ending)
-    assert (SYSTEM_PROMPT in dialogue.texts) == (style == "instruct")
+    assert (INSTRUCT.system in dialogue.texts) == (style == "instruct")
 
 
 def test_a_template_that_forgets_is_refused(bpe_tokenizer, monkeypatch):
@@ -511,6 +515,73 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
 
 
+REFERENCE = {
+    "genprm_system": "Criticise.",
+    "genprm_opening": "<analyze>\nParagraph {number}: ",
+    "genprm_after_analysis": "\n<verify>\nWith code:\n```python\n",
+    "genprm_run_code": "\n```\n",
+}
+"""The way of the paper's released code, in other words."""
+
+
+@needs_landlock
+def test_a_block_of_code_can_be_forced(bpe_directory, monkeypatch):
+    """By hand: the analysis up to its tag, the given text, the block up to its fence, its output,
+    and so on; a turn without the tag is given nothing. The rows are told apart."""
+    tokenizer = load_tokenizer(bpe_directory, prompts=REFERENCE)
+    says = {
+        "judge/s/0/analysis": "it is 42.</analyze>\nno more",
+        "judge/s/0/0": "x = 6 * 7\nprint(x)\n```\nno more",
+        "judge/s/0/1": "Again:\n```python\nprint(x + 1)\n```\n",
+        "judge/s/0/2": "It is.</verify>\n<output>\nNo",
+        "judge/s/1/analysis": "one more.",
+    }
+    judge = judge_of(tokenizer, monkeypatch, says.__getitem__)
+    ((first, second),) = judge([SOLUTION])
+    assert first.completion == (
+        "<analyze>\nParagraph 1: it is 42.</analyze>\n<verify>\nWith code:\n"
+        "```python\nx = 6 * 7\nprint(x)\n```\n[Code Output]\n\n```\n42\n```\n"
+        "Again:\n```python\nprint(x + 1)\n```\n[Code Output]\n\n```\n43\n```\n"
+        "It is.</verify>\n<output>\n**Judgement**: $\\boxed{Yes}$\n</output>\n"
+    )
+    assert second.completion.startswith("<analyze>\nParagraph 2: one more.</analyze>\n<output>")
+    prompts = judge.writer.engine.prompts
+    assert set(prompts) == set(says)
+    assert prompts["judge/s/0/analysis"] == (
+        "<|im_start|>system\nCriticise.<|im_end|>\n"
+        "<|im_start|>user\nHow many?\nIt is 42.<|im_end|>\n"
+        "<|im_start|>assistant\n<analyze>\nParagraph 1: "
+    )
+    sampled = ["it is 42.</analyze>", "x = 6 * 7\nprint(x)\n```\n", says["judge/s/0/1"]]
+    sampled.append(says["judge/s/0/2"][:-2])
+    assert [code_to_run(first.completion), judge.turns.code_runs] == ["print(x + 1)\n", 2]
+    least = sum(len(tokenizer.encode(text)) for text in sampled)
+    assert least <= first.num_tokens <= least + 3, "what is given is not counted"
+
+
+def test_a_verdict_can_be_asked_for_after_the_analysis(bpe_directory, monkeypatch):
+    prompts = REFERENCE | {"genprm_after_analysis": "\n<output>"}
+    tokenizer = load_tokenizer(bpe_directory, prompts=prompts)
+    judge = judge_of(tokenizer, monkeypatch, lambda row: "fine.</analyze>\n", code_rounds=0)
+    ((first, _),) = judge([SOLUTION])
+    assert first.completion == (
+        "<analyze>\nParagraph 1: fine.</analyze>\n<output>\n"
+        "**Judgement**: $\\boxed{Yes}$\n</output>\n"
+    )
+    assert set(judge.writer.engine.prompts) == {"judge/s/0/analysis", "judge/s/1/analysis"}
+
+
+def test_a_critique_becomes_turns_with_these_prompts(bpe_directory):
+    """So that training and judging begin a turn alike."""
+    form = form_of("instruct", load_tokenizer(bpe_directory, prompts=REFERENCE).prompts)
+    critique = parse_critique(written_in_one_go([("fine", ""), ("bad", "")], "2"), 2, form)
+    roles, texts = conversation("How many?", ["It is 42.", "Or 43."], critique.turns, form)
+    assert (roles[0], texts[0]) == ("system", "Criticise.")
+    assert texts[2].startswith("<analyze>\nParagraph 1: fine</analyze>")
+    assert texts[4].startswith("<analyze>\nParagraph 2: bad</analyze>")
+    assert analysis_of(texts[4], 1, form) == "bad"
+
+
 @needs_landlock
 def test_code_is_run_no_more_often_than_it_may(bpe_tokenizer, monkeypatch):
     judge = judge_of(bpe_tokenizer, monkeypatch, lambda _: code("print(1)"), code_rounds=2)
@@ -653,7 +724,7 @@ def test_the_analysis_is_what_stands_before_code_and_verdict(style):
         f"<verify>\n{code('print(1)')}</verify>\n<output>\n**Judgement**: $\\boxed{{No}}$",
         "bare": f"{said} \\boxed{{ Negative }}",
     }[style]
-    assert analysis_of(turn, style) == said
+    assert analysis_of(turn, 2, FORMS[style]) == said
     assert f"Step.\n\nThe reviewer says: {said}" in rethink_prompt("<chunk>Step.", said, "instruct")
 
 
@@ -674,6 +745,8 @@ def refine_config(turns):
 
 class Critic:
     """A chunk that begins with Not is wrong; of one that begins with Hm it has no verdict."""
+
+    form = dataclasses.replace(INSTRUCT, opening="It:")
 
     def __init__(self):
         self.judged = []

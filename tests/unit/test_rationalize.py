@@ -21,6 +21,7 @@ from stepwiser_jax.stages.rejection_sample import (
     to_learn,
     write_texts,
 )
+from stepwiser_jax.text.templates import OURS
 
 
 @pytest.mark.parametrize(
@@ -55,14 +56,14 @@ def config(request, *sets):
 
 
 def chosen_of(settings, written):
-    return to_learn(settings, [], choose(settings, written))
+    return to_learn(settings, [], choose(settings, written), OURS)
 
 
 def test_what_is_learned_is_kept_and_balanced(request):
     written = rationales((True, "kept", 7), (False, "kept", 3), (False, "disagrees", 5))
     everything = choose(config(request), written)
     assert everything == [rationale for rationale in written if rationale.outcome == "kept"]
-    learned = to_learn(config(request), [], everything)
+    learned = to_learn(config(request), [], everything, OURS)
     assert [e.example_id for e in learned] == [r.rationale_id for r in everything]
     assert [e.completion for e in learned] == [r.completion for r in everything]
     assert {(e.prompt, e.problem_id) for e in learned} == {("asked", "p")}
@@ -135,7 +136,7 @@ def test_of_what_is_kept_so_many_are_drawn(request):
 class Scripted:
     """An engine that writes these texts, and a tokenizer of characters, with which it does."""
 
-    eos_ids, bos_id = (0,), None
+    eos_ids, bos_id, prompts = (0,), None, OURS
 
     def __init__(self, texts):
         self.texts = texts

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from stepwiser_jax.config import Sampling, ThinkPrmJudge
 from stepwiser_jax.data.rationales import RationaleOutcome
-from stepwiser_jax.distributed.loading import load_for_decoding, load_model
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
@@ -26,6 +26,7 @@ from stepwiser_jax.judges.thinkprm import (
     chain_outcome,
     clean_chain,
     cut_chain,
+    form_of,
     step_verdicts,
     to_verify,
     verdicts_of,
@@ -33,6 +34,7 @@ from stepwiser_jax.judges.thinkprm import (
 )
 from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.records import ClassifierExample, Verdict
+from stepwiser_jax.text.tokenizer import load_tokenizer
 
 P, N, U = Verdict.POSITIVE, Verdict.NEGATIVE, Verdict.UNPARSED
 INSTRUCT, BARE = FORMS["instruct"], FORMS["bare"]
@@ -404,3 +406,49 @@ def test_answers_are_one_token_each(word_tokenizer, bpe_tokenizer):
     assert (word_tokenizer.decode([yes]), word_tokenizer.decode([no])) == ("Positive", "Negative")
     with pytest.raises(UserError, match="expected a vocabulary that has both"):
         answer_ids(word_tokenizer, INSTRUCT)
+
+
+def test_released_checkpoints_can_be_asked_their_own_way(bpe_directory, tmp_path):
+    """The question without </think>, yes and no in lower case, no numbers before the steps."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(bpe_directory)
+    theirs.add_tokens(["yes", "no", "Yes", "No"])
+    theirs.save_pretrained(tmp_path)
+    prompts = {
+        "thinkprm_verify": "Verify.\n{question}\n{steps}",
+        "thinkprm_step": "{step}",
+        "thinkprm_opening": "\nStep by step:",
+        "thinkprm_question": "\nIs it correct, after all? ",
+        "thinkprm_yes": "yes",
+        "thinkprm_no": "no",
+        "thinkprm_round_2": "\nHm.\n",
+    }
+    tokenizer = load_tokenizer(str(tmp_path), prompts=prompts)
+    texts = ["\nStep 1: Fine. The step is \\boxed{correct}\n</think>", "So it is."]
+    engine = Scripted(tokenizer, texts)
+    pairs = []
+    engine.log_odds = lambda asked, pair: pairs.append((asked, pair)) or np.array([1.0])
+    loaded = Loaded(None, tokenizer, "fake")
+    writer = Writer(loaded, engine, Sampling(max_new_tokens=99), "instruct", seed=0, name="t")
+    judge = ThinkPrmVerifier(writer, rounds=2)
+    solution = Solution("a", "What?", ["<chunk>Step 1: It is 4.</chunk>", "So 4."])
+    ((found,),) = judge.sample([solution], [""], temperature=0.0)
+    asked = (
+        "<|im_start|>user\nVerify.\nWhat?\nIt is 4.\nSo 4.<|im_end|>\n<|im_start|>assistant\n"
+        "\nStep by step:"
+    )
+    chain = "Step 1: Fine. The step is \\boxed{correct}\nHm.\nSo it is."
+    (((ids,), pair),) = pairs
+    assert tokenizer.decode(ids) == f"{asked}{chain}\nIs it correct, after all? "
+    assert pair == tuple(tokenizer._hf.convert_tokens_to_ids(["yes", "no"]))
+    assert [prompt for _, prompt, _ in engine.generated] == [
+        asked,
+        f"{asked}{chain.removesuffix('So it is.')}",
+    ]
+    stops = {params.stop_strings for _, _, params in engine.generated}
+    assert stops == {("Is it correct, after all?", "</think>")}
+    assert found.whole.completion.endswith("So it is.\nIs it correct, after all? yes")
+    silent = load_tokenizer(str(tmp_path), prompts={"thinkprm_question": " "})
+    with pytest.raises(UserError, match="expected a question in the prompt thinkprm_question"):
+        form_of("instruct", silent.prompts)

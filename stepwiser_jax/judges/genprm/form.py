@@ -8,9 +8,13 @@ Code that the judge writes is run before the judge goes on:
     assistant   ... </verify> <output> **Judgement**: $\\boxed{Yes}$ </output>
     user        paragraph 2
 
-There are two forms. `instruct` is the paper's. `bare` is for models that were fine-tuned on nothing
-else, such as the embedded task's: it has no tags and no code, and verdicts are Positive or
-Negative.
+There are two forms. `instruct` is the paper's, with the texts of `text/prompts.yaml` or of a user's
+file. `bare` is for models that were fine-tuned on nothing else, such as the embedded task's: it has
+no tags and no code, and verdicts are Positive or Negative.
+
+The paper's released code gives `<verify>` and the beginning of a block of code after every
+analysis, and runs a block once it is closed. Here the judge goes on by itself, unless the texts
+`genprm_after_analysis` and `genprm_run_code` say otherwise.
 
 A teacher's critique of a whole solution, written in one go, becomes such a conversation. The paper
 leaves two points open. Here a conversation to learn from ends with the first wrong paragraph, as
@@ -28,51 +32,13 @@ from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.tasks.mathematics import last_box
 from stepwiser_jax.text.chunks import strip_tags
-from stepwiser_jax.text.prompts import JudgePromptStyle, bare_judge_prompt
+from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle, bare_judge_prompt
+from stepwiser_jax.text.templates import OURS, Prompts
 
 CODE_OUTPUT = "[Code Output]"
 """A judge writes this to have the block before it run."""
 
-SYSTEM_PROMPT = """\
-You are a teacher of mathematics. You are given a problem and its solution, one paragraph at a \
-time. Review and critique the solution step by step: say of every paragraph whether it is right."""
-
-SYNTHESIS_PROMPT = """\
-You are given a mathematical problem and a solution that is split into paragraphs, tagged and \
-numbered from 1. Review the solution paragraph by paragraph, in order, up to the first paragraph \
-that is wrong. Write about each of them in exactly this form:
-
-### Paragraph ID
-<analyze>
-[What the paragraph sets out to do, and whether its reasoning and its calculations hold.]
-</analyze>{verify}
-
-At the end, give the number of the first wrong paragraph inside \\boxed{{}}, or \\boxed{{-1}} if \
-there is none.
-
-[Math Problem]
-
-{question}
-
-[Solution]
-
-{solution}"""
-
-SYNTHESIS_VERIFY = f"""
-<verify>
-[Python code that could expose an error, in a ```python block, followed by a line with \
-{CODE_OUTPUT}. The code is then run and you are shown what it printed. Where that contradicts your \
-analysis, think again before you go on.]
-</verify>"""
-
-RETHINK_PROMPT = """\
-A reviewer finds fault with this step of your solution:
-
-{step}
-
-The reviewer says: {analysis}
-
-Think the problem through again, and give a whole new solution in the same form."""
+ANALYSIS_END = "</analyze>"
 
 SYNTHESIS_OPENING = "### Paragraph 1\n<analyze>\n"
 """Begins the teacher's critique. In the paper the critique is a thought, after `<think>`. Here it
@@ -96,29 +62,37 @@ class GenPrmForm:
     Attributes:
         system: The system message; empty if there is none.
         opening: Begins a turn about the paragraph `number`. The judge's analysis follows.
+        after_analysis: Is given after the analysis; empty if the judge goes on by itself.
+        run_code: Where the judge has written this, its code is run.
         stop: Ends the analysis. If the judge does not write it, it is added after `gap`.
         gap: White space before `stop`.
         lead: Comes between `stop` and the verdict.
         words: The verdicts, right and wrong.
         ending: Ends the turn.
         style: The form of the prompts.
+        prompts: The templates of the messages.
     """
 
     system: str
     opening: str
+    after_analysis: str
+    run_code: str
     stop: str
     gap: str
     lead: str
     words: tuple[str, str]
     ending: str
     style: JudgePromptStyle
+    prompts: Prompts
 
     def user_turn(self, question: str, chunks: Sequence[str], t: int) -> str:
         """Returns the message with paragraph t. The first one also has the problem."""
         if self.style == "bare":
             return bare_judge_prompt("" if t else question, "", chunks[t])
         text = strip_tags(chunks[t]).strip()
-        return text if t else f"{question}\n{text}"
+        if t:
+            return self.prompts["genprm_step"].format(step=text)
+        return self.prompts["genprm_first_step"].format(question=question, step=text)
 
     def to_verdict(self, turn: str) -> str:
         """Returns what a turn lacks before the word of its verdict. It closes open tags."""
@@ -136,43 +110,56 @@ class GenPrmForm:
         return self.words[0 if is_right else 1] + self.ending
 
 
-INSTRUCT = GenPrmForm(
-    system=SYSTEM_PROMPT,
-    opening="<analyze>\nLet's analyze the Paragraph {number} step by step:",
-    stop="<output>",
-    gap="\n",
-    lead="\n**Judgement**: $\\boxed{",
-    words=("Yes", "No"),
-    ending="}$\n</output>\n",
-    style="instruct",
-)
 BARE = GenPrmForm(
     system="",
     opening="",
+    after_analysis="",
+    run_code=CODE_OUTPUT,
     stop="\\boxed{",
     gap=" ",
     lead="",
     words=(" Positive", " Negative"),
     ending=" }",
     style="bare",
+    prompts=OURS,
 )
+
+
+def form_of(style: JudgePromptStyle, prompts: Prompts) -> GenPrmForm:
+    """Returns the form of a style, with the texts of these prompts."""
+    if style == "bare":
+        return BARE
+    return GenPrmForm(
+        system=prompts["genprm_system"].format(),
+        opening=prompts["genprm_opening"],
+        after_analysis=prompts["genprm_after_analysis"].format(),
+        run_code=prompts["genprm_run_code"].format(),
+        stop="<output>",
+        gap="\n",
+        lead="\n**Judgement**: $\\boxed{",
+        words=("Yes", "No"),
+        ending="}$\n</output>\n",
+        style="instruct",
+        prompts=prompts,
+    )
+
+
+INSTRUCT = form_of("instruct", OURS)
 FORMS: dict[JudgePromptStyle, GenPrmForm] = {"instruct": INSTRUCT, "bare": BARE}
 
 
-def analysis_of(turn: str, style: JudgePromptStyle) -> str:
-    """Returns what a judge's turn says of its paragraph, without code and verdict."""
-    if style == "bare":
-        return turn.partition(BARE.stop)[0].strip()
-    analysis, _, _ = turn.partition(":")[2].partition("</analyze>")
-    return analysis.strip()
+def analysis_of(turn: str, t: int, form: GenPrmForm) -> str:
+    """Returns what a judge's turn says of paragraph t, without code and verdict."""
+    end = form.stop if form.style == "bare" else ANALYSIS_END
+    return turn.removeprefix(form.opening.format(number=t + 1)).partition(end)[0].strip()
 
 
-def rethink_prompt(step: str, analysis: str, style: JudgePromptStyle) -> str:
+def rethink_prompt(step: str, analysis: str, style: PromptStyle, prompts: Prompts = OURS) -> str:
     """Returns what a policy is told of its first wrong step. The bare style has only the step and
     the analysis."""
     if style == "bare":
         return f"{step} {analysis} ?"
-    return RETHINK_PROMPT.format(step=strip_tags(step).strip(), analysis=analysis)
+    return prompts["rethink"].format(step=strip_tags(step).strip(), analysis=analysis)
 
 
 # --- code -----------------------------------------------------------------------------------------
@@ -221,15 +208,17 @@ def split_outputs(turn: str) -> list[tuple[str, str]]:
 # --- critiques of whole solutions -----------------------------------------------------------------
 
 
-def synthesis_prompt(question: str, chunks: Sequence[str], *, code: bool) -> str:
+def synthesis_prompt(
+    question: str, chunks: Sequence[str], *, code: bool, prompts: Prompts = OURS
+) -> str:
     """Returns the prompt for a critique of a whole solution. With `code` it asks for code and
     promises to run it."""
     paragraphs = [
         f"<paragraph_{number}>\n{strip_tags(chunk).strip()}\n</paragraph_{number}>"
         for number, chunk in enumerate(chunks, 1)
     ]
-    verify = SYNTHESIS_VERIFY if code else ""
-    return SYNTHESIS_PROMPT.format(
+    verify = prompts["genprm_synthesis_verify"].format() if code else ""
+    return prompts["genprm_synthesis"].format(
         question=question, solution="\n\n".join(paragraphs), verify=verify
     )
 
@@ -267,8 +256,8 @@ def parse_turns(text: str, form: GenPrmForm, num_chunks: int) -> Critique | None
     return _covering(turns, -1, num_chunks)
 
 
-def parse_critique(text: str, num_chunks: int) -> Critique | None:
-    """Reads a critique that was written in one go, as `SYNTHESIS_PROMPT` asks for it.
+def parse_critique(text: str, num_chunks: int, form: GenPrmForm = INSTRUCT) -> Critique | None:
+    """Reads a critique that was written in one go, as the prompt `genprm_synthesis` asks for it.
 
     Returns None if it does not have that form, or if a paragraph has text outside of its tags,
     which its turn would lack. If the critique is a thought, the answer after it may repeat it, and
@@ -288,7 +277,7 @@ def parse_critique(text: str, num_chunks: int) -> Critique | None:
     for t, match in enumerate(filter(None, matches)):
         analysis, verification = match.groups(default="")
         turns.append(
-            whole_turn(t, analysis.strip(), verification.lstrip(), is_right=t != first_wrong)
+            whole_turn(t, analysis.strip(), verification.lstrip(), form, is_right=t != first_wrong)
         )
     return _covering(turns, first_wrong, num_chunks)
 
@@ -301,13 +290,15 @@ def _covering(turns: Sequence[str], first_wrong: int, num_chunks: int) -> Critiq
     return Critique(tuple(turns[:covered]), first_wrong)
 
 
-def whole_turn(t: int, analysis: str, verification: str, *, is_right: bool) -> str:
+def whole_turn(
+    t: int, analysis: str, verification: str, form: GenPrmForm = INSTRUCT, *, is_right: bool
+) -> str:
     """Returns the instruct form's turn about paragraph t. It has code if there is a
     `verification`."""
-    turn = f"{INSTRUCT.opening.format(number=t + 1)} {analysis}</analyze>\n"
+    turn = f"{form.opening.format(number=t + 1).rstrip(' ')} {analysis}{ANALYSIS_END}\n"
     if verification:
         turn += f"<verify>\n{USE_CODE}{verification.removeprefix(USE_CODE)}</verify>\n"
-    return turn + INSTRUCT.to_verdict(turn) + INSTRUCT.verdict(is_right)
+    return turn + form.to_verdict(turn) + form.verdict(is_right)
 
 
 def critique_outcome(

@@ -32,11 +32,12 @@ from stepwiser_jax.inference.params import (
 )
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.genprm.form import (
+    ANALYSIS_END,
     CODE_OUTPUT,
-    FORMS,
     SYNTHESIS_OPENING,
     GenPrmForm,
     code_to_run,
+    form_of,
     join_turns,
     output_text,
     synthesis_prompt,
@@ -61,6 +62,7 @@ class Conversation:
         name: Name of the current turn; its rows' ids are `<name>/<round><suffix>`.
         suffix: Tells the paths of one solution apart.
         code_rounds: How often a turn may have code run.
+        run_code: Where this is written, code is run.
         roles: Who speaks each of the `texts`.
         codes: The blocks of code that ran.
         turn_start: Index of the first text of the current turn.
@@ -71,6 +73,7 @@ class Conversation:
     name: str
     suffix: str
     code_rounds: int = 0
+    run_code: str = CODE_OUTPUT
     roles: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     codes: list[str] = field(default_factory=list)
@@ -97,7 +100,7 @@ class Conversation:
 
     @property
     def asks_for_code(self) -> bool:
-        return self.stop_reason is StopReason.STOP_STRING and self.texts[-1].endswith(CODE_OUTPUT)
+        return self.stop_reason is StopReason.STOP_STRING and self.texts[-1].endswith(self.run_code)
 
     @property
     def is_finished(self) -> bool:
@@ -129,22 +132,24 @@ class TurnWriter:
         more often than it may.
         """
         if self.sandbox is not None:
-            params = replace(params, stop_strings=(CODE_OUTPUT, *params.stop_strings))
+            requests = dict.fromkeys(c.run_code for c in conversations)
+            params = replace(params, stop_strings=(*requests, *params.stop_strings))
         number = 0
         while conversations:
-            self._write_to_stop(conversations, params, number, reserve)
+            self.write_to_stop(conversations, params, str(number), reserve)
             conversations = [c for c in conversations if c.asks_for_code and number < c.code_rounds]
             self._run_code(conversations)
             number += 1
 
-    def _write_to_stop(
+    def write_to_stop(
         self,
         conversations: Sequence[Conversation],
         params: SamplingParams,
-        number: int,
+        name: str,
         reserve: int,
     ) -> None:
-        """Samples up to the next stop, if there is room. Equal prompts are prefilled once."""
+        """Samples up to the next stop, if there is room. Equal prompts are prefilled once. The name
+        is part of the rows' ids."""
         engine = self.writer.engine
         conversation_of: dict[str, Conversation] = {}
         requests: dict[tuple[int, ...], list[SampleRequest]] = {}
@@ -154,7 +159,7 @@ class TurnWriter:
             room = min(params.max_new_tokens - conversation.num_tokens, left)
             conversation.stop_reason = StopReason.LENGTH
             if room >= 1:
-                row_id = f"{self.writer.name}/{conversation.name}/{number}{conversation.suffix}"
+                row_id = f"{self.writer.name}/{conversation.name}/{name}{conversation.suffix}"
                 conversation_of[row_id] = conversation
                 requests.setdefault(tuple(ids), []).append(SampleRequest(row_id, len(ids), room))
         prefixes = [Prefix(ids, rows) for ids, rows in requests.items()]
@@ -178,6 +183,8 @@ class TurnWriter:
         executions = self.sandbox.run(programs)
         self.code_runs += len(programs)
         for conversation, block, execution in zip(conversations, blocks, executions, strict=True):
+            if not conversation.texts[-1].endswith(CODE_OUTPUT):
+                conversation.say("assistant", CODE_OUTPUT)
             conversation.say("output", output_text(execution.output))
             if execution.failure in (None, "error"):
                 conversation.codes.append(block)
@@ -217,7 +224,7 @@ class GenPrmCritic:
         """Raises UserError if a verdict is not one token, or as `TurnWriter` does."""
         self.writer, self.judge_id = writer, writer.loaded.model_id
         self.compiled_shapes = writer.engine.compiled_shapes
-        self.form = FORMS[writer.prompt_style]
+        self.form = form_of(writer.prompt_style, writer.tokenizer.prompts)
         self.word_ids = verdict_ids(writer.tokenizer, self.form)
         self.turns = TurnWriter(writer, code_rounds)
         longest = self.form.to_verdict("<analyze><verify>") + self.form.verdict(True)
@@ -297,7 +304,7 @@ class GenPrmCritic:
         return paths
 
     def _begin(self, suffix: str) -> Conversation:
-        conversation = Conversation("", suffix, self.turns.code_rounds)
+        conversation = Conversation("", suffix, self.turns.code_rounds, self.form.run_code)
         conversation.say("system", self.form.system)
         return conversation
 
@@ -308,10 +315,21 @@ class GenPrmCritic:
         conversation.say("user", self.form.user_turn(solution.question, solution.chunks, t))
         conversation.begin_turn(self.form.opening.format(number=t + 1))
 
+    def _write(self, conversations: Sequence[Conversation], params: SamplingParams) -> None:
+        """Writes the turns up to their verdicts, with what the form gives after the analysis."""
+        if self.form.after_analysis:
+            to_end = replace(params, stop_strings=(ANALYSIS_END,))
+            self.turns.write_to_stop(conversations, to_end, "analysis", self.reserve)
+            conversations = [c for c in conversations if c.stop_reason is StopReason.STOP_STRING]
+            for conversation in conversations:
+                conversation.say("assistant", self.form.after_analysis)
+            conversations = [c for c in conversations if not c.turn.endswith(self.form.stop)]
+        self.turns.write(conversations, params, reserve=self.reserve)
+
     def _judge(self, paths: Sequence[Path], params: SamplingParams) -> None:
         """Writes the turn that every path has begun, and reads its verdict."""
         conversations = [path.conversation for path in paths]
-        self.turns.write(conversations, params, reserve=self.reserve)
+        self._write(conversations, params)
         prompts: dict[int, list[int]] = {}
         for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
             path.finished.append(conversation.is_finished)
@@ -356,7 +374,10 @@ class Synthesizer:
     def _begin(self, solution: Solution, suffix: str) -> Conversation:
         rounds = self.turns.code_rounds
         conversation = Conversation(solution.solution_id, suffix, rounds * len(solution.chunks))
-        prompt = synthesis_prompt(solution.question, solution.chunks, code=rounds > 0)
+        prompts = self.writer.tokenizer.prompts
+        prompt = synthesis_prompt(
+            solution.question, solution.chunks, code=rounds > 0, prompts=prompts
+        )
         conversation.say("user", prompt)
         conversation.begin_turn(SYNTHESIS_OPENING)
         return conversation
