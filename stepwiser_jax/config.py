@@ -26,7 +26,7 @@ from pydantic import (
 
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.rl.labels import DeadPrefix, load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -579,6 +579,9 @@ class LabelRule(Config):
     function of your own as `module:function`."""
     rule_args: dict[str, float] = Field(default_factory=dict)
     """Arguments of the rule, such as `{alpha: 0.8}`; what is not given has the rule's default."""
+    dead_prefix: DeadPrefix = "negative"
+    """What becomes of a chunk after a prefix worth 0. `negative`, the paper's way: the rule labels
+    it, Negative if it too is worth 0, else Positive. `drop`, ours: it gets no label."""
 
     @model_validator(mode="after")
     def _rule_is_there(self) -> LabelRule:
@@ -588,7 +591,7 @@ class LabelRule(Config):
 
 class AdaptiveRollouts(LabelRule):
     """Stop sampling a prefix once the labels around it are known. `label` must then use the same
-    rule with the same arguments."""
+    rule with the same arguments, and the same `dead_prefix`."""
 
     confidence: float = Field(1.0, gt=0.5, le=1)
     """How sure a label must be. With 1 it can no longer change: labels are then those of
@@ -653,8 +656,9 @@ class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
     values: str
     """A finished `annotate` run of these rollouts."""
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
-    """Chunks whose prefix was worth less give no judge example; 0 keeps all, as the paper does.
-    With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
+    """Labelled chunks whose prefix was worth less give no example; 0 leaves none out, as the paper
+    has it. Any number above 0 also leaves out chunks after a prefix worth 0, whatever `dead_prefix`
+    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
 

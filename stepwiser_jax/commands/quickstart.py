@@ -102,6 +102,9 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
         "rollouts": rollouts,
         "tokenizer": policy,
         "rule": "rel_effective",
+        # Ours, not the paper's: right chunks after an error would be called negative, and values
+        # near 0 are mostly chance.
+        "dead_prefix": "drop",
         "min_prefix_value": 0.2,
         "max_prompt_tokens": 160,
     }
@@ -254,8 +257,9 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
     """Returns the scores of every label rule against the exact truth.
 
     All rules are scored on the same chunks: those up to and including a trajectory's first error
-    whose prefix has a value above 0. Intervals are 95%, over problems. Parameters are the defaults:
-    the paper's for 7B (4.1), and GenPRM's.
+    whose prefix has a value above 0. So `dead_prefix` makes no difference here, and nothing is said
+    of labels after an error or after a prefix worth 0. Intervals are 95%, over problems. Parameters
+    are the defaults: the paper's for 7B (4.1), and GenPRM's.
     """
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
