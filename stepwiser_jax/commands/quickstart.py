@@ -69,6 +69,7 @@ def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
         "warmup_steps": warmup,
         "schedule": "cosine",
         "end_fraction": end_fraction,
+        "weight_decay": 0.0,
         "b2": 0.98,
     }
 
@@ -128,7 +129,12 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
         "row_lengths": [256, 320, 416],
         "sampling": {"temperature": 1.0, "max_new_tokens": 32},
         "engine": JUDGE_ENGINE,
-        "grpo": {"max_resamples": 1, "kl_coef": 0.2},
+        "grpo": {
+            "drop_zero_variance": True,
+            "denominator": "kept",
+            "max_resamples": 1,
+            "kl_coef": 0.2,
+        },
         "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
     }
     return [
