@@ -245,7 +245,8 @@ labels, each solution gets more."""
 
 
 def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
-    """Returns the cold start, taught a form by the same imperfect teacher, without labels."""
+    """Returns the cold start, taught a form by the same imperfect teacher, without Monte Carlo
+    labels."""
     steps = PRM_FORMS[form].start_steps
     tree = changed(
         fine_tuning(f"arithmetic-{form}", 8 * steps, runs.seed, steps),
@@ -339,7 +340,8 @@ FEWER_LABELS: dict[str, tuple[str, Row]] = {
 
 
 STARTS = ("cold_start", "cold_start_verdicts", *(f"{form}_start" for form in PRM_FORMS))
-"""The judges that have not yet seen a label."""
+"""The judges that have not yet seen a Monte Carlo label. They are not without supervision: most
+verdicts of their demonstrations follow from the exact truth, and a tenth are flipped."""
 
 
 def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
