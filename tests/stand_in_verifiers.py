@@ -20,3 +20,8 @@ def follow(completion: str, problem: Problem) -> bool:
     elif order == "raise":
         raise LookupError(completion)
     return order != "wrong"
+
+
+def is_seven(completion: str, problem: Problem) -> bool:
+    """Knows the right answer by itself, whatever the reference is."""
+    return completion in ("\\boxed{7}", "\\boxed{7.0}")

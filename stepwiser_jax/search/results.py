@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.chunk_search import Policy
 from stepwiser_jax.search.state import SearchState
-from stepwiser_jax.search.voting import best, vote
+from stepwiser_jax.search.voting import best, in_first_words, vote
 from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import chunk_ends, chunk_texts
@@ -35,14 +36,17 @@ class Found:
 
 
 def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResult]:
-    """Returns the records of what was found, with whether each answer is right."""
-    right = verifier.verify([each.completion for each in found], [each.problem for each in found])
+    """Returns the records of what was found, with whether each answer is right. Answers to a
+    problem that mean the same are written in the same words."""
+    problems = [each.problem for each in found]
+    right = verifier.verify([each.completion for each in found], problems)
+    answers = in_first_words(problems, [each.answer for each in found], verifier)
     return [
         SearchResult(
             search_id=f"{each.problem.problem_id}/{each.method}",
             problem_id=each.problem.problem_id,
             method=each.method,
-            answer=each.answer,
+            answer=answer,
             is_correct=is_correct,
             completion=each.completion,
             accepted_tokens=each.accepted_tokens,
@@ -52,15 +56,31 @@ def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResu
             chunk_scores=each.chunk_scores,
             scoring_tokens=each.scoring_tokens,
         )
-        for each, is_correct in zip(found, right, strict=True)
+        for each, is_correct, answer in zip(found, right, answers, strict=True)
     ]
 
 
-def found_by_search(policy: Policy, method: str, state: SearchState) -> Found:
-    """Returns the answer of the weighted majority of a search's solutions, in the words of the best
-    solution that gives it."""
-    texts = [completion_text(policy.loaded.tokenizer, x.ids) for x in state.solutions]
-    answers = [extract_answer(text) or "" for text in texts]
+def found_by_search(
+    policy: Policy, method: str, states: Sequence[SearchState], verifier: Verifier
+) -> list[Found]:
+    """Returns for each problem the answer of the weighted majority of its solutions, in the words
+    of the best solution that gives it."""
+    tokenizer = policy.loaded.tokenizer
+    texts = [[completion_text(tokenizer, x.ids) for x in state.solutions] for state in states]
+    answers = iter(
+        in_first_words(
+            [state.problem for state in states for _ in state.solutions],
+            [extract_answer(text) or "" for of_state in texts for text in of_state],
+            verifier,
+        )
+    )
+    return [
+        _voted(method, state, of_state, list(itertools.islice(answers, len(of_state))))
+        for state, of_state in zip(states, texts, strict=True)
+    ]
+
+
+def _voted(method: str, state: SearchState, texts: Sequence[str], answers: Sequence[str]) -> Found:
     scores = [solution.score for solution in state.solutions]
     voted = vote(answers, scores)
     giving = [i for i, answer in enumerate(answers) if answer == voted]
@@ -69,7 +89,7 @@ def found_by_search(policy: Policy, method: str, state: SearchState) -> Found:
     return Found(
         problem=state.problem,
         method=method,
-        answer=voted,
+        answer=extract_answer(texts[chosen]) or "",
         completion=texts[chosen],
         accepted_tokens=state.accepted_tokens,
         rejected_tokens=state.policy_tokens - state.accepted_tokens,

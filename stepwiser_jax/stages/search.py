@@ -7,7 +7,8 @@
 
 Every sample is judged once for all methods. Best of k takes the sample with the highest min, mean,
 last or product of its chunks' scores, the first of equals. The weighted majority sums that score
-over the samples with the same answer. Beam search and DVTS answer by the weighted majority of the
+over the samples with the same answer. Answers are the same if they mean the same to the verifier,
+in whatever words. Beam search and DVTS answer by the weighted majority of the
 solutions that they find, weighed by the aggregate that ranked them.
 
 Where the paper is silent:
@@ -55,6 +56,7 @@ from stepwiser_jax.search.chunk_search import Policy, search_chunks
 from stepwiser_jax.search.methods import Method, beam_search, chunk_reset, dvts
 from stepwiser_jax.search.report import sample_names, search_names, summarize
 from stepwiser_jax.search.results import Found, check_answers, found_by_search, sample_solutions
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, check_tags, end_patterns
 
 
@@ -87,7 +89,7 @@ def begin(
     check_lengths(config, policy, judge, problems)
     methods = load_methods(config)
     return lambda block: check_answers(
-        search_block(config, policy, judge, methods, block), verifier
+        search_block(config, policy, judge, methods, verifier, block), verifier
     )
 
 
@@ -139,6 +141,7 @@ def search_block(
     policy: Policy,
     judge: Judge,
     methods: dict[str, tuple[Method, int, str]],
+    verifier: Verifier,
     block: Sequence[Problem],
 ) -> list[Found]:
     """Returns what every method finds on every problem of the block."""
@@ -154,7 +157,7 @@ def search_block(
             max_new_tokens=config.sampling.max_new_tokens,
             token_budget=config.token_budget,
         )
-        found += [found_by_search(policy, name, state) for state in states]
+        found += found_by_search(policy, name, states, verifier)
     eos_ids = policy.loaded.tokenizer.eos_ids
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=eos_ids)
     greedy = replace(params, temperature=0.0)

@@ -111,14 +111,16 @@ class Verifier:
             decided = [mathematics.decide(completion, problem) for completion, problem in pairs]
         else:
             decided = list(completions)
-        questions = {
-            (rest, problem.problem_id): (rest, problem)
-            for rest, problem in zip(decided, problems, strict=True)
-            if isinstance(rest, str)
-        }
-        replies = dict(zip(questions, self._ask(list(questions.values())), strict=True))
+        questions = list(
+            dict.fromkeys(
+                (rest, problem)
+                for rest, problem in zip(decided, problems, strict=True)
+                if isinstance(rest, str)
+            )
+        )
+        replies = dict(zip(questions, self._ask(questions), strict=True))
         return [
-            replies[found, problem.problem_id] if isinstance(found, str) else found
+            replies[found, problem] if isinstance(found, str) else found
             for found, problem in zip(decided, problems, strict=True)
         ]
 

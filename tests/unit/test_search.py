@@ -24,12 +24,13 @@ from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.search import report
 from stepwiser_jax.search.chunk_search import Policy, append_chunk, search_chunks
 from stepwiser_jax.search.methods import beam_search, chunk_reset, dvts
-from stepwiser_jax.search.results import found_by_search
+from stepwiser_jax.search.results import Found, check_answers, found_by_search
 from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
-from stepwiser_jax.search.voting import AGGREGATES, best, vote
+from stepwiser_jax.search.voting import AGGREGATES, best, in_first_words, vote
 from stepwiser_jax.stages import search
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.tasks.mathematics import extract_answer
+from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_ends, chunk_texts
 from tiny import tiny_config
 
@@ -151,7 +152,7 @@ def solutions_of(trees):
 
 def accuracy(tokenizer, trees):
     policy = policy_of(tokenizer, None)
-    answers = [found_by_search(policy, "m", tree).answer for tree in trees]
+    answers = [found.answer for found in found_by_search(policy, "m", trees, Verifier())]
     return np.mean([a == tree.problem.answer for a, tree in zip(answers, trees, strict=True)])
 
 
@@ -474,6 +475,43 @@ def test_best_of_one_is_the_first_sample_and_costs_its_judgment():
     assert (plain.judge_tokens, plain.samples) == (0, 2), "votes alone are not judged"
 
 
+def test_answers_that_mean_the_same_vote_together():
+    """Half of the votes are for one half, in four forms; the string "3" is the most frequent."""
+    half, other = PROBLEMS[0], PROBLEMS[1]
+    answers = ["\\frac{1}{2}", "3", "0.5", "", "$\\frac12$", "3", "1/2"]
+    thirds = ["1/3", "\\frac{1}{2}", "\\frac13", "1/2"]
+    with Verifier(workers=2) as verifier:
+        words = in_first_words([half] * 7 + [other], [*answers, "1/2"], verifier)
+        pairs = in_first_words([half] * 4, thirds, verifier)
+        again = in_first_words([half] * 7, words[:7], verifier)
+    one = "\\frac{1}{2}"
+    assert words == [one, "3", one, "", one, "3", one, "1/2"], "problems do not share answers"
+    assert again == words[:7]
+    assert pairs == [thirds[0], thirds[1], thirds[0], thirds[1]]
+    assert vote(answers) == "3" and vote(words[:7]) == one
+    found = [
+        Found(half, f"sample{k}", answer, f"\\boxed{{{answer}}}", 10)
+        for k, answer in enumerate(answers)
+    ]
+    with Verifier(workers=2) as verifier:
+        samples = check_answers(
+            [
+                dataclasses.replace(x, problem=dataclasses.replace(half, answer="0.50"))
+                for x in found
+            ],
+            verifier,
+        )
+    assert [sample.is_correct for sample in samples] == [bool(a) and a != "3" for a in answers]
+    assert report.by_majority(None, samples).right == 1.0
+
+
+def test_a_verifier_that_ignores_the_reference_joins_no_right_answer_with_a_wrong_one():
+    """Such a verifier knows the right answer of a problem by itself."""
+    with Verifier("stand_in_verifiers:is_seven") as verifier:
+        words = in_first_words([PROBLEMS[0]] * 4, ["8", "7", "7.0", "9"], verifier)
+    assert words == ["8", "7", "7", "9"]
+
+
 def test_majority_ignores_samples_without_an_answer():
     none, right, wrong = result("", False), result("3", True), result("4", False)
     rows = [[none, none, right], [wrong, right, right], [wrong, right, none], [none, none, none]]
@@ -485,7 +523,7 @@ def test_majority_ignores_samples_without_an_answer():
 def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer, solver):
     trees = solve(word_tokenizer, solver, noisy, dvts(8, 2), beams=8)
     policy = policy_of(word_tokenizer, None)
-    results = [found_by_search(policy, "dvts", tree) for tree in trees]
+    results = found_by_search(policy, "dvts", trees, Verifier())
     for tree, found in zip(trees, results, strict=True):
         texts = [word_tokenizer.decode(path.ids) for path in tree.solutions]
         sums = Counter()
