@@ -49,6 +49,7 @@ from stepwiser_jax.inference.stops import StopTables
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
@@ -104,7 +105,11 @@ class Engine:
 
     @property
     def sampled_tokens(self) -> int:
-        return self.usage.sampled_tokens
+        return self.usage.spent.generated
+
+    def spent_on(self, *, before: int = 0, read: int = 0, generated: int = 0) -> Spent:
+        """Calls `Spent.on` for the engine's model."""
+        return Spent.on(self.decoder.config, before=before, read=read, generated=generated)
 
     @property
     def shards(self) -> int:
@@ -186,7 +191,8 @@ class Engine:
                 is_needed=is_needed,
             )
             overlap = is_needed is None
-            for part in self._stream_bucket(scheduler, prefix_tokens, params, key, overlap):
+            reads = {prefix.samples[0].row_id: prefix.num_tokens for prefix in group}
+            for part in self._stream_bucket(scheduler, prefix_tokens, params, key, overlap, reads):
                 done += len(part)
                 rows_done(done, total, sum(len(completion.tokens) for completion in part))
                 yield part
@@ -198,9 +204,11 @@ class Engine:
         params: SamplingParams,
         key: jax.Array,
         overlap: bool,
+        reads: dict[str, int],
     ) -> Iterator[list[Completion]]:
         """Samples what the scheduler has. `overlap`: a burst's completions are yielded while the
-        device decodes the next one, and not before."""
+        device decodes the next one, and not before. `reads` says for which row ids a prefix is
+        read, and how many tokens it has."""
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
         new = params.max_new_tokens
         state = empty_state(self.decoder, self.mesh, scheduler.grid, prefix_tokens, new)
@@ -223,7 +231,7 @@ class Engine:
                 )
             if finished:
                 yield finished
-            finished = self._collect(state, scheduler)
+            finished = self._collect(state, scheduler, reads)
             if not overlap:
                 yield finished
                 finished = []
@@ -264,8 +272,11 @@ class Engine:
             rows.hash_B[b] = row_hash(sample.row_id)
         return rows
 
-    def _collect(self, state: EngineState, scheduler: Scheduler) -> list[Completion]:
-        """Waits for the device, and returns the completions of the rows that have ended."""
+    def _collect(
+        self, state: EngineState, scheduler: Scheduler, reads: dict[str, int]
+    ) -> list[Completion]:
+        """Waits for the device, and returns the completions of the rows that have ended.
+        `reads` is that of `_stream_bucket`."""
         running_B, length_B, reason_B = fetch(
             (state.running_B, state.suffix.length_B, state.reason_B)
         )
@@ -278,8 +289,10 @@ class Engine:
             # Copies: a view would keep the arrays of all rows in memory.
             tokens, logprobs = (x[b, : length_B[b]].copy() for x in (tokens_BC, logprobs_BC))
             reason = StopReason(reason_B[b])
-            completions.append(Completion(sample.row_id, tokens, logprobs, reason))
-            self.usage.sampled_tokens += len(tokens)
+            spent = self.spent_on(read=reads.get(sample.row_id, 0))
+            spent += self.spent_on(before=sample.num_tokens, generated=len(tokens))
+            self.usage.spent += spent
+            completions.append(Completion(sample.row_id, tokens, logprobs, reason, spent))
         return completions
 
     def _shrink(self, state: EngineState, rows: Sequence[int], slots: int) -> EngineState:
@@ -309,6 +322,7 @@ class Engine:
         by_bucket: dict[int, list[int]] = {}
         for p, prompt in enumerate(prompts_P):
             self.check_length(len(prompt), 0, f"prompt {p}")
+            self.usage.spent += self.spent_on(read=len(prompt))
             by_bucket.setdefault(self.shapes.bucket(len(prompt)), []).append(p)
         for length, group in sorted(by_bucket.items()):
             rows = self.prefill_rows(length)

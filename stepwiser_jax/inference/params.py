@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stepwiser_jax.model.flops import NOTHING, Spent
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -61,12 +63,14 @@ class StopReason(enum.IntEnum):
 @dataclass(frozen=True, eq=False)
 class Completion:
     """What one row sampled: `tokens` (int32), the end token included, and the log-prob of each
-    (float32) under the distribution that it was sampled from."""
+    (float32) under the distribution that it was sampled from. `spent` is what it cost; the first
+    sample of a prefix pays for reading it."""
 
     row_id: str
     tokens: np.ndarray
     logprobs: np.ndarray
     stop_reason: StopReason
+    spent: Spent = NOTHING
 
 
 def check_row_ids(row_ids: Sequence[str], count: int) -> None:

@@ -55,6 +55,7 @@ class ReferenceSampler:
         for row, prompt in enumerate(prompts_P):
             tokens_BT[row, : len(prompt)] = prompt
             num_tokens_B[row] = len(prompt)
+            self.usage.spent += self.engine.spent_on(read=len(prompt))
         with self.usage.calling(f"prefill rows={len(tokens_BT)} tokens={length} room={room}"):
             placed = self.engine.place_rows((tokens_BT, num_tokens_B))
             return _prefill(self.engine.decoder, *placed, room=room)
@@ -94,7 +95,8 @@ class ReferenceSampler:
             limits_B: The most tokens of each row, prompt included; by default its room.
 
         Returns:
-            The completions, and the rows after them.
+            The completions, and the rows after them. What a completion `spent` is without its
+            prompt, which may have been read for several rows.
         """
         B, S = state.tokens_BS.shape
         hash_B = np.zeros((B,), np.uint32)
@@ -115,12 +117,16 @@ class ReferenceSampler:
                 self.engine.stop_tables[params.stop_strings],
                 max_new_tokens=new,
             )
-        tokens_BC, logprobs_BC, length_B, reason_B = fetch(results)
-        self.usage.sampled_tokens += int(length_B.sum())
-        return [
-            Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], StopReason(reason_B[b]))
-            for b, (row_id, n) in enumerate(zip(row_ids, length_B, strict=False))
-        ], state
+        tokens_BC, logprobs_BC, before_B, length_B, reason_B = fetch(results)
+        completions = []
+        for b, row_id in enumerate(row_ids):
+            n, reason = int(length_B[b]), StopReason(reason_B[b])
+            spent = self.engine.spent_on(before=int(before_B[b]), generated=n)
+            self.usage.spent += spent
+            completions.append(
+                Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], reason, spent)
+            )
+        return completions, state
 
 
 # --- device programs ----------------------------------------------------------------------------
@@ -153,9 +159,9 @@ def _decode(
     stop_table_AV: jax.Array | None,
     *,
     max_new_tokens: int,
-) -> tuple[SamplerState, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+) -> tuple[SamplerState, tuple[jax.Array, ...]]:
     """Takes decode steps until every row has ended; returns the rows, and their new tokens (B, C),
-    log-probs (B, C), numbers of new tokens and stop reasons."""
+    log-probs (B, C), numbers of tokens before and of new ones, and stop reasons."""
     B, S = state.tokens_BS.shape
     rows_B = jnp.arange(B)
 
@@ -194,4 +200,5 @@ def _decode(
         jnp.zeros((B, max_new_tokens), jnp.float32),
     )
     _, state, _, _, reason_B, tokens_BC, logprobs_BC = jax.lax.while_loop(goes_on, step, carry)
-    return state, (tokens_BC, logprobs_BC, state.num_tokens_B - before_B, reason_B)
+    length_B = state.num_tokens_B - before_B
+    return state, (tokens_BC, logprobs_BC, before_B, length_B, reason_B)

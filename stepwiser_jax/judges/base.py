@@ -6,11 +6,12 @@ solutions -> the judge that `judges.load.load_judge` made -> a ChunkJudgment of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 from stepwiser_jax.evaluation.verdicts import majority_verdict
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import BenchmarkItem, Verdict
 
 
@@ -34,17 +35,28 @@ class Solution:
 class ChunkJudgment:
     """A judge's text about one chunk and its verdict. `p_positive` is the chunk's score: 1 or 0 for
     a written verdict, or the probability that the chunk is right if the judge has one.
-    `num_tokens` is what the judge generated for it."""
+    `num_tokens` is what the judge generated for it, `read_tokens` what it read, and `flops` are
+    those of both."""
 
     completion: str
     verdict: Verdict
     p_positive: float
     num_tokens: int
+    read_tokens: int = 0
+    flops: float = 0.0
 
     @classmethod
-    def of_verdict(cls, completion: str, verdict: Verdict, num_tokens: int) -> ChunkJudgment:
+    def of_verdict(
+        cls,
+        completion: str,
+        verdict: Verdict,
+        num_tokens: int,
+        read_tokens: int = 0,
+        flops: float = 0.0,
+    ) -> ChunkJudgment:
         """Returns the judgment of a judge that knows no probability."""
-        return cls(completion, verdict, float(verdict is Verdict.POSITIVE), num_tokens)
+        p_positive = float(verdict is Verdict.POSITIVE)
+        return cls(completion, verdict, p_positive, num_tokens, read_tokens, flops)
 
     @classmethod
     def of_votes(cls, votes: Sequence[ChunkJudgment]) -> ChunkJudgment:
@@ -53,8 +65,17 @@ class ChunkJudgment:
             votes[0].completion,
             majority_verdict([vote.verdict for vote in votes]),
             sum(vote.p_positive for vote in votes) / len(votes),
-            sum(vote.num_tokens for vote in votes),
+            *astuple(spent_on(votes)),
         )
+
+    @property
+    def spent(self) -> Spent:
+        return Spent(self.num_tokens, self.read_tokens, self.flops)
+
+
+def spent_on(judgments: Iterable[ChunkJudgment]) -> Spent:
+    """Returns what a judge spent on judgments together."""
+    return sum((judgment.spent for judgment in judgments), NOTHING)
 
 
 @dataclass(frozen=True)

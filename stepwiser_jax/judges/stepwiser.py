@@ -8,6 +8,7 @@ The prompts, and how a verdict is read, are in `text.prompts`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import islice
 from typing import Any
 
@@ -73,4 +74,4 @@ class ChunkJudge:
 
 def read_judgment(text: str, completion: Completion) -> ChunkJudgment:
     """Returns the judgment that a completion is."""
-    return ChunkJudgment.of_verdict(text, parse_verdict(text), len(completion.tokens))
+    return ChunkJudgment.of_verdict(text, parse_verdict(text), *astuple(completion.spent))

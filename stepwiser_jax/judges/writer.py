@@ -20,6 +20,7 @@ from stepwiser_jax.judges.base import (
     SolutionJudgment,
     vote_suffixes,
 )
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.runs.directory import per_item
 from stepwiser_jax.text.prompts import JudgePromptStyle
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -100,8 +101,8 @@ class Writer:
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]
 
     def measured(self, made: int) -> dict[str, Any]:
-        """Returns tokens per judgment, for summary.json."""
-        return {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
+        """Returns tokens and FLOPs per judgment, for summary.json."""
+        return measured(self.engine.usage.spent, made)
 
     def check_length(self, prompt: Sequence[int], name: str, room: int | None = None) -> None:
         """Raises UserError, with the name, if the context does not hold the prompt and `room` more
@@ -115,6 +116,15 @@ class Writer:
         empty solution, a solution of `num_tokens`, and `room` more tokens, by default a text."""
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.check_length(prompt, name, num_tokens + (room or self.max_new_tokens))
+
+
+def measured(spent: Spent, made: int) -> dict[str, Any]:
+    """Returns what a judge spent on each of the judgments made, for summary.json."""
+    return {
+        "tokens_per_judgment": per_item(spent.generated, made),
+        "read_tokens_per_judgment": per_item(spent.read, made),
+        "flops_per_judgment": per_item(spent.flops, made),
+    }
 
 
 def sample_votes(

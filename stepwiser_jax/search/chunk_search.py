@@ -23,10 +23,11 @@ import jax
 
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.records import Problem
+from stepwiser_jax.model.flops import NOTHING
 from stepwiser_jax.runs.directory import blocks
 from stepwiser_jax.search.methods import Method
 from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
@@ -119,11 +120,11 @@ def _search(
         row_ids = [state.row_id(beam) for state, beam in rows]
         completions, sampler_state = policy.sampler.decode(
             sampler_state, policy.params, key=policy.key, row_ids=row_ids
+    for state in states:
+        state.policy += policy.engine.spent_on(read=len(state.prompt_ids))
         )
         for b, (state, beam) in enumerate(rows):
-            ended = completions[b].stop_reason is StopReason.STOP_ID
-            ids = completions[b].tokens.tolist()
-            written = append_chunk(policy, beam.hypothesis, ids, ended, max_new_tokens)
+            written = append_chunk(policy, beam.hypothesis, completions[b], max_new_tokens)
             rows[b] = (state, Beam(written, beam.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
         for state, of_state in groupby(rows, key=itemgetter(0)):
@@ -131,15 +132,15 @@ def _search(
 
 
 def append_chunk(
-    policy: Policy, hypothesis: Hypothesis, ids: list[int], ended: bool, max_new_tokens: int
+    policy: Policy, hypothesis: Hypothesis, completion: Completion, max_new_tokens: int
 ) -> Hypothesis:
-    """Returns the hypothesis with one more chunk. It is finished if the policy `ended` it, or if
+    """Returns the hypothesis with one more chunk. It is finished if the policy ended it, or if
     another chunk might exceed `max_new_tokens`."""
     written = hypothesis.ids + ids
     has_text = bool(strip_tags(completion_text(policy.loaded.tokenizer, ids)).strip())
     is_tail = bool(hypothesis.nonempty_chunks) and has_tail(policy, written)
     is_full = len(written) + policy.params.max_new_tokens > max_new_tokens
-    chunks = (*hypothesis.chunks, Chunk(ids, has_text, is_tail))
+    chunks = (*hypothesis.chunks, Chunk(ids, has_text, is_tail, spent=completion.spent))
     return replace(hypothesis, chunks=chunks, is_finished=ended or is_full)
 
 
@@ -147,6 +148,7 @@ def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
     """Returns whether a solution with tags ends with text that is in no chunk."""
     tokenizer, ends = policy.loaded.tokenizer, policy.chunk_matcher.ends(ids)
     return (
+    ids, ended = completion.tokens.tolist(), completion.stop_reason is StopReason.STOP_ID
         len(ends) > 0
         and ends[-1] < len(ids)
         and CHUNK_CLOSE in completion_text(tokenizer, ids)
@@ -176,9 +178,9 @@ def judge_last_chunks(
 
 
 def next_beams(state: SearchState, beams: list[Beam], method: Method) -> list[Beam]:
-    """Counts the tokens of the step, then decides which beams go on."""
+    """Counts what the step cost, then decides which beams go on."""
     for beam in beams:
         chunk = beam.hypothesis.chunks[-1]
-        state.policy_tokens += len(chunk.ids)
-        state.judge_tokens += chunk.judgment.num_tokens if chunk.judgment else 0
+        state.policy += chunk.spent
+        state.judge += chunk.judgment.spent if chunk.judgment else NOTHING
     return state.finish_best(beams) if state.is_budget_spent else method(state, beams)

@@ -105,5 +105,7 @@ def summarize(config: SelectResponses, selections: Sequence[Selection]) -> dict[
             "mean_score_selected": selected / len(selections),
             "mean_score": sum(scores) / len(scores),
             "judge_tokens": sum(selection.judge_tokens for selection in selections),
+            "judge_read_tokens": sum(selection.judge_read_tokens for selection in selections),
+            "judge_flops": sum(selection.judge_flops for selection in selections),
         }
     return summary

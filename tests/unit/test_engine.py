@@ -16,6 +16,7 @@ from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
 from stepwiser_jax.inference.scheduler import Grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.flops import NOTHING, block_parameters
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 
@@ -53,6 +54,30 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     check(tiny_model, params, output)
     check(tiny_model, params, reference(tiny_model, params))
     assert engine.sampled_tokens == sum(len(c.tokens) for c in output)
+
+
+def test_a_prompt_is_read_once_for_its_group(tiny_model):
+    params, config = SamplingParams(12, stop_ids=STOPS), tiny_model.config
+    engine = Engine(tiny_model, rows=(8,), buckets=(16, 64))
+    output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
+    read = [completion.spent.read for completion in output]
+    assert read == [n for prompt in PROMPTS for n in (len(prompt), *[0] * (GROUP - 1))]
+    assert [c.spent.generated for c in output] == [len(c.tokens) for c in output]
+    for b, completion in enumerate(output):
+        n, new = len(PROMPTS[b // GROUP]), len(completion.tokens)
+        fed = new if b % GROUP else n + new
+        keys = sum(range(n + 1, n + new + 1)) + (0 if b % GROUP else sum(range(1, n + 1)))
+        weights = fed * block_parameters(config) + new * config.vocab_size * config.hidden_size
+        attention = 2 * config.num_layers * config.num_heads * config.head_dim * keys
+        assert completion.spent.flops == 2 * (weights + attention)
+    assert engine.usage.spent == sum((c.spent for c in output), NOTHING)
+    engine.log_odds([PROMPTS[0]], (1, 2))
+    assert engine.usage.spent.read == sum(read) + len(PROMPTS[0])
+    sampler = Reference(tiny_model, rows=(8,), buckets=(16, 64))
+    found = sampler.generate(PROMPTS[:1], params, key=KEY, row_ids=IDS[:1])
+    alone = engine.generate(PROMPTS[:1], params, key=KEY, row_ids=IDS[:1])
+    assert sampler.usage.spent == alone[0].spent
+    assert found[0].spent.read == 0, "the caller knows for what rows it was read"
 
 
 def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatch):

@@ -5,6 +5,8 @@ import itertools
 import re
 import zlib
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -16,9 +18,11 @@ from sampled import Reference
 from stepwiser_jax.config import Beams
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.shapes import Shapes
 from stepwiser_jax.judges.base import ChunkJudgment
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.search import report
@@ -42,6 +46,12 @@ def rng_of(*parts):
     return np.random.default_rng(zlib.crc32(" ".join(map(str, parts)).encode()))
 
 
+def completion_of(ids, reason, row_id="row"):
+    """FLOPs are as many as tokens."""
+    spent = Spent(len(ids), 0, len(ids))
+    return Completion(row_id, np.array(ids), np.zeros(len(ids)), reason, spent)
+
+
 class Rows:
     """In place of a sampler: rows are lists of ids; `write(row id, ids)` says what comes next."""
 
@@ -63,7 +73,7 @@ class Rows:
         completions = []
         for b, row_id in enumerate(row_ids):
             ids, reason = self.write(row_id, state[b])
-            completions.append(Completion(row_id, np.array(ids), np.zeros(len(ids)), reason))
+            completions.append(completion_of(ids, reason, row_id))
             state[b] = state[b] + ids
         return completions, state
 
@@ -96,7 +106,9 @@ def solver(word_tokenizer):
 
 def policy_of(tokenizer, sampler):
     params = SamplingParams(CHUNK, stop_ids=tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
-    return Policy(Loaded(None, tokenizer, "fake"), None, sampler, "bare", params, jax.random.key(3))
+    engine = SimpleNamespace(spent_on=partial(Spent.on, tiny_config()))
+    loaded = Loaded(None, tokenizer, "fake")
+    return Policy(loaded, engine, sampler, "bare", params, jax.random.key(3))
 
 
 class Planted:
@@ -111,7 +123,7 @@ class Planted:
             assert solution.start == len(solution.chunks) - 1
             p = self.score(solution.question, solution.chunks)
             verdict = Verdict.POSITIVE if p >= 0.5 else Verdict.NEGATIVE
-            found.append([ChunkJudgment("", verdict, p, JUDGE_TOKENS)])
+            found.append([ChunkJudgment("", verdict, p, JUDGE_TOKENS, 7, 0.5)])
         return found
 
 
@@ -227,7 +239,8 @@ def test_a_judge_sees_the_chunks_of_chunk_ends(bpe_tokenizer, patterns):
         path, start = Hypothesis("last"), 0
         ends = policy.chunk_matcher.ends(ids)
         for end in [*ends, *([len(ids)] if len(ids) not in ends else [])]:
-            path = append_chunk(policy, path, ids[start:end], end == len(ids), 999)
+            reason = StopReason.STOP_ID if end == len(ids) else StopReason.STOP_STRING
+            path = append_chunk(policy, path, completion_of(ids[start:end], reason), 999)
             start = end
         ends = chunk_ends(ids, policy.chunk_matcher, bpe_tokenizer)
         expected = chunk_texts(bpe_tokenizer, ids, ends)
@@ -490,7 +503,7 @@ def test_answers_that_mean_the_same_vote_together():
     assert pairs == [thirds[0], thirds[1], thirds[0], thirds[1]]
     assert vote(answers) == "3" and vote(words[:7]) == one
     found = [
-        Found(half, f"sample{k}", answer, f"\\boxed{{{answer}}}", 10)
+        Found(half, f"sample{k}", answer, f"\\boxed{{{answer}}}", 10, Spent(10))
         for k, answer in enumerate(answers)
     ]
     with Verifier(workers=2) as verifier:
@@ -594,3 +607,15 @@ def test_votes_make_one_opinion():
     opinion = ChunkJudgment.of_votes(votes)
     assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
     assert ChunkJudgment.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
+    for flops, at_most, above in ((9, None, 1), (10, 1, 2), (29, 1, 2), (30, 2, None)):
+        costing = [
+            dataclasses.replace(x, policy_flops=10.0 + 10 * (x.method == "sample1"))
+            if x.method.startswith("sample") else dataclasses.replace(x, judge_flops=float(flops))
+            for x in results
+        ]  # fmt: skip
+        found = report.summarize(config, costing)["majority_at_equal_flops"]
+        assert [row and row["samples"] for row in found.values()] == [at_most, above]
+        assert list(found) == ["at_most", "next"]
+        assert [row["flops"] for row in found.values() if row] == [
+            10 * k * (k + 1) / 2 for k in (at_most, above) if k
+        ]
