@@ -84,6 +84,7 @@ class ReferenceSampler:
         key: jax.Array,
         row_ids: Sequence[str],
         limits_B: Sequence[int] | None = None,
+        greedy_B: Sequence[bool] | None = None,
     ) -> tuple[list[Completion], SamplerState]:
         """Samples on from each row that has a row id, until all of them have ended.
 
@@ -93,6 +94,8 @@ class ReferenceSampler:
             key: With the row id and the position of a token it gives the token's noise.
             row_ids: The names of the first rows; the other rows stay as they are.
             limits_B: The most tokens of each row, prompt included; by default its room.
+            greedy_B: Which of these rows take the likeliest tokens, whatever `params` says; by
+                default none.
 
         Returns:
             The completions, and the rows after them. What a completion `spent` is without its
@@ -106,13 +109,17 @@ class ReferenceSampler:
         if limits_B is not None:
             limit_B[: len(limits_B)] = np.minimum(limits_B, S)
         sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
-        new = params.max_new_tokens
-        with self.usage.calling(f"decode rows={B} room={S} new={new} {sampler}"):
+        new, kind, is_greedy_B = params.max_new_tokens, str(sampler), None
+        if greedy_B is not None:
+            padded_B = np.array([*greedy_B, *[False] * (B - len(greedy_B))])
+            kind, is_greedy_B = f"{kind} or greedy", self.engine.place_rows(padded_B)
+        with self.usage.calling(f"decode rows={B} room={S} new={new} {kind}"):
             state, results = _decode(
                 self.engine.decoder,
                 state,
                 *self.engine.place_rows((hash_B, is_active_B, limit_B)),
                 sampler,
+                is_greedy_B,
                 np.array(params.stop_ids, np.int32),
                 self.engine.stop_tables[params.stop_strings],
                 max_new_tokens=new,
@@ -155,6 +162,7 @@ def _decode(
     is_active_B: jax.Array,
     limit_B: jax.Array,
     token_sampler: TokenSampler,
+    is_greedy_B: jax.Array | None,
     stop_ids: jax.Array,
     stop_table_AV: jax.Array | None,
     *,
@@ -171,7 +179,7 @@ def _decode(
         counts_B = running_B.astype(jnp.int32)
         hidden_B1D, cache = decoder.append(last_B[:, None], counts_B, state.cache)
         logits_BV = decoder.logits(hidden_B1D[:, 0])
-        token_B, logprob_B = token_sampler(logits_BV, hash_B, state.num_tokens_B)
+        token_B, logprob_B = token_sampler(logits_BV, hash_B, state.num_tokens_B, is_greedy_B)
         position_B = jnp.where(running_B, state.num_tokens_B, S)  # past the end: it is dropped
         state = SamplerState(
             cache=cache,

@@ -163,6 +163,7 @@ def search_block(
             aggregate=aggregate,
             max_new_tokens=config.sampling.max_new_tokens,
             token_budget=config.token_budget,
+            first_attempt=config.first_attempt if name == "chunk_reset" else "sampled",
         )
         found += found_by_search(policy, name, states, verifier)
     eos_ids = policy.loaded.tokenizer.eos_ids

@@ -69,7 +69,8 @@ class Rows:
     def rewind(self, state, num_tokens_B):
         return [ids[:n] for ids, n in zip(state, num_tokens_B, strict=True)]
 
-    def decode(self, state, params, *, key, row_ids):
+    def decode(self, state, params, *, key, row_ids, greedy_B):
+        self.greedy = greedy_B
         completions = []
         for b, row_id in enumerate(row_ids):
             ids, reason = self.write(row_id, state[b])
@@ -407,6 +408,77 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     assert len(sampler.engine.compiled_shapes) <= 1 + 3 + 2, "prefill, branches, decodes"
 
 
+# --- the first attempt --------------------------------------------------------------------------
+
+
+def test_a_greedy_first_attempt_that_is_accepted_is_greedy_decoding(word_tokenizer):
+    """With a model: the same tokens, read and written once. A second attempt is sampled."""
+    vocabulary = len(word_tokenizer.token_bytes())
+    model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
+    sampler = Reference(model, word_tokenizer, rows=(4,), buckets=(96,))
+    policy = policy_of(word_tokenizer, sampler)
+    policy.params = SamplingParams(8, stop_ids=(*word_tokenizer.eos_ids, *range(20, 30)))
+
+    def found(score, max_attempts, first_attempt):
+        return search_chunks(
+            policy, Planted(score), PROBLEMS[:3], chunk_reset(max_attempts),
+            max_new_tokens=40, first_attempt=first_attempt,
+        )  # fmt: skip
+
+    trees = found(accepts, 5, "greedy")
+    params = dataclasses.replace(policy.params, max_new_tokens=40, temperature=0.0)
+    row_ids = [problem.problem_id for problem in PROBLEMS[:3]]
+    prompts = [policy.prompt_ids(problem) for problem in PROBLEMS[:3]]
+    greedy = sampler.generate(prompts, params, key=policy.key, row_ids=row_ids)
+    for tree, prompt, completion in zip(trees, prompts, greedy, strict=True):
+        (ids,) = solutions_of([tree])[0]
+        whole = completion.tokens.tolist()
+        assert (ids == whole[: len(ids)] and len(ids) > 40 - 8 - 1) or ids == whole
+        alone = Spent.on(tiny_config(vocab_size=vocabulary), read=len(prompt), generated=len(ids))
+        assert (tree.policy.read, tree.policy.generated) == (len(prompt), len(ids))
+        assert tree.policy.flops == alone.flops
+    twice = found(lambda question, chunks: 0.0, 2, "greedy")
+    sampled = found(lambda question, chunks: 0.0, 2, "sampled")
+    assert solutions_of(twice) == solutions_of(sampled), "of two attempts the second is kept"
+    assert solutions_of(twice) != solutions_of(trees)
+
+
+def test_a_retry_that_writes_the_same_again_is_refused(request):
+    file = request.config.rootpath / "configs" / "smoke_search.yaml"
+    for sets in ((), ("first_attempt=greedy",)):
+        with pytest.raises(UserError, match="again word for word"):
+            load_config("search", file, ("sampling.temperature=0", "max_attempts=2", *sets))
+    load_config("search", file, ("sampling.temperature=0", "max_attempts=1"))
+
+
+# --- what is read -------------------------------------------------------------------------------
+
+
+def test_a_search_pays_for_its_prompt_once_and_for_every_judgment(word_tokenizer, solver):
+    for method, beams in ((chunk_reset(5), 1), (beam_search(4, 2), 4)):
+        for tree in solve(word_tokenizer, solver, noisy, method, beams=beams):
+            assert tree.policy.read == len(tree.prompt_ids)
+            prompt = Spent.on(tiny_config(), read=len(tree.prompt_ids))
+            assert tree.policy == prompt + Spent(tree.policy_tokens, 0, tree.policy_tokens)
+            judgments = tree.judge_tokens // JUDGE_TOKENS
+            assert (tree.judge.read, tree.judge.flops) == (7 * judgments, 0.5 * judgments)
+
+
+def test_votes_read_their_problem_once_and_plain_sampling_too():
+    samples = [
+        dataclasses.replace(
+            result(answer, answer == "1", 10, [0.5], 3), policy_read_tokens=20,
+            policy_flops=30.0, prompt_flops=20.0, scoring_read_tokens=7, scoring_flops=5.0,
+        )
+        for answer in ("1", "2", "2")
+    ]  # fmt: skip
+    vote = report.by_majority(None, samples)
+    assert (vote.policy_read_tokens, vote.judge_read_tokens, vote.flops) == (20, 0, 20 + 3 * 10)
+    for judged in (report.by_best(None, samples, "min"), report.by_weight(None, samples, "min")):
+        assert (judged.policy_read_tokens, judged.judge_read_tokens) == (20, 21)
+        assert judged.flops == 20 + 3 * 10 + 3 * 5
+
+
 # --- budgets ------------------------------------------------------------------------------------
 
 
@@ -589,6 +661,18 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
         assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
         assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
     assert summary["majority"]["2"]["judge_tokens"] == 0
+    for flops, at_most, above in ((9, None, 1), (10, 1, 2), (29, 1, 2), (30, 2, None)):
+        costing = [
+            dataclasses.replace(x, policy_flops=10.0 + 10 * (x.method == "sample1"))
+            if x.method.startswith("sample") else dataclasses.replace(x, judge_flops=float(flops))
+            for x in results
+        ]  # fmt: skip
+        found = report.summarize(config, costing)["majority_at_equal_flops"]
+        assert [row and row["samples"] for row in found.values()] == [at_most, above]
+        assert list(found) == ["at_most", "next"]
+        assert [row["flops"] for row in found.values() if row] == [
+            10 * k * (k + 1) / 2 for k in (at_most, above) if k
+        ]
     monkeypatch.setattr(report, "accuracy", lambda right, seed: {"accuracy_interval": right})
     backwards = report.summarize(config, results[::-1])
     assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
@@ -607,15 +691,3 @@ def test_votes_make_one_opinion():
     opinion = ChunkJudgment.of_votes(votes)
     assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
     assert ChunkJudgment.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
-    for flops, at_most, above in ((9, None, 1), (10, 1, 2), (29, 1, 2), (30, 2, None)):
-        costing = [
-            dataclasses.replace(x, policy_flops=10.0 + 10 * (x.method == "sample1"))
-            if x.method.startswith("sample") else dataclasses.replace(x, judge_flops=float(flops))
-            for x in results
-        ]  # fmt: skip
-        found = report.summarize(config, costing)["majority_at_equal_flops"]
-        assert [row and row["samples"] for row in found.values()] == [at_most, above]
-        assert list(found) == ["at_most", "next"]
-        assert [row["flops"] for row in found.values() if row] == [
-            10 * k * (k + 1) / 2 for k in (at_most, above) if k
-        ]
