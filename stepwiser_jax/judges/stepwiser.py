@@ -13,16 +13,22 @@ from itertools import islice
 from typing import Any
 
 from stepwiser_jax.inference.params import Completion
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
 
 
 class ChunkJudge:
-    """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`."""
+    """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`.
+
+    Problem and history are not read again for the next chunk: the prompts of a call share what they
+    can, and also with those of the call before, if solutions go on from there (`start` above 0).
+    """
 
     def __init__(self, writer: Writer):
         self.writer, self.judge_id = writer, writer.loaded.model_id
+        self.cache = PrefixCache()
         self.compiled_shapes, self.measured = writer.engine.compiled_shapes, writer.measured
 
     def prompt_ids(self, solution: Solution, j: int) -> list[int]:
@@ -58,8 +64,10 @@ class ChunkJudge:
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
         names = [f"{x.solution_id}/{j}" for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
+        if all(x.start == 0 for x in solutions):
+            self.cache = PrefixCache()  # so a run that was stopped goes on with the same numbers
         params = self.writer.params(**sampling)
-        written = iter(self.writer.write(names, prompts, suffixes, params))
+        written = iter(self.writer.write(names, prompts, suffixes, params, self.cache))
         found = []
         for x in solutions:
             of_chunks = list(islice(written, len(x.chunks) - x.start))

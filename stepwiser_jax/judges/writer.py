@@ -13,6 +13,7 @@ import jax
 
 from stepwiser_jax.config import Sampling
 from stepwiser_jax.inference.params import Completion, SamplingParams
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import (
     ChunkJudgment,
     Judge,
@@ -79,6 +80,7 @@ class Writer:
         prompts: Sequence[Sequence[int]],
         suffixes: Sequence[str],
         params: SamplingParams,
+        cache: PrefixCache | None = None,
     ) -> list[list[tuple[str, Completion]]]:
         """Continues every prompt once for each suffix.
 
@@ -87,6 +89,7 @@ class Writer:
             prompts: The token ids.
             suffixes: They tell the rows of a prompt apart.
             params: How the texts are drawn.
+            cache: That of `Engine.stream`: prompts that begin alike share what is read.
 
         Returns:
             The text, without its end token, and the tokens with their log-probs,
@@ -95,7 +98,7 @@ class Writer:
         K = len(suffixes)
         row_ids = [f"{self.name}/{name}{suffix}" for name in names for suffix in suffixes]
         completions = self.engine.generate(
-            prompts, params, key=self.key, row_ids=row_ids, group_size=K
+            prompts, params, key=self.key, row_ids=row_ids, group_size=K, cache=cache
         )
         written = [(completion_text(self.tokenizer, c.tokens), c) for c in completions]
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]

@@ -433,6 +433,7 @@ class ScriptedEngine:
         self.tokenizer, self.script = tokenizer, script
         self.shapes = SimpleNamespace(max_length=max_length)
         self.prompts, self.asked, self.compiled_shapes = {}, [], {}
+        self.lengths = {}
 
     def stream(self, trunks, params, *, key):
         for trunk in trunks:
@@ -440,6 +441,7 @@ class ScriptedEngine:
                 assert fork.num_tokens == len(trunk.ids)
                 assert fork.num_tokens + fork.max_new_tokens <= self.shapes.max_length
                 self.prompts[fork.row_id] = self.tokenizer.decode(trunk.ids)
+                self.lengths[fork.row_id] = len(trunk.ids)
                 text, reason = self.script(fork.row_id), StopReason.STOP_ID
                 ends = [text.index(s) + len(s) for s in params.stop_strings if s in text]
                 if ends:
@@ -455,6 +457,7 @@ class ScriptedEngine:
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
+        self.lengths |= {f"verdict {i}": len(prompt) for i, prompt in enumerate(prompts)}
         return np.full((len(prompts),), np.log(3.0), np.float32)
 
     def check_length(self, *arguments):
@@ -514,10 +517,10 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert all(prompt.endswith("$\\boxed{") for prompt in judge.writer.engine.asked)
     sampled = [says["judge/s/0/0"][:-2], says["judge/s/0/1"][:-2]]
     assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
-    engine = judge.writer.engine
-    fed = [engine.prompts["judge/s/0/0"], engine.prompts["judge/s/0/1"], engine.asked[0]]
-    assert first.read_tokens == sum(len(bpe_tokenizer.encode(text)) for text in fed)
-    assert first.flops == 2 * 1.0 + 0.25
+    lengths = judge.writer.engine.lengths
+    fed = ("judge/s/1/0", "judge/s/1/1", "judge/s/1/2", "judge/s/1/3", "verdict 0")
+    assert second.read_tokens == sum(lengths[name] for name in fed), "of the last turn"
+    assert (first.flops, second.flops) == (2 + 0.25, 4 + 0.25)
 
 
 @needs_landlock
@@ -722,7 +725,7 @@ def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
     ] * 3
     assert [r.judge_tokens for r in of_b] == [0, 30, 50, 50]
     assert [r.judge_read_tokens for r in of_b] == [0, 300, 500, 500]
-    fed = [len(bpe_tokenizer.encode(engine.prompts[f"refine/b/policy{t}/0"])) for t in (0, 1)]
+    fed = [engine.lengths[f"refine/b/policy{t}/0"] for t in (0, 1)]
     assert [r.policy_read_tokens for r in of_b] == [fed[0], *[sum(fed)] * 3]
     assert [r.policy_flops for r in of_b] == [1, 2, 2, 2]
     summary = summarize(config, results)

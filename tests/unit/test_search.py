@@ -411,13 +411,13 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
 # --- the first attempt --------------------------------------------------------------------------
 
 
-def test_a_greedy_first_attempt_that_is_accepted_is_greedy_decoding(word_tokenizer):
+def test_a_greedy_first_attempt_that_is_accepted_is_greedy_decoding(word_tokenizer, monkeypatch):
     """With a model: the same tokens, read and written once. A second attempt is sampled."""
     vocabulary = len(word_tokenizer.token_bytes())
     model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
     sampler = Reference(model, word_tokenizer, rows=(4,), buckets=(96,))
     policy = policy_of(word_tokenizer, sampler)
-    policy.params = SamplingParams(8, stop_ids=(*word_tokenizer.eos_ids, *range(20, 30)))
+    policy.params = SamplingParams(8, stop_ids=word_tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
 
     def found(score, max_attempts, first_attempt):
         return search_chunks(
@@ -426,21 +426,30 @@ def test_a_greedy_first_attempt_that_is_accepted_is_greedy_decoding(word_tokeniz
         )  # fmt: skip
 
     trees = found(accepts, 5, "greedy")
-    params = dataclasses.replace(policy.params, max_new_tokens=40, temperature=0.0)
+    params = SamplingParams(40, temperature=0.0, stop_ids=word_tokenizer.eos_ids)
     row_ids = [problem.problem_id for problem in PROBLEMS[:3]]
     prompts = [policy.prompt_ids(problem) for problem in PROBLEMS[:3]]
     greedy = sampler.generate(prompts, params, key=policy.key, row_ids=row_ids)
     for tree, prompt, completion in zip(trees, prompts, greedy, strict=True):
         (ids,) = solutions_of([tree])[0]
         whole = completion.tokens.tolist()
-        assert (ids == whole[: len(ids)] and len(ids) > 40 - 8 - 1) or ids == whole
+        assert ids == whole[: len(ids)] and (len(ids) > 40 - 8 or ids == whole)
         alone = Spent.on(tiny_config(vocab_size=vocabulary), read=len(prompt), generated=len(ids))
         assert (tree.policy.read, tree.policy.generated) == (len(prompt), len(ids))
         assert tree.policy.flops == alone.flops
-    twice = found(lambda question, chunks: 0.0, 2, "greedy")
-    sampled = found(lambda question, chunks: 0.0, 2, "sampled")
-    assert solutions_of(twice) == solutions_of(sampled), "of two attempts the second is kept"
-    assert solutions_of(twice) != solutions_of(trees)
+    asked, decode = {}, sampler.decode
+
+    def seen(*arguments, row_ids, greedy_B, **how):
+        asked.update(zip(row_ids, greedy_B or [None] * len(row_ids), strict=True))
+        return decode(*arguments, row_ids=row_ids, greedy_B=greedy_B, **how)
+
+    monkeypatch.setattr(sampler, "decode", seen)
+    again = found(lambda question, chunks: 0.0, 2, "greedy")
+    assert all(is_greedy == row_id.endswith("/a0") for row_id, is_greedy in asked.items())
+    assert set(asked.values()) == {True, False} and solutions_of(again) != solutions_of(trees)
+    asked.clear()
+    found(lambda question, chunks: 0.0, 2, "sampled")
+    assert set(asked.values()) == {None}
 
 
 def test_a_retry_that_writes_the_same_again_is_refused(request):

@@ -232,7 +232,7 @@ class Scripted:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.generated, self.asked, self.compiled_shapes = [], [], {}
 
-    def generate(self, prompts, params, *, key, row_ids, group_size):
+    def generate(self, prompts, params, *, key, row_ids, group_size, cache):
         completions = []
         for b, row_id in enumerate(row_ids):
             prompt = self.tokenizer.decode(prompts[b // group_size])
