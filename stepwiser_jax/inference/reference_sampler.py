@@ -131,7 +131,7 @@ class ReferenceSampler:
             spent = self.engine.spent_on(before=int(before_B[b]), generated=n)
             self.usage.spent += spent
             completions.append(
-                Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], reason, spent)
+                Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], reason, spent=spent)
             )
         return completions, state
 

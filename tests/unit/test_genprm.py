@@ -450,7 +450,9 @@ class ScriptedEngine:
                 if len(ids) > fork.max_new_tokens:
                     ids, reason = ids[: fork.max_new_tokens], StopReason.LENGTH
                 spent = Spent(len(ids), len(trunk.ids), 1.0)
-                yield [Completion(fork.row_id, np.array(ids), np.zeros(len(ids)), reason, spent)]
+                yield [
+                    Completion(fork.row_id, np.array(ids), np.zeros(len(ids)), reason, spent=spent)
+                ]
 
     def spent_on(self, *, read):
         return Spent(0, read, 0.25)

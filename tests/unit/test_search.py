@@ -49,7 +49,7 @@ def rng_of(*parts):
 def completion_of(ids, reason, row_id="row"):
     """FLOPs are as many as tokens."""
     spent = Spent(len(ids), 0, len(ids))
-    return Completion(row_id, np.array(ids), np.zeros(len(ids)), reason, spent)
+    return Completion(row_id, np.array(ids), np.zeros(len(ids)), reason, spent=spent)
 
 
 class Rows:

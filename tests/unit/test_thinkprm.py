@@ -242,8 +242,8 @@ class Scripted:
             ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
             logprobs = np.zeros(len(ids))
             reads = 0 if b % group_size else len(prompts[b // group_size])
-            how = (StopReason.LENGTH, Spent(len(ids), reads, 1.0))
-            completions.append(Completion(row_id, np.array(ids), logprobs, *how))
+            how = {"stop_reason": StopReason.LENGTH, "spent": Spent(len(ids), reads, 1.0)}
+            completions.append(Completion(row_id, np.array(ids), logprobs, **how))
         return completions
 
     def spent_on(self, *, read):
