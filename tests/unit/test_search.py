@@ -15,13 +15,15 @@ import pytest
 from flax import nnx
 from sampled import Reference
 
-from stepwiser_jax.config import Beams
+from stepwiser_jax.config import Beams, StepwiserJudge
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.shapes import Shapes
-from stepwiser_jax.judges.base import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
+from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
@@ -700,3 +702,43 @@ def test_votes_make_one_opinion():
     opinion = ChunkJudgment.of_votes(votes)
     assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
     assert ChunkJudgment.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
+
+
+def test_a_judge_reads_problem_and_history_once():
+    """All chunks at once as in `evaluate`, and one after another as in a search: the same judgments
+    as from whole prompts. A search that begins reads its problem, whoever has judged it before."""
+    settings = {"path": "arithmetic", "prompt_style": "bare", "sampling": {"max_new_tokens": 6}}
+    engine = {"rows": [4, 16], "buckets": [192]}
+    judge = load_judge(
+        StepwiserJudge.model_validate(settings | {"engine": engine}), mesh=make_mesh(), seed=0
+    )
+    solutions = []
+    for problem in PROBLEMS[:3]:
+        value, operations = arithmetic.parse_question(problem.question)
+        lines = [list(arithmetic.exact_lines(value, operation)) for operation in operations]
+        chunks = [arithmetic.chunk_text(of_chunk) for of_chunk in lines]
+        solutions.append(Solution(problem.problem_id, problem.question, chunks, separator=""))
+
+    def spent(found):
+        return [sum(j.read_tokens for j in of_one) for of_one in found]
+
+    prompts = [[judge.prompt_ids(x, j) for j in range(len(x.chunks))] for x in solutions]
+    once = [len(of_one[-1]) + len(of_one) - 1 for of_one in prompts]
+    together = judge(solutions)
+    assert spent(together) == once and min(map(len, prompts)) > 1
+    texts = [[j.completion for j in of_one] for of_one in together]
+    for _ in range(2):
+        steps = [[] for _ in solutions]
+        for j in range(max(map(len, prompts))):
+            asked = [p for p in range(3) if j < len(prompts[p])]
+            parts = [
+                dataclasses.replace(x, chunks=x.chunks[: j + 1], start=j)
+                for x in (solutions[p] for p in asked)
+            ]
+            for p, found in zip(asked, judge(parts), strict=True):
+                steps[p] += found
+        assert spent(steps) == once
+        assert [[j.completion for j in of_one] for of_one in steps] == texts
+    alone = [[judge([dataclasses.replace(x, chunks=x.chunks[: j + 1], start=j)])[0][0]
+              for j in reversed(range(len(x.chunks)))] for x in solutions]  # fmt: skip
+    assert [[j.completion for j in of_one[::-1]] for of_one in alone] == texts
