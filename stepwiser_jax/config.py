@@ -1047,6 +1047,10 @@ class OwnMethod(OwnArguments, Ranked):
     """Unfinished solutions of a problem that it begins with."""
 
 
+FirstAttempt = Literal["sampled", "greedy"]
+"""How chunk-reset search writes a chunk before any is rejected."""
+
+
 class Search(SolvingStage):
     """Compare ways to spend tokens on a problem, with a judge (paper 4.3) and without. Greedy
     decoding, plain sampling and chunk-reset search are always among them."""
@@ -1059,6 +1063,9 @@ class Search(SolvingStage):
     """Numbers of samples whose chunks are judged: the best one, and their weighted vote."""
     max_attempts: int = Field(5, ge=1)
     """How often chunk-reset search writes a chunk that is rejected; the last attempt is kept."""
+    first_attempt: FirstAttempt = "sampled"
+    """`greedy`: chunk-reset search takes the likeliest tokens first, and samples a chunk only after
+    a rejection. This is ours; the paper samples every attempt."""
     beam: Beams | None = None
     """Beam search; null leaves it out."""
     dvts: Beams | None = None
@@ -1076,6 +1083,12 @@ class Search(SolvingStage):
             raise ValueError(
                 f"max_chunk_tokens ({self.max_chunk_tokens}) must not exceed "
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens})"
+            )
+        if self.sampling.temperature == 0 and self.max_attempts > 1:
+            raise ValueError(
+                "expected sampling.temperature above 0 with max_attempts above 1, found 0 and "
+                f"{self.max_attempts}: a rejected chunk would be written again word for word. Set "
+                "max_attempts to 1, or raise the temperature and set first_attempt to greedy"
             )
         for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):

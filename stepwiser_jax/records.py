@@ -433,6 +433,10 @@ class SearchResult:
     counts chunks that were kept although they were judged Negative. `chunk_scores` are the scores
     of those chunks of `completion` that were judged. A judgment of `scoring_tokens` scores a
     finished sample; they are a cost only for methods that use its scores.
+
+    Policy and judge also read tokens: prompts, and what was no longer in a cache. FLOPs are those
+    of both. `prompt_flops` is the part of a sample's `policy_flops` that reads its problem, which
+    samples of one problem share.
     """
 
     search_id: str
@@ -447,10 +451,19 @@ class SearchResult:
     forced_chunks: int
     chunk_scores: tuple[float, ...]
     scoring_tokens: int
+    policy_read_tokens: int = 0
+    judge_read_tokens: int = 0
+    scoring_read_tokens: int = 0
+    policy_flops: float = 0.0
+    judge_flops: float = 0.0
+    scoring_flops: float = 0.0
+    prompt_flops: float = 0.0
 
     def __post_init__(self) -> None:
-        counts = (self.accepted_tokens, self.rejected_tokens, self.judge_tokens)
-        counts = (*counts, self.forced_chunks, self.scoring_tokens)
+        written = (self.accepted_tokens, self.rejected_tokens, self.judge_tokens)
+        read = (self.policy_read_tokens, self.judge_read_tokens, self.scoring_read_tokens)
+        flops = (self.policy_flops, self.judge_flops, self.scoring_flops, self.prompt_flops)
+        counts = (*written, self.forced_chunks, self.scoring_tokens, *read, *flops)
         expect(min(counts) >= 0, "counts from 0", self)
 
     @property
@@ -466,7 +479,8 @@ class SearchResult:
 class Selection:
     """The response to a problem that was selected from `candidates` by the mean scores of their
     chunks. Without a judge there are no `scores`. `completion` is the policy's text, and `tagged`
-    says whether the policy was asked to mark its chunks."""
+    says whether the policy was asked to mark its chunks. The judge wrote `judge_tokens` and read
+    others."""
 
     trajectory_id: str
     problem_id: str
@@ -477,6 +491,8 @@ class Selection:
     candidates: tuple[str, ...]
     scores: tuple[float, ...]
     judge_tokens: int
+    judge_read_tokens: int = 0
+    judge_flops: float = 0.0
 
     def __post_init__(self) -> None:
         scored = len(self.scores) in (0, len(self.candidates))

@@ -227,7 +227,8 @@ def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:
 def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns the numbers of the table; accuracies and F1 are fractions between 0 and 1."""
     search = summaries["search"]
-    methods = {name: search[name] for name in ("plain", "greedy", "majority", "chunk_reset")}
+    names = ("plain", "greedy", "majority", "chunk_reset", "majority_at_equal_flops")
+    methods = {name: search[name] for name in names}
 
     def judge_scores(name: str) -> dict[str, Any]:
         scores = summaries[name]["greedy"]["subsets"][arithmetic.SUBSET]
@@ -308,7 +309,7 @@ def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
 
 def results_table(summary: dict[str, Any]) -> Table:
     table = Table(title="StepWiser on compound mod-10 arithmetic", title_justify="left")
-    for column in ("what", "value", "tokens: policy + judge"):
+    for column in ("what", "value", "tokens: policy + judge", "read: policy + judge", "MFLOP"):
         table.add_column(column)
 
     def percent(value: float, interval: list[float] | None = None) -> str:
@@ -336,9 +337,14 @@ def results_table(summary: dict[str, Any]) -> Table:
     rows = [("greedy decoding", search["greedy"]), ("plain sampling", search["plain"])]
     rows += [(f"majority of {k}", row) for k, row in search["majority"].items()]
     rows += [("chunk-reset search", search["chunk_reset"])]
+    for where, title in (("at_most", "at most its FLOPs"), ("next", "the next above")):
+        if row := search["majority_at_equal_flops"][where]:
+            rows.append((f"majority of {row['samples']:.0f}, {title}", row))
     for title, row in rows:
-        cost = f"{row['policy_tokens']:.0f} + {row['judge_tokens']:.0f}"
-        table.add_row(title, percent(row["accuracy"], row["accuracy_interval"]), cost)
+        written = f"{row['policy_tokens']:.0f} + {row['judge_tokens']:.0f}"
+        read = f"{row['policy_read_tokens']:.0f} + {row['judge_read_tokens']:.0f}"
+        right = percent(row["accuracy"], row["accuracy_interval"])
+        table.add_row(title, right, written, read, f"{row['flops'] / 1e6:.0f}")
     return table
 
 

@@ -31,8 +31,10 @@ from stepwiser_jax.inference.engine_state import (
     StartingRows,
     decode_burst,
     empty_state,
+    extend_prefixes,
     log_odds_at,
     prefill,
+    recall_prefixes,
     shrink_grid,
 )
 from stepwiser_jax.inference.params import (
@@ -43,12 +45,21 @@ from stepwiser_jax.inference.params import (
     StopReason,
     check_row_ids,
 )
+from stepwiser_jax.inference.prefix_cache import (
+    NO_TOKEN,
+    PrefixCache,
+    Read,
+    Residents,
+    is_worth_sharing,
+)
 from stepwiser_jax.inference.scheduler import SAMPLES_PER_PREFIX, Scheduler
 from stepwiser_jax.inference.shapes import Shapes, Usage
 from stepwiser_jax.inference.stops import StopTables
 from stepwiser_jax.inference.token_sampler import TokenSampler, row_hash
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights
+from stepwiser_jax.model.flops import NOTHING, Spent
+from stepwiser_jax.model.kv_cache import KVCache
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.runs.progress import rows_done
 from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
@@ -56,6 +67,9 @@ from stepwiser_jax.text.tokenizer import Tokenizer, unknown_ids
 PREFILL_TOKENS = 4096
 """How many tokens go through the network at once in a prefill, on each device that rows are split
 over. With more, a prefill needs more memory; with fewer, the weights are read more often."""
+
+TAILS = tuple(8 * 4**n for n in range(12))
+"""The lengths that the rest of a prefix may have that is read after a part is copied."""
 
 
 class Engine:
@@ -104,7 +118,11 @@ class Engine:
 
     @property
     def sampled_tokens(self) -> int:
-        return self.usage.sampled_tokens
+        return self.usage.spent.generated
+
+    def spent_on(self, *, before: int = 0, read: int = 0, generated: int = 0) -> Spent:
+        """Calls `Spent.on` for the engine's model."""
+        return Spent.on(self.decoder.config, before=before, read=read, generated=generated)
 
     @property
     def shards(self) -> int:
@@ -129,8 +147,10 @@ class Engine:
         key: jax.Array,
         row_ids: Sequence[str],
         group_size: int = 1,
+        cache: PrefixCache | None = None,
     ) -> list[Completion]:
-        """Returns `group_size` completions of each prompt; row b = p * group_size + g.
+        """Returns `group_size` completions of each prompt; row b = p * group_size + g. `cache` is
+        that of `stream`.
 
         Raises:
             UserError: A prompt is empty, or does not fit the context with its completion.
@@ -142,7 +162,7 @@ class Engine:
             ids = row_ids[p * group_size : (p + 1) * group_size]
             samples = [SampleRequest(id, len(prompt), params.max_new_tokens) for id in ids]
             prefixes.append(Prefix(prompt, samples))
-        parts = self.stream(prefixes, params, key=key)
+        parts = self.stream(prefixes, params, key=key, cache=cache)
         completions = {completion.row_id: completion for part in parts for completion in part}
         return [completions[row_id] for row_id in row_ids]
 
@@ -155,6 +175,7 @@ class Engine:
         is_needed: Callable[[SampleRequest], bool] | None = None,
         overlap: bool = True,
         samples_per_prefix: int = SAMPLES_PER_PREFIX,
+        cache: PrefixCache | None = None,
     ) -> Iterator[list[Completion]]:
         """Samples all requests of the prefixes; yields completions after each burst, as they end.
 
@@ -168,6 +189,9 @@ class Engine:
                 each burst yields its own, even if there are none, before the next samples start:
                 for an `is_needed` that depends on them, or to stop between two bursts.
             samples_per_prefix: How many samples of a prefix run at once while others wait.
+            cache: What was read in the call before. With it, prefixes that begin alike share what
+                they can, and it remembers what this call reads. Without it every prefix is read
+                whole. Results are equal to rounding.
 
         Raises:
             UserError: A request does not fit the context, or continues nothing.
@@ -187,7 +211,10 @@ class Engine:
                 samples_per_prefix=samples_per_prefix,
                 is_needed=is_needed,
             )
-            for part in self._stream_bucket(scheduler, prefix_tokens, params, key, overlap):
+            parts = self._stream_bucket(
+                scheduler, group, prefix_tokens, params, key, overlap, cache
+            )
+            for part in parts:
                 done += len(part)
                 rows_done(done, total, sum(len(completion.tokens) for completion in part))
                 yield part
@@ -195,21 +222,28 @@ class Engine:
     def _stream_bucket(
         self,
         scheduler: Scheduler,
+        group: Sequence[Prefix],
         prefix_tokens: int,
         params: SamplingParams,
         key: jax.Array,
         overlap: bool,
+        cache: PrefixCache | None,
     ) -> Iterator[list[Completion]]:
-        """Samples what the scheduler has. `overlap`: a burst's completions are yielded while the
-        device decodes the next one, and not before."""
+        """Samples the prefixes of a group, which the scheduler has. `overlap`: a burst's
+        completions are yielded while the device decodes the next one, and not before."""
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
         new, compared = params.max_new_tokens, params.compared
         state = empty_state(
             self.decoder, self.mesh, scheduler.grid, prefix_tokens, new, compared is not None
         )
+        residents = None
+        if cache is not None:
+            state, residents = self._recall(state, group, cache)
+        kept: KVCache | None = None
+        spent: dict[str, Spent] = {}
         finished: list[Completion] = []
         while scheduler.has_work:
-            state = self._prefill(state, scheduler.admit_prefixes())
+            state = self._read(state, scheduler.admit_prefixes(), residents, spent)
             starts = self._starting_rows(scheduler)
             if not scheduler.running:
                 continue  # no sample of the admitted prefixes is needed
@@ -229,13 +263,58 @@ class Engine:
                 )
             if finished:
                 yield finished
-            finished = self._collect(state, scheduler)
+            finished = self._collect(state, scheduler, spent)
             if not overlap:
                 yield finished
                 finished = []
             if rows := scheduler.shrink():
+                if cache is not None and kept is None:
+                    kept = state.prefix.cache  # a smaller grid does not hold all prefixes
                 state = self._shrink(state, rows, scheduler.grid.slots)
+        if cache is not None and residents is not None:
+            cache.by_length[prefix_tokens] = kept or state.prefix.cache, residents
         yield finished
+
+    def _recall(
+        self, state: EngineState, group: Sequence[Prefix], cache: PrefixCache
+    ) -> tuple[EngineState, Residents]:
+        """Takes what the call before has read out of the cache, and puts what the first prefixes
+        share with it into their slots. Also returns what is in the slots then."""
+        slots, length = state.grid.slots, state.prefix.cache.capacity
+        residents = Residents(slots, length)
+        kept, of_kept = cache.by_length.pop(length, (None, Residents(1, length)))
+        source_Q = np.zeros((slots,), np.int32)
+        for slot, prefix in enumerate(group[:slots]):
+            shared_Q = of_kept.shared(prefix)
+            source_Q[slot] = shared_Q.argmax()
+            if is_worth_sharing(int(shared_Q.max()), prefix):
+                residents.tokens_QS[slot] = of_kept.tokens_QS[source_Q[slot]]
+        if kept is not None and (residents.tokens_QS != NO_TOKEN).any():
+            with self.usage.calling(f"recall {len(kept.length_B)}->{slots} of {length}"):
+                state = recall_prefixes(state, kept, self.place_rows(source_Q))
+        return state, residents
+
+    def _read(
+        self,
+        state: EngineState,
+        admitted: list[tuple[int, Prefix]],
+        residents: Residents | None,
+        spent: dict[str, Spent],
+    ) -> EngineState:
+        """Puts the keys and values of the admitted prefixes into their slots. Adds what is `spent`
+        on each to that of its first sample."""
+        rounds = [[Read(slot, prefix, slot, 0) for slot, prefix in admitted]]
+        if residents is not None:
+            rounds = residents.admit(admitted)
+        for reads in rounds:
+            for read in reads:
+                tokens = read.prefix.num_tokens - read.shared
+                first = read.prefix.samples[0].row_id
+                spent[first] = self.spent_on(before=read.shared, read=tokens)
+            whole = [(read.slot, read.prefix) for read in reads if not read.shared]
+            state = self._prefill(state, whole)
+            state = self._extend(state, [read for read in reads if read.shared])
+        return state
 
     def _prefill(self, state: EngineState, admitted: list[tuple[int, Prefix]]) -> EngineState:
         """Computes the keys and values of the admitted prefixes, in their slots."""
@@ -251,6 +330,28 @@ class Engine:
                 slot_P[p] = slot
             with self.usage.calling(f"prefill {count}x{length} into {slots}"):
                 state = prefill(self.decoder, state, *self.place_rows((tokens_PT, slot_P)))
+        return state
+
+    def _extend(self, state: EngineState, reads: list[Read]) -> EngineState:
+        """Copies what prefixes share with others into their slots, and reads the rest of them."""
+        slots, length = state.grid.slots, state.prefix.cache.capacity
+        reads = sorted(reads, key=lambda read: -len(read.tail))
+        while reads:
+            tail = next(n for n in TAILS if n >= len(reads[0].tail))
+            # A query of the tail meets all slots of its row: a few rows of long prefixes at once.
+            most = min(slots, self.prefill_rows(max(tail, length // 4)))
+            few = max(self.shards, most // 8 // self.shards * self.shards)
+            count = most if 2 * len(reads) > most else few
+            batch, reads = reads[:count], reads[count:]
+            tokens_PT = np.zeros((count, tail), np.int32)
+            source_P, shared_P = np.zeros((2, count), np.int32)
+            slot_P = np.full((count,), slots, np.int32)  # there is no such slot: nothing is stored
+            for p, read in enumerate(batch):
+                tokens_PT[p, : len(read.tail)] = read.tail
+                source_P[p], shared_P[p], slot_P[p] = read.source, read.shared, read.slot
+            with self.usage.calling(f"extend {count}x{tail} of {length} in {slots}"):
+                placed = self.place_rows((tokens_PT, source_P, shared_P, slot_P))
+                state = extend_prefixes(self.decoder, state, *placed)
         return state
 
     def _starting_rows(self, scheduler: Scheduler) -> StartingRows:
@@ -270,8 +371,11 @@ class Engine:
             rows.hash_B[b] = row_hash(sample.row_id)
         return rows
 
-    def _collect(self, state: EngineState, scheduler: Scheduler) -> list[Completion]:
-        """Waits for the device, and returns the completions of the rows that have ended."""
+    def _collect(
+        self, state: EngineState, scheduler: Scheduler, reading: dict[str, Spent]
+    ) -> list[Completion]:
+        """Waits for the device, and returns the completions of the rows that have ended. `reading`
+        is what was spent on the prefixes of some, by row id."""
         running_B, length_B, reason_B = fetch(
             (state.running_B, state.suffix.length_B, state.reason_B)
         )
@@ -286,8 +390,12 @@ class Engine:
                 x[b, : length_B[b]].copy() for x in arrays if x is not None
             )
             reason = StopReason(reason_B[b])
-            completions.append(Completion(sample.row_id, tokens, logprobs, reason, *log_odds))
-            self.usage.sampled_tokens += len(tokens)
+            spent = self.spent_on(before=sample.num_tokens, generated=len(tokens))
+            spent += reading.pop(sample.row_id, NOTHING)
+            self.usage.spent += spent
+            completions.append(
+                Completion(sample.row_id, tokens, logprobs, reason, *log_odds, spent=spent)
+            )
         return completions
 
     def _shrink(self, state: EngineState, rows: Sequence[int], slots: int) -> EngineState:
@@ -317,6 +425,7 @@ class Engine:
         by_bucket: dict[int, list[int]] = {}
         for p, prompt in enumerate(prompts_P):
             self.check_length(len(prompt), 0, f"prompt {p}")
+            self.usage.spent += self.spent_on(read=len(prompt))
             by_bucket.setdefault(self.shapes.bucket(len(prompt)), []).append(p)
         for length, group in sorted(by_bucket.items()):
             rows = self.prefill_rows(length)

@@ -121,6 +121,46 @@ def prefill(
     return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
 
 
+@functools.partial(jax.jit, donate_argnames=("state",))
+def extend_prefixes(
+    decoder: Decoder,
+    state: EngineState,
+    tokens_PT: jax.Array,
+    source_P: jax.Array,
+    shared_P: jax.Array,
+    slot_P: jax.Array,
+) -> EngineState:
+    """Stores P prefixes in these slots: the keys and values of the first `shared_P` tokens are
+    those of slot `source_P`, and behind them the right-padded `tokens_PT` are read."""
+    cache, T = state.prefix.cache, tokens_PT.shape[1]
+    room = ((0, 0), (0, 0), (0, T), (0, 0))  # a write past the end would move to the left
+    copied = cache.take(source_P)
+    copied = KVCache(
+        tuple(jnp.pad(x, room) for x in copied.keys),
+        tuple(jnp.pad(x, room) for x in copied.values),
+        shared_P,
+    )
+    _, extended = decoder.append(tokens_PT, jnp.zeros_like(shared_P), copied)
+
+    def store(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot_P].set(new[:, :, : cache.capacity], mode="drop")
+
+    stored = dataclasses.replace(
+        cache,
+        keys=tuple(map(store, cache.keys, extended.keys)),
+        values=tuple(map(store, cache.values, extended.values)),
+    )
+    return dataclasses.replace(state, prefix=SharedPrefix(stored, state.prefix.length_B))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def recall_prefixes(state: EngineState, cache: KVCache, source_Q: jax.Array) -> EngineState:
+    """Copies row `source_Q` of a cache into each slot."""
+    return dataclasses.replace(
+        state, prefix=SharedPrefix(cache.take(source_Q), state.prefix.length_B)
+    )
+
+
 @jax.jit
 def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -> EngineState:
     """Returns a grid of one row per slot: row b is row `source_B[b]`, with the prefix of its slot.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stepwiser_jax.model.flops import NOTHING, Spent
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -65,13 +67,15 @@ class Completion:
     """What one row sampled: `tokens` (int32), the end token included, and the log-prob of each
     (float32) under the distribution that it was sampled from. With `SamplingParams.compared` (a, b)
     it has the `log_odds` at each token, log P(a) - log P(b) (float32), of the model itself: neither
-    temperature nor truncation changes them."""
+    temperature nor truncation changes them. `spent` is what it cost; the first sample of a prefix
+    pays for reading it."""
 
     row_id: str
     tokens: np.ndarray
     logprobs: np.ndarray
     stop_reason: StopReason
     log_odds: np.ndarray | None = None
+    spent: Spent = NOTHING
 
 
 def check_row_ids(row_ids: Sequence[str], count: int) -> None:

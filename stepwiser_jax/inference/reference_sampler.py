@@ -55,6 +55,7 @@ class ReferenceSampler:
         for row, prompt in enumerate(prompts_P):
             tokens_BT[row, : len(prompt)] = prompt
             num_tokens_B[row] = len(prompt)
+            self.usage.spent += self.engine.spent_on(read=len(prompt))
         with self.usage.calling(f"prefill rows={len(tokens_BT)} tokens={length} room={room}"):
             placed = self.engine.place_rows((tokens_BT, num_tokens_B))
             return _prefill(self.engine.decoder, *placed, room=room)
@@ -83,6 +84,7 @@ class ReferenceSampler:
         key: jax.Array,
         row_ids: Sequence[str],
         limits_B: Sequence[int] | None = None,
+        greedy_B: Sequence[bool] | None = None,
     ) -> tuple[list[Completion], SamplerState]:
         """Samples on from each row that has a row id, until all of them have ended.
 
@@ -92,9 +94,12 @@ class ReferenceSampler:
             key: With the row id and the position of a token it gives the token's noise.
             row_ids: The names of the first rows; the other rows stay as they are.
             limits_B: The most tokens of each row, prompt included; by default its room.
+            greedy_B: Which of these rows take the likeliest tokens, whatever `params` says; by
+                default none.
 
         Returns:
-            The completions, and the rows after them.
+            The completions, and the rows after them. What a completion `spent` is without its
+            prompt, which may have been read for several rows.
         """
         B, S = state.tokens_BS.shape
         hash_B = np.zeros((B,), np.uint32)
@@ -104,23 +109,31 @@ class ReferenceSampler:
         if limits_B is not None:
             limit_B[: len(limits_B)] = np.minimum(limits_B, S)
         sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
-        new = params.max_new_tokens
-        with self.usage.calling(f"decode rows={B} room={S} new={new} {sampler}"):
+        new, kind, is_greedy_B = params.max_new_tokens, str(sampler), None
+        if greedy_B is not None:
+            padded_B = np.array([*greedy_B, *[False] * (B - len(greedy_B))])
+            kind, is_greedy_B = f"{kind} or greedy", self.engine.place_rows(padded_B)
+        with self.usage.calling(f"decode rows={B} room={S} new={new} {kind}"):
             state, results = _decode(
                 self.engine.decoder,
                 state,
                 *self.engine.place_rows((hash_B, is_active_B, limit_B)),
                 sampler,
+                is_greedy_B,
                 np.array(params.stop_ids, np.int32),
                 self.engine.stop_tables[params.stop_strings],
                 max_new_tokens=new,
             )
-        tokens_BC, logprobs_BC, length_B, reason_B = fetch(results)
-        self.usage.sampled_tokens += int(length_B.sum())
-        return [
-            Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], StopReason(reason_B[b]))
-            for b, (row_id, n) in enumerate(zip(row_ids, length_B, strict=False))
-        ], state
+        tokens_BC, logprobs_BC, before_B, length_B, reason_B = fetch(results)
+        completions = []
+        for b, row_id in enumerate(row_ids):
+            n, reason = int(length_B[b]), StopReason(reason_B[b])
+            spent = self.engine.spent_on(before=int(before_B[b]), generated=n)
+            self.usage.spent += spent
+            completions.append(
+                Completion(row_id, tokens_BC[b, :n], logprobs_BC[b, :n], reason, spent=spent)
+            )
+        return completions, state
 
 
 # --- device programs ----------------------------------------------------------------------------
@@ -149,13 +162,14 @@ def _decode(
     is_active_B: jax.Array,
     limit_B: jax.Array,
     token_sampler: TokenSampler,
+    is_greedy_B: jax.Array | None,
     stop_ids: jax.Array,
     stop_table_AV: jax.Array | None,
     *,
     max_new_tokens: int,
-) -> tuple[SamplerState, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+) -> tuple[SamplerState, tuple[jax.Array, ...]]:
     """Takes decode steps until every row has ended; returns the rows, and their new tokens (B, C),
-    log-probs (B, C), numbers of new tokens and stop reasons."""
+    log-probs (B, C), numbers of tokens before and of new ones, and stop reasons."""
     B, S = state.tokens_BS.shape
     rows_B = jnp.arange(B)
 
@@ -165,7 +179,7 @@ def _decode(
         counts_B = running_B.astype(jnp.int32)
         hidden_B1D, cache = decoder.append(last_B[:, None], counts_B, state.cache)
         logits_BV = decoder.logits(hidden_B1D[:, 0])
-        token_B, logprob_B = token_sampler(logits_BV, hash_B, state.num_tokens_B)
+        token_B, logprob_B = token_sampler(logits_BV, hash_B, state.num_tokens_B, is_greedy_B)
         position_B = jnp.where(running_B, state.num_tokens_B, S)  # past the end: it is dropped
         state = SamplerState(
             cache=cache,
@@ -194,4 +208,5 @@ def _decode(
         jnp.zeros((B, max_new_tokens), jnp.float32),
     )
     _, state, _, _, reason_B, tokens_BC, logprobs_BC = jax.lax.while_loop(goes_on, step, carry)
-    return state, (tokens_BC, logprobs_BC, state.num_tokens_B - before_B, reason_B)
+    length_B = state.num_tokens_B - before_B
+    return state, (tokens_BC, logprobs_BC, before_B, length_B, reason_B)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.runs.compilation import compiling
 
 
@@ -68,10 +69,10 @@ class Shapes:
 
 @dataclass
 class Usage:
-    """What was done so far: calls by compiled shape, and tokens sampled."""
+    """What was done so far: calls by compiled shape, and tokens and FLOPs."""
 
     compiled_shapes: Counter[str] = dataclasses.field(default_factory=Counter)
-    sampled_tokens: int = 0
+    spent: Spent = NOTHING
 
     def calling(self, shape: str) -> AbstractContextManager[None]:
         """Returns a context for the call of a program that is compiled once for `shape`."""

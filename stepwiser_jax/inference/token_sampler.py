@@ -44,7 +44,11 @@ class TokenSampler:
         return "greedy" if self.greedy else f"top_k={self.top_k} top_p={self.truncate_p}"
 
     def __call__(
-        self, logits_BV: jax.Array, row_hash_B: jax.Array, position_B: jax.Array
+        self,
+        logits_BV: jax.Array,
+        row_hash_B: jax.Array,
+        position_B: jax.Array,
+        is_greedy_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Samples a token for each row.
 
@@ -52,18 +56,22 @@ class TokenSampler:
             logits_BV: The model's logits.
             row_hash_B: The hashes of the row ids.
             position_B: The positions of the tokens in their rows.
+            is_greedy_B: The rows that get their likeliest token; none if it is not given.
 
         Returns:
             The tokens, and their log-probs under the distribution that they were sampled from,
             after temperature, top-k and top-p. Greedy tokens have log-prob 0.
         """
+        likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         if self.greedy:
-            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-            return token_B, jnp.zeros(token_B.shape, jnp.float32)
+            return likeliest_B, jnp.zeros(likeliest_B.shape, jnp.float32)
         logits_BV = logits_BV / self.temperature
         if self.top_k or self.truncate_p:
             logits_BV = truncate(logits_BV, self.top_k, self.top_p if self.truncate_p else None)
-        return inverse_cdf(logits_BV, self._uniform(row_hash_B, position_B))
+        token_B, logprob_B = inverse_cdf(logits_BV, self._uniform(row_hash_B, position_B))
+        if is_greedy_B is None:
+            return token_B, logprob_B
+        return jnp.where(is_greedy_B, likeliest_B, token_B), jnp.where(is_greedy_B, 0, logprob_B)
 
     def _uniform(self, row_hash_B: jax.Array, position_B: jax.Array) -> jax.Array:
         def uniform(row_hash: jax.Array, position: jax.Array) -> jax.Array:

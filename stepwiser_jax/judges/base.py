@@ -6,11 +6,12 @@ solutions -> the judge that `judges.load.load_judge` made -> a ChunkJudgment of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 from stepwiser_jax.evaluation.verdicts import majority_verdict
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import BenchmarkItem, Verdict
 
 
@@ -33,19 +34,30 @@ class Solution:
 @dataclass(frozen=True)
 class ChunkJudgment:
     """A judge's text about one chunk and its verdict. `p_positive` is the chunk's score, the
-    probability that it is right. `num_tokens` is what the judge generated for it."""
+    probability that it is right. `num_tokens` is what the judge generated for it, `read_tokens`
+    what it read, and `flops` are those of both."""
 
     completion: str
     verdict: Verdict
     p_positive: float
     num_tokens: int
+    read_tokens: int = 0
+    flops: float = 0.0
 
     @classmethod
-    def of_verdict(cls, completion: str, verdict: Verdict, num_tokens: int) -> ChunkJudgment:
+    def of_verdict(
+        cls,
+        completion: str,
+        verdict: Verdict,
+        num_tokens: int,
+        read_tokens: int = 0,
+        flops: float = 0.0,
+    ) -> ChunkJudgment:
         """Returns a judgment whose probability is not known. It is 1 for Positive, 0 for Negative,
         and 1/2 without a verdict."""
         certain = {Verdict.POSITIVE: 1.0, Verdict.NEGATIVE: 0.0}
-        return cls(completion, verdict, certain.get(verdict, 0.5), num_tokens)
+        p_positive = certain.get(verdict, 0.5)
+        return cls(completion, verdict, p_positive, num_tokens, read_tokens, flops)
 
     @classmethod
     def of_votes(cls, votes: Sequence[ChunkJudgment]) -> ChunkJudgment:
@@ -54,8 +66,17 @@ class ChunkJudgment:
             votes[0].completion,
             majority_verdict([vote.verdict for vote in votes]),
             sum(vote.p_positive for vote in votes) / len(votes),
-            sum(vote.num_tokens for vote in votes),
+            *astuple(spent_on(votes)),
         )
+
+    @property
+    def spent(self) -> Spent:
+        return Spent(self.num_tokens, self.read_tokens, self.flops)
+
+
+def spent_on(judgments: Iterable[ChunkJudgment]) -> Spent:
+    """Returns what a judge spent on judgments together."""
+    return sum((judgment.spent for judgment in judgments), NOTHING)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import jax
@@ -28,7 +29,9 @@ from stepwiser_jax.distributed.mesh import shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import probabilities
-from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment, spent_on
+from stepwiser_jax.judges.writer import measured
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.rl.logprobs import token_log_odds
@@ -153,10 +156,11 @@ class Classifier:
         self.threshold = 0.5 if config.threshold is None else config.threshold
         self.signs = sign_ids(loaded.tokenizer)
         self.compiled_shapes: Counter[str] = Counter()
+        self.spent = NOTHING
 
     def measured(self, made: int) -> dict[str, Any]:
-        """Returns nothing: a classifier generates no text."""
-        return {}
+        """Returns tokens and FLOPs per judgment."""
+        return measured(self.spent, made)
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if a row does not hold a solution of a single chunk.
@@ -204,7 +208,9 @@ class Classifier:
                 for i in row:
                     answers = np.array(encoded[i][1][solutions[i].start :], int)
                     p_positive = probabilities(log_odds_T[offset + answers])
-                    found[i] = [self._judgment(p) for p in p_positive]
+                    reads = np.diff(answers, prepend=0)
+                    found[i] = list(map(self._judgment, p_positive, answers - reads, reads))
+                    self.spent += spent_on(found[i])
                     offset += lengths[i]
             rows_done(min(start + self.rows, len(packed)), len(packed), 0)
         return found
@@ -215,10 +221,12 @@ class Classifier:
         """Returns the same judgments for each suffix: nothing is drawn."""
         return [[SolutionJudgment(chunks) for _ in suffixes] for chunks in self(solutions)]
 
-    def _judgment(self, p_positive: float) -> ChunkJudgment:
+    def _judgment(self, p_positive: float, before: int, read: int) -> ChunkJudgment:
+        """Returns the judgment of a chunk for which `read` more tokens are read."""
         verdict = verdict_at(self.threshold, p_positive)
         sign = "+" if verdict is Verdict.POSITIVE else "-"
-        return ChunkJudgment(sign, verdict, p_positive, num_tokens=1)
+        spent = Spent.on(self.model.config, before=int(before), read=int(read), generated=1)
+        return ChunkJudgment(sign, verdict, p_positive, *astuple(spent))
 
     def _log_odds(self, batch: TokenBatch) -> np.ndarray:
         shape = f"score {self.rows}x{self.max_length}"

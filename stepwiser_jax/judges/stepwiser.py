@@ -11,12 +11,13 @@ there is none, 1/2. Both are counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import islice
 from typing import Any
 
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import Completion, probabilities
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
@@ -25,17 +26,22 @@ from stepwiser_jax.text.verdict_tokens import VerdictTokens
 
 class ChunkJudge:
     """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`. With a
-    `threshold` a chunk is wrong if P(Positive) is below it, whatever verdict is written."""
+    `threshold` a chunk is wrong if P(Positive) is below it, whatever verdict is written.
+
+    Problem and history are not read again for the next chunk: the prompts of a call share what they
+    can, and also with those of the call before, if solutions go on from there (`start` above 0).
+    """
 
     def __init__(self, writer: Writer, *, threshold: float | None = None):
         """Raises UserError if the vocabulary cannot spell the verdicts."""
         self.writer, self.judge_id = writer, writer.loaded.model_id
+        self.cache = PrefixCache()
         self.compiled_shapes = writer.engine.compiled_shapes
         self.verdict_tokens = VerdictTokens.of(writer.tokenizer, writer.prompt_style)
         self.threshold, self.in_other_tokens = threshold, 0
 
     def measured(self, made: int) -> dict[str, Any]:
-        """Returns tokens per judgment, and the number of verdicts so far, in this process, whose
+        """Returns what a judgment costs, and the number of verdicts so far, in this process, whose
         probability is not known."""
         return self.writer.measured(made) | {"verdicts_in_other_tokens": self.in_other_tokens}
 
@@ -85,8 +91,10 @@ class ChunkJudge:
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
         names = [f"{x.solution_id}/{j}" for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
+        if all(x.start == 0 for x in solutions):
+            self.cache = PrefixCache()  # so a run that was stopped goes on with the same numbers
         params = replace(self.writer.params(**sampling), compared=self.verdict_tokens.pair)
-        written = iter(self.writer.write(names, prompts, suffixes, params))
+        written = iter(self.writer.write(names, prompts, suffixes, params, self.cache))
         found = []
         for x in solutions:
             of_chunks = list(islice(written, len(x.chunks) - x.start))
@@ -101,10 +109,11 @@ class ChunkJudge:
     def _read(self, text: str, completion: Completion) -> ChunkJudgment:
         """Returns the judgment that a completion is."""
         tokens, verdict = completion.tokens.tolist(), parse_verdict(text)
+        spent = astuple(completion.spent)
         place = self.verdict_tokens.place(tokens, verdict)
         if place is None:
             self.in_other_tokens += verdict.is_given
-            return ChunkJudgment.of_verdict(text, verdict, len(tokens))
+            return ChunkJudgment.of_verdict(text, verdict, *spent)
         assert completion.log_odds is not None
         (p_positive,) = probabilities(completion.log_odds[place : place + 1])
-        return ChunkJudgment(text, verdict, p_positive, len(tokens))
+        return ChunkJudgment(text, verdict, p_positive, *spent)

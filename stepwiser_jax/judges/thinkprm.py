@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from stepwiser_jax.data.rationales import RationaleOutcome
@@ -34,6 +34,7 @@ from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import SamplingParams, probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, sample_votes
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import ClassifierExample, Verdict
 from stepwiser_jax.tasks.mathematics import BOX, last_box
 from stepwiser_jax.text.chunks import strip_tags
@@ -217,14 +218,14 @@ def verdicts_of(rounds: Sequence[str], form: ThinkPrmForm, num_steps: int) -> li
 @dataclass
 class Chain:
     """A verification that is being written. `text` has its `rounds` of thought, with the triggers
-    between them; `num_tokens` counts what was sampled. `name` decides its noise."""
+    between them, and `spent` is what they cost. `name` decides its noise."""
 
     name: str
     prompt_ids: list[int]
     num_steps: int
     rounds: list[str] = field(default_factory=list)
     text: str = ""
-    num_tokens: int = 0
+    spent: Spent = NOTHING
 
 
 class ThinkPrmVerifier:
@@ -314,7 +315,7 @@ class ThinkPrmVerifier:
             for chain, (text, completion) in zip(group, of_group, strict=True):
                 chain.rounds.append(cut_chain(text, self.form, chain.num_steps))
                 chain.text += chain.rounds[-1]
-                chain.num_tokens += len(completion.tokens)
+                chain.spent += completion.spent
 
     def _encode(self, text: str, rounds: int, tail: int = 0) -> list[int]:
         """Encodes the verifier's text. Sampled text that is encoded again hardly ever has more
@@ -338,10 +339,12 @@ class ThinkPrmVerifier:
             for chain in chains
         ]
         p_correct = probabilities(self.writer.engine.log_odds(prompts, self.answer_ids))
-        return [
-            ChunkJudgment(whole(chain.text, p >= 0.5), verdict_at(0.5, p), p, chain.num_tokens)
-            for chain, p in zip(chains, p_correct, strict=True)
-        ]
+        judgments = []
+        for chain, prompt, p in zip(chains, prompts, p_correct, strict=True):
+            spent = chain.spent + self.writer.engine.spent_on(read=len(prompt))
+            text, verdict = whole(chain.text, p >= 0.5), verdict_at(0.5, p)
+            judgments.append(ChunkJudgment(text, verdict, p, *astuple(spent)))
+        return judgments
 
     def _judge_steps(self, chain: Chain) -> list[ChunkJudgment]:
         """Returns the last verdict on every step, with its text."""

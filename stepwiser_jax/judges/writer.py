@@ -13,6 +13,7 @@ import jax
 
 from stepwiser_jax.config import Sampling
 from stepwiser_jax.inference.params import Completion, SamplingParams
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import (
     ChunkJudgment,
     Judge,
@@ -20,6 +21,7 @@ from stepwiser_jax.judges.base import (
     SolutionJudgment,
     vote_suffixes,
 )
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.runs.directory import per_item
 from stepwiser_jax.text.prompts import JudgePromptStyle
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -78,6 +80,7 @@ class Writer:
         prompts: Sequence[Sequence[int]],
         suffixes: Sequence[str],
         params: SamplingParams,
+        cache: PrefixCache | None = None,
     ) -> list[list[tuple[str, Completion]]]:
         """Continues every prompt once for each suffix.
 
@@ -86,6 +89,7 @@ class Writer:
             prompts: The token ids.
             suffixes: They tell the rows of a prompt apart.
             params: How the texts are drawn.
+            cache: That of `Engine.stream`: prompts that begin alike share what is read.
 
         Returns:
             The text, without its end token, and the tokens with their log-probs,
@@ -94,14 +98,14 @@ class Writer:
         K = len(suffixes)
         row_ids = [f"{self.name}/{name}{suffix}" for name in names for suffix in suffixes]
         completions = self.engine.generate(
-            prompts, params, key=self.key, row_ids=row_ids, group_size=K
+            prompts, params, key=self.key, row_ids=row_ids, group_size=K, cache=cache
         )
         written = [(completion_text(self.tokenizer, c.tokens), c) for c in completions]
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]
 
     def measured(self, made: int) -> dict[str, Any]:
-        """Returns tokens per judgment, for summary.json."""
-        return {"tokens_per_judgment": per_item(self.engine.sampled_tokens, made)}
+        """Returns tokens and FLOPs per judgment, for summary.json."""
+        return measured(self.engine.usage.spent, made)
 
     def check_length(self, prompt: Sequence[int], name: str, room: int | None = None) -> None:
         """Raises UserError, with the name, if the context does not hold the prompt and `room` more
@@ -115,6 +119,15 @@ class Writer:
         empty solution, a solution of `num_tokens`, and `room` more tokens, by default a text."""
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.check_length(prompt, name, num_tokens + (room or self.max_new_tokens))
+
+
+def measured(spent: Spent, made: int) -> dict[str, Any]:
+    """Returns what a judge spent on each of the judgments made, for summary.json."""
+    return {
+        "tokens_per_judgment": per_item(spent.generated, made),
+        "read_tokens_per_judgment": per_item(spent.read, made),
+        "flops_per_judgment": per_item(spent.flops, made),
+    }
 
 
 def sample_votes(

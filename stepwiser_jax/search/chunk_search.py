@@ -21,11 +21,13 @@ from operator import itemgetter
 
 import jax
 
+from stepwiser_jax.config import FirstAttempt
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams, StopReason
+from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.model.flops import NOTHING
 from stepwiser_jax.records import Problem
 from stepwiser_jax.runs.directory import blocks
 from stepwiser_jax.search.methods import Method
@@ -72,6 +74,7 @@ def search_chunks(
     aggregate: str = "last",
     max_new_tokens: int,
     token_budget: int | None = None,
+    first_attempt: FirstAttempt = "sampled",
 ) -> list[SearchState]:
     """Searches for solutions of as many problems at once as the policy has rows for.
 
@@ -84,6 +87,7 @@ def search_chunks(
         aggregate: How a solution is scored, a key of `voting.AGGREGATES`.
         max_new_tokens: Bounds a whole solution, which ends when another chunk might not fit.
         token_budget: Bounds the tokens that policy and judge write for a problem.
+        first_attempt: Whether attempt 0 of a chunk is sampled as `policy.params` say, or greedy.
 
     Returns:
         The final state of every problem.
@@ -100,17 +104,24 @@ def search_chunks(
             )
             for p, problem in enumerate(part)
         ]
-        _search(policy, judge, together, method, max_new_tokens)
+        _search(policy, judge, together, method, max_new_tokens, first_attempt)
         states += together
     return states
 
 
 def _search(
-    policy: Policy, judge: Judge, states: Sequence[SearchState], method: Method, max_new_tokens: int
+    policy: Policy,
+    judge: Judge,
+    states: Sequence[SearchState],
+    method: Method,
+    max_new_tokens: int,
+    first_attempt: FirstAttempt,
 ) -> None:
     """Steps until no problem has beams."""
     longest = max(len(state.prompt_ids) for state in states)
     sampler_state = policy.sampler.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
+    for state in states:
+        state.policy += policy.engine.spent_on(read=len(state.prompt_ids))
     while rows := [(state, beam) for state in states for beam in state.beams]:
         sampler_state = policy.sampler.branch(sampler_state, [beam.source for _, beam in rows])
         # A rejected chunk is no part of its hypothesis: its row is rewound to where it began.
@@ -118,12 +129,14 @@ def _search(
         sampler_state = policy.sampler.rewind(sampler_state, lengths_B)
         row_ids = [state.row_id(beam) for state, beam in rows]
         completions, sampler_state = policy.sampler.decode(
-            sampler_state, policy.params, key=policy.key, row_ids=row_ids
+            sampler_state,
+            policy.params,
+            key=policy.key,
+            row_ids=row_ids,
+            greedy_B=[beam.attempt == 0 for _, beam in rows] if first_attempt == "greedy" else None,
         )
         for b, (state, beam) in enumerate(rows):
-            ended = completions[b].stop_reason is StopReason.STOP_ID
-            ids = completions[b].tokens.tolist()
-            written = append_chunk(policy, beam.hypothesis, ids, ended, max_new_tokens)
+            written = append_chunk(policy, beam.hypothesis, completions[b], max_new_tokens)
             rows[b] = (state, Beam(written, beam.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
         for state, of_state in groupby(rows, key=itemgetter(0)):
@@ -131,15 +144,16 @@ def _search(
 
 
 def append_chunk(
-    policy: Policy, hypothesis: Hypothesis, ids: list[int], ended: bool, max_new_tokens: int
+    policy: Policy, hypothesis: Hypothesis, completion: Completion, max_new_tokens: int
 ) -> Hypothesis:
-    """Returns the hypothesis with one more chunk. It is finished if the policy `ended` it, or if
+    """Returns the hypothesis with one more chunk. It is finished if the policy ended it, or if
     another chunk might exceed `max_new_tokens`."""
+    ids, ended = completion.tokens.tolist(), completion.stop_reason is StopReason.STOP_ID
     written = hypothesis.ids + ids
     has_text = bool(strip_tags(completion_text(policy.loaded.tokenizer, ids)).strip())
     is_tail = bool(hypothesis.nonempty_chunks) and has_tail(policy, written)
     is_full = len(written) + policy.params.max_new_tokens > max_new_tokens
-    chunks = (*hypothesis.chunks, Chunk(ids, has_text, is_tail))
+    chunks = (*hypothesis.chunks, Chunk(ids, has_text, is_tail, spent=completion.spent))
     return replace(hypothesis, chunks=chunks, is_finished=ended or is_full)
 
 
@@ -176,9 +190,9 @@ def judge_last_chunks(
 
 
 def next_beams(state: SearchState, beams: list[Beam], method: Method) -> list[Beam]:
-    """Counts the tokens of the step, then decides which beams go on."""
+    """Counts what the step cost, then decides which beams go on."""
     for beam in beams:
         chunk = beam.hypothesis.chunks[-1]
-        state.policy_tokens += len(chunk.ids)
-        state.judge_tokens += chunk.judgment.num_tokens if chunk.judgment else 0
+        state.policy += chunk.spent
+        state.judge += chunk.judgment.spent if chunk.judgment else NOTHING
     return state.finish_best(beams) if state.is_budget_spent else method(state, beams)

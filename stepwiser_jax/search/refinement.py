@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from stepwiser_jax.config import Refine
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
-from stepwiser_jax.judges.base import Solution
+from stepwiser_jax.judges.base import Solution, spent_on
 from stepwiser_jax.judges.genprm.form import analysis_of, rethink_prompt
 from stepwiser_jax.judges.genprm.judge import Conversation, GenPrmCritic, TurnWriter
 from stepwiser_jax.judges.writer import Writer
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.results import Found, check_answers
 from stepwiser_jax.tasks.mathematics import extract_answer
@@ -36,14 +37,14 @@ from stepwiser_jax.text.prompts import solve_prompt
 
 @dataclass
 class Attempt:
-    """A problem, the conversation with the policy about it, its last solution, and the tokens."""
+    """A problem, the conversation with the policy about it, its last solution, and the cost."""
 
     problem: Problem
     conversation: Conversation
     solution: str = ""
     accepted_tokens: int = 0
-    rejected_tokens: int = 0
-    judge_tokens: int = 0
+    policy: Spent = NOTHING
+    judge: Spent = NOTHING
 
 
 class Refiner:
@@ -95,8 +96,8 @@ class Refiner:
         self.turns.write([a.conversation for a in attempts], self.policy.params())
         for attempt in attempts:
             attempt.solution = attempt.conversation.turn
-            attempt.rejected_tokens += attempt.accepted_tokens
-            attempt.accepted_tokens = attempt.conversation.num_tokens
+            attempt.policy += attempt.conversation.spent
+            attempt.accepted_tokens = attempt.conversation.spent.generated
         return attempts
 
     def _has_room(self, attempt: Attempt) -> bool:
@@ -109,7 +110,7 @@ class Refiner:
         judged = self.judge(solutions)
         criticized = []
         for attempt, solution, judgments in zip(attempts, solutions, judged, strict=True):
-            attempt.judge_tokens += sum(judgment.num_tokens for judgment in judgments)
+            attempt.judge += spent_on(judgments)
             verdicts = [judgment.verdict for judgment in judgments]
             self.steps_without_verdict += verdicts.count(Verdict.UNPARSED)
             threshold = self.config.judge.threshold or 0.5
@@ -139,8 +140,8 @@ class Refiner:
                 answer=extract_answer(attempt.solution) or "",
                 completion=attempt.solution,
                 accepted_tokens=attempt.accepted_tokens,
-                rejected_tokens=attempt.rejected_tokens,
-                judge_tokens=attempt.judge_tokens,
+                policy=attempt.policy,
+                judge=attempt.judge,
             )
             for attempt in attempts
         ]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.base import Judge, Solution, spent_on
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import Problem, SearchResult, Verdict
 from stepwiser_jax.search.chunk_search import Policy
 from stepwiser_jax.search.state import SearchState
@@ -20,7 +21,7 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 @dataclass(frozen=True)
 class Found:
-    """A method's solution of a problem, with the fields of `SearchResult`. Its answer is not
+    """A method's solution of a problem, with what `SearchResult` says of it. Its answer is not
     checked yet."""
 
     problem: Problem
@@ -28,11 +29,16 @@ class Found:
     answer: str
     completion: str
     accepted_tokens: int
-    rejected_tokens: int = 0
-    judge_tokens: int = 0
+    policy: Spent
+    judge: Spent = NOTHING
     forced_chunks: int = 0
     chunk_scores: tuple[float, ...] = ()
-    scoring_tokens: int = 0
+    scoring: Spent = NOTHING
+    prompt_flops: float = 0.0
+
+    @property
+    def rejected_tokens(self) -> int:
+        return self.policy.generated - self.accepted_tokens
 
 
 def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResult]:
@@ -51,10 +57,17 @@ def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResu
             completion=each.completion,
             accepted_tokens=each.accepted_tokens,
             rejected_tokens=each.rejected_tokens,
-            judge_tokens=each.judge_tokens,
+            judge_tokens=each.judge.generated,
             forced_chunks=each.forced_chunks,
             chunk_scores=each.chunk_scores,
-            scoring_tokens=each.scoring_tokens,
+            scoring_tokens=each.scoring.generated,
+            policy_read_tokens=each.policy.read,
+            judge_read_tokens=each.judge.read,
+            scoring_read_tokens=each.scoring.read,
+            policy_flops=each.policy.flops,
+            judge_flops=each.judge.flops,
+            scoring_flops=each.scoring.flops,
+            prompt_flops=each.prompt_flops,
         )
         for each, is_correct, answer in zip(found, right, answers, strict=True)
     ]
@@ -92,8 +105,8 @@ def _voted(method: str, state: SearchState, texts: Sequence[str], answers: Seque
         answer=extract_answer(texts[chosen]) or "",
         completion=texts[chosen],
         accepted_tokens=state.accepted_tokens,
-        rejected_tokens=state.policy_tokens - state.accepted_tokens,
-        judge_tokens=state.judge_tokens,
+        policy=state.policy,
+        judge=state.judge,
         forced_chunks=sum(judgment.verdict is Verdict.NEGATIVE for judgment in judgments),
         chunk_scores=tuple(judgment.p_positive for judgment in judgments),
     )
@@ -107,7 +120,8 @@ def sample_solutions(
     names: Sequence[str],
     num_judged: int,
 ) -> list[Found]:
-    """Returns solutions written in one go, one for each problem and name.
+    """Returns solutions written in one go, one for each problem and name, each with what it would
+    cost alone.
 
     Args:
         policy: Writes the solutions.
@@ -137,8 +151,9 @@ def sample_solutions(
     judgments_of = {x.solution_id: found for x, found in zip(solutions, judged, strict=True)}
     found = []
     for b, (problem, name) in enumerate(samples):
-        ids = completions[b].tokens.tolist()
+        ids, length = completions[b].tokens.tolist(), len(policy.prompt_ids(problem))
         text = completion_text(tokenizer, ids)
+        prompt = policy.engine.spent_on(read=length)
         judgments = judgments_of.get(f"{problem.problem_id}/{name}", [])
         found.append(
             Found(
@@ -147,8 +162,10 @@ def sample_solutions(
                 answer=extract_answer(text) or "",
                 completion=text,
                 accepted_tokens=len(ids),
+                policy=prompt + policy.engine.spent_on(before=length, generated=len(ids)),
                 chunk_scores=tuple(judgment.p_positive for judgment in judgments),
-                scoring_tokens=sum(judgment.num_tokens for judgment in judgments),
+                scoring=spent_on(judgments),
+                prompt_flops=prompt.flops,
             )
         )
     return found

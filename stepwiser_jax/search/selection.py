@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.base import ChunkJudgment, Solution
+from stepwiser_jax.judges.base import ChunkJudgment, Solution, spent_on
 from stepwiser_jax.records import Problem, Selection, Trajectory
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -75,6 +75,7 @@ def select(
     responses = candidates.responses
     scores = [fmean(judgment.p_positive for judgment in of_one) for of_one in judgments]
     chosen = choose(responses, scores, seed)
+    spent = spent_on([judgment for of_one in judgments for judgment in of_one])
     return Selection(
         trajectory_id=chosen.trajectory_id,
         problem_id=candidates.problem.problem_id,
@@ -84,7 +85,9 @@ def select(
         is_correct=chosen.is_correct,
         candidates=tuple(response.trajectory_id for response in responses),
         scores=tuple(scores),
-        judge_tokens=sum(judgment.num_tokens for of_one in judgments for judgment in of_one),
+        judge_tokens=spent.generated,
+        judge_read_tokens=spent.read,
+        judge_flops=spent.flops,
     )
 
 

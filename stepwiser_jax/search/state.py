@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stepwiser_jax.judges.base import ChunkJudgment
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import Problem, Verdict
 from stepwiser_jax.search.voting import AGGREGATES
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
@@ -19,12 +20,13 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 class Chunk:
     """The tokens that a beam wrote in one step. A tail is text after the last closed chunk that
     opens none, such as an answer. There is no judgment if the chunk joins another one, or if the
-    token budget was spent."""
+    token budget was spent. `spent` is what it cost the policy."""
 
     ids: list[int]
     has_text: bool
     is_tail: bool = False
     judgment: ChunkJudgment | None = None
+    spent: Spent = NOTHING
 
     @property
     def joins_another(self) -> bool:
@@ -113,15 +115,25 @@ class Beam:
 
 @dataclass(eq=False)
 class SearchState:
-    """The search for solutions of one problem."""
+    """The search for solutions of one problem, and what policy and judge spent on it."""
 
     problem: Problem
     prompt_ids: list[int]
     beams: list[Beam]
     token_budget: int | None = None
     solutions: list[Hypothesis] = field(default_factory=list)
-    policy_tokens: int = 0
-    judge_tokens: int = 0
+    policy: Spent = NOTHING
+    judge: Spent = NOTHING
+
+    @property
+    def policy_tokens(self) -> int:
+        """What the policy wrote."""
+        return self.policy.generated
+
+    @property
+    def judge_tokens(self) -> int:
+        """What the judge wrote."""
+        return self.judge.generated
 
     @property
     def is_budget_spent(self) -> bool:

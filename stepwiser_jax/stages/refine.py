@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from stepwiser_jax.config import Refine
@@ -67,7 +68,7 @@ def begin(
 
 def summarize(config: Refine, results: Sequence[SearchResult]) -> dict[str, Any]:
     """Returns for every turn the accuracy with its interval, the number of problems that the policy
-    thought about again, and mean tokens per problem so far."""
+    thought about again, and mean tokens and FLOPs per problem so far."""
     summary: dict[str, Any] = {}
     before: dict[str, int] = {}
     for turn in range(config.turns + 1):
@@ -81,6 +82,9 @@ def summarize(config: Refine, results: Sequence[SearchResult]) -> dict[str, Any]
             "rethought": sum(tokens[p] > count for p, count in before.items()),
             "policy_tokens": sum(tokens.values()) / len(of_turn),
             "judge_tokens": sum(result.judge_tokens for result in of_turn) / len(of_turn),
+            "policy_read_tokens": fmean(result.policy_read_tokens for result in of_turn),
+            "judge_read_tokens": fmean(result.judge_read_tokens for result in of_turn),
+            "flops": fmean(result.policy_flops + result.judge_flops for result in of_turn),
         }
         before = tokens
     return summary

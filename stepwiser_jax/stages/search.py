@@ -15,9 +15,16 @@ Where the paper is silent:
 
 1. After `max_attempts` rejections the last attempt is kept, and counted as a forced chunk.
 2. A judgment without a verdict accepts the chunk: it is no reason to spend more tokens.
-3. Cost counts the tokens that policy and judge generate. A classifier's judgment is one token.
-   Tokens are rejected if they are in no solution that is chosen or votes: a chunk that was taken
-   back, a beam that was pruned, all samples except the best of k.
+3. Cost counts the tokens that policy and judge generate, those that they read, and the FLOPs of
+   both. What is in a cache is not read again: samples of a problem share the reading of its
+   prompt, and a chunk that is taken back leaves the rest of its row. StepWiser's judge reads
+   problem and history once; the others read a prompt for every chunk. A classifier's judgment is
+   one token. Tokens are rejected if they are in no solution that is chosen or votes: a chunk that
+   was taken back, a beam that was pruned, all samples except the best of k.
+
+`majority_at_equal_flops` compares votes and chunk-reset at equal FLOPs: it has the largest majority
+that takes at most as many as chunk-reset does in the mean, and the next larger one. It is made of
+the samples that are there: if there is no next one, ask for more.
 
 With a `token_budget` B for what policy and judge write about a problem:
 
@@ -156,6 +163,7 @@ def search_block(
             aggregate=aggregate,
             max_new_tokens=config.sampling.max_new_tokens,
             token_budget=config.token_budget,
+            first_attempt=config.first_attempt if name == "chunk_reset" else "sampled",
         )
         found += found_by_search(policy, name, states, verifier)
     eos_ids = policy.loaded.tokenizer.eos_ids

@@ -107,5 +107,7 @@ def summarize(config: SelectResponses, selections: Sequence[Selection]) -> dict[
             "mean_score": sum(scores) / len(scores),
             "tie_rate": sum(s.scores.count(s.score) > 1 for s in selections) / len(selections),
             "judge_tokens": sum(selection.judge_tokens for selection in selections),
+            "judge_read_tokens": sum(selection.judge_read_tokens for selection in selections),
+            "judge_flops": sum(selection.judge_flops for selection in selections),
         }
     return summary

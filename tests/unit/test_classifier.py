@@ -318,7 +318,11 @@ def test_one_packed_pass_gives_the_scores_of_step_by_step_passes(
     assert len(packed) > 4 > 1 < max(map(len, packed)), "several batches, and rows of several"
     plus, minus = sign_ids(word_tokenizer)
     hidden = jax.jit(lambda model, tokens_BT: model.hidden(tokens_BT))
-    scores = [[opinion.p_positive for opinion in found] for found in scorer(asked)]
+    judged = scorer(asked)
+    read = [sum(opinion.read_tokens for opinion in found) for found in judged]
+    assert read == [length - 1 for length in lengths], "all but the last answer, and no padding"
+    assert scorer.measured(2)["flops_per_judgment"] == sum(o.flops for x in judged for o in x) / 2
+    scores = [[opinion.p_positive for opinion in found] for found in judged]
     for found, chunks in zip(scores, solutions, strict=True):
         assert len(found) == len(chunks)
         for j, p_positive in enumerate(found):

@@ -13,9 +13,11 @@ from stepwiser_jax.inference import engine as engine_module
 from stepwiser_jax.inference import engine_state
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams, StopReason
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.inference.scheduler import Grid
 from stepwiser_jax.inference.token_sampler import TokenSampler
 from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.flops import NOTHING, block_parameters
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 
@@ -53,6 +55,84 @@ def test_groups_are_those_of_the_sampler(tiny_model, rows, params):
     check(tiny_model, params, output)
     check(tiny_model, params, reference(tiny_model, params))
     assert engine.sampled_tokens == sum(len(c.tokens) for c in output)
+
+
+def test_a_prompt_is_read_once_for_its_group(tiny_model):
+    params, config = SamplingParams(12, stop_ids=STOPS), tiny_model.config
+    engine = Engine(tiny_model, rows=(8,), buckets=(16, 64))
+    output = engine.generate(PROMPTS, params, key=KEY, row_ids=IDS, group_size=GROUP)
+    read = [completion.spent.read for completion in output]
+    assert read == [n for prompt in PROMPTS for n in (len(prompt), *[0] * (GROUP - 1))]
+    assert [c.spent.generated for c in output] == [len(c.tokens) for c in output]
+    for b, completion in enumerate(output):
+        n, new = len(PROMPTS[b // GROUP]), len(completion.tokens)
+        fed = new if b % GROUP else n + new
+        keys = sum(range(n + 1, n + new + 1)) + (0 if b % GROUP else sum(range(1, n + 1)))
+        weights = fed * block_parameters(config) + new * config.vocab_size * config.hidden_size
+        attention = 2 * config.num_layers * config.num_heads * config.head_dim * keys
+        assert completion.spent.flops == 2 * (weights + attention)
+    assert engine.usage.spent == sum((c.spent for c in output), NOTHING)
+    engine.log_odds([PROMPTS[0]], (1, 2))
+    assert engine.usage.spent.read == sum(read) + len(PROMPTS[0])
+    sampler = Reference(tiny_model, rows=(8,), buckets=(16, 64))
+    found = sampler.generate(PROMPTS[:1], params, key=KEY, row_ids=IDS[:1])
+    alone = engine.generate(PROMPTS[:1], params, key=KEY, row_ids=IDS[:1])
+    assert sampler.usage.spent == alone[0].spent
+    assert found[0].spent.read == 0, "the caller knows for what rows it was read"
+
+
+SOLUTIONS = [RNG.integers(0, 60, 50).tolist() for _ in range(6)]
+CHUNK_ENDS = (10, 15, 24, 30, 38)
+
+
+def judged(solution, end, closing=(61, 62)):
+    """A prompt about a chunk: problem, history and chunk, and then the same words of each."""
+    return [*solution[:end], *closing]
+
+
+@pytest.mark.parametrize("rows", [(128,), (8,), (2,)], ids=["all at once", "refilled", "few rows"])
+def test_prompts_that_begin_alike_read_what_they_share_once(tiny_model, rows):
+    prompts = [judged(solution, end) for solution in SOLUTIONS for end in CHUNK_ENDS]
+    prompts += [[5, 6], [7]]
+    ids = [f"s{b}" for b in range(2 * len(prompts))]
+    prompts_B = [prompt for prompt in prompts for _ in range(2)]
+    params = SamplingParams(9, stop_ids=STOPS)
+    engine = Engine(tiny_model, rows=rows, buckets=(64,))
+    how = {"key": KEY, "row_ids": ids, "group_size": 2}
+    output = engine.generate(prompts, params, cache=PrefixCache(), **how)
+    assert_sampled(tiny_model, prompts_B, ids, params, KEY, output)
+    read = engine.usage.spent.read
+    apart = sum(map(len, prompts))
+    assert read == sum(c.spent.read for c in output) < (apart if rows == (2,) else 0.6 * apart)
+    if rows == (128,):
+        longest = len(judged(SOLUTIONS[0], CHUNK_ENDS[-1]))
+        assert read == len(SOLUTIONS) * (longest + 4 * 2) + 3, "the others read their last words"
+    whole = engine.generate(prompts, params, **how)
+    assert engine.usage.spent.read == read + apart
+    assert tokens_of(whole) == tokens_of(output)
+
+
+def test_prompts_of_the_next_call_read_what_is_new(tiny_model):
+    """Steps of a search: a chunk more; a chunk written anew; a problem less, and one that is new;
+    more rows than before. Rows end at different times, so that the grid shrinks on the way."""
+    first, *_, last = SOLUTIONS
+    steps = [
+        [judged(solution, 15) for solution in SOLUTIONS[:5]],
+        [judged(solution, 24) for solution in SOLUTIONS[:5]],
+        [judged(first[:15] + last[15:], 21), *(judged(s, 30) for s in SOLUTIONS[2:5])],
+        [judged(last, 15), judged(SOLUTIONS[3], 38), judged(SOLUTIONS[2], 30, (9, 9, 9))],
+        [judged(SOLUTIONS[3], 38, (closing,)) for closing in range(6)],
+        [judged(SOLUTIONS[3], 10, ())],
+    ]
+    read = [5 * 17, 5 * 11, 8 + 3 * 8, 17 + 10 + 3, 6 * 1, 1]
+    engine = Engine(tiny_model, rows=(1, 2, 4, 16), buckets=(64,))
+    params, cache = SamplingParams(9, stop_ids=STOPS), PrefixCache()
+    for step, prompts in enumerate(steps):
+        before, ids = engine.usage.spent.read, [f"{step}/{b}" for b in range(len(prompts))]
+        output = engine.generate(prompts, params, key=KEY, row_ids=ids, cache=cache)
+        assert_sampled(tiny_model, prompts, ids, params, KEY, output)
+        assert engine.usage.spent.read - before == read[step], step
+    assert any(name.startswith("shrink") for name in engine.compiled_shapes)
 
 
 def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatch):

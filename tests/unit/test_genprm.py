@@ -44,6 +44,7 @@ from stepwiser_jax.judges.genprm.form import (
 )
 from stepwiser_jax.judges.genprm.judge import GenPrmCritic, Synthesizer, verdict_ids
 from stepwiser_jax.judges.writer import Writer
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.sandbox.runner import Sandbox
@@ -436,6 +437,7 @@ class ScriptedEngine:
         self.tokenizer, self.script = tokenizer, script
         self.shapes = SimpleNamespace(max_length=max_length)
         self.prompts, self.asked, self.compiled_shapes = {}, [], {}
+        self.lengths = {}
 
     def stream(self, trunks, params, *, key):
         for trunk in trunks:
@@ -443,6 +445,7 @@ class ScriptedEngine:
                 assert fork.num_tokens == len(trunk.ids)
                 assert fork.num_tokens + fork.max_new_tokens <= self.shapes.max_length
                 self.prompts[fork.row_id] = self.tokenizer.decode(trunk.ids)
+                self.lengths[fork.row_id] = len(trunk.ids)
                 text, reason = self.script(fork.row_id), StopReason.STOP_ID
                 ends = [text.index(s) + len(s) for s in params.stop_strings if s in text]
                 if ends:
@@ -450,10 +453,17 @@ class ScriptedEngine:
                 ids = self.tokenizer.encode(text)
                 if len(ids) > fork.max_new_tokens:
                     ids, reason = ids[: fork.max_new_tokens], StopReason.LENGTH
-                yield [Completion(fork.row_id, np.array(ids), np.zeros(len(ids)), reason)]
+                spent = Spent(len(ids), len(trunk.ids), 1.0)
+                yield [
+                    Completion(fork.row_id, np.array(ids), np.zeros(len(ids)), reason, spent=spent)
+                ]
+
+    def spent_on(self, *, read):
+        return Spent(0, read, 0.25)
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
+        self.lengths |= {f"verdict {i}": len(prompt) for i, prompt in enumerate(prompts)}
         return np.full((len(prompts),), np.log(3.0), np.float32)
 
     def check_length(self, *arguments):
@@ -513,6 +523,10 @@ def test_code_is_run_fed_back_and_remembered(bpe_tokenizer, monkeypatch):
     assert all(prompt.endswith("$\\boxed{") for prompt in judge.writer.engine.asked)
     sampled = [says["judge/s/0/0"][:-2], says["judge/s/0/1"][:-2]]
     assert first.num_tokens == sum(len(bpe_tokenizer.encode(text)) for text in sampled)
+    lengths = judge.writer.engine.lengths
+    fed = ("judge/s/1/0", "judge/s/1/1", "judge/s/1/2", "judge/s/1/3", "verdict 0")
+    assert second.read_tokens == sum(lengths[name] for name in fed), "of the last turn"
+    assert (first.flops, second.flops) == (2 + 0.25, 4 + 0.25)
 
 
 REFERENCE = {
@@ -761,7 +775,7 @@ class Critic:
             verdict, p = Verdict.NEGATIVE, 0.2
         elif chunk.startswith("Hm"):
             verdict, p = Verdict.UNPARSED, 0.5
-        return ChunkJudgment(f"It: {chunk}?</analyze>", verdict, p, 10)
+        return ChunkJudgment(f"It: {chunk}?</analyze>", verdict, p, 10, 100, 0.5)
 
 
 def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
@@ -785,7 +799,12 @@ def test_a_policy_thinks_again_until_nothing_is_wrong(bpe_tokenizer):
         (of_b[1].accepted_tokens, of_b[0].accepted_tokens)
     ] * 3
     assert [r.judge_tokens for r in of_b] == [0, 30, 50, 50]
+    assert [r.judge_read_tokens for r in of_b] == [0, 300, 500, 500]
+    fed = [engine.lengths[f"refine/b/policy{t}/0"] for t in (0, 1)]
+    assert [r.policy_read_tokens for r in of_b] == [fed[0], *[sum(fed)] * 3]
+    assert [r.policy_flops for r in of_b] == [1, 2, 2, 2]
     summary = summarize(config, results)
+    assert summary["turn0"]["flops"] == 1
     assert [summary[f"turn{t}"]["accuracy"] for t in range(4)] == [1 / 3, 2 / 3, 2 / 3, 2 / 3]
     assert [summary[f"turn{t}"]["rethought"] for t in range(4)] == [0, 2, 0, 0]
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sampled import Reference
 
 from stepwiser_jax.__main__ import main
-from stepwiser_jax.commands.plan.programs import forward_flops, update_flops, weight_flops
+from stepwiser_jax.commands.plan.programs import update_flops
 from stepwiser_jax.config import Optimizer, TrainedModel
 from stepwiser_jax.distributed.loading import decoding_copy, load_model
 from stepwiser_jax.distributed.mesh import make_mesh
@@ -21,6 +21,7 @@ from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.decoder import Decoder
+from stepwiser_jax.model.flops import forward_flops, weight_flops
 from stepwiser_jax.model.hf import load_hf, save_hf
 from stepwiser_jax.model.lora import (
     Adapter,

@@ -17,9 +17,6 @@ from stepwiser_jax.commands.plan.command import Plan, as_dict, as_text, largest
 from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, program_cost
 from stepwiser_jax.commands.plan.programs import (
     Programs,
-    block_parameters,
-    causal_pairs,
-    forward_flops,
     judge_work,
 )
 from stepwiser_jax.commands.plan.tpu import (
@@ -38,6 +35,7 @@ from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.distributed.shapes import abstract_model, bytes_per_device
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention.splash import blocks_visited
+from stepwiser_jax.model.flops import block_parameters, causal_pairs, forward_flops
 from stepwiser_jax.model.transformer import Transformer
 from tiny import tiny_config
 

@@ -150,7 +150,7 @@ class Scripted:
     def render_chat(self, messages):
         return self.encode(messages[0]["content"])
 
-    def generate(self, prompts, params, *, key, row_ids, group_size):
+    def generate(self, prompts, params, *, key, row_ids, group_size, cache):
         self.prompts, self.params = [self.decode(ids) for ids in prompts], params
         completions = []
         for b, text in enumerate(self.texts):

@@ -95,10 +95,13 @@ def selections(draw):
     scores = draw(st.just(()) | tuples(number(), min_size=len(candidates)))[: len(candidates)]
     texts = [draw(st.sampled_from(candidates)), *draw(st.tuples(*[st.text()] * 3))]
     signs = draw(st.tuples(st.booleans(), st.booleans()))
-    return Selection(*texts, *signs, candidates, scores, draw(count()))
+    spent = (draw(count()), draw(count()), draw(share()))
+    return Selection(*texts, *signs, candidates, scores, *spent)
 
 
-COUNTS = "accepted_tokens rejected_tokens judge_tokens forced_chunks scoring_tokens".split()
+COUNTS = """accepted_tokens rejected_tokens judge_tokens forced_chunks scoring_tokens
+policy_read_tokens judge_read_tokens scoring_read_tokens""".split()
+FLOPS = "policy_flops judge_flops scoring_flops prompt_flops".split()
 ANY = {
     PrefixValue: prefix_values(),
     ClassifierExample: classifier_examples(),
@@ -116,7 +119,10 @@ ANY = {
         finish_reason=st.none() | st.text(),
     ),
     SearchResult: st.builds(
-        SearchResult, chunk_scores=tuples(number()), **dict.fromkeys(COUNTS, count())
+        SearchResult,
+        chunk_scores=tuples(number()),
+        **dict.fromkeys(COUNTS, count()),
+        **dict.fromkeys(FLOPS, share()),
     ),
 }
 """Types whose fields are not free."""

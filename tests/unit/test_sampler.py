@@ -47,6 +47,19 @@ def test_slot_and_neighbours_do_not_matter_to_the_bit(tiny_model):
     np.testing.assert_array_equal(others[0].logprobs, first[2].logprobs)
 
 
+def test_rows_that_are_greedy_leave_the_others_as_they_are(tiny_model):
+    sampled, greedy = (SamplingParams(max_new_tokens=10, temperature=t, top_k=9) for t in (1.0, 0))
+    ids = ids_of(PROMPTS)
+    both = [make(tiny_model).generate(PROMPTS, p, key=KEY, row_ids=ids) for p in (sampled, greedy)]
+    sampler, is_greedy_B = make(tiny_model), [True, False, True, False]
+    state = sampler.prefill(PROMPTS, 20)
+    mixed, _ = sampler.decode(state, sampled, key=KEY, row_ids=ids, greedy_B=is_greedy_B)
+    for b, is_greedy in enumerate(is_greedy_B):
+        assert tokens_of(mixed)[b] == tokens_of(both[is_greedy])[b]
+        assert tokens_of(mixed)[b] != tokens_of(both[not is_greedy])[b], "the case shows nothing"
+        np.testing.assert_array_equal(mixed[b].logprobs, both[is_greedy][b].logprobs)
+
+
 def test_another_batch_size_has_the_same_noise(tiny_model):
     params = SamplingParams(max_new_tokens=10)
     ids = ids_of(PROMPTS, 4)

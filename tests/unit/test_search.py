@@ -5,6 +5,8 @@ import itertools
 import re
 import zlib
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -13,12 +15,16 @@ import pytest
 from flax import nnx
 from sampled import Reference
 
-from stepwiser_jax.config import Beams
+from stepwiser_jax.config import Beams, StepwiserJudge
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
 from stepwiser_jax.inference.shapes import Shapes
-from stepwiser_jax.judges.base import ChunkJudgment
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
+from stepwiser_jax.judges.load import load_judge
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.search import report
@@ -42,6 +48,12 @@ def rng_of(*parts):
     return np.random.default_rng(zlib.crc32(" ".join(map(str, parts)).encode()))
 
 
+def completion_of(ids, reason, row_id="row"):
+    """FLOPs are as many as tokens."""
+    spent = Spent(len(ids), 0, len(ids))
+    return Completion(row_id, np.array(ids), np.zeros(len(ids)), reason, spent=spent)
+
+
 class Rows:
     """In place of a sampler: rows are lists of ids; `write(row id, ids)` says what comes next."""
 
@@ -59,11 +71,12 @@ class Rows:
     def rewind(self, state, num_tokens_B):
         return [ids[:n] for ids, n in zip(state, num_tokens_B, strict=True)]
 
-    def decode(self, state, params, *, key, row_ids):
+    def decode(self, state, params, *, key, row_ids, greedy_B):
+        self.greedy = greedy_B
         completions = []
         for b, row_id in enumerate(row_ids):
             ids, reason = self.write(row_id, state[b])
-            completions.append(Completion(row_id, np.array(ids), np.zeros(len(ids)), reason))
+            completions.append(completion_of(ids, reason, row_id))
             state[b] = state[b] + ids
         return completions, state
 
@@ -96,7 +109,9 @@ def solver(word_tokenizer):
 
 def policy_of(tokenizer, sampler):
     params = SamplingParams(CHUNK, stop_ids=tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
-    return Policy(Loaded(None, tokenizer, "fake"), None, sampler, "bare", params, jax.random.key(3))
+    engine = SimpleNamespace(spent_on=partial(Spent.on, tiny_config()))
+    loaded = Loaded(None, tokenizer, "fake")
+    return Policy(loaded, engine, sampler, "bare", params, jax.random.key(3))
 
 
 class Planted:
@@ -111,7 +126,7 @@ class Planted:
             assert solution.start == len(solution.chunks) - 1
             p = self.score(solution.question, solution.chunks)
             verdict = Verdict.POSITIVE if p >= 0.5 else Verdict.NEGATIVE
-            found.append([ChunkJudgment("", verdict, p, JUDGE_TOKENS)])
+            found.append([ChunkJudgment("", verdict, p, JUDGE_TOKENS, 7, 0.5)])
         return found
 
 
@@ -227,7 +242,8 @@ def test_a_judge_sees_the_chunks_of_chunk_ends(bpe_tokenizer, patterns):
         path, start = Hypothesis("last"), 0
         ends = policy.chunk_matcher.ends(ids)
         for end in [*ends, *([len(ids)] if len(ids) not in ends else [])]:
-            path = append_chunk(policy, path, ids[start:end], end == len(ids), 999)
+            reason = StopReason.STOP_ID if end == len(ids) else StopReason.STOP_STRING
+            path = append_chunk(policy, path, completion_of(ids[start:end], reason), 999)
             start = end
         ends = chunk_ends(ids, policy.chunk_matcher, bpe_tokenizer)
         expected = chunk_texts(bpe_tokenizer, ids, ends)
@@ -394,6 +410,86 @@ def test_a_cache_that_goes_back_and_branches_is_one_that_is_read_anew(
     assert len(sampler.engine.compiled_shapes) <= 1 + 3 + 2, "prefill, branches, decodes"
 
 
+# --- the first attempt --------------------------------------------------------------------------
+
+
+def test_a_greedy_first_attempt_that_is_accepted_is_greedy_decoding(word_tokenizer, monkeypatch):
+    """With a model: the same tokens, read and written once. A second attempt is sampled."""
+    vocabulary = len(word_tokenizer.token_bytes())
+    model = Transformer(tiny_config(vocab_size=vocabulary), rngs=nnx.Rngs(0))
+    sampler = Reference(model, word_tokenizer, rows=(4,), buckets=(96,))
+    policy = policy_of(word_tokenizer, sampler)
+    policy.params = SamplingParams(8, stop_ids=word_tokenizer.eos_ids, stop_strings=(CHUNK_CLOSE,))
+
+    def found(score, max_attempts, first_attempt):
+        return search_chunks(
+            policy, Planted(score), PROBLEMS[:3], chunk_reset(max_attempts),
+            max_new_tokens=40, first_attempt=first_attempt,
+        )  # fmt: skip
+
+    trees = found(accepts, 5, "greedy")
+    params = SamplingParams(40, temperature=0.0, stop_ids=word_tokenizer.eos_ids)
+    row_ids = [problem.problem_id for problem in PROBLEMS[:3]]
+    prompts = [policy.prompt_ids(problem) for problem in PROBLEMS[:3]]
+    greedy = sampler.generate(prompts, params, key=policy.key, row_ids=row_ids)
+    for tree, prompt, completion in zip(trees, prompts, greedy, strict=True):
+        (ids,) = solutions_of([tree])[0]
+        whole = completion.tokens.tolist()
+        assert ids == whole[: len(ids)] and (len(ids) > 40 - 8 or ids == whole)
+        alone = Spent.on(tiny_config(vocab_size=vocabulary), read=len(prompt), generated=len(ids))
+        assert (tree.policy.read, tree.policy.generated) == (len(prompt), len(ids))
+        assert tree.policy.flops == alone.flops
+    asked, decode = {}, sampler.decode
+
+    def seen(*arguments, row_ids, greedy_B, **how):
+        asked.update(zip(row_ids, greedy_B or [None] * len(row_ids), strict=True))
+        return decode(*arguments, row_ids=row_ids, greedy_B=greedy_B, **how)
+
+    monkeypatch.setattr(sampler, "decode", seen)
+    again = found(lambda question, chunks: 0.0, 2, "greedy")
+    assert all(is_greedy == row_id.endswith("/a0") for row_id, is_greedy in asked.items())
+    assert set(asked.values()) == {True, False} and solutions_of(again) != solutions_of(trees)
+    asked.clear()
+    found(lambda question, chunks: 0.0, 2, "sampled")
+    assert set(asked.values()) == {None}
+
+
+def test_a_retry_that_writes_the_same_again_is_refused(request):
+    file = request.config.rootpath / "configs" / "smoke_search.yaml"
+    for sets in ((), ("first_attempt=greedy",)):
+        with pytest.raises(UserError, match="again word for word"):
+            load_config("search", file, ("sampling.temperature=0", "max_attempts=2", *sets))
+    load_config("search", file, ("sampling.temperature=0", "max_attempts=1"))
+
+
+# --- what is read -------------------------------------------------------------------------------
+
+
+def test_a_search_pays_for_its_prompt_once_and_for_every_judgment(word_tokenizer, solver):
+    for method, beams in ((chunk_reset(5), 1), (beam_search(4, 2), 4)):
+        for tree in solve(word_tokenizer, solver, noisy, method, beams=beams):
+            assert tree.policy.read == len(tree.prompt_ids)
+            prompt = Spent.on(tiny_config(), read=len(tree.prompt_ids))
+            assert tree.policy == prompt + Spent(tree.policy_tokens, 0, tree.policy_tokens)
+            judgments = tree.judge_tokens // JUDGE_TOKENS
+            assert (tree.judge.read, tree.judge.flops) == (7 * judgments, 0.5 * judgments)
+
+
+def test_votes_read_their_problem_once_and_plain_sampling_too():
+    samples = [
+        dataclasses.replace(
+            result(answer, answer == "1", 10, [0.5], 3), policy_read_tokens=20,
+            policy_flops=30.0, prompt_flops=20.0, scoring_read_tokens=7, scoring_flops=5.0,
+        )
+        for answer in ("1", "2", "2")
+    ]  # fmt: skip
+    vote = report.by_majority(None, samples)
+    assert (vote.policy_read_tokens, vote.judge_read_tokens, vote.flops) == (20, 0, 20 + 3 * 10)
+    for judged in (report.by_best(None, samples, "min"), report.by_weight(None, samples, "min")):
+        assert (judged.policy_read_tokens, judged.judge_read_tokens) == (20, 21)
+        assert judged.flops == 20 + 3 * 10 + 3 * 5
+
+
 # --- budgets ------------------------------------------------------------------------------------
 
 
@@ -490,7 +586,7 @@ def test_answers_that_mean_the_same_vote_together():
     assert pairs == [thirds[0], thirds[1], thirds[0], thirds[1]]
     assert vote(answers) == "3" and vote(words[:7]) == one
     found = [
-        Found(half, f"sample{k}", answer, f"\\boxed{{{answer}}}", 10)
+        Found(half, f"sample{k}", answer, f"\\boxed{{{answer}}}", 10, Spent(10))
         for k, answer in enumerate(answers)
     ]
     with Verifier(workers=2) as verifier:
@@ -576,6 +672,18 @@ def test_summary_compares_methods_on_all_problems(request, monkeypatch):
         assert summary["best_of"][aggregate]["2"]["judge_tokens"] == 6
         assert summary["weighted_majority"][aggregate]["2"]["rejected_tokens"] == 0
     assert summary["majority"]["2"]["judge_tokens"] == 0
+    for flops, at_most, above in ((9, None, 1), (10, 1, 2), (29, 1, 2), (30, 2, None)):
+        costing = [
+            dataclasses.replace(x, policy_flops=10.0 + 10 * (x.method == "sample1"))
+            if x.method.startswith("sample") else dataclasses.replace(x, judge_flops=float(flops))
+            for x in results
+        ]  # fmt: skip
+        found = report.summarize(config, costing)["majority_at_equal_flops"]
+        assert [row and row["samples"] for row in found.values()] == [at_most, above]
+        assert list(found) == ["at_most", "next"]
+        assert [row["flops"] for row in found.values() if row] == [
+            10 * k * (k + 1) / 2 for k in (at_most, above) if k
+        ]
     monkeypatch.setattr(report, "accuracy", lambda right, seed: {"accuracy_interval": right})
     backwards = report.summarize(config, results[::-1])
     assert backwards["greedy"]["accuracy_interval"] == [1, 0], "in id order, whoever wrote which"
@@ -594,3 +702,43 @@ def test_votes_make_one_opinion():
     opinion = ChunkJudgment.of_votes(votes)
     assert (opinion.verdict, opinion.p_positive, opinion.num_tokens) == (Verdict.POSITIVE, 0.5, 16)
     assert ChunkJudgment.of_votes(votes[:2]).verdict is Verdict.NEGATIVE
+
+
+def test_a_judge_reads_problem_and_history_once():
+    """All chunks at once as in `evaluate`, and one after another as in a search: the same judgments
+    as from whole prompts. A search that begins reads its problem, whoever has judged it before."""
+    settings = {"path": "arithmetic", "prompt_style": "bare", "sampling": {"max_new_tokens": 6}}
+    engine = {"rows": [4, 16], "buckets": [192]}
+    judge = load_judge(
+        StepwiserJudge.model_validate(settings | {"engine": engine}), mesh=make_mesh(), seed=0
+    )
+    solutions = []
+    for problem in PROBLEMS[:3]:
+        value, operations = arithmetic.parse_question(problem.question)
+        lines = [list(arithmetic.exact_lines(value, operation)) for operation in operations]
+        chunks = [arithmetic.chunk_text(of_chunk) for of_chunk in lines]
+        solutions.append(Solution(problem.problem_id, problem.question, chunks, separator=""))
+
+    def spent(found):
+        return [sum(j.read_tokens for j in of_one) for of_one in found]
+
+    prompts = [[judge.prompt_ids(x, j) for j in range(len(x.chunks))] for x in solutions]
+    once = [len(of_one[-1]) + len(of_one) - 1 for of_one in prompts]
+    together = judge(solutions)
+    assert spent(together) == once and min(map(len, prompts)) > 1
+    texts = [[j.completion for j in of_one] for of_one in together]
+    for _ in range(2):
+        steps = [[] for _ in solutions]
+        for j in range(max(map(len, prompts))):
+            asked = [p for p in range(3) if j < len(prompts[p])]
+            parts = [
+                dataclasses.replace(x, chunks=x.chunks[: j + 1], start=j)
+                for x in (solutions[p] for p in asked)
+            ]
+            for p, found in zip(asked, judge(parts), strict=True):
+                steps[p] += found
+        assert spent(steps) == once
+        assert [[j.completion for j in of_one] for of_one in steps] == texts
+    alone = [[judge([dataclasses.replace(x, chunks=x.chunks[: j + 1], start=j)])[0][0]
+              for j in reversed(range(len(x.chunks)))] for x in solutions]  # fmt: skip
+    assert [[j.completion for j in of_one[::-1]] for of_one in alone] == texts

@@ -57,7 +57,9 @@ class Truth:
     def __call__(self, solutions):
         return [
             [
-                ChunkJudgment("", Verdict.POSITIVE if right else Verdict.NEGATIVE, float(right), 3)
+                ChunkJudgment(
+                    "", Verdict.POSITIVE if right else Verdict.NEGATIVE, float(right), 3, 5, 0.5
+                )
                 for right in arithmetic.chunk_truth(solution.question, solution.chunks)
             ]
             for solution in solutions
@@ -102,6 +104,7 @@ def test_the_right_response_with_the_best_mean_score_is_selected(rollouts, selec
         assert selection.score == pytest.approx(np.mean(truths)) == max(selection.scores)
         chunks = sum(len(trajectories[name].chunk_ends) for name in selection.candidates)
         assert selection.judge_tokens == 3 * chunks
+        assert (selection.judge_read_tokens, selection.judge_flops) == (5 * chunks, 0.5 * chunks)
         assert selection.is_correct and selection.tagged
     assert summary["accuracy"] == 1
     assert summary["mean_score_selected"] > summary["mean_score"]

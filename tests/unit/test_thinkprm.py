@@ -33,6 +33,7 @@ from stepwiser_jax.judges.thinkprm import (
     verify_prompt,
 )
 from stepwiser_jax.judges.writer import Writer
+from stepwiser_jax.model.flops import Spent
 from stepwiser_jax.records import ClassifierExample, Verdict
 from stepwiser_jax.text.tokenizer import load_tokenizer
 
@@ -233,7 +234,7 @@ class Scripted:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.generated, self.asked, self.compiled_shapes = [], [], {}
 
-    def generate(self, prompts, params, *, key, row_ids, group_size):
+    def generate(self, prompts, params, *, key, row_ids, group_size, cache):
         completions = []
         for b, row_id in enumerate(row_ids):
             prompt = self.tokenizer.decode(prompts[b // group_size])
@@ -242,8 +243,13 @@ class Scripted:
             ids = self.tokenizer.encode(text.removesuffix(" <eos>"))[: params.max_new_tokens]
             ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
             logprobs = np.zeros(len(ids))
-            completions.append(Completion(row_id, np.array(ids), logprobs, StopReason.LENGTH))
+            reads = 0 if b % group_size else len(prompts[b // group_size])
+            how = {"stop_reason": StopReason.LENGTH, "spent": Spent(len(ids), reads, 1.0)}
+            completions.append(Completion(row_id, np.array(ids), logprobs, **how))
         return completions
+
+    def spent_on(self, *, read):
+        return Spent(0, read, 0.25)
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
@@ -301,6 +307,9 @@ def test_rounds_of_thought_go_on_from_one_another(loaded):
     assert (a.whole.p_positive, b.whole.p_positive) == (0.5, pytest.approx(0.7310586))
     assert a.whole.completion == f"{thought[0]} <judge> Positive"
     assert a.whole.num_tokens == sum(len(texts[i].split()) for i in (0, 2, 4))
+    fed = [prompt for row_id, prompt, _ in engine.generated if "/a/" in row_id] + engine.asked[:1]
+    assert a.whole.read_tokens == sum(len(prompt.split()) for prompt in fed), "each round anew"
+    assert a.whole.flops == 3 * 1.0 + 0.25
 
 
 def test_draws_of_a_solution_are_kept_apart_and_in_place(loaded):

@@ -64,6 +64,7 @@ from stepwiser_jax.judges.classifier import classifier_loss
 from stepwiser_jax.model.attention.splash import PRODUCTS, blocks_visited
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder, Weights, convert_layer
+from stepwiser_jax.model.flops import causal_pairs, forward_flops, weight_flops
 from stepwiser_jax.model.lora import base_of, merge, trainable
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.grpo import completion_logprobs, make_objective
@@ -111,28 +112,6 @@ def programs_of(config: Config, mesh: jax.sharding.Mesh) -> Programs:
 # --- the work that a model cannot do without ----------------------------------------------------
 
 
-def block_parameters(config: ModelConfig) -> int:
-    """Returns the number of parameters in the matrices of all layers."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
-
-
-def forward_flops(config: ModelConfig, *, tokens: float, scored: float, pairs: float) -> float:
-    """Returns the FLOPs of a forward pass; a backward pass takes twice as many.
-
-    They are 2 for each matrix parameter and token, those of the output matrix for each scored
-    token, and two products for each pair of a query and a key that it sees.
-    """
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return weight_flops(config, tokens=tokens, scored=scored) + 2.0 * attention
-
-
-def weight_flops(config: ModelConfig, *, tokens: float, scored: float) -> float:
-    """Returns the part of `forward_flops` that takes weights. Their gradients take as many."""
-    head = scored * config.vocab_size * config.hidden_size
-    return 2.0 * (tokens * block_parameters(config) + head)
-
-
 def update_flops(
     config: ModelConfig, settings: TrainedModel, *, tokens: float, scored: float, pairs: float
 ) -> float:
@@ -148,11 +127,6 @@ def cache_flops(config: ModelConfig, tokens: int) -> float:
     below = dataclasses.replace(config, num_layers=config.num_layers - 1)
     last = 4.0 * tokens * config.hidden_size * config.num_kv_heads * config.head_dim
     return last + forward_flops(below, tokens=tokens, scored=0, pairs=causal_pairs(0, tokens))
-
-
-def causal_pairs(before: int, tokens: int) -> float:
-    """Returns the pairs of a query and a key it sees: `tokens` in a row after `before` others."""
-    return tokens * before + tokens * (tokens + 1) / 2
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ block ended its process by `os._exit`, it does so again, and the blocks after it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from stepwiser_jax.errors import UserError
@@ -44,6 +44,7 @@ from stepwiser_jax.judges.genprm.form import (
     with_memory,
 )
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
+from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
@@ -66,7 +67,7 @@ class Conversation:
         roles: Who speaks each of the `texts`.
         codes: The blocks of code that ran.
         turn_start: Index of the first text of the current turn.
-        num_tokens: Tokens sampled in the current turn.
+        spent: What the current turn costs.
         stop_reason: Why sampling last stopped.
     """
 
@@ -78,7 +79,7 @@ class Conversation:
     texts: list[str] = field(default_factory=list)
     codes: list[str] = field(default_factory=list)
     turn_start: int = 0
-    num_tokens: int = 0
+    spent: Spent = NOTHING
     stop_reason: StopReason = StopReason.LENGTH
 
     def say(self, role: str, text: str) -> None:
@@ -91,7 +92,7 @@ class Conversation:
 
     def begin_turn(self, opening: str) -> None:
         """Begins a turn of the assistant's with text that is given."""
-        self.turn_start, self.num_tokens = len(self.texts), 0
+        self.turn_start, self.spent = len(self.texts), NOTHING
         self.say("assistant", opening)
 
     @property
@@ -156,7 +157,7 @@ class TurnWriter:
         for conversation in conversations:
             ids = self.encode(conversation)
             left = engine.shapes.max_length - len(ids) - reserve
-            room = min(params.max_new_tokens - conversation.num_tokens, left)
+            room = min(params.max_new_tokens - conversation.spent.generated, left)
             conversation.stop_reason = StopReason.LENGTH
             if room >= 1:
                 row_id = f"{self.writer.name}/{conversation.name}/{name}{conversation.suffix}"
@@ -171,7 +172,7 @@ class TurnWriter:
                     text = text[: first_end(text, params.stop_strings)]
                 conversation = conversation_of[completion.row_id]
                 conversation.say("assistant", text)
-                conversation.num_tokens += len(completion.tokens)
+                conversation.spent += completion.spent
                 conversation.stop_reason = completion.stop_reason
 
     def _run_code(self, conversations: Sequence[Conversation]) -> None:
@@ -333,11 +334,12 @@ class GenPrmCritic:
         prompts: dict[int, list[int]] = {}
         for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
             path.finished.append(conversation.is_finished)
-            if conversation.num_tokens:  # else there was no room
+            if conversation.spent.generated:  # else there was no room
                 conversation.say("assistant", self.form.to_verdict(conversation.turn))
                 ids = self.turns.encode(conversation)
                 if len(ids) < self.writer.engine.shapes.max_length:
                     prompts[i] = ids
+        spent = {i: self.writer.engine.spent_on(read=len(ids)) for i, ids in prompts.items()}
         log_odds = self.writer.engine.log_odds(list(prompts.values()), self.word_ids)
         p_right = dict(zip(prompts, probabilities(log_odds), strict=True))
         for i, (path, conversation) in enumerate(zip(paths, conversations, strict=True)):
@@ -345,9 +347,8 @@ class GenPrmCritic:
             if i in p_right:
                 verdict = verdict_at(0.5, p)
                 conversation.say("assistant", self.form.verdict(verdict is Verdict.POSITIVE))
-            path.judgments.append(
-                ChunkJudgment(conversation.turn, verdict, p, conversation.num_tokens)
-            )
+            total = conversation.spent + spent.get(i, NOTHING)
+            path.judgments.append(ChunkJudgment(conversation.turn, verdict, p, *astuple(total)))
 
 
 def verdict_ids(tokenizer: Tokenizer, form: GenPrmForm) -> tuple[int, int]:
