@@ -18,6 +18,7 @@ from stepwiser_jax.config import (
     TeacherServer,
     TrainClassifier,
     TrainJudge,
+    Validation,
 )
 from stepwiser_jax.data.datasets import (
     load_benchmark,
@@ -63,9 +64,10 @@ def check_inputs(
             load_tokenizer_of(value.path, value.chat_template_args)
         elif isinstance(value, TeacherServer):
             load_tokenizer(value.tokenizer, value.chat_template_args)
-        elif isinstance(value, DataSource):
-            exclude = tuple(source for source in value.exclude if source not in awaited)
-            _check_data(name, config, value.model_copy(update={"exclude": exclude}))
+        elif isinstance(value, DataSource | Validation):
+            data = value.examples if isinstance(value, Validation) else value
+            exclude = tuple(source for source in data.exclude if source not in awaited)
+            _check_data(name, config, data.model_copy(update={"exclude": exclude}))
         elif name == "reward" and isinstance(config, TrainJudge):
             plugins.load(value, "a reward", REWARDS, config.reward_args)
         elif name in RUN_RECORDS:
