@@ -41,8 +41,8 @@ class Reference(ReferenceSampler):
 
 def assert_sampled(model, prompts_B, row_ids, params, key, completions):
     """Asserts that every token is the one that its row's noise picks from what `model`, which reads
-    the whole row at once, says of it; that its log-prob is the model's; and that the row ends where
-    it should (stop strings aside)."""
+    the whole row at once, says of it; that its log-prob is the model's, and so are the log-odds of
+    compared tokens; and that the row ends where it should (stop strings aside)."""
     assert [completion.row_id for completion in completions] == list(row_ids)
     length_B = np.array([len(completion.tokens) for completion in completions])
     start_B = np.array([len(prompt) for prompt in prompts_B])
@@ -64,6 +64,10 @@ def assert_sampled(model, prompts_B, row_ids, params, key, completions):
     assert off_N[worst] < ROUNDING, f"{row}: token {t} is another by {off_N[worst]:.2g}"
     found_N = np.concatenate([completion.logprobs for completion in completions])
     np.testing.assert_allclose(found_N, logprob_N, atol=ROUNDING)
+    if params.compared is not None:
+        a_N, b_of_N = (logits_BTV[b_N, position_N - 1, token] for token in params.compared)
+        log_odds_N = np.concatenate([completion.log_odds for completion in completions])
+        np.testing.assert_allclose(log_odds_N, a_N - b_of_N, atol=ROUNDING)
     assert_ended(params, completions)
 
 

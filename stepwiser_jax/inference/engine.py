@@ -202,8 +202,10 @@ class Engine:
         """Samples what the scheduler has. `overlap`: a burst's completions are yielded while the
         device decodes the next one, and not before."""
         token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
-        new = params.max_new_tokens
-        state = empty_state(self.decoder, self.mesh, scheduler.grid, prefix_tokens, new)
+        new, compared = params.max_new_tokens, params.compared
+        state = empty_state(
+            self.decoder, self.mesh, scheduler.grid, prefix_tokens, new, compared is not None
+        )
         finished: list[Completion] = []
         while scheduler.has_work:
             state = self._prefill(state, scheduler.admit_prefixes())
@@ -211,6 +213,8 @@ class Engine:
             if not scheduler.running:
                 continue  # no sample of the admitted prefixes is needed
             shape = f"{scheduler.grid} prefix={prefix_tokens} new={new} {token_sampler}"
+            if compared is not None:
+                shape += " log-odds"
             with self.usage.calling(f"decode {shape}"):
                 state = decode_burst(
                     self.decoder,
@@ -220,6 +224,7 @@ class Engine:
                     np.int32(scheduler.exit_at()),
                     np.array(params.stop_ids, np.int32),
                     self.stop_tables[params.stop_strings],
+                    compared,
                 )
             if finished:
                 yield finished
@@ -272,13 +277,15 @@ class Engine:
         ended = [b for b in scheduler.running if not running_B[b]]
         if not ended:
             return []
-        tokens_BC, logprobs_BC = fetch((state.tokens_BC, state.logprobs_BC))
+        arrays = fetch((state.tokens_BC, state.logprobs_BC, state.log_odds_BC))
         completions = []
         for b, sample in zip(ended, scheduler.finish(ended), strict=True):
             # Copies: a view would keep the arrays of all rows in memory.
-            tokens, logprobs = (x[b, : length_B[b]].copy() for x in (tokens_BC, logprobs_BC))
+            tokens, logprobs, *log_odds = (
+                x[b, : length_B[b]].copy() for x in arrays if x is not None
+            )
             reason = StopReason(reason_B[b])
-            completions.append(Completion(sample.row_id, tokens, logprobs, reason))
+            completions.append(Completion(sample.row_id, tokens, logprobs, reason, *log_odds))
             self.usage.sampled_tokens += len(tokens)
         return completions
 

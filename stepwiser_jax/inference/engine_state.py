@@ -49,7 +49,7 @@ class EngineState:
 
     `prefix` holds a sequence for each slot, and how many of its tokens each row sees. `suffix`
     caches the tokens that each row has fed since, as many as the row has sampled. `match_B` are
-    the states of the stop strings' automaton."""
+    the states of the stop strings' automaton. `log_odds_BC` is there if tokens are compared."""
 
     prefix: SharedPrefix
     suffix: SuffixCache
@@ -61,6 +61,7 @@ class EngineState:
     reason_B: jax.Array
     tokens_BC: jax.Array
     logprobs_BC: jax.Array
+    log_odds_BC: jax.Array | None
 
     @property
     def grid(self) -> Grid:
@@ -75,15 +76,17 @@ def state_sharding(state: EngineState, config: ModelConfig, mesh: Mesh) -> Engin
     return jax.tree.map(lambda x: by_rank.get(x.ndim, batch_sharding(mesh)), state)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def empty_state(
     decoder: Decoder,
     mesh: Mesh | None,
     grid: Grid,
     prefix_tokens: int,
     max_new_tokens: int,
+    compares: bool = False,
 ) -> EngineState:
-    """Creates the state on the devices where it belongs: no device ever holds all of it."""
+    """Creates the state on the devices where it belongs: no device ever holds all of it. It has
+    room for log-odds if it `compares` tokens."""
     B = grid.rows
     config, dtype = decoder.config, decoder.compute_dtype
     state = EngineState(
@@ -99,6 +102,7 @@ def empty_state(
         reason_B=jnp.zeros((B,), jnp.int32),
         tokens_BC=jnp.zeros((B, max_new_tokens), jnp.int32),
         logprobs_BC=jnp.zeros((B, max_new_tokens), jnp.float32),
+        log_odds_BC=jnp.zeros((B, max_new_tokens), jnp.float32) if compares else None,
     )
     if mesh is None:
         return state
@@ -145,10 +149,11 @@ def shrink_grid(state: EngineState, source_B: jax.Array, is_used_B: jax.Array) -
         reason_B=take(state.reason_B),
         tokens_BC=take(state.tokens_BC),
         logprobs_BC=take(state.logprobs_BC),
+        log_odds_BC=None if state.log_odds_BC is None else take(state.log_odds_BC),
     )
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("compared",), donate_argnames=("state",))
 def decode_burst(
     decoder: Decoder,
     state: EngineState,
@@ -157,9 +162,10 @@ def decode_burst(
     exit_at: jax.Array,
     stop_ids: jax.Array,
     stop_table_AV: jax.Array | None,
+    compared: tuple[int, int] | None = None,
 ) -> EngineState:
     """Starts the new rows, then takes decode steps until at most `exit_at` rows are running, or for
-    `BURST_STEPS` steps."""
+    `BURST_STEPS` steps. Records the log-odds of the `compared` tokens at each step."""
 
     def start(new: Any, old: jax.Array) -> jax.Array:
         return jnp.where(starting.starts_B, new, old)
@@ -190,6 +196,11 @@ def decode_burst(
         # A row that has ended writes after its last token, where nothing is read.
         tokens_BC = state.tokens_BC.at[rows_B, sampled_B].set(token_B, mode="drop")
         logprobs_BC = state.logprobs_BC.at[rows_B, sampled_B].set(logprob_B, mode="drop")
+        log_odds_BC = state.log_odds_BC
+        if compared is not None:
+            assert log_odds_BC is not None
+            log_odds_B = pair_log_odds(decoder, hidden_BD, compared)
+            log_odds_BC = log_odds_BC.at[rows_B, sampled_B].set(log_odds_B, mode="drop")
         stop_B, reason_B, match_B = find_stops(token_B, state.match_B, stop_ids, stop_table_AV)
         return steps + 1, dataclasses.replace(
             state,
@@ -200,6 +211,7 @@ def decode_burst(
             reason_B=jnp.where(running_B, reason_B, state.reason_B),
             tokens_BC=tokens_BC,
             logprobs_BC=logprobs_BC,
+            log_odds_BC=log_odds_BC,
         )
 
     def goes_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
@@ -216,5 +228,10 @@ def log_odds_at(
     """Returns the log-odds (B,) of two tokens after the token at `last_B` of each row."""
     hidden_BTD, _ = decoder.prefill(tokens_BT)
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-    logits_B2 = decoder.pair_logits(hidden_B1D, pair)[:, 0]
+    return pair_log_odds(decoder, hidden_B1D[:, 0], pair)
+
+
+def pair_log_odds(decoder: Decoder, hidden_BD: jax.Array, pair: tuple[int, int]) -> jax.Array:
+    """Returns the log-odds (B,), float32, of two tokens after each hidden state."""
+    logits_B2 = decoder.pair_logits(hidden_BD, pair)
     return logits_B2[:, 0] - logits_B2[:, 1]

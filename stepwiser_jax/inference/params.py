@@ -15,7 +15,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off. A row ends after a
     token of `stop_ids`, after a token that completes one of `stop_strings`, or after
-    `max_new_tokens` tokens."""
+    `max_new_tokens` tokens. `compared` are two tokens whose log-odds the engine records;
+    the reference sampler and a server record none."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -23,6 +24,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    compared: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -61,12 +63,15 @@ class StopReason(enum.IntEnum):
 @dataclass(frozen=True, eq=False)
 class Completion:
     """What one row sampled: `tokens` (int32), the end token included, and the log-prob of each
-    (float32) under the distribution that it was sampled from."""
+    (float32) under the distribution that it was sampled from. With `SamplingParams.compared` (a, b)
+    it has the `log_odds` at each token, log P(a) - log P(b) (float32), of the model itself: neither
+    temperature nor truncation changes them."""
 
     row_id: str
     tokens: np.ndarray
     logprobs: np.ndarray
     stop_reason: StopReason
+    log_odds: np.ndarray | None = None
 
 
 def check_row_ids(row_ids: Sequence[str], count: int) -> None:

@@ -122,6 +122,26 @@ def test_one_row_that_a_move_corrupts_is_found(tiny_model, monkeypatch, corrupt)
         check(tiny_model, params, output)
 
 
+@pytest.mark.parametrize("drawing", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}])
+def test_compared_tokens_have_the_models_log_odds_at_each_token(tiny_model, drawing):
+    """Rows move to a smaller grid, temperature and truncation do not matter. Without a pair nothing
+    is recorded, and all else is the same."""
+    free = SamplingParams(30, stop_ids=STOPS, **drawing)
+    params = dataclasses.replace(free, compared=(11, 3))
+    how = {"key": KEY, "row_ids": IDS, "group_size": GROUP}
+    engine = Engine(tiny_model, rows=(4, 32), buckets=(64,))
+    found = engine.generate(PROMPTS, params, **how)
+    has_moved = any(name.startswith("shrink") for name in engine.compiled_shapes)
+    assert has_moved or params.temperature == 0, "greedy rows of a group end together"
+    check(tiny_model, params, found)
+    assert found[0].log_odds.dtype == np.float32
+    others = engine.generate(PROMPTS, free, **how)
+    assert tokens_of(others) == tokens_of(found)
+    assert {other.log_odds is None for other in others} == {True}
+    plain = {name for name in engine.compiled_shapes if not name.endswith(" log-odds")}
+    assert {f"{name} log-odds" for name in plain} & set(engine.compiled_shapes)
+
+
 def test_a_burst_is_bounded(tiny_model, monkeypatch):
     monkeypatch.setattr(engine_state, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
