@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.base import ChunkJudgment
-from stepwiser_jax.records import Verdict
+from stepwiser_jax.judges.stepwiser import read_judgment
+from stepwiser_jax.records import JudgeExample, Verdict
+from stepwiser_jax.rl.rewards import verdict_metrics
+from stepwiser_jax.rl.rollouts import RolloutSampler
+from stepwiser_jax.text.tokenizer import completion_text
 
 CRITERION = "auc"
 """The metric that says which judge is the best. It is the usual one for a classifier of two classes
@@ -19,6 +24,24 @@ whose threshold is chosen later, and a judge cannot raise it by saying Positive 
 
 LATE = 10
 """From this position on, chunks are counted together: few solutions have so many."""
+
+
+def measure_judge(
+    sampler: RolloutSampler, held_out: Sequence[JudgeExample], policy: Any
+) -> dict[str, float]:
+    """Returns metrics of one greedy judgment of each held-out chunk, sampled like rollouts. Raises
+    Interrupted if the run is to stop."""
+    with sampler.weights(policy):
+        completions = sampler.greedy(held_out)
+    texts = [completion_text(sampler.tokenizer, done.tokens.tolist()) for done in completions]
+    judgments = [read_judgment(*written) for written in zip(texts, completions, strict=True)]
+    labels = [example.is_positive for example in held_out]
+    positions = [example.position for example in held_out]
+    return {
+        **judgment_metrics(labels, judgments, positions),
+        **verdict_metrics(texts, bare=False),
+        "response_tokens": sum(x.num_tokens for x in judgments) / len(judgments),
+    }
 
 
 def judgment_metrics(

@@ -141,14 +141,17 @@ class RolloutSampler:
             for group_id, example, prompt in zip(ids, examples, prompts, strict=True)
         ]
 
-    def greedy(self, examples: Sequence[Any]) -> list[Completion]:
-        """Returns the likeliest completion of each example. The cache has no part in it.
+    def greedy(
+        self, examples: Sequence[Any], compared: tuple[int, int] | None = None
+    ) -> list[Completion]:
+        """Returns the likeliest completion of each example, with the log-odds of the `compared`
+        tokens. The cache has no part in it.
 
         Raises:
             Interrupted: The run is to stop.
         """
         ids = [f"{self.name}/greedy/{p}/{example.record_id}" for p, example in enumerate(examples)]
-        params = dataclasses.replace(self.params, temperature=0.0)
+        params = dataclasses.replace(self.params, temperature=0.0, compared=compared)
         prefixes = []
         for row_id, example in zip(ids, examples, strict=True):
             prompt = self.encode(example)

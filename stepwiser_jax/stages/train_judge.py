@@ -42,8 +42,7 @@ from stepwiser_jax.distributed.loading import Loaded, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.judges.stepwiser import read_judgment
-from stepwiser_jax.judges.validation import CRITERION, check_classes, judgment_metrics
+from stepwiser_jax.judges.validation import CRITERION, check_classes, measure_judge
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
@@ -64,7 +63,6 @@ from stepwiser_jax.rl.rollouts import (
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
-from stepwiser_jax.text.tokenizer import completion_text
 from stepwiser_jax.training.batches import example_loader
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.step import mean_metrics
@@ -248,27 +246,10 @@ def make_validation(
     return Measurements(
         config.validation,
         iterations,
-        functools.partial(measure, sampler, held_out),
+        functools.partial(measure_judge, sampler, held_out),
         CRITERION,
         {"examples": len(held_out), "dropped": dropped},
     )
-
-
-def measure(
-    sampler: RolloutSampler, held_out: Sequence[JudgeExample], policy: Any
-) -> dict[str, float]:
-    """Returns metrics of one greedy judgment of each held-out chunk."""
-    with sampler.weights(policy):
-        completions = sampler.greedy(held_out)
-    texts = [completion_text(sampler.tokenizer, done.tokens.tolist()) for done in completions]
-    judgments = [read_judgment(*written) for written in zip(texts, completions, strict=True)]
-    labels = [example.is_positive for example in held_out]
-    positions = [example.position for example in held_out]
-    return {
-        **judgment_metrics(labels, judgments, positions),
-        **verdict_metrics(texts, bare=False),
-        "response_tokens": sum(x.num_tokens for x in judgments) / len(judgments),
-    }
 
 
 def make_sampler(
