@@ -17,6 +17,7 @@ from stepwiser_jax.records import JudgeExample, Verdict
 from stepwiser_jax.rl.rewards import verdict_metrics
 from stepwiser_jax.rl.rollouts import RolloutSampler
 from stepwiser_jax.text.tokenizer import completion_text
+from stepwiser_jax.text.verdict_tokens import VerdictTokens
 
 CRITERION = "auc"
 """The metric that says which judge is the best. It is the usual one for a classifier of two classes
@@ -27,14 +28,20 @@ LATE = 10
 
 
 def measure_judge(
-    sampler: RolloutSampler, held_out: Sequence[JudgeExample], policy: Any
+    sampler: RolloutSampler,
+    verdict_tokens: VerdictTokens,
+    held_out: Sequence[JudgeExample],
+    policy: Any,
 ) -> dict[str, float]:
     """Returns metrics of one greedy judgment of each held-out chunk, sampled like rollouts. Raises
     Interrupted if the run is to stop."""
     with sampler.weights(policy):
-        completions = sampler.greedy(held_out)
+        completions = sampler.greedy(held_out, verdict_tokens.pair)
     texts = [completion_text(sampler.tokenizer, done.tokens.tolist()) for done in completions]
-    judgments = [read_judgment(*written) for written in zip(texts, completions, strict=True)]
+    judgments = [
+        read_judgment(verdict_tokens, *written)[0]
+        for written in zip(texts, completions, strict=True)
+    ]
     labels = [example.is_positive for example in held_out]
     positions = [example.position for example in held_out]
     return {

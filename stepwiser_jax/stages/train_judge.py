@@ -63,6 +63,7 @@ from stepwiser_jax.rl.rollouts import (
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
+from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import example_loader
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.step import mean_metrics
@@ -243,10 +244,11 @@ def make_validation(
     if config.validation.export == "best":
         labels = [example.is_positive for example in held_out]
         check_classes(labels, config.validation.examples.source)
+    verdict_tokens = VerdictTokens.of(sampler.tokenizer, config.prompt_style)
     return Measurements(
         config.validation,
         iterations,
-        functools.partial(measure_judge, sampler, held_out),
+        functools.partial(measure_judge, sampler, verdict_tokens, held_out),
         CRITERION,
         {"examples": len(held_out), "dropped": dropped},
     )
