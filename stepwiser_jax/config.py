@@ -719,7 +719,8 @@ class Training(Config):
     remat: bool = False
     """Compute activations again in the backward pass, to save memory."""
     checkpoint_every: int = Field(100, ge=1)
-    """Updates (iterations of `train-judge`) between checkpoints. The last two are kept."""
+    """Updates (iterations of `train-judge`) between checkpoints. The last two are kept, and the
+    best one if there is a `validation`."""
 
 
 class FromExamples(Config):
@@ -741,6 +742,21 @@ class FromExamples(Config):
         return self
 
 
+class Validation(Config):
+    """How good the model is while it trains, on examples that it does not learn."""
+
+    examples: DataSource
+    """The held-out examples: of the kinds that `examples` of the stage may be. Their problems are
+    left out of the training, so they may be a part of the same data:
+    `{source: RUNS/labels, shuffle: true, limit: 512}`."""
+    every: int = Field(ge=1)
+    """Updates (iterations of `train-judge`) between two measurements. There is also one before the
+    first update and one after the last."""
+    export: Literal["last", "best"] = "last"
+    """Export the model after the last update, or the one that did best: the lowest loss of `sft`,
+    the highest AUC of a judge or a classifier. The earliest of equal ones is the best."""
+
+
 class TrainingStage(ComputeStage, FromExamples):
     """What every stage has that trains."""
 
@@ -748,8 +764,17 @@ class TrainingStage(ComputeStage, FromExamples):
     """The model to begin with."""
     training: Training
     """How it is trained."""
+    validation: Validation | None = None
+    """Measure the model on held-out examples while it trains; null does not."""
     epochs: int | None = Field(None, ge=1)
     """Learn every example this number of times, in place of `steps` or `iterations`."""
+
+    @model_validator(mode="after")
+    def _validation_is_consistent(self) -> TrainingStage:
+        if self.validation is not None:
+            used = tuple(dict.fromkeys((*self.used, "shuffle", "limit", "seed")))
+            self.validation.examples.check_unused("validation.examples", used)
+        return self
 
     def check_micro_batches(self, rows: int, name: str) -> None:
         """Raises ValueError unless `rows` (called `name`) can be cut into micro-batches, and each

@@ -285,6 +285,14 @@ class JudgeExample:
     def record_id(self) -> str:
         return self.example_id
 
+    @property
+    def position(self) -> int | None:
+        """Returns the number of chunks before this one, which an id `<solution>/<number>` says;
+        None if the id says none, or one that does not fit the history."""
+        number = self.example_id.rpartition("/")[2]
+        is_number = number.isascii() and number.isdigit() and str(int(number)) == number
+        return int(number) if is_number and (number == "0") == (not self.history) else None
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierExample:

@@ -19,6 +19,7 @@ from stepwiser_jax.config import (
     TeacherServer,
     TrainClassifier,
     TrainJudge,
+    Validation,
 )
 from stepwiser_jax.data.datasets import (
     load_benchmark,
@@ -64,9 +65,10 @@ def check_inputs(
             load_tokenizer_of(value.path, **value.asked)
         elif isinstance(value, TeacherServer):
             load_tokenizer(value.tokenizer, **value.asked)
-        elif isinstance(value, DataSource):
-            exclude = tuple(source for source in value.exclude if source not in awaited)
-            _check_data(name, config, value.model_copy(update={"exclude": exclude}))
+        elif isinstance(value, DataSource | Validation):
+            data = value.examples if isinstance(value, Validation) else value
+            exclude = tuple(source for source in data.exclude if source not in awaited)
+            _check_data(name, config, data.model_copy(update={"exclude": exclude}))
         elif name == "reward" and isinstance(config, TrainJudge):
             plugins.load(value, "a reward", REWARDS, config.reward_args)
         elif name in RUN_RECORDS:

@@ -29,6 +29,8 @@ READS = {
     "problems.source": ("rollout",),
     "problems.exclude": ("rollout",),
     "examples.exclude": ("rollout",),
+    "validation.examples.source": ("chunk-solutions", "select-responses", "rejection-sample"),
+    "validation.examples.exclude": ("rollout",),
     "rollouts": ("rollout",),
     "values": ("annotate",),
     "benchmark.source": ("rollout",),
@@ -38,7 +40,7 @@ READS = {
 
 def readable(tree: dict[str, Any], setting: str) -> tuple[str, ...]:
     """Returns the stages whose runs a setting of a config may name."""
-    if setting == "examples.source" and tree["stage"] != "sft":
+    if setting.endswith("examples.source") and tree["stage"] != "sft":
         return ("label",)
     if setting == "judge.path" and tree["judge"].get("kind") == "classifier":
         return ("train-classifier",)

@@ -7,10 +7,12 @@ does not say.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stepwiser_jax import plugins
 from stepwiser_jax.config import DataSource
+from stepwiser_jax.data.held_out import part_of
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.manifest import read_manifest
 from stepwiser_jax.record_io import KIND, read_records
@@ -22,12 +24,12 @@ from stepwiser_jax.text.prompts import PromptStyle, encode_message, solve_prompt
 from stepwiser_jax.text.templates import OURS, Prompts
 from stepwiser_jax.text.tokenizer import Tokenizer
 
-Demonstrations = list[SftExample] | list[Dialogue]
+Demonstration = SftExample | Dialogue
 
 
 def load_demonstrations(
     data: DataSource, style: PromptStyle, prompts: Prompts = OURS
-) -> Demonstrations:
+) -> list[Demonstration]:
     """Returns demonstrations of a file, of a finished run, or of a function.
 
     Raises:
@@ -40,10 +42,12 @@ def load_demonstrations(
         examples = make(count=data.limit, seed=data.seed, style=style)
     if not examples:
         raise UserError(f"expected examples in {data.source}, found none")
-    return examples[: data.limit]
+    return part_of(examples, data)
 
 
-def read_demonstrations(source: str, style: PromptStyle, prompts: Prompts = OURS) -> Demonstrations:
+def read_demonstrations(
+    source: str, style: PromptStyle, prompts: Prompts = OURS
+) -> Sequence[Demonstration]:
     """Returns SftExample or Dialogue records. A `chunk-solutions` run gives the solutions that were
     cut, and a `select-responses` run the selected responses, each after the prompt of `rollout`."""
     if holds_dialogues(source):
@@ -87,7 +91,7 @@ def holds_dialogues(source: str) -> bool:
 
 
 def encode_demonstration(
-    example: SftExample | Dialogue, tokenizer: Tokenizer, style: PromptStyle
+    example: Demonstration, tokenizer: Tokenizer, style: PromptStyle
 ) -> tuple[list[int], list[bool]]:
     """Returns token ids, the end token last, and which of them are learned.
 
@@ -111,7 +115,7 @@ def encode_demonstration(
     return [*ids, tokenizer.eos_ids[0]], [*learned, True]
 
 
-def spells_control(example: SftExample | Dialogue, tokenizer: Tokenizer) -> bool:
+def spells_control(example: Demonstration, tokenizer: Tokenizer) -> bool:
     """Returns whether a text holds a control token. It is learned as plain text: only a Dialogue
     has turns."""
     is_dialogue = isinstance(example, Dialogue)

@@ -12,12 +12,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepwiser_jax.data.rows import columns_of, read_rows
+from stepwiser_jax.config import DataSource
+from stepwiser_jax.data.rows import columns_of, read_rows, shuffled
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
-from stepwiser_jax.records import ClassifierExample, JudgeExample, LabelledSolution, Problem
+from stepwiser_jax.records import (
+    ClassifierExample,
+    Dialogue,
+    JudgeExample,
+    LabelledSolution,
+    Problem,
+    SftExample,
+)
 
 R = TypeVar("R", Problem, LabelledSolution, JudgeExample, ClassifierExample)
+Example = JudgeExample | ClassifierExample | SftExample | Dialogue
+E = TypeVar("E", bound=Example)
 
 _COLUMNS = ("problem", "question", "original_question", "modified_question")
 
@@ -71,3 +81,41 @@ def _questions(row: dict[str, Any]) -> list[str]:
     if not found:
         raise UserError(f"expected a 'problem' or 'question', found {sorted(row)}")
     return found
+
+
+# --- examples that validate a training ----------------------------------------------------------
+
+
+def part_of(examples: Sequence[E], data: DataSource) -> list[E]:
+    """Returns the examples that `shuffle`, `seed` and `limit` of `data` choose."""
+    order = range(len(examples))
+    if data.shuffle:
+        order = shuffled(order, data.seed)
+    return [examples[i] for i in order[: data.limit]]
+
+
+def drop_problems_of(
+    held_out: Sequence[E], examples: Sequence[E], dropped: Counter[str]
+) -> list[E]:
+    """Returns the examples whose problem no held-out example has. The others are counted in
+    `dropped`. Raises UserError if none is left."""
+    problems = {name for example in held_out for name in _names_of_problem(example)}
+    kept = [example for example in examples if problems.isdisjoint(_names_of_problem(example))]
+    if len(kept) < len(examples):
+        dropped["validation"] += len(examples) - len(kept)
+    if examples and not kept:
+        raise UserError(
+            f"none of {len(examples)} examples is left to learn: validation.examples has the "
+            "problems of all of them: set validation.examples.limit, or name other examples"
+        )
+    return kept
+
+
+def _names_of_problem(example: Example) -> set[tuple[str, str]]:
+    """Returns what two examples of one problem share. A demonstration does not hold its problem
+    apart from its prompt, so it goes by the id of the problem too."""
+    if isinstance(example, JudgeExample | ClassifierExample):
+        return {("text", without_spaces(example.question))}
+    is_dialogue = isinstance(example, Dialogue)
+    prompt = example.texts[example.roles.index("user")] if is_dialogue else example.prompt
+    return {("text", without_spaces(prompt)), ("id", example.problem_id)}

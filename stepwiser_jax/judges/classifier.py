@@ -25,7 +25,7 @@ import numpy as np
 
 from stepwiser_jax.config import ClassifierJudge
 from stepwiser_jax.distributed.loading import Loaded
-from stepwiser_jax.distributed.mesh import shard_batch
+from stepwiser_jax.distributed.mesh import fetch, shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import probabilities
@@ -233,7 +233,7 @@ class Classifier:
         self.compiled_shapes[shape] += 1
         with jax.set_mesh(self.mesh), compilation.compiling(shape):
             batch = shard_batch(batch, self.mesh)
-            return np.asarray(classifier_logits(self.model, batch, signs=self.signs))
+            return fetch(classifier_logits(self.model, batch, signs=self.signs))
 
 
 @functools.partial(jax.jit, static_argnames="signs")

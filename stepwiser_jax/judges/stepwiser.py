@@ -107,13 +107,21 @@ class ChunkJudge:
         return found
 
     def _read(self, text: str, completion: Completion) -> ChunkJudgment:
-        """Returns the judgment that a completion is."""
-        tokens, verdict = completion.tokens.tolist(), parse_verdict(text)
-        spent = astuple(completion.spent)
-        place = self.verdict_tokens.place(tokens, verdict)
-        if place is None:
-            self.in_other_tokens += verdict.is_given
-            return ChunkJudgment.of_verdict(text, verdict, *spent)
-        assert completion.log_odds is not None
-        (p_positive,) = probabilities(completion.log_odds[place : place + 1])
-        return ChunkJudgment(text, verdict, p_positive, *spent)
+        judgment, is_known = read_judgment(self.verdict_tokens, text, completion)
+        self.in_other_tokens += judgment.verdict.is_given and not is_known
+        return judgment
+
+
+def read_judgment(
+    verdict_tokens: VerdictTokens, text: str, completion: Completion
+) -> tuple[ChunkJudgment, bool]:
+    """Returns the judgment that a completion is, and whether its probability is known. The
+    completion has the log-odds of `verdict_tokens.pair`."""
+    tokens, verdict = completion.tokens.tolist(), parse_verdict(text)
+    spent = astuple(completion.spent)
+    place = verdict_tokens.place(tokens, verdict)
+    if place is None:
+        return ChunkJudgment.of_verdict(text, verdict, *spent), False
+    assert completion.log_odds is not None
+    (p_positive,) = probabilities(completion.log_odds[place : place + 1])
+    return ChunkJudgment(text, verdict, p_positive, *spent), True

@@ -23,7 +23,7 @@ from stepwiser_jax.distributed import hosts
 from stepwiser_jax.distributed.fingerprints import param_hash
 from stepwiser_jax.distributed.loading import Loaded, decoding_copy
 from stepwiser_jax.inference.engine import Engine, decoding_layout
-from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
+from stepwiser_jax.inference.params import Completion, Prefix, SampleRequest, SamplingParams
 from stepwiser_jax.model.packing import packing_id
 from stepwiser_jax.rl.rollout_cache import RolloutCache, SampledRow
 from stepwiser_jax.runs.signals import Interrupted, stop
@@ -129,24 +129,56 @@ class RolloutSampler:
         if hosts.any_process(not rows):  # one has no file: then all processes sample anew
             rows = {}
         if len(rows) < len(ids) * self.group_size:
-            with jax.set_mesh(self.mesh):
-                is_whole = self._sample_missing(ids, prompts, rows)
+            try:
+                with jax.set_mesh(self.mesh):
+                    self._sample_missing(ids, prompts, rows)
+            except Interrupted:
+                self.cache.write(*cache_key, rows)
+                raise
             self.cache.write(*cache_key, rows)
-            if not is_whole:
-                raise Interrupted
         return [
             self._group(group_id, example, prompt, rows)
             for group_id, example, prompt in zip(ids, examples, prompts, strict=True)
         ]
+
+    def greedy(
+        self, examples: Sequence[Any], compared: tuple[int, int] | None = None
+    ) -> list[Completion]:
+        """Returns the likeliest completion of each example, with the log-odds of the `compared`
+        tokens. The cache has no part in it.
+
+        Raises:
+            Interrupted: The run is to stop.
+        """
+        ids = [f"{self.name}/greedy/{p}/{example.record_id}" for p, example in enumerate(examples)]
+        params = dataclasses.replace(self.params, temperature=0.0, compared=compared)
+        prefixes = []
+        for row_id, example in zip(ids, examples, strict=True):
+            prompt = self.encode(example)
+            request = SampleRequest(row_id, len(prompt), params.max_new_tokens)
+            prefixes.append(Prefix(prompt, [request]))
+        with jax.set_mesh(self.mesh):
+            found = {done.row_id: done for done in self._ended(prefixes, params)}
+        return [found[row_id] for row_id in ids]
+
+    def _ended(self, prefixes: Sequence[Prefix], params: SamplingParams) -> Iterator[Completion]:
+        """Yields completions as they end. Raises Interrupted, between two bursts, if the processes
+        are to stop."""
+        assert self._engine_with_weights is not None, "sample inside `weights`"
+        ended = self._engine_with_weights.stream(prefixes, params, key=self.key, overlap=False)
+        for completions in ended:
+            yield from completions
+            if hosts.all_stop_here(stop.requested):
+                raise Interrupted
 
     def _row_ids(self, group_id: str) -> list[str]:
         return [f"{group_id}/{g}" for g in range(self.group_size)]
 
     def _sample_missing(
         self, ids: Sequence[str], prompts: Sequence[np.ndarray], rows: dict[str, SampledRow]
-    ) -> bool:
-        """Adds the rows of these groups that `rows` lacks. Returns False if the processes stop
-        before all are there, which they do between two bursts."""
+    ) -> None:
+        """Adds the rows of these groups that `rows` lacks, one after the other: those that are
+        there when Interrupted is raised stay."""
         prefixes = []
         for group_id, prompt in zip(ids, prompts, strict=True):
             missing = [row_id for row_id in self._row_ids(group_id) if row_id not in rows]
@@ -155,14 +187,8 @@ class RolloutSampler:
             ]
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
-        assert self._engine_with_weights is not None, "sample inside `weights`"
-        ended = self._engine_with_weights.stream(prefixes, self.params, key=self.key, overlap=False)
-        for completions in ended:
-            for done in completions:
-                rows[done.row_id] = SampledRow(done.tokens, done.logprobs)
-            if hosts.all_stop_here(stop.requested):
-                return False
-        return True
+        for done in self._ended(prefixes, self.params):
+            rows[done.row_id] = SampledRow(done.tokens, done.logprobs)
 
     def _group(
         self, group_id: str, example: Any, prompt: np.ndarray, rows: dict[str, SampledRow]

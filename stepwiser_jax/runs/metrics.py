@@ -86,7 +86,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     """
     lines: list[dict[str, float]] = []
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        before = lines[-1]["step"] if lines else 0
+        before = lines[-1]["step"] if lines else -1  # a measurement before step 1 is of step 0
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):

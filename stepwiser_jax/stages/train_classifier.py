@@ -11,6 +11,7 @@ Only the answers are learned; one pass over a solution learns, and scores, all o
    marks where to read, as in Math-Shepherd. Chunks after the last label are left out.
 3. A scalar head is two rows, wrong and right, in place of the vocabulary's, read where the answer
    would be predicted: transformers' ...ForTokenClassification.
+4. With `validation` the classifier scores held-out chunks as it does in use, every so many steps.
 
 Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/. Other programs can
 score with it by the logits of + and -, or of the two classes, before each answer.
@@ -21,19 +22,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from stepwiser_jax.config import TrainClassifier
+from stepwiser_jax.config import ClassifierJudge, DataSource, TrainClassifier
 from stepwiser_jax.data.datasets import load_classifier_examples
-from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
+from stepwiser_jax.data.held_out import (
+    drop_held_out,
+    drop_problems_of,
+    held_out_questions,
+    part_of,
+)
 from stepwiser_jax.distributed.loading import Loaded, load_for_training, with_new_score
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.judges.classifier import classifier_loss, encode_solution, sign_ids
+from stepwiser_jax.judges.base import Solution
+from stepwiser_jax.judges.classifier import (
+    Classifier,
+    classifier_loss,
+    encode_solution,
+    sign_ids,
+)
+from stepwiser_jax.judges.validation import CRITERION, check_classes, judgment_metrics, log_loss
 from stepwiser_jax.records import ClassifierExample
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.tokenizer import Tokenizer
@@ -45,6 +59,7 @@ from stepwiser_jax.training.batches import (
 )
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.sft_loss import num_target_tokens
+from stepwiser_jax.training.validation import Measurements
 
 
 def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
@@ -52,7 +67,8 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "train-classifier", config)
     if directory.finished:
         return directory.summary()
-    solutions, dropped = load_examples(config)
+    held_out, validation_dropped = load_held_out(config)
+    solutions, dropped = load_examples(config, held_out)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
     loaded = load(config, mesh)
@@ -66,6 +82,7 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     steps = config.steps or num_batches(documents, **batching)
     say_length("train-classifier", config.epochs, len(documents), f"{steps} steps")
     signs, remat = sign_ids(loaded.tokenizer), config.training.remat
+    validation = make_validation(config, loaded, mesh, held_out, validation_dropped, steps)
     training = TrainingRun(
         directory,
         loaded,
@@ -75,6 +92,7 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
         loader=document_loader(documents, **batching),
         loss_fn=functools.partial(classifier_loss, signs=signs, remat=remat),
         normalizer_fn=num_target_tokens,
+        validation=validation,
     )
     seconds_per_step = training.fit(steps)
     labels = np.concatenate([np.asarray(d.targets_T)[d.target_mask_T] for d in documents])
@@ -91,16 +109,32 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     return training.finish(summary)
 
 
-def load_examples(config: TrainClassifier) -> tuple[list[ClassifierExample], dict[str, int]]:
-    """Returns the examples of no excluded problem, and counts of what was left out."""
+def load_examples(
+    config: TrainClassifier, held_out: Sequence[ClassifierExample]
+) -> tuple[list[ClassifierExample], dict[str, int]]:
+    """Returns the examples of no excluded or held-out problem, and counts of what was left out."""
     dropped: Counter[str] = Counter()
+    examples = drop_problems_of(held_out, read_examples(config.examples, dropped), dropped)
+    return examples, dict(dropped)
+
+
+def load_held_out(config: TrainClassifier) -> tuple[list[ClassifierExample], dict[str, int]]:
+    """Returns the examples of `validation`, if there is one, and counts of what was left out."""
+    if config.validation is None:
+        return [], {}
+    dropped: Counter[str] = Counter()
+    data = config.validation.examples
+    return part_of(read_examples(data, dropped), data), dict(dropped)
+
+
+def read_examples(data: DataSource, dropped: Counter[str]) -> list[ClassifierExample]:
+    """Returns the examples of no excluded problem. Raises UserError if there are none."""
     examples = load_classifier_examples(
-        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
+        data.source, on_malformed=data.on_malformed, dropped=dropped
     )
     if not examples:
-        raise UserError(f"expected classifier examples in {config.examples.source}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
-    return examples, dict(dropped)
+        raise UserError(f"expected classifier examples in {data.source}, found none")
+    return drop_held_out(examples, held_out_questions(data.exclude), dropped)
 
 
 def load(config: TrainClassifier, mesh: jax.sharding.Mesh) -> Loaded:
@@ -119,7 +153,7 @@ def make_document(
     """Returns the conversation about a solution, its labelled answers as targets."""
     is_positive = dict(zip(solution.labelled, solution.is_positive, strict=True))
     targets = solution.q if config.labels == "soft" else solution.is_positive
-    chunks = solution.chunks[: solution.labelled[-1] + 1]
+    chunks = up_to_last_label(solution)
     marks_only = config.labels == "soft" or config.head == "scalar"
     answers = [marks_only or is_positive.get(j, True) for j in range(len(chunks))]
     ids, places = encode_solution(
@@ -129,3 +163,67 @@ def make_document(
     mask_T, targets_T = np.zeros(len(ids), bool), np.zeros(len(ids), np.float32)
     mask_T[learned], targets_T[learned] = True, targets
     return Document(np.array(ids, np.int32), mask_T, targets_T)
+
+
+def up_to_last_label(solution: ClassifierExample) -> tuple[str, ...]:
+    return solution.chunks[: solution.labelled[-1] + 1]
+
+
+# --- validation ---------------------------------------------------------------------------------
+
+
+def make_validation(
+    config: TrainClassifier,
+    loaded: Loaded,
+    mesh: jax.sharding.Mesh,
+    held_out: Sequence[ClassifierExample],
+    dropped: dict[str, int],
+    steps: int,
+) -> Measurements | None:
+    """Returns what measures the classifier, if `validation` says so. Raises UserError if no
+    held-out solution fits, or if the best classifier is to be exported and their labels are all of
+    one class."""
+    if config.validation is None:
+        return None
+    lengths = [len(make_document(x, loaded.tokenizer, config).tokens_T) for x in held_out]
+    fitting = [x for x, n in zip(held_out, lengths, strict=True) if n <= config.max_length]
+    if not fitting:
+        raise UserError(
+            f"no example of validation.examples fits max_length {config.max_length}: the shortest "
+            f"of {len(held_out)} has {min(lengths)} tokens"
+        )
+    labels = [label for solution in fitting for label in solution.is_positive]
+    if config.validation.export == "best":
+        check_classes(labels, config.validation.examples.source)
+    dropped = {"too_long": len(held_out) - len(fitting)} | dropped
+    return Measurements(
+        config.validation,
+        steps,
+        functools.partial(measure, config, loaded, mesh, fitting),
+        CRITERION,
+        {"examples": len(fitting), "labels": len(labels), "dropped": dropped},
+    )
+
+
+def measure(
+    config: TrainClassifier,
+    loaded: Loaded,
+    mesh: jax.sharding.Mesh,
+    held_out: Sequence[ClassifierExample],
+    model: Any,
+) -> dict[str, float]:
+    """Returns metrics of the scores of all labelled chunks of held-out solutions."""
+    settings = ClassifierJudge(
+        path=config.model.path,
+        prompt_style=config.prompt_style,
+        rows=config.batch_size // config.training.micro_batches,
+        max_length=config.max_length,
+    )
+    judge = Classifier(dataclasses.replace(loaded, model=model), mesh, settings)
+    scored = judge([Solution(x.solution_id, x.question, up_to_last_label(x)) for x in held_out])
+    judgments = [found[j] for x, found in zip(held_out, scored, strict=True) for j in x.labelled]
+    labels = [label for x in held_out for label in x.is_positive]
+    targets = [q for x in held_out for q in x.q] if config.labels == "soft" else labels
+    loss = log_loss(targets, [judgment.p_positive for judgment in judgments])
+    positions = [j for x in held_out for j in x.labelled]
+    return {"loss": loss} | judgment_metrics(labels, judgments, positions)

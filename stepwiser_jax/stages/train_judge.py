@@ -12,6 +12,8 @@ batch sizes only):
 4. A group's prompt goes through the network once, and all its completions attend to it; groups
    share rows if they fit.
 5. If the sampler's weights are int8, its samples are weighted by truncated importance weights.
+6. With `validation` the policy judges held-out chunks greedily, every so many iterations. Which of
+   them is exported is not stated; by default it is the last.
 
 Reads `model` and `examples`. Writes checkpoints/, metrics.jsonl and model/.
 """
@@ -29,13 +31,19 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from stepwiser_jax.config import TrainJudge
+from stepwiser_jax.config import DataSource, TrainJudge
 from stepwiser_jax.data.datasets import load_judge_examples
-from stepwiser_jax.data.held_out import drop_held_out, held_out_questions
+from stepwiser_jax.data.held_out import (
+    drop_held_out,
+    drop_problems_of,
+    held_out_questions,
+    part_of,
+)
 from stepwiser_jax.distributed.loading import Loaded, load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh, make_sampling_mesh, shard_batch
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.judges.validation import CRITERION, check_classes, measure_judge
 from stepwiser_jax.model.lora import base_of
 from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
@@ -57,9 +65,11 @@ from stepwiser_jax.rl.rollouts import (
 from stepwiser_jax.runs.directory import RunDirectory, per_item
 from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
+from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import example_loader
 from stepwiser_jax.training.loop import TrainingRun, say_length
 from stepwiser_jax.training.step import mean_metrics
+from stepwiser_jax.training.validation import Measurements
 
 
 def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
@@ -74,16 +84,19 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     settings = config.model.load_args
     load_model = functools.partial(load_for_training, **settings, mesh=mesh, seed=config.seed)
     loaded = load_model()
-    examples, dropped = load_examples(config, loaded)
+    held_out, validation_dropped = load_held_out(config, loaded)
+    examples, dropped = load_examples(config, loaded, held_out)
     iterations = config.iterations or iterations_of(config, len(examples))
     say_length("train-judge", config.epochs, len(examples), f"{iterations} iterations")
-    training = make_training(config, directory, loaded, mesh, examples, iterations)
     sampler = make_sampler(config, directory, loaded, sampling_mesh)
+    validation = make_validation(config, sampler, held_out, validation_dropped, iterations)
+    training = make_training(config, directory, loaded, mesh, examples, iterations, validation)
     reference_of = make_reference(config, load_model)
     grpo, num_prompts = config.grpo, config.prompts_per_iteration
     start, began = training.iteration, time.perf_counter()
     reporting = progress("train-judge", "iteration", iterations, start)
     with jax.set_mesh(mesh), training, reporting as bar:
+        training.validate()
         for iteration in range(start, iterations):
             policy = training.state.model
             sampled, groups = [], []
@@ -134,20 +147,42 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
 # --- what the loop begins with ------------------------------------------------------------------
 
 
-def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
-    """Returns the examples of no excluded problem whose prompt fits `max_prompt_tokens`, and counts
-    of what was left out.
+def load_examples(
+    config: TrainJudge, loaded: Loaded, held_out: Sequence[JudgeExample] = ()
+) -> tuple[list[JudgeExample], dict[str, int]]:
+    """Returns the examples of no excluded or held-out problem whose prompt fits
+    `max_prompt_tokens`, and counts of what was left out.
 
     Raises:
         UserError: No example is left.
     """
     dropped: Counter[str] = Counter()
-    examples = load_judge_examples(
-        config.examples.source, on_malformed=config.examples.on_malformed, dropped=dropped
-    )
+    examples = drop_problems_of(held_out, read_examples(config.examples, dropped), dropped)
+    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+
+
+def load_held_out(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
+    """Returns the examples of `validation`, if there is one, and counts of what was left out."""
+    if config.validation is None:
+        return [], {}
+    dropped: Counter[str] = Counter()
+    data = config.validation.examples
+    examples = part_of(read_examples(data, dropped), data)
+    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+
+
+def read_examples(data: DataSource, dropped: Counter[str]) -> list[JudgeExample]:
+    """Returns the examples of no excluded problem. Raises UserError if there are none."""
+    examples = load_judge_examples(data.source, on_malformed=data.on_malformed, dropped=dropped)
     if not examples:
-        raise UserError(f"expected judge examples in {config.examples.source}, found none")
-    examples = drop_held_out(examples, held_out_questions(config.examples.exclude), dropped)
+        raise UserError(f"expected judge examples in {data.source}, found none")
+    return drop_held_out(examples, held_out_questions(data.exclude), dropped)
+
+
+def fitting_examples(
+    examples: Sequence[JudgeExample], config: TrainJudge, loaded: Loaded, dropped: Counter[str]
+) -> list[JudgeExample]:
+    """Returns the examples whose prompts fit. Raises UserError if none does."""
     fitting = [
         example
         for example in examples
@@ -158,7 +193,8 @@ def load_examples(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
             f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
             f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
         )
-    return fitting, {"too_long": len(examples) - len(fitting)} | dropped
+    dropped["too_long"] = len(examples) - len(fitting)
+    return fitting
 
 
 def prompt_ids(example: JudgeExample, config: TrainJudge, loaded: Loaded) -> list[int]:
@@ -180,6 +216,7 @@ def make_training(
     mesh: jax.sharding.Mesh,
     examples: Sequence[JudgeExample],
     iterations: int,
+    validation: Measurements | None,
 ) -> TrainingRun:
     loss_fn, normalizer_fn = make_objective(
         config.grpo,
@@ -196,6 +233,31 @@ def make_training(
         loader=example_loader(examples, batch_size=config.prompts_per_iteration, seed=config.seed),
         loss_fn=loss_fn,
         normalizer_fn=normalizer_fn,
+        validation=validation,
+    )
+
+
+def make_validation(
+    config: TrainJudge,
+    sampler: RolloutSampler,
+    held_out: Sequence[JudgeExample],
+    dropped: dict[str, int],
+    iterations: int,
+) -> Measurements | None:
+    """Returns what measures the policy, if `validation` says so. Raises UserError if the best
+    policy is to be exported, and the held-out chunks are all of one class."""
+    if config.validation is None:
+        return None
+    if config.validation.export == "best":
+        labels = [example.is_positive for example in held_out]
+        check_classes(labels, config.validation.examples.source)
+    verdict_tokens = VerdictTokens.of(sampler.tokenizer, config.prompt_style)
+    return Measurements(
+        config.validation,
+        iterations,
+        functools.partial(measure_judge, sampler, verdict_tokens, held_out),
+        CRITERION,
+        {"examples": len(held_out), "dropped": dropped},
     )
 
 

@@ -1,5 +1,7 @@
 """Saves train state, loader position and counters together, as Orbax checkpoints.
 
+The last ones are kept, and the one that is named as the best.
+
 A save is finished or absent. If a model has adapters, only these are saved: the base does not
 change.
 
@@ -11,6 +13,8 @@ same on every mesh, so every process checks what all of them have read.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,29 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.lora import trainable, with_trainable
 from stepwiser_jax.training.step import TrainState
 
+HOST_STATE = ("loader", "validation")
+"""What a checkpoint may hold beside arrays."""
+
+
+@dataclasses.dataclass
+class _LastAndBest:
+    """What Orbax asks which checkpoints to keep: the last ones and the best one."""
+
+    last: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in steps[-self.last :] or step == self.best for step in steps]
+
 
 class Checkpointer:
     """The checkpoints of a run, saved in the background. After a kill each is complete or
     absent."""
 
     def __init__(self, directory: Path, *, keep: int = 2):
-        self._directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._directory, self._kept = directory, _LastAndBest(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -42,8 +61,14 @@ class Checkpointer:
         names = (path.name for path in self._directory.iterdir())
         return max((int(name) for name in names if name.isdigit()), default=None)
 
-    def save(self, step: int, state: TrainState, host_state: dict[str, Any]) -> None:
-        """Saves a step. `host_state` is JSON, with the loader's position as `loader`."""
+    def save(
+        self, step: int, state: TrainState, host_state: dict[str, Any], *, best: int | None = None
+    ) -> None:
+        """Saves a step. Older ones go when it is on disk, but not the step `best`.
+
+        `host_state` is JSON: the loader's position as `loader`, and, if the training is validated,
+        `validation`."""
+        self._kept.best = best
         parts = {
             "model": trainable(state.model),
             "rest": (state.opt_state, state.step, state.skipped),
@@ -67,8 +92,8 @@ class Checkpointer:
         host = self._restore_host(step)
         model = self._restore_tree(step, "model", trainable(template.model), host)
         rest = self._restore_tree(step, "rest", rest, host)
-        loader = {"loader": host["loader"]}
-        return TrainState(with_trainable(template.model, model), *rest), loader
+        host_state = {name: host[name] for name in host if name in HOST_STATE}
+        return TrainState(with_trainable(template.model, model), *rest), host_state
 
     def restore_model(self, template: Any, step: int | None = None) -> Any:
         """Returns the parameters of one save, by default the newest.
@@ -91,7 +116,7 @@ class Checkpointer:
     def _restore_host(self, step: int | None) -> dict[str, Any]:
         host = self._restore(step, "host", ocp.args.JsonRestore())
         names = set(host) - {"sums", "sha256"}
-        if names != {"loader"}:  # also if a bit of a name was flipped
+        if "loader" not in names or not names <= set(HOST_STATE):  # or a bit of a name was flipped
             raise self._damaged(step, "host", f"expected the loader's state, found {sorted(names)}")
         if not seal_fits(host):
             raise self._damaged(step, "host", "it is not what was saved")

@@ -28,6 +28,7 @@ from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.optimizer import make_optimizer, make_schedule
 from stepwiser_jax.training.step import Loss, Metrics, create_train_state, make_train_step
 from stepwiser_jax.training.template import write_template
+from stepwiser_jax.training.validation import Measurements
 
 MAX_SKIPPED_IN_A_ROW = 5
 """A run ends after this number of iterations in a row whose updates were all skipped."""
@@ -54,6 +55,7 @@ class TrainingRun:
         loader: Loader[Any],
         loss_fn: Loss,
         normalizer_fn: Callable[[Any], Any],
+        validation: Measurements | None = None,
     ):
         """Starts at iteration 0, or resumes from the last checkpoint.
 
@@ -66,6 +68,7 @@ class TrainingRun:
             loader: Gives the data of the iterations; its position is saved.
             loss_fn: See `step.make_train_step`.
             normalizer_fn: See `step.make_train_step`.
+            validation: Measures the model while it trains; what it knows is saved.
 
         Raises:
             UserError: The adapters of a checkpoint belong to another model, or it is damaged.
@@ -86,12 +89,14 @@ class TrainingRun:
         write_template(directory.create() / "template", loaded)
         install_signal_handlers()
         self._checkpointer = Checkpointer(directory.path / "checkpoints", keep=KEEP_CHECKPOINTS)
+        self._validation = validation
         self.iteration = 0
+        self._unlogged: tuple[int, dict[str, Any]] | None = None
         self._restore()
         self._loader_state = loader.get_state()
         self._metrics = directory.metrics()
-        self.last_metrics = self._metrics.resume_at(self.iteration)
-        self._unlogged: tuple[int, dict[str, Any]] | None = None
+        logged = self.iteration - 1 if self._awaits_validation else self.iteration
+        self.last_metrics = self._metrics.resume_at(logged)
         self._skipped_in_a_row = 0
 
     def _restore(self) -> None:
@@ -100,15 +105,40 @@ class TrainingRun:
             self.state, host_state = self._checkpointer.restore(self.state)
             self.loader.set_state(host_state["loader"])
             self.iteration = latest
+            if self._validation is not None:
+                state = host_state["validation"]
+                self._validation.set_state(state)
+                self._unlogged = None if state["unlogged"] is None else (latest, state["unlogged"])
             say(f"{self._directory.stage}: goes on from the checkpoint of step {latest}")
 
     # --- the loop -------------------------------------------------------------------------------
+
+    @property
+    def _awaits_validation(self) -> bool:
+        """Whether a measurement is still to be added to the metrics of the last iteration."""
+        return self._validation is not None and self._validation.is_due(self.iteration)
+
+    def validate(self) -> None:
+        """Measures the model on held-out examples, if that is due. If it is the best so far, it is
+        saved. Call it before the first iteration; `finish_iteration` does it after the others.
+
+        Raises:
+            Interrupted: The run was asked to stop. It goes on with this measurement.
+        """
+        if self._validation is None or not self._awaits_validation:
+            return
+        metrics = self._validation.metrics_of(self.state.model, self.iteration)
+        _, of_iteration = self._unlogged or (0, {})
+        self._unlogged = (self.iteration, of_iteration | metrics)
+        if self._validation.best_iteration == self.iteration:
+            self.save()
 
     def fit(self, steps: int) -> float | None:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
         step, None if no step was left."""
         start, began, stage = self.iteration, time.perf_counter(), self._directory.stage
         with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as bar:
+            self.validate()
             for step in range(start, steps):
                 metrics = self.update(shard_batch(next(self.loader), self.mesh))
                 self.finish_iteration(step + 1, metrics)
@@ -125,7 +155,8 @@ class TrainingRun:
         return metrics
 
     def finish_iteration(self, iteration: int, metrics: dict[str, Any]) -> None:
-        """Logs the iteration before this one, saves when a checkpoint is due, and stops if asked.
+        """Logs the iteration before this one, measures the model and saves it when that is due, and
+        stops if asked.
 
         Metrics are logged one iteration later, when they are on the host, so the host never waits
         for the device.
@@ -137,6 +168,7 @@ class TrainingRun:
         self.log_last()
         self._unlogged = (iteration, metrics)
         self.iteration, self._loader_state = iteration, self.loader.get_state()
+        self.validate()
         if iteration % self.settings.checkpoint_every == 0:
             self.save()
         if hosts.all_stop_here(stop.requested):
@@ -152,10 +184,17 @@ class TrainingRun:
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the last state, unless that is done. With `wait` it waits for the disk."""
-        self.log_last()
+        if not self._awaits_validation:
+            self.log_last()
         if self._checkpointer.latest_step() != self.iteration:
             self._metrics.sync()
-            self._checkpointer.save(self.iteration, self.state, {"loader": self._loader_state})
+            host_state: dict[str, Any] = {"loader": self._loader_state}
+            best = None
+            if self._validation is not None:
+                unlogged = None if self._unlogged is None else _on_host(self._unlogged[1])
+                host_state["validation"] = {**self._validation.get_state(), "unlogged": unlogged}
+                best = self._validation.best_iteration
+            self._checkpointer.save(self.iteration, self.state, host_state, best=best)
             say(f"{self._directory.stage}: checkpoint of step {self.iteration}")
         if wait:
             self._checkpointer.wait()
@@ -170,7 +209,7 @@ class TrainingRun:
         if self._unlogged is None:
             return
         (iteration, metrics), self._unlogged = self._unlogged, None
-        self.last_metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.last_metrics = _on_host(metrics)
         self._metrics.write(iteration, self.last_metrics)
         skipped = int(self.last_metrics.get("skipped", 0))
         all_skipped = skipped == self.last_metrics.get("updates", 1)  # RL makes several, or none
@@ -182,7 +221,7 @@ class TrainingRun:
             )
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Saves the last state, exports the model, and finishes the run.
+        """Saves the last state, exports its model or the best one, and finishes the run.
 
         Raises:
             UserError: A parameter is not finite.
@@ -194,13 +233,23 @@ class TrainingRun:
                 f"{', '.join(names)}: lower "
                 "training.optimizer.learning_rate, in a new run directory"
             )
-        self.save()
+        self.save(wait=True)
+        model = self.state.model
+        if self._validation is not None:
+            iteration = self._validation.exported_at(self.iteration)
+            if iteration != self.iteration:
+                model = self._checkpointer.restore_model(model, iteration)
+            summary = summary | {"validation": self._validation.summary(iteration)}
         self._checkpointer.close()
         self._metrics.close()
         exported = self._directory.path / "model"
-        save_hf(self.state.model, self._loaded.tokenizer, str(exported))
+        save_hf(model, self._loaded.tokenizer, str(exported))
         say(f"{self._directory.stage}: exported {exported}")
         return self._directory.finish(lambda: summary)
+
+
+def _on_host(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def say_length(stage: str, epochs: int | None, examples: int, length: str) -> None:

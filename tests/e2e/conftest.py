@@ -14,8 +14,16 @@ INPUTS = {
     "labels": ("values=values", "rollouts=rollouts", "tokenizer=policy"),
     "cold_start": ("model.path=policy",),
     "rationales": ("judge.path=cold_start", "examples.source=labels"),
-    "judge": ("model.path=cold_start", "examples.source=labels"),
-    "classifier": ("model.path=policy", "examples.source=labels"),
+    "judge": (
+        "model.path=cold_start",
+        "examples.source=labels",
+        "validation.examples.source=labels",
+    ),
+    "classifier": (
+        "model.path=policy",
+        "examples.source=labels",
+        "validation.examples.source=labels",
+    ),
     "heldout": ("policy.path=policy",),
     "evaluate": ("judge.path=judge", "benchmark.source=heldout"),
     "evaluate_classifier": ("judge.path=classifier", "benchmark.source=heldout"),

@@ -126,6 +126,23 @@ def test_summaries_tell_what_was_compiled(runs):
     assert "warm_up" not in json.loads((runs / "labels" / "summary.json").read_text())
 
 
+def test_trainings_are_measured_on_held_out_examples_from_first_to_last(runs):
+    for name, metric in (("cold_start", "loss"), ("judge", "accuracy"), ("classifier", "loss")):
+        lines = [json.loads(line) for line in logged(runs / name)]
+        measured = [line["step"] for line in lines if f"validation/{metric}" in line]
+        every = 20 if name == "cold_start" else 2
+        steps = range(lines[-1]["step"] + 1)
+        assert measured == [s for s in steps if s % every == 0 or s == steps[-1]] != [0], name
+        assert [line["step"] for line in lines] == list(steps)
+        found = json.loads((runs / name / "summary.json").read_text())["validation"]
+        assert found["examples"] == {"cold_start": 32, "judge": 1, "classifier": 1}[name]
+        best = name == "cold_start"  # the others' labels may be all of one class
+        assert not best or found["exported_iteration"] == found["best_iteration"]
+        assert found["exported_iteration"] in measured
+    dropped = json.loads((runs / "cold_start" / "summary.json").read_text())["dropped_held_out"]
+    assert dropped == 32
+
+
 def test_summaries_have_fractions_and_the_documented_shape(runs):
     scores = json.loads((runs / "evaluate" / "summary.json").read_text())
     for voter in ("greedy", "majority_2"):

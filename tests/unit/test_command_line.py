@@ -126,18 +126,20 @@ def labels(tmp_path):
 
 
 def test_a_dry_run_off_the_pod_checks_all_but_devices(tmp_path, labels, capsys):
-    model = ("model.path=arithmetic", f"examples.source={labels}")
+    validation = f"validation.examples.source={labels}"
+    model = ("model.path=arithmetic", validation, f"examples.source={labels}")
     mesh = ("mesh.data=64", "prompts_per_iteration=256", "engine.rows=[64]")
     assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *model, *mesh) == 0
     said = capsys.readouterr()
     assert "warning: mesh data 64 x fsdp 1 x tensor 1 needs 64 devices" in said.err
     assert "prompts_per_iteration: 256" in said.out
 
-    missing = (*model[:1], *mesh, f"examples.source={tmp_path / 'label'}")
-    assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *missing) == 2
-    error = capsys.readouterr().err
-    assert f"nothing at {tmp_path / 'label'}; did you mean {labels}?" in error
-    assert "devices" not in error, "data come before devices"
+    for source in ("examples.source", "validation.examples.source"):
+        missing = (*model, *mesh, f"{source}={tmp_path / 'label'}")
+        assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *missing) == 2
+        error = capsys.readouterr().err
+        assert f"nothing at {tmp_path / 'label'}; did you mean {labels}?" in error
+        assert "devices" not in error, "data come before devices"
     assert not (tmp_path / "run").exists()
 
 
@@ -146,7 +148,7 @@ def test_a_dry_run_sees_a_flipped_bit_in_its_input(tmp_path, labels, capsys):
     content = bytearray(part.read_bytes())
     content[content.index(b"1 + 1")] ^= 1
     part.write_bytes(content)
-    settings = ("model.path=arithmetic", f"examples.source={labels}")
+    settings = ("model.path=arithmetic", f"examples.source={labels}", "validation=null")
     assert dry_run("train-judge", "smoke_judge", tmp_path / "run", *settings) == 2
     assert str(part) in capsys.readouterr().err
 

@@ -265,12 +265,15 @@ def configs(tmp_path_factory, request):
         JudgeExample(f"c{i}", "p", "3 + 4 * 2", "", f"step {i}", bool(i % 2)) for i in range(8)
     ]
     write_records(directory / "examples.jsonl", examples)
+    held_out = [JudgeExample(f"h{i}", "h", "5 + 4", "", "step", bool(i)) for i in range(2)]
+    write_records(directory / "held_out.jsonl", held_out)
     lora = ["--set", "model.lora.rank=4", "--set", "training.checkpoint_every=2"]
     sets = {
         "sft": ["steps=5", "examples.limit=32"],
         "train-judge": [
             f"model.path={directory / 'base'}",
             f"examples.source={directory / 'examples.jsonl'}",
+            f"validation.examples.source={directory / 'held_out.jsonl'}",
             "iterations=3",
             "prompts_per_iteration=4",
             "updates_per_iteration=1",
@@ -318,7 +321,7 @@ def test_a_run_cut_short_and_run_again_is_the_same_to_the_bit(
     assert logged(cut) == logged(whole)
     if stage == "train-judge":
         lines = (cut / "metrics.jsonl").read_text().splitlines()
-        kl = [json.loads(line)["kl"] for line in lines]
+        kl = [json.loads(line)["kl"] for line in lines[1:]]  # the first one is the validation's
         assert kl[0] < 1e-6 < kl[-1], "the reference has moved with the judge"
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (cut, whole)]
     assert weights[0] == weights[1]
