@@ -221,7 +221,7 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
     methods = {name: search[name] for name in ("plain", "greedy", "majority", "chunk_reset")}
 
     def judge_scores(name: str) -> dict[str, Any]:
-        scores = summaries[name]["greedy"]["subsets"][arithmetic.SUBSET]
+        scores = summaries[name]["greedy"]["subsets"][arithmetic.MOD_10.name]
         return {
             "f1": scores["official"]["f1"],
             "f1_interval": scores["official_f1_interval"],

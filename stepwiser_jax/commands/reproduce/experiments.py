@@ -205,7 +205,7 @@ def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
     dev = {
         "judge": judge,
         "benchmark": {"source": runs.at("heldout_dev")},
-        "threshold_subset": arithmetic.SUBSET,
+        "threshold_subset": arithmetic.MOD_10.name,
     }
 
     def at_the_threshold() -> Settings:

@@ -121,7 +121,7 @@ def judge_score(runs: SeedRuns, name: str) -> dict[str, Any]:
     Judgments are greedy; a classifier's follow its threshold.
     """
     summary = runs.summary(f"{name}_score")
-    subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
+    subset = summary["greedy"]["subsets"][arithmetic.MOD_10.name]
     return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
 
 
