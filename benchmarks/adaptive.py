@@ -34,6 +34,8 @@ from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
 CONFIDENCES = (1.0, 0.99, 0.95, 0.9)
+DEAD_PREFIX = "drop"
+"""As the quickstart has it."""
 
 
 def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixValue]], int]:
@@ -46,7 +48,7 @@ def run(config: dict[str, Any], directory: Path) -> tuple[dict[str, list[PrefixV
 
 
 def labels(values: dict[str, list[PrefixValue]], rule: Rule) -> dict[str, list[bool | None]]:
-    table = LabelTable(rule, next(iter(values.values()))[0].max_rollouts)
+    table = LabelTable(rule, next(iter(values.values()))[0].max_rollouts, DEAD_PREFIX)
     return {
         name: [table.likeliest(q.counts, v.counts) for v, q in itertools.pairwise(some)]
         for name, some in values.items()
@@ -98,7 +100,7 @@ def main() -> None:
             rule = load_rule(name)
             expected = labels(fixed, rule)
             for confidence in CONFIDENCES:
-                adaptive = {"rule": name, "confidence": confidence}
+                adaptive = {"rule": name, "dead_prefix": DEAD_PREFIX, "confidence": confidence}
                 directory = Path(scratch) / f"{name}-{confidence}"
                 values, tokens = run(config | {"adaptive": adaptive}, directory)
                 given = labels(values, rule)

@@ -26,7 +26,7 @@ from pydantic import (
 
 from stepwiser_jax.data.rows import OnMalformed
 from stepwiser_jax.records import MAX_ROLLOUTS
-from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.rl.labels import DeadPrefix, load_rule
 from stepwiser_jax.text.chat import Argument
 from stepwiser_jax.text.chunking import Splitter
 from stepwiser_jax.text.prompts import JudgePromptStyle, PromptStyle
@@ -580,6 +580,9 @@ class LabelRule(Config):
     function of your own as `module:function`."""
     rule_args: dict[str, float] = Field(default_factory=dict)
     """Arguments of the rule, such as `{alpha: 0.8}`; what is not given has the rule's default."""
+    dead_prefix: DeadPrefix = "negative"
+    """What becomes of a chunk after a prefix worth 0. `negative`, the paper's way: the rule labels
+    it, Negative if it too is worth 0, else Positive. `drop`, ours: it gets no label."""
 
     @model_validator(mode="after")
     def _rule_is_there(self) -> LabelRule:
@@ -589,7 +592,7 @@ class LabelRule(Config):
 
 class AdaptiveRollouts(LabelRule):
     """Stop sampling a prefix once the labels around it are known. `label` must then use the same
-    rule with the same arguments."""
+    rule with the same arguments, and the same `dead_prefix`."""
 
     confidence: float = Field(1.0, gt=0.5, le=1)
     """How sure a label must be. With 1 it can no longer change: labels are then those of
@@ -654,8 +657,9 @@ class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
     values: str
     """A finished `annotate` run of these rollouts."""
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
-    """Chunks whose prefix was worth less give no judge example; 0 keeps all, as the paper does.
-    With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
+    """Labelled chunks whose prefix was worth less give no example; 0 leaves none out, as the paper
+    has it. Any number above 0 also leaves out chunks after a prefix worth 0, whatever `dead_prefix`
+    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
 
@@ -664,7 +668,7 @@ class Label(Stage, FromSolutions, ChatTemplate, BoundedJudgePrompts, LabelRule):
 
 
 class Optimizer(Config):
-    """AdamW with gradients clipped to norm 1, and its learning rate."""
+    """AdamW with gradients clipped to norm 1, and its learning rate. Defaults are verl's."""
 
     learning_rate: float = Field(gt=0)
     """The peak of the learning rate."""
@@ -674,9 +678,9 @@ class Optimizer(Config):
     """Updates in which the learning rate rises linearly to its peak."""
     end_fraction: float = Field(0.0, ge=0, le=1)
     """The share of the peak at which `cosine` ends."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices."""
-    b2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices. Norms and biases do not decay; in verl they do."""
+    b2: float = Field(0.999, ge=0, lt=1)
     """The decay of the second moment; that of the first is 0.9."""
 
 
@@ -796,11 +800,32 @@ class Grpo(Config):
     sampler_correction: Literal["auto", "none", "token", "sequence"] = "auto"
     """Weight each token's loss by how much likelier the judge makes the token, or its sequence,
     than the sampler did. `auto`: `token` with `engine.weights: int8`, else `none`."""
-    drop_zero_variance: bool = True
-    """Leave out groups whose judgments all have the same reward."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """What the loss is a mean over: tokens, or judgments, each with the mean of its tokens."""
+    drop_zero_variance: bool = False
+    """Leave out groups whose judgments all have the same reward. Their advantages are 0, so they
+    add nothing to the loss but the KL term; without them an update is cheaper."""
+    denominator: Literal["sampled", "kept"] = "sampled"
+    """What divides the sum over groups if some are left out: the tokens (or judgments) of all of
+    them, as in verl, where none is left out; or of those that are kept (DAPO), which makes updates
+    larger. The KL term is always a mean over those that are kept."""
     max_resamples: int = Field(0, ge=0)
     """At most this number of times an iteration, sample new groups in place of those that were left
     out (DAPO's dynamic sampling)."""
+
+    @property
+    def counts_left_out(self) -> bool:
+        """Whether groups are left out that count in the denominator."""
+        return self.drop_zero_variance and self.denominator == "sampled"
+
+    @model_validator(mode="after")
+    def _replaces_what_is_left_out(self) -> Grpo:
+        if self.max_resamples and not self.drop_zero_variance:
+            raise ValueError(
+                f"max_resamples ({self.max_resamples}) replaces groups that are left out: set "
+                "drop_zero_variance to true, or max_resamples to 0"
+            )
+        return self
 
 
 class TrainJudge(TrainingStage, Sampled, BoundedJudgePrompts):

@@ -69,6 +69,7 @@ def optimizer(peak: float, warmup: int, end_fraction: float) -> dict[str, Any]:
         "warmup_steps": warmup,
         "schedule": "cosine",
         "end_fraction": end_fraction,
+        "weight_decay": 0.0,
         "b2": 0.98,
     }
 
@@ -102,6 +103,9 @@ def policy_and_labels(run_dir: Path, seed: int) -> list[Stage]:
         "rollouts": rollouts,
         "tokenizer": policy,
         "rule": "rel_effective",
+        # Ours, not the paper's: right chunks after an error would be called negative, and values
+        # near 0 are mostly chance.
+        "dead_prefix": "drop",
         "min_prefix_value": 0.2,
         "max_prompt_tokens": 160,
     }
@@ -125,7 +129,12 @@ def judge_training(run_dir: Path, seed: int) -> list[Stage]:
         "row_lengths": [256, 320, 416],
         "sampling": {"temperature": 1.0, "max_new_tokens": 32},
         "engine": JUDGE_ENGINE,
-        "grpo": {"max_resamples": 1, "kl_coef": 0.2},
+        "grpo": {
+            "drop_zero_variance": True,
+            "denominator": "kept",
+            "max_resamples": 1,
+            "kl_coef": 0.2,
+        },
         "training": {"optimizer": optimizer(2e-4, 8, 0.2), "checkpoint_every": 20},
     }
     return [
@@ -260,7 +269,9 @@ def labels_and_truths(run_dir: Path) -> dict[str, list[LabelsAndTruths]]:
     """Returns what each label rule says of every problem's chunks, beside the exact truth.
 
     All rules have the same chunks: those up to and including a trajectory's first error whose
-    prefix has a value above 0. Parameters are the defaults: the paper's for 7B (4.1), and GenPRM's.
+    prefix has a value above 0. So `dead_prefix` makes no difference here, and nothing is said of
+    labels after an error or after a prefix worth 0. Parameters are the defaults: the paper's for 7B
+    (4.1), and GenPRM's.
     """
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}

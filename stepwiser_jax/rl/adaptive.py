@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from stepwiser_jax.rl.labels import Label, Rule, label_chunks
+from stepwiser_jax.rl.labels import DeadPrefix, Label, Rule, label_chunks
 
 LABELS: tuple[Label, ...] = (False, True, None)
 
@@ -29,12 +29,14 @@ class LabelTable:
     A partial count is (right, sampled), with sampled <= M.
     """
 
-    def __init__(self, rule: Rule, num_rollouts: int):
+    def __init__(self, rule: Rule, num_rollouts: int, dead_prefix: DeadPrefix = "negative"):
         M = self.num_rollouts = num_rollouts
         counts = range(M + 1)
-        self._index_VQ = np.array(
-            [[LABELS.index(label_chunks([v / M, q / M], rule)[0]) for q in counts] for v in counts]
-        )
+
+        def label(v: int, q: int) -> Label:
+            return label_chunks([v / M, q / M], rule, dead_prefix=dead_prefix)[0]
+
+        self._index_VQ = np.array([[LABELS.index(label(v, q)) for q in counts] for v in counts])
         self._probabilities = functools.lru_cache(None)(self._label_probabilities)
 
     def likeliest(self, q: tuple[int, int], v: tuple[int, int]) -> Label:

@@ -4,7 +4,7 @@
     rho_t = exp(logprob_t - old_logprob_t)
     L_t = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)      clip-higher: high > low
     L_t = min(L_t, -c A) if A < 0                                      dual clip
-    loss = aggregate(w_t L_t + kl_coef * k3_t)
+    loss = aggregate(w_t L_t + kl_coef * k3_t)                         mean of tokens or sequences
     w_t = min(exp(old_logprob_t - sampler_logprob_t), cap)             or of sums over a sequence
 
 Sources: GRPO (arXiv 2402.03300), clip-higher and the token mean (DAPO, 2503.14476), dual clip
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -31,9 +31,10 @@ from stepwiser_jax.training.step import Loss, Metrics, join_rows, split_rows, us
 
 if TYPE_CHECKING:
     from stepwiser_jax.model.transformer import Transformer
-    from stepwiser_jax.rl.rollouts import RolloutBatch
+    from stepwiser_jax.rl.rollouts import RolloutBatch, RolloutGroup
 
 Aggregation = Literal["token_mean", "sequence_mean"]
+"""A mean over tokens, or over sequences of the mean of each (verl: seq-mean-token-mean)."""
 Correction = Literal["none", "token", "sequence"]
 
 MAX_LOG_RATIO = 20.0
@@ -44,9 +45,6 @@ MAX_IMPORTANCE_WEIGHT = 2.0
 
 DUAL_CLIP = 3.0
 """Bounds the loss of a token with a negative advantage, as in verl."""
-
-AGGREGATION: Aggregation = "token_mean"
-"""How token losses are combined: their mean, as in verl by default."""
 
 
 def group_advantages(rewards_PG: jax.typing.ArrayLike) -> jax.Array:
@@ -63,6 +61,22 @@ def group_advantages(rewards_PG: jax.typing.ArrayLike) -> jax.Array:
     centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
     deviation_P1 = jnp.std(rewards_PG, axis=1, ddof=1, keepdims=True)
     return jnp.where(is_equal_P1, 0.0, centred_PG / (deviation_P1 + 1e-6))
+
+
+def denominator_share(
+    groups: Sequence[RolloutGroup], left_out: Sequence[RolloutGroup], aggregation: Aggregation
+) -> float:
+    """Returns the share of these groups in a denominator in which groups that were left out count.
+
+    Losses are proportional to advantages: times this share, their mean over these groups is their
+    sum over the larger denominator. The KL term stays a mean, since all groups would add to it.
+    """
+
+    def size(some: Sequence[RolloutGroup]) -> int:
+        lengths = [len(tokens) for group in some for tokens in group.completions_G]
+        return sum(lengths) if aggregation == "token_mean" else len(lengths)
+
+    return size(groups) / (size(groups) + size(left_out))
 
 
 # --- log-probs before the update ----------------------------------------------------------------
@@ -147,15 +161,15 @@ def make_objective(
     loss_fn = functools.partial(
         policy_loss, grpo=grpo, correction=correction, temperature=temperature, remat=remat
     )
-    return loss_fn, policy_normalizers
+    return loss_fn, functools.partial(policy_normalizers, aggregation=grpo.aggregation)
 
 
-def policy_normalizers(batch: RolloutBatch) -> dict[str, jax.Array]:
+def policy_normalizers(batch: RolloutBatch, aggregation: Aggregation) -> dict[str, jax.Array]:
     """Returns the divisors of the whole batch, which all its micro-batches use: `loss` divides the
     loss, `tokens` divides metrics."""
     mask_BT = batch.target_mask_BT
     return {
-        "loss": loss_normalizer(mask_BT, batch.segment_ids_BT, AGGREGATION),
+        "loss": loss_normalizer(mask_BT, batch.segment_ids_BT, aggregation),
         "tokens": jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1.0),
     }
 
@@ -198,7 +212,7 @@ def policy_loss(
         reference_logprobs_BT=batch.reference_logprobs_BT,
         importance_weights_BT=weights_BT,
         segment_ids_BT=batch.segment_ids_BT,
-        aggregation=AGGREGATION,
+        aggregation=grpo.aggregation,
         normalizer=normalizers["loss"],
     )
     if weights_BT is not None:

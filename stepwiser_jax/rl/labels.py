@@ -6,11 +6,14 @@ q = Q_{j+1} with it.
 
 The paper is silent or ambiguous on these points:
 
-1. q = 0 is negative under every rule.
-2. If v = 0, the chunk teaches nothing (None) under every rule, whatever its q. Monte Carlo values
-   cannot tell good chunks from bad ones there: a ratio has no denominator, and what looks like a
-   recovery is mostly luck. This holds for Q_0 = 0 too. (GenPRM calls what follows a value of 0
-   wrong. That makes no difference to its critiques, which end with the first wrong step.)
+1. q = 0 is negative under each of these rules.
+2. A chunk after a prefix worth 0 (v = 0, Q_0 included) is labelled like any other: eq 1 does not
+   ask for v. A ratio with v = 0 counts as infinite if q > 0, and 0 / 0 is negative. So with v = 0
+   every rule here is eq 1: positive iff q > 0. The paper does not say that it keeps these chunks,
+   but the class shares that it prints are out of reach without them: by eq 1 a wrong solution
+   would hardly have more than one negative. `dead_prefix: drop` gives them no label (None). That
+   is ours, and the quickstart's: Monte Carlo values cannot tell good chunks from bad ones there,
+   and right chunks after an error are called negative.
 3. Rel-Effective is positive iff q + alpha * A > 0, negative iff <= 0. The printed "= 0" cannot be
    meant, since the value can be negative.
 4. Rel-Ratio is positive iff q / v > gamma, relative progress iff q / v >= epsilon.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 from stepwiser_jax import plugins
 
@@ -28,7 +32,10 @@ Label = bool | None
 """Positive, negative, or None: the chunk teaches nothing."""
 
 Rule = Callable[[float, float], Label]
-"""(q, v) -> label; v, the value before the chunk, is above 0."""
+"""(q, v) -> label; v is the value before the chunk, and is never 0 under `dead_prefix: drop`."""
+
+DeadPrefix = Literal["negative", "drop"]
+"""What becomes of a chunk after a prefix worth 0: the rule labels it, or it teaches nothing."""
 
 
 def abs_q(q: float, v: float) -> bool:
@@ -66,12 +73,21 @@ def load_rule(name: str, arguments: Mapping[str, float] | None = None) -> Rule:
     return plugins.load(name, "a label rule", LABEL_RULES, arguments)
 
 
-def label_chunks(values: Sequence[float], rule: str | Rule, **arguments: float) -> list[Label]:
+def label_chunks(
+    values: Sequence[float],
+    rule: str | Rule,
+    *,
+    dead_prefix: DeadPrefix = "negative",
+    **arguments: float,
+) -> list[Label]:
     """Labels the chunks of a solution.
 
     Args:
         values: [Q_0 .. Q_J], from 0 to 1.
         rule: A name as for `load_rule`, or a function of (q, v).
+        dead_prefix: What becomes of chunks after a prefix worth 0. `negative` labels them by the
+            rule, and our own rules call them negative unless q > 0. `drop` gives them None, and
+            does not call the rule.
         **arguments: Arguments of a rule given by name, such as `alpha=0.4`. The defaults are those
             of the configs.
 
@@ -79,12 +95,15 @@ def label_chunks(values: Sequence[float], rule: str | Rule, **arguments: float) 
         A label for each of the J chunks.
 
     Raises:
-        ValueError: There is no such rule, a value is outside of [0, 1], or there are fewer than
-            two values.
+        ValueError: There is no such rule or `dead_prefix`, a value is outside of [0, 1], or there
+            are fewer than two values.
     """
     if isinstance(rule, str):
         rule = load_rule(rule, arguments)
     if len(values) < 2 or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"expected at least two values in [0, 1], found {list(values)}")
-    labels = [None if v == 0 else rule(q, v) for v, q in itertools.pairwise(values)]
+    if dead_prefix not in get_args(DeadPrefix):
+        raise ValueError(f"expected dead_prefix negative or drop, found {dead_prefix!r}")
+    drops = dead_prefix == "drop"
+    labels = [None if drops and v == 0 else rule(q, v) for v, q in itertools.pairwise(values)]
     return [None if label is None else bool(label) for label in labels]

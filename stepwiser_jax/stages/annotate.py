@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepwiser_jax.config import Annotate
+from stepwiser_jax.config import AdaptiveRollouts, Annotate
 from stepwiser_jax.data.rows import shuffled
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.errors import UserError
@@ -64,10 +64,8 @@ def begin(
     params = SamplingParams(**config.sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids)
     check_lengths(trajectories, engine, params)
     check_ids(chain.from_iterable(session.blocks), engine)
-    adaptive, tables = config.adaptive, {}
-    if adaptive is not None:
-        rule = load_rule(adaptive.rule, adaptive.rule_args)
-        tables = {m: LabelTable(rule, m) for m in set(rollouts_of.values())}
+    adaptive = config.adaptive
+    tables = label_tables(adaptive, set(rollouts_of.values())) if adaptive else {}
     verifier = session.verifier(config.verifier)
     session.measures.append(
         lambda made: {
@@ -98,6 +96,12 @@ def begin(
         return values
 
     return values_of
+
+
+def label_tables(adaptive: AdaptiveRollouts, all_rollouts: Iterable[int]) -> dict[int, LabelTable]:
+    """Returns what says when a label is known, for each number of rollouts."""
+    rule = load_rule(adaptive.rule, adaptive.rule_args)
+    return {m: LabelTable(rule, m, adaptive.dead_prefix) for m in all_rollouts}
 
 
 def summarize(trajectories: Sequence[Trajectory], values: Sequence[PrefixValue]) -> dict[str, Any]:

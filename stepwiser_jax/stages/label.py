@@ -3,9 +3,10 @@
     values [Q_0 .. Q_J] -> rule -> positive / negative / None (teaches nothing: dropped)
                         -> length filter -> as many negatives as positives
 
-Two kinds of chunks get no label, whatever their values, and are counted. If the policy was asked
-for tags and a response closes no chunk, its only chunk is a whole solution. If a response was cut
-at the length limit, its outcome says nothing about its last chunk.
+Chunks after a prefix worth 0 are labelled, as the paper has it, or get no label (`dead_prefix`,
+`rl/labels.py`). Two kinds of chunks get no label, whatever their values, and are counted. If the
+policy was asked for tags and a response closes no chunk, its only chunk is a whole solution. If a
+response was cut at the length limit, its outcome says nothing about its last chunk.
 
 Changing the label rule reruns this stage only. Reads `values`, `rollouts` and `tokenizer`.
 Writes chunk labels (all but those of these two kinds), judge examples (filtered and balanced), and
@@ -21,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import AdaptiveRollouts, Label
+from stepwiser_jax.config import AdaptiveRollouts, Label, LabelRule
 from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.errors import UserError
@@ -109,7 +110,7 @@ def label_trajectories(config: Label) -> tuple[list[ChunkLabel], int]:
         of_one = list(group)
         num_rollouts = of_one[0].max_rollouts
         if num_rollouts not in tables:
-            tables[num_rollouts] = LabelTable(rule, num_rollouts)
+            tables[num_rollouts] = LabelTable(rule, num_rollouts, config.dead_prefix)
         found = label_values(of_one, tables[num_rollouts], config.rule)
         labels += filter(None, found)
         no_label += found.count(None)
@@ -213,15 +214,22 @@ def write_examples(
 
 
 def check_rule(config: Label) -> None:
-    """Raises UserError if the annotations stopped early for the labels of another rule."""
+    """Raises UserError if the annotations stopped early for other labels: those of another rule, or
+    of another `dead_prefix`."""
     is_run = (Path(config.values) / "config.yaml").is_file()
     adaptive = read_run_settings(config.values).get("adaptive") if is_run else None
     if adaptive is None:
         return
     sampled_for = AdaptiveRollouts.model_validate(adaptive)
-    if (sampled_for.rule, sampled_for.rule_args) != (config.rule, config.rule_args):
+
+    def labels_by(settings: LabelRule) -> dict[str, Any]:
+        return settings.model_dump(include=set(LabelRule.model_fields))
+
+    def words(settings: LabelRule) -> str:
+        return f"{settings.rule} {settings.rule_args} with dead_prefix {settings.dead_prefix}"
+
+    if labels_by(sampled_for) != labels_by(config):
         raise UserError(
-            f"{config.values} sampled until the labels of {sampled_for.rule} "
-            f"{sampled_for.rule_args} were known, found rule {config.rule} {config.rule_args}: "
-            "use that rule, or annotate without adaptive"
+            f"{config.values} sampled until the labels of {words(sampled_for)} were known, found "
+            f"rule {words(config)}: use that rule, or annotate without adaptive"
         )

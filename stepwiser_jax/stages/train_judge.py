@@ -6,8 +6,9 @@ batch sizes only):
 1. By default there is no KL term and no entropy bonus, advantages are divided by the group's
    standard deviation, and the loss is averaged over tokens (verl's defaults).
 2. A judgment without a verdict earns 0, like a wrong one.
-3. Groups whose judgments all earned the same reward have no gradient; they are dropped, and up to
-   `max_resamples` further draws, each of a batch of examples, replace them (dynamic sampling).
+3. Groups whose judgments all earned the same reward have advantages of 0. They are kept (verl),
+   or left out: `denominator` says whether they still count in the mean, and up to `max_resamples`
+   further draws, each of a batch of examples, replace them (dynamic sampling).
 4. A group's prompt goes through the network once, and all its completions attend to it; groups
    share rows if they fit.
 5. If the sampler's weights are int8, its samples are weighted by truncated importance weights.
@@ -40,6 +41,7 @@ from stepwiser_jax.plugins import load
 from stepwiser_jax.records import JudgeExample
 from stepwiser_jax.rl.grpo import (
     add_old_and_reference_logprobs,
+    denominator_share,
     group_advantages,
     make_objective,
 )
@@ -92,9 +94,13 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
                     groups = [g for g in sampled if g.has_signal or not grpo.drop_zero_variance]
                     if len(groups) >= num_prompts:
                         break
+            counted = [g for g in sampled if not g.has_signal] if grpo.counts_left_out else []
+            parts = split_groups(groups[:num_prompts], config.updates_per_iteration)
             batches = []
-            for part in split_groups(groups[:num_prompts], config.updates_per_iteration):
+            for update, part in enumerate(parts):
                 advantages_PG = group_advantages(np.array([group.rewards_G for group in part]))
+                beside = counted[update :: len(parts)]
+                advantages_PG *= denominator_share(part, beside, grpo.aggregation)
                 batch = shard_batch(pack(part, advantages_PG, config), mesh)
                 batch = add_old_and_reference_logprobs(
                     batch,

@@ -15,8 +15,9 @@ What the demonstrations teach, and what they do not:
    value above 0, as real solutions do.
 3. The judge's demonstrations carry the *skill* to recompute, noisily. They know the hard facts
    better than the policy's teacher, but not fully. Some of them recompute everything, some look at
-   the last line only, and the rest glance at the chunk and guess. A tenth of all verdicts are
-   flipped. GRPO on Monte Carlo labels must teach that recomputing pays.
+   the last line only, and the rest glance at the chunk and guess. Otherwise verdicts follow from
+   the exact truth, as far as the facts are known; a tenth of all are flipped. GRPO on Monte Carlo
+   labels must teach that recomputing pays. Most facts are known by then.
 """
 
 from __future__ import annotations

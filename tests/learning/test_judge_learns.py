@@ -62,7 +62,8 @@ def demonstrations(count):
 
 
 def optimizer(learning_rate):
-    return {"optimizer": {"learning_rate": learning_rate, "warmup_steps": 8, "b2": 0.98}}
+    settings = {"learning_rate": learning_rate, "warmup_steps": 8, "weight_decay": 0, "b2": 0.98}
+    return {"optimizer": settings}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,7 @@ def train(start, run_dir):
             "row_lengths": [148],
             "sampling": {"max_new_tokens": 12},
             "engine": ENGINE,
+            "grpo": {"drop_zero_variance": True, "denominator": "kept"},
             "training": optimizer(2e-4),
         }
     )

@@ -35,6 +35,42 @@ def test_shipped_configs_load_survive_a_dump_and_say_what_they_are(file, tmp_pat
     assert expected.startswith("# ")
 
 
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("qwen*_judge.yaml")), ids=lambda f: f.stem)
+def test_a_judge_of_real_size_is_trained_as_in_verl_where_the_paper_is_silent(file):
+    config = load_config("train-judge", file)
+    optimizer, grpo = config.training.optimizer, config.grpo
+    assert (optimizer.b2, optimizer.weight_decay, optimizer.schedule) == (0.999, 0.01, "constant")
+    assert (grpo.kl_coef, grpo.aggregation, grpo.drop_zero_variance) == (0, "token_mean", False)
+    assert (grpo.clip_eps_low, grpo.clip_eps_high) == (0.2, 0.28), "the paper's"
+    with_drops = load_config("train-judge", file, ("grpo.drop_zero_variance=true",))
+    assert with_drops.grpo.counts_left_out and not grpo.counts_left_out
+
+
+def test_recipes_of_the_embedded_task_state_what_their_numbers_depend_on():
+    """So no default moves them."""
+    files = [file for kind in ("smoke", "arithmetic") for file in CONFIGS.glob(f"{kind}_*.yaml")]
+    trees = [(stage_of(file), yaml.safe_load(file.read_text())) for file in files]
+    trees += [(stage, tree) for _, stage, tree in recipe(Path("quickstart"), 0)]
+    for stage, tree in trees:
+        if "training" in tree:
+            assert {"b2", "weight_decay"} <= set(tree["training"]["optimizer"]), tree
+        if stage == "train-judge":
+            assert {"drop_zero_variance", "denominator"} <= set(tree["grpo"]), tree
+        if stage == "label":
+            assert tree["dead_prefix"] == "drop", tree
+
+
+def test_labels_of_real_size_are_those_of_the_paper():
+    """It prints class shares that need the chunks after a prefix worth 0."""
+    files = sorted(CONFIGS.glob("qwen*_labels.yaml"))
+    assert len(files) == 3
+    for file in files:
+        assert yaml.safe_load(file.read_text())["dead_prefix"] == "negative"
+        assert load_config("label", file).min_prefix_value == 0
+    names = {"values": "", "rollouts": "", "tokenizer": ""}
+    assert STAGE_CONFIGS["label"].model_validate(names).dead_prefix == "negative"
+
+
 def documented_commands(page):
     """(stage, config, run directory, overrides) of a page's commands that are written out."""
     text = (CONFIGS.parent / page).read_text().replace("\\\n", " ")
@@ -207,6 +243,11 @@ def test_overrides_are_typed(tmp_path):
         ({}, ("seed=-1",), "seed: .* greater than or equal to 0"),
         ({}, ("seed=4294967296",), "seed: .* less than 4294967296"),
         ({}, ("training.optimizer.b2=1",), "b2: .* less than 1"),
+        (
+            {},
+            ("grpo.max_resamples=1", "grpo.drop_zero_variance=false"),
+            r"max_resamples \(1\) replaces groups that are left out: set drop_zero_variance",
+        ),
         ({}, ("training.optimizer.b2=-0.1",), "b2: .* greater than or equal to 0"),
         ({}, ("training.optimizer.learning_rate=.inf",), "learning_rate: .* finite"),
         ({}, ("sampling.temperature=.inf",), "temperature: .* finite"),

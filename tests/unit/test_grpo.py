@@ -11,12 +11,15 @@ from stepwiser_jax.model.packing import member
 from stepwiser_jax.rl.grpo import (
     _sequence_sums,
     aggregate,
+    denominator_share,
     group_advantages,
     grpo_loss,
     k3,
     loss_normalizer,
     truncated_importance_weights,
 )
+from stepwiser_jax.rl.rollouts import pack_groups
+from tiny import rollout_group
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -43,6 +46,67 @@ def test_advantages():
 def test_advantages_by_hand():
     found = group_advantages(jnp.array([[1.0, 0.0, 0.0, 0.0]]))
     np.testing.assert_allclose(found, [[1.5, -0.5, -0.5, -0.5]], atol=1e-5)
+
+
+GROUPS = [
+    rollout_group([3, 9], [[5], [6, 7, 8], [4, 11]], rewards=[1, 0, 0], name="a"),
+    rollout_group([3], [[5, 6], [7, 12], [13] * 9], rewards=[1, 1, 1], name="no signal"),
+    rollout_group([3, 4], [[8, 9, 10, 14], [15], [16]], rewards=[0, 1, 1], name="b"),
+    rollout_group([3, 2], [[5], [17], [18]], rewards=[0, 0, 0], name="no signal either"),
+]
+
+
+def slow_loss_of_groups(groups, denominator, how):
+    """As verl has it: the sum over all groups that are learned, over what `denominator` holds. The
+    log-ratio of a token is 0.4 times the sine of its id."""
+    total, size = 0.0, 0
+    for group in groups:
+        (advantages,) = slow_advantages([group.rewards_G])
+        for ids, advantage in zip(group.completions_G, advantages, strict=True):
+            ratios = [float(np.exp(0.4 * np.sin(i))) for i in ids]
+            gains = [min(r * advantage, min(max(r, 0.8), 1.28) * advantage) for r in ratios]
+            total -= sum(gains) / (len(ids) if how == "sequence_mean" else 1)
+    for group in denominator:
+        size += sum(len(ids) if how == "token_mean" else 1 for ids in group.completions_G)
+    return total / size
+
+
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean"])
+def test_groups_that_are_left_out_count_in_the_denominator_or_do_not(how):
+    """With them in the mean it is the loss of all groups, none of which is left out."""
+    kept = [group for group in GROUPS if group.has_signal]
+    left_out = [group for group in GROUPS if not group.has_signal]
+
+    def loss(groups, counted):
+        advantages_PG = group_advantages(np.array([group.rewards_G for group in groups]))
+        advantages_PG *= denominator_share(groups, counted, how)
+        batch = pack_groups(groups, advantages_PG, num_rows=4, row_lengths=[16, 24])
+        old, mask = map(jnp.asarray, (batch.sampler_logprobs_BT, batch.target_mask_BT))
+        return grpo_loss(
+            old + 0.4 * jnp.sin(jnp.asarray(batch.tokens_BT, jnp.float32)),
+            old,
+            jnp.asarray(batch.advantages_BT),
+            mask,
+            clip_eps_low=0.2,
+            clip_eps_high=0.28,
+            dual_clip=3.0,
+            segment_ids_BT=jnp.asarray(batch.segment_ids_BT),
+            aggregation=how,
+        )[0]
+
+    of_all = slow_loss_of_groups(GROUPS, GROUPS, how)
+    assert abs(of_all - slow_loss_of_groups(kept, kept, how)) > 0.01
+    np.testing.assert_allclose(loss(GROUPS, []), of_all, rtol=1e-5)
+    np.testing.assert_allclose(loss(kept, left_out), of_all, rtol=1e-5)
+    np.testing.assert_allclose(loss(kept, []), slow_loss_of_groups(kept, kept, how), rtol=1e-5)
+
+
+def test_shares_of_a_denominator_by_hand():
+    """6 tokens of 6 + 13, 3 completions of 3 + 3."""
+    first, second = GROUPS[:1], GROUPS[1:2]
+    assert denominator_share(first, second, "token_mean") == 6 / 19
+    assert denominator_share(first, second, "sequence_mean") == 3 / 6
+    assert denominator_share(first, [], "token_mean") == 1
 
 
 def test_a_group_of_one_is_refused():

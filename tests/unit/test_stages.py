@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import Label
+from stepwiser_jax.config import Label, Mesh
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import param_hash
@@ -18,8 +18,10 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.packing import group_of
+from stepwiser_jax.record_io import read_records, write_records
 from stepwiser_jax.records import (
     ChunkLabel,
+    ClassifierExample,
     JudgeExample,
     PrefixValue,
     Problem,
@@ -35,6 +37,7 @@ from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import Interrupted, stop
+from stepwiser_jax.stages import label as label_stage
 from stepwiser_jax.stages import train_judge
 from stepwiser_jax.stages.annotate import (
     check_ids,
@@ -268,6 +271,47 @@ def test_untagged_and_cut_responses_get_no_label_that_they_do_not_deserve(tmp_pa
     assert "6" not in "".join(chunks["p#4"]) and len(chunks) == 4
 
 
+def test_a_floor_leaves_out_chunks_after_a_prefix_worth_0_too(tmp_path):
+    """From their examples, not from the labels, whatever `dead_prefix` says."""
+    tokenizer, question = load_tokenizer_of("arithmetic"), "start 4 ; * 7 + 5 ?"
+    ids = tokenizer.encode(" ".join(["<chunk> 4 </chunk>"] * 5))
+    tokens = Tokens(tokenizer.encode(question), ids, (0.0,) * len(ids))
+    solution = Trajectory("p#0", "p", "", tokens, (3, 6, 9, 12, 15), "stop_id", True)
+    rollouts = RunDirectory(tmp_path / "rollouts", "rollout", Mesh())
+    rollouts.writer(Problem).append([Problem("p", question, "3", "s")])
+    rollouts.writer(Trajectory).append([solution])
+    rollouts.finish(dict)
+    counts = [8, 8, 0, 0, 2, 16]
+    values = [PrefixValue("p#0", j, 16, right, 16, "") for j, right in enumerate(counts)]
+    write_records(tmp_path / "values.jsonl", values)
+
+    def labelled(**settings):
+        config = Label(
+            values=str(tmp_path / "values.jsonl"),
+            rollouts=str(tmp_path / "rollouts"),
+            tokenizer="arithmetic",
+            rule="abs_q",
+            balance=False,
+            prompt_style="bare",
+            **settings,
+        )
+        run = tmp_path / "-".join(map(str, settings.values()))
+        summary = label_stage.run(config, run)
+        assert summary["labels"] == len(read_records(run, ChunkLabel))
+        judged = {e.example_id: e.is_positive for e in read_records(run, JudgeExample)}
+        (told,) = read_records(run, ClassifierExample)
+        assert [f"p#0/{j}" for j in told.labelled] == list(judged)
+        return summary["labels"], judged
+
+    good, error = {"p#0/0": True}, {"p#0/1": False}
+    dead, weak = {"p#0/2": False, "p#0/3": True}, {"p#0/4": True}
+    assert labelled(dead_prefix="negative") == (5, good | error | dead | weak)
+    assert labelled(dead_prefix="drop") == (3, good | error | weak)
+    assert labelled(dead_prefix="negative", min_prefix_value=0.1) == (5, good | error | weak)
+    assert labelled(dead_prefix="negative", min_prefix_value=0.2) == (5, good | error)
+    assert labelled(dead_prefix="drop", min_prefix_value=0.2) == (3, good | error)
+
+
 @pytest.mark.parametrize(
     ("chunking", "untagged"), [("blank_lines", 0), ('[";"]', 0), ('["</chunk>", ";"]', 1)]
 )
@@ -331,6 +375,50 @@ def test_no_update_is_made_of_nothing(config):
     batches = [train_judge.pack(part, advantages, config) for part in parts]
     groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
     assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
+
+
+def by_length(example, text, tokens):
+    """A reward with which some groups have a signal and some have none."""
+    return 1.0 if example.chunk == "good" else float(len(tokens) % 2)
+
+
+def test_an_update_without_groups_of_equal_reward_is_that_with_them_or_a_larger_one(
+    request, tmp_path
+):
+    """Where they count in the denominator (as in verl), the gradient is that of all groups. Where
+    they do not (DAPO), it is larger by their share of the tokens."""
+    file = request.config.rootpath / "configs" / "smoke_judge.yaml"
+    examples = [
+        JudgeExample(f"{chunk}{n}", "p", f"start {n} ; * 7 + 5 ?", "", chunk, True)
+        for n in range(4)
+        for chunk in ("good", "bad")
+    ]
+    write_records(tmp_path / "examples.jsonl", examples)
+
+    def gradient(**grpo):
+        settings = {
+            "model.path": "arithmetic",
+            "examples.source": tmp_path / "examples.jsonl",
+            "iterations": 1,
+            "updates_per_iteration": 1,
+            "reward": f"{__name__}:by_length",
+            "training.optimizer.weight_decay": 0,
+            "training.micro_batches": 1,
+            "grpo": json.dumps(grpo),
+        }
+        overrides = tuple(f"{name}={value}" for name, value in settings.items())
+        run = tmp_path / "-".join(map(str, grpo.values()))
+        train_judge.run(load_config("train-judge", file, overrides), run)
+        (line,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return line["grad_norm"], line["groups_kept_share"]
+
+    whole, share = gradient(drop_zero_variance=False)
+    assert share == 1
+    sampled, share = gradient(drop_zero_variance=True, denominator="sampled")
+    assert 0 < share < 1
+    np.testing.assert_allclose(sampled, whole, rtol=1e-4)
+    kept, _ = gradient(drop_zero_variance=True, denominator="kept")
+    assert kept > 1.2 * whole
 
 
 def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(

@@ -309,6 +309,24 @@ def test_norms_and_biases_do_not_decay():
         assert moved == (path[-1] in {"embed", "q", "k", "v", "o", "gate", "up", "down"}), path
 
 
+def test_by_default_an_update_is_that_of_verls_adamw():
+    """Against the formula, for a matrix: betas 0.9 and 0.999, decay 0.01, epsilon 1e-8."""
+    model = Transformer(tiny_config("qwen2"), rngs=nnx.Rngs(0))
+    transform = make_optimizer(Optimizer(learning_rate=1e-2), lambda _: 1e-2)
+    state, weights = transform.init(model), np.array(model.embed[...], np.float64)
+    first = second = np.zeros_like(weights)
+    for t, scale in enumerate((1e-4, -3e-5, 2e-4), 1):
+        grads = jax.tree.map(lambda x, scale=scale: scale * (x + 0.1), model)
+        updates, state = transform.update(grads, state, model)
+        grad = scale * (np.array(model.embed[...], np.float64) + 0.1)
+        first = 0.9 * first + 0.1 * grad
+        second = 0.999 * second + 0.001 * grad**2
+        step = first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+        expected = -1e-2 * (step + 0.01 * np.array(model.embed[...], np.float64))
+        np.testing.assert_allclose(updates.embed[...], expected, rtol=1e-4, atol=1e-8)
+        model = optax.apply_updates(model, updates)
+
+
 def test_an_update_clips_to_norm_1_in_place():
     """The clipped gradients are not written to memory, where they take as much as the weights."""
     model = Transformer(tiny_config("qwen2", vocab_size=4096), rngs=nnx.Rngs(0))

@@ -52,7 +52,7 @@ CLAIMS = (
           "auc/absolute_labels"),
     Claim("relative > absolute, labels as printed: judge", "judge/printed_labels",
           "judge/printed_absolute_labels", "7B 61.9, 53.8; 1.5B 34.8, 36.1 (table 5)"),
-    Claim("dead prefixes dropped > labels as printed: judge", "judge/stepwiser",
+    Claim("dead prefixes dropped, floor 0.2 > labels as printed: judge", "judge/stepwiser",
           "judge/printed_labels"),
     Claim("relative > absolute labels: against the truth", "labels/rel_effective", "labels/abs_q"),
     Claim("chunks > lines, as many rollouts, both judge chunks", "judge/stepwiser", "judge/lines",
