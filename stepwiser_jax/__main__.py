@@ -201,25 +201,31 @@ def reproduce(
     run_dir: ResumedDir = Path("reproduce"),
     seed: Annotated[
         list[int] | None,
-        typer.Option(min=0, max=2**32 - 1, help="Repeatable; 0, 1 and 2 by default."),
+        typer.Option(min=0, max=2**32 - 1, help="Repeatable; 0 to 4 by default."),
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Search for learning rates instead.")
     ] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="Make the table of finished seeds, and run nothing.")
+    ] = False,
 ) -> None:
-    """Test the paper's claims on the embedded task, with several seeds.
+    """Test the paper's claims on the embedded tasks, with several seeds.
 
     Runs every judge, search and selection. Reads nothing. Writes one run directory per stage and
-    seed below --run-dir, compare.json and compare.md; with --tune it writes tuning.json. Seeds may
-    run side by side, each as one command; one command with all of them then makes the table.
+    seed below --run-dir, seed-N/results.json, and compare.json and compare.md of every seed there;
+    with --tune it writes tuning.json. Seeds may run side by side, or on several machines, each as
+    one command: --join then makes the table of the results.json that are brought together.
     """
     from stepwiser_jax.commands.reproduce import measure, report
 
     with writing_to(run_dir):
         if tune:
             measure.tune(run_dir)
+        elif join:
+            report.join(run_dir)
         else:
-            report.reproduce(run_dir, seed or (0, 1, 2))
+            report.reproduce(run_dir, seed or range(5))
 
 
 @app.command()

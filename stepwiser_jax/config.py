@@ -499,9 +499,9 @@ class SolvingStage(PolicyStage, Prompted):
     """What every stage has that solves problems."""
 
     problems: DataSource
-    """A file, a hub id, a finished `rollout` run (its problems), or `arithmetic`, for which `split`
-    and `limit` are required. Duplicates, and problems whose answers cannot be verified, are left
-    out after the limit."""
+    """A file, a hub id, a finished `rollout` run (its problems), or `arithmetic` or
+    `arithmetic-mod-7`, for which `split` and `limit` are required. Duplicates, and problems whose
+    answers cannot be verified, are left out after the limit."""
     chunking: Chunking = "tags"
     """What ends a chunk: `tags`, which the prompt then asks for; `blank_lines`; or a list of
     strings, such as ["\\n"]."""
@@ -509,10 +509,11 @@ class SolvingStage(PolicyStage, Prompted):
     @model_validator(mode="after")
     def _problems_are_consistent(self) -> SolvingStage:
         problems = self.problems
-        if problems.source == "arithmetic" and (problems.shuffle or problems.exclude):
+        is_generated = problems.source in ("arithmetic", "arithmetic-mod-7")
+        if is_generated and (problems.shuffle or problems.exclude):
             raise ValueError(
-                "shuffle and exclude are for data sets, and arithmetic generates its problems at "
-                "random, each split apart: leave them out"
+                f"shuffle and exclude are for data sets, and {problems.source} generates its "
+                "problems at random, each split apart: leave them out"
             )
         if isinstance(problems.split, tuple):
             raise ValueError(f"problems.split: expected one split, found {list(problems.split)}")
@@ -732,7 +733,8 @@ class FromExamples(Config):
     examples: DataSource
     """`sft`: an `SftExample` or `Dialogue` file, a finished run of `rejection-sample`,
     `chunk-solutions` or `select-responses`, or a generator of the embedded task
-    (`arithmetic-policy`, `-untagged`, `-segmenter`, `-judge`, `-verdicts`, `-genprm`, `-thinkprm`).
+    (`arithmetic-policy`, `-untagged`, `-segmenter`, `-judge`, `-verdicts`, `-genprm`, `-thinkprm`;
+    or `arithmetic-mod-7-policy` and so on).
     Other stages: a finished `label` run, a `JudgeExample` or `ClassifierExample` file, or solutions
     with labelled steps in a known format (ProcessBench, PRM800K, Math-Shepherd, ...)."""
 

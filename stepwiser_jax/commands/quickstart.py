@@ -231,7 +231,7 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
     methods = {name: search[name] for name in names}
 
     def judge_scores(name: str) -> dict[str, Any]:
-        scores = summaries[name]["greedy"]["subsets"][arithmetic.SUBSET]
+        scores = summaries[name]["greedy"]["subsets"][arithmetic.MOD_10.name]
         return {
             "f1": scores["official"]["f1"],
             "f1_interval": scores["official_f1_interval"],
@@ -263,12 +263,18 @@ LabelsAndTruths = list[tuple[bool, bool]]
 
 
 def label_quality(run_dir: Path) -> dict[str, Any]:
-    """Returns the scores of every label rule against the exact truth.
+    """Returns the scores of every label rule against the exact truth, on the chunks of
+    `labels_and_truths`. Intervals are 95%, over problems."""
+    return {rule: label_scores(found) for rule, found in labels_and_truths(run_dir).items()}
 
-    All rules are scored on the same chunks: those up to and including a trajectory's first error
-    whose prefix has a value above 0. So `dead_prefix` makes no difference here, and nothing is said
-    of labels after an error or after a prefix worth 0. Intervals are 95%, over problems. Parameters
-    are the defaults: the paper's for 7B (4.1), and GenPRM's.
+
+def labels_and_truths(run_dir: Path) -> dict[str, list[LabelsAndTruths]]:
+    """Returns what each label rule says of every problem's chunks, beside the exact truth.
+
+    All rules have the same chunks: those up to and including a trajectory's first error whose
+    prefix has a value above 0. So `dead_prefix` makes no difference here, and nothing is said of
+    labels after an error or after a prefix worth 0. Parameters are the defaults: the paper's for 7B
+    (4.1), and GenPRM's.
     """
     problems = {p.problem_id: p for p in read_records(run_dir / "rollouts", Problem)}
     trajectories = {t.trajectory_id: t for t in read_records(run_dir / "rollouts", Trajectory)}
@@ -288,7 +294,7 @@ def label_quality(run_dir: Path) -> dict[str, Any]:
             given = label_chunks(q, rule)
             of_problem = found[rule].setdefault(trajectory.problem_id, [])
             of_problem += [(bool(given[j]), truth[j]) for j in scope]
-    return {rule: label_scores(list(of_rule.values())) for rule, of_rule in found.items()}
+    return {rule: list(of_rule.values()) for rule, of_rule in found.items()}
 
 
 def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:

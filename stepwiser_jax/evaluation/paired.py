@@ -141,12 +141,11 @@ class JudgedRun:
     has_votes: bool
 
 
-def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
-    """Reads a run, and predicts first errors by the rule that the run itself used.
-
-    Args:
-        run: A finished run of `evaluate`.
-        votes: Whether the sampled judgments count in place of the greedy ones, if the run has any.
+def read_judgments(
+    run: Path, *, votes: bool
+) -> tuple[Evaluate, list[ProcessBenchItem], dict[str, Judgment]]:
+    """Returns the settings of a finished run of `evaluate`, its items, and its judgments by id.
+    They hold all greedy judgments, and with `votes` all sampled ones.
 
     Raises:
         UserError: It is a run of another stage, or on PRMBench, or lacks a judgment.
@@ -171,6 +170,20 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
                 f"{run} has no judgment {judgment_id}: the items that its config.yaml names are "
                 "not those it has judged; put them back"
             )
+    return config, items, judgments
+
+
+def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
+    """Reads a run, and predicts first errors by the rule that the run itself used.
+
+    Args:
+        run: A finished run of `evaluate`.
+        votes: Whether the sampled judgments count in place of the greedy ones, if the run has any.
+
+    Raises:
+        UserError: See `read_judgments`.
+    """
+    config, items, judgments = read_judgments(run, votes=votes)
     threshold = threshold_of(config, items, judgments)
     rule = VotingRule(threshold)
     counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]

@@ -86,14 +86,66 @@ def paired_bootstrap(
             for rows in _resamples(len(a), strata, samples, seed)
         ]
     )
-    tail = int(min(np.sum(differences <= 0), np.sum(differences >= 0)))
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(
-        value=float(statistic(b) - statistic(a)),
-        low=float(low),
-        high=float(high),
-        p=min(1.0, 2 * (1 + tail) / (1 + samples)),
-    )
+    return _difference(float(statistic(b) - statistic(a)), differences, level)
+
+
+def _difference(value: float, resampled: np.ndarray, level: float) -> Difference:
+    """Returns an observed difference with what its resamples say of it."""
+    tail = int(min(np.sum(resampled <= 0), np.sum(resampled >= 0)))
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    p = min(1.0, 2 * (1 + tail) / (1 + len(resampled)))
+    return Difference(value, float(low), float(high), p)
+
+
+def multiplicities(items: int, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns how often each item is in each resample of as many items: (samples, items)."""
+    drawn = rng.integers(items, size=(samples, items)) + items * np.arange(samples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=samples * items).reshape(samples, items)
+
+
+def hierarchical_bootstrap(
+    differences: Sequence[Callable[[np.ndarray], np.ndarray]],
+    items: Sequence[int],
+    *,
+    seed: int,
+    samples: int = 10_000,
+    level: float = 0.95,
+) -> Difference:
+    """Returns the mean over seeds of a paired difference, with a bootstrap over seeds and items.
+
+    A resample draws as many seeds as there are, with replacement, and within each of them its
+    items, so that the noise of trainings and that of test items are both in the interval and in p.
+    p is that of `paired_bootstrap`.
+
+    Args:
+        differences: For each seed, a function of how often each item is in each resample
+            (resamples, items). It returns each resample's difference.
+        items: The number of items of each seed.
+        seed: Seeds the resamples.
+        samples: Number of resamples.
+        level: Confidence level.
+    """
+    rng, count = np.random.default_rng(seed), len(differences)
+    drawn = rng.integers(count, size=(samples, count))
+    found = np.zeros((samples, count))
+    for s, (difference, size) in enumerate(zip(differences, items, strict=True)):
+        found[drawn == s] = difference(multiplicities(size, int(np.sum(drawn == s)), rng))
+    resampled = found.mean(axis=1)
+    observed = [
+        float(difference(np.ones((1, size), int))[0])
+        for difference, size in zip(differences, items, strict=True)
+    ]
+    return _difference(float(np.mean(observed)), resampled, level)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values as Holm's step-down method corrects them for being several: a claim
+    whose corrected p is below 0.05 is wrong with a probability of 0.05 for all claims together."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

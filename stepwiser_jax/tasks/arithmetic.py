@@ -1,4 +1,4 @@
-"""The embedded task: compound arithmetic modulo 10. The truth of every chunk is known exactly.
+"""The embedded tasks: compound arithmetic modulo 10, and modulo 7, with exact truth of every chunk.
 
     question    start 4 ; * 7 + 5 ; * 3 - 2 ; * 2 + 9 ?
     solution    <chunk> 4 * 7 = 8 ; 8 + 5 = 3 </chunk> ... <chunk> \\boxed{ 5 } </chunk>
@@ -6,6 +6,10 @@
 
 Every number is one digit and one token. A chunk is one compound operation of two lines. Truth is
 local: a chunk is judged by the value that the chunk before it claims.
+
+`MOD_10` above is the task that everything was tuned on. `MOD_7` has other operations:
+
+    question    = 4 ; + 5 * 3 ; * 2 - 6 ; + 1 - 4 ?
 
 `tasks.arithmetic_demonstrations` makes examples to learn from.
 """
@@ -25,11 +29,54 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import Problem, ProcessBenchItem
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN
 
-SUBSET = "arithmetic"
-"""The `source` of the task's problems."""
 
-FACTORS = (2, 3, 4, 6, 7, 8, 9)
-"""5 is missing, because it maps every error to 0 or 5 and so removes most of them."""
+@dataclass(frozen=True)
+class ArithmeticTask:
+    """What one task has of its own.
+
+    Attributes:
+        name: The `source` of its problems, and the subset of its benchmark items.
+        modulus: Every number is below it.
+        opening: The word before a question's first value. It tells the tasks apart.
+        numbers: For the first and for the second line of an operation: its operators, each with
+            the right operands that it takes.
+    """
+
+    name: str
+    modulus: int
+    opening: str
+    numbers: tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]
+
+    @property
+    def facts(self) -> list[tuple[int, str, int]]:
+        """All that can stand on the left side of a line: (left, op, right)."""
+        found = [
+            (left, op, right)
+            for of_line in self.numbers
+            for left in range(self.modulus)
+            for op, rights in of_line.items()
+            for right in rights
+        ]
+        return list(dict.fromkeys(found))
+
+
+MOD_10 = ArithmeticTask(
+    name="arithmetic",
+    modulus=10,
+    opening="start",
+    # 5 is missing, because it maps every error to 0 or 5 and so removes most of them.
+    numbers=({"*": (2, 3, 4, 6, 7, 8, 9)}, {"+": range(1, 10), "-": range(1, 10)}),
+)
+MOD_7 = ArithmeticTask(
+    name="arithmetic-mod-7",
+    modulus=7,
+    opening="=",
+    numbers=(
+        {"+": range(1, 7), "*": range(2, 7)},
+        {"-": range(1, 7), "*": range(2, 7)},
+    ),
+)
+TASKS = (MOD_10, MOD_7)
 
 SPLITS = {
     "train": range(0, 10),
@@ -47,15 +94,15 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Operation:
-    """value -> value * factor + sign * addend, modulo 10."""
+    """Two lines of computation, each an operator and its right operand: `* 7 + 5`."""
 
-    factor: int
-    sign: str
-    addend: int
+    modulus: int
+    first: tuple[str, int]
+    second: tuple[str, int]
 
     @property
     def text(self) -> str:
-        return f"* {self.factor} {self.sign} {self.addend}"
+        return " ".join(f"{op} {right}" for op, right in (self.first, self.second))
 
 
 @dataclass(frozen=True)
@@ -72,18 +119,15 @@ class Line:
         return f"{self.left} {self.op} {self.right} = {self.result}"
 
 
-def compute(left: int, op: str, right: int) -> int:
-    return {"*": left * right, "+": left + right, "-": left - right}[op] % 10
+def compute(left: int, op: str, right: int, modulus: int) -> int:
+    return {"*": left * right, "+": left + right, "-": left - right}[op] % modulus
 
 
 def exact_lines(value: int, operation: Operation) -> tuple[Line, Line]:
     """Returns the two correct lines of one operation."""
-    middle = compute(value, "*", operation.factor)
-    result = compute(middle, operation.sign, operation.addend)
-    return (
-        Line(value, "*", operation.factor, middle),
-        Line(middle, operation.sign, operation.addend, result),
-    )
+    middle = compute(value, *operation.first, operation.modulus)
+    result = compute(middle, *operation.second, operation.modulus)
+    return Line(value, *operation.first, middle), Line(middle, *operation.second, result)
 
 
 def chunk_text(lines: Sequence[Line], repair: bool = False) -> str:
@@ -98,14 +142,26 @@ def answer_text(value: int) -> str:
 # --- problems -------------------------------------------------------------------------------------
 
 
+def task_of(question: str) -> ArithmeticTask | None:
+    """Returns the task that a question is of, by its first word, or None."""
+    words = question.split()
+    return next((task for task in TASKS if words[:1] == [task.opening]), None)
+
+
 def parse_question(question: str) -> tuple[int, list[Operation]]:
     """Returns the start value and the operations. Raises UserError for another task's question."""
+    task = task_of(question)
     try:
+        if task is None:
+            raise ValueError(question)
         first, *parts = question.removesuffix("?").split(";")
-        word, start = first.split()
-        operations = [Operation(int(f), s, int(a)) for _, f, s, a in (p.split() for p in parts)]
-        if word != "start" or not operations:
-            raise ValueError(word)
+        _, start = first.split()
+        operations = [
+            Operation(task.modulus, (op, int(right)), (second_op, int(second)))
+            for op, right, second_op, second in (part.split() for part in parts)
+        ]
+        if not operations:
+            raise ValueError(question)
         return int(start), operations
     except ValueError:
         raise UserError(
@@ -120,37 +176,43 @@ def solve(question: str) -> int:
     return value
 
 
-def problems(*, split: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """Returns the data set `arithmetic`, see `tasks.sources`. Raises UserError without split or
-    limit."""
+def problems(
+    *, split: str | None, limit: int | None, seed: int, task: ArithmeticTask
+) -> list[Problem]:
+    """Returns a task's data set, see `tasks.sources`. Raises UserError without split or limit."""
     if limit is None or split is None:
         raise UserError(
             "problems.limit and problems.split must say how many problems of which split to "
-            "generate if problems.source is 'arithmetic'"
+            f"generate if problems.source is {task.name!r}"
         )
-    return generate_problems(limit, seed, split)
+    return generate_problems(limit, seed, split, task)
 
 
-def generate_problems(count: int, seed: int, split: str) -> list[Problem]:
+def generate_problems(
+    count: int, seed: int, split: str, task: ArithmeticTask = MOD_10
+) -> list[Problem]:
     """Returns `count` different problems of 3 to 5 operations. A larger count adds problems after
     them. Raises UserError for an unknown split."""
     if split not in SPLITS:
         raise UserError(f"expected a split of {sorted(SPLITS)}, found {split!r}")
     rng = np.random.default_rng((seed, zlib.crc32(split.encode())))
+
+    def part(numbers: dict[str, Sequence[int]]) -> tuple[str, int]:
+        op = str(rng.choice(list(numbers)))
+        return op, int(rng.choice(numbers[op]))
+
     questions: dict[str, None] = {}
     while len(questions) < count:
         operations = [
-            Operation(
-                int(rng.choice(FACTORS)), str(rng.choice(["+", "-"])), int(rng.integers(1, 10))
-            )
+            Operation(task.modulus, part(task.numbers[0]), part(task.numbers[1]))
             for _ in range(rng.integers(3, 6))
         ]
-        parts = [f"start {rng.integers(10)}", *(operation.text for operation in operations)]
-        question = " ; ".join(parts) + " ?"
+        start = f"{task.opening} {rng.integers(task.modulus)}"
+        question = " ; ".join([start, *(operation.text for operation in operations)]) + " ?"
         if zlib.crc32(question.encode()) % 20 in SPLITS[split]:
             questions[question] = None
     return [
-        Problem(f"{SUBSET}/{split}/{i:06d}", question, str(solve(question)), SUBSET)
+        Problem(f"{task.name}/{split}/{i:06d}", question, str(solve(question)), task.name)
         for i, question in enumerate(questions)
     ]
 
@@ -224,7 +286,7 @@ def processbench_item(
     """Returns a solution with its exact first error, in ProcessBench's form."""
     return ProcessBenchItem(
         item_id=trajectory_id,
-        subset=SUBSET,
+        subset=problem.source,
         question=problem.question,
         steps=tuple(chunks),
         first_error=first_error(problem.question, chunks),

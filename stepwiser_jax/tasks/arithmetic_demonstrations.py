@@ -1,4 +1,4 @@
-"""Demonstrations of the embedded task, by an imperfect teacher.
+"""Demonstrations of the embedded tasks, by an imperfect teacher.
 
     judgment    4 * 7 = 8 8 same ; 8 + 5 = 3 3 same | \\boxed{ Positive }
     chain       such judgments, one after another, then <judge> Positive
@@ -25,16 +25,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges import thinkprm
 from stepwiser_jax.judges.genprm import form as genprm_form
-from stepwiser_jax.records import Dialogue, Problem, SftExample, Verdict
+from stepwiser_jax.records import ClassifierExample, Dialogue, Problem, SftExample, Verdict
 from stepwiser_jax.tasks.arithmetic import (
-    FACTORS,
+    MOD_10,
+    TASKS,
+    ArithmeticTask,
     Line,
     Operation,
     State,
@@ -46,6 +48,7 @@ from stepwiser_jax.tasks.arithmetic import (
     exact_lines,
     generate_problems,
     parse_question,
+    task_of,
 )
 from stepwiser_jax.text.chunks import strip_tags
 from stepwiser_jax.text.prompts import (
@@ -63,16 +66,21 @@ class Teacher:
     probability."""
 
     def __init__(
-        self, seed: int, *, hard_share: float = 0.13, wrong: tuple[float, float] = (0.3, 0.65)
+        self,
+        seed: int,
+        task: ArithmeticTask = MOD_10,
+        *,
+        hard_share: float = 0.13,
+        wrong: tuple[float, float] = (0.3, 0.65),
     ):
-        rng = np.random.default_rng((seed, 1))
-        facts = [(x, "*", d) for x in range(10) for d in FACTORS]
-        facts += [(x, op, a) for x in range(10) for op in "+-" for a in range(1, 10)]
+        self.task, modulus = task, task.modulus
+        rng, facts = np.random.default_rng((seed, 1)), task.facts
+
+        def wrong_value(fact: tuple[int, str, int]) -> int:
+            return (compute(*fact, modulus) + int(rng.integers(1, modulus))) % modulus
+
         hard = rng.choice(len(facts), round(hard_share * len(facts)), replace=False)
-        self.misbelief = {
-            facts[i]: ((compute(*facts[i]) + int(rng.integers(1, 10))) % 10, rng.uniform(*wrong))
-            for i in hard
-        }
+        self.misbelief = {facts[i]: (wrong_value(facts[i]), rng.uniform(*wrong)) for i in hard}
 
     def line(
         self, left: int, op: str, right: int, rng: np.random.Generator, error_scale: float = 1.0
@@ -81,18 +89,24 @@ class Teacher:
         wrong_value, probability = self.misbelief.get((left, op, right), (0, 0.0))
         if rng.random() < error_scale * probability:
             return Line(left, op, right, wrong_value)
-        return Line(left, op, right, compute(left, op, right))
+        return Line(left, op, right, compute(left, op, right, self.task.modulus))
 
     def chunk(self, value: int, operation: Operation, rng: np.random.Generator) -> list[Line]:
         """Returns two lines. One of 100 chunks has a random slip."""
-        first = self.line(value, "*", operation.factor, rng)
-        second = self.line(first.result, operation.sign, operation.addend, rng)
+        first = self.line(value, *operation.first, rng)
+        second = self.line(first.result, *operation.second, rng)
         if rng.random() < 0.005:
-            sign = "-" if operation.sign == "+" else "+"
-            second = self.line(first.result, sign, operation.addend, rng)
+            other = next(op for op in self.task.numbers[1] if op != second.op)
+            second = self.line(first.result, other, second.right, rng)
         elif rng.random() < 0.005:
-            second = Line(second.left, second.op, second.right, int(rng.integers(10)))
+            result = int(rng.integers(self.task.modulus))
+            second = Line(second.left, second.op, second.right, result)
         return [first, second]
+
+
+def teacher_of(problems: Sequence[Problem], seed: int) -> Teacher:
+    """Returns the teacher of the task that these problems are of."""
+    return Teacher(seed, task_of(problems[0].question) or MOD_10)
 
 
 REPAIR_PROBABILITY = {False: 0.02, True: 0.3}
@@ -116,7 +130,7 @@ def demonstrate(question: str, teacher: Teacher, rng: np.random.Generator) -> li
 
 def policy_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
     """Returns one imperfect solution of every problem."""
-    teacher, rng = Teacher(seed), np.random.default_rng((seed, 2))
+    teacher, rng = teacher_of(problems, seed), np.random.default_rng((seed, 2))
     return [
         SftExample(
             example_id=f"{problem.problem_id}/demonstration",
@@ -195,27 +209,49 @@ def demonstrate_judgment(
     return f"{analysis} \\boxed{{ {'Positive' if positive else 'Negative'} }}"
 
 
-def judge_demonstrations(
-    problems: Sequence[Problem], seed: int, *, wrong_share: float = 0.5
-) -> list[SftExample]:
-    """Returns one judgment per problem, of a random chunk of an imperfect solution. If the solution
-    has wrong chunks, one of those is chosen with probability `wrong_share`."""
-    teacher, rng = Teacher(seed), np.random.default_rng((seed, 3))
-    examples = []
+def judged_chunks(
+    problems: Sequence[Problem], seed: int, wrong_share: float = 0.5
+) -> Iterator[tuple[Problem, list[str], str]]:
+    """Yields for every problem an imperfect solution up to a random chunk, and a judgment of that
+    chunk. If the solution has wrong chunks, one is chosen with probability `wrong_share`."""
+    teacher, rng = teacher_of(problems, seed), np.random.default_rng((seed, 3))
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
         wrong = [j for j, right in enumerate(chunk_truth(problem.question, chunks)) if not right]
         chosen = int(rng.integers(len(chunks)))
         if wrong and rng.random() < wrong_share:
             chosen = int(rng.choice(wrong))
-        judgment = demonstrate_judgment(problem.question, chunks[: chosen + 1], teacher, rng)
-        history = " ".join(chunks[:chosen])
+        so_far = chunks[: chosen + 1]
+        yield problem, so_far, demonstrate_judgment(problem.question, so_far, teacher, rng)
+
+
+def judge_demonstrations(problems: Sequence[Problem], seed: int) -> list[SftExample]:
+    """Returns the judgments of `judged_chunks`."""
+    return [
+        SftExample(
+            example_id=f"{problem.problem_id}/judgment",
+            problem_id=problem.problem_id,
+            prompt=bare_judge_prompt(problem.question, " ".join(history), chunk),
+            completion=judgment,
+        )
+        for problem, (*history, chunk), judgment in judged_chunks(problems, seed)
+    ]
+
+
+def labelled_truth(problems: Sequence[Problem], seed: int) -> list[ClassifierExample]:
+    """Returns the same chunks with their exact truth in place of a judgment."""
+    examples = []
+    for problem, chunks, _ in judged_chunks(problems, seed):
+        is_right = chunk_truth(problem.question, chunks)[-1]
         examples.append(
-            SftExample(
-                example_id=f"{problem.problem_id}/judgment",
+            ClassifierExample(
+                solution_id=f"{problem.problem_id}/truth",
                 problem_id=problem.problem_id,
-                prompt=bare_judge_prompt(problem.question, history, chunks[chosen]),
-                completion=judgment,
+                question=problem.question,
+                chunks=tuple(chunks),
+                labelled=(len(chunks) - 1,),
+                is_positive=(is_right,),
+                q=(float(is_right),),
             )
         )
     return examples
@@ -242,8 +278,9 @@ def demonstrate_turn(
     it (but a tenth are flipped). A teacher that recomputed nothing writes no code."""
     analysis, positive = demonstrate_opinion(question, chunks, teacher, rng, runs_code=True)
     facts = _FACT.findall(analysis)
-    code = "".join(f"print(({left} {op} {right}) % 10)\n" for left, op, right in facts)
-    printed = "\n".join(str(compute(int(left), op, int(right))) for left, op, right in facts)
+    modulus = teacher.task.modulus
+    code = "".join(f"print(({left} {op} {right}) % {modulus})\n" for left, op, right in facts)
+    printed = "\n".join(str(compute(int(x), op, int(y), modulus)) for x, op, y in facts)
     verification = genprm_form.code_and_output(code, printed) if facts else ""
     return genprm_form.whole_turn(len(chunks) - 1, analysis, verification, is_right=positive)
 
@@ -253,7 +290,11 @@ def genprm_demonstrations(
 ) -> list[Dialogue]:
     """Returns one conversation per problem in GenPRM's form. A turn judges each chunk of an
     imperfect solution; in the instruct form it has code."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 5)), genprm_form.FORMS[style]
+    teacher, rng, form = (
+        teacher_of(problems, seed),
+        np.random.default_rng((seed, 5)),
+        genprm_form.FORMS[style],
+    )
     say = demonstrate_judgment if style == "bare" else demonstrate_turn
     dialogues = []
     for problem in problems:
@@ -270,7 +311,11 @@ def thinkprm_demonstrations(
 ) -> list[SftExample]:
     """Returns one verification chain per problem in ThinkPRM's form. It judges the chunks of an
     imperfect solution until one is wrong, then says whether all are correct."""
-    teacher, rng, form = Teacher(seed), np.random.default_rng((seed, 4)), thinkprm.FORMS[style]
+    teacher, rng, form = (
+        teacher_of(problems, seed),
+        np.random.default_rng((seed, 4)),
+        thinkprm.FORMS[style],
+    )
     examples = []
     for problem in problems:
         chunks = demonstrate(problem.question, teacher, rng)
@@ -342,6 +387,7 @@ Examples = list[SftExample] | list[Dialogue]
 
 def _demonstrate(
     make: Callable[..., Examples],
+    task: ArithmeticTask,
     *,
     count: int | None,
     seed: int,
@@ -351,12 +397,13 @@ def _demonstrate(
     """Returns demonstrations of `count` problems. Raises UserError without a count."""
     if count is None:
         raise UserError("examples.limit must say how many examples of the task to generate")
-    problems = generate_problems(count, seed, "train")
+    problems = generate_problems(count, seed, "train", task)
     return make(problems, seed, style) if styled else make(problems, seed)
 
 
 EXAMPLES: dict[str, Callable[..., Examples]] = {
-    f"arithmetic-{name}": functools.partial(_demonstrate, make, styled=styled)
+    f"{task.name}-{name}": functools.partial(_demonstrate, make, task, styled=styled)
+    for task in TASKS
     for name, make, styled in (
         ("policy", policy_demonstrations, False),
         ("untagged", untagged_demonstrations, False),

@@ -7,6 +7,7 @@ A config may name a user's source of problems instead, as `module:function` (doc
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,13 +17,13 @@ from stepwiser_jax.records import Problem, ProcessBenchItem
 from stepwiser_jax.tasks import arithmetic
 
 PROBLEMS: dict[str, Callable[..., Iterable[Problem | dict[str, Any]]]] = {
-    "arithmetic": arithmetic.problems,
+    task.name: functools.partial(arithmetic.problems, task=task) for task in arithmetic.TASKS
 }
 MODELS: dict[str, Callable[[str | Path], None]] = {"arithmetic": arithmetic.write_model}
 """Functions that write the config.json and tokenizer of a model that gets fresh weights."""
 
 TRUTH: dict[str, Callable[..., ProcessBenchItem]] = {
-    arithmetic.SUBSET: arithmetic.processbench_item,
+    task.name: arithmetic.processbench_item for task in arithmetic.TASKS
 }
 """Tasks that know which chunks are correct, by the `source` of their problems."""
 

@@ -16,51 +16,68 @@ from stepwiser_jax.tasks import arithmetic_demonstrations as demonstrations
 from stepwiser_jax.text.prompts import parse_verdict
 
 PROBLEMS = task.generate_problems(300, 0, "train")
+MOD_7 = task.generate_problems(300, 0, "train", task.MOD_7)
+both_tasks = pytest.mark.parametrize("problems", [PROBLEMS, MOD_7], ids=["mod 10", "mod 7"])
 
 
 class Infallible(demonstrations.Teacher):
-    def __init__(self):
-        self.misbelief = {}
-
     def chunk(self, value, operation, rng):
         return list(task.exact_lines(value, operation))
 
 
 def perfect(question):
-    return demonstrations.demonstrate(question, Infallible(), np.random.default_rng(0))
+    return demonstrations.demonstrate(question, Infallible(0), np.random.default_rng(0))
 
 
-def test_answers_by_another_route():
-    for problem in PROBLEMS:
-        expression = ""
-        for factor, sign, addend in re.findall(r"\* (\d) ([+-]) (\d)", problem.question):
-            expression = (
-                f"(({expression or problem.question.split()[1]}) * {factor} {sign} {addend})"
-            )
-        assert eval(expression) % 10 == int(problem.answer)
+@both_tasks
+def test_answers_by_another_route(problems):
+    for problem in problems:
+        words = problem.question.split()
+        expression = words[1]
+        for op, right in re.findall(r"([*+-]) (\d)", problem.question):
+            expression = f"({expression} {op} {right})"
+        assert eval(expression) % (10 if words[0] == "start" else 7) == int(problem.answer)
 
 
-def test_splits_share_no_question_and_ids_are_stable():
+def test_the_second_task_has_other_operations():
+    kinds = {
+        part[::2]
+        for problem in MOD_7
+        for part in re.findall(r"; (\S) (\d) (\S) (\d)", problem.question)
+    }
+    assert kinds == {("+", "-"), ("+", "*"), ("*", "-"), ("*", "*")}
+    assert {p.source for p in MOD_7} == {"arithmetic-mod-7"}
+    assert max(int(digit) for p in MOD_7 for digit in re.findall(r"\d", p.question)) == 6
+    assert sorted(task.MOD_7.facts) == sorted(
+        {(x, op, y) for x in range(7) for op in "+-*" for y in range(1 + (op == "*"), 7)}
+    )
+
+
+@pytest.mark.parametrize("of", task.TASKS)
+def test_splits_share_no_question_and_ids_are_stable(of):
     questions = {
-        split: {p.question for p in task.generate_problems(200, 1, split)} for split in task.SPLITS
+        split: {p.question for p in task.generate_problems(200, 1, split, of)}
+        for split in task.SPLITS
     }
     splits = list(questions)
     for i, a in enumerate(splits):
         for b in splits[i + 1 :]:
             assert not questions[a] & questions[b]
-    assert task.generate_problems(50, 3, "dev") == task.generate_problems(80, 3, "dev")[:50]
+    assert task.generate_problems(50, 3, "dev", of) == task.generate_problems(80, 3, "dev", of)[:50]
 
 
-def test_perfect_solutions_are_true_throughout():
-    for problem in PROBLEMS:
+@both_tasks
+def test_perfect_solutions_are_true_throughout(problems):
+    for problem in problems:
         chunks = perfect(problem.question)
         assert all(task.chunk_truth(problem.question, chunks))
         assert task.first_error(problem.question, chunks) == -1
 
 
-def test_one_changed_digit_is_found_where_it_is():
+@both_tasks
+def test_one_changed_digit_is_found_where_it_is(problems):
     rng = np.random.default_rng(0)
-    for problem in PROBLEMS:
+    for problem in problems:
         chunks = perfect(problem.question)
         j = int(rng.integers(len(chunks)))
         digits = [m.start() for m in re.finditer(r"\d", chunks[j])]
@@ -95,37 +112,39 @@ def test_malformed_or_early_chunks_are_wrong(chunk):
     assert task.chunk_truth(question, after) == [False, True]
 
 
-def test_the_teacher_is_wrong_in_the_same_way_each_time():
-    teacher, rng = demonstrations.Teacher(0), np.random.default_rng(1)
-    facts = [(x, "*", d) for x in range(10) for d in task.FACTORS]
+@pytest.mark.parametrize("of", task.TASKS)
+def test_the_teacher_is_wrong_in_the_same_way_each_time(of):
+    teacher, rng = demonstrations.Teacher(0, of), np.random.default_rng(1)
     errors = defaultdict(Counter)
-    for fact in facts * 60:
+    for fact in of.facts * 60:
         line = teacher.line(*fact, rng)
-        if line.result != task.compute(*fact):
+        if line.result != task.compute(*fact, of.modulus):
             errors[fact][line.result] += 1
-    assert 4 <= len(errors) <= 16
+    assert len(errors) == round(0.13 * len(of.facts))
     for found in errors.values():
         assert len(found) == 1
         assert 0.15 < sum(found.values()) / 60 < 0.85
 
 
-def test_demonstrations_are_imperfect_but_mostly_right():
+@both_tasks
+def test_demonstrations_are_imperfect_but_mostly_right(problems):
     chunks = [
         re.findall(r"<chunk> .*? </chunk>", example.completion)
-        for example in demonstrations.policy_demonstrations(PROBLEMS, 0)
+        for example in demonstrations.policy_demonstrations(problems, 0)
     ]
     truth = [
         right
-        for problem, solution in zip(PROBLEMS, chunks, strict=True)
+        for problem, solution in zip(problems, chunks, strict=True)
         for right in task.chunk_truth(problem.question, solution)
     ]
     assert 0.05 < 1 - np.mean(truth) < 0.25
 
 
-def test_an_exact_full_judgment_is_the_truth():
-    teacher, rng = demonstrations.Teacher(0), np.random.default_rng(0)
+@both_tasks
+def test_an_exact_full_judgment_is_the_truth(problems):
+    teacher, rng = demonstrations.teacher_of(problems, 0), np.random.default_rng(0)
     seen = Counter()
-    for problem in PROBLEMS:
+    for problem in problems:
         chunks = demonstrations.demonstrate(problem.question, teacher, rng)
         for j, right in enumerate(task.chunk_truth(problem.question, chunks)):
             analysis, verdict = demonstrations.judge_chunk(
@@ -137,19 +156,37 @@ def test_an_exact_full_judgment_is_the_truth():
     assert seen[False] > 30
 
 
-def test_judgments_can_be_parsed_and_spelled(word_tokenizer):
+@both_tasks
+def test_judgments_can_be_parsed_and_spelled(problems, word_tokenizer):
     examples = demonstrations.judge_demonstrations(
-        PROBLEMS, 0
-    ) + demonstrations.policy_demonstrations(PROBLEMS, 0)
+        problems, 0
+    ) + demonstrations.policy_demonstrations(problems, 0)
     for example in examples:
         text = f"{example.prompt} {example.completion}"
         ids = word_tokenizer.encode(text)
         assert word_tokenizer.decode(ids) == text
         assert word_tokenizer.encode("<unk>")[0] not in ids
         assert len(ids) <= 158
-    verdicts = Counter(parse_verdict(e.completion) for e in examples[: len(PROBLEMS)])
+    verdicts = Counter(parse_verdict(e.completion) for e in examples[: len(problems)])
     assert verdicts[Verdict.UNPARSED] == 0
     assert min(verdicts[Verdict.POSITIVE], verdicts[Verdict.NEGATIVE]) > 40
+
+
+@both_tasks
+def test_the_truth_of_the_chunks_that_judgments_are_about(problems):
+    """As many right and wrong ones as the classifier may learn in place of the judgments."""
+    judgments = demonstrations.judge_demonstrations(problems, 0)
+    truths = demonstrations.labelled_truth(problems, 0)
+    for problem, judgment, truth in zip(problems, judgments, truths, strict=True):
+        assert judgment.prompt == f"{problem.question} {' '.join(truth.chunks)} <judge>"
+        right = [task.chunk_truth(problem.question, truth.chunks)[-1]]
+        assert list(truth.is_positive) == right and truth.labelled == (len(truth.chunks) - 1,)
+    agrees = [
+        (parse_verdict(judgment.completion) is Verdict.POSITIVE) == truth.is_positive[0]
+        for judgment, truth in zip(judgments, truths, strict=True)
+    ]
+    assert 0.6 < np.mean(agrees) < 0.95
+    assert 0.2 < np.mean([truth.is_positive[0] for truth in truths]) < 0.8
 
 
 def test_verdicts_are_the_judgments_without_their_analysis():

@@ -1,4 +1,9 @@
-"""The claims of the paper that `stepwiser reproduce` tests, and how seeds decide about them."""
+"""The claims that `stepwiser reproduce` tests, and the one rule by which seeds decide about them.
+
+The difference of a claim is the mean over seeds. Its p-value of no difference is by a hierarchical
+bootstrap, over seeds and over the items within each (`evaluation.statistics`), and is corrected for
+the number of claims (Holm), those of both tasks together.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +13,65 @@ from typing import Any
 
 import numpy as np
 
+from stepwiser_jax.commands.reproduce.items import statistic_of
+from stepwiser_jax.evaluation.statistics import Difference, hierarchical_bootstrap, holm
+
 
 @dataclass(frozen=True)
 class Claim:
     """One number is above another.
 
-    `better` and `worse` name numbers of a seed, such as `judge/stepwiser`. `paper` holds the
-    paper's own values of the two.
+    Attributes:
+        says: The claim.
+        better: The name of the number that is said to be above the other, such as
+            `judge/stepwiser`.
+        worse: That of the other. Both have the same items.
+        paper: The paper's own values of the two.
+        flaw: Why the two cannot be compared, if so. The claim is then not tested.
     """
 
     says: str
     better: str
     worse: str
-    paper: str
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether both numbers come from the same solutions or problems."""
-        return self.better.startswith(("judge/", "search/", "selection/"))
+    paper: str = "not measured"
+    flaw: str = ""
 
 
 CLIP_PAIR = ("clip_higher", "clip")
 CLAIMS = (
+    Claim("GRPO > its start: AUC", "auc/stepwiser", "auc/cold_start"),
+    Claim("GRPO > its start", "judge/stepwiser", "judge/cold_start"),
+    Claim("labels > the same labels shuffled: AUC", "auc/stepwiser", "auc/shuffled_labels"),
+    Claim("labels > the same labels shuffled", "judge/stepwiser", "judge/shuffled_labels"),
+    Claim("shuffled labels > the start: AUC", "auc/shuffled_labels", "auc/cold_start"),
     Claim("relative > absolute labels: judge", "judge/stepwiser", "judge/absolute_labels",
           "7B 61.9, 53.8; 1.5B 34.8, 36.1 (table 5)"),
-    Claim("relative > absolute labels: against the truth", "labels/rel_effective", "labels/abs_q",
-          "not measured"),
+    Claim("relative > as many absolute labels: judge", "judge/as_many_as_absolute",
+          "judge/absolute_labels"),
+    Claim("relative > as many absolute labels: AUC", "auc/as_many_as_absolute",
+          "auc/absolute_labels"),
+    Claim("relative > absolute, labels as printed: judge", "judge/printed_labels",
+          "judge/printed_absolute_labels", "7B 61.9, 53.8; 1.5B 34.8, 36.1 (table 5)"),
+    Claim("dead prefixes dropped, floor 0.2 > labels as printed: judge", "judge/stepwiser",
+          "judge/printed_labels"),
+    Claim("relative > absolute labels: against the truth", "labels/rel_effective", "labels/abs_q"),
     Claim("chunks > lines, as many rollouts, both judge chunks", "judge/stepwiser", "judge/lines",
-          "1.5B Rel-Ratio 36.2, 31.0 (table 9)"),
+          "1.5B Rel-Ratio 36.2, 31.0 (table 9)",
+          flaw="cold start and test use chunks, which RL on lines never sees"),
     Claim("RL > offline", "judge/stepwiser", "judge/offline", "1.5B 36.2, 23.1 (table 6)"),
     Claim("offline > classifier", "judge/offline", "judge/classifier",
           "1.5B 23.1, 24.1: fails there (table 6)"),
     Claim("RL > classifier", "judge/stepwiser", "judge/classifier",
           "7B 61.9, 39.7; 1.5B 34.8, 29.2 (table 5)"),
+    Claim("RL > classifier: AUC", "auc/stepwiser", "auc/classifier"),
+    Claim("RL > classifier from the policy", "judge/stepwiser", "judge/classifier_policy"),
+    Claim("RL > classifier with the demonstrations", "judge/stepwiser",
+          "judge/classifier_demonstrations"),
+    Claim("RL > classifier with the demonstrations: AUC", "auc/stepwiser",
+          "auc/classifier_demonstrations"),
     Claim("reasoning > verdicts alone", "judge/stepwiser", "judge/no_reasoning",
           "7B 60.5, 47.9; 1.5B 36.2, 34.3 (table 6)"),
+    Claim("reasoning > verdicts alone: AUC", "auc/stepwiser", "auc/no_reasoning"),
     Claim("balanced > unbalanced prompts", "judge/stepwiser", "judge/unbalanced",
           "7B 61.9, 49.4 (table 10)"),
     Claim("clip-higher > clip, 4 updates: judge", "judge/clip_higher", "judge/clip", "no number"),
@@ -50,10 +79,9 @@ CLAIMS = (
           "7B Rel-Ratio: higher (figure 4)"),
     Claim("chunk-reset > plain", "search/chunk_reset", "search/plain",
           "1.5B 36.7, 31.2; 7B 63.2, 57.4 (table 7)"),
-    Claim("chunk-reset > greedy, which costs less", "search/chunk_reset", "search/greedy",
-          "not measured"),
-    Claim("chunk-reset > majority, same budget", "search/chunk_reset", "search/majority",
-          "not measured"),
+    Claim("chunk-reset > greedy, which costs less", "search/chunk_reset", "search/greedy"),
+    Claim("chunk-reset > majority, same budget of written tokens", "search/chunk_reset",
+          "search/majority"),
     Claim("chunk-reset: judge > classifier", "search/chunk_reset",
           "search/chunk_reset_classifier", "1.5B 36.7, 33.5; 7B 63.2, 61.5 (table 7)"),
     Claim("selection: judge > outcome", "selection/stepwiser", "selection/outcome",
@@ -61,54 +89,78 @@ CLAIMS = (
     Claim("selection: judge > classifier", "selection/stepwiser", "selection/classifier",
           "7B 63.0, 61.7 (table 8)"),
     Claim("selection: judge without answers > random", "selection/stepwiser_alone",
-          "selection/random", "not measured"),
-    Claim("GenPRM on all labels > classifier on all", "judge/genprm", "judge/classifier",
+          "selection/random"),
+    Claim("own rationales in GenPRM's form > classifier", "judge/genprm_form", "judge/classifier",
           "GenPRM 7B 75.2, Qwen2.5-Math-PRM-7B 73.5"),
-    Claim("GenPRM on 10% > classifier on all", "judge/genprm_10", "judge/classifier",
+    Claim("the same on 10% > classifier on all", "judge/genprm_form_10", "judge/classifier",
           "no number"),
-    Claim("GenPRM on 1% > classifier on all", "judge/genprm_1", "judge/classifier", "no number"),
-    Claim("ThinkPRM on all labels > classifier on all", "judge/thinkprm", "judge/classifier",
-          "another metric"),
-    Claim("ThinkPRM on 10% > classifier on all", "judge/thinkprm_10", "judge/classifier",
-          "another metric"),
-    Claim("ThinkPRM on 1% > classifier on all", "judge/thinkprm_1", "judge/classifier",
-          "another metric; its claim is 1% of PRM800K"),
+    Claim("own rationales in ThinkPRM's form > classifier", "judge/thinkprm_form",
+          "judge/classifier", "another metric"),
+    Claim("the same chains on 10% > classifier on all", "judge/thinkprm_form_10",
+          "judge/classifier", "another metric"),
 )  # fmt: skip
 
-VERDICTS = {frozenset({1}): "holds", frozenset({-1}): "fails", frozenset({0}): "not told apart"}
+LEVEL = 0.05
+"""A claim holds, or fails, if its corrected p-value is below this."""
 
 
-def direction(claim: Claim, seed: dict[str, Any]) -> int:
-    """Returns 1 if the claim holds in this seed, -1 if its contrary does.
+def decide(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what the seeds say about every claim, task after task.
 
-    Returns 0 if chance may have made the difference: if its paired p is 0.05 or more.
+    A claim `holds` if the difference is above 0 and its corrected p below `LEVEL`, and `fails` if
+    it is below 0; else the two are `not told apart`. A claim with a flaw is `not comparable`, and
+    is not among those that p is corrected for. A task has the claims whose numbers it has.
+
+    Args:
+        seeds: For each seed the results of `measure.run_seed`, by task.
     """
-    if seed["paired_p"].get(claim.says, 0.0) >= 0.05:
-        return 0
-    return int(np.sign(seed["numbers"][claim.better] - seed["numbers"][claim.worse]))
+    decisions, tested = [], []
+    for task in seeds[0]:
+        found = [seed[task] for seed in seeds]
+        for claim in CLAIMS:
+            if not {claim.better, claim.worse} <= set(found[0]["items"]):
+                continue
+            difference = difference_of(claim, found)
+            better, worse = (
+                [seed["numbers"][name] for seed in found] for name in (claim.better, claim.worse)
+            )
+            spread = np.std(np.subtract(better, worse), ddof=1) if len(seeds) > 1 else None
+            decisions.append(
+                {
+                    "task": task,
+                    "claim": claim.says,
+                    "better": better,
+                    "worse": worse,
+                    "difference": difference.value,
+                    "interval": [difference.low, difference.high],
+                    "spread": None if spread is None else float(spread),
+                    "p": difference.p,
+                    "verdict": f"not comparable: {claim.flaw}",
+                    "paper": claim.paper,
+                }
+            )
+            if not claim.flaw:
+                tested.append(decisions[-1])
+    for decision, p in zip(tested, holm([d["p"] for d in tested]), strict=True):
+        decision["corrected_p"] = p
+        decision["verdict"] = verdict(decision["difference"], p)
+    return decisions
 
 
-def decide(claim: Claim, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what the seeds say about a claim.
+def difference_of(claim: Claim, seeds: Sequence[dict[str, Any]]) -> Difference:
+    """Returns the mean difference between a claim's two numbers, on the same items of each seed."""
+    differences, sizes = [], []
+    for seed in seeds:
+        better, worse = seed["items"][claim.better], seed["items"][claim.worse]
+        assert len(better) == len(worse), f"{claim.says}: both numbers have the same items"
+        of_better, of_worse = statistic_of(claim.better, better), statistic_of(claim.worse, worse)
+        differences.append(lambda draws, a=of_worse, b=of_better: b(draws) - a(draws))
+        sizes.append(len(better))
+    return hierarchical_bootstrap(differences, sizes, seed=0)
 
-    A claim holds if it does in every seed, and fails if its contrary does. A seed tests a claim
-    about clip-higher only if the clip was reached more often on one side than on the other.
-    """
-    is_of_clip = claim.better.endswith("/clip_higher")
-    tested = [s for s in seeds if not is_of_clip or len(set(s["clipped_from_above"].values())) > 1]
-    better = [seed["numbers"][claim.better] for seed in seeds]
-    worse = [seed["numbers"][claim.worse] for seed in seeds]
-    directions = [direction(claim, seed) for seed in tested]
-    differences = np.subtract(better, worse)
-    return {
-        "claim": claim.says,
-        "better": better,
-        "worse": worse,
-        "difference": float(np.mean(differences)),
-        "spread": float(np.std(differences, ddof=1)) if len(seeds) > 1 else None,
-        "holds_in": directions.count(1),
-        "tested_in": len(tested),
-        "paired_p": [seed["paired_p"][claim.says] for seed in seeds if claim.is_paired],
-        "verdict": "not tested" if not tested else VERDICTS.get(frozenset(directions), "mixed"),
-        "paper": claim.paper,
-    }
+
+def verdict(difference: float, p: float) -> str:
+    """Returns what a difference and its corrected p-value say of a claim."""
+    if p >= LEVEL:
+        return "not told apart"
+    return "holds" if difference > 0 else "fails"

@@ -1,12 +1,14 @@
-"""Defines what is compared on the embedded arithmetic task, as stages and their settings.
+"""Defines what is compared on the embedded tasks, as stages and their settings.
 
     base         the quickstart's policy, labels, cold start and held-out solutions
     judges       one row for every way to train a judge, from there on
     searches     every method, steered by StepWiser's judge or by the classifier
     selections   training data chosen by one or the other
 
-Every row of `JUDGES` has one learning rate: its first guess times the best of `FACTORS`, which is
-searched for by `stepwiser reproduce --tune` and stands in `CHOSEN`.
+Every row of `JUDGES` has one learning rate: its first guess times the best factor, which is
+searched for by `stepwiser reproduce --tune` and stands in `CHOSEN`. Rows of `CONTROLS` have the
+rate of another row. The second task, which no tuning has seen, has the rows of `CORE` only, at the
+same rates.
 """
 
 from __future__ import annotations
@@ -29,29 +31,40 @@ from stepwiser_jax.commands.quickstart import (
     policy_and_labels,
     shared_settings,
 )
+from stepwiser_jax.commands.reproduce.controls import drawn, truth_examples, with_shuffled_labels
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.manifest import read_run_json
-from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.records import JudgeExample
+from stepwiser_jax.tasks.arithmetic import MOD_10, ArithmeticTask
 
 CHAIN = 416
 """Tokens of the longest conversation, or chain, about a whole solution, prompt included."""
 
 PROBLEMS = 512
 
+DEV_SEED, CANDIDATES_SEED = 20_000, 10_000
+"""What is added to the seed for other problems: those that thresholds are chosen on, and those that
+the policy learns its own solutions of."""
+
 CLASSIFIER = {"kind": "classifier", "prompt_style": "bare", "max_length": 320}
 
 Settings = dict[str, Any]
-Stage = tuple[str, str, Callable[[], Settings]]
-"""(directory, stage, settings). Settings are a function: some are read from earlier stages."""
+Stage = tuple[str, str, Callable[[], Any]]
+"""(directory, stage, settings). Settings are a function: some are read from earlier stages. The
+stage `EXAMPLES` is none of the product: it is (file, EXAMPLES, what makes the file's records)."""
+
+EXAMPLES = "examples"
 
 
 @dataclass(frozen=True)
 class SeedRuns:
-    """Where the runs of one seed are, on which split they are evaluated, and for which share of its
-    steps every judge is trained."""
+    """Where the runs of one seed and task are, on which split they are evaluated, and for which
+    share of its steps every judge is trained."""
 
     run_dir: Path
     seed: int
+    task: ArithmeticTask = MOD_10
     split: str = "test"
     share_of_steps: float = 1.0
 
@@ -64,6 +77,9 @@ class SeedRuns:
     def summary(self, name: str) -> dict[str, Any]:
         return read_run_json(self.run_dir / name, "summary.json")
 
+    def chosen(self, rationales: str) -> int:
+        return self.summary(rationales)["chosen"]
+
     def stage(self, name: str, stage: str, settings: Settings | Callable[[], Settings]) -> Stage:
         """Returns a stage with the seed, no chat templates, and a shared cache of programs."""
 
@@ -71,9 +87,21 @@ class SeedRuns:
             tree = settings() if callable(settings) else settings
             if "compilation_cache" in STAGE_CONFIGS[stage].model_fields:
                 tree = {"compilation_cache": str(self.run_dir.parent / "compiled")} | tree
-            return shared_settings(stage, self.seed) | tree
+            return shared_settings(stage, self.seed) | of_task(tree, self.task)
 
         return name, stage, resolved
+
+
+def of_task(tree: Settings, task: ArithmeticTask) -> Settings:
+    """Returns settings of the quickstart with another task's problems and demonstrations."""
+
+    def renamed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return of_task(value, task)
+        is_generated = key == "source" and value.split("-")[0] == MOD_10.name
+        return value.replace(MOD_10.name, task.name, 1) if is_generated else value
+
+    return {key: renamed(key, value) for key, value in tree.items()}
 
 
 def changed(tree: Settings, **changes: Any) -> Settings:
@@ -94,14 +122,10 @@ def changed(tree: Settings, **changes: Any) -> Settings:
 def base(runs: SeedRuns) -> list[Stage]:
     """Returns the stages that all rows share.
 
-    They make the policy, values, and labels under every rule that is trained on; the cold start,
-    and the same taught to answer at once; held-out solutions for tests and for thresholds.
+    They make the policy, values and labels; the cold start, and the same taught to answer at once;
+    held-out solutions for tests and for thresholds.
     """
-    shared = {
-        name: (stage, tree) for name, stage, tree in policy_and_labels(runs.run_dir, runs.seed)
-    }
-    label, rollouts, values = (shared[name][1] for name in ("labels", "rollouts", "values"))
-    lines = {"rollouts": runs.at("rollouts_lines")}
+    shared = shared_stages(runs)
     cold_start = judge_training(runs.run_dir, runs.seed)[0][2]
     verdicts = changed(
         cold_start,
@@ -109,39 +133,94 @@ def base(runs: SeedRuns) -> list[Stage]:
         examples={"source": "arithmetic-verdicts", "limit": 3000, "seed": runs.seed},
         steps=300,
     )
-    heldout = changed(
-        rollouts,
-        problems={"source": "arithmetic", "limit": PROBLEMS, "seed": runs.seed},
-        group_size=1,
-        block_size=256,
-    )
+
+    def heldout(split: str, seed: int) -> Settings:
+        return changed(
+            shared["rollouts"][1],
+            problems={"source": "arithmetic", "split": split, "limit": PROBLEMS, "seed": seed},
+            group_size=1,
+            block_size=256,
+        )
+
     return [
         *(runs.stage(name, stage, tree) for name, (stage, tree) in shared.items()),
-        runs.stage("labels_absolute", "label", changed(label, rule="abs_q")),
-        runs.stage("labels_unbalanced", "label", changed(label, balance=False)),
-        # These are the same completions, cut at every line. Half as many are used, so that
-        # their labels take as many rollouts.
-        runs.stage("rollouts_lines", "rollout", changed(rollouts, chunking=[";", "</chunk>"])),
-        runs.stage("values_lines", "annotate", changed(values | lines, limit=500)),
-        runs.stage("labels_lines", "label", label | lines | {"values": runs.at("values_lines")}),
         runs.stage("cold_start", "sft", cold_start),
         runs.stage("cold_start_verdicts", "sft", verdicts),
-        runs.stage("heldout", "rollout", changed(heldout, problems__split=runs.split)),
-        runs.stage("heldout_dev", "rollout", changed(heldout, problems__split="dev")),
+        runs.stage("heldout", "rollout", heldout(runs.split, runs.seed)),
+        runs.stage("heldout_dev", "rollout", heldout("dev", runs.seed + DEV_SEED)),
     ]
+
+
+def shared_stages(runs: SeedRuns) -> dict[str, tuple[str, Settings]]:
+    """Returns the quickstart's stages up to the labels, by directory."""
+    stages = policy_and_labels(runs.run_dir, runs.seed)
+    return {name: (stage, tree) for name, stage, tree in stages}
+
+
+def label_sets(runs: SeedRuns) -> dict[str, list[Stage]]:
+    """Returns the stages that make each set of labels from what `base` makes, by the set's name."""
+    label, rollouts, values = (shared_stages(runs)[n][1] for n in ("labels", "rollouts", "values"))
+    lines = {"rollouts": runs.at("rollouts_lines")}
+    by_line = changed(rollouts, chunking=[";", "</chunk>"])
+    absolute = runs.stage("labels_absolute", "label", changed(label, rule="abs_q"))
+
+    def examples(name: str) -> list[JudgeExample]:
+        return read_records(runs.at(name), JudgeExample)
+
+    def as_many_as_absolute() -> list[JudgeExample]:
+        return drawn(examples("labels"), len(examples("labels_absolute")), runs.seed)
+
+    def printed(**changes: Any) -> Settings:
+        """Returns the settings of labels as the paper prints them: no chunk is left out."""
+        return changed(label, dead_prefix="negative", min_prefix_value=0.0, **changes)
+
+    def shuffled() -> list[JudgeExample]:
+        return with_shuffled_labels(examples("labels"), runs.seed)
+
+    return {
+        "labels": [],
+        "labels_shuffled.jsonl": [("labels_shuffled.jsonl", EXAMPLES, shuffled)],
+        "labels_absolute": [absolute],
+        "labels_as_many.jsonl": [
+            absolute,
+            ("labels_as_many.jsonl", EXAMPLES, as_many_as_absolute),
+        ],
+        "labels_printed": [runs.stage("labels_printed", "label", printed())],
+        "labels_printed_absolute": [
+            runs.stage("labels_printed_absolute", "label", printed(rule="abs_q"))
+        ],
+        "labels_unbalanced": [
+            runs.stage("labels_unbalanced", "label", changed(label, balance=False))
+        ],
+        # These are the same completions, cut at every line. Half as many are used, so that
+        # their labels take as many rollouts.
+        "labels_lines": [
+            runs.stage("rollouts_lines", "rollout", by_line),
+            runs.stage("values_lines", "annotate", changed(values | lines, limit=500)),
+            runs.stage(
+                "labels_lines", "label", label | lines | {"values": runs.at("values_lines")}
+            ),
+        ],
+    }
 
 
 # --- the judges that are compared ---------------------------------------------------------------
 
 
-def scored(runs: SeedRuns, name: str, **changes: Any) -> Stage:
-    """Returns the evaluation of a judge, with these settings, on the held-out solutions."""
-    tree = {
-        "judge": JUDGE | {"path": runs.at(name)} | changes,
-        "benchmark": {"source": runs.at("heldout")},
-        "block_size": 256,
-    }
-    return runs.stage(f"{name}_score", "evaluate", tree)
+def scored(runs: SeedRuns, name: str, judge: Settings) -> list[Stage]:
+    """Returns the evaluations of a trained judge: one on solutions of the development split, on
+    which its threshold is chosen, and one on the held-out solutions."""
+
+    def on(solutions: str) -> Settings:
+        benchmark = {"source": runs.at(solutions)}
+        return {"judge": judge | {"path": runs.at(name)}, "benchmark": benchmark, "block_size": 256}
+
+    # `searches` needs a classifier's threshold; `measure` chooses that of every judge alike.
+    chosen_on = {"threshold_subset": runs.task.name} if judge is CLASSIFIER else {}
+    return [
+        runs.stage(f"{name}_dev", "evaluate", on("heldout_dev") | chosen_on),
+        runs.stage(f"{name}_score", "evaluate", on("heldout")),
+    ]
 
 
 def by_grpo(
@@ -160,18 +239,33 @@ def by_grpo(
         training__optimizer__learning_rate=rate,
         **changes,
     )
-    return [runs.stage(name, "train-judge", tree), scored(runs, name)]
+    return [
+        *label_sets(runs)[labels],
+        runs.stage(name, "train-judge", tree),
+        *scored(runs, name, JUDGE),
+    ]
 
 
-def learned(runs: SeedRuns, name: str, rate: float, start: str, source: str) -> Stage:
-    """Returns the fine-tuning of the model that wrote judgments on those that were kept."""
-    tree = changed(
-        fine_tuning(source, 1, runs.seed, runs.steps(150)),
-        model={"path": runs.at(start)},
-        examples={"source": runs.at(source)},
-        max_length=CHAIN,
-        training__optimizer=optimizer(rate, 10, 0.1),
-    )
+STEPS = 150
+"""Optimizer steps of a fine-tuning on judgments that were kept."""
+
+
+def learned(
+    runs: SeedRuns, name: str, rate: float, start: str, source: str, as_in: str | None = None
+) -> Stage:
+    """Returns the fine-tuning of the model that wrote judgments on those that were kept. `as_in`
+    names a larger set: each example is then learned as often as those of that set are."""
+
+    def tree() -> Settings:
+        share = runs.chosen(source) / runs.chosen(as_in) if as_in else 1.0
+        return changed(
+            fine_tuning(source, 1, runs.seed, max(1, round(share * runs.steps(STEPS)))),
+            model={"path": runs.at(start)},
+            examples={"source": runs.at(source)},
+            max_length=CHAIN,
+            training__optimizer=optimizer(rate, 10, 0.1),
+        )
+
     return runs.stage(name, "sft", tree)
 
 
@@ -186,38 +280,43 @@ def offline(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
     return [
         runs.stage("rationales", "rejection-sample", rationales),
         learned(runs, name, rate, "cold_start", "rationales"),
-        scored(runs, name),
+        *scored(runs, name, JUDGE),
     ]
 
 
-def by_classifier(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
-    """Returns the stages of a classifier. It begins with the same model and learns the same labels;
-    its threshold is chosen on other solutions."""
-    tree = {
-        "model": {"path": runs.at("cold_start")},
-        "examples": {"source": runs.at("labels")},
-        "steps": runs.steps(160),
+def classifier_training(start: str, source: str, rate: float, **length: int) -> Settings:
+    return {
+        "model": {"path": start},
+        "examples": {"source": source},
         "batch_size": 8,
         "max_length": 320,
         "training": {"optimizer": optimizer(rate, 30, 0.1)},
-    }
-    judge = CLASSIFIER | {"path": runs.at(name)}
-    dev = {
-        "judge": judge,
-        "benchmark": {"source": runs.at("heldout_dev")},
-        "threshold_subset": arithmetic.SUBSET,
+        **length,
     }
 
-    def at_the_threshold() -> Settings:
-        threshold = runs.summary(f"{name}_threshold")["threshold"]
-        heldout = {"source": runs.at("heldout")}
-        return {"judge": judge | {"threshold": threshold}, "benchmark": heldout}
 
+def by_classifier(runs: SeedRuns, name: str, rate: float, start: str = "cold_start") -> list[Stage]:
+    """Returns the stages of a classifier that learns the same labels from a trained model on."""
+    tree = classifier_training(runs.at(start), runs.at("labels"), rate, steps=runs.steps(160))
+    return [runs.stage(name, "train-classifier", tree), *scored(runs, name, CLASSIFIER)]
+
+
+def classifier_start(runs: SeedRuns) -> list[Stage]:
+    """Returns the stages that give a classifier the demonstrations of the judge's cold start in its
+    own form too: from the cold start on it learns the exact truth of the same chunks."""
+    count = judge_training(runs.run_dir, runs.seed)[0][2]["examples"]["limit"]
+    file = "demonstrations_truth.jsonl"
+    start = classifier_training(runs.at("cold_start"), runs.at(file), 1e-3, epochs=1)
     return [
-        runs.stage(name, "train-classifier", tree),
-        runs.stage(f"{name}_threshold", "evaluate", dev),
-        runs.stage(f"{name}_score", "evaluate", at_the_threshold),
+        (file, EXAMPLES, lambda: truth_examples(count, runs.seed, runs.task)),
+        runs.stage("classifier_start", "train-classifier", start),
+        *scored(runs, "classifier_start", CLASSIFIER),
     ]
+
+
+def by_classifier_of_demonstrations(runs: SeedRuns, name: str, rate: float) -> list[Stage]:
+    """Returns the stages of a classifier that learns the labels after the demonstrations."""
+    return [*classifier_start(runs), *by_classifier(runs, name, rate, "classifier_start")]
 
 
 @dataclass(frozen=True)
@@ -239,7 +338,7 @@ PRM_FORMS = {
     "thinkprm": PrmForm(900, {}, {}, CHAIN - 160),
 }
 PRM_ENGINE = JUDGE_ENGINE | {"buckets": [160, 288, CHAIN]}
-SAMPLES = {1.0: 2, 0.1: 8, 0.01: 32}
+SAMPLES = {1.0: 2, 0.1: 8}
 """Rationales of each solution, by the share of the labelled solutions that is used. With few
 labels, each solution gets more."""
 
@@ -253,18 +352,19 @@ def prm_start(runs: SeedRuns, form: str) -> list[Stage]:
         model={"path": runs.at("cold_start")},
         max_length=CHAIN,
     )
-    return [runs.stage(f"{form}_start", "sft", tree), prm_scored(runs, form, f"{form}_start")]
+    return [runs.stage(f"{form}_start", "sft", tree), *prm_scored(runs, form, f"{form}_start")]
 
 
-def prm_scored(runs: SeedRuns, form: str, name: str) -> Stage:
-    sampling = {"max_new_tokens": PRM_FORMS[form].max_new_tokens}
-    settings = PRM_FORMS[form].judges_by
-    return scored(runs, name, kind=form, sampling=sampling, engine=PRM_ENGINE, **settings)
+def prm_scored(runs: SeedRuns, form: str, name: str) -> list[Stage]:
+    written = {"sampling": {"max_new_tokens": PRM_FORMS[form].max_new_tokens}}
+    judge = {"kind": form, "prompt_style": "bare", "engine": PRM_ENGINE}
+    return scored(runs, name, judge | written | PRM_FORMS[form].judges_by)
 
 
 def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0) -> list[Stage]:
-    """Returns the stages that sample from its start, keep what fits the labels, and learn it."""
-    kept = f"{form}_rationales_{share:g}"
+    """Returns the stages that sample from its start, keep what fits the labels, and learn it. A
+    part of the labels is learned for as many epochs as all of them, which a row before it does."""
+    whole, kept = (f"{form}_rationales_{part:g}" for part in (1.0, share))
 
     def asked() -> Settings:
         solutions = runs.summary("labels")["classifier_examples"]
@@ -282,15 +382,14 @@ def by_prm(form: str, runs: SeedRuns, name: str, rate: float, share: float = 1.0
                 "limit": max(1, round(share * solutions)),
             },
             "samples": SAMPLES[share],
-            "balance": share > 0.01,  # the few that are kept may be all of one kind
             "block_size": 256,
         }
 
     return [
         *prm_start(runs, form),
         runs.stage(kept, "rejection-sample", asked),
-        learned(runs, name, rate, f"{form}_start", kept),
-        prm_scored(runs, form, name),
+        learned(runs, name, rate, f"{form}_start", kept, as_in=whole),
+        *prm_scored(runs, form, name),
     ]
 
 
@@ -298,6 +397,8 @@ Row = Callable[[SeedRuns, str, float], list[Stage]]
 JUDGES: dict[str, tuple[Row, float]] = {
     "stepwiser": (by_grpo, 2e-4),
     "absolute_labels": (partial(by_grpo, labels="labels_absolute"), 2e-4),
+    "printed_labels": (partial(by_grpo, labels="labels_printed"), 2e-4),
+    "printed_absolute_labels": (partial(by_grpo, labels="labels_printed_absolute"), 2e-4),
     "lines": (partial(by_grpo, labels="labels_lines"), 2e-4),
     "no_reasoning": (
         partial(by_grpo, cold_start="cold_start_verdicts", reward_args={"format_penalty": 1.0}),
@@ -308,15 +409,24 @@ JUDGES: dict[str, tuple[Row, float]] = {
     "clip": (partial(by_grpo, updates_per_iteration=4, grpo__clip_eps_high=0.2), 1e-4),
     "offline": (offline, 6e-4),
     "classifier": (by_classifier, 1e-3),
-    "genprm": (partial(by_prm, "genprm"), 3e-4),
-    "thinkprm": (partial(by_prm, "thinkprm"), 3e-4),
+    "classifier_policy": (partial(by_classifier, start="policy"), 1e-3),
+    "classifier_demonstrations": (by_classifier_of_demonstrations, 1e-3),
+    "genprm_form": (partial(by_prm, "genprm"), 3e-4),
+    "thinkprm_form": (partial(by_prm, "thinkprm"), 3e-4),
 }
-"""How each judge is trained, and the first guess of its learning rate."""
+"""How each judge is trained, and the first guess of its learning rate. The last two learn judgments
+that they wrote themselves, in another method's form, kept by the labels: there is no strong teacher
+and no code."""
 
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS, MOST_FACTORS = (0.5, 1.0, 2.0), 6
+"""The factors of the first guess that are tried, and how many are at most while the best is at the
+edge."""
+
 CHOSEN = {
     "stepwiser": 1.0,
     "absolute_labels": 2.0,
+    "printed_labels": 1.0,
+    "printed_absolute_labels": 1.0,
     "lines": 2.0,
     "no_reasoning": 1.0,
     "unbalanced": 0.5,
@@ -324,31 +434,54 @@ CHOSEN = {
     "clip": 1.0,
     "offline": 1.0,
     "classifier": 2.0,
-    "genprm": 1.0,
-    "thinkprm": 1.0,
+    "classifier_policy": 2.0,
+    "classifier_demonstrations": 1.0,
+    "genprm_form": 1.0,
+    "thinkprm_form": 1.0,
 }
-"""The factor of `FACTORS` that `tune` chose for each judge. Begin a new run directory after a
-change: runs that use a judge do not notice that its rate is another."""
+"""The factor that `tune` chose for each judge. Begin a new run directory after a change: runs that
+use a judge do not notice that its rate is another."""
 
-FEWER_LABELS: dict[str, tuple[str, Row]] = {
-    "genprm_10": ("genprm", partial(by_prm, "genprm", share=0.1)),
-    "genprm_1": ("genprm", partial(by_prm, "genprm", share=0.01)),
-    "thinkprm_10": ("thinkprm", partial(by_prm, "thinkprm", share=0.1)),
-    "thinkprm_1": ("thinkprm", partial(by_prm, "thinkprm", share=0.01)),
+CONTROLS: dict[str, tuple[str, Row]] = {
+    "shuffled_labels": ("stepwiser", partial(by_grpo, labels="labels_shuffled.jsonl")),
+    "as_many_as_absolute": ("stepwiser", partial(by_grpo, labels="labels_as_many.jsonl")),
+    "genprm_form_10": ("genprm_form", partial(by_prm, "genprm", share=0.1)),
+    "thinkprm_form_10": ("thinkprm_form", partial(by_prm, "thinkprm", share=0.1)),
 }
-"""Rows that learn from 10% and 1% of the labelled solutions, at the rate of the whole row."""
+"""Rows that differ from another row in their data alone, and have its rate: labels that are
+shuffled; as many relative labels as there are absolute ones; a tenth of the labelled solutions."""
 
+STARTS: dict[str, Callable[[SeedRuns], list[Stage]]] = {
+    "cold_start": partial(scored, name="cold_start", judge=JUDGE),
+    "cold_start_verdicts": partial(scored, name="cold_start_verdicts", judge=JUDGE),
+    "classifier_start": classifier_start,
+    "genprm_start": partial(prm_start, form="genprm"),
+    "thinkprm_start": partial(prm_start, form="thinkprm"),
+}
+"""What other rows begin with. No Monte Carlo label has reached these judges, but they have learned
+from demonstrations whose author knows the truth."""
 
-STARTS = ("cold_start", "cold_start_verdicts", *(f"{form}_start" for form in PRM_FORMS))
-"""The judges that have not yet seen a Monte Carlo label. They are not without supervision: most
-verdicts of their demonstrations follow from the exact truth, and a tenth are flipped."""
+CORE = (
+    "cold_start",
+    "cold_start_verdicts",
+    "stepwiser",
+    "absolute_labels",
+    "no_reasoning",
+    "classifier",
+    "shuffled_labels",
+)
+"""The rows of the second task."""
 
 
 def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
-    """Returns the stages of every judge, at its chosen rate."""
+    """Returns the stages of every judge of the task, at its chosen rate."""
     rates = {name: rate * CHOSEN[name] for name, (_, rate) in JUDGES.items()}
-    rows = {name: row(runs, name, rates[name]) for name, (row, _) in JUDGES.items()}
-    return rows | {name: row(runs, name, rates[of]) for name, (of, row) in FEWER_LABELS.items()}
+    rows = {name: row(runs) for name, row in STARTS.items()}
+    rows |= {name: row(runs, name, rates[name]) for name, (row, _) in JUDGES.items()}
+    rows |= {name: row(runs, name, rates[of]) for name, (of, row) in CONTROLS.items()}
+    if runs.task is MOD_10:
+        return rows
+    return {name: rows[name] for name in CORE}
 
 
 # --- what judges are used for -------------------------------------------------------------------
@@ -374,23 +507,19 @@ def searches(runs: SeedRuns) -> list[Stage]:
         "engine": POLICY_ENGINE,
         "block_size": 64,
     }
-    by_classifier = changed(
-        shared,
-        judge=CLASSIFIER | {"path": runs.at("classifier")},
-        majority=[],
-        best_of=[],
-        beam=None,
-        dvts=None,
-    )
+    steered = {"best_of": [], "beam": None, "dvts": None}
+    by_judge = shared if runs.task is MOD_10 else shared | steered
+
+    def by_classifier() -> Settings:
+        threshold = runs.summary("classifier_dev")["threshold"]
+        judge = CLASSIFIER | {"path": runs.at("classifier"), "threshold": threshold}
+        return shared | steered | {"majority": [], "judge": judge}
+
+    judge = JUDGE | {"path": runs.at("stepwiser")}
     return [
-        runs.stage("search", "search", shared | {"judge": JUDGE | {"path": runs.at("stepwiser")}}),
-        runs.stage("search_classifier", "search", lambda: with_threshold(runs, by_classifier)),
+        runs.stage("search", "search", by_judge | {"judge": judge}),
+        runs.stage("search_classifier", "search", by_classifier),
     ]
-
-
-def with_threshold(runs: SeedRuns, tree: Settings) -> Settings:
-    threshold = runs.summary("classifier_threshold")["threshold"]
-    return changed(tree, judge__threshold=threshold)
 
 
 SELECTIONS: dict[str, tuple[str | None, bool]] = {
@@ -406,9 +535,12 @@ SELECTIONS: dict[str, tuple[str | None, bool]] = {
 def selections(runs: SeedRuns) -> list[Stage]:
     """Returns the stages in which the policy learns its own solutions, one for each problem. Judges
     were trained on other problems."""
-    _, (_, _, rollouts), *_ = policy_and_labels(runs.run_dir, runs.seed)
+    rollouts = shared_stages(runs)["rollouts"][1]
     candidates = changed(
-        rollouts, problems__seed=runs.seed + 10_000, problems__limit=300, group_size=8
+        rollouts,
+        problems__seed=runs.seed + CANDIDATES_SEED,
+        problems__limit=300,
+        group_size=8,
     )
     stages = [runs.stage("candidates", "rollout", candidates)]
     for name, (scorer, only_correct) in SELECTIONS.items():
@@ -458,9 +590,7 @@ def every_stage(runs: SeedRuns) -> list[Stage]:
     """Returns the stages of one seed in order. One that several rows need occurs several times."""
     return [
         *base(runs),
-        scored(runs, "cold_start"),
-        scored(runs, "cold_start_verdicts"),
         *(stage for row in judges(runs).values() for stage in row),
         *searches(runs),
-        *selections(runs),
+        *(selections(runs) if runs.task is MOD_10 else []),
     ]

@@ -1,9 +1,9 @@
 """Runs the experiments of one seed, and reads their numbers from the finished runs.
 
-`experiments` says what is trained. The learning rates of all judges are tuned with the same budget:
-`tune` trains each judge with every factor for half of its steps, with a separate seed, and
-measures F1 on the solutions of the development split. After a stop, the same command resumes. Seeds
-may be run one by one; a command that names them all then only reads them.
+`experiments` says what is trained, `items` what a number is made of. The learning rates of judges
+are tuned with the same budget: `tune` trains each judge with every factor for half of its steps,
+with a separate seed, and measures F1 on solutions of the development split. While the best factor
+is at the edge of those tried, the next one is tried too. After a stop, the same command resumes.
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ import functools
 import importlib
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from stepwiser_jax.commands.quickstart import label_quality, timed
-from stepwiser_jax.commands.reproduce.claims import CLAIMS, CLIP_PAIR, Claim
+from stepwiser_jax.commands.quickstart import LabelsAndTruths, labels_and_truths, timed
+from stepwiser_jax.commands.reproduce.claims import CLIP_PAIR
 from stepwiser_jax.commands.reproduce.experiments import (
+    EXAMPLES,
     FACTORS,
-    FEWER_LABELS,
     JUDGES,
+    MOST_FACTORS,
     SELECTIONS,
-    STARTS,
     SeedRuns,
     Stage,
     base,
     every_stage,
+    judges,
 )
+from stepwiser_jax.commands.reproduce.items import interval_of, value_of
 from stepwiser_jax.config import STAGE_CONFIGS, Search
 from stepwiser_jax.config_files import read_run_settings, validate
-from stepwiser_jax.evaluation.paired import compare_runs
-from stepwiser_jax.evaluation.statistics import paired_bootstrap, right_by_problem
+from stepwiser_jax.evaluation.paired import read_judgments
+from stepwiser_jax.evaluation.processbench import best_threshold
+from stepwiser_jax.evaluation.statistics import right_by_problem
+from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.files import atomic_write
 from stepwiser_jax.manifest import check_run_file
 from stepwiser_jax.record_io import read_records
-from stepwiser_jax.records import SearchResult, Trajectory
+from stepwiser_jax.record_lines import write_records
+from stepwiser_jax.records import Judgment, ProcessBenchItem, SearchResult, Trajectory
 from stepwiser_jax.runs.metrics import read_metrics
 from stepwiser_jax.search.report import solved_by_method
-from stepwiser_jax.tasks import arithmetic
+from stepwiser_jax.tasks.arithmetic import MOD_10
 
 TUNING_SEED = 1000
 
@@ -58,6 +64,7 @@ METHODS = {
     "chunk_reset_classifier": ("search_classifier", "chunk_reset"),
 }
 """The searches that are compared: a run, and a method in its summary."""
+FOR_EVERY_TASK = ("plain", "greedy", "majority", "chunk_reset", "chunk_reset_classifier")
 
 
 def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> None:
@@ -65,75 +72,160 @@ def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> Non
     for number, (name, stage, settings) in enumerate(stages, 1):
         position = f"stage {number} of {len(stages)}"
         console.print(f"[bold]{runs.run_dir.name}/{name}[/bold] ({stage}), {position}")
+        if stage == EXAMPLES:
+            if not (runs.run_dir / name).is_file():
+                write_records(runs.run_dir / name, settings())
+            continue
         config = validate(STAGE_CONFIGS[stage], settings(), f"reproduce {name}")
         module = importlib.import_module(f"stepwiser_jax.stages.{stage.replace('-', '_')}")
         timed(runs.run_dir / name, module.run, config)
 
 
 def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
-    """Runs every experiment of one seed.
+    """Runs every experiment of one seed and task.
 
     Returns:
-        `numbers` by name, fractions between 0 and 1, and their 95% `intervals` over solutions or
-        problems; details of judges (`scores`) and searches (`tokens`); for the two trainings that
-        differ in their clip, the share `clipped_from_above`; `paired_p` by claim; and the `seconds`
-        of each stage.
+        `numbers` by name, fractions between 0 and 1; their 95% `intervals` over items; the `items`
+        of each (`items` says which). Details of judges (`judges`), label sets (`labels`) and
+        searches (`tokens`); for the two trainings that differ in their clip, the share
+        `clipped_from_above`; and the `seconds` of each stage.
     """
     stages = every_stage(runs)
     run_stages(runs, stages, console)
-    scores = {name: judge_score(runs, name) for name in (*STARTS, *JUDGES, *FEWER_LABELS)}
-    searches = {name: search_summary(runs, name) for name in METHODS}
-    policies = {name: runs.summary(f"selected_{name}_solves") for name in SELECTIONS}
-    policies = {"before": runs.summary("policy_solves")} | policies
-    trainings = {name: training_metrics(runs, name) for name in CLIP_PAIR}
-    tables = (
-        ("labels", "balanced_accuracy", label_quality(runs.run_dir)),
-        ("judge", "f1", scores),
-        ("reward", "reward", trainings),
-        ("search", "accuracy", searches),
-        ("selection", "accuracy", policies),
-    )
+    read = {name: read_judge(runs, name) for name in judges(runs)}
+    methods = METHODS if runs.task is MOD_10 else {name: METHODS[name] for name in FOR_EVERY_TASK}
+    items = {
+        f"{kind}/{name}": of_kind
+        for name, judge in read.items()
+        for kind, of_kind in judge.items.items()
+    }
+    found = labels_and_truths(runs.run_dir)
+    items |= {f"labels/{rule}": label_items(of_rule) for rule, of_rule in found.items()}
+    items |= {f"search/{name}": solved_by_problem(runs, f"search/{name}") for name in methods}
+    clipped = {}
+    if runs.task is MOD_10:
+        items |= {f"reward/{name}": last_rewards(runs, name) for name in CLIP_PAIR}
+        selections = [f"selection/{name}" for name in ("before", *SELECTIONS)]
+        items |= {number: solved_by_problem(runs, number) for number in selections}
+        clipped = {name: clipped_from_above(runs, name) for name in CLIP_PAIR}
+    searches = {name: search_summary(runs, name) for name in methods}
     costs = ("policy_tokens", "judge_tokens", "rejected_tokens")
+    finished = [name for name, stage, _ in stages if stage != EXAMPLES]
     return {
-        "numbers": {
-            f"{kind}/{name}": row[key] for kind, key, rows in tables for name, row in rows.items()
-        },
-        "intervals": {
-            f"{kind}/{name}": row[f"{key}_interval"]
-            for kind, key, rows in tables
-            for name, row in rows.items()
-            if f"{key}_interval" in row
-        },
-        "scores": scores,
+        "numbers": {name: value_of(name, of_number) for name, of_number in items.items()},
+        "intervals": {name: interval_of(name, of_number) for name, of_number in items.items()},
+        "items": items,
+        "judges": {name: judge.details for name, judge in read.items()},
+        "labels": {name: label_set(runs, name) for name, stage, _ in stages if stage == "label"},
         "tokens": {name: {key: row[key] for key in costs} for name, row in searches.items()},
-        "clipped_from_above": {name: t["clipped_from_above"] for name, t in trainings.items()},
-        "paired_p": {claim.says: paired_p(runs, claim) for claim in CLAIMS if claim.is_paired},
+        "clipped_from_above": clipped,
         "seconds": {
             name: json.loads((runs.run_dir / name / "seconds.json").read_text())
-            for name, _, _ in stages
+            for name in finished
         },
     }
 
 
-def judge_score(runs: SeedRuns, name: str) -> dict[str, Any]:
-    """Returns a judge's official F1 with its interval, `acc_error` and `acc_correct`.
+# --- judges -------------------------------------------------------------------------------------
 
-    Judgments are greedy; a classifier's follow its threshold.
+
+@dataclass(frozen=True)
+class ReadJudge:
+    """The items of a judge's numbers, by kind, and its details: the `threshold` that was chosen on
+    the development split; `acc_error` and `acc_correct` with it and without it (`greedy_`); the
+    number of `examples` that it was trained on last."""
+
+    items: dict[str, list[Any]]
+    details: dict[str, Any]
+
+
+def read_judge(runs: SeedRuns, name: str) -> ReadJudge:
+    """Returns what a judge makes of the held-out solutions.
+
+    `judge` is by a threshold on P(Positive), as best on the development split. `greedy` is by the
+    verdicts themselves; a classifier's is the likelier sign. `auc` needs no threshold.
     """
-    summary = runs.summary(f"{name}_score")
-    subset = summary["greedy"]["subsets"][arithmetic.SUBSET]
-    return subset["official"] | {"f1_interval": subset["official_f1_interval"]}
+    dev, of_dev = p_of_steps(runs, f"{name}_dev")
+    threshold = best_threshold(of_dev, [item.first_error for item in dev])
+    _, solutions, judgments = read_judgments(runs.run_dir / f"{name}_score", votes=False)
+    found: dict[str, list[Any]] = {"judge": [], "greedy": [], "auc": []}
+    for item in solutions:
+        steps = judgments_of(item, judgments)
+        verdicts = {
+            "judge": [verdict_at(threshold, step.p_positive) for step in steps],
+            "greedy": [step.verdict for step in steps],
+        }
+        for kind, of_kind in verdicts.items():
+            is_found = first_predicted_error(of_kind) == item.first_error
+            found[kind].append((item.first_error != -1, is_found))
+        p = [step.p_positive for step in steps]
+        end = item.first_error if item.first_error != -1 else len(p)
+        found["auc"].append((p[:end], p[end : end + 1]))
+    details = {"threshold": threshold, "examples": num_examples(runs, name)}
+    for prefix, kind in (("", "judge"), ("greedy_", "greedy")):
+        for side, has_error in (("error", True), ("correct", False)):
+            of_side = [is_found for error, is_found in found[kind] if error == has_error]
+            details[f"{prefix}acc_{side}"] = float(np.mean(of_side)) if of_side else 0.0
+    return ReadJudge(found, details)
 
 
-def training_metrics(runs: SeedRuns, name: str) -> dict[str, float]:
-    """Returns the mean share of tokens whose ratio was clipped from above in a training by GRPO,
-    and the mean reward of its last ten iterations."""
+def judgments_of(item: ProcessBenchItem, judgments: dict[str, Judgment]) -> list[Judgment]:
+    """Returns the greedy judgments of an item's steps."""
+    return [judgments[f"{item.item_id}/{step}"] for step in range(len(item.steps))]
+
+
+def p_of_steps(runs: SeedRuns, name: str) -> tuple[list[ProcessBenchItem], list[list[float]]]:
+    """Returns a run's items, and P(Positive) of each of their steps."""
+    _, items, judgments = read_judgments(runs.run_dir / name, votes=False)
+    return items, [[step.p_positive for step in judgments_of(i, judgments)] for i in items]
+
+
+def num_examples(runs: SeedRuns, name: str) -> int:
+    """Returns how many examples a judge was trained on: labelled chunks, or kept judgments."""
+    summary = runs.summary(name)
+    return summary["labels"] if "labels" in summary else summary["examples"]
+
+
+# --- labels and trainings -----------------------------------------------------------------------
+
+
+def label_items(of_problems: Sequence[LabelsAndTruths]) -> list[tuple[int, int, int, int]]:
+    """Returns the counts of `items` for each problem."""
+    return [
+        (
+            sum(not truth for _, truth in pairs),
+            pairs.count((False, False)),
+            sum(truth for _, truth in pairs),
+            pairs.count((True, True)),
+        )
+        for pairs in of_problems
+    ]
+
+
+def label_set(runs: SeedRuns, name: str) -> dict[str, Any]:
+    """Returns the size of a set of labels, its share of positive ones, and the judge examples that
+    are left after the filters and the balancing."""
+    summary = runs.summary(name)
+    return {key: summary[key] for key in ("labels", "positive_share", "judge_examples")}
+
+
+def read_training(runs: SeedRuns, name: str) -> list[dict[str, Any]]:
+    """Returns the metrics of a training by GRPO, by iteration."""
     check_run_file(runs.run_dir / name, "metrics.jsonl")
-    metrics = read_metrics(runs.run_dir / name / "metrics.jsonl")
-    return {
-        "clipped_from_above": float(np.mean([m["clip_fraction_high"] for m in metrics])),
-        "reward": float(np.mean([m["reward"] for m in metrics[-10:]])),
-    }
+    return read_metrics(runs.run_dir / name / "metrics.jsonl")
+
+
+def last_rewards(runs: SeedRuns, name: str) -> list[float]:
+    """Returns the mean rewards of the last ten iterations of a training."""
+    return [metrics["reward"] for metrics in read_training(runs, name)[-10:]]
+
+
+def clipped_from_above(runs: SeedRuns, name: str) -> float:
+    """Returns the mean share of tokens whose ratio was clipped from above in a training."""
+    return float(np.mean([m["clip_fraction_high"] for m in read_training(runs, name)]))
+
+
+# --- searches and selections --------------------------------------------------------------------
 
 
 def search_summary(runs: SeedRuns, name: str) -> dict[str, Any]:
@@ -142,32 +234,22 @@ def search_summary(runs: SeedRuns, name: str) -> dict[str, Any]:
     return functools.reduce(operator.getitem, path.split("/"), runs.summary(run))
 
 
-def solved_by_problem(runs: SeedRuns, number: str) -> np.ndarray:
+def solved_by_problem(runs: SeedRuns, number: str) -> list[float]:
     """Returns how right the answer to every problem is, 0 to 1, in the order of their ids.
 
     `number` is `search/` with a method, or `selection/` with a policy.
     """
     kind, name = number.split("/")
     if kind == "selection":
-        run = runs.run_dir / f"selected_{name}_solves"
-        return np.array(right_by_problem(read_records(run, Trajectory)))
+        policy = "policy" if name == "before" else f"selected_{name}"
+        return right_by_problem(read_records(runs.run_dir / f"{policy}_solves", Trajectory))
     run, method = runs.run_dir / METHODS[name][0], METHODS[name][1]
     config = validate(Search, read_run_settings(run), str(run))
     solved = solved_by_method(config, read_records(run, SearchResult))[method]
-    return np.array([problem.right for problem in solved])
+    return [float(problem.right) for problem in solved]
 
 
-def paired_p(runs: SeedRuns, claim: Claim) -> float:
-    """Returns the p-value of no difference, by paired bootstrap.
-
-    The difference is in F1 on the same solutions, or in accuracy on the same problems.
-    """
-    if not claim.better.startswith("judge/"):
-        worse, better = (solved_by_problem(runs, number) for number in (claim.worse, claim.better))
-        return paired_bootstrap(worse, better, np.mean, seed=0).p
-    names = (name.removeprefix("judge/") for name in (claim.worse, claim.better))
-    worse, better = (runs.run_dir / f"{name}_score" for name in names)
-    return compare_runs(worse, better, votes=False)["average"]["difference_p"]
+# --- learning rates -----------------------------------------------------------------------------
 
 
 def tune(run_dir: Path) -> dict[str, Any]:
@@ -179,19 +261,38 @@ def tune(run_dir: Path) -> dict[str, Any]:
     console = Console()
     runs = SeedRuns(run_dir / "tuning", TUNING_SEED, split="dev", share_of_steps=0.5)
     run_stages(runs, base(runs), console)
-    scores: dict[str, dict[str, float]] = {}
-    for name, (stages_of, rate) in JUDGES.items():
-        scores[name] = {}
-        for factor in FACTORS:
-            run = f"{name}_x{factor:g}"
-            run_stages(runs, stages_of(runs, run, rate * factor), console)
-            scores[name][f"{factor:g}"] = judge_score(runs, run)["f1"]
+
+    def f1_of(name: str, factor: float) -> float:
+        row, rate = JUDGES[name]
+        run = f"{name}_x{factor:g}"
+        run_stages(runs, row(runs, run, rate * factor), console)
+        return value_of("judge/", read_judge(runs, run).items["judge"])
+
+    scores = {name: search_factors(functools.partial(f1_of, name)) for name in JUDGES}
     finished = sorted(runs.run_dir.glob("*/seconds.json"))
     result = {
-        "scores": scores,
-        "chosen": {name: float(max(of, key=of.__getitem__)) for name, of in scores.items()},
+        "scores": {name: {f"{f:g}": s for f, s in of.items()} for name, of in scores.items()},
+        "chosen": {name: best_factor(of) for name, of in scores.items()},
         "seconds": sum(json.loads(file.read_text()) for file in finished),
     }
     atomic_write(run_dir / "tuning.json", json.dumps(result, indent=2) + "\n")
     console.print(result)
     return result
+
+
+def search_factors(score: Callable[[float], float]) -> dict[float, float]:
+    """Returns the score of every factor that is tried, ascending: `FACTORS`, and half the smallest
+    or twice the largest while the best is at that edge and fewer than `MOST_FACTORS` are tried."""
+    scores = {factor: score(factor) for factor in FACTORS}
+    while len(scores) < MOST_FACTORS:
+        best = best_factor(scores)
+        if best not in (min(scores), max(scores)):
+            break
+        further = best / 2 if best == min(scores) else best * 2
+        scores[further] = score(further)
+    return dict(sorted(scores.items()))
+
+
+def best_factor(scores: dict[float, float]) -> float:
+    """Returns the factor with the best score, the smallest of equals."""
+    return max(sorted(scores), key=scores.__getitem__)
