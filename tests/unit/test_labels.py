@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stepwiser_jax.config import Label
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.record_io import write_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import PrefixValue
 from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.rl.labels import LABEL_RULES, DeadPrefix, label_chunks, load_rule
