@@ -18,7 +18,8 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.model.packing import group_of
-from stepwiser_jax.record_io import read_records, write_records
+from stepwiser_jax.record_io import read_records
+from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import (
     ChunkLabel,
     ClassifierExample,
