@@ -285,8 +285,12 @@ class Threshold(Config):
 
 
 class StepwiserJudge(Votes, StepwiserTeacher):
-    """StepWiser's judge. The score of a chunk is 1 if its verdict is Positive, else 0; with votes
-    it is the share of them that say Positive."""
+    """StepWiser's judge. The score of a chunk is P(Positive) where the verdict is written; with
+    votes it is the mean of theirs."""
+
+    threshold: Share | None = None
+    """A chunk is wrong if P(Positive) is below this; null lets the written verdict decide, or the
+    majority of votes."""
 
 
 class GenPrmJudge(Threshold, Votes, GenPrm):
@@ -943,23 +947,24 @@ class Evaluate(SamplingStage):
     """A file or hub id of ProcessBench or PRMBench, or a finished `rollout` run of the embedded
     task, whose truth is known. `split` is one of ProcessBench's subsets or a list of them."""
     threshold_subset: str | None = None
-    """For a classifier: choose the threshold with the best F1 on this subset of ProcessBench and
-    use it for all, in place of `judge.threshold`."""
+    """Choose the threshold with the best F1 on this subset of ProcessBench and use it for all, in
+    place of `judge.threshold`. Not for `thinkprm`, which has no probabilities of steps."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
         self.benchmark.check_unused("benchmark", ("source", "split", "limit", "on_malformed"))
         if self.threshold_subset is None:
             return self
-        if not isinstance(self.judge, ClassifierJudge):
+        if isinstance(self.judge, ThinkPrmJudge):
             raise ValueError(
-                f"threshold_subset is for a classifier, found a judge of kind {self.judge.kind}: "
-                "set it to null"
+                "threshold_subset is for a judge that gives steps a probability, found one of kind "
+                "thinkprm: set it to null"
             )
-        if self.judge.threshold is not None:
+        threshold = None if isinstance(self.judge, OwnJudge) else self.judge.threshold
+        if threshold is not None:
             raise ValueError(
                 "set either judge.threshold, or threshold_subset: the subset that it is chosen on; "
-                f"found {self.judge.threshold} and {self.threshold_subset!r}"
+                f"found {threshold} and {self.threshold_subset!r}"
             )
         return self
 

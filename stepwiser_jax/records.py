@@ -315,8 +315,9 @@ class ClassifierExample:
 @dataclasses.dataclass(frozen=True)
 class Judgment:
     """What a judge wrote about one chunk, or ThinkPRM's judge about a whole solution. `p_positive`
-    is 1 for a written Positive and 0 for anything else, unless the judge gives a probability, as a
-    classifier does. A classifier writes the likelier sign only."""
+    is the probability that it is right: of the written verdict, of GenPRM's and ThinkPRM's last
+    word, or a classifier's P(+). If it is not known, it is 1 for Positive, 0 for Negative, and 1/2
+    without a verdict. A classifier writes the likelier sign only."""
 
     example_id: str
     judge_id: str

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, OwnJudge
+from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, OwnJudge, ThinkPrmJudge
 from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
@@ -103,8 +103,8 @@ def example_judgments(
 
 @dataclass(frozen=True)
 class VotingRule:
-    """How the judgments of a step become one verdict: by the majority, or with a `threshold` by the
-    mean probability that the step is right, as for GenPRM and classifiers."""
+    """How the judgments of a step become one verdict: by the majority of what is written, or with a
+    `threshold` by the mean probability that the step is right."""
 
     threshold: float | None = None
 
@@ -122,7 +122,7 @@ class VotingRule:
         verdict = majority_verdict([vote.verdict for vote in votes])
         if self.threshold is None or not verdict.is_given:
             return verdict
-        return verdict_at(self.threshold, sum(vote.p_positive for vote in votes) / len(votes))
+        return verdict_at(self.threshold, mean_probability(votes))
 
     def verdicts(
         self,
@@ -137,48 +137,84 @@ class VotingRule:
         ]
 
 
+def mean_probability(votes: Sequence[Judgment]) -> float:
+    return sum(vote.p_positive for vote in votes) / len(votes)
+
+
+def probabilities_of(
+    item: BenchmarkItem, judgments: Mapping[str, Judgment], suffixes: Sequence[str] = GREEDY
+) -> list[float]:
+    """Returns the probability that each step is right, by the judgments `<item>/<step><suffix>`
+    together."""
+    return [
+        mean_probability([judgments[f"{item.item_id}/{step}{suffix}"] for suffix in suffixes])
+        for step in range(len(item.steps))
+    ]
+
+
 def threshold_of(
-    config: Evaluate, items: Sequence[BenchmarkItem], judgments: dict[str, Judgment]
+    config: Evaluate, items: Sequence[BenchmarkItem], judgments: Mapping[str, Judgment]
 ) -> float | None:
     """Returns the probability below which a step is wrong: that of the settings, or the one with
-    the best F1 on `threshold_subset`. It is None if the judge's verdicts count as they are."""
+    which the greedy judgments have the best F1 on `threshold_subset`. It is None if what the judge
+    writes counts as it is."""
     judge = config.judge
-    if isinstance(judge, GenPrmJudge):
-        return judge.threshold or 0.5
-    if not isinstance(judge, ClassifierJudge):
-        return None
-    if config.threshold_subset is None:
+    if config.threshold_subset is not None:
+        chosen_on = [item for item in items if item.subset == config.threshold_subset]
+        p_positive = [probabilities_of(item, judgments) for item in chosen_on]
+        return best_threshold(p_positive, [item.first_error for item in chosen_on])
+    if isinstance(judge, GenPrmJudge | ClassifierJudge):
         return 0.5 if judge.threshold is None else judge.threshold
-    chosen_on = [item for item in items if item.subset == config.threshold_subset]
-    p_positive = [
-        [judgments[f"{item.item_id}/{step}"].p_positive for step in range(len(item.steps))]
-        for item in chosen_on
-    ]
-    return best_threshold(p_positive, [item.first_error for item in chosen_on])
+    return None if isinstance(judge, ThinkPrmJudge | OwnJudge) else judge.threshold
+
+
+def rules_of(config: Evaluate, threshold: float | None) -> dict[str, VotingRule]:
+    """Returns the rules that judgments are scored by. The key ends the score's name.
+
+    A classifier and GenPRM have a threshold, and other judges write verdicts. So the rule "" is the
+    threshold or the written verdict; `_at_half` is the threshold 1/2, and `_at_threshold` is that
+    of a judge that writes verdicts. ThinkPRM gives steps no probability.
+    """
+    if isinstance(config.judge, ThinkPrmJudge):
+        return {"": VotingRule()}
+    half = {"_at_half": VotingRule(0.5)}
+    if isinstance(config.judge, ClassifierJudge | GenPrmJudge):
+        return {"": VotingRule(threshold)} | ({} if threshold == 0.5 else half)
+    chosen = {} if threshold is None else {"_at_threshold": VotingRule(threshold)}
+    return {"": VotingRule()} | half | chosen
 
 
 def score_judgments(
     items: Sequence[BenchmarkItem],
     judgments: Mapping[str, Judgment],
-    rule: VotingRule,
+    rules: Mapping[str, VotingRule],
     *,
     votes: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns the scores of the greedy judgments and, with votes, of all sampled ones together.
+    """Returns the scores of the greedy judgments and, with votes, of all sampled ones together, by
+    every rule. AUC, which no rule changes, is with those of the first.
 
     Args:
         items: All of ProcessBench, or all of PRMBench.
         judgments: By id.
-        rule: How judgments of a step become a verdict.
+        rules: How judgments of a step become a verdict, see `rules_of`.
         votes: Number of sampled judgments of each step.
         seed: Seeds the bootstrap intervals.
     """
     score: Any = score_prmbench if isinstance(items[0], PrmBenchItem) else score_by_subset
-    summary: dict[str, Any] = {"items": len(items), "unparsed_as": rule.unparsed_as}
-    for name, suffixes in voters(rule.name, votes).items():
-        verdicts = [rule.verdicts(item, judgments, suffixes) for item in items]
-        summary[name] = score(items, verdicts, seed=seed, unparsed_as=rule.unparsed_as)
+    summary: dict[str, Any] = {"items": len(items), "unparsed_as": rules[""].unparsed_as}
+    for ending, rule in rules.items():
+        for name, suffixes in voters(rule.name, votes).items():
+            verdicts = [rule.verdicts(item, judgments, suffixes) for item in items]
+            p_positive = [probabilities_of(item, judgments, suffixes) for item in items]
+            summary[f"{name}{ending}"] = score(
+                items,
+                verdicts,
+                None if ending else p_positive,
+                seed=seed,
+                unparsed_as=rule.unparsed_as,
+            )
     return summary
 
 

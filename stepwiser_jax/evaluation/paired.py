@@ -9,20 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate
+from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge
 from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.auc import make_auc
 from stepwiser_jax.evaluation.judgments import (
     GREEDY,
     VotingRule,
     judgment_ids,
+    probabilities_of,
     threshold_of,
     voters,
     votes_of,
 )
-from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes, subset_names
-from stepwiser_jax.evaluation.statistics import mcnemar, paired_bootstrap
+from stepwiser_jax.evaluation.processbench import (
+    f1_scores,
+    item_outcomes,
+    subset_indices,
+    subset_names,
+)
+from stepwiser_jax.evaluation.statistics import bootstrap_interval, mcnemar, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
 from stepwiser_jax.judges.base import vote_suffixes
 from stepwiser_jax.manifest import read_manifest
@@ -77,12 +84,29 @@ def _compare(a: np.ndarray, b: np.ndarray, *, seed: int) -> dict[str, Any]:
     }
 
 
+def paired_auc(
+    items: Sequence[ProcessBenchItem],
+    p_positive_a: Sequence[Sequence[float]],
+    p_positive_b: Sequence[Sequence[float]],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Returns the AUC of both judges (`evaluation.auc`), an average over subsets, and the 95%
+    interval of `auc_b - auc_a` by a paired bootstrap within each subset."""
+    subset = subset_indices(items)
+    a, b = (make_auc(items, p_positive, subset) for p_positive in (p_positive_a, p_positive_b))
+    rows = np.arange(len(items))
+    interval = bootstrap_interval(rows, lambda drawn: b(drawn) - a(drawn), seed=seed, strata=subset)
+    return {"auc_a": a(rows), "auc_b": b(rows), "auc_difference_interval": interval}
+
+
 # --- two runs -----------------------------------------------------------------------------------
 
 
 def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
-    """Returns the `paired_comparison` of two finished runs, and which judgments of each `counted`.
-    The bootstrap has a fixed seed, so that the same runs give the same numbers.
+    """Returns the `paired_comparison` of two finished runs with the `paired_auc` of each part, and
+    which judgments of each `counted`. The bootstrap has a fixed seed, so that the same runs give
+    the same numbers.
 
     Raises:
         UserError: A run is of another stage or not finished, the items differ, or `votes` is set
@@ -95,18 +119,24 @@ def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
             f"--votes: expected an evaluate run with votes, found {run_a} ({a.counted}) and "
             f"{run_b} ({b.counted}); leave --votes out, or evaluate with `votes`"
         )
-    counted = {"counted_a": a.counted, "counted_b": b.counted}
-    return counted | paired_comparison(a.items, a.predictions, b.predictions, seed=0)
+    found = paired_comparison(a.items, a.predictions, b.predictions, seed=0)
+    subset = subset_indices(a.items)
+    parts = [(np.flatnonzero(subset == s), x) for s, x in enumerate(found["subsets"].values())]
+    for rows, part in [*parts, (range(len(a.items)), found["average"])]:
+        p_a, p_b = ([run.p_positive[r] for r in rows] for run in (a, b))
+        part |= paired_auc([a.items[r] for r in rows], p_a, p_b, seed=0)
+    return {"counted_a": a.counted, "counted_b": b.counted} | found
 
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """A run's items, the first error that its judge predicts in each, and the name of the judgments
-    that `counted`."""
+    """A run's items, the first error that its judge predicts in each, the probability that each
+    step is right, [item][step], and the name of the judgments that `counted`."""
 
     path: Path
     items: list[ProcessBenchItem]
     predictions: list[int]
+    p_positive: list[list[float]]
     counted: str
     has_votes: bool
 
@@ -146,13 +176,16 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
     if isinstance(config.judge, ClassifierJudge):
         counted = f"threshold {threshold:.3g}"
+    elif threshold is not None and not isinstance(config.judge, GenPrmJudge):
+        counted += f" at threshold {threshold:.3g}"
     predictions = [
         first_predicted_error(
             rule.verdicts(item, judgments, suffixes), unparsed_as=rule.unparsed_as
         )
         for item in items
     ]
-    return JudgedRun(run, items, predictions, counted, votes_of(config) > 0)
+    p_positive = [probabilities_of(item, judgments, suffixes) for item in items]
+    return JudgedRun(run, items, predictions, p_positive, counted, votes_of(config) > 0)
 
 
 def check_same_items(a: JudgedRun, b: JudgedRun) -> None:

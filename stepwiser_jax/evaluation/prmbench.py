@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from stepwiser_jax.evaluation.auc import score_auc
 from stepwiser_jax.evaluation.statistics import bootstrap_interval
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, accepts, verdict_rates
 from stepwiser_jax.records import PrmBenchItem, Verdict
@@ -35,6 +36,7 @@ ORIGINAL = "correct"
 def score_prmbench(
     items: Sequence[PrmBenchItem],
     verdicts: Sequence[Sequence[Verdict]],
+    p_positive: Sequence[Sequence[float]] | None = None,
     *,
     seed: int,
     unparsed_as: UnparsedAs = "negative",
@@ -45,6 +47,8 @@ def score_prmbench(
     Args:
         items: Solutions with their wrong steps.
         verdicts: The verdict on each step, [item][step].
+        p_positive: The probability that each step is right, [item][step]; with it the total has an
+            AUC, of the steps of all solutions together.
         seed: Seeds the bootstrap, in which each class keeps its size.
         unparsed_as: How a step without a verdict counts.
     """
@@ -76,6 +80,11 @@ def score_prmbench(
         for value, interval in zip(prm_scores(everything).tolist(), intervals, strict=True)
     ]
     of_class = dict(zip(class_names, scores[1 + len(categories) :], strict=True))
+    rows = [row for row, item in enumerate(items) if item.subset != ORIGINAL]
+    if p_positive is not None and rows:
+        of_rows = [items[r] for r in rows], [p_positive[r] for r in rows]
+        together = np.zeros(len(rows), int)
+        scores[0] |= score_auc(*of_rows, together, seed=seed, strata=class_of_item[rows])
     return {
         "total": scores[0],
         "categories": dict(zip(categories, scores[1:], strict=False)),

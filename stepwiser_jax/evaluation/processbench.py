@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.auc import score_auc
 from stepwiser_jax.evaluation.statistics import bootstrap_interval
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, first_predicted_error, verdict_rates
 from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
@@ -115,6 +116,7 @@ def _named(scores: np.ndarray) -> dict[str, float]:
 def score_by_subset(
     items: Sequence[ProcessBenchItem],
     verdicts: Sequence[Sequence[Verdict]],
+    p_positive: Sequence[Sequence[float]] | None = None,
     *,
     seed: int,
     unparsed_as: UnparsedAs = "negative",
@@ -124,6 +126,7 @@ def score_by_subset(
     Args:
         items: Solutions with their first errors.
         verdicts: The verdict on each step, [item][step].
+        p_positive: The probability that each step is right, [item][step]; with it there is an AUC.
         seed: Seeds the bootstrap of the 95% intervals, in which each subset keeps its size.
         unparsed_as: How a step without a verdict counts.
     """
@@ -133,8 +136,13 @@ def score_by_subset(
         "by_final_answer": item_outcomes(items, predictions, by_final_answer=True),
     }
 
+    subset_of_item = subset_indices(items)
+
     def scores(rows: Sequence[int]) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        if p_positive is not None:
+            of_rows = [items[r] for r in rows], [p_positive[r] for r in rows]
+            found |= score_auc(*of_rows, subset_of_item[np.asarray(rows)], seed=seed)
         for split, of_split in outcomes.items():
             of_rows = of_split[np.asarray(rows)]
             found[split] = _named(f1_scores(of_rows))
@@ -144,7 +152,6 @@ def score_by_subset(
         return found
 
     subsets = {}
-    subset_of_item = subset_indices(items)
     for s, subset in enumerate(subset_names(items)):
         rows = np.flatnonzero(subset_of_item == s).tolist()
         verdicts_of_rows = [verdicts[r] for r in rows]

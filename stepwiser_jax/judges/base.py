@@ -32,9 +32,8 @@ class Solution:
 
 @dataclass(frozen=True)
 class ChunkJudgment:
-    """A judge's text about one chunk and its verdict. `p_positive` is the chunk's score: 1 or 0 for
-    a written verdict, or the probability that the chunk is right if the judge has one.
-    `num_tokens` is what the judge generated for it."""
+    """A judge's text about one chunk and its verdict. `p_positive` is the chunk's score, the
+    probability that it is right. `num_tokens` is what the judge generated for it."""
 
     completion: str
     verdict: Verdict
@@ -43,8 +42,10 @@ class ChunkJudgment:
 
     @classmethod
     def of_verdict(cls, completion: str, verdict: Verdict, num_tokens: int) -> ChunkJudgment:
-        """Returns the judgment of a judge that knows no probability."""
-        return cls(completion, verdict, float(verdict is Verdict.POSITIVE), num_tokens)
+        """Returns a judgment whose probability is not known. It is 1 for Positive, 0 for Negative,
+        and 1/2 without a verdict."""
+        certain = {Verdict.POSITIVE: 1.0, Verdict.NEGATIVE: 0.0}
+        return cls(completion, verdict, certain.get(verdict, 0.5), num_tokens)
 
     @classmethod
     def of_votes(cls, votes: Sequence[ChunkJudgment]) -> ChunkJudgment:

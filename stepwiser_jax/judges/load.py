@@ -50,4 +50,4 @@ def load_judge(
         return GenPrmCritic(writer, code_rounds=config.code_rounds)
     if isinstance(config, ThinkPrmJudge):
         return ThinkPrmVerifier(writer, rounds=config.rounds)
-    return ChunkJudge(writer)
+    return ChunkJudge(writer, threshold=config.threshold)

@@ -1,28 +1,43 @@
 """StepWiser's judge (3.3): it reasons about one chunk, then writes its verdict in a box.
 
-    solution -> one prompt per chunk -> all judgments sampled together -> verdicts
+    solution -> one prompt per chunk -> all judgments sampled together -> verdicts, P(Positive)
 
-The prompts, and how a verdict is read, are in `text.prompts`.
+The prompts, and how a verdict is read, are in `text.prompts`. P(Positive) is that of the token with
+which the written verdict begins (`text.verdict_tokens`), by the model itself, whatever temperature
+and truncation it was sampled with. If the verdict is written in other tokens, it is 1 or 0, and if
+there is none, 1/2. Both are counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from stepwiser_jax.inference.params import Completion
+from stepwiser_jax.evaluation.verdicts import verdict_at
+from stepwiser_jax.inference.params import Completion, probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.verdict_tokens import VerdictTokens
 
 
 class ChunkJudge:
-    """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`."""
+    """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`. With a
+    `threshold` a chunk is wrong if P(Positive) is below it, whatever verdict is written."""
 
-    def __init__(self, writer: Writer):
+    def __init__(self, writer: Writer, *, threshold: float | None = None):
+        """Raises UserError if the vocabulary cannot spell the verdicts."""
         self.writer, self.judge_id = writer, writer.loaded.model_id
-        self.compiled_shapes, self.measured = writer.engine.compiled_shapes, writer.measured
+        self.compiled_shapes = writer.engine.compiled_shapes
+        self.verdict_tokens = VerdictTokens.of(writer.tokenizer, writer.prompt_style)
+        self.threshold, self.in_other_tokens = threshold, 0
+
+    def measured(self, made: int) -> dict[str, Any]:
+        """Returns tokens per judgment, and the number of verdicts so far, in this process, whose
+        probability is not known."""
+        return self.writer.measured(made) | {"verdicts_in_other_tokens": self.in_other_tokens}
 
     def prompt_ids(self, solution: Solution, j: int) -> list[int]:
         """Returns the prompt about chunk j."""
@@ -47,30 +62,49 @@ class ChunkJudge:
             self.writer.check_length(self.prompt_ids(solution, last), name)
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
-        """Returns one judgment of every chunk, see `judge_by_votes`."""
-        return judge_by_votes(self, self.writer, solutions)
+        """Returns one judgment of every chunk, see `judge_by_votes`. The threshold decides between
+        the two verdicts; it gives none where there is none."""
+        found = judge_by_votes(self, self.writer, solutions)
+        if self.threshold is None:
+            return found
+        return [
+            [
+                replace(judgment, verdict=verdict_at(self.threshold, judgment.p_positive))
+                if judgment.verdict.is_given
+                else judgment
+                for judgment in of_one
+            ]
+            for of_one in found
+        ]
 
     def sample(
         self, solutions: Sequence[Solution], suffixes: Sequence[str], **sampling: Any
     ) -> list[list[SolutionJudgment]]:
-        """Returns one judgment of every chunk for each suffix, see `Judge`."""
+        """Returns one judgment of every chunk for each suffix, with the verdict that is written,
+        see `Judge`."""
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
         names = [f"{x.solution_id}/{j}" for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
-        params = self.writer.params(**sampling)
+        params = replace(self.writer.params(**sampling), compared=self.verdict_tokens.pair)
         written = iter(self.writer.write(names, prompts, suffixes, params))
         found = []
         for x in solutions:
             of_chunks = list(islice(written, len(x.chunks) - x.start))
             found.append(
                 [
-                    SolutionJudgment([read_judgment(*texts[k]) for texts in of_chunks])
+                    SolutionJudgment([self._read(*texts[k]) for texts in of_chunks])
                     for k in range(len(suffixes))
                 ]
             )
         return found
 
-
-def read_judgment(text: str, completion: Completion) -> ChunkJudgment:
-    """Returns the judgment that a completion is."""
-    return ChunkJudgment.of_verdict(text, parse_verdict(text), len(completion.tokens))
+    def _read(self, text: str, completion: Completion) -> ChunkJudgment:
+        """Returns the judgment that a completion is."""
+        tokens, verdict = completion.tokens.tolist(), parse_verdict(text)
+        place = self.verdict_tokens.place(tokens, verdict)
+        if place is None:
+            self.in_other_tokens += verdict.is_given
+            return ChunkJudgment.of_verdict(text, verdict, len(tokens))
+        assert completion.log_odds is not None
+        (p_positive,) = probabilities(completion.log_odds[place : place + 1])
+        return ChunkJudgment(text, verdict, p_positive, len(tokens))

@@ -7,9 +7,14 @@ ProcessBench is scored twice: by the official split of items (does the item have
 the split that the paper follows (is the final answer right?). Every step is judged, not only those
 up to the first rejection, so that the steps of all items run together. PRMBench has its own scores.
 
-A classifier reads all steps of an item in one pass. Its threshold is a setting, or is the one with
-the best official F1 on one subset, which is then used for all, as ProcessBench does with gsm8k. On
-that subset the score is then the best that any threshold gives: `summary.json` names the subset.
+Every judge gives a step a probability to be right, P (`ChunkJudgment`). AUC says how well P tells
+first errors from right steps. A step is wrong if P is below a threshold: 1/2, a setting, or the one
+with the best official F1 on one subset, which is then used for all, as ProcessBench does with
+gsm8k. On that subset the score is then the best that any threshold gives: `summary.json` names the
+subset. A judge that writes verdicts is scored by these first (`greedy`), then by P at 1/2
+(`greedy_at_half`), and at a threshold if there is one (`greedy_at_threshold`).
+
+A classifier reads all steps of an item in one pass.
 
 GenPRM's judgments of an item are a conversation (`judges/genprm/judge.py`). A step is wrong if its
 P(right), or the mean of it over the sampled paths, is below the threshold. Without a verdict
@@ -17,11 +22,11 @@ P(right) is 1/2.
 
 ThinkPRM's judgments of an item are one chain. It also writes `<item>/solution`, a judgment of the
 whole solution. `solution` in the summary says how well that tells right solutions from wrong ones;
-its F1 is binary, and not ProcessBench's.
+its F1 is binary, and not ProcessBench's. P of a step is 1 or 0, as the chain says.
 
 Reads `judge` and `benchmark`. Writes judgments: `<item>/<step>` is the greedy one,
-`<item>/<step>/vote<k>` are sampled. A classifier's verdict is the likelier sign, whatever the
-threshold.
+`<item>/<step>/vote<k>` are sampled. Their verdict is the one that is written, and for a classifier
+the likelier sign, whatever the threshold.
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import (
     GREEDY,
-    VotingRule,
     example_judgments,
     judgment_ids,
     judgment_records,
+    rules_of,
     score_judgments,
     score_whole_solutions,
     threshold_of,
@@ -138,7 +143,7 @@ def summarize(
     between 0 and 1."""
     threshold = threshold_of(config, items, judgments)
     how = {"votes": votes_of(config), "seed": config.seed}
-    summary = score_judgments(items, judgments, VotingRule(threshold), **how)
+    summary = score_judgments(items, judgments, rules_of(config, threshold), **how)
     if threshold is not None:
         summary |= {"threshold": threshold, "threshold_chosen_on": config.threshold_subset}
     whole = [item for item in items if isinstance(item, ProcessBenchItem)]

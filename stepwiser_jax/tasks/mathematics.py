@@ -66,12 +66,18 @@ def last_box(text: str) -> str | None:
     """Returns the content of the last \\boxed{}, None if there is no box or the last one is
     unfinished. Earlier boxes do not count then, since the model gave them up. Escaped braces are
     text."""
-    start = max((match.end() for match in BOX.finditer(text)), default=None)
+    span = last_box_span(text)
+    return None if span is None else text[slice(*span)].strip()
+
+
+def last_box_span(text: str) -> tuple[int, int] | None:
+    """Returns where the content of the last box begins and ends, see `last_box`."""
+    start = max((match.end() for match in BOX.finditer(text)), default=len(text))
     depth = 1
-    for brace in _BRACE.finditer(text, len(text) if start is None else start):
+    for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start : brace.start()].strip()
+            return start, brace.start()
     return None
 
 

@@ -240,10 +240,10 @@ def test_mistakes_are_named(tmp_path, changes, overrides, message):
         ),
         ("search", "search", "judge.kind=genprm", "judge.kind: expected .*, found 'genprm'"),
         (
-            "evaluate",
+            "thinkprm_evaluate",
             "evaluate",
             "threshold_subset=gsm8k",
-            "is for a classifier, found .* stepwiser",
+            "for a judge that gives steps a probability, found one of kind thinkprm",
         ),
         (
             "evaluate_classifier",
