@@ -24,7 +24,7 @@ def print_comparison(run_a: Path, run_b: Path, *, votes: bool, as_json: bool) ->
 
 
 def comparison_table(found: dict[str, Any]) -> Table:
-    """Returns a table of percentages with a column per subset, and the average of several."""
+    """Returns a table with a column per subset, and the average of several. F1 is in percent."""
     columns = found["subsets"] | (
         {"average": found["average"]} if len(found["subsets"]) > 1 else {}
     )
@@ -39,12 +39,17 @@ def comparison_table(found: dict[str, Any]) -> Table:
         "only A right": lambda c: str(c["right_by_a_alone"]),
         "only B right": lambda c: str(c["right_by_b_alone"]),
         "p, McNemar": lambda c: f"{c['mcnemar_p']:.2g}",
+        "AUC of A": lambda c: f"{c['auc_a']:.3f}",
+        "AUC of B": lambda c: f"{c['auc_b']:.3f}",
+        "AUC, B - A": lambda c: f"{c['auc_b'] - c['auc_a']:+.3f}",
+        "AUC, 95% from": lambda c: f"{c['auc_difference_interval'][0]:+.3f}",
+        "AUC, to": lambda c: f"{c['auc_difference_interval'][1]:+.3f}",
     }
     table = Table()
     table.add_column("", justify="right")
     for name in columns:
         table.add_column(name, justify="right")
     for title, cell in rows.items():
-        last = title in ("items", "F1 of B", "p, bootstrap")
+        last = title in ("items", "F1 of B", "p, bootstrap", "p, McNemar", "AUC of B")
         table.add_row(title, *map(cell, columns.values()), end_section=last)
     return table

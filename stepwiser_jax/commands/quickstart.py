@@ -225,6 +225,8 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
         return {
             "f1": scores["official"]["f1"],
             "f1_interval": scores["official_f1_interval"],
+            "auc": scores["auc"],
+            "auc_interval": scores["auc_interval"],
             "acc_error": scores["official"]["acc_error"],
             "acc_correct": scores["official"]["acc_correct"],
             "unparsed_rate": scores["unparsed_rate"],
@@ -317,6 +319,9 @@ def results_table(summary: dict[str, Any]) -> Table:
     for name, title in (("cold_start", "judge F1, cold start"), ("grpo", "judge F1, after GRPO")):
         scores = judge[name]
         table.add_row(title, percent(scores["f1"], scores["f1_interval"]))
+    for name, title in (("cold_start", "judge AUC, cold start"), ("grpo", "judge AUC, after GRPO")):
+        auc, (low, high) = judge[name]["auc"], judge[name]["auc_interval"]
+        table.add_row(title, f"{auc:.3f}  [{low:.3f}, {high:.3f}]")
     table.add_section()
     rows = [("greedy decoding", search["greedy"]), ("plain sampling", search["plain"])]
     rows += [(f"majority of {k}", row) for k, row in search["majority"].items()]

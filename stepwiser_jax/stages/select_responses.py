@@ -2,9 +2,10 @@
 
     N responses to a problem -> the right ones -> mean score of each one's chunks -> the best -> sft
 
-Where the paper is silent: the score of a chunk is the judge's (1 for Positive and 0 for Negative,
-the share of its votes, or a classifier's P(+)). A draw that does not depend on the judge chooses
-among equals; a judge without votes gives many. Without a judge all are equal: that is the paper's
+Where the paper is silent: the score of a chunk is the probability that it is right, as the judge
+gives it (P(Positive) of the verdict that it writes, the mean of its votes, or a classifier's P(+)).
+A draw that does not depend on the judge chooses among equals; `tie_rate` is the share of problems
+whose best score several responses have. Without a judge all are equal: that is the paper's
 baseline, selection by the outcome alone, or at random with `only_correct: false`.
 
 Reads `rollouts` and, if given, `judge`. Writes a selection for every problem that has a response to
@@ -90,7 +91,7 @@ def begin(
 
 
 def summarize(config: SelectResponses, selections: Sequence[Selection]) -> dict[str, Any]:
-    """Returns counts, accuracy, and with a judge the mean scores; fractions."""
+    """Returns counts, accuracy, and with a judge the mean scores and the tie rate; fractions."""
     selections = sorted(selections, key=lambda selection: natural_key(selection.record_id))
     candidates = sum(len(selection.candidates) for selection in selections)
     summary: dict[str, Any] = {
@@ -104,6 +105,7 @@ def summarize(config: SelectResponses, selections: Sequence[Selection]) -> dict[
         summary |= {
             "mean_score_selected": selected / len(selections),
             "mean_score": sum(scores) / len(scores),
+            "tie_rate": sum(s.scores.count(s.score) > 1 for s in selections) / len(selections),
             "judge_tokens": sum(selection.judge_tokens for selection in selections),
         }
     return summary
