@@ -36,7 +36,13 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "labels (label), stage 4 of 10" in printed
-    for words in ("chunk-reset search", "judge F1, after GRPO", "The judge at work", "truth"):
+    for words in (
+        "chunk-reset search",
+        "judge F1, after GRPO",
+        "judge AUC, after GRPO",
+        "The judge at work",
+        "truth",
+    ):
         assert words in printed
 
     summary = json.loads((tmp_path / "q" / "summary.json").read_text())
@@ -48,6 +54,8 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
         assert 0 <= low <= quality["balanced_accuracy"] <= high <= 1
     for judge in ("cold_start", "grpo"):
         assert 0 <= summary["judge"][judge]["f1"] <= 1
+        low, high = summary["judge"][judge]["auc_interval"]
+        assert 0 <= low <= summary["judge"][judge]["auc"] <= high <= 1
     search = summary["search"]
     for row in (search["plain"], search["greedy"], search["chunk_reset"], search["majority"]["8"]):
         assert {"accuracy", "policy_tokens", "judge_tokens"} <= set(row)

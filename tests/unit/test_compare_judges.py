@@ -138,6 +138,24 @@ def test_the_table_has_a_column_a_subset_and_the_average(tmp_path, items, capsys
     assert float(cells["F1 of B"]) == pytest.approx(100 * after, abs=0.05)
     assert float(cells["B - A"]) == pytest.approx(100 * (after - before), abs=0.05)
     assert float(cells["95% from"]) <= float(cells["B - A"]) <= float(cells["to"])
+    # A step has 0 where an error is predicted, else 0.9. Of 2 first errors A finds one and B both;
+    # of 9 right steps each rejects one.
+    auc_a, auc_b = (8 + 0.5 + 8 / 2) / 18, (8 + 0.5) / 9
+    assert float(cells["AUC of A"]) == pytest.approx(auc_a, abs=5e-4)
+    assert float(cells["AUC of B"]) == pytest.approx(auc_b, abs=5e-4)
+    assert float(cells["AUC, B - A"]) == pytest.approx(auc_b - auc_a, abs=1e-3)
+    low, high = float(cells["AUC, 95% from"]), float(cells["AUC, to"])
+    assert low <= float(cells["AUC, B - A"]) <= high
+
+
+def test_a_judge_that_writes_counts_at_its_threshold(tmp_path, items, capsys):
+    """The written verdicts find what B found. P is below 0.95 at every first step."""
+    a = evaluated(tmp_path / "a", items, OF_B)
+    b = evaluated(tmp_path / "b", items, OF_B, threshold=0.95)
+    found = compared(capsys, a, b)
+    assert (found["counted_a"], found["counted_b"]) == ("greedy", "greedy at threshold 0.95")
+    assert found["subsets"]["gsm8k"]["f1_b"] == f1([0] * len(LABELS), range(4))
+    assert found["average"]["auc_a"] == found["average"]["auc_b"]
 
 
 @pytest.mark.parametrize("genprm", [False, True])

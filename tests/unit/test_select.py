@@ -112,7 +112,9 @@ def test_the_right_response_with_the_best_mean_score_is_selected(rollouts, selec
     assert low <= summary["accuracy"] <= high
     assert (summary["problems"], summary["responses"]) == (COUNT, COUNT * RESPONSES)
     assert summary["candidates"] == (COUNT - 1) * (RESPONSES - 1)
-    assert any(s.scores.count(max(s.scores)) == 1 for s in found), "the case shows nothing"
+    unique = [sorted(s.scores)[-2:] != [max(s.scores)] * 2 for s in found]
+    assert summary["tie_rate"] == 1 - np.mean(unique)
+    assert 0 < summary["tie_rate"] < 1, "the case shows nothing"
 
 
 def test_without_a_judge_a_draw_selects_whatever_the_blocks(selected):
@@ -130,8 +132,10 @@ def test_without_a_judge_a_draw_selects_whatever_the_blocks(selected):
 def test_equals_of_a_judge_are_those_of_the_draw(selected, monkeypatch):
     """A judge that says the same of all changes nothing but the cost."""
     monkeypatch.setattr(arithmetic, "chunk_truth", lambda question, chunks: [True] * len(chunks))
-    judged, _ = selected("judged", judge=JUDGE)
-    drawn, _ = selected("drawn")
+    judged, summary = selected("judged", judge=JUDGE)
+    assert summary["tie_rate"] == 1
+    drawn, summary = selected("drawn")
+    assert "tie_rate" not in summary
     assert [s.trajectory_id for s in judged] == [s.trajectory_id for s in drawn]
     assert all(s.judge_tokens and set(s.scores) == {1.0} for s in judged)
 
