@@ -131,7 +131,7 @@ def extend_prefixes(
     slot_P: jax.Array,
 ) -> EngineState:
     """Stores P prefixes in these slots: the keys and values of the first `shared_P` tokens are
-    those of slot `source_P`, and behind them the right-padded `tokens_PT` are read."""
+    those of slot `source_P`, and after them the right-padded `tokens_PT` are read."""
     cache, T = state.prefix.cache, tokens_PT.shape[1]
     room = ((0, 0), (0, 0), (0, T), (0, 0))  # a write past the end would move to the left
     copied = cache.take(source_P)
