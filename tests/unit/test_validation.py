@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import jax
@@ -19,9 +20,15 @@ from stepwiser_jax.distributed.loading import load_model
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.engine import Engine
-from stepwiser_jax.inference.params import SamplingParams
+from stepwiser_jax.inference.params import Completion, SamplingParams
 from stepwiser_jax.judges.base import ChunkJudgment
-from stepwiser_jax.judges.validation import auc, check_classes, judgment_metrics, log_loss
+from stepwiser_jax.judges.validation import (
+    auc,
+    check_classes,
+    judgment_metrics,
+    log_loss,
+    measure_judge,
+)
 from stepwiser_jax.model.hf import load_hf
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.record_lines import write_records
@@ -30,6 +37,7 @@ from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.stages import train_classifier, train_judge
+from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import Document, document_loader
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.loop import TrainingRun
@@ -144,6 +152,36 @@ def test_the_greedy_judgments_are_the_engines(request, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.log_odds, b.log_odds, atol=1e-4)
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_judge_is_measured_by_what_it_writes_and_how_sure_it_is():
+    """All say Positive, or nothing, and AUC still tells them apart."""
+    tokenizer = load_tokenizer_of("arithmetic")
+    verdict_tokens = VerdictTokens.of(tokenizer, "bare")
+    log_odds = {"a": 3.0, "b": 2.0, "c": 1.0, "d": None}
+    labels = {"a": True, "b": False, "c": False, "d": True}
+
+    def write(examples, compared):
+        assert compared == verdict_tokens.pair
+        found = []
+        for example in examples:
+            of_it = log_odds[example.question]
+            text = "same | " + ("" if of_it is None else "\\boxed{ Positive }")
+            tokens = np.array([*tokenizer.encode(text), *tokenizer.eos_ids[:1]], np.int32)
+            all_odds = np.where(tokens == compared[0], of_it or 0.0, -9.0).astype(np.float32)
+            found.append(Completion(example.record_id, tokens, tokens, 1, all_odds))
+        return found
+
+    sampler = SimpleNamespace(tokenizer=tokenizer, greedy=write, weights=nullcontext)
+    held_out = [JudgeExample(f"{q}/0", q, q, "", "c", right) for q, right in labels.items()]
+    found = measure_judge(sampler, verdict_tokens, held_out, "the policy")
+    assert found["auc"] == 2 / 4, "a is above b and c; d, without a verdict, has 1/2"
+    assert (found["accuracy_positive"], found["accuracy_negative"]) == (1 / 2, 0)
+    assert (found["unparsed_rate"], found["accuracy_at_0"]) == (1 / 4, 1 / 4)
+    lengths = [len(done.tokens) for done in write(held_out, verdict_tokens.pair)]
+    assert found["response_tokens"] == np.mean(lengths)
+    log_odds |= {"b": -2.0, "c": -1.0}
+    assert measure_judge(sampler, verdict_tokens, held_out, "the policy")["auc"] == 1.0
 
 
 # --- which examples -----------------------------------------------------------------------------
