@@ -47,7 +47,7 @@ def measure_judge(
     return {
         **judgment_metrics(labels, judgments, positions),
         **verdict_metrics(texts, bare=False),
-        "response_tokens": sum(x.num_tokens for x in judgments) / len(judgments),
+        "response_tokens": sum(len(done.tokens) for done in completions) / len(completions),
     }
 
 

@@ -76,6 +76,7 @@ def test_it_learns_a_rule_and_finds_first_errors(tmp_path, labels, head, mesh, e
         tmp_path / "classifier",
         "model.path=arithmetic",
         f"examples.source={tmp_path / 'solutions.jsonl'}",
+        "validation=null",
         f"labels={labels}",
         f"head={head}",
         f"mesh.{mesh}=2",

@@ -257,7 +257,10 @@ def test_classifier_examples_are_the_judge_examples_told_at_once(runs):
 
 def test_judge_metrics_are_all_there(runs):
     lines = [json.loads(x) for x in (runs / "judge" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    measured, *lines = lines  # at step 0 nothing but held-out examples is measured
+    others = {"step", "seconds", "time"}
+    assert set(measured) - others == {x for x in measured if x.startswith("validation/")} != set()
     for name in (
         "reward loss policy_loss kl entropy clip_fraction_low clip_fraction_high grad_norm skipped "
         "verdict_positive_share unparsed_rate response_tokens groups_with_signal_share logprob_gap "
@@ -276,7 +279,7 @@ def test_judge_samples_in_int8_and_corrects_for_it(runs, tmp_path):
         extra = ("iterations=2", "engine.weights=int8", *extra)
         assert main(command("judge", runs, out=tmp_path / name, extra=extra)) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return [line for line in map(json.loads, lines) if "reward" in line]
 
     corrected = metrics("corrected")
     assert len(corrected) == 2
@@ -343,7 +346,7 @@ def steps_of(run):
 
 def assert_same_training(cut, whole):
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps[0] in (0, 1) and steps == list(range(steps[0], steps[-1] + 1))
     assert logged(cut) == logged(whole)
     ours, theirs = (load_hf(str(run / "model")) for run in (cut, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -374,7 +377,7 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
     assert_same_training(cut, whole)
     steps = steps_of(cut)
     assert 11 < steps_of(whole) == steps
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) == steps + 1  # with step 0
     told = iter(capsys.readouterr().err.splitlines())
     for line in (
         rf"stepwiser {__version__} in {cut}, .* mesh data 1 x fsdp 1 x tensor 1",
@@ -393,6 +396,7 @@ def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
 def test_a_longer_training_is_the_same_however_often_it_ended(runs, name, tmp_path):
     length = {"cold_start": "steps", "judge": "iterations"}[name]
     settings = ("training.optimizer.schedule=constant", "training.checkpoint_every=3")
+    settings += ("validation=null",)  # which measures at every end
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     for out, ends in ((whole, (5,)), (grown, (2, 5))):
         for end in ends:
@@ -406,7 +410,8 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     """Asked to stop while it samples, it keeps the rows that are finished, here all of them; killed
     before an iteration is over, it reads what it had sampled; and the end is the same to the bit.
     """
-    run, sampled, sample = tmp_path / "run", [], Engine.stream
+    run, whole, sampled, sample = tmp_path / "run", tmp_path / "whole", [], Engine.stream
+    assert main(command("judge", runs, out=whole, extra=("validation=null",))) == 0
 
     def counting(self, *args, **settings):
         for ended in sample(self, *args, **settings):
@@ -414,7 +419,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
             yield ended
 
     monkeypatch.setattr(Engine, "stream", counting)
-    arguments = command("judge", runs, out=run)
+    arguments = command("judge", runs, out=run, extra=("validation=null",))
     with monkeypatch.context() as patch:
         patch.setattr(signals.stop, "requested", True)
         assert main(arguments) == 130
@@ -432,7 +437,7 @@ def test_a_judge_cut_short_samples_nothing_twice(runs, tmp_path, monkeypatch):
     groups = [json.loads(x)["groups_sampled"] for x in (run / "metrics.jsonl").open()]
     assert len(sampled) == len(set(sampled)) == so_far == 4 * sum(groups)
     assert not list((run / "rollout_cache").iterdir())
-    assert_same_training(run, runs / "judge")
+    assert_same_training(run, whole)
 
 
 def test_stopped_behind_the_last_step_and_run_again_keeps_the_numbers(runs, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from stepwiser_jax.evaluation.processbench import best_threshold, processbench_f
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, StopReason
+from stepwiser_jax.inference.shapes import Usage
 from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.stepwiser import ChunkJudge
 from stepwiser_jax.judges.writer import Writer
@@ -181,9 +182,9 @@ class Scripted:
 
     def __init__(self, tokenizer, said):
         self.tokenizer, self.said = tokenizer, iter(said)
-        self.compiled_shapes, self.sampled_tokens, self.compared = {}, 0, set()
+        self.usage, self.compiled_shapes, self.compared = Usage(), {}, set()
 
-    def generate(self, prompts, params, *, key, row_ids, group_size):
+    def generate(self, prompts, params, *, key, row_ids, group_size, cache):
         self.compared.add(params.compared)
         completions = []
         for row_id in row_ids:
