@@ -13,7 +13,7 @@ Sides, each its own process, all pinned to the same core, take turns:
 
     ours           the stage's function: the engine samples all prefixes of a trajectory from one
                    stored copy and refills rows, and worker processes verify answers
-    static batch   the reference sampler: it reads every prefix as another prompt, in batches of the
+    static batch   the chunk sampler: it reads every prefix as another prompt, in batches of the
                    same number of rows, each until its last row has ended; the rollouts are the
                    same, apart from rounding
     transformers   `generate` for every prefix, M sequences (needs torch, as does the floor:
@@ -230,9 +230,9 @@ def ours(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
 def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     import jax
 
+    from stepwiser_jax.inference.chunk_sampler import ChunkSampler
     from stepwiser_jax.inference.engine import Engine
     from stepwiser_jax.inference.params import SamplingParams
-    from stepwiser_jax.inference.reference_sampler import ReferenceSampler
     from stepwiser_jax.rl.values import prefixes_to_sample
 
     compiled, loaded = compilations(), work.load()
@@ -249,7 +249,7 @@ def static_batch(work: Work, verifier: Any) -> Callable[[str], dict[str, Any]]:
     counts = sorted({len(some) for some in (*batches, *prefixes)})
     buckets = sorted({t.tokens.num_prompt for t in work.trajectories} | set(work.buckets))
     engine = Engine(loaded.model, loaded.tokenizer, rows=counts, buckets=buckets)
-    sampler = ReferenceSampler(engine)
+    sampler = ChunkSampler(engine)
 
     def run(_: str) -> dict[str, Any]:
         before, tokens = len(compiled), 0

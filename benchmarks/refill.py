@@ -9,7 +9,7 @@ Workloads, 16 solutions of each problem:
     smollm2      DIR is SmolLM2-135M-Instruct: prompts of workload.json (its chat template, 256
                  tokens each), up to 256 new tokens, bfloat16, 32 rows
 
-The static batch is the reference sampler: batches of the same number of rows, each until its last
+The static batch is the chunk sampler: batches of the same number of rows, each until its last
 row has ended. Both run in one process, on one core, and take turns. Tokens are those of the
 solutions, end token included, and equal on both sides apart from rounding. It prints medians of
 core seconds.
@@ -37,9 +37,9 @@ from common import (
 
 from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
+from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Problem
 from stepwiser_jax.text.prompts import encode_solve_prompt
@@ -82,7 +82,7 @@ def sample_with_refills(
 def sample_statically(
     engine: Engine, work: Work, row_ids: list[str], params: SamplingParams
 ) -> None:
-    sampler, key = ReferenceSampler(engine), jax.random.key(0)
+    sampler, key = ChunkSampler(engine), jax.random.key(0)
     at_once = engine.shapes.max_rows // GROUP
     for start in range(0, len(work.prompts), at_once):
         prompts = work.prompts[start : start + at_once]

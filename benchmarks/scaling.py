@@ -11,7 +11,7 @@ ids are random, with 16 new tokens per row and no end token. One thing varies at
     M            1 to 16 rollouts from each of 6 cuts of a trajectory of 512 tokens
     vocabulary   4096 to 131072 tokens, 32 rows that continue one prompt of 256 tokens
 
-The engine shares what is stored. The reference sampler takes turns with it in the same process: it
+The engine shares what is stored. The chunk sampler takes turns with it in the same process: it
 reads every prefix as another prompt, and shares no cache. Seconds are medians of core seconds of
 the whole call, reading included. The exponent is the slope of a line through the logarithms of
 (what varies, seconds): 1 is linear growth, 0 is none.
@@ -33,9 +33,9 @@ import numpy as np
 from common import compilations, core_seconds, print_header, print_row, write_json
 from flax import nnx
 
+from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Prefix, SampleRequest, SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.transformer import Transformer
@@ -117,7 +117,7 @@ def sampler_side(model: Decoder, point: Point) -> Callable[[], Any]:
     """Reads all prefixes in one call, padded to the longest, and copies them to their rows."""
     ids = token_ids(point)
     rows, longest = len(point.cuts) * point.rollouts, max(point.cuts)
-    sampler = ReferenceSampler(
+    sampler = ChunkSampler(
         Engine(model, rows=[len(point.cuts), rows], buckets=[longest, longest + NEW_TOKENS])
     )
     source_B = np.repeat(np.arange(len(point.cuts)), point.rollouts).tolist()

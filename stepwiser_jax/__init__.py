@@ -21,7 +21,7 @@ _HOME = {
     "ModelConfig": "model.config",
     "load_tokenizer": "text.tokenizer",
     "Tokenizer": "text.tokenizer",
-    "ReferenceSampler": "inference.reference_sampler",
+    "ChunkSampler": "inference.chunk_sampler",
     "SamplingParams": "inference.params",
     "Completion": "inference.params",
     "Engine": "inference.engine",

@@ -10,17 +10,17 @@ import zlib
 import jax
 import numpy as np
 
+from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import StopReason
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.inference.token_sampler import truncate
 
 ROUNDING = 1e-4
 """Of probabilities, logits and log-probs of tiny models in float32."""
 
 
-class Reference(ReferenceSampler):
-    """The reference sampler, made and called as an `Engine` is. Its batches wait for their last row
+class Reference(ChunkSampler):
+    """The chunk sampler, made and called as an `Engine` is. Its batches wait for their last row
     to end."""
 
     def __init__(self, model, tokenizer=None, **settings):

@@ -1,1 +1,1 @@
-"""Samples from models: the engine and its scheduler, the reference sampler, a remote server."""
+"""Samples from models: the engine and its scheduler, the chunk sampler, a remote server."""

@@ -18,7 +18,7 @@ class SamplingParams:
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off. A row ends after a
     token of `stop_ids`, after a token that completes one of `stop_strings`, or after
     `max_new_tokens` tokens. `compared` are two tokens whose log-odds the engine records;
-    the reference sampler and a server record none."""
+    the chunk sampler and a server record none."""
 
     max_new_tokens: int
     temperature: float = 1.0

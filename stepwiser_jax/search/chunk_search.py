@@ -2,8 +2,9 @@
 
     beams of all problems -> one more chunk each -> judge -> method: which beams go on -> ...
 
-A kept chunk stays in the policy's cache, and a rejected one is cut off (`Beam.rewind`). A branch is
-a copy of a row. Rows of finished problems are dropped when a smaller batch holds the rest.
+A kept chunk stays in the policy's cache, and a rejected one is left out of the beam
+(`Beam.without_last_chunk`) and then cut off its row (`ChunkSampler.rewind`). A branch is a copy of
+a row. Rows of finished problems are dropped when a smaller batch holds the rest.
 
 A `token_budget` bounds what policy and judge write about a problem. The step that spends it is the
 last one to be judged, and the solutions found by then are the result. If there are none, the best
@@ -23,9 +24,9 @@ import jax
 
 from stepwiser_jax.config import FirstAttempt
 from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge, Solution
 from stepwiser_jax.model.flops import NOTHING
 from stepwiser_jax.records import Problem
@@ -45,7 +46,7 @@ class Policy:
 
     loaded: Loaded
     engine: Engine
-    sampler: ReferenceSampler
+    sampler: ChunkSampler
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array

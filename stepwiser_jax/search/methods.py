@@ -30,13 +30,13 @@ the beams of the next step. It adds solutions with `state.collect_finished`."""
 
 
 def chunk_reset(max_attempts: int) -> Method:
-    """Returns the method that keeps the chunk of one beam, or takes it back (`Beam.rewind`). The
-    last attempt is kept whatever its verdict."""
+    """Returns the method that keeps the chunk of one beam, or takes it back. The last attempt is
+    kept whatever its verdict."""
 
     def decide(state: SearchState, beams: list[Beam]) -> list[Beam]:
         (beam,) = beams
         if beam.is_rejected and beam.attempt + 1 < max_attempts:
-            return [beam.rewind()]
+            return [beam.without_last_chunk()]
         return state.collect_finished([beam.keep(attempt=0)])
 
     return decide

@@ -97,13 +97,13 @@ class Beam:
         judgment = self.hypothesis.chunks[-1].judgment
         return judgment is not None and judgment.verdict is Verdict.NEGATIVE
 
-    def rewind(self) -> Beam:
+    def without_last_chunk(self) -> Beam:
         """Returns the beam without its last chunk, which the next step writes anew.
 
         The retry counts one more `attempt`. That is part of the row's id (`SearchState.row_id`), of
         which `TokenSampler` makes the row's noise, so the retry gets other tokens. The next step of
         `chunk_search` cuts the row in the cache to the tokens that are left here
-        (`ReferenceSampler.rewind`).
+        (`ChunkSampler.rewind`).
         """
         shorter = replace(self.hypothesis, chunks=self.hypothesis.chunks[:-1], is_finished=False)
         return Beam(shorter, self.attempt + 1, self.source)

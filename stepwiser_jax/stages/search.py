@@ -53,8 +53,8 @@ from stepwiser_jax import plugins
 from stepwiser_jax.config import Search
 from stepwiser_jax.data.problems import read_verifiable
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
+from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.params import SamplingParams
-from stepwiser_jax.inference.reference_sampler import ReferenceSampler
 from stepwiser_jax.judges.base import Judge
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.records import Problem, SearchResult
@@ -122,7 +122,7 @@ def load_policy(config: Search, session: Session) -> Policy:
         **chunk_sampling.model_dump(), stop_ids=loaded.tokenizer.eos_ids, stop_strings=stop_strings
     )
     key = jax.random.key(config.seed)
-    return Policy(loaded, engine, ReferenceSampler(engine), config.prompt_style, params, key)
+    return Policy(loaded, engine, ChunkSampler(engine), config.prompt_style, params, key)
 
 
 def load_methods(config: Search) -> dict[str, tuple[Method, int, str]]:

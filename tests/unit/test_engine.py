@@ -1,4 +1,4 @@
-"""The engine against the reference sampler: the same noise, whatever is shared, refilled, moved."""
+"""The engine against the chunk sampler: the same noise, whatever is shared, refilled, moved."""
 
 import dataclasses
 

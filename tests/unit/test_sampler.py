@@ -1,4 +1,4 @@
-"""The reference sampler: what a row gets depends on its id, and on nothing else."""
+"""The chunk sampler: what a row gets depends on its id, and on nothing else."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The reference sampler: rows with whole caches that can stop, branch, be rewound and go on.
+"""The chunk sampler: rows with whole caches that can stop, branch, be rewound and go on.
 
 Chunk-wise search uses it, and `Engine`, which is faster, is tested against it: it samples the same,
 without shared prefixes and without refilling. Noise is equal, all else is equal to rounding. A
@@ -40,7 +40,7 @@ class SamplerState:
     num_tokens_B: jax.Array
 
 
-class ReferenceSampler:
+class ChunkSampler:
     """Rows on the model, the devices and the shapes of an engine, which counts what they do."""
 
     def __init__(self, engine: Engine):
