@@ -357,7 +357,7 @@ def assert_same_training(cut, whole):
     ("name", "extra"),
     [
         ("cold_start", ("steps=null", "epochs=1", "batch_size=16")),
-        pytest.param("classifier", ("epochs=20",), marks=pytest.mark.slow),
+        pytest.param("classifier", ("epochs=40",), marks=pytest.mark.slow),
     ],
 )
 def test_training_cut_short_and_run_again_is_the_same_to_the_bit(
