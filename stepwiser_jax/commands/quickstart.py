@@ -314,8 +314,10 @@ def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="StepWiser on compound mod-10 arithmetic", title_justify="left")
-    for column in ("what", "value", "tokens: policy + judge", "read: policy + judge", "MFLOP"):
+    title = "StepWiser on compound mod-10 arithmetic (tokens of policy + judge)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what", min_width=21)
+    for column in ("value", "written", "read", "MFLOP"):
         table.add_column(column)
 
     def percent(value: float, interval: list[float] | None = None) -> str:
