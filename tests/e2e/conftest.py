@@ -56,12 +56,9 @@ STAGE_OF = {
 
 
 def command(name, runs, *, out=None, extra=()):
-    """The arguments that run `name` with its inputs from `runs`. What one run has compiled, none
-    compiles again."""
+    """The arguments that run `name` with its inputs from `runs`."""
     sets = [setting.partition("=") for setting in INPUTS[name]]
     settings = [f"{key}={runs / value}" for key, _, value in sets]
-    if STAGE_OF[name] != "label":  # computes nothing
-        settings.append(f"compilation_cache={runs.parent / 'compiled'}")
     settings += extra
     arguments = [STAGE_OF[name], "--config", str(CONFIGS / f"smoke_{name}.yaml")]
     arguments += ["--run-dir", str(out or runs / name)]

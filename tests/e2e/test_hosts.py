@@ -302,11 +302,7 @@ def test_processes_stop_in_the_same_segment_of_a_draw(tmp_path):
     write_records(tmp_path / "examples.jsonl", examples)
     settings = ("model.path=arithmetic", f"examples.source={tmp_path / 'examples.jsonl'}")
     settings += ("engine.rows=[8]", "mesh.data=2", "grpo.max_resamples=0", "iterations=1")
-    settings += (
-        "grpo.drop_zero_variance=false",
-        "validation=null",
-        f"compilation_cache={tmp_path / 'cache'}",
-    )
+    settings += ("grpo.drop_zero_variance=false", "validation=null")
     run = tmp_path / "run"
     arguments = [
         "train-judge",

@@ -36,12 +36,6 @@ def _one_device(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """What one process has compiled, none compiles again."""
-    return f"compilation_cache={tmp_path_factory.mktemp('cache')}"
-
-
 def start(arguments):
     words = [sys.executable, "-m", "stepwiser_jax", *arguments]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL)
@@ -109,11 +103,11 @@ def seconds_until_progress(process, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_at_random_moments_a_run_leaves_the_same_bytes(runs, cache, tmp_path, name):
+def test_killed_at_random_moments_a_run_leaves_the_same_bytes(runs, tmp_path, name):
     """A quarter of the moments lie before the first new result, the others after it. A run that
     comes to its end before it can be killed is compared, and another one is begun."""
     moments, kills = random.Random(name), 0
-    settings = (*RUNS[name], cache)
+    settings = RUNS[name]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(command(name, runs, out=whole, extra=settings))
     starting = seconds_until_progress(process, whole)
@@ -156,10 +150,10 @@ def kill_after(seconds, arguments, run, *, sign):
 
 
 @pytest.mark.slow
-def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, cache, tmp_path):
+def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, tmp_path):
     """Draws, checkpoints complete and not, and metrics lie there in all mixtures."""
     moments, found, kills = random.Random(0), [], 6
-    extra = (f"iterations={4 * kills}", "training.checkpoint_every=2", cache)
+    extra = (f"iterations={4 * kills}", "training.checkpoint_every=2")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command("judge", runs, out=whole, extra=extra)).wait() == 0
     per_iteration = json.loads((whole / "summary.json").read_text())["seconds_per_iteration"]
@@ -179,7 +173,7 @@ def test_a_judge_killed_at_random_moments_leaves_the_same_bits(runs, cache, tmp_
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_when_its_full_disk_has_room_again(cache, tmp_path):
+def test_a_training_goes_on_when_its_full_disk_has_room_again(tmp_path):
     """The first checkpoint does not fit, then the second; each time one message says so,
     among what TensorStore's threads print."""
     disk = tmp_path / "disk"
@@ -188,7 +182,6 @@ def test_a_training_goes_on_when_its_full_disk_has_room_again(cache, tmp_path):
     def sft(run):
         words = ["-m", "stepwiser_jax", "sft", "--config", str(CONFIGS / "smoke_policy.yaml")]
         sets = ["--set", "steps=30", "--set", "training.checkpoint_every=20"]
-        sets += ["--set", cache]
         words = [sys.executable, *words, "--run-dir", str(run), *sets]
         return subprocess.run(words, capture_output=True, text=True)
 
@@ -213,9 +206,9 @@ def test_a_training_goes_on_when_its_full_disk_has_room_again(cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_exits_with_130(runs, cache, tmp_path):
+def test_ctrl_c_saves_and_exits_with_130(runs, tmp_path):
     run = tmp_path / "run"
-    arguments = command("judge", runs, out=run, extra=("iterations=40", cache))
+    arguments = command("judge", runs, out=run, extra=("iterations=40",))
     process = start(arguments)
     while progress_of(run) == 0:
         assert process.poll() is None

@@ -74,8 +74,6 @@ def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys):
                 tree["validation"]["examples"]["limit"] = 2  # of some 6 problems: others are learnt
             if step.stage == "chunk-solutions":
                 tree["teacher"]["url"] = url
-            elif step.stage != "label":
-                tree["compilation_cache"] = str(tmp_path / "compiled")
             step.file.write_text(yaml.safe_dump(tree))
             arguments = ["--config", str(step.file), "--run-dir", str(runs / step.name)]
             assert main([step.stage, *arguments]) == 0, (step.name, capsys.readouterr().err)
