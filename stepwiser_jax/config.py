@@ -1117,7 +1117,15 @@ class Search(SolvingStage):
                 f"{self.max_attempts}: a rejected chunk would be written again word for word. Set "
                 "max_attempts to 1, or raise the temperature and set first_attempt to greedy"
             )
-        for name, method in (("beam", self.beam), ("dvts", self.dvts), *self.own.items()):
+        searches = {"beam": self.beam, "dvts": self.dvts}
+        for name, method in searches.items():
+            if method is not None and self.sampling.temperature == 0 and method.beams > 1:
+                raise ValueError(
+                    f"expected sampling.temperature above 0 with {name}.beams above 1, found 0 and "
+                    f"{method.beams}: every beam of a problem would be written again word for "
+                    f"word. Set {name}.beams to 1, leave {name} out, or raise the temperature"
+                )
+        for name, method in (*searches.items(), *self.own.items()):
             if method is not None and method.beams > max(self.engine.rows):
                 raise ValueError(
                     f"the beams of a problem are extended at once: {name}.beams ({method.beams}) "

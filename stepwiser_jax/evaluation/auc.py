@@ -1,8 +1,7 @@
 """How well scores tell wrong steps from right ones, whatever the threshold: the area under the ROC.
 
-AUC is the probability that a first error has a lower score than a right step, both drawn at random;
-equal scores count half. Steps after a first error are neither. PRMBench says of each step whether
-it is wrong, so all its steps count.
+Of a benchmark's steps the first errors are wrong; steps after a first error are neither wrong nor
+right. PRMBench says of each step whether it is wrong, so all its steps count.
 """
 
 from __future__ import annotations
@@ -11,12 +10,43 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stepwiser_jax.evaluation.statistics import bootstrap_interval
 from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem
 
 CHANCE = 0.5
 """AUC of scores that say nothing, and where there are no errors or no right steps."""
+
+
+def auc(scores: ArrayLike, is_right: ArrayLike, times: ArrayLike = 1) -> np.ndarray:
+    """Returns the probability that a wrong step, drawn at random, has a lower score than a right
+    one; equal scores count half. It is `CHANCE` without steps of both kinds, and NaN if a score is.
+
+    Args:
+        scores: The score of each step, (steps,).
+        is_right: Whether each step is right, (steps,).
+        times: How often each step counts, (..., steps): once, or as often as each of several
+            resamples has it.
+
+    Returns:
+        An AUC for each resample, (...).
+    """
+    scores, is_right = np.asarray(scores, float), np.asarray(is_right, bool)
+    times = np.broadcast_to(times, (*np.shape(times)[:-1], len(scores)))
+    wrong = np.flatnonzero(~is_right)
+    wrong = wrong[np.argsort(scores[wrong])]
+    # How often the n wrong steps with the lowest scores count together, for each n.
+    lowest = np.cumsum(np.insert(times[..., wrong], 0, 0, axis=-1), axis=-1)
+    below, up_to = (
+        lowest[..., np.searchsorted(scores[wrong], scores[is_right], side)]
+        for side in ("left", "right")
+    )
+    right = times[..., is_right]
+    ordered = np.sum(right * (below + up_to), axis=-1) / 2
+    pairs = right.sum(axis=-1) * lowest[..., -1]
+    known = np.where(pairs > 0, ordered / np.maximum(1, pairs), CHANCE)
+    return np.where(np.isnan(scores).any(), np.nan, known)
 
 
 def wrong_steps(item: BenchmarkItem) -> Sequence[int]:
@@ -38,30 +68,21 @@ def make_auc(
         groups: The group of each item.
     """
     counted = [
-        (row, score, step in wrong_steps(item))
+        (row, score, step not in wrong_steps(item))
         for row, (item, of_item) in enumerate(zip(items, scores, strict=True))
         for step, score in enumerate(of_item)
         if item.is_right(step) or step in wrong_steps(item)
     ]
     columns = [np.array(column) for column in zip(*counted, strict=True)] or [np.zeros(0)] * 3
-    row, score, is_wrong = columns[0].astype(int), columns[1], columns[2].astype(bool)
-    _, level = np.unique(score, return_inverse=True)
+    row, score, is_right = columns[0].astype(int), columns[1], columns[2].astype(bool)
+    of_group = {group: np.flatnonzero(groups[row] == group) for group in np.unique(groups)}
 
-    def auc(rows: np.ndarray) -> float:
-        weight = np.bincount(rows, minlength=len(items))[row]
-        found = []
-        for group in np.unique(groups[rows]):
-            is_counted = groups[row] == group
-            errors, right = (
-                np.bincount(level[chosen], weight[chosen], minlength=1 + level.max(initial=0))
-                for chosen in (is_counted & is_wrong, is_counted & ~is_wrong)
-            )
-            pairs = errors.sum() * right.sum()
-            ordered = right @ (np.cumsum(errors) - errors / 2)
-            found.append(ordered / pairs if pairs else CHANCE)
-        return float(np.mean(found))
+    def of_rows(rows: np.ndarray) -> float:
+        times = np.bincount(rows, minlength=len(items))[row]
+        steps = [of_group[group] for group in np.unique(groups[rows])]
+        return float(np.mean([auc(score[s], is_right[s], times[s]) for s in steps]))
 
-    return auc
+    return of_rows
 
 
 def score_auc(
@@ -74,6 +95,7 @@ def score_auc(
 ) -> dict[str, Any]:
     """Returns `auc`, an average over groups, with its 95% interval over items, see `make_auc`. Each
     stratum, by default a group, keeps its size in every resample."""
-    auc, rows = make_auc(items, scores, groups), np.arange(len(items))
-    interval = bootstrap_interval(rows, auc, seed=seed, strata=groups if strata is None else strata)
-    return {"auc": auc(rows), "auc_interval": interval}
+    of_rows, rows = make_auc(items, scores, groups), np.arange(len(items))
+    strata = groups if strata is None else strata
+    interval = bootstrap_interval(rows, of_rows, seed=seed, strata=strata)
+    return {"auc": of_rows(rows), "auc_interval": interval}

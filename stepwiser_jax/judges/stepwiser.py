@@ -17,7 +17,6 @@ from typing import Any
 
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import Completion, probabilities
-from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
@@ -35,7 +34,6 @@ class ChunkJudge:
     def __init__(self, writer: Writer, *, threshold: float | None = None):
         """Raises UserError if the vocabulary cannot spell the verdicts."""
         self.writer, self.judge_id = writer, writer.loaded.model_id
-        self.cache = PrefixCache()
         self.compiled_shapes = writer.engine.compiled_shapes
         self.verdict_tokens = VerdictTokens.of(writer.tokenizer, writer.prompt_style)
         self.threshold, self.in_other_tokens = threshold, 0
@@ -91,10 +89,9 @@ class ChunkJudge:
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
         names = [f"{x.solution_id}/{j}" for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
-        if all(x.start == 0 for x in solutions):
-            self.cache = PrefixCache()  # so a run that was stopped goes on with the same numbers
+        cache = self.writer.cache_for(solutions)
         params = replace(self.writer.params(**sampling), compared=self.verdict_tokens.pair)
-        written = iter(self.writer.write(names, prompts, suffixes, params, self.cache))
+        written = iter(self.writer.write(names, prompts, suffixes, params, cache))
         found = []
         for x in solutions:
             of_chunks = list(islice(written, len(x.chunks) - x.start))

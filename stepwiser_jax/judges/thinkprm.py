@@ -32,6 +32,7 @@ from stepwiser_jax.data.rationales import RationaleOutcome
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.verdicts import verdict_at
 from stepwiser_jax.inference.params import SamplingParams, probabilities
+from stepwiser_jax.inference.prefix_cache import PrefixCache
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, sample_votes
 from stepwiser_jax.model.flops import NOTHING, Spent
@@ -229,7 +230,8 @@ class Chain:
 
 
 class ThinkPrmVerifier:
-    """A judge that verifies whole solutions, in `rounds` of thought."""
+    """A judge that verifies whole solutions, in `rounds` of thought. The prompts about the prefixes
+    of a solution share what is read; the score reads prompt and chain anew."""
 
     def __init__(self, writer: Writer, *, rounds: int):
         """Raises UserError unless the two answers are one token each."""
@@ -278,19 +280,20 @@ class ThinkPrmVerifier:
         self, solutions: Sequence[Solution], suffixes: Sequence[str], **sampling: Any
     ) -> list[list[SolutionJudgment]]:
         """Returns one chain about each solution for each suffix, see `Judge`."""
+        cache = self.writer.cache_for(solutions)
         params = replace(self.writer.params(**sampling), stop_strings=self.form.stops)
         groups = [
             [Chain(x.solution_id + s, self.prompt_ids(x), len(x.chunks)) for s in suffixes]
             for x in solutions
         ]
         # In the first round the chains about a solution begin alike, so they share a prompt.
-        self._think([x.solution_id for x in solutions], groups, suffixes, params)
+        self._think([x.solution_id for x in solutions], groups, suffixes, params, cache)
         chains = [chain for group in groups for chain in group]
         for r in range(1, self.rounds):
             for chain in chains:
                 chain.text += self.form.triggers[r - 1]
             names = [chain.name for chain in chains]
-            self._think(names, [[chain] for chain in chains], [f"/round{r}"], params)
+            self._think(names, [[chain] for chain in chains], [f"/round{r}"], params, cache)
         wholes = iter(self._judge_solutions(chains))
         return [
             [SolutionJudgment(self._judge_steps(chain), next(wholes)) for chain in group]
@@ -303,6 +306,7 @@ class ThinkPrmVerifier:
         groups: Sequence[Sequence[Chain]],
         suffixes: Sequence[str],
         params: SamplingParams,
+        cache: PrefixCache,
     ) -> None:
         """Samples one more round of every chain. The chains of a group have the same text so far;
         there is one for each suffix."""
@@ -310,7 +314,7 @@ class ThinkPrmVerifier:
             chain.prompt_ids + self._encode(self.form.opening + chain.text, len(chain.rounds))
             for chain, *_ in groups
         ]
-        written = self.writer.write(names, prompts, suffixes, params)
+        written = self.writer.write(names, prompts, suffixes, params, cache)
         for group, of_group in zip(groups, written, strict=True):
             for chain, (text, completion) in zip(group, of_group, strict=True):
                 chain.rounds.append(cut_chain(text, self.form, chain.num_steps))

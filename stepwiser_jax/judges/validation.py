@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.evaluation.auc import auc
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.judges.stepwiser import read_judgment
 from stepwiser_jax.records import JudgeExample, Verdict
@@ -76,7 +76,7 @@ def judgment_metrics(
     if label_J.any() and not label_J.all():
         both = metrics["accuracy_positive"], metrics["accuracy_negative"]
         metrics["balanced_accuracy"] = sum(both) / 2
-        metrics["auc"] = auc(labels, [judgment.p_positive for judgment in judgments])
+        metrics["auc"] = float(auc([judgment.p_positive for judgment in judgments], label_J))
     of_position: dict[int, list[bool]] = defaultdict(list)
     for position, right in zip(positions, right_J.tolist(), strict=True):
         if position is not None:
@@ -85,15 +85,6 @@ def judgment_metrics(
         place = f"from_{LATE}" if position == LATE else f"at_{position}"
         metrics[f"accuracy_{place}"] = sum(right) / len(right)
     return metrics
-
-
-def auc(labels: Sequence[bool], scores: Sequence[float]) -> float:
-    """Returns the probability that a positive item, drawn at random, has a higher score than a
-    negative one; a tie counts as one half. There must be items of both classes."""
-    label_J = np.array(labels, bool)
-    positive, negative = int(label_J.sum()), int((~label_J).sum())
-    above = float(rankdata(scores)[label_J].sum()) - positive * (positive + 1) / 2
-    return above / (positive * negative)
 
 
 def log_loss(targets: Sequence[float], p_positive: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ names x prompts x suffixes -> the engine -> (text, completion) of each row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,6 +43,7 @@ class Writer:
         seed: Decides the noise of a row, together with the row's id.
         name: Begins the ids of rows, so that different stages draw different noise.
         votes: How many judgments of a chunk are sampled; 0 takes the greedy one.
+        cache: What the model has read, see `cache_for`.
     """
 
     loaded: Loaded
@@ -52,6 +53,7 @@ class Writer:
     seed: int
     name: str
     votes: int = 0
+    cache: PrefixCache = field(default_factory=PrefixCache)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -102,6 +104,14 @@ class Writer:
         )
         written = [(completion_text(self.tokenizer, c.tokens), c) for c in completions]
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]
+
+    def cache_for(self, solutions: Sequence[Solution]) -> PrefixCache:
+        """Returns what the prompts of the call before have read, for solutions that go on from
+        there (`start` above 0). It is empty if all solutions begin, so that a run that was stopped
+        goes on with the same numbers."""
+        if all(x.start == 0 for x in solutions):
+            self.cache.by_length.clear()
+        return self.cache
 
     def measured(self, made: int) -> dict[str, Any]:
         """Returns tokens and FLOPs per judgment, for summary.json."""

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stepwiser_jax.commands.reproduce.items import value_of
 from stepwiser_jax.config import Evaluate, Sampling
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.auc import make_auc
+from stepwiser_jax.evaluation.auc import CHANCE, auc, make_auc
 from stepwiser_jax.evaluation.judgments import rules_of, score_judgments, threshold_of
 from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, processbench_f1, score_by_subset
@@ -16,8 +17,9 @@ from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, StopReason
 from stepwiser_jax.inference.shapes import Usage
-from stepwiser_jax.judges.base import Solution
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.judges.stepwiser import ChunkJudge
+from stepwiser_jax.judges.validation import judgment_metrics
 from stepwiser_jax.judges.writer import Writer
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Judgment, PrmBenchItem, ProcessBenchItem, Verdict
@@ -274,6 +276,53 @@ def test_the_mean_of_votes_meets_the_threshold(word_tokenizer):
 # --- AUC and thresholds -------------------------------------------------------------------------
 
 
+def pairs_won(right, wrong):
+    return np.mean([(w < r) + (w == r) / 2 for w in wrong for r in right])
+
+
+def test_auc_counts_pairs():
+    """Each step as often as a resample has it."""
+    rng = np.random.default_rng(0)
+    is_right = rng.random(60) < 0.4
+    scores = rng.integers(0, 8, 60) / 8  # with ties
+    assert auc(scores, is_right) == pairs_won(scores[is_right], scores[~is_right])
+    times = rng.integers(0, 3, (4, 60))
+    found = auc(scores, is_right, times)
+    assert found.shape == (4,)
+    for value, of_step in zip(found, times, strict=True):
+        drawn, drawn_is_right = (np.repeat(x, of_step) for x in (scores, is_right))
+        assert value == pairs_won(drawn[drawn_is_right], drawn[~drawn_is_right])
+
+
+def test_auc_without_steps_of_both_kinds_is_chance():
+    for is_right in ([], [True, True], [False]):
+        assert auc([0.3] * len(is_right), is_right) == CHANCE
+    assert auc([0.1, 0.9], [False, True], [[1, 1], [1, 0], [0, 2]]).tolist() == [1, CHANCE, CHANCE]
+    assert np.isnan(auc([0.1, np.nan], [False, True])), "a model that broke is not the best one"
+
+
+def test_one_auc_everywhere():
+    """Of a benchmark, of a judge in training, and of the comparison."""
+    items, p_positive = planted(np.random.default_rng(1), 50)
+    expected = make_auc(items, p_positive, np.zeros(50, int))(np.arange(50))
+    assert expected == slow_auc(items, p_positive)
+    steps = [
+        (p, item.is_right(step))
+        for item, of_item in zip(items, p_positive, strict=True)
+        for step, p in enumerate(of_item)
+        if item.is_right(step) or step == item.first_error
+    ]
+    judgments = [ChunkJudgment("", P, p, 1) for p, _ in steps]
+    labels = [is_right for _, is_right in steps]
+    assert judgment_metrics(labels, judgments, [None] * len(steps))["auc"] == expected
+    ends = [
+        len(p) if i.first_error == -1 else i.first_error
+        for i, p in zip(items, p_positive, strict=True)
+    ]
+    compared = [(p[:end], p[end : end + 1]) for p, end in zip(p_positive, ends, strict=True)]
+    assert value_of("auc/row", compared) == expected
+
+
 def slow_auc(items, p_positive):
     """Every first error against every right step."""
     errors, right = [], []
@@ -283,7 +332,7 @@ def slow_auc(items, p_positive):
                 errors.append(p)
             elif item.first_error == -1 or step < item.first_error:
                 right.append(p)
-    return np.mean([(e < r) + (e == r) / 2 for e in errors for r in right])
+    return pairs_won(right, errors)
 
 
 def planted(rng, count):

@@ -18,6 +18,7 @@ from stepwiser_jax.commands.plan.hlo_cost import Collective, Cost, program_cost
 from stepwiser_jax.commands.plan.programs import (
     Programs,
     judge_work,
+    programs_of,
 )
 from stepwiser_jax.commands.plan.tpu import (
     CHIPS,
@@ -29,7 +30,7 @@ from stepwiser_jax.commands.plan.tpu import (
     roofline,
     tpu_topology,
 )
-from stepwiser_jax.config import TrainJudge
+from stepwiser_jax.config import Evaluate, TrainJudge
 from stepwiser_jax.distributed.loading import attention_of, config_of
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.distributed.shapes import abstract_model, bytes_per_device
@@ -205,6 +206,24 @@ def test_abstract_parameters_take_their_share_of_a_device():
     norms = (2 * config.num_layers + 1) * config.hidden_size
     matrices = block_parameters(config) + 2 * config.vocab_size * config.hidden_size
     assert bytes_per_device(model) == 2 * (matrices / 4 + norms)
+
+
+@pytest.mark.parametrize(("kind", "compares"), [("stepwiser", True), ("thinkprm", False)])
+def test_a_judge_that_compares_its_verdicts_is_compiled_with_their_log_odds(
+    tmp_path, kind, compares
+):
+    """StepWiser's judge does so at each token that it writes, others after it."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_hf()))
+    judge = {"kind": kind, "path": str(tmp_path), "engine": {"rows": [2], "buckets": [16]}}
+    judge["sampling"] = {"max_new_tokens": 5}
+    config = Evaluate.model_validate({"judge": judge, "benchmark": {"source": "unused"}})
+    programs = {program.name: program for program in programs_of(config, make_mesh()).programs}
+    for name in ("prefill", "decode burst"):
+        state = programs[name].lower().out_info
+        assert (state.log_odds_BC is not None) == compares
+        assert state.logprobs_BC.shape == (2, 5)
+    text = programs["decode burst"].lower().as_text(debug_info=True)
+    assert ("pair_log_odds" in text) == compares
 
 
 def test_a_model_is_known_by_its_config_json(tmp_path):

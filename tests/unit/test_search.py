@@ -459,7 +459,12 @@ def test_a_retry_that_writes_the_same_again_is_refused(request):
     for sets in ((), ("first_attempt=greedy",)):
         with pytest.raises(UserError, match="again word for word"):
             load_config("search", file, ("sampling.temperature=0", "max_attempts=2", *sets))
-    load_config("search", file, ("sampling.temperature=0", "max_attempts=1"))
+    greedy = ("sampling.temperature=0", "max_attempts=1", "beam=null", "dvts=null")
+    load_config("search", file, greedy)
+    for name in ("beam", "dvts"):
+        with pytest.raises(UserError, match=f"with {name}.beams above 1.*again word for word"):
+            load_config("search", file, (*greedy, f"{name}={{beams: 4, width: 2}}"))
+        load_config("search", file, (*greedy, f"{name}={{beams: 1, width: 1}}"))
 
 
 # --- what is read -------------------------------------------------------------------------------

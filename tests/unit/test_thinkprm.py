@@ -336,6 +336,37 @@ def test_a_process_reward_is_the_score_of_every_prefix(loaded):
     np.testing.assert_allclose(p, 1 / (1 + np.exp([0, -1, -2])), rtol=1e-6)
 
 
+def test_prefixes_of_a_solution_read_what_they_share_once(loaded, monkeypatch):
+    """The longest is read whole, of the others the last word; after another chunk, that chunk. The
+    score reads prompt and chain."""
+    chunk = "<chunk> 4 * 7 = 8 </chunk>"
+    whole = Solution("a", "start 4 ; * 7 * 7 * 7 * 7 ?", [chunk] * 4)
+    begun = dataclasses.replace(whole, chunks=[chunk] * 3)
+    engines = [Engine(loaded.model, loaded.tokenizer, rows=[4], buckets=[128]) for _ in range(2)]
+    judge, alone = (make_judge(loaded, engine, max_new_tokens=8) for engine in engines)
+    scored, log_odds = [], engines[0].log_odds
+
+    def scoring(prompts, pair):
+        scored.extend(map(len, prompts))
+        return log_odds(prompts, pair)
+
+    monkeypatch.setattr(engines[0], "log_odds", scoring)
+    (first,) = judge([begun])
+    (second,) = judge([dataclasses.replace(whole, start=3)])
+    read = [x.read_tokens - n for x, n in zip(first + second, scored, strict=True)]
+    assert read == [1, 1, len(judge.prompt_ids(begun)), len(chunk.split()) + 1]
+    assert engines[0].usage.spent.read == sum(x.read_tokens for x in first + second)
+    for start, found in enumerate(first + second):
+        ((expected,),) = alone(
+            [dataclasses.replace(whole, chunks=[chunk] * (start + 1), start=start)]
+        )
+        assert (found.completion, found.verdict) == (expected.completion, expected.verdict)
+        assert found.p_positive == pytest.approx(expected.p_positive, abs=1e-5)
+        alone.writer.cache.by_length.clear()
+    (again,) = judge([begun])
+    assert again == first, "a block that begins has nothing of the one before"
+
+
 def test_votes_on_a_prefix_are_averaged(loaded):
     engine = Scripted(loaded.tokenizer, ["looks fine \\boxed{ Positive }"] * 6)
     judge = make_judge(loaded, engine, votes=3, temperature=0.7, top_k=9)

@@ -23,7 +23,6 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, SamplingParams
 from stepwiser_jax.judges.base import ChunkJudgment
 from stepwiser_jax.judges.validation import (
-    auc,
     check_classes,
     judgment_metrics,
     log_loss,
@@ -74,16 +73,6 @@ def test_judgments_are_counted_by_class_and_by_position():
 def test_a_class_that_no_chunk_has_is_left_out():
     found = judgment_metrics([False], [judgment(Verdict.NEGATIVE)], [None])
     assert found == {"accuracy": 1.0, "accuracy_negative": 1.0}
-
-
-def test_auc_counts_pairs():
-    rng = np.random.default_rng(0)
-    labels = rng.random(60) < 0.4
-    scores = rng.integers(0, 8, 60) / 8  # with ties
-    pairs = [(p, n) for p in scores[labels] for n in scores[~labels]]
-    assert auc(labels.tolist(), scores.tolist()) == np.mean(
-        [(p > n) + (p == n) / 2 for p, n in pairs]
-    )
 
 
 def test_log_loss_is_the_cross_entropy():

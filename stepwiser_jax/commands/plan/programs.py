@@ -2,7 +2,8 @@
 
 Shapes are those of the longest case: every prompt and every completion is as long as the config
 allows. The programs are the functions that the run itself calls. Some that move little are left
-out: the empty state of the engine, and the compaction of its last rows.
+out: the empty state of the engine, and the compaction of its last rows. Also left out are what
+reads on after a shared prefix, the scores of GenPRM's and ThinkPRM's judges, and validation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from stepwiser_jax.config import (
     Rollout,
     Sampled,
     Sft,
+    StepwiserJudge,
     TrainClassifier,
     TrainedModel,
     Training,
@@ -429,7 +431,11 @@ def _of_sampling(
     slots = engine.shapes.bucket(prompt)
     grid = choose_grid(engine.shapes.rows, *per_wave, shards=engine.shards)
     B, waves = grid.rows, math.ceil(math.prod(per_wave) / grid.rows)
-    state = jax.eval_shape(lambda: empty_state(decoder, None, grid, slots, new))
+    # The log-odds of two tokens cost the same, whichever they are.
+    compared = (0, 1) if isinstance(sampler, StepwiserJudge) else None
+    state = jax.eval_shape(
+        lambda: empty_state(decoder, None, grid, slots, new, compared is not None)
+    )
     state = jax.tree.map(placed, state, state_sharding(state, model_config, mesh))
     at_once = min(grid.slots, engine.prefill_rows(slots))
     fresh = abstract_rows(
@@ -473,7 +479,16 @@ def _of_sampling(
         Program(
             "decode burst",
             lambda: _lower(
-                set_mesh, decode_burst, decoder, state, start, draw, scalar, stop_ids, None
+                set_mesh,
+                decode_burst,
+                decoder,
+                state,
+                start,
+                draw,
+                scalar,
+                stop_ids,
+                None,
+                compared,
             ),
             mesh,
             calls=waves,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from stepwiser_jax.evaluation.auc import auc
 from stepwiser_jax.evaluation.processbench import harmonic_mean
 from stepwiser_jax.evaluation.statistics import multiplicities
 
@@ -68,32 +69,22 @@ def balanced_accuracy(items: Sequence[Sequence[int]]) -> Statistic:
     return accuracy
 
 
-def auc(items: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Statistic:
-    """Returns the probability that a right step has a higher P(Positive) than a first error, a tie
-    counting half. It is 1/2 without any step of either kind."""
-    p_right = np.concatenate([right for right, _ in items])
-    item_of_right = np.repeat(np.arange(len(items)), [len(right) for right, _ in items])
-    errors = [i for i, (_, wrong) in enumerate(items) if len(wrong)]
-    p_wrong = np.array([items[i][1][0] for i in errors])[:, None]
-    # What each error wins against each right step, then against all right steps of each item.
-    wins = (p_right > p_wrong) + 0.5 * (p_right == p_wrong)
-    wins_of_items = np.zeros((len(items), len(errors)))
-    np.add.at(wins_of_items, item_of_right, wins.T)
-    num_right = np.bincount(item_of_right, minlength=len(items))
-
-    def area(draws: np.ndarray) -> np.ndarray:
-        wrong = draws[:, errors]
-        pairs = wrong.sum(axis=1) * (draws @ num_right)
-        won = np.sum((draws @ wins_of_items) * wrong, axis=1)
-        return np.where(pairs > 0, won / np.maximum(1, pairs), 0.5)
-
-    return area
+def step_auc(items: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Statistic:
+    """Returns the AUC of steps, see `evaluation.auc`."""
+    steps = [
+        (number, p, is_right)
+        for number, item in enumerate(items)
+        for is_right, of_kind in zip((True, False), item, strict=True)
+        for p in of_kind
+    ]
+    item_of_step, scores, is_right = map(np.array, zip(*steps, strict=True))
+    return lambda draws: auc(scores, is_right, draws[:, item_of_step])
 
 
 STATISTICS: dict[str, Callable[[Any], Statistic]] = {
     "judge": f1,
     "greedy": f1,
-    "auc": auc,
+    "auc": step_auc,
     "labels": balanced_accuracy,
     "reward": mean,
     "search": mean,

@@ -150,7 +150,11 @@ class TurnWriter:
         reserve: int,
     ) -> None:
         """Samples up to the next stop, if there is room. Equal prompts are prefilled once. The name
-        is part of the rows' ids."""
+        is part of the rows' ids.
+
+        A conversation is read again for each stop. With a cache, the keys and values of the stop
+        before would lie beside those of this one, and conversations fill the largest bucket.
+        """
         engine = self.writer.engine
         conversation_of: dict[str, Conversation] = {}
         requests: dict[tuple[int, ...], list[SampleRequest]] = {}
