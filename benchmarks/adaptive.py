@@ -23,7 +23,7 @@ import yaml
 from common import finished_quickstart
 
 from stepwiser_jax.config import Annotate
-from stepwiser_jax.evaluation.statistics import balanced_accuracy
+from stepwiser_jax.evaluation.statistics import count_labels, first, label_scores, observed
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.adaptive import LabelTable
@@ -89,7 +89,7 @@ def main() -> None:
 
         def accuracy(given: dict[str, list[bool | None]]) -> float:
             pairs = [(bool(given[name][j]), truth[name][j]) for name, j in scope]
-            return balanced_accuracy(*map(list, zip(*pairs, strict=True)))["balanced_accuracy"]
+            return observed(first(label_scores([count_labels(pairs)])), 1)
 
         print(
             f"{len(fixed)} trajectories, {len(scope)} chunks\n\n"

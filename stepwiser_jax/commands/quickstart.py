@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,15 @@ from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_files import validate
 from stepwiser_jax.data.problems import load_items
 from stepwiser_jax.evaluation.judgments import describe_judgment, example_judgments
-from stepwiser_jax.evaluation.statistics import balanced_accuracy, bootstrap_interval
+from stepwiser_jax.evaluation.statistics import (
+    LABEL_SCORES,
+    LabelsAndTruths,
+    bootstrap_interval,
+    count_labels,
+    first,
+    label_scores,
+    observed,
+)
 from stepwiser_jax.files import atomic_write
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
@@ -260,14 +269,19 @@ def summarize(run_dir: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, 
     }
 
 
-LabelsAndTruths = list[tuple[bool, bool]]
-"""For each chunk: its label, and whether it is right."""
-
-
 def label_quality(run_dir: Path) -> dict[str, Any]:
-    """Returns the scores of every label rule against the exact truth, on the chunks of
-    `labels_and_truths`. Intervals are 95%, over problems."""
-    return {rule: label_scores(found) for rule, found in labels_and_truths(run_dir).items()}
+    """Returns the scores of every label rule against the exact truth, and the number of chunks, on
+    those of `labels_and_truths`. Intervals are 95%, over problems."""
+    quality = {}
+    for rule, of_problems in labels_and_truths(run_dir).items():
+        scores, problems = label_scores(list(map(count_labels, of_problems))), len(of_problems)
+        interval = bootstrap_interval(first(scores), np.zeros(problems), seed=0)
+        quality[rule] = {
+            **dict(zip(LABEL_SCORES, observed(scores, problems), strict=True)),
+            "balanced_accuracy_interval": interval,
+            "chunks": sum(map(len, of_problems)),
+        }
+    return quality
 
 
 def labels_and_truths(run_dir: Path) -> dict[str, list[LabelsAndTruths]]:
@@ -297,22 +311,6 @@ def labels_and_truths(run_dir: Path) -> dict[str, list[LabelsAndTruths]]:
             of_problem = found[rule].setdefault(trajectory.problem_id, [])
             of_problem += [(bool(given[j]), truth[j]) for j in scope]
     return {rule: list(of_rule.values()) for rule, of_rule in found.items()}
-
-
-def label_scores(of_problems: list[LabelsAndTruths]) -> dict[str, Any]:
-    """Returns `balanced_accuracy`, its 95% interval over problems, and the number of chunks."""
-
-    def scores(problems: list[LabelsAndTruths]) -> dict[str, float]:
-        pairs = [pair for of_problem in problems for pair in of_problem]
-        return balanced_accuracy([label for label, _ in pairs], [truth for _, truth in pairs])
-
-    interval = bootstrap_interval(
-        of_problems, lambda problems: scores(problems)["balanced_accuracy"], seed=0
-    )
-    return scores(of_problems) | {
-        "balanced_accuracy_interval": interval,
-        "chunks": sum(map(len, of_problems)),
-    }
 
 
 def results_table(summary: dict[str, Any]) -> Table:

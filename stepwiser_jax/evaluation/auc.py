@@ -6,13 +6,13 @@ right. PRMBench says of each step whether it is wrong, so all its steps count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepwiser_jax.evaluation.statistics import bootstrap_interval
+from stepwiser_jax.evaluation.statistics import Statistic, bootstrap_interval, observed
 from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem
 
 CHANCE = 0.5
@@ -56,33 +56,41 @@ def wrong_steps(item: BenchmarkItem) -> Sequence[int]:
     return () if item.first_error == -1 else (item.first_error,)
 
 
-def make_auc(
-    items: Sequence[BenchmarkItem], scores: Sequence[Sequence[float]], groups: np.ndarray
-) -> Callable[[np.ndarray], float]:
-    """Returns a function from rows, some of them maybe several times, to the AUC of these items: an
-    average over groups.
+def scores_by_truth(
+    items: Sequence[BenchmarkItem], scores: Sequence[Sequence[float]]
+) -> list[tuple[list[float], list[float]]]:
+    """Returns for each item the scores of its right steps, and of its wrong ones, from the score of
+    each step, [item][step]."""
+    return [
+        (
+            [score for step, score in enumerate(of_item) if item.is_right(step)],
+            [score for step, score in enumerate(of_item) if step in wrong_steps(item)],
+        )
+        for item, of_item in zip(items, scores, strict=True)
+    ]
+
+
+def step_auc(
+    scores: Sequence[tuple[Sequence[float], Sequence[float]]], groups: np.ndarray
+) -> Statistic:
+    """Returns the AUC of items' steps, an average over groups.
 
     Args:
-        items: Solutions with their wrong steps.
-        scores: The score of each step, [item][step].
-        groups: The group of each item.
+        scores: For each item the scores of its right steps, and of its wrong ones.
+        groups: The group of each item, (items,).
     """
-    counted = [
-        (row, score, step not in wrong_steps(item))
-        for row, (item, of_item) in enumerate(zip(items, scores, strict=True))
-        for step, score in enumerate(of_item)
-        if item.is_right(step) or step in wrong_steps(item)
+    steps = [
+        (number, score, is_right)
+        for number, item in enumerate(scores)
+        for is_right, of_kind in zip((True, False), item, strict=True)
+        for score in of_kind
     ]
-    columns = [np.array(column) for column in zip(*counted, strict=True)] or [np.zeros(0)] * 3
-    row, score, is_right = columns[0].astype(int), columns[1], columns[2].astype(bool)
-    of_group = {group: np.flatnonzero(groups[row] == group) for group in np.unique(groups)}
-
-    def of_rows(rows: np.ndarray) -> float:
-        times = np.bincount(rows, minlength=len(items))[row]
-        steps = [of_group[group] for group in np.unique(groups[rows])]
-        return float(np.mean([auc(score[s], is_right[s], times[s]) for s in steps]))
-
-    return of_rows
+    item_of_step, score, is_right = np.reshape(steps, (-1, 3)).T
+    rows = item_of_step.astype(int)
+    of_groups = [np.flatnonzero(groups[rows] == group) for group in np.unique(groups)]
+    return lambda times: np.mean(
+        [auc(score[s], is_right[s], times[:, rows[s]]) for s in of_groups], axis=0
+    )
 
 
 def score_auc(
@@ -93,9 +101,8 @@ def score_auc(
     seed: int,
     strata: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Returns `auc`, an average over groups, with its 95% interval over items, see `make_auc`. Each
-    stratum, by default a group, keeps its size in every resample."""
-    of_rows, rows = make_auc(items, scores, groups), np.arange(len(items))
-    strata = groups if strata is None else strata
-    interval = bootstrap_interval(rows, of_rows, seed=seed, strata=strata)
-    return {"auc": of_rows(rows), "auc_interval": interval}
+    """Returns the AUC of `step_auc`, with its 95% interval over items. Each stratum, by default a
+    group, keeps its size in every resample."""
+    statistic = step_auc(scores_by_truth(items, scores), groups)
+    interval = bootstrap_interval(statistic, groups if strata is None else strata, seed=seed)
+    return {"auc": observed(statistic, len(items)), "auc_interval": interval}

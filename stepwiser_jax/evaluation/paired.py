@@ -13,7 +13,7 @@ from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge
 from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.auc import make_auc
+from stepwiser_jax.evaluation.auc import scores_by_truth, step_auc
 from stepwiser_jax.evaluation.judgments import (
     GREEDY,
     VotingRule,
@@ -29,7 +29,7 @@ from stepwiser_jax.evaluation.processbench import (
     subset_indices,
     subset_names,
 )
-from stepwiser_jax.evaluation.statistics import bootstrap_interval, mcnemar, paired_bootstrap
+from stepwiser_jax.evaluation.statistics import first, mcnemar, observed, paired_bootstrap
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
 from stepwiser_jax.judges.base import vote_suffixes
 from stepwiser_jax.manifest import read_manifest
@@ -65,16 +65,14 @@ def paired_comparison(
 
 
 def _compare(a: np.ndarray, b: np.ndarray, *, seed: int) -> dict[str, Any]:
-    def f1(outcomes: np.ndarray) -> float:
-        return float(f1_scores(outcomes)[0])
-
-    difference = paired_bootstrap(a, b, f1, seed=seed, strata=a["subset"])
+    f1_a, f1_b = (first(f1_scores(outcomes)) for outcomes in (a, b))
+    difference = paired_bootstrap(f1_a, f1_b, a["subset"], seed=seed)
     only_a = int(np.sum(a["is_found"] & ~b["is_found"]))
     only_b = int(np.sum(b["is_found"] & ~a["is_found"]))
     return {
         "items": len(a),
-        "f1_a": f1(a),
-        "f1_b": f1(b),
+        "f1_a": observed(f1_a, len(a)),
+        "f1_b": observed(f1_b, len(b)),
         "difference": difference.value,
         "difference_interval": [difference.low, difference.high],
         "difference_p": difference.p,
@@ -94,10 +92,10 @@ def paired_auc(
     """Returns the AUC of both judges (`evaluation.auc`), an average over subsets, and the 95%
     interval of `auc_b - auc_a` by a paired bootstrap within each subset."""
     subset = subset_indices(items)
-    a, b = (make_auc(items, p_positive, subset) for p_positive in (p_positive_a, p_positive_b))
-    rows = np.arange(len(items))
-    interval = bootstrap_interval(rows, lambda drawn: b(drawn) - a(drawn), seed=seed, strata=subset)
-    return {"auc_a": a(rows), "auc_b": b(rows), "auc_difference_interval": interval}
+    a, b = (step_auc(scores_by_truth(items, p), subset) for p in (p_positive_a, p_positive_b))
+    auc_a, auc_b = (observed(statistic, len(items)) for statistic in (a, b))
+    found = paired_bootstrap(a, b, subset, seed=seed, samples=1000)
+    return {"auc_a": auc_a, "auc_b": auc_b, "auc_difference_interval": [found.low, found.high]}
 
 
 # --- two runs -----------------------------------------------------------------------------------

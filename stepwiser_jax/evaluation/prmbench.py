@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.evaluation.auc import score_auc
-from stepwiser_jax.evaluation.statistics import bootstrap_interval
+from stepwiser_jax.evaluation.statistics import bootstrap_interval, observed, sums
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, accepts, verdict_rates
 from stepwiser_jax.records import PrmBenchItem, Verdict
 
@@ -59,25 +59,25 @@ def score_prmbench(
     )
     categories = [name for name, of in CATEGORIES.items() if set(of) <= set(class_names)]
 
-    def count_by_class(rows: np.ndarray) -> np.ndarray:
-        """Returns the counts (classes, 4) over these items."""
-        sums = np.zeros((len(class_names), 4))
-        np.add.at(sums, class_of_item[rows], counts[rows])
-        return sums
+    count_by_class = sums(counts, class_of_item)
+    counts_of_classes = observed(count_by_class, len(items))
 
-    def prm_scores(rows: np.ndarray) -> np.ndarray:
-        """Returns the PRMScores of the total, the categories and the classes."""
-        sums = count_by_class(rows)
-        total = sums[[name != ORIGINAL for name in class_names]].sum(axis=0)
-        by_class = {name: prm_score(sums[c], name) for c, name in enumerate(class_names)}
-        by_category = [np.mean([by_class[n] for n in CATEGORIES[name]]) for name in categories]
-        return np.array([prm_score(total), *by_category, *by_class.values()])
+    def prm_scores(times: np.ndarray) -> np.ndarray:
+        """Returns the PRMScores of the total, the categories and the classes: (resamples, n)."""
+        counted = count_by_class(times)
+        total = counted[:, [name != ORIGINAL for name in class_names]].sum(axis=1)
+        by_class = {name: prm_score(counted[:, c], name) for c, name in enumerate(class_names)}
+        by_category = [
+            sum(by_class[n] for n in CATEGORIES[name]) / len(CATEGORIES[name])
+            for name in categories
+        ]
+        return np.stack([prm_score(total), *by_category, *by_class.values()], axis=1)
 
-    everything = np.arange(len(items))
-    intervals = bootstrap_interval(everything, prm_scores, seed=seed, strata=class_of_item)
+    values = observed(prm_scores, len(items))
+    intervals = bootstrap_interval(prm_scores, class_of_item, seed=seed)
     scores = [
         {"prm_score": value, "prm_score_interval": interval}
-        for value, interval in zip(prm_scores(everything).tolist(), intervals, strict=True)
+        for value, interval in zip(values, intervals, strict=True)
     ]
     of_class = dict(zip(class_names, scores[1 + len(categories) :], strict=True))
     rows = [row for row, item in enumerate(items) if item.subset != ORIGINAL]
@@ -89,10 +89,8 @@ def score_prmbench(
         "total": scores[0],
         "categories": dict(zip(categories, scores[1:], strict=False)),
         "classes": {
-            name: {"items": int(np.sum(class_of_item == c))} | of_class[name] | step_rates(sums)
-            for c, (name, sums) in enumerate(
-                zip(class_names, count_by_class(everything), strict=True)
-            )
+            name: {"items": int(np.sum(class_of_item == c))} | of_class[name] | step_rates(counts)
+            for c, (name, counts) in enumerate(zip(class_names, counts_of_classes, strict=True))
         },
         **verdict_rates(verdicts),
     }
@@ -109,26 +107,31 @@ def count_steps(
     return found[0], found[1], found[2], found[3]
 
 
-def prm_score(counts: np.ndarray, name: str = "") -> float:
-    """Returns the PRMScore of the class `name` from counts (4,) in the order of `count_steps`."""
+def prm_score(counts: np.ndarray, name: str = "") -> np.ndarray:
+    """Returns the PRMScore of the class `name`, (...), from counts (..., 4) in the order of
+    `count_steps`."""
     f1, negative_f1 = f1_scores(counts)
     return f1 if name == WITHOUT_ERRORS else (f1 + negative_f1) / 2
 
 
-def f1_scores(counts: np.ndarray) -> tuple[float, float]:
-    """Returns F1 of the right steps and of the wrong ones; 0 if there are none."""
-    kept, missed, refused, caught = counts.tolist()
-    errors = missed + refused
-    return 2 * kept / max(1, 2 * kept + errors), 2 * caught / max(1, 2 * caught + errors)
+def f1_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns F1 of the right steps and of the wrong ones, each (...), from counts (..., 4); 0 if
+    there are none."""
+    kept, missed, refused, caught = np.moveaxis(counts, -1, 0)
+    f1, negative_f1 = (
+        2 * hits / np.maximum(1, 2 * hits + missed + refused) for hits in (kept, caught)
+    )
+    return f1, negative_f1
 
 
-def step_rates(counts: np.ndarray) -> dict[str, float]:
-    """Returns both F1, and the accuracies on right and on wrong steps; 0 over no steps."""
-    kept, missed, refused, caught = counts.tolist()
-    f1, negative_f1 = f1_scores(counts)
+def step_rates(counts: Sequence[float]) -> dict[str, float]:
+    """Returns both F1, and the accuracies on right and on wrong steps, from counts [4]; 0 over no
+    steps."""
+    kept, missed, refused, caught = counts
+    f1, negative_f1 = f1_scores(np.array(counts))
     return {
-        "f1": f1,
-        "negative_f1": negative_f1,
+        "f1": float(f1),
+        "negative_f1": float(negative_f1),
         "right_step_accuracy": kept / max(1, kept + refused),
         "wrong_step_accuracy": caught / max(1, caught + missed),
     }

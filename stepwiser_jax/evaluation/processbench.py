@@ -9,14 +9,14 @@ instead (eq 4). Both are reported, as fractions; the official scorer prints perc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.auc import score_auc
-from stepwiser_jax.evaluation.statistics import bootstrap_interval
+from stepwiser_jax.evaluation.statistics import Statistic, bootstrap_interval, observed, sums
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, first_predicted_error, verdict_rates
 from stepwiser_jax.records import BenchmarkItem, ProcessBenchItem, Verdict
 
@@ -53,22 +53,29 @@ def subset_names(items: Sequence[BenchmarkItem]) -> list[str]:
     return list(dict.fromkeys(item.subset for item in items))
 
 
-def count_outcomes(outcomes: np.ndarray) -> np.ndarray:
-    """Returns the numbers of outcomes (subsets present, 2, 2), by the two flags after `subset`."""
-    subset, first, second = (outcomes[name].astype(int) for name in outcomes.dtype.names or ())
-    shape = (subset.max(initial=0) + 1, 2, 2)
-    cells = np.ravel_multi_index((subset, first, second), shape)
-    counts = np.bincount(cells, minlength=np.prod(shape)).reshape(shape)
-    return counts[counts.any(axis=(1, 2))] if len(outcomes) else counts
+def average_over_subsets(
+    outcomes: np.ndarray, scores: Callable[[np.ndarray], Sequence[np.ndarray]]
+) -> Statistic:
+    """Returns n scores, (resamples, n), averaged over subsets, of items with a `subset` and two
+    flags, (items,). `scores` makes n arrays (resamples, subsets) of the numbers of items by these
+    flags, (resamples, subsets, 2, 2)."""
+    one, other = (outcomes[name].astype(int) for name in (outcomes.dtype.names or ())[1:])
+    count = sums(np.eye(4)[2 * one + other].reshape(-1, 2, 2), outcomes["subset"])
+    subsets = max(1, len(np.unique(outcomes["subset"])))
+    return lambda times: np.sum(scores(count(times)), axis=2).T / subsets
 
 
-def f1_scores(outcomes: np.ndarray) -> np.ndarray:
-    """Returns `SCORES`, averaged over subsets: the harmonic mean of the accuracies on items with an
-    error and on those without, and both accuracies. An undefined one is 0 (officially: nan)."""
-    counts = count_outcomes(outcomes)
-    acc_correct, acc_error = (counts[..., 1] / np.maximum(1, counts.sum(axis=-1))).T
-    f1 = harmonic_mean(acc_error, acc_correct)
-    return np.array([f1, acc_error, acc_correct]).mean(axis=1)
+def f1_scores(outcomes: np.ndarray) -> Statistic:
+    """Returns `SCORES`, (resamples, 3), averaged over subsets: the harmonic mean of the accuracies
+    on items with an error and on those without, and both accuracies. An undefined one is 0
+    (officially: nan)."""
+
+    def scores(counts: np.ndarray) -> list[np.ndarray]:
+        accuracies = counts[..., 1] / np.maximum(1, counts.sum(axis=-1))
+        acc_correct, acc_error = np.moveaxis(accuracies, -1, 0)
+        return [harmonic_mean(acc_error, acc_correct), acc_error, acc_correct]
+
+    return average_over_subsets(outcomes, scores)
 
 
 def harmonic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -103,11 +110,7 @@ def _scores(
         )
     outcomes = np.zeros(len(labels), OUTCOME)
     outcomes["has_error"], outcomes["is_found"] = has_error, np.equal(predictions, labels)
-    return _named(f1_scores(outcomes))
-
-
-def _named(scores: np.ndarray) -> dict[str, float]:
-    return dict(zip(SCORES, scores.tolist(), strict=True))
+    return dict(zip(SCORES, observed(f1_scores(outcomes), len(outcomes)), strict=True))
 
 
 # --- a benchmark of several subsets -------------------------------------------------------------
@@ -138,15 +141,15 @@ def score_by_subset(
 
     subset_of_item = subset_indices(items)
 
-    def scores(rows: Sequence[int]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def scores(rows: list[int]) -> dict[str, Any]:
+        found, strata = {}, subset_of_item[rows]
         if p_positive is not None:
             of_rows = [items[r] for r in rows], [p_positive[r] for r in rows]
-            found |= score_auc(*of_rows, subset_of_item[np.asarray(rows)], seed=seed)
+            found |= score_auc(*of_rows, strata, seed=seed)
         for split, of_split in outcomes.items():
-            of_rows = of_split[np.asarray(rows)]
-            found[split] = _named(f1_scores(of_rows))
-            intervals = bootstrap_interval(of_rows, f1_scores, seed=seed, strata=of_rows["subset"])
+            statistic = f1_scores(of_split[rows])
+            found[split] = dict(zip(SCORES, observed(statistic, len(rows)), strict=True))
+            intervals = bootstrap_interval(statistic, strata, seed=seed)
             for name, interval in zip(SCORES, intervals, strict=True):
                 found[f"{split}_{name}_interval"] = interval
         return found
@@ -161,7 +164,7 @@ def score_by_subset(
             **verdict_rates(verdicts_of_rows),
             "steps_right": step_accuracy([items[r] for r in rows], verdicts_of_rows),
         }
-    return {"subsets": subsets, "average": scores(range(len(items)))}
+    return {"subsets": subsets, "average": scores(list(range(len(items))))}
 
 
 def step_accuracy(

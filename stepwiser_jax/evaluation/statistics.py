@@ -3,59 +3,92 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from stepwiser_jax.records import Trajectory, natural_key
 
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""A function of how often each item is drawn, (resamples, items). It returns the value of each
+resample, (resamples,), or its values, (resamples, n)."""
+
+RESAMPLES_AT_ONCE = 100
+"""Resamples of a benchmark's 80,000 steps, that many at a time, take 64 MB."""
+
+
+def observed(statistic: Statistic, items: int) -> Any:
+    """Returns the value, or the list of n values, of the items themselves: each counts once."""
+    return statistic(np.ones((1, items), int))[0].tolist()
+
+
+def mean(values: ArrayLike) -> Statistic:
+    """Returns the mean of the items' values, (items,)."""
+    column = np.asarray(values, float)
+    return lambda times: times @ column / times.sum(axis=1)
+
+
+def sums(values: np.ndarray, groups: np.ndarray) -> Statistic:
+    """Returns the sums over each group, (resamples, groups, ...), of the items' values,
+    (items, ...). Groups are in ascending order of the items' `groups`, (items,)."""
+    is_in_group = (groups[:, None] == np.unique(groups)).astype(float)
+    values_of_group = np.einsum("ig,i...->ig...", is_in_group, values)
+    return lambda times: np.tensordot(times, values_of_group, 1)
+
+
+def first(statistic: Statistic) -> Statistic:
+    """Returns the first value of a statistic of several."""
+    return lambda times: statistic(times)[:, 0]
+
+
+def multiplicities(strata: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns how often each item is in each resample, (samples, items), in which each stratum of
+    items, (items,), keeps its size."""
+    times = np.empty((samples, len(strata)), int)
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
+        drawn = rng.integers(len(rows), size=(samples, len(rows)))
+        drawn += len(rows) * np.arange(samples)[:, None]
+        times[:, rows] = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+    return times
+
+
+def _resampled(
+    statistic: Statistic, strata: np.ndarray, samples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns the statistic of each resample, (samples,) or (samples, n)."""
+    sizes = [min(RESAMPLES_AT_ONCE, samples - i) for i in range(0, samples, RESAMPLES_AT_ONCE)]
+    return np.concatenate([statistic(multiplicities(strata, size, rng)) for size in sizes])
+
+
+def _interval(resampled: np.ndarray) -> list[Any]:
+    return np.quantile(resampled, [0.025, 0.975], axis=0).T.tolist()
+
 
 def bootstrap_interval(
-    items: Sequence[Any] | np.ndarray,
-    statistic: Callable[[Any], Any],
-    *,
-    seed: int,
-    strata: Sequence[Any] | np.ndarray | None = None,
-    samples: int = 1000,
-    level: float = 0.95,
+    statistic: Statistic, strata: np.ndarray, *, seed: int, samples: int = 1000
 ) -> list[Any]:
-    """Returns the percentile bootstrap interval [low, high] of a statistic.
+    """Returns the 95% percentile bootstrap interval [low, high] of a statistic, or one for each of
+    its values, [n][2].
 
     `scipy.stats.bootstrap` refuses a stratum of one item, which small benchmarks have.
 
     Args:
-        items: One entry per item; a resample is an array if this is one, else a list.
-        statistic: Function of a resample. If it returns n values, there are n intervals.
+        statistic: Function of how often each item is drawn, see `Statistic`.
+        strata: The stratum of each item, (items,). Each stratum keeps its size in every resample.
         seed: Seeds the resamples.
-        strata: The stratum of each item. Each stratum keeps its size in every resample.
         samples: Number of resamples.
-        level: Confidence level.
     """
-
-    def take(rows: np.ndarray) -> Any:
-        return items[rows] if isinstance(items, np.ndarray) else [items[i] for i in rows]
-
-    values = [statistic(take(rows)) for rows in _resamples(len(items), strata, samples, seed)]
-    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist()
-
-
-def _resamples(
-    count: int, strata: Sequence[Any] | np.ndarray | None, samples: int, seed: int
-) -> Iterator[np.ndarray]:
-    """Yields the row indices of each resample."""
-    rng = np.random.default_rng(seed)
-    stratum_of_row = np.zeros(count, int) if strata is None else np.asarray(strata)
-    members = [np.flatnonzero(stratum_of_row == s) for s in np.unique(stratum_of_row)]
-    for _ in range(samples):
-        yield np.concatenate([rng.choice(rows, len(rows)) for rows in members])
+    return _interval(_resampled(statistic, strata, samples, np.random.default_rng(seed)))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference, its percentile interval, and the two-sided p-value of no difference."""
+    """A difference, its 95% percentile interval, and the two-sided p-value of no difference."""
 
     value: float
     low: float
@@ -64,52 +97,30 @@ class Difference:
 
 
 def paired_bootstrap(
-    a: np.ndarray,
-    b: np.ndarray,
-    statistic: Callable[[np.ndarray], float],
-    *,
-    seed: int,
-    strata: np.ndarray | None = None,
-    samples: int = 10_000,
-    level: float = 0.95,
+    a: Statistic, b: Statistic, strata: np.ndarray, *, seed: int, samples: int = 10_000
 ) -> Difference:
-    """Returns `statistic(b) - statistic(a)` with a bootstrap over pairs.
+    """Returns `b - a` with a bootstrap over pairs.
 
-    Row i of `a` and `b` is the same item, and every resample draws the same items for both. p is
+    Both are statistics of the same items, and every resample draws the same items for both. p is
     the smallest level at which the interval touches 0: twice the smaller share of resampled
     differences on either side of 0. A difference of 0 counts on both sides, and the observed one
-    counts as one more, so that p is never 0.
+    counts as one more, so that p is never 0. The other arguments are those of `bootstrap_interval`.
     """
-    differences = np.array(
-        [
-            statistic(b[rows]) - statistic(a[rows])
-            for rows in _resamples(len(a), strata, samples, seed)
-        ]
-    )
-    return _difference(float(statistic(b) - statistic(a)), differences, level)
+    value = observed(b, len(strata)) - observed(a, len(strata))
+    rng = np.random.default_rng(seed)
+    return _difference(value, _resampled(lambda x: b(x) - a(x), strata, samples, rng))
 
 
-def _difference(value: float, resampled: np.ndarray, level: float) -> Difference:
-    """Returns an observed difference with what its resamples say of it."""
+def _difference(value: float, resampled: np.ndarray) -> Difference:
+    """Returns an observed difference with what its resamples, (samples,), say of it."""
     tail = int(min(np.sum(resampled <= 0), np.sum(resampled >= 0)))
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     p = min(1.0, 2 * (1 + tail) / (1 + len(resampled)))
-    return Difference(value, float(low), float(high), p)
-
-
-def multiplicities(items: int, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns how often each item is in each resample of as many items: (samples, items)."""
-    drawn = rng.integers(items, size=(samples, items)) + items * np.arange(samples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=samples * items).reshape(samples, items)
+    low, high = _interval(resampled)
+    return Difference(value, low, high, p)
 
 
 def hierarchical_bootstrap(
-    differences: Sequence[Callable[[np.ndarray], np.ndarray]],
-    items: Sequence[int],
-    *,
-    seed: int,
-    samples: int = 10_000,
-    level: float = 0.95,
+    differences: Sequence[Statistic], items: Sequence[int], *, seed: int, samples: int = 10_000
 ) -> Difference:
     """Returns the mean over seeds of a paired difference, with a bootstrap over seeds and items.
 
@@ -118,24 +129,19 @@ def hierarchical_bootstrap(
     p is that of `paired_bootstrap`.
 
     Args:
-        differences: For each seed, a function of how often each item is in each resample
-            (resamples, items). It returns each resample's difference.
+        differences: The difference of each seed, a statistic of its items.
         items: The number of items of each seed.
         seed: Seeds the resamples.
         samples: Number of resamples.
-        level: Confidence level.
     """
     rng, count = np.random.default_rng(seed), len(differences)
     drawn = rng.integers(count, size=(samples, count))
-    found = np.zeros((samples, count))
-    for s, (difference, size) in enumerate(zip(differences, items, strict=True)):
-        found[drawn == s] = difference(multiplicities(size, int(np.sum(drawn == s)), rng))
-    resampled = found.mean(axis=1)
-    observed = [
-        float(difference(np.ones((1, size), int))[0])
-        for difference, size in zip(differences, items, strict=True)
-    ]
-    return _difference(float(np.mean(observed)), resampled, level)
+    resampled = np.zeros((samples, count))
+    for s in np.unique(drawn):
+        is_s, strata = drawn == s, np.zeros(items[s])
+        resampled[is_s] = _resampled(differences[s], strata, int(is_s.sum()), rng)
+    found = [observed(difference, n) for difference, n in zip(differences, items, strict=True)]
+    return _difference(float(np.mean(found)), resampled.mean(axis=1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -157,9 +163,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def accuracy(right: Sequence[float], *, seed: int) -> dict[str, Any]:
     """Returns the mean of each problem's share of right answers, with its 95% interval over
     problems."""
+    statistic = mean(right)
     return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_interval": bootstrap_interval(np.asarray(right), np.mean, seed=seed),
+        "accuracy": observed(statistic, len(right)),
+        "accuracy_interval": bootstrap_interval(statistic, np.zeros(len(right)), seed=seed),
     }
 
 
@@ -172,16 +179,30 @@ def right_by_problem(trajectories: Sequence[Trajectory]) -> list[float]:
     return [sum(found) / len(found) for found in right.values()]
 
 
-def balanced_accuracy(labels: Sequence[bool], truths: Sequence[bool]) -> dict[str, float]:
-    """Returns the mean of the accuracies on right and on wrong chunks, with precision and recall
-    of the negative labels. A fraction of no chunks is 0."""
-    pairs = list(zip(labels, truths, strict=True))
-    caught = pairs.count((False, False))
+LabelsAndTruths = list[tuple[bool, bool]]
+"""For each chunk: its label, and whether it is right."""
+
+LABEL_SCORES = ("balanced_accuracy", "negative_precision", "negative_recall")
+
+
+def count_labels(pairs: LabelsAndTruths) -> tuple[int, int, int, int]:
+    """Returns the numbers of wrong chunks, of those of them with a negative label, of right chunks,
+    and of those of them with a positive label."""
     wrong = sum(not truth for _, truth in pairs)
-    recall = caught / max(1, wrong)
-    right_accuracy = pairs.count((True, True)) / max(1, len(pairs) - wrong)
-    return {
-        "balanced_accuracy": (recall + right_accuracy) / 2,
-        "negative_precision": caught / max(1, sum(not label for label, _ in pairs)),
-        "negative_recall": recall,
-    }
+    return wrong, pairs.count((False, False)), len(pairs) - wrong, pairs.count((True, True))
+
+
+def label_scores(counts: Sequence[Sequence[int]]) -> Statistic:
+    """Returns `LABEL_SCORES`, (resamples, 3), of items' `count_labels`, [item][4]: the mean of the
+    accuracies on right and on wrong chunks, with precision and recall of the negative labels. A
+    fraction of no chunks is 0."""
+    table = np.asarray(counts, float)
+
+    def scores(times: np.ndarray) -> np.ndarray:
+        wrong, caught, right, kept = (times @ table).T
+        recall = caught / np.maximum(1, wrong)
+        balanced = (recall + kept / np.maximum(1, right)) / 2
+        precision = caught / np.maximum(1, caught + right - kept)
+        return np.stack([balanced, precision, recall], axis=1)
+
+    return scores

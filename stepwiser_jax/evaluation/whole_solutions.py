@@ -13,27 +13,30 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.evaluation.processbench import (
-    count_outcomes,
+    average_over_subsets,
     harmonic_mean,
     subset_indices,
     subset_names,
 )
-from stepwiser_jax.evaluation.statistics import bootstrap_interval
+from stepwiser_jax.evaluation.statistics import Statistic, bootstrap_interval, observed
 from stepwiser_jax.records import ProcessBenchItem
 
 OUTCOME = np.dtype([("subset", int), ("is_correct", bool), ("is_accepted", bool)])
 SCORES = ("binary_f1", "precision", "recall", "accuracy")
 
 
-def solution_scores(outcomes: np.ndarray) -> np.ndarray:
-    """Returns `SCORES` of an array of `OUTCOME`, averaged over subsets. Undefined ones are 0."""
-    counts = count_outcomes(outcomes)
-    hits = counts[:, 1, 1]
-    precision = hits / np.maximum(1, counts[:, :, 1].sum(axis=1))
-    recall = hits / np.maximum(1, counts[:, 1, :].sum(axis=1))
-    accuracy = (counts[:, 0, 0] + hits) / np.maximum(1, counts.sum(axis=(1, 2)))
-    f1 = harmonic_mean(precision, recall)
-    return np.array([f1, precision, recall, accuracy]).mean(axis=1)
+def solution_scores(outcomes: np.ndarray) -> Statistic:
+    """Returns `SCORES`, (resamples, 4), of an array of `OUTCOME`, averaged over subsets. Undefined
+    ones are 0."""
+
+    def scores(counts: np.ndarray) -> list[np.ndarray]:
+        hits = counts[..., 1, 1]
+        precision = hits / np.maximum(1, counts[..., 1].sum(axis=-1))
+        recall = hits / np.maximum(1, counts[..., 1, :].sum(axis=-1))
+        accuracy = (counts[..., 0, 0] + hits) / np.maximum(1, counts.sum(axis=(-2, -1)))
+        return [harmonic_mean(precision, recall), precision, recall, accuracy]
+
+    return average_over_subsets(outcomes, scores)
 
 
 def solutions_by_subset(
@@ -56,14 +59,13 @@ def solutions_by_subset(
     outcomes["subset"] = subset
     outcomes["is_correct"] = [item.first_error == -1 for item in items]
     outcomes["is_accepted"] = np.asarray(p_correct) >= 0.5
-    names, bad = np.array([item.subset for item in items]), np.asarray(bad_outputs)
+    bad = np.asarray(bad_outputs)
 
     def scores(rows: np.ndarray) -> dict[str, Any]:
-        values = solution_scores(outcomes[rows]).tolist()
-        bad_of_subset = [bad[rows][subset[rows] == s].mean() for s in np.unique(subset[rows])]
-        intervals = bootstrap_interval(
-            outcomes[rows], solution_scores, seed=seed, strata=names[rows]
-        )
+        statistic, strata = solution_scores(outcomes[rows]), subset[rows]
+        values = observed(statistic, len(rows))
+        bad_of_subset = [bad[rows][strata == s].mean() for s in np.unique(strata)]
+        intervals = bootstrap_interval(statistic, strata, seed=seed)
         return {
             **dict(zip(SCORES, values, strict=True)),
             "bad_outputs": float(np.mean(bad_of_subset)),

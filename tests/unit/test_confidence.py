@@ -9,10 +9,11 @@ from stepwiser_jax.commands.reproduce.items import value_of
 from stepwiser_jax.config import Evaluate, Sampling
 from stepwiser_jax.distributed.loading import Loaded
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.evaluation.auc import CHANCE, auc, make_auc
+from stepwiser_jax.evaluation.auc import CHANCE, auc, scores_by_truth, step_auc
 from stepwiser_jax.evaluation.judgments import rules_of, score_judgments, threshold_of
 from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, processbench_f1, score_by_subset
+from stepwiser_jax.evaluation.statistics import observed
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, StopReason
@@ -304,7 +305,7 @@ def test_auc_without_steps_of_both_kinds_is_chance():
 def test_one_auc_everywhere():
     """Of a benchmark, of a judge in training, and of the comparison."""
     items, p_positive = planted(np.random.default_rng(1), 50)
-    expected = make_auc(items, p_positive, np.zeros(50, int))(np.arange(50))
+    expected = observed(step_auc(scores_by_truth(items, p_positive), np.zeros(50)), 50)
     assert expected == slow_auc(items, p_positive)
     steps = [
         (p, item.is_right(step))
@@ -315,12 +316,7 @@ def test_one_auc_everywhere():
     judgments = [ChunkJudgment("", P, p, 1) for p, _ in steps]
     labels = [is_right for _, is_right in steps]
     assert judgment_metrics(labels, judgments, [None] * len(steps))["auc"] == expected
-    ends = [
-        len(p) if i.first_error == -1 else i.first_error
-        for i, p in zip(items, p_positive, strict=True)
-    ]
-    compared = [(p[:end], p[end : end + 1]) for p, end in zip(p_positive, ends, strict=True)]
-    assert value_of("auc/row", compared) == expected
+    assert value_of("auc/row", scores_by_truth(items, p_positive)) == expected
 
 
 def slow_auc(items, p_positive):
@@ -362,10 +358,13 @@ def test_auc_against_counting_pairs():
     assert scores["average"]["auc"] == pytest.approx(np.mean(of_subsets))
     rows = np.array([3, 3, 3, *range(20)])
     drawn = [items[i] for i in rows], [p_positive[i] for i in rows]
-    resampled = make_auc(items, p_positive, np.zeros(60, int))(rows)
+    statistic = step_auc(scores_by_truth(items, p_positive), np.zeros(60))
+    (resampled,) = statistic(np.bincount(rows, minlength=60)[None])
     assert resampled == pytest.approx(slow_auc(*drawn)), "a resample counts an item several times"
-    ordered = [[1 - j for j in range(4)] for _ in items]
-    assert make_auc(items[:1], ordered[:1], np.zeros(1, int))(np.array([0])) in (0.5, 1.0)
+    no_right_step = ProcessBenchItem("0", "a", "q", ("s",), 0, False)
+    (alone,) = scores_by_truth([no_right_step], [[0.2]])
+    assert alone == ([], [0.2])
+    assert observed(step_auc([alone, ([], [])], np.arange(2)), 2) == CHANCE
 
 
 def test_prmbench_has_the_auc_of_all_its_steps():

@@ -9,14 +9,20 @@ import pytest
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.paired import paired_comparison
 from stepwiser_jax.evaluation.processbench import (
+    f1_scores,
+    item_outcomes,
     processbench_f1,
     processbench_f1_by_final_answer,
     score_by_subset,
 )
 from stepwiser_jax.evaluation.statistics import (
-    balanced_accuracy,
+    LABEL_SCORES,
     bootstrap_interval,
+    count_labels,
+    label_scores,
     mcnemar,
+    mean,
+    observed,
     paired_bootstrap,
 )
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, majority_verdict
@@ -126,7 +132,7 @@ def slow_solution_scores(p_correct, is_correct):
 def scores_of(p_correct, is_correct):
     outcomes = np.zeros(len(is_correct), OUTCOME)
     outcomes["is_correct"], outcomes["is_accepted"] = is_correct, np.array(p_correct) >= 0.5
-    return dict(zip(SCORES, solution_scores(outcomes), strict=True))
+    return dict(zip(SCORES, observed(solution_scores(outcomes), len(outcomes)), strict=True))
 
 
 def test_scores_of_whole_solutions_against_counting():
@@ -164,21 +170,27 @@ def test_scores_of_whole_solutions_by_subset():
 
 
 def test_balanced_accuracy_by_hand():
-    found = balanced_accuracy([False, True, True, False], [False, False, True, True])
-    assert found == {"balanced_accuracy": 0.5, "negative_precision": 0.5, "negative_recall": 0.5}
-    skewed = balanced_accuracy([True] * 10, [True] * 9 + [False])
-    assert skewed["balanced_accuracy"] == 0.5
+    """Of all chunks together, whichever problems they are of."""
+    problems = [
+        [(False, False), (True, False), (True, True)],
+        [],
+        [(False, True), (False, False), (True, False), (True, False)],
+    ]
+    scores = label_scores([count_labels(pairs) for pairs in problems])
+    assert LABEL_SCORES == ("balanced_accuracy", "negative_precision", "negative_recall")
+    assert observed(scores, 3) == [(2 / 5 + 1 / 2) / 2, 2 / 3, 2 / 5]
+    times = np.array([[1, 2, 0], [0, 3, 0], [0, 0, 3]])
+    assert scores(times).tolist() == [[0.75, 1, 0.5], [0, 0, 0], [1 / 6, 1 / 2, 1 / 3]]
 
 
 def test_bootstrap_interval_covers_and_narrows():
     rng = np.random.default_rng(0)
-    wide = bootstrap_interval(rng.normal(size=50).tolist(), np.mean, seed=1)
-    narrow = bootstrap_interval(rng.normal(size=5000).tolist(), np.mean, seed=1)
+    statistic = mean(rng.normal(size=50))
+    wide = bootstrap_interval(statistic, np.zeros(50), seed=1)
+    narrow = bootstrap_interval(mean(rng.normal(size=5000)), np.zeros(5000), seed=1)
     assert narrow[0] < 0.03 < 0.06 > narrow[1] > -0.06
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
-    assert wide == bootstrap_interval(
-        np.random.default_rng(0).normal(size=50).tolist(), np.mean, seed=1
-    )
+    assert wide == bootstrap_interval(statistic, np.zeros(50), seed=1)
 
 
 # --- of two judges ------------------------------------------------------------------------------
@@ -208,7 +220,8 @@ def rates(right, items, repeats, level=0.05):
     found = {"bootstrap": 0, "mcnemar": 0}
     for repeat in range(repeats):
         a, b = (rng.random(items) < p for p in right)
-        found["bootstrap"] += paired_bootstrap(a, b, np.mean, seed=repeat, samples=199).p <= level
+        difference = paired_bootstrap(mean(a), mean(b), np.zeros(items), seed=repeat, samples=199)
+        found["bootstrap"] += difference.p <= level
         found["mcnemar"] += mcnemar(int(np.sum(a > b)), int(np.sum(b > a))) <= level
     return {test: count / repeats for test, count in found.items()}
 
@@ -223,28 +236,28 @@ def test_equal_judges_are_seldom_told_apart_and_unequal_ones_are():
 
 def test_a_paired_bootstrap_draws_the_same_items_for_both():
     """Two judges that differ by a constant have a difference without any spread."""
-    a = np.random.default_rng(0).normal(size=40)
-    found = paired_bootstrap(a, a + 1, np.mean, seed=0, samples=500)
+    a, strata = np.random.default_rng(0).normal(size=40), np.zeros(40)
+    found = paired_bootstrap(mean(a), mean(a + 1), strata, seed=0, samples=500)
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
     assert found.p == 2 / 501
-    nothing = paired_bootstrap(a, a, np.mean, seed=0, samples=500)
+    nothing = paired_bootstrap(mean(a), mean(a), strata, seed=0, samples=500)
     assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, 0, 0, 1)
 
 
 def test_a_paired_bootstrap_draws_within_strata():
     """As many of each as it has: a mean that depends on the stratum alone does not vary."""
     strata = np.array([0, 2, 2, 0, 2, 1])
-    sizes = {tuple(np.bincount(strata))}
+    a, b, sizes = mean(strata), mean(2 * strata), set()
 
-    def counts(drawn):
-        sizes.add(tuple(np.bincount(drawn, minlength=3)))
-        return float(drawn.sum())
+    def counts(times):
+        sizes.update(tuple(np.bincount(np.repeat(strata, row), minlength=3)) for row in times)
+        return times[:, 0]
 
-    found = paired_bootstrap(strata, 2 * strata, np.mean, seed=0, samples=200, strata=strata)
+    found = paired_bootstrap(a, b, strata, seed=0, samples=200)
     assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
-    paired_bootstrap(strata, strata, counts, seed=0, samples=200, strata=strata)
-    assert len(sizes) == 1
-    free = paired_bootstrap(strata, 2 * strata, np.mean, seed=0, samples=200)
+    paired_bootstrap(counts, counts, strata, seed=0, samples=200)
+    assert sizes == {(2, 1, 3)}
+    free = paired_bootstrap(a, b, np.zeros(6), seed=0, samples=200)
     assert free.low < free.value < free.high
 
 
@@ -254,7 +267,8 @@ def test_the_interval_and_p_of_a_paired_bootstrap_agree():
     seen = set()
     for shift in np.linspace(0.1, 0.5, 20):
         a = rng.normal(size=60)
-        found = paired_bootstrap(a, a + rng.normal(shift, 1, 60), np.mean, seed=1, samples=999)
+        b = a + rng.normal(shift, 1, 60)
+        found = paired_bootstrap(mean(a), mean(b), np.zeros(60), seed=1, samples=999)
         assert found.low < found.value < found.high
         if not 0.04 < found.p < 0.06:
             assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
@@ -319,9 +333,23 @@ def test_a_paired_comparison_of_items_without_an_error_is_zero_not_nan():
 
 
 def test_resamples_keep_the_size_of_every_stratum():
-    items, strata = ["a", *"bbbbbbbbb"], [0] + [1] * 9
-    assert bootstrap_interval(items, lambda x: x.count("a"), seed=0, strata=strata) == [1, 1]
-    assert bootstrap_interval(items, lambda x: x.count("a"), seed=0) == [0, 3]
+    assert bootstrap_interval(lambda times: times[:, 0], np.array([0] + [1] * 9), seed=0) == [1, 1]
+    assert bootstrap_interval(lambda times: times[:, 0], np.zeros(10), seed=0) == [0, 3]
+
+
+def test_scores_of_a_resample_are_those_of_its_items():
+    """Of several subsets, each of which is in every resample."""
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(-1, 3, (2, 60)).tolist()
+    subsets = rng.choice(["math", "gsm8k", "omnimath"], 60).tolist()
+    outcomes = item_outcomes(items_of(labels, subsets), predictions)
+    times = rng.integers(0, 3, (5, 60))
+    for scores, found in ((f1_scores, outcomes), (solution_scores, outcomes.astype(OUTCOME))):
+        of_resamples = scores(found)(times)
+        assert len(np.unique(of_resamples, axis=0)) == 5
+        for values, row in zip(of_resamples, times, strict=True):
+            drawn = np.repeat(found, row)
+            assert values.tolist() == observed(scores(drawn), len(drawn))
 
 
 def test_f1_accuracies_and_their_averages_have_intervals():

@@ -16,8 +16,7 @@ from stepwiser_jax.commands.reproduce.experiments import SeedRuns
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_files import validate
 from stepwiser_jax.data.datasets import load_judge_examples
-from stepwiser_jax.evaluation.processbench import f1_scores, item_outcomes
-from stepwiser_jax.evaluation.statistics import balanced_accuracy, multiplicities
+from stepwiser_jax.evaluation.statistics import multiplicities
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, SearchResult, Verdict
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.search.report import solved_by_method
@@ -274,24 +273,14 @@ def random_items(kind, rng, count=40):
 def slowly(kind, drawn):
     """The number of these items, item by item."""
     if kind in ("judge", "greedy"):
-        outcomes = item_outcomes(
-            [solution(i, 0 if error else -1) for i, (error, _) in enumerate(drawn)],
-            [(0 if error else -1) if found else 1 for error, found in drawn],
-        )
-        return f1_scores(outcomes)[0]
+        a, b = (np.mean([found for error, found in drawn if error == side]) for side in (0, 1))
+        return 2 * a * b / (a + b)
     if kind == "auc":
         pairs = [(r, w) for rs, _ in drawn for r in rs for _, ws in drawn for w in ws]
         return np.mean([(r > w) + (r == w) / 2 for r, w in pairs])
     if kind == "labels":
-        pairs = [
-            pair
-            for wrong, caught, right, kept in drawn
-            for pair in [(False, False)] * caught
-            + [(True, False)] * (wrong - caught)
-            + [(True, True)] * kept
-            + [(False, True)] * (right - kept)
-        ]
-        return balanced_accuracy(*zip(*pairs, strict=True))["balanced_accuracy"]
+        wrong, caught, right, kept = (sum(column) for column in zip(*drawn, strict=True))
+        return (caught / wrong + kept / right) / 2
     return np.mean(drawn)
 
 
@@ -299,7 +288,7 @@ def slowly(kind, drawn):
 def test_a_number_of_a_resample_is_that_of_its_items(kind):
     rng = np.random.default_rng(0)
     found = random_items(kind, rng)
-    draws = multiplicities(len(found), 20, rng)
+    draws = multiplicities(np.zeros(len(found)), 20, rng)
     assert draws.sum(axis=1).tolist() == [len(found)] * 20
     values = items.statistic_of(f"{kind}/row", found)(draws)
     for value, draw in zip(values, draws, strict=True):

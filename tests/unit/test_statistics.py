@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from stepwiser_jax.evaluation.statistics import (
+    RESAMPLES_AT_ONCE,
+    bootstrap_interval,
     hierarchical_bootstrap,
     holm,
+    mean,
     multiplicities,
     paired_bootstrap,
 )
@@ -66,11 +69,7 @@ def test_the_noise_of_seeds_is_in_p():
 def test_one_seed_is_a_paired_bootstrap():
     rng = np.random.default_rng(3)
     a, b = rng.random(30), rng.random(30) + 0.1
-
-    def statistic(values):
-        return float(np.sqrt(np.mean(values**2)))
-
-    expected = paired_bootstrap(a, b, statistic, seed=0)
+    expected = paired_bootstrap(root_mean_square(a), root_mean_square(b), np.zeros(30), seed=0)
     found = hierarchical_bootstrap([pair(a, b)], [30], seed=0)
     assert found.value == pytest.approx(expected.value)
     assert found.p == pytest.approx(expected.p, abs=0.03)
@@ -85,11 +84,26 @@ def test_p_is_never_0_and_no_difference_is_1():
 
 
 def test_items_are_drawn_alike():
-    draws = multiplicities(5, 4000, np.random.default_rng(0))
+    draws = multiplicities(np.zeros(5), 4000, np.random.default_rng(0))
     assert draws.shape == (4000, 5) and set(draws.sum(axis=1)) == {5}
     assert draws.mean(axis=0) == pytest.approx(np.ones(5), abs=0.05)
     # Binomial: 5 draws, each this item with a probability of 1/5.
     assert draws.var(axis=0) == pytest.approx(np.full(5, 5 * 0.2 * 0.8), abs=0.06)
+
+
+def test_few_resamples_are_in_memory_at_once():
+    blocks, values = [], np.arange(40)
+
+    def statistic(times):
+        blocks.append(times)
+        return mean(values)(times)
+
+    samples = 2 * RESAMPLES_AT_ONCE + 1
+    found = bootstrap_interval(statistic, np.zeros(40), seed=0, samples=samples)
+    assert [len(times) for times in blocks] == [RESAMPLES_AT_ONCE] * 2 + [1]
+    together = [np.repeat(values, times).mean() for times in np.concatenate(blocks)]
+    assert found == pytest.approx(np.quantile(together, [0.025, 0.975]).tolist())
+    assert len(set(together)) > RESAMPLES_AT_ONCE, "each block has other draws"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 30])

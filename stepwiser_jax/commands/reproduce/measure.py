@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from stepwiser_jax.commands.quickstart import LabelsAndTruths, labels_and_truths, timed
+from stepwiser_jax.commands.quickstart import labels_and_truths, timed
 from stepwiser_jax.commands.reproduce.claims import CLIP_PAIR
 from stepwiser_jax.commands.reproduce.experiments import (
     EXAMPLES,
@@ -37,9 +37,10 @@ from stepwiser_jax.commands.reproduce.experiments import (
 from stepwiser_jax.commands.reproduce.items import interval_of, value_of
 from stepwiser_jax.config import STAGE_CONFIGS, Search
 from stepwiser_jax.config_files import read_run_settings, validate
+from stepwiser_jax.evaluation.auc import scores_by_truth
 from stepwiser_jax.evaluation.paired import read_judgments
 from stepwiser_jax.evaluation.processbench import best_threshold
-from stepwiser_jax.evaluation.statistics import right_by_problem
+from stepwiser_jax.evaluation.statistics import count_labels, right_by_problem
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.files import atomic_write
 from stepwiser_jax.manifest import check_run_file
@@ -100,7 +101,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         for kind, of_kind in judge.items.items()
     }
     found = labels_and_truths(runs.run_dir)
-    items |= {f"labels/{rule}": label_items(of_rule) for rule, of_rule in found.items()}
+    items |= {f"labels/{rule}": list(map(count_labels, some)) for rule, some in found.items()}
     items |= {f"search/{name}": solved_by_problem(runs, f"search/{name}") for name in methods}
     clipped = {}
     if runs.task is MOD_10:
@@ -158,9 +159,7 @@ def read_judge(runs: SeedRuns, name: str) -> ReadJudge:
         for kind, of_kind in verdicts.items():
             is_found = first_predicted_error(of_kind) == item.first_error
             found[kind].append((item.first_error != -1, is_found))
-        p = [step.p_positive for step in steps]
-        end = item.first_error if item.first_error != -1 else len(p)
-        found["auc"].append((p[:end], p[end : end + 1]))
+        found["auc"] += scores_by_truth([item], [[step.p_positive for step in steps]])
     details = {"threshold": threshold, "examples": num_examples(runs, name)}
     for prefix, kind in (("", "judge"), ("greedy_", "greedy")):
         for side, has_error in (("error", True), ("correct", False)):
@@ -187,19 +186,6 @@ def num_examples(runs: SeedRuns, name: str) -> int:
 
 
 # --- labels and trainings -----------------------------------------------------------------------
-
-
-def label_items(of_problems: Sequence[LabelsAndTruths]) -> list[tuple[int, int, int, int]]:
-    """Returns the counts of `items` for each problem."""
-    return [
-        (
-            sum(not truth for _, truth in pairs),
-            pairs.count((False, False)),
-            sum(truth for _, truth in pairs),
-            pairs.count((True, True)),
-        )
-        for pairs in of_problems
-    ]
 
 
 def label_set(runs: SeedRuns, name: str) -> dict[str, Any]:
