@@ -859,7 +859,8 @@ class Grpo(Config):
     denominator: Literal["sampled", "kept"] = "sampled"
     """What divides the sum over groups if some are left out: the tokens (or judgments) of all of
     them, as in verl, where none is left out; or of those that are kept (DAPO), which makes updates
-    larger. The KL term is always a mean over those that are kept."""
+    larger. If further draws give more groups than are learned, those that are learned stand for
+    all that were kept. The KL term is always a mean over those that are learned."""
     max_resamples: int = Field(0, ge=0)
     """At most this number of times an iteration, sample new groups in place of those that were left
     out (DAPO's dynamic sampling)."""

@@ -92,28 +92,24 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     validation = make_validation(config, sampler, held_out, validation_dropped, iterations)
     training = make_training(config, directory, loaded, mesh, examples, iterations, validation)
     reference_of = make_reference(config, load_model)
-    grpo, num_prompts = config.grpo, config.prompts_per_iteration
+    max_resamples, num_prompts = config.grpo.max_resamples, config.prompts_per_iteration
     start, began = training.iteration, time.perf_counter()
     reporting = progress("train-judge", "iteration", iterations, start)
     with jax.set_mesh(mesh), training, reporting as bar:
         training.validate()
         for iteration in range(start, iterations):
             policy = training.state.model
-            sampled, groups = [], []
+            sampled = []
             with sampler.weights(policy):
-                for draw in range(1 + grpo.max_resamples):  # dynamic sampling
+                for draw in range(1 + max_resamples):  # dynamic sampling
                     fresh = sampler.sample_groups(next(training.loader), iteration, draw)
                     sampled += add_rewards(fresh, reward)
-                    groups = [g for g in sampled if g.has_signal or not grpo.drop_zero_variance]
-                    if len(groups) >= num_prompts:
+                    if sum(group.has_signal for group in sampled) >= num_prompts:
                         break
-            counted = [g for g in sampled if not g.has_signal] if grpo.counts_left_out else []
-            parts = split_groups(groups[:num_prompts], config.updates_per_iteration)
             batches = []
-            for update, part in enumerate(parts):
+            for part, share in updates_of(sampled, config):
                 advantages_PG = group_advantages(np.array([group.rewards_G for group in part]))
-                beside = counted[update :: len(parts)]
-                advantages_PG *= denominator_share(part, beside, grpo.aggregation)
+                advantages_PG *= share
                 batch = shard_batch(pack(part, advantages_PG, config), mesh)
                 batch = add_old_and_reference_logprobs(
                     batch,
@@ -300,3 +296,21 @@ def pack(
         row_lengths=config.row_lengths,
         micro_batches=config.training.micro_batches,
     )
+def updates_of(
+    sampled: Sequence[RolloutGroup], config: TrainJudge
+) -> list[tuple[Sequence[RolloutGroup], float]]:
+    """Returns the groups of each update of an iteration, and what their advantages are multiplied
+    by: the share of the groups with signal among all that were sampled, if those that are left out
+    count. Groups with signal that are too many to be learned count as the others do."""
+    grpo, num_prompts = config.grpo, config.prompts_per_iteration
+    kept = [group for group in sampled if group.has_signal or not grpo.drop_zero_variance]
+    counted = [g for g in sampled if not g.has_signal] if grpo.counts_left_out else []
+    surplus = kept[num_prompts:]
+    parts = split_groups(kept[:num_prompts], config.updates_per_iteration)
+    n = len(parts)
+    return [
+        (part, denominator_share([*part, *surplus[i::n]], counted[i::n], grpo.aggregation))
+        for i, part in enumerate(parts)
+    ]
+
+
