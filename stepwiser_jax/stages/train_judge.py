@@ -153,8 +153,11 @@ def load_examples(
         UserError: No example is left.
     """
     dropped: Counter[str] = Counter()
-    examples = drop_problems_of(held_out, read_examples(config.examples, dropped), dropped)
-    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+    read = read_examples(config.examples, dropped)
+    examples = drop_problems_of(held_out, read, dropped)
+    num_read = len(read) + dropped["excluded"]
+    fitting = fitting_examples(examples, config, loaded, config.examples, num_read, dropped)
+    return fitting, dict(dropped)
 
 
 def load_held_out(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
@@ -163,8 +166,10 @@ def load_held_out(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
         return [], {}
     dropped: Counter[str] = Counter()
     data = config.validation.examples
-    examples = part_of(read_examples(data, dropped), data)
-    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+    read = read_examples(data, dropped)
+    num_read = len(read) + dropped["excluded"]
+    fitting = fitting_examples(part_of(read, data), config, loaded, data, num_read, dropped)
+    return fitting, dict(dropped)
 
 
 def read_examples(data: DataSource, dropped: Counter[str]) -> list[JudgeExample]:
@@ -176,9 +181,15 @@ def read_examples(data: DataSource, dropped: Counter[str]) -> list[JudgeExample]
 
 
 def fitting_examples(
-    examples: Sequence[JudgeExample], config: TrainJudge, loaded: Loaded, dropped: Counter[str]
+    examples: Sequence[JudgeExample],
+    config: TrainJudge,
+    loaded: Loaded,
+    data: DataSource,
+    num_read: int,
+    dropped: Counter[str],
 ) -> list[JudgeExample]:
-    """Returns the examples whose prompts fit. Raises UserError if none does."""
+    """Returns the examples whose prompts fit: of those that were taken of the `num_read` in `data`.
+    Raises UserError if none does."""
     fitting = [
         example
         for example in examples
@@ -186,8 +197,9 @@ def fitting_examples(
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
-            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {data.source} is left: {num_read} were read, and all "
+            f"{len(examples)} that were taken of them have prompts longer than max_prompt_tokens = "
+            f"{config.max_prompt_tokens}"
         )
     dropped["too_long"] = len(examples) - len(fitting)
     return fitting
