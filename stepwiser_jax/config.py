@@ -750,7 +750,8 @@ class Validation(Config):
     examples: DataSource
     """The held-out examples: of the kinds that `examples` of the stage may be. Their problems are
     left out of the training, so they may be a part of the same data:
-    `{source: RUNS/labels, shuffle: true, limit: 512}`."""
+    `{source: RUNS/labels, shuffle: true, limit: 512}`. With `shuffle` whole problems are drawn,
+    until they have at least `limit` examples, since nothing of them is learned."""
     every: int = Field(ge=1)
     """Updates (iterations of `train-judge`) between two measurements. There is also one before the
     first update and one after the last."""

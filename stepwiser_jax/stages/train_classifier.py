@@ -57,7 +57,7 @@ from stepwiser_jax.training.batches import (
     fitting_documents,
     num_batches,
 )
-from stepwiser_jax.training.loop import TrainingRun, say_length
+from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.sft_loss import num_target_tokens
 from stepwiser_jax.training.validation import Measurements
 
@@ -71,6 +71,7 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     solutions, dropped = load_examples(config, held_out)
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
+    say_held_out("train-classifier", len(held_out), dropped.get("validation", 0))
     loaded = load(config, mesh)
     documents, too_long = fitting_documents(
         [make_document(solution, loaded.tokenizer, config) for solution in solutions],

@@ -67,7 +67,7 @@ from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import example_loader
-from stepwiser_jax.training.loop import TrainingRun, say_length
+from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.step import mean_metrics
 from stepwiser_jax.training.validation import Measurements
 
@@ -86,6 +86,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     loaded = load_model()
     held_out, validation_dropped = load_held_out(config, loaded)
     examples, dropped = load_examples(config, loaded, held_out)
+    say_held_out("train-judge", len(held_out), dropped.get("validation", 0))
     iterations = config.iterations or iterations_of(config, len(examples))
     say_length("train-judge", config.epochs, len(examples), f"{iterations} iterations")
     sampler = make_sampler(config, directory, loaded, sampling_mesh)
@@ -297,17 +298,6 @@ def make_reference(config: TrainJudge, load_model: Callable[[], Loaded]) -> Call
     return lambda policy: reference
 
 
-def pack(
-    groups: Sequence[RolloutGroup], advantages_PG: ArrayLike, config: TrainJudge
-) -> RolloutBatch:
-    """Returns the batch of one update."""
-    return pack_groups(
-        groups,
-        advantages_PG,
-        num_rows=config.prompts_per_iteration // config.updates_per_iteration,
-        row_lengths=config.row_lengths,
-        micro_batches=config.training.micro_batches,
-    )
 def updates_of(
     sampled: Sequence[RolloutGroup], config: TrainJudge
 ) -> list[tuple[Sequence[RolloutGroup], float]]:
@@ -326,3 +316,14 @@ def updates_of(
     ]
 
 
+def pack(
+    groups: Sequence[RolloutGroup], advantages_PG: ArrayLike, config: TrainJudge
+) -> RolloutBatch:
+    """Returns the batch of one update."""
+    return pack_groups(
+        groups,
+        advantages_PG,
+        num_rows=config.prompts_per_iteration // config.updates_per_iteration,
+        row_lengths=config.row_lengths,
+        micro_batches=config.training.micro_batches,
+    )
