@@ -618,7 +618,8 @@ class LabelRule(Config):
 
 class AdaptiveRollouts(LabelRule):
     """Stop sampling a prefix once the labels around it are known. `label` must then use the same
-    rule with the same arguments, and the same `dead_prefix`."""
+    rule with the same arguments, the same `dead_prefix` and no `min_prefix_value`, and a classifier
+    learns no soft labels: the labels are known, but the values are not."""
 
     confidence: float = Field(1.0, gt=0.5, le=1)
     """How sure a label must be. With 1 it can no longer change: labels are then those of
@@ -685,7 +686,9 @@ class Label(Stage, FromSolutions, Asked, BoundedJudgePrompts, LabelRule):
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     """Labelled chunks whose prefix was worth less give no example; 0 leaves none out, as the paper
     has it. Any number above 0 also leaves out chunks after a prefix worth 0, whatever `dead_prefix`
-    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
+    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M. Above
+    0 the values must be of all M rollouts: `adaptive` ones stop when labels are known, and chance
+    in the first few would decide which examples are kept."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
 
@@ -829,7 +832,8 @@ class TrainClassifier(SupervisedStage):
     """Train a discriminative process reward model: + or - after every chunk (paper 4.2)."""
 
     labels: Literal["hard", "soft"] = "hard"
-    """`hard` learns the labels, `soft` the value after the chunk (Math-Shepherd)."""
+    """`hard` learns the labels, `soft` the value after the chunk (Math-Shepherd). That must be of
+    all M rollouts: `adaptive` ones stop when the label is known, with a value that is not."""
     head: Literal["signs", "scalar"] = "signs"
     """`signs` reads P(+) from two tokens of the vocabulary; `scalar` from a new output."""
 
