@@ -121,8 +121,8 @@ class Asked(Config):
     for Qwen3. A trained model keeps them: a stage that names its run leaves them out."""
     prompts: Annotated[dict[str, str], BeforeValidator(read_prompts)] = Field(default_factory=dict)
     """A file of yours with prompts in place of ours (`stepwiser_jax/text/prompts.yaml`), see
-    docs/models.md. The run keeps its content. A trained model keeps them: a stage that names its
-    run leaves them out."""
+    docs/models.md. The run keeps its content. A trained model keeps all its prompts, ours too: a
+    stage that names its run leaves them out."""
 
     @property
     def asked(self) -> dict[str, Any]:
