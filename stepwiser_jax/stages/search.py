@@ -7,9 +7,9 @@
 
 Every sample is judged once for all methods. Best of k takes the sample with the highest min, mean,
 last or product of its chunks' scores, the first of equals. The weighted majority sums that score
-over the samples with the same answer. Answers are the same if they mean the same to the verifier,
-in whatever words. Beam search and DVTS answer by the weighted majority of the
-solutions that they find, weighed by the aggregate that ranked them.
+over the samples with the same answer. Answers are the same if they mean the same to `mathematics`,
+in whatever words; with another verifier, if their texts are equal. Beam search and DVTS answer by
+the weighted majority of the solutions that they find, weighed by the aggregate that ranked them.
 
 Where the paper is silent:
 

@@ -606,11 +606,56 @@ def test_answers_that_mean_the_same_vote_together():
     assert report.by_majority(None, samples).right == 1.0
 
 
-def test_a_verifier_that_ignores_the_reference_joins_no_right_answer_with_a_wrong_one():
-    """Such a verifier knows the right answer of a problem by itself."""
+class Meanings:
+    """In place of a verifier: answers mean the same if they begin alike; `slow` ones take too long.
+    Keeps what is asked."""
+
+    compares_meanings = True
+
+    def __init__(self, slow=()):
+        self.slow, self.asked = set(slow), []
+
+    def same(self, answers, references):
+        pairs = list(zip(answers, references, strict=True))
+        self.asked += pairs
+        return [None if self.slow & set(pair) else pair[0][0] == pair[1][0] for pair in pairs]
+
+
+def test_an_answer_is_compared_with_the_first_of_each_meaning_alone():
+    a, b = PROBLEMS[:2]
+    verifier = Meanings()
+    words = in_first_words([a, a, b, a, a, a], ["x1", "y1", "y2", "x2", "x1", "y2"], verifier)
+    assert words == ["x1", "y1", "y2", "x1", "x1", "y1"]
+    assert verifier.asked == [
+        *[("y1", "x1"), ("x2", "x1"), ("x1", "x2")],  # the reverse after an acceptance only
+        *[("y2", "x1"), ("y2", "y1"), ("y1", "y2")],
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_an_answer_that_takes_too_long_costs_one_deadline(place):
+    """Wherever it comes, and though it might be compared with all others."""
+    answers = ["u1", "v1", "w1", "v2", "w2", "u2"]
+    answers.insert(place, "slow")
+    verifier = Meanings(slow=["slow"])
+    words = dict(zip(answers, in_first_words([PROBLEMS[0]] * 7, answers, verifier), strict=True))
+    assert sum("slow" in pair for pair in verifier.asked) == 1
+    assert words["slow"] == "slow" and words["v2"] == "v1" and words["w2"] == "w1"
+
+
+def test_what_votes_ask_is_not_among_the_time_outs_of_solutions():
+    answers = ["\\frac12", "7^{9^{9^{9}}}", "1/3", "3^{9^{9^{9}}}"]
+    with Verifier(timeout_seconds=0.5) as verifier:
+        assert verifier.same(answers[1:2], answers[:1]) == [None]
+        assert in_first_words([PROBLEMS[0]] * 4, answers, verifier) == answers
+        assert verifier.timeouts == verifier.failures == 0
+
+
+def test_a_verifier_of_ones_own_joins_equal_texts_only():
+    """It may accept many answers, whatever the reference is: their votes are not one."""
     with Verifier("stand_in_verifiers:is_seven") as verifier:
-        words = in_first_words([PROBLEMS[0]] * 4, ["8", "7", "7.0", "9"], verifier)
-    assert words == ["8", "7", "7", "9"]
+        words = in_first_words([PROBLEMS[0]] * 4, ["8", "7", "7.0", "7"], verifier)
+    assert words == ["8", "7", "7.0", "7"]
 
 
 def test_majority_ignores_samples_without_an_answer():
