@@ -253,14 +253,15 @@ def test_demonstrations_of_a_problem_go_by_its_id_or_their_prompt():
 
 def test_train_judge_leaves_out_what_it_validates_with(tmp_path, request):
     examples = [judge_example(f"p{i}", j, j > 0) for i in range(6) for j in range(3)]
-    write_records(tmp_path / "examples.jsonl", examples)
-    source = tmp_path / "examples.jsonl"
+    source, same = tmp_path / "examples.jsonl", tmp_path / "same.jsonl"
+    write_records(source, examples)
+    write_records(same, examples)
     config = load_config(
         "train-judge",
         request.config.rootpath / "configs" / "smoke_judge.yaml",
         (
             f"examples={{source: {source}}}",
-            f"validation={{examples: {{source: {source}, shuffle: true, limit: 4}}, every: 2}}",
+            f"validation={{examples: {{source: {same}, shuffle: true, limit: 4}}, every: 2}}",
         ),
     )
     loaded = SimpleNamespace(tokenizer=load_tokenizer_of("arithmetic"))
@@ -271,7 +272,7 @@ def test_train_judge_leaves_out_what_it_validates_with(tmp_path, request):
     assert len(problems) == 2 and not problems & {x.problem_id for x in learned}
     assert dropped == {"validation": 6, "too_long": 0} and len(learned) == 12
     short = config.model_copy(update={"max_prompt_tokens": 1})
-    with pytest.raises(UserError, match=f"{source} is left: 18 were read, and all 6 that were"):
+    with pytest.raises(UserError, match=f"{same} is left: 18 were read, and all 6 that were"):
         train_judge.load_held_out(short, loaded)
 
 
