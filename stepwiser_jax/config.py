@@ -121,8 +121,8 @@ class Asked(Config):
     for Qwen3. A trained model keeps them: a stage that names its run leaves them out."""
     prompts: Annotated[dict[str, str], BeforeValidator(read_prompts)] = Field(default_factory=dict)
     """A file of yours with prompts in place of ours (`stepwiser_jax/text/prompts.yaml`), see
-    docs/models.md. The run keeps its content. A trained model keeps them: a stage that names its
-    run leaves them out."""
+    docs/models.md. The run keeps its content. A trained model keeps all its prompts, ours too: a
+    stage that names its run leaves them out."""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -618,7 +618,8 @@ class LabelRule(Config):
 
 class AdaptiveRollouts(LabelRule):
     """Stop sampling a prefix once the labels around it are known. `label` must then use the same
-    rule with the same arguments, and the same `dead_prefix`."""
+    rule with the same arguments, the same `dead_prefix` and no `min_prefix_value`, and a classifier
+    learns no soft labels: the labels are known, but the values are not."""
 
     confidence: float = Field(1.0, gt=0.5, le=1)
     """How sure a label must be. With 1 it can no longer change: labels are then those of
@@ -685,7 +686,9 @@ class Label(Stage, FromSolutions, Asked, BoundedJudgePrompts, LabelRule):
     min_prefix_value: float = Field(0.0, ge=0, lt=1)
     """Labelled chunks whose prefix was worth less give no example; 0 leaves none out, as the paper
     has it. Any number above 0 also leaves out chunks after a prefix worth 0, whatever `dead_prefix`
-    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M."""
+    says. With M rollouts a prefix worth v fails M times by chance with probability (1 - v)^M. Above
+    0 the values must be of all M rollouts: `adaptive` ones stop when labels are known, and chance
+    in the first few would decide which examples are kept."""
     balance: bool = True
     """Keep as many examples with positive labels as with negative ones."""
 
@@ -750,7 +753,8 @@ class Validation(Config):
     examples: DataSource
     """The held-out examples: of the kinds that `examples` of the stage may be. Their problems are
     left out of the training, so they may be a part of the same data:
-    `{source: RUNS/labels, shuffle: true, limit: 512}`."""
+    `{source: RUNS/labels, shuffle: true, limit: 512}`. With `shuffle` whole problems are drawn,
+    until they have at least `limit` examples, since nothing of them is learned."""
     every: int = Field(ge=1)
     """Updates (iterations of `train-judge`) between two measurements. There is also one before the
     first update and one after the last."""
@@ -828,7 +832,8 @@ class TrainClassifier(SupervisedStage):
     """Train a discriminative process reward model: + or - after every chunk (paper 4.2)."""
 
     labels: Literal["hard", "soft"] = "hard"
-    """`hard` learns the labels, `soft` the value after the chunk (Math-Shepherd)."""
+    """`hard` learns the labels, `soft` the value after the chunk (Math-Shepherd). That must be of
+    all M rollouts: `adaptive` ones stop when the label is known, with a value that is not."""
     head: Literal["signs", "scalar"] = "signs"
     """`signs` reads P(+) from two tokens of the vocabulary; `scalar` from a new output."""
 
@@ -859,7 +864,8 @@ class Grpo(Config):
     denominator: Literal["sampled", "kept"] = "sampled"
     """What divides the sum over groups if some are left out: the tokens (or judgments) of all of
     them, as in verl, where none is left out; or of those that are kept (DAPO), which makes updates
-    larger. The KL term is always a mean over those that are kept."""
+    larger. If further draws give more groups than are learned, those that are learned stand for
+    all that were kept. The KL term is always a mean over those that are learned."""
     max_resamples: int = Field(0, ge=0)
     """At most this number of times an iteration, sample new groups in place of those that were left
     out (DAPO's dynamic sampling)."""

@@ -139,6 +139,13 @@ def read_run_settings(run_dir: str | Path) -> dict[str, Any]:
     return read_mapping(file, "settings")
 
 
+def read_adaptive(values: str) -> dict[str, Any] | None:
+    """Returns the settings by which an `annotate` run stopped early; None if it did not, or if the
+    values are in a file."""
+    is_run = (Path(values) / "config.yaml").is_file()
+    return read_run_settings(values).get("adaptive") if is_run else None
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:

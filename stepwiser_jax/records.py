@@ -444,7 +444,7 @@ class SearchResult:
 
     Policy and judge also read tokens: prompts, and what was no longer in a cache. FLOPs are those
     of both. `prompt_flops` is the part of a sample's `policy_flops` that reads its problem, which
-    samples of one problem share.
+    samples of one problem share. What they share of the judge's reading, the first one counts.
     """
 
     search_id: str

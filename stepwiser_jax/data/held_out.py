@@ -7,7 +7,7 @@ split; PRMBench takes 401 problems from MATH's train split and 307 from MATH500.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,11 +87,27 @@ def _questions(row: dict[str, Any]) -> list[str]:
 
 
 def part_of(examples: Sequence[E], data: DataSource) -> list[E]:
-    """Returns the examples that `shuffle`, `seed` and `limit` of `data` choose."""
-    order = range(len(examples))
-    if data.shuffle:
-        order = shuffled(order, data.seed)
-    return [examples[i] for i in order[: data.limit]]
+    """Returns the examples that `shuffle`, `seed` and `limit` of `data` choose. Shuffled, they are
+    those of whole problems, until there are `limit` of them or more: what is left of a problem
+    could not be learned (`drop_problems_of`)."""
+    if not data.shuffle:
+        return list(examples[: data.limit])
+    rows_of: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        for name in _names_of_problem(example):
+            rows_of[name].append(i)
+    limit = len(examples) if data.limit is None else data.limit
+    chosen: dict[int, None] = {}
+    for first in shuffled({rows[0] for rows in rows_of.values()}, data.seed):
+        if len(chosen) >= limit:
+            break
+        problem: set[int] = set()
+        found = {first}
+        while found != problem:  # of two wordings, each may have a name that the other has not
+            problem, names = found, {x for i in found for x in _names_of_problem(examples[i])}
+            found = {i for name in names for i in rows_of[name]}
+        chosen |= dict.fromkeys(sorted(problem))
+    return [examples[i] for i in chosen]
 
 
 def drop_problems_of(

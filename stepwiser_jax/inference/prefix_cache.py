@@ -72,7 +72,9 @@ class Residents:
             if turn == len(rounds):
                 rounds.append([])
             rounds[turn].append(Read(slot, prefix, source, shared))
-            self.tokens_QS[slot, : prefix.num_tokens] = prefix.ids[: prefix.num_tokens]
+            # Not the last token: its rows feed it, so the slot need not hold it.
+            read = prefix.num_tokens - 1
+            self.tokens_QS[slot, :read] = prefix.ids[:read]
         return rounds
 
 

@@ -18,13 +18,16 @@ from stepwiser_jax.records import BenchmarkItem, Verdict
 @dataclass(frozen=True)
 class Solution:
     """A solution in chunks, to be judged from chunk `start` on; the chunks before it are history.
-    `separator` joins chunks: blank lines for the steps of benchmarks, nothing for exact texts."""
+    `separator` joins chunks: blank lines for the steps of benchmarks, nothing for exact texts.
+    `is_begun` says that the judgment of another solution with the same question and history counts
+    the reading of both."""
 
     solution_id: str
     question: str
     chunks: Sequence[str]
     start: int = 0
     separator: str = "\n\n"
+    is_begun: bool = False
 
     @classmethod
     def of_item(cls, item: BenchmarkItem) -> Solution:

@@ -29,6 +29,7 @@ class ChunkJudge:
 
     Problem and history are not read again for the next chunk: the prompts of a call share what they
     can, and also with those of the call before, if solutions go on from there (`start` above 0).
+    What a judgment counts depends on its solution alone, see `known_ids`.
     """
 
     def __init__(self, writer: Writer, *, threshold: float | None = None):
@@ -50,6 +51,13 @@ class ChunkJudge:
         return encode_judge_prompt(
             self.writer.tokenizer, solution.question, history, solution.chunks[j], style
         )
+
+    def known_ids(self, solution: Solution, j: int) -> list[int]:
+        """Returns the prompt that was read before the one about chunk j: that about the chunk
+        before, or about another chunk in its place."""
+        if j == solution.start and solution.is_begun:
+            return self.prompt_ids(replace(solution, chunks=[*solution.chunks[:j], ""]), j)
+        return self.prompt_ids(solution, j - 1) if j else []
 
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold a judgment of the last chunk, whose prompt
@@ -89,9 +97,10 @@ class ChunkJudge:
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
         names = [f"{x.solution_id}/{j}" for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
+        known = [self.known_ids(x, j) for x, j in chunks]
         cache = self.writer.cache_for(solutions)
         params = replace(self.writer.params(**sampling), compared=self.verdict_tokens.pair)
-        written = iter(self.writer.write(names, prompts, suffixes, params, cache))
+        written = iter(self.writer.write(names, prompts, suffixes, params, cache, known))
         found = []
         for x in solutions:
             of_chunks = list(islice(written, len(x.chunks) - x.start))

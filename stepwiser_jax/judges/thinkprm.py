@@ -219,10 +219,12 @@ def verdicts_of(rounds: Sequence[str], form: ThinkPrmForm, num_steps: int) -> li
 @dataclass
 class Chain:
     """A verification that is being written. `text` has its `rounds` of thought, with the triggers
-    between them, and `spent` is what they cost. `name` decides its noise."""
+    between them, and `spent` is what they cost. `known_ids` are what was read before the next
+    round. `name` decides its noise."""
 
     name: str
     prompt_ids: list[int]
+    known_ids: list[int]
     num_steps: int
     rounds: list[str] = field(default_factory=list)
     text: str = ""
@@ -247,6 +249,12 @@ class ThinkPrmVerifier:
         text = verify_prompt(solution.question, solution.chunks, style, tokenizer.prompts)
         return encode_message(tokenizer, text, style, answer=self.form.opening)
 
+    def known_ids(self, solution: Solution) -> list[int]:
+        """Returns the prompt that was read before: that about the chunks before `start`."""
+        if not solution.start and not solution.is_begun:
+            return []
+        return self.prompt_ids(replace(solution, chunks=solution.chunks[: solution.start]))
+
     def check_room(self, problem_id: str, question: str, num_tokens: int) -> None:
         """Raises UserError if the context may not hold a verification of a solution of this length.
         The headings of its steps are not counted."""
@@ -262,8 +270,9 @@ class ThinkPrmVerifier:
     def __call__(self, solutions: Sequence[Solution]) -> list[list[ChunkJudgment]]:
         """Returns, for every chunk, the judgment of the prefix that ends with it: the greedy one,
         or the result of all votes."""
+        self.writer.cache_for(solutions)  # prefixes do not say whether a solution begins
         prefixes = [
-            replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1])
+            replace(x, solution_id=f"{x.solution_id}/{j}", chunks=x.chunks[: j + 1], start=j)
             for x in solutions
             for j in range(x.start, len(x.chunks))
         ]
@@ -283,7 +292,10 @@ class ThinkPrmVerifier:
         cache = self.writer.cache_for(solutions)
         params = replace(self.writer.params(**sampling), stop_strings=self.form.stops)
         groups = [
-            [Chain(x.solution_id + s, self.prompt_ids(x), len(x.chunks)) for s in suffixes]
+            [
+                Chain(x.solution_id + s, self.prompt_ids(x), self.known_ids(x), len(x.chunks))
+                for s in suffixes
+            ]
             for x in solutions
         ]
         # In the first round the chains about a solution begin alike, so they share a prompt.
@@ -314,9 +326,11 @@ class ThinkPrmVerifier:
             chain.prompt_ids + self._encode(self.form.opening + chain.text, len(chain.rounds))
             for chain, *_ in groups
         ]
-        written = self.writer.write(names, prompts, suffixes, params, cache)
-        for group, of_group in zip(groups, written, strict=True):
+        known = [chain.known_ids for chain, *_ in groups]
+        written = self.writer.write(names, prompts, suffixes, params, cache, known)
+        for prompt, group, of_group in zip(prompts, groups, written, strict=True):
             for chain, (text, completion) in zip(group, of_group, strict=True):
+                chain.known_ids = prompt
                 chain.rounds.append(cut_chain(text, self.form, chain.num_steps))
                 chain.text += chain.rounds[-1]
                 chain.spent += completion.spent

@@ -6,7 +6,7 @@ names x prompts x suffixes -> the engine -> (text, completion) of each row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -83,6 +83,7 @@ class Writer:
         suffixes: Sequence[str],
         params: SamplingParams,
         cache: PrefixCache | None = None,
+        known: Sequence[Sequence[int]] | None = None,
     ) -> list[list[tuple[str, Completion]]]:
         """Continues every prompt once for each suffix.
 
@@ -92,6 +93,9 @@ class Writer:
             suffixes: They tell the rows of a prompt apart.
             params: How the texts are drawn.
             cache: That of `Engine.stream`: prompts that begin alike share what is read.
+            known: What was read before each prompt. The first completion of a prompt counts the
+                tokens after what it shares with that, so that counts do not depend on what else the
+                engine does. Without it completions count what the engine read.
 
         Returns:
             The text, without its end token, and the tokens with their log-probs,
@@ -102,6 +106,13 @@ class Writer:
         completions = self.engine.generate(
             prompts, params, key=self.key, row_ids=row_ids, group_size=K, cache=cache
         )
+        if known is not None:
+            for b, completion in enumerate(completions):
+                ids = prompts[b // K]
+                counted = num_shared(ids[:-1], known[b // K]) if b % K == 0 else len(ids)
+                spent = self.engine.spent_on(before=counted, read=len(ids) - counted)
+                new = self.engine.spent_on(before=len(ids), generated=len(completion.tokens))
+                completions[b] = replace(completion, spent=spent + new)
         written = [(completion_text(self.tokenizer, c.tokens), c) for c in completions]
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]
 
@@ -129,6 +140,12 @@ class Writer:
         empty solution, a solution of `num_tokens`, and `room` more tokens, by default a text."""
         name = f"the judge of {problem_id}, with a solution of {num_tokens} tokens"
         self.check_length(prompt, name, num_tokens + (room or self.max_new_tokens))
+
+
+def num_shared(ids: Sequence[int], before: Sequence[int]) -> int:
+    """Returns how many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(ids, before, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(ids), len(before)))
 
 
 def measured(spent: Spent, made: int) -> dict[str, Any]:

@@ -34,6 +34,11 @@ Label = bool | None
 Rule = Callable[[float, float], Label]
 """(q, v) -> label; v is the value before the chunk, and is never 0 under `dead_prefix: drop`."""
 
+TOLERANCE = 1e-9
+"""A difference of values and their multiples that counts as none. Shares of M rollouts and decimal
+fractions are rounded in floats, so that 14/30 > 0.7 * 20/30 is true of them; real differences are
+larger: at least 1 / (10 M) with a ratio of one decimal."""
+
 DeadPrefix = Literal["negative", "drop"]
 """What becomes of a chunk after a prefix worth 0: the rule labels it, or it teaches nothing."""
 
@@ -51,12 +56,12 @@ def rel_effective(q: float, v: float, *, alpha: float = 0.8, n: float = 4) -> bo
 
 def rel_ratio(q: float, v: float, *, gamma: float = 0.7) -> bool:
     """Returns whether q / v > gamma (StepWiser eq 3)."""
-    return q > gamma * v
+    return q - gamma * v > TOLERANCE
 
 
 def relative_progress(q: float, v: float, *, epsilon: float = 0.8) -> bool:
     """Returns whether q / v >= epsilon (GenPRM's relative progress, arXiv 2504.00891)."""
-    return q > 0 and q >= epsilon * v
+    return q > 0 and q - epsilon * v >= -TOLERANCE
 
 
 LABEL_RULES: dict[str, Callable[..., Label]] = {

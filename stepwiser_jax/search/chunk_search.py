@@ -182,9 +182,19 @@ def judge_last_chunks(
         chunk = beam.hypothesis.chunks[-1]
         if not chunk.joins_another and not state.is_budget_spent:
             texts = beam.hypothesis.texts(policy.loaded.tokenizer)
-            question = state.problem.question
+            history = beam.hypothesis.chunks[:-1]
             chunks.append(chunk)
-            solutions.append(Solution(row_id, question, texts, len(texts) - 1, separator=""))
+            solutions.append(
+                Solution(
+                    row_id,
+                    state.problem.question,
+                    texts,
+                    start=len(texts) - 1,
+                    separator="",
+                    is_begun=history in state.judged_histories,
+                )
+            )
+            state.judged_histories.add(history)
     judgments = judge(solutions) if solutions else []
     for chunk, (judgment,) in zip(chunks, judgments, strict=True):
         chunk.judgment = judgment

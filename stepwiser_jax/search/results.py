@@ -121,7 +121,7 @@ def sample_solutions(
     num_judged: int,
 ) -> list[Found]:
     """Returns solutions written in one go, one for each problem and name, each with what it would
-    cost alone.
+    cost the policy alone. Of the judge, the first one counts the reading of the problem.
 
     Args:
         policy: Writes the solutions.
@@ -146,7 +146,15 @@ def sample_solutions(
             ids = completions[b].tokens.tolist()
             chunks = chunk_texts(tokenizer, ids, chunk_ends(ids, policy.chunk_matcher, tokenizer))
             solution_id = f"{problem.problem_id}/{name}"
-            solutions.append(Solution(solution_id, problem.question, chunks, separator=""))
+            solutions.append(
+                Solution(
+                    solution_id,
+                    problem.question,
+                    chunks,
+                    separator="",
+                    is_begun=name != names[0],
+                )
+            )
     judged = judge(solutions) if solutions else []
     judgments_of = {x.solution_id: found for x, found in zip(solutions, judged, strict=True)}
     found = []

@@ -29,6 +29,7 @@ class Candidates:
                 self.problem.question,
                 chunk_texts(tokenizer, response.completion_ids, response.chunk_ends),
                 separator="",
+                is_begun=response is not self.responses[0],
             )
             for response in self.responses
         ]

@@ -115,7 +115,8 @@ class Beam:
 
 @dataclass(eq=False)
 class SearchState:
-    """The search for solutions of one problem, and what policy and judge spent on it."""
+    """The search for solutions of one problem, and what policy and judge spent on it. The chunks
+    before each judged one are in `judged_histories`."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -124,6 +125,7 @@ class SearchState:
     solutions: list[Hypothesis] = field(default_factory=list)
     policy: Spent = NOTHING
     judge: Spent = NOTHING
+    judged_histories: set[tuple[Chunk, ...]] = field(default_factory=set)
 
     @property
     def policy_tokens(self) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from statistics import fmean
 
 from stepwiser_jax.records import Problem
@@ -40,39 +38,61 @@ def in_first_words(
     problems: Sequence[Problem], answers: Sequence[str], verifier: Verifier
 ) -> list[str]:
     """Returns each answer in the words of the first answer to its problem that means the same, so
-    that `vote` counts `1/2` and `\\frac12` as one.
+    that `vote` counts `1/2` and `\\frac12` as one. Empty answers stay empty.
 
     Two answers mean the same if the verifier accepts each of them when the other is the reference.
-    Empty answers stay empty.
+    That holds for `mathematics`. A verifier that looks for other things might accept all right
+    answers for one another, and votes would then know which they are: with it only equal texts are
+    the same.
     """
-    asked: dict[str, tuple[Problem, list[str]]] = {}
+    if not verifier.compares_meanings:
+        return list(answers)
+    distinct: dict[str, dict[str, None]] = {}
     for problem, answer in zip(problems, answers, strict=True):
-        _, distinct = asked.setdefault(problem.problem_id, (problem, []))
-        if answer and answer not in distinct:
-            distinct.append(answer)
-    pairs = [
-        (problem, answer, reference)
-        for problem, distinct in asked.values()
-        for answer, reference in itertools.permutations(distinct, 2)
-    ]
-    replies = verifier.verify(
-        [f"\\boxed{{{answer}}}" for _, answer, _ in pairs],
-        [dataclasses.replace(problem, answer=reference) for problem, _, reference in pairs],
-    )
-    accepted = {
-        (problem.problem_id, answer, reference)
-        for (problem, answer, reference), reply in zip(pairs, replies, strict=True)
-        if reply
-    }
-    words: dict[tuple[str, str], str] = {}
-    for name, (_, distinct) in asked.items():
-        first: list[str] = []  # of each meaning
-        for answer in distinct:
-            same = (w for w in first if {(name, answer, w), (name, w, answer)} <= accepted)
-            words[name, answer] = word = next(same, answer)
-            if word == answer:
-                first.append(answer)
+        distinct.setdefault(problem.problem_id, {})[answer] = None
+    words: dict[str, dict[str, str]] = {}
+    asking = {name: _first_words([a for a in of_one if a]) for name, of_one in distinct.items()}
+    replies: dict[str, bool | None] = dict.fromkeys(asking)
+    while asking:
+        pairs: dict[str, tuple[str, str]] = {}
+        for name, questions in list(asking.items()):
+            try:
+                pairs[name] = questions.send(replies[name])
+            except StopIteration as end:
+                words[name] = end.value
+                del asking[name]
+        found = verifier.same([a for a, _ in pairs.values()], [b for _, b in pairs.values()])
+        replies = dict(zip(pairs, found, strict=True))
     return [
-        words.get((problem.problem_id, answer), "")
+        words[problem.problem_id].get(answer, "")
         for problem, answer in zip(problems, answers, strict=True)
     ]
+
+
+def _first_words(
+    distinct: Sequence[str],
+) -> Generator[tuple[str, str], bool | None, dict[str, str]]:
+    """Yields (answer, reference) to compare, one question at a time, and is sent the replies; None
+    says that it took too long. Returns the first words of each answer.
+
+    An answer is compared with the first answer of each meaning so far. Two that take too long are
+    compared with nothing else, since either may be the cause: so none costs two deadlines.
+    """
+    words: dict[str, str] = {}
+    first: list[str] = []  # of each meaning
+    for answer in distinct:
+        for reference in first:
+            reply = yield answer, reference
+            if reply:
+                reply = yield reference, answer
+            if reply is None:
+                first.remove(reference)
+                words[answer] = answer
+            elif reply:
+                words[answer] = reference
+            if answer in words:
+                break
+        else:
+            words[answer] = answer
+            first.append(answer)
+    return words

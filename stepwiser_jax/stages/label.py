@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.config import AdaptiveRollouts, Label, LabelRule
-from stepwiser_jax.config_files import read_run_settings
+from stepwiser_jax.config_files import read_adaptive, read_run_settings
 from stepwiser_jax.data.problems import check_tokenizer
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records, stream_records
@@ -215,11 +215,15 @@ def write_examples(
 
 def check_rule(config: Label) -> None:
     """Raises UserError if the annotations stopped early for other labels: those of another rule, or
-    of another `dead_prefix`."""
-    is_run = (Path(config.values) / "config.yaml").is_file()
-    adaptive = read_run_settings(config.values).get("adaptive") if is_run else None
+    of another `dead_prefix`; or for labels only, while their values are needed too."""
+    adaptive = read_adaptive(config.values)
     if adaptive is None:
         return
+    if config.min_prefix_value:
+        raise UserError(
+            f"{config.values} sampled until the labels were known, not whether values are below "
+            f"min_prefix_value {config.min_prefix_value}: set it to 0, or annotate without adaptive"
+        )
     sampled_for = AdaptiveRollouts.model_validate(adaptive)
 
     def labels_by(settings: LabelRule) -> dict[str, Any]:

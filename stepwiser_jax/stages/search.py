@@ -7,9 +7,9 @@
 
 Every sample is judged once for all methods. Best of k takes the sample with the highest min, mean,
 last or product of its chunks' scores, the first of equals. The weighted majority sums that score
-over the samples with the same answer. Answers are the same if they mean the same to the verifier,
-in whatever words. Beam search and DVTS answer by the weighted majority of the
-solutions that they find, weighed by the aggregate that ranked them.
+over the samples with the same answer. Answers are the same if they mean the same to `mathematics`,
+in whatever words; with another verifier, if their texts are equal. Beam search and DVTS answer by
+the weighted majority of the solutions that they find, weighed by the aggregate that ranked them.
 
 Where the paper is silent:
 
@@ -17,10 +17,11 @@ Where the paper is silent:
 2. A judgment without a verdict accepts the chunk: it is no reason to spend more tokens.
 3. Cost counts the tokens that policy and judge generate, those that they read, and the FLOPs of
    both. What is in a cache is not read again: samples of a problem share the reading of its
-   prompt, and a chunk that is taken back leaves the rest of its row. StepWiser's judge reads
-   problem and history once; the others read a prompt for every chunk. A classifier's judgment is
-   one token. Tokens are rejected if they are in no solution that is chosen or votes: a chunk that
-   was taken back, a beam that was pruned, all samples except the best of k.
+   prompt, and a chunk that is taken back leaves the rest of its row. StepWiser's judge and
+   ThinkPRM's read problem and history once, for the first of the samples, beams or attempts that
+   share them; the others read a prompt for every chunk. A classifier's judgment is one token.
+   Tokens are rejected if they are in no solution that is chosen or votes: a chunk that was taken
+   back, a beam that was pruned, all samples except the best of k.
 
 `majority_at_equal_flops` compares votes and chunk-reset at equal FLOPs: it has the largest majority
 that takes at most as many as chunk-reset does in the mean, and the next larger one. It is made of

@@ -41,7 +41,7 @@ from stepwiser_jax.training.batches import (
     fitting_documents,
     num_batches,
 )
-from stepwiser_jax.training.loop import TrainingRun, say_length
+from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from stepwiser_jax.training.validation import Measurements, mean_loss, packed_batches
 
@@ -52,6 +52,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     if directory.finished:
         return directory.summary()
     examples, held_out, dropped = load_examples(config)
+    say_held_out("sft", len(held_out), dropped.get("dropped_held_out", 0))
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
     loaded = load_for_training(**config.model.load_args, mesh=mesh, seed=config.seed)

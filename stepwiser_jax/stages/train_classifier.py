@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from stepwiser_jax.config import ClassifierJudge, DataSource, TrainClassifier
+from stepwiser_jax.config_files import read_adaptive, read_run_settings
 from stepwiser_jax.data.datasets import load_classifier_examples
 from stepwiser_jax.data.held_out import (
     drop_held_out,
@@ -57,7 +58,7 @@ from stepwiser_jax.training.batches import (
     fitting_documents,
     num_batches,
 )
-from stepwiser_jax.training.loop import TrainingRun, say_length
+from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.sft_loss import num_target_tokens
 from stepwiser_jax.training.validation import Measurements
 
@@ -67,8 +68,10 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "train-classifier", config)
     if directory.finished:
         return directory.summary()
+    check_values(config)
     held_out, validation_dropped = load_held_out(config)
     solutions, dropped = load_examples(config, held_out)
+    say_held_out("train-classifier", len(held_out), dropped.get("validation", 0))
     mesh = make_mesh(**config.mesh.model_dump())
     directory.begin()
     loaded = load(config, mesh)
@@ -107,6 +110,21 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
         "seconds_per_step": seconds_per_step,
     }
     return training.finish(summary)
+
+
+def check_values(config: TrainClassifier) -> None:
+    """Raises UserError if the values to learn are of annotations that stopped early."""
+    if config.labels == "hard":
+        return
+    validation = [] if config.validation is None else [config.validation.examples]
+    for data in (config.examples, *validation):
+        is_run = (Path(data.source) / "config.yaml").is_file()
+        values = read_run_settings(data.source).get("values") if is_run else None
+        if values is not None and read_adaptive(values) is not None:
+            raise UserError(
+                f"{values}, whose labels are in {data.source}, sampled until the labels were "
+                "known, not the values: set labels to hard, or annotate without adaptive"
+            )
 
 
 def load_examples(

@@ -67,7 +67,7 @@ from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import example_loader
-from stepwiser_jax.training.loop import TrainingRun, say_length
+from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.step import mean_metrics
 from stepwiser_jax.training.validation import Measurements
 
@@ -86,34 +86,31 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     loaded = load_model()
     held_out, validation_dropped = load_held_out(config, loaded)
     examples, dropped = load_examples(config, loaded, held_out)
+    say_held_out("train-judge", len(held_out), dropped.get("validation", 0))
     iterations = config.iterations or iterations_of(config, len(examples))
     say_length("train-judge", config.epochs, len(examples), f"{iterations} iterations")
     sampler = make_sampler(config, directory, loaded, sampling_mesh)
     validation = make_validation(config, sampler, held_out, validation_dropped, iterations)
     training = make_training(config, directory, loaded, mesh, examples, iterations, validation)
     reference_of = make_reference(config, load_model)
-    grpo, num_prompts = config.grpo, config.prompts_per_iteration
+    max_resamples, num_prompts = config.grpo.max_resamples, config.prompts_per_iteration
     start, began = training.iteration, time.perf_counter()
     reporting = progress("train-judge", "iteration", iterations, start)
     with jax.set_mesh(mesh), training, reporting as bar:
         training.validate()
         for iteration in range(start, iterations):
             policy = training.state.model
-            sampled, groups = [], []
+            sampled = []
             with sampler.weights(policy):
-                for draw in range(1 + grpo.max_resamples):  # dynamic sampling
+                for draw in range(1 + max_resamples):  # dynamic sampling
                     fresh = sampler.sample_groups(next(training.loader), iteration, draw)
                     sampled += add_rewards(fresh, reward)
-                    groups = [g for g in sampled if g.has_signal or not grpo.drop_zero_variance]
-                    if len(groups) >= num_prompts:
+                    if sum(group.has_signal for group in sampled) >= num_prompts:
                         break
-            counted = [g for g in sampled if not g.has_signal] if grpo.counts_left_out else []
-            parts = split_groups(groups[:num_prompts], config.updates_per_iteration)
             batches = []
-            for update, part in enumerate(parts):
+            for part, share in updates_of(sampled, config):
                 advantages_PG = group_advantages(np.array([group.rewards_G for group in part]))
-                beside = counted[update :: len(parts)]
-                advantages_PG *= denominator_share(part, beside, grpo.aggregation)
+                advantages_PG *= share
                 batch = shard_batch(pack(part, advantages_PG, config), mesh)
                 batch = add_old_and_reference_logprobs(
                     batch,
@@ -157,8 +154,11 @@ def load_examples(
         UserError: No example is left.
     """
     dropped: Counter[str] = Counter()
-    examples = drop_problems_of(held_out, read_examples(config.examples, dropped), dropped)
-    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+    read = read_examples(config.examples, dropped)
+    examples = drop_problems_of(held_out, read, dropped)
+    num_read = len(read) + dropped["excluded"]
+    fitting = fitting_examples(examples, config, loaded, config.examples, num_read, dropped)
+    return fitting, dict(dropped)
 
 
 def load_held_out(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample], dict[str, int]]:
@@ -167,8 +167,10 @@ def load_held_out(config: TrainJudge, loaded: Loaded) -> tuple[list[JudgeExample
         return [], {}
     dropped: Counter[str] = Counter()
     data = config.validation.examples
-    examples = part_of(read_examples(data, dropped), data)
-    return fitting_examples(examples, config, loaded, dropped), dict(dropped)
+    read = read_examples(data, dropped)
+    num_read = len(read) + dropped["excluded"]
+    fitting = fitting_examples(part_of(read, data), config, loaded, data, num_read, dropped)
+    return fitting, dict(dropped)
 
 
 def read_examples(data: DataSource, dropped: Counter[str]) -> list[JudgeExample]:
@@ -180,9 +182,15 @@ def read_examples(data: DataSource, dropped: Counter[str]) -> list[JudgeExample]
 
 
 def fitting_examples(
-    examples: Sequence[JudgeExample], config: TrainJudge, loaded: Loaded, dropped: Counter[str]
+    examples: Sequence[JudgeExample],
+    config: TrainJudge,
+    loaded: Loaded,
+    data: DataSource,
+    num_read: int,
+    dropped: Counter[str],
 ) -> list[JudgeExample]:
-    """Returns the examples whose prompts fit. Raises UserError if none does."""
+    """Returns the examples whose prompts fit: of those that were taken of the `num_read` in `data`.
+    Raises UserError if none does."""
     fitting = [
         example
         for example in examples
@@ -190,8 +198,9 @@ def fitting_examples(
     ]
     if not fitting:
         raise UserError(
-            f"no judge example of {config.examples.source} is left: {len(examples)} were read, all "
-            f"have prompts longer than max_prompt_tokens = {config.max_prompt_tokens}"
+            f"no judge example of {data.source} is left: {num_read} were read, and all "
+            f"{len(examples)} that were taken of them have prompts longer than max_prompt_tokens = "
+            f"{config.max_prompt_tokens}"
         )
     dropped["too_long"] = len(examples) - len(fitting)
     return fitting
@@ -287,6 +296,24 @@ def make_reference(config: TrainJudge, load_model: Callable[[], Loaded]) -> Call
         return base_of
     reference = load_model().model
     return lambda policy: reference
+
+
+def updates_of(
+    sampled: Sequence[RolloutGroup], config: TrainJudge
+) -> list[tuple[Sequence[RolloutGroup], float]]:
+    """Returns the groups of each update of an iteration, and what their advantages are multiplied
+    by: the share of the groups with signal among all that were sampled, if those that are left out
+    count. Groups with signal that are too many to be learned count as the others do."""
+    grpo, num_prompts = config.grpo, config.prompts_per_iteration
+    kept = [group for group in sampled if group.has_signal or not grpo.drop_zero_variance]
+    counted = [g for g in sampled if not g.has_signal] if grpo.counts_left_out else []
+    surplus = kept[num_prompts:]
+    parts = split_groups(kept[:num_prompts], config.updates_per_iteration)
+    n = len(parts)
+    return [
+        (part, denominator_share([*part, *surplus[i::n]], counted[i::n], grpo.aggregation))
+        for i, part in enumerate(parts)
+    ]
 
 
 def pack(

@@ -62,7 +62,8 @@ class Verifier:
     """A pool of up to `workers` processes that check solutions. They start when first needed.
 
     `timeouts` counts questions that took longer than `timeout_seconds`, `failures` those on which
-    the verifier raised an exception or two workers died. Such solutions count as wrong.
+    the verifier raised an exception or two workers died. Such solutions count as wrong. What is
+    asked for votes (`same`) is not counted.
     """
 
     def __init__(
@@ -93,6 +94,22 @@ class Verifier:
         Raises UserError if no worker can be started."""
         return [reply is True for reply in self._replies(completions, problems)]
 
+    @property
+    def compares_meanings(self) -> bool:
+        """Whether a right solution is one whose answer means the same as the problem's. That is
+        known of `mathematics` alone: others may accept many different answers."""
+        return self._name == "mathematics"
+
+    def same(self, answers: Sequence[str], references: Sequence[str]) -> list[bool | None]:
+        """Returns for each answer whether `mathematics` accepts it for its reference, None if that
+        took too long.
+
+        Raises UserError if no worker can be started."""
+        completions = [f"\\boxed{{{answer}}}" for answer in answers]
+        problems = [Problem("", "", reference, "") for reference in references]
+        replies = self._replies(completions, problems, counted=False)
+        return [None if reply is None else reply is True for reply in replies]
+
     def check(self, problems: Sequence[Problem]) -> list[str | None]:
         """Returns for each problem why it cannot be checked, None if it can be (paper 4.1).
 
@@ -104,8 +121,10 @@ class Verifier:
             for reply in replies
         ]
 
-    def _replies(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Reply]:
-        """Returns the reply to each pair. Equal questions are asked once."""
+    def _replies(
+        self, completions: Sequence[str], problems: Sequence[Problem], *, counted: bool = True
+    ) -> list[Reply]:
+        """Returns the reply to each pair. Equal questions are asked, and `counted`, once."""
         pairs = list(zip(completions, problems, strict=True))
         if self._name == "mathematics":
             decided = [mathematics.decide(completion, problem) for completion, problem in pairs]
@@ -119,6 +138,9 @@ class Verifier:
             )
         )
         replies = dict(zip(questions, self._ask(questions), strict=True))
+        if counted:
+            self.timeouts += sum(reply is None for reply in replies.values())
+            self.failures += sum(isinstance(reply, str) for reply in replies.values())
         return [
             replies[found, problem] if isinstance(found, str) else found
             for found, problem in zip(decided, problems, strict=True)
@@ -149,8 +171,6 @@ class Verifier:
                         asked_again.add(index)
                         waiting.append(index)
                         continue
-                    self.timeouts += reply is None
-                    self.failures += isinstance(reply, str)
                     replies[index] = reply
         finally:
             for worker in busy:

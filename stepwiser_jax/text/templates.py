@@ -2,7 +2,7 @@
 
     text/prompts.yaml                ours, and what each is for
     `prompts` in a config            a user's: a file of the same form, with some of the names
-    <model>/stepwiser_prompts.yaml   what a trained model was asked with, where it is not ours
+    <model>/stepwiser_prompts.yaml   all that a trained model is asked with, ours of that day too
 
 A tokenizer carries the templates of its model, as it carries the chat template.
 """
@@ -27,7 +27,7 @@ Prompts = Mapping[str, str]
 OURS: Prompts = read_mapping(Path(__file__).with_name("prompts.yaml"), "prompts")
 
 KEPT = "stepwiser_prompts.yaml"
-"""The file of an exported model with templates that are not ours."""
+"""The file of an exported model with all of its templates."""
 
 OPTIONAL = frozenset({"number"})
 """Fields that a template may leave out."""
@@ -94,13 +94,19 @@ def fields_of(template: str) -> list[str]:
     return list(found)
 
 
-def prompts_of(directory: Path, given: Prompts, where: str) -> Prompts:
-    """Returns the templates of a model: those `given`, those that its directory keeps, else ours.
+def prompts_of(directory: Path, given: Prompts, where: str, *, trained: bool = False) -> Prompts:
+    """Returns the templates of a model: those that its directory keeps, else those `given`, else
+    ours.
+
+    A trained model keeps all of them, since `sft` does not know which of them its examples hold.
+    What an older export does not keep was ours.
 
     Raises UserError if one that is given is not the one that is kept.
     """
     file = directory / KEPT
-    kept = read_prompts(str(file)) if file.is_file() else {}
+    kept: Prompts = read_prompts(str(file)) if file.is_file() else {}
+    if trained or kept:
+        kept = {**OURS, **kept}
     if changed := [name for name, text in given.items() if kept.get(name, text) != text]:
         raise UserError(
             f"prompts: the model of {where} was trained with another text of {', '.join(changed)}, "
@@ -110,7 +116,7 @@ def prompts_of(directory: Path, given: Prompts, where: str) -> Prompts:
 
 
 def save_prompts(directory: Path, prompts: Prompts) -> None:
-    """Writes the templates that are not ours beside an exported model."""
-    if kept := {name: text for name, text in prompts.items() if text != OURS[name]}:
-        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-        (directory / KEPT).write_text(text, encoding="utf-8")
+    """Writes all templates beside an exported model: ours may be worded anew later."""
+    # In quotes: in the other styles rare line breaks, such as U+0085, become spaces.
+    text = yaml.safe_dump(dict(prompts), sort_keys=False, allow_unicode=True, default_style='"')
+    (directory / KEPT).write_text(text, encoding="utf-8")

@@ -75,10 +75,10 @@ def load_tokenizer(
     Args:
         path_or_id: File, directory or hub id. Without a network, a hub id has to be in the cache.
         chat_template_args: What `render_chat` hands to the template; `save` writes them into it.
-        prompts: Templates in place of ours; `save` keeps them. Those that are kept may be repeated,
+        prompts: Templates in place of ours; `save` keeps all. Those that are kept may be repeated,
             but not changed.
-        trained: Whether a run of this project trained the model. Then the arguments may be
-            repeated, but not changed.
+        trained: Whether a run of this project trained the model. Then the arguments and the
+            prompts may be repeated, but not changed.
 
     Raises:
         UserError: There is no tokenizer, its chat template does not take the arguments, or it
@@ -87,7 +87,7 @@ def load_tokenizer(
     arguments = chat_template_args or {}
     is_file = path_or_id.endswith(".model")
     directory = Path(path_or_id).parent if is_file else local_directory(path_or_id, FILES)
-    templates = prompts_of(directory, prompts or {}, path_or_id)
+    templates = prompts_of(directory, prompts or {}, path_or_id, trained=trained)
     model = Path(path_or_id) if is_file else directory / "tokenizer.model"
     if is_file or (model.is_file() and not (directory / "tokenizer.json").is_file()):
         return SentencePieceTokenizer(str(model), arguments, templates, trained=trained)

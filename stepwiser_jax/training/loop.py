@@ -256,3 +256,12 @@ def say_length(stage: str, epochs: int | None, examples: int, length: str) -> No
     """Prints how long `epochs` of this many examples are, if the training is given in epochs."""
     if epochs is not None:
         say(f"{stage}: {epochs} epochs of {examples} examples are {length}")
+
+
+def say_held_out(stage: str, held_out: int, left_out: int) -> None:
+    """Prints how many examples validate, if there are any, and what that costs the training."""
+    if held_out:
+        say(
+            f"{stage}: {held_out} examples validate; {left_out} examples of their problems are "
+            "left out of the training"
+        )

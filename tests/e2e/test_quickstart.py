@@ -2,12 +2,15 @@
 second run finds everything done."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import quickstart
 
+TABLE = Path(__file__).parents[2] / "docs" / "make_quickstart_table.py"
 CUT = {
     "policy": {"steps": 200},
     "rollouts": {"group_size": 2},
@@ -27,8 +30,8 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
         for _, _, tree in stages:
             if tree.get("problems", {}).get("split") == "rollout":
                 tree["problems"] = tree["problems"] | {"limit": 12}
-            if tree.get("data"):
-                tree["data"] = tree["data"] | {"count": 200}
+            if "limit" in tree.get("examples", {}):
+                tree["examples"] = tree["examples"] | {"limit": 200}
         return [(name, stage, tree | CUT.get(name, {})) for name, stage, tree in stages]
 
     monkeypatch.setattr(quickstart, "recipe", cut)
@@ -60,6 +63,11 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
     for row in (search["plain"], search["greedy"], search["chunk_reset"], search["majority"]["8"]):
         assert {"accuracy", "policy_tokens", "judge_tokens"} <= set(row)
     assert set(summary["seconds"]) == {name for name, _, _ in whole(tmp_path, 0)}
+
+    runpy.run_path(str(TABLE))["main"]([str(tmp_path / "q")] * 2)
+    accuracy = f"{100 * search['chunk_reset']['accuracy']:.1f}"
+    row = f"| chunk-reset search | {accuracy} | {accuracy} | **{accuracy}** ± 0.0 |"
+    assert row in capsys.readouterr().out
 
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "q").rglob("records/*/*.jsonl")}
     assert files

@@ -2,6 +2,7 @@
 than their tokenizers have ids, as Qwen's have."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -71,12 +72,15 @@ def test_the_recipe_runs_with_the_sizes_of_real_vocabularies(tmp_path, capsys):
         for step in ordered(read_recipe(str(configs / RECIPE))):
             tree = small(yaml.safe_load(step.file.read_text()))
             if "validation" in tree:
-                tree["validation"]["examples"]["limit"] = 2  # of some 6 problems: others are learnt
+                tree["validation"]["examples"]["limit"] = 2  # one of some 6 problems
             if step.stage == "chunk-solutions":
                 tree["teacher"]["url"] = url
             step.file.write_text(yaml.safe_dump(tree))
             arguments = ["--config", str(step.file), "--run-dir", str(runs / step.name)]
             assert main([step.stage, *arguments]) == 0, (step.name, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    for stage in ("sft", "train-judge", "train-classifier"):
+        assert re.search(rf"{stage}: \d+ examples validate; \d+ examples of their problems", said)
     labels = json.loads((runs / "labels" / "summary.json").read_text())
     assert 0 < labels["positive_share"] < 1 and labels["judge_positive_share"] == 0.5
     evaluated = json.loads((runs / "evaluate" / "summary.json").read_text())

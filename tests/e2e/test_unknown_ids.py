@@ -72,14 +72,21 @@ def test_values(runs, padded, rollouts, tmp_path):
     assert list(map(without_id, expected)) == list(map(without_id, found))
 
 
-def search_results(run):
-    """Results without their FLOPs: logits of no token cost some too. Scores are rounded."""
-    found = read_records(run, SearchResult)
-    costs = [name for name in vars(found[0]) if name.endswith("flops")]
-    scores = [tuple(round(score, 5) for score in result.chunk_scores) for result in found]
+def search_results(run, padded=None):
+    """Results without the FLOPs of logits of no token. Scores are rounded."""
+    extra = 0
+    if padded is not None:
+        config = load_hf(str(padded / "policy")).config
+        extra = 2 * config.vocab_size // 2 * config.hidden_size
     return [
-        dataclasses.replace(result, **dict.fromkeys(costs, 0.0), chunk_scores=of_one)
-        for result, of_one in zip(found, scores, strict=True)
+        dataclasses.replace(
+            found,
+            policy_flops=found.policy_flops - extra * found.policy_tokens,
+            judge_flops=found.judge_flops - extra * found.judge_tokens,
+            scoring_flops=found.scoring_flops - extra * found.scoring_tokens,
+            chunk_scores=tuple(round(score, 5) for score in found.chunk_scores),
+        )
+        for found in read_records(run, SearchResult)
     ]
 
 
@@ -87,19 +94,19 @@ def search_results(run):
 def test_search(runs, padded, tmp_path):
     models = ("policy.path", "policy"), ("judge.path", "judge")
     out = run("search", runs, padded, tmp_path / "search", *models)
-    assert search_results(runs / "search") == search_results(out)
+    assert search_results(runs / "search") == search_results(out, padded)
 
 
 @pytest.mark.slow
 def test_refine(runs, padded, tmp_path):
     results = []
-    for source in (runs, padded):
+    for source, of_padded in ((runs, None), (padded, padded)):
         arguments = ["refine", "--config", str(CONFIGS / "smoke_genprm_refine.yaml")]
         arguments += ["--run-dir", str(tmp_path / source.name)]
         sets = (f"policy.path={source / 'policy'}", f"judge.path={source / 'cold_start'}")
         sets += ("problems.limit=4", "turns=1")
         assert main(arguments + [word for setting in sets for word in ("--set", setting)]) == 0
-        results.append(search_results(tmp_path / source.name))
+        results.append(search_results(tmp_path / source.name, of_padded))
     assert results[0] == results[1]
 
 

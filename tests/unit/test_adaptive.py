@@ -105,6 +105,8 @@ def test_annotations_for_another_rule_are_refused(tmp_path):
     check_rule(label(rule_args={"alpha": 0.4}))
     with pytest.raises(UserError, match=r"alpha.: 0\.4.*use that rule"):
         check_rule(label(rule_args={"alpha": 0.8}))
+    with pytest.raises(UserError, match=r"not whether values are below min_prefix_value 0\.2"):
+        check_rule(label(rule_args={"alpha": 0.4}, min_prefix_value=0.2))
     with pytest.raises(UserError, match="found rule abs_q"):
         check_rule(label(rule="abs_q"))
     with pytest.raises(UserError, match=r"dead_prefix negative were known, .* dead_prefix drop"):
@@ -113,5 +115,7 @@ def test_annotations_for_another_rule_are_refused(tmp_path):
         yaml.safe_dump({"adaptive": adaptive | {"dead_prefix": "drop"}})
     )
     check_rule(label(rule_args={"alpha": 0.4}, dead_prefix="drop"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"adaptive": None}))
+    check_rule(label(min_prefix_value=0.2))
     (tmp_path / "config.yaml").write_text("group_size: 4")
     check_rule(label())  # no annotations: reading them says so

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
-from stepwiser_jax.config import ClassifierJudge
+from stepwiser_jax.config import ClassifierJudge, DataSource, Validation
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.datasets import load_classifier_examples
 from stepwiser_jax.distributed.loading import Loaded, load_model, with_new_score
@@ -267,6 +268,32 @@ def test_gradients_add_up_over_micro_batches_and_stay_in_float32():
     exact = Transformer(tiny_config(), rngs=nnx.Rngs(0))
     for a, b in zip(gradients(1, False, exact), gradients(2, True, exact), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["examples", "validation"])
+def test_values_that_stopped_early_are_no_soft_labels(tmp_path, config, place):
+    """Their labels are known, and can be learned."""
+    for name, settings in {
+        "adaptive": {"adaptive": {"rule": "abs_q"}},
+        "all": {"adaptive": None},
+        "early": {"values": str(tmp_path / "adaptive")},
+        "whole": {"values": str(tmp_path / "all")},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    def check(run, labels):
+        data = DataSource(source=str(tmp_path / run))
+        other = DataSource(source=str(tmp_path / "whole"))
+        examples, held_out = (data, other) if place == "examples" else (other, data)
+        validation = Validation(examples=held_out, every=1)
+        changes = {"examples": examples, "validation": validation, "labels": labels}
+        train_classifier.check_values(config.model_copy(update=changes))
+
+    check("early", "hard")
+    check("whole", "soft")
+    with pytest.raises(UserError, match=r"adaptive, whose labels are in .*early.*not the values"):
+        check("early", "soft")
 
 
 def test_no_gradient_where_the_score_is_the_soft_label(tiny_model):

@@ -130,3 +130,6 @@ def test_the_judge_is_trained_without_those_excluded(tmp_path, request):
     kept, dropped = train_judge.load_examples(config, loaded)
     assert kept == examples[1:2]
     assert dropped == {"too_long": 1, "malformed": 1, "excluded": 1}
+    short = config.model_copy(update={"max_prompt_tokens": 1})
+    with pytest.raises(UserError, match=r"examples\.jsonl is left: 3 were read, and all 2 that"):
+        train_judge.load_examples(short, loaded)

@@ -135,6 +135,22 @@ def test_prompts_of_the_next_call_read_what_is_new(tiny_model):
     assert any(name.startswith("shrink") for name in engine.compiled_shapes)
 
 
+def test_a_prompt_that_begins_with_a_whole_prompt_reads_its_last_token(tiny_model):
+    """Of three prompts each begins with all of the one before. The last token of a prompt is fed by
+    its rows, and is not among what the next one copies."""
+    params = SamplingParams(6, temperature=0.0, compared=(1, 2))
+    engine, cache = Engine(tiny_model, rows=(1,), buckets=(64,)), PrefixCache()
+    read = []
+    for end in (15, 24, 38):
+        how = {"key": KEY, "row_ids": [f"to {end}"]}
+        (found,) = engine.generate([SOLUTIONS[0][:end]], params, cache=cache, **how)
+        (expected,) = engine.generate([SOLUTIONS[0][:end]], params, **how)
+        np.testing.assert_allclose(found.log_odds, expected.log_odds, rtol=0, atol=1e-5)
+        assert tokens_of([found]) == tokens_of([expected])
+        read.append(found.spent.read)
+    assert read == [15, 10, 15]
+
+
 def test_rows_are_refilled_and_slots_take_the_next_prefix(tiny_model, monkeypatch):
     """Fewer rows than samples and fewer slots than prefixes: 8 rows, 30 samples of many lengths."""
     params = SamplingParams(24, stop_ids=STOPS)

@@ -13,6 +13,7 @@ from stepwiser_jax.config import Label
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import PrefixValue
+from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import balanced
 from stepwiser_jax.rl.labels import LABEL_RULES, DeadPrefix, label_chunks, load_rule
 from stepwiser_jax.stages.label import label_trajectories
@@ -56,6 +57,41 @@ def test_every_pair_of_counts_agrees_with_exact_fractions(rule, dead_prefix):
             values = [before / M, after / M]
             found = label_chunks(values, rule, dead_prefix=dead_prefix, **arguments)
             assert found == [slow(rule, before, after, arguments, dead_prefix)], (before, after)
+
+
+RATIOS = [Fraction(n, 20) for n in range(1, 21)]
+
+
+@given(
+    rule=st.sampled_from(["rel_ratio", "relative_progress"]),
+    ratio=st.sampled_from(RATIOS),
+    data=st.data(),
+)
+def test_ratios_agree_with_exact_fractions_for_any_number_of_rollouts(rule, ratio, data):
+    """Half of the cases are at the ratio itself, many others one rollout beside it."""
+    times = data.draw(st.integers(0, 64 // ratio.denominator))
+    before = times * ratio.denominator
+    num_rollouts = data.draw(st.integers(max(before, 1), 64))
+    beside = data.draw(st.sampled_from([0, 0, 0, -1, 1]) | st.integers(-64, 64))
+    after = min(max(times * ratio.numerator + beside, 0), num_rollouts)
+    (name,) = PARAMS[rule]
+    values = [before / num_rollouts, after / num_rollouts]
+    v, q = Fraction(before, num_rollouts), Fraction(after, num_rollouts)
+    is_above = q > ratio * v if rule == "rel_ratio" else q > 0 and q >= ratio * v
+    assert label_chunks(values, rule, **{name: float(ratio)}) == [is_above]
+    table = LabelTable(load_rule(rule, {name: float(ratio)}), num_rollouts)
+    assert table.likeliest((after, num_rollouts), (before, num_rollouts)) is is_above
+
+
+@pytest.mark.parametrize("rule", ["rel_ratio", "relative_progress"])
+def test_equal_ratios_are_on_the_right_side(rule):
+    """Every count of up to 64 rollouts that is a ratio of another one, at the rules' defaults."""
+    (ratio,) = PARAMS[rule].values()
+    exact = Fraction(str(ratio))
+    for m in range(1, 65):
+        for before in range(exact.denominator, m + 1, exact.denominator):
+            values = [before / m, int(exact * before) / m]
+            assert label_chunks(values, rule) == [rule == "relative_progress"], (before, m)
 
 
 # Least number of right rollouts of 16 that is positive, by the number before: the table of

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from flax import nnx
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from stepwiser_jax.checksums import write_checksums
 from stepwiser_jax.config import (
     GenPrmTeacher,
     Model,
@@ -30,9 +31,17 @@ from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.stages import sft
 from stepwiser_jax.stages.chunk_solutions import Proposer
 from stepwiser_jax.stages.rejection_sample import prompt_ids, task_of
+from stepwiser_jax.text import templates
 from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.prompts import encode_judge_prompt, encode_solve_prompt
-from stepwiser_jax.text.templates import KEPT, OURS, fields_of, read_prompts, save_prompts
+from stepwiser_jax.text.templates import (
+    KEPT,
+    OURS,
+    fields_of,
+    prompts_of,
+    read_prompts,
+    save_prompts,
+)
 from stepwiser_jax.text.tokenizer import load_tokenizer
 from stepwiser_jax.yaml_files import load_yaml
 from tiny import tiny_config
@@ -241,10 +250,12 @@ def chunked(tmp_path_factory):
 
 
 def test_a_trained_run_keeps_its_prompts(bpe_directory, chunked, tmp_path, monkeypatch):
-    """It learns them, and later stages ask with them; other prompts can still be replaced."""
+    """It learns them, and later stages ask with them and with what was ours at the time."""
     tokenizer = load_tokenizer(bpe_directory)
     model = Transformer(tiny_config(vocab_size=tokenizer.vocab_size), rngs=nnx.Rngs(0))
     save_hf(model, tokenizer, str(tmp_path / "base"))
+    (tmp_path / "base" / KEPT).unlink()  # no run trained it
+    write_checksums(tmp_path / "base")
     mine = {"solve": "Mine: {question}"}
     learned = []
     monkeypatch.setattr(
@@ -267,26 +278,45 @@ def test_a_trained_run_keeps_its_prompts(bpe_directory, chunked, tmp_path, monke
     asked = encode_solve_prompt(with_mine, "How many?", "instruct")
     assert learned[0].tokens_T[: len(asked)].tolist() == asked
     assert "Mine: How many?" in tokenizer.decode(asked)
-    for prompts in ({}, mine, {"judge": OURS["judge"] + "!"}):
+    for prompts in ({}, mine, {"judge": OURS["judge"]}):
         kept = load_tokenizer_of(run, prompts=prompts)
         assert encode_solve_prompt(kept, "How many?", "instruct") == asked
-        assert kept.prompts == {**OURS, **mine, **prompts}
-    with pytest.raises(UserError, match=r"was trained with another text of solve.*: leave it out"):
-        load_tokenizer_of(run, prompts={"solve": OURS["solve"]})
-    assert not (tmp_path / "base" / KEPT).exists(), "ours are not written"
+        assert kept.prompts == {**OURS, **mine}
+    for name, text in (("solve", OURS["solve"]), ("judge", OURS["judge"] + "!")):
+        with pytest.raises(UserError, match=f"trained with another text of {name}.*: leave it out"):
+            load_tokenizer_of(run, prompts={name: text})
+    with monkeypatch.context() as later:
+        later.setattr(templates, "OURS", {**OURS, "judge": "Worded anew. " + OURS["judge"]})
+        assert load_tokenizer_of(run).prompts["judge"] == OURS["judge"]
+        assert load_tokenizer(bpe_directory).prompts["judge"] != OURS["judge"]
     with open(tmp_path / "run" / "model" / KEPT, "a") as file:
         file.write("judge: other")
     with pytest.raises(UserError, match=KEPT):
         load_tokenizer_of(run)
 
 
+@example({"genprm_system": "a\x85b\u2028"})
 @given(st.dictionaries(st.sampled_from(["genprm_system", "genprm_synthesis_verify"]), st.text()))
 def test_any_text_is_kept_as_it_is(tmp_path_factory, texts):
     texts = {name: text.replace("{", "{{").replace("}", "}}") for name, text in texts.items()}
     directory = tmp_path_factory.mktemp("kept")
     save_prompts(directory, {**OURS, **texts})
     file = directory / KEPT
-    assert (read_prompts(str(file)) if file.is_file() else {}) == texts
+    assert read_prompts(str(file)) == {**OURS, **texts}
+
+
+def test_what_an_older_export_does_not_keep_was_ours(tmp_path):
+    """One of a run without the file, and one with a text that was not ours. A model that no run
+    trained may be asked in any words."""
+    other = {"judge": OURS["judge"] + "!"}
+    assert prompts_of(tmp_path, other, "it") == {**OURS, **other}
+    assert prompts_of(tmp_path, {}, "it", trained=True) == OURS
+    with pytest.raises(UserError, match="trained with another text of judge"):
+        prompts_of(tmp_path, other, "it", trained=True)
+    (tmp_path / KEPT).write_text("solve: 'Mine: {question}'")
+    assert prompts_of(tmp_path, {}, "it") == {**OURS, "solve": "Mine: {question}"}
+    with pytest.raises(UserError, match="trained with another text of judge"):
+        prompts_of(tmp_path, other, "it")
 
 
 def test_the_files_in_the_docs_are_read(request):

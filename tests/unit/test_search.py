@@ -30,7 +30,7 @@ from stepwiser_jax.records import SearchResult, Verdict
 from stepwiser_jax.search import report
 from stepwiser_jax.search.chunk_search import Policy, append_chunk, search_chunks
 from stepwiser_jax.search.methods import beam_search, chunk_reset, dvts
-from stepwiser_jax.search.results import Found, check_answers, found_by_search
+from stepwiser_jax.search.results import Found, check_answers, found_by_search, sample_solutions
 from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
 from stepwiser_jax.search.voting import AGGREGATES, best, in_first_words, vote
 from stepwiser_jax.stages import search
@@ -606,11 +606,56 @@ def test_answers_that_mean_the_same_vote_together():
     assert report.by_majority(None, samples).right == 1.0
 
 
-def test_a_verifier_that_ignores_the_reference_joins_no_right_answer_with_a_wrong_one():
-    """Such a verifier knows the right answer of a problem by itself."""
+class Meanings:
+    """In place of a verifier: answers mean the same if they begin alike; `slow` ones take too long.
+    Keeps what is asked."""
+
+    compares_meanings = True
+
+    def __init__(self, slow=()):
+        self.slow, self.asked = set(slow), []
+
+    def same(self, answers, references):
+        pairs = list(zip(answers, references, strict=True))
+        self.asked += pairs
+        return [None if self.slow & set(pair) else pair[0][0] == pair[1][0] for pair in pairs]
+
+
+def test_an_answer_is_compared_with_the_first_of_each_meaning_alone():
+    a, b = PROBLEMS[:2]
+    verifier = Meanings()
+    words = in_first_words([a, a, b, a, a, a], ["x1", "y1", "y2", "x2", "x1", "y2"], verifier)
+    assert words == ["x1", "y1", "y2", "x1", "x1", "y1"]
+    assert verifier.asked == [
+        *[("y1", "x1"), ("x2", "x1"), ("x1", "x2")],  # the reverse after an acceptance only
+        *[("y2", "x1"), ("y2", "y1"), ("y1", "y2")],
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_an_answer_that_takes_too_long_costs_one_deadline(place):
+    """Wherever it comes, and though it might be compared with all others."""
+    answers = ["u1", "v1", "w1", "v2", "w2", "u2"]
+    answers.insert(place, "slow")
+    verifier = Meanings(slow=["slow"])
+    words = dict(zip(answers, in_first_words([PROBLEMS[0]] * 7, answers, verifier), strict=True))
+    assert sum("slow" in pair for pair in verifier.asked) == 1
+    assert words["slow"] == "slow" and words["v2"] == "v1" and words["w2"] == "w1"
+
+
+def test_what_votes_ask_is_not_among_the_time_outs_of_solutions():
+    answers = ["\\frac12", "7^{9^{9^{9}}}", "1/3", "3^{9^{9^{9}}}"]
+    with Verifier(timeout_seconds=0.5) as verifier:
+        assert verifier.same(answers[1:2], answers[:1]) == [None]
+        assert in_first_words([PROBLEMS[0]] * 4, answers, verifier) == answers
+        assert verifier.timeouts == verifier.failures == 0
+
+
+def test_a_verifier_of_ones_own_joins_equal_texts_only():
+    """It may accept many answers, whatever the reference is: their votes are not one."""
     with Verifier("stand_in_verifiers:is_seven") as verifier:
-        words = in_first_words([PROBLEMS[0]] * 4, ["8", "7", "7.0", "9"], verifier)
-    assert words == ["8", "7", "7", "9"]
+        words = in_first_words([PROBLEMS[0]] * 4, ["8", "7", "7.0", "7"], verifier)
+    assert words == ["8", "7", "7.0", "7"]
 
 
 def test_majority_ignores_samples_without_an_answer():
@@ -711,7 +756,8 @@ def test_votes_make_one_opinion():
 
 def test_a_judge_reads_problem_and_history_once():
     """All chunks at once as in `evaluate`, and one after another as in a search: the same judgments
-    as from whole prompts. A search that begins reads its problem, whoever has judged it before."""
+    as from whole prompts. What each counts is the same too, also if the engine reads all anew. A
+    search that begins reads its problem, whoever has judged it before."""
     settings = {"path": "arithmetic", "prompt_style": "bare", "sampling": {"max_new_tokens": 6}}
     engine = {"rows": [4, 16], "buckets": [192]}
     judge = load_judge(
@@ -725,12 +771,15 @@ def test_a_judge_reads_problem_and_history_once():
         solutions.append(Solution(problem.problem_id, problem.question, chunks, separator=""))
 
     def spent(found):
-        return [sum(j.read_tokens for j in of_one) for of_one in found]
+        return [[j.spent for j in of_one] for of_one in found]
 
     prompts = [[judge.prompt_ids(x, j) for j in range(len(x.chunks))] for x in solutions]
     once = [len(of_one[-1]) + len(of_one) - 1 for of_one in prompts]
     together = judge(solutions)
-    assert spent(together) == once and min(map(len, prompts)) > 1
+    assert [sum(s.read for s in of_one) for of_one in spent(together)] == once
+    assert [of_one[0].read for of_one in spent(together)] == [len(p[0]) for p in prompts]
+    assert min(map(len, prompts)) > 1
+    assert judge.writer.engine.usage.spent.read == sum(once)
     texts = [[j.completion for j in of_one] for of_one in together]
     for _ in range(2):
         steps = [[] for _ in solutions]
@@ -742,8 +791,73 @@ def test_a_judge_reads_problem_and_history_once():
             ]
             for p, found in zip(asked, judge(parts), strict=True):
                 steps[p] += found
-        assert spent(steps) == once
+        assert spent(steps) == spent(together)
         assert [[j.completion for j in of_one] for of_one in steps] == texts
     alone = [[judge([dataclasses.replace(x, chunks=x.chunks[: j + 1], start=j)])[0][0]
               for j in reversed(range(len(x.chunks)))] for x in solutions]  # fmt: skip
     assert [[j.completion for j in of_one[::-1]] for of_one in alone] == texts
+    assert [of_one[::-1] for of_one in spent(alone)] == spent(together)
+
+
+def test_another_chunk_in_the_same_place_reads_no_history():
+    settings = {"path": "arithmetic", "prompt_style": "bare", "sampling": {"max_new_tokens": 2}}
+    engine = {"rows": [2], "buckets": [192]}
+    judge = load_judge(
+        StepwiserJudge.model_validate(settings | {"engine": engine}), mesh=make_mesh(), seed=0
+    )
+    chunk, question = "<chunk> 4 * 7 = 8 </chunk>", "start 4 ; * 7 * 7 ?"
+    for start, known in ((0, f"<bos> {question}"), (1, f"<bos> {question} {chunk}")):
+        solution = Solution("s", question, [chunk] * 2, start, separator="")
+        (first, *_), (other, *_) = judge(
+            [solution, dataclasses.replace(solution, solution_id="t", is_begun=True)]
+        )
+        prompt = judge.prompt_ids(solution, start)
+        assert other.read_tokens == len(prompt) - len(known.split())
+        assert first.read_tokens == (len(chunk.split()) + 1 if start else len(prompt))
+
+
+@pytest.mark.parametrize(
+    ("method", "beams"), [(chunk_reset(3), 1), (beam_search(4, 2), 4)], ids=["reset", "beam"]
+)
+def test_the_first_chunk_in_a_place_pays_for_the_history(word_tokenizer, solver, method, beams):
+    """Before every other attempt or beam with the same chunks before it."""
+    judge, asked = Planted(noisy), []
+
+    def recording(solutions):
+        asked.extend(solutions)
+        return judge(solutions)
+
+    policy = policy_of(word_tokenizer, Rows(solver, 32))
+    how = {"num_beams": beams, "max_new_tokens": ROOM}
+    search_chunks(policy, recording, PROBLEMS, method, **how)
+    begun = Counter(x.is_begun for x in asked)
+    if beams == 1:
+        assert all(x.is_begun != x.solution_id.endswith("/a0") for x in asked)
+    for place in {(x.question, x.start) for x in asked}:
+        in_place = [x for x in asked if (x.question, x.start) == place]
+        histories = {tuple(x.chunks[:-1]) for x in in_place}
+        assert len(histories) <= sum(not x.is_begun for x in in_place) <= max(1, beams // 2)
+        assert not in_place[0].is_begun
+    assert begun[True] and begun[False]
+
+
+def test_the_first_sample_pays_for_the_reading_of_its_problem(word_tokenizer):
+    asked = []
+
+    def judge(solutions):
+        asked.extend(solutions)
+        return [[ChunkJudgment("", Verdict.POSITIVE, 0.5, 3) for _ in x.chunks] for x in solutions]
+
+    def generate(prompts, params, *, key, row_ids, group_size):
+        ids = word_tokenizer.encode("<chunk> 4 * 7 = 8 </chunk>")
+        return [completion_of(ids, StopReason.STOP_ID, row_id) for row_id in row_ids]
+
+    policy = policy_of(word_tokenizer, None)
+    policy.engine.generate = generate
+    names = ["sample0", "sample1", "sample2"]
+    found = sample_solutions(policy, judge, PROBLEMS[:2], policy.params, names, 2)
+    assert [(x.problem.problem_id, x.method) for x in found] == [
+        (problem.problem_id, name) for problem in PROBLEMS[:2] for name in names
+    ]
+    assert [x.is_begun for x in asked] == [False, True] * 2
+    assert [x.scoring.generated for x in found] == [3, 3, 0] * 2

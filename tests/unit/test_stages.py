@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepwiser_jax.config import Label, Mesh
+from stepwiser_jax.config import Grpo, Label, Mesh
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.data.problems import keep_verifiable, load_items
 from stepwiser_jax.distributed.fingerprints import param_hash
@@ -376,6 +376,30 @@ def test_no_update_is_made_of_nothing(config):
     batches = [train_judge.pack(part, advantages, config) for part in parts]
     groups_of_rows = [np.max(group_of(b.segment_ids_BT), axis=1) for b in batches]
     assert [int(np.sum(counts)) for counts in groups_of_rows] == [3, 2]
+
+
+def test_groups_with_signal_that_are_too_many_count_in_the_denominator(config):
+    """Two draws of 29 groups with signal and 3 without. 32 are learned, and stand for all 58."""
+    silent = [rollout_group([3, i], [[4, 5, 6]] * 4, rewards=[1] * 4) for i in range(6)]
+    sampled = [*groups(29), *silent[:3], *groups(29), *silent[3:]]
+
+    def shares(updates, sampled, **grpo):
+        settings = Grpo(drop_zero_variance=True, max_resamples=1, **grpo)
+        changes = {
+            "prompts_per_iteration": 32,
+            "updates_per_iteration": updates,
+            "grpo": settings,
+        }
+        found = train_judge.updates_of(sampled, config.model_copy(update=changes))
+        assert sum(len(part) for part, _ in found) == min(32, sum(g.has_signal for g in sampled))
+        return [share for _, share in found]
+
+    for aggregation in ("token_mean", "sequence_mean"):
+        assert shares(1, sampled, aggregation=aggregation) == [58 / 64]
+        assert shares(2, sampled, aggregation=aggregation) == [29 / 32, 29 / 32]
+        assert shares(1, sampled[:32], aggregation=aggregation) == [29 / 32]
+    assert shares(2, sampled, denominator="kept") == [1, 1]
+    assert shares(2, silent) == []
 
 
 def by_length(example, text, tokens):

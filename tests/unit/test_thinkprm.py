@@ -243,13 +243,11 @@ class Scripted:
             ids = self.tokenizer.encode(text.removesuffix(" <eos>"))[: params.max_new_tokens]
             ids += self.tokenizer.eos_ids if text.endswith(" <eos>") else ()
             logprobs = np.zeros(len(ids))
-            reads = 0 if b % group_size else len(prompts[b // group_size])
-            how = {"stop_reason": StopReason.LENGTH, "spent": Spent(len(ids), reads, 1.0)}
-            completions.append(Completion(row_id, np.array(ids), logprobs, **how))
+            completions.append(Completion(row_id, np.array(ids), logprobs, StopReason.LENGTH))
         return completions
 
-    def spent_on(self, *, read):
-        return Spent(0, read, 0.25)
+    def spent_on(self, *, before=0, read=0, generated=0):
+        return Spent(generated, read, 0.25)
 
     def log_odds(self, prompts, pair):
         self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
@@ -307,9 +305,12 @@ def test_rounds_of_thought_go_on_from_one_another(loaded):
     assert (a.whole.p_positive, b.whole.p_positive) == (0.5, pytest.approx(0.7310586))
     assert a.whole.completion == f"{thought[0]} <judge> Positive"
     assert a.whole.num_tokens == sum(len(texts[i].split()) for i in (0, 2, 4))
-    fed = [prompt for row_id, prompt, _ in engine.generated if "/a/" in row_id] + engine.asked[:1]
-    assert a.whole.read_tokens == sum(len(prompt.split()) for prompt in fed), "each round anew"
-    assert a.whole.flops == 3 * 1.0 + 0.25
+    fed = [prompt for row_id, prompt, _ in engine.generated if "/a/" in row_id][-1:]
+    fed += engine.asked[:1]
+    assert a.whole.read_tokens == sum(len(prompt.split()) for prompt in fed), (
+        "rounds read what is new"
+    )
+    assert a.whole.flops == (3 * 2 + 1) * 0.25
 
 
 def test_draws_of_a_solution_are_kept_apart_and_in_place(loaded):
@@ -337,8 +338,8 @@ def test_a_process_reward_is_the_score_of_every_prefix(loaded):
 
 
 def test_prefixes_of_a_solution_read_what_they_share_once(loaded, monkeypatch):
-    """The longest is read whole, of the others the last word; after another chunk, that chunk. The
-    score reads prompt and chain."""
+    """The first is read whole, of the others the last chunk and word, whichever are read together.
+    The score reads prompt and chain."""
     chunk = "<chunk> 4 * 7 = 8 </chunk>"
     whole = Solution("a", "start 4 ; * 7 * 7 * 7 * 7 ?", [chunk] * 4)
     begun = dataclasses.replace(whole, chunks=[chunk] * 3)
@@ -354,13 +355,15 @@ def test_prefixes_of_a_solution_read_what_they_share_once(loaded, monkeypatch):
     (first,) = judge([begun])
     (second,) = judge([dataclasses.replace(whole, start=3)])
     read = [x.read_tokens - n for x, n in zip(first + second, scored, strict=True)]
-    assert read == [1, 1, len(judge.prompt_ids(begun)), len(chunk.split()) + 1]
+    shortest = dataclasses.replace(whole, chunks=[chunk])
+    assert read == [len(judge.prompt_ids(shortest)), *[len(chunk.split()) + 1] * 3]
     assert engines[0].usage.spent.read == sum(x.read_tokens for x in first + second)
     for start, found in enumerate(first + second):
         ((expected,),) = alone(
             [dataclasses.replace(whole, chunks=[chunk] * (start + 1), start=start)]
         )
         assert (found.completion, found.verdict) == (expected.completion, expected.verdict)
+        assert found.spent == expected.spent
         assert found.p_positive == pytest.approx(expected.p_positive, abs=1e-5)
         alone.writer.cache.by_length.clear()
     (again,) = judge([begun])
@@ -428,7 +431,7 @@ def test_no_text_exceeds_the_room_that_was_checked(loaded):
     engine = Scripted(loaded.tokenizer, ["1"])
     judge = make_judge(loaded, engine, max_new_tokens=4)
     thought = " ".join("123456789")
-    judge._judge_solutions([Chain("r", judge.prompt_ids(SOLUTIONS[1]), 1, [thought], thought)])
+    judge._judge_solutions([Chain("r", judge.prompt_ids(SOLUTIONS[1]), [], 1, [thought], thought)])
     (asked,) = engine.asked
     assert asked == f"{PROMPTS[1]} 1 2 3 4 5 <judge>"
     real = Engine(loaded.model, loaded.tokenizer, rows=(4,), buckets=(96,))

@@ -39,7 +39,7 @@ from stepwiser_jax.stages import train_classifier, train_judge
 from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import Document, document_loader
 from stepwiser_jax.training.checkpoint import Checkpointer
-from stepwiser_jax.training.loop import TrainingRun
+from stepwiser_jax.training.loop import TrainingRun, say_held_out
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from stepwiser_jax.training.validation import Measurements, mean_loss, packed_batches
 from tiny import logged, tiny_config
@@ -193,6 +193,41 @@ def test_a_part_is_shuffled_then_limited():
     assert few == shuffled[0][:5]
 
 
+def test_a_shuffled_part_has_whole_problems():
+    """A limit takes no more problems than it needs, so the others are left to learn."""
+    examples = [judge_example(f"p{i}", j) for j in range(3) for i in range(330)]
+    data = DataSource(source="x", shuffle=True, limit=256)
+    held_out = part_of(examples, data)
+    problems = {x.problem_id for x in held_out}
+    assert len(held_out) == 3 * len(problems) == 258
+    assert len(drop_problems_of(held_out, examples, Counter())) == 990 - 258
+    assert part_of(examples, data) == held_out
+    assert part_of(examples, data.model_copy(update={"seed": 1})) != held_out
+    least = part_of(examples, data.model_copy(update={"limit": 1}))
+    assert least == held_out[:3], "one problem, its chunks in their order"
+    assert [x.example_id for x in least] == sorted(x.example_id for x in least)
+
+
+def test_demonstrations_of_one_problem_are_drawn_together():
+    """By its id or their prompt, as they are left out."""
+    texts = [("a", "x"), ("b", "y"), ("b", "z"), ("c", "y"), ("d", "w")]
+    examples = [SftExample(f"{i}", *names, "s") for i, names in enumerate(texts)]
+    for seed in range(8):
+        drawn = part_of(examples, DataSource(source="x", shuffle=True, limit=2, seed=seed))
+        ids = {x.example_id for x in drawn}
+        assert ids == {"0", "4"} or ids - {"0", "4"} == {"1", "2", "3"}, seed
+
+
+def test_what_validation_costs_is_said_before_the_training(capsys):
+    say_held_out("sft", 0, 0)
+    say_held_out("sft", 258, 260)
+    line = " ".join(capsys.readouterr().err.split())
+    assert line.endswith(
+        "sft: 258 examples validate; 260 examples of their problems are left out of the training"
+    )
+    assert line.count("sft:") == 1
+
+
 def test_problems_that_validate_are_not_learned():
     """Another chunk of the same problem goes too, and so does the same text under another id."""
     examples = [judge_example("p1"), judge_example("p1", 1), judge_example("p2")]
@@ -218,24 +253,27 @@ def test_demonstrations_of_a_problem_go_by_its_id_or_their_prompt():
 
 def test_train_judge_leaves_out_what_it_validates_with(tmp_path, request):
     examples = [judge_example(f"p{i}", j, j > 0) for i in range(6) for j in range(3)]
-    write_records(tmp_path / "examples.jsonl", examples)
-    source = tmp_path / "examples.jsonl"
+    source, same = tmp_path / "examples.jsonl", tmp_path / "same.jsonl"
+    write_records(source, examples)
+    write_records(same, examples)
     config = load_config(
         "train-judge",
         request.config.rootpath / "configs" / "smoke_judge.yaml",
         (
             f"examples={{source: {source}}}",
-            f"validation={{examples: {{source: {source}, shuffle: true, limit: 4}}, every: 2}}",
+            f"validation={{examples: {{source: {same}, shuffle: true, limit: 4}}, every: 2}}",
         ),
     )
     loaded = SimpleNamespace(tokenizer=load_tokenizer_of("arithmetic"))
     held_out, left_out = train_judge.load_held_out(config, loaded)
-    assert len(held_out) == 4 and left_out == {"too_long": 0}
+    assert len(held_out) == 6 and left_out == {"too_long": 0}, "whole problems"
     learned, dropped = train_judge.load_examples(config, loaded, held_out)
     problems = {x.problem_id for x in held_out}
-    assert problems and not problems & {x.problem_id for x in learned}
-    assert dropped == {"validation": 3 * len(problems), "too_long": 0}
-    assert len(learned) == 18 - 3 * len(problems)
+    assert len(problems) == 2 and not problems & {x.problem_id for x in learned}
+    assert dropped == {"validation": 6, "too_long": 0} and len(learned) == 12
+    short = config.model_copy(update={"max_prompt_tokens": 1})
+    with pytest.raises(UserError, match=f"{same} is left: 18 were read, and all 6 that were"):
+        train_judge.load_held_out(short, loaded)
 
 
 def test_the_classifier_leaves_out_what_it_validates_with(tmp_path, request):
