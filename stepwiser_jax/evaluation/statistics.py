@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from stepwiser_jax.records import Trajectory, natural_key
 
@@ -144,9 +144,23 @@ def hierarchical_bootstrap(
     return _difference(float(np.mean(found)), resampled.mean(axis=1))
 
 
+def between_seeds(differences: Sequence[float]) -> float:
+    """Returns the two-sided p-value of no mean difference by a t-test over seeds, 1 for one seed.
+
+    A bootstrap of few seeds is too sure: if they have the same sign, its p is the smallest possible
+    one, however far they are apart.
+    """
+    if len(differences) < 2:
+        return 1.0
+    if np.ptp(differences) == 0:
+        return float(differences[0] == 0)
+    return float(ttest_1samp(differences, 0).pvalue)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns the p-values as Holm's step-down method corrects them for being several: a claim
-    whose corrected p is below 0.05 is wrong with a probability of 0.05 for all claims together."""
+    """Returns the p-values as Holm's step-down method corrects them for being several: if each is
+    right for its own claim, the probability that any true null is rejected at 0.05 is at most
+    0.05."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import ttest_rel
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.quickstart import timed
@@ -412,6 +413,27 @@ def test_labels_and_rewards_have_a_p_too(claim, kind):
     found = decision(claim, seeds)
     assert found["difference"] != 0 and found["corrected_p"] > 0.05
     assert found["verdict"] == "not told apart"
+
+
+def test_seeds_of_one_sign_that_lie_far_apart_decide_nothing():
+    """The bootstrap over five of them has its smallest p; a t-test knows better."""
+    seeds = seeds_with(
+        *(
+            {"search/chunk_reset": answers(400, 200 + gain), "search/plain": answers(400, 200)}
+            for gain in (8, 10, 40, 60, 160)
+        )
+    )
+    found = decision("chunk-reset > plain", seeds)
+    assert found["difference"] > 0.1 and found["p"] < 0.05 < found["p_between_seeds"]
+    assert found["corrected_p"] == found["p_between_seeds"]
+    assert found["verdict"] == "not told apart"
+    assert found["p_between_seeds"] == pytest.approx(ttest_rel(found["better"], found["worse"])[1])
+
+
+def test_one_seed_decides_nothing():
+    table = {"search/chunk_reset": answers(400, 380), "search/plain": answers(400, 200)}
+    found = decision("chunk-reset > plain", seeds_with(table))
+    assert found["p"] < 0.05 and found["verdict"] == "not told apart"
 
 
 def test_a_p_is_corrected_for_all_claims_of_both_tasks():

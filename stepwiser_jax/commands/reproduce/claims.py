@@ -1,8 +1,9 @@
 """The claims that `stepwiser reproduce` tests, and the one rule by which seeds decide about them.
 
-The difference of a claim is the mean over seeds. Its p-value of no difference is by a hierarchical
-bootstrap, over seeds and over the items within each (`evaluation.statistics`), and is corrected for
-the number of claims (Holm), those of both tasks together.
+The difference of a claim is the mean over seeds. It has two p-values of no difference: by a
+hierarchical bootstrap, over seeds and over the items within each, and by a t-test over seeds
+(`evaluation.statistics`). The larger one counts, corrected for the number of claims (Holm), those
+of both tasks together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any
 import numpy as np
 
 from stepwiser_jax.commands.reproduce.items import statistic_of
-from stepwiser_jax.evaluation.statistics import Difference, hierarchical_bootstrap, holm
+from stepwiser_jax.evaluation.statistics import (
+    Difference,
+    between_seeds,
+    hierarchical_bootstrap,
+    holm,
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,8 @@ def decide(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             better, worse = (
                 [seed["numbers"][name] for seed in found] for name in (claim.better, claim.worse)
             )
-            spread = np.std(np.subtract(better, worse), ddof=1) if len(seeds) > 1 else None
+            of_seeds = np.subtract(better, worse)
+            spread = np.std(of_seeds, ddof=1) if len(seeds) > 1 else None
             decisions.append(
                 {
                     "task": task,
@@ -135,13 +142,15 @@ def decide(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "interval": [difference.low, difference.high],
                     "spread": None if spread is None else float(spread),
                     "p": difference.p,
+                    "p_between_seeds": between_seeds(of_seeds.tolist()),
                     "verdict": f"not comparable: {claim.flaw}",
                     "paper": claim.paper,
                 }
             )
             if not claim.flaw:
                 tested.append(decisions[-1])
-    for decision, p in zip(tested, holm([d["p"] for d in tested]), strict=True):
+    larger = [max(d["p"], d["p_between_seeds"]) for d in tested]
+    for decision, p in zip(tested, holm(larger), strict=True):
         decision["corrected_p"] = p
         decision["verdict"] = verdict(decision["difference"], p)
     return decisions

@@ -8,7 +8,7 @@ same draws serve both sides of a claim:
                                                                                -> area under the ROC
     labels           a problem: wrong chunks, those of them with a negative label, right chunks,
                      those of them with a positive one                         -> balanced accuracy
-    reward           an iteration: its mean reward                             -> mean
+    reward           a training: the mean reward of its last iterations        -> mean
     search, selection    a problem: the share of right answers                 -> mean
 """
 

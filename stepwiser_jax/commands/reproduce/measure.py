@@ -105,7 +105,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
     items |= {f"search/{name}": solved_by_problem(runs, f"search/{name}") for name in methods}
     clipped = {}
     if runs.task is MOD_10:
-        items |= {f"reward/{name}": last_rewards(runs, name) for name in CLIP_PAIR}
+        items |= {f"reward/{name}": last_reward(runs, name) for name in CLIP_PAIR}
         selections = [f"selection/{name}" for name in ("before", *SELECTIONS)]
         items |= {number: solved_by_problem(runs, number) for number in selections}
         clipped = {name: clipped_from_above(runs, name) for name in CLIP_PAIR}
@@ -201,9 +201,10 @@ def read_training(runs: SeedRuns, name: str) -> list[dict[str, Any]]:
     return read_metrics(runs.run_dir / name / "metrics.jsonl")
 
 
-def last_rewards(runs: SeedRuns, name: str) -> list[float]:
-    """Returns the mean rewards of the last ten iterations of a training."""
-    return [metrics["reward"] for metrics in read_training(runs, name)[-10:]]
+def last_reward(runs: SeedRuns, name: str) -> list[float]:
+    """Returns the mean reward of the last ten iterations of a training: one item, since iterations
+    follow from one another, and two trainings do not have the same prompts in them."""
+    return [float(np.mean([metrics["reward"] for metrics in read_training(runs, name)[-10:]]))]
 
 
 def clipped_from_above(runs: SeedRuns, name: str) -> float:

@@ -99,17 +99,18 @@ def as_markdown(result: dict[str, Any]) -> str:
         [
             *lines,
             "Percent, means over the seeds. A difference has its standard deviation over seeds,",
-            "and its 95% interval by a bootstrap over seeds and, within each, over items; p: of no",
-            f"difference, by the same bootstrap, corrected for {tested} claims (Holm). A claim",
-            "holds if the difference is above 0 and p below 0.05, fails if it is below 0.",
+            "and its 95% interval by a bootstrap over seeds and, within each, over items; p of no",
+            "difference: by the same bootstrap; by a t-test over seeds; and the larger of the two,",
+            f"corrected for {tested} claims (Holm). A claim holds if the difference is above 0 and",
+            "the last p below 0.05, and fails if the difference is below 0.",
             "",
             "F1 of a judge is at the threshold on P(Positive) that is best on the development",
             "split (in brackets the accuracy on solutions with an error, and on those without);",
             "greedy F1 is by the verdicts themselves. AUC: first errors against right steps.",
             "Examples: labelled chunks, or kept judgments, of the last training. Labels: balanced",
             "accuracy. Rewards: mean of the last ten iterations. Intervals of a seed are over",
-            "solutions, problems or iterations. For a search, in brackets: tokens per problem of",
-            "policy + judge; those rejected.",
+            "solutions or problems. For a search, in brackets: tokens per problem of policy +",
+            "judge; those rejected.",
             "",
             f"Minutes: {minutes}.",
             "",
@@ -126,7 +127,8 @@ def _claims_table(claims: Sequence[dict[str, Any]]) -> list[str]:
         better, worse = (100 * float(np.mean(claim[key])) for key in ("better", "worse"))
         spread = "" if claim["spread"] is None else f" ± {100 * claim['spread']:.1f}"
         low, high = (100 * end for end in claim["interval"])
-        p = f"{claim['corrected_p']:.2g}" if "corrected_p" in claim else ""
+        keys = [key for key in ("p", "p_between_seeds", "corrected_p") if key in claim]
+        p = "; ".join(f"{claim[key]:.2g}" for key in keys)
         lines.append(
             f"| {claim['claim']} | {better:.1f}, {worse:.1f} | "
             f"{100 * claim['difference']:+.1f}{spread} | [{low:+.1f}, {high:+.1f}] | {p} | "
