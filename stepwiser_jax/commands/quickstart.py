@@ -45,6 +45,9 @@ Stage = tuple[str, str, dict[str, Any]]
 """(directory, stage, settings)."""
 
 SOLVE = {"temperature": 1.0, "max_new_tokens": 112}
+SEARCH_SAMPLING = SOLVE | {"temperature": 0.5}
+"""Of 0.3, 0.5, 0.7, 1 and 1.3 the best on the development split, for the mean of chunk-reset search
+and a vote of 4 (docs/quickstart.md)."""
 POLICY_ENGINE = {"rows": [32, 256], "buckets": [32, 160]}
 JUDGE_ENGINE = {"rows": [32, 256], "buckets": [192]}
 JUDGE = {"prompt_style": "bare", "sampling": {"max_new_tokens": 32}, "engine": JUDGE_ENGINE}
@@ -169,9 +172,7 @@ def evaluation(run_dir: Path, problems: dict[str, Any]) -> list[Stage]:
         "judge": judge_at(run_dir / "judge"),
         "problems": problems,
         "majority": [2, 4, 8],
-        # Of 0.3, 0.5, 0.7, 1 and 1.3 the best on the development split, for the mean of chunk-reset
-        # search and a vote of 4.
-        "sampling": SOLVE | {"temperature": 0.5},
+        "sampling": SEARCH_SAMPLING,
         "first_attempt": "greedy",
         "max_chunk_tokens": 24,
         "engine": POLICY_ENGINE,

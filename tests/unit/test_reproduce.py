@@ -20,7 +20,7 @@ from stepwiser_jax.data.datasets import load_judge_examples
 from stepwiser_jax.evaluation.statistics import multiplicities
 from stepwiser_jax.records import JudgeExample, Judgment, ProcessBenchItem, SearchResult, Verdict
 from stepwiser_jax.runs.directory import RunDirectory
-from stepwiser_jax.search.report import solved_by_method
+from stepwiser_jax.search.report import Solved, solved_by_method
 from stepwiser_jax.tasks.arithmetic import MOD_10, TASKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -487,7 +487,7 @@ def result_of(problem, method, is_correct):
     )  # fmt: skip
 
 
-def test_searches_are_compared_problem_by_problem(tmp_path):
+def test_searches_are_compared_problem_by_problem(tmp_path, monkeypatch):
     """In the order of the problems' ids, whatever order they were written in."""
     runs = SeedRuns(tmp_path, 0)
     _, stage, settings = experiments.searches(runs)[0]
@@ -509,6 +509,11 @@ def test_searches_are_compared_problem_by_problem(tmp_path):
     assert measure.solved_by_problem(runs, "search/chunk_reset") == [0, 1]
     assert measure.solved_by_problem(runs, "search/plain") == [1, 0]
     assert measure.solved_by_problem(runs, "search/majority") == [1, 0]
+    at_most = {"majority_at_equal_flops": {"at_most": {"samples": 2.0}}}
+    monkeypatch.setattr(SeedRuns, "summary", lambda runs, name: at_most)
+    votes = {f"majority/{k}": [Solved(float(k == 2), 60.0)] for k in range(1, 9)}
+    monkeypatch.setattr(measure, "solved_by_method", lambda *_: votes)
+    assert measure.solved_by_problem(runs, "search/majority_at_equal_flops") == [1]
 
 
 class Finished(SeedRuns):
@@ -516,10 +521,11 @@ class Finished(SeedRuns):
     same size."""
 
     def summary(self, name):
-        method = {"policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0}
+        method = {"policy_tokens": 60.0, "judge_tokens": 9.0, "rejected_tokens": 1.0, "flops": 9e7}
         labels = {"labels": 3000, "positive_share": 0.7, "judge_examples": 900, "examples": 900}
         nested = {"majority": {"8": method}, "best_of": {"mean": {"8": method}}}
         nested |= {"weighted_majority": {"product": {"8": method}}}
+        nested |= {"majority_at_equal_flops": {"at_most": method | {"samples": 4.0}}}
         methods = ("plain", "greedy", "beam", "dvts", "chunk_reset")
         return labels | nested | dict.fromkeys(methods, method)
 

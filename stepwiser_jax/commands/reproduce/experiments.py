@@ -24,6 +24,7 @@ from stepwiser_jax.commands.quickstart import (
     JUDGE,
     JUDGE_ENGINE,
     POLICY_ENGINE,
+    SEARCH_SAMPLING,
     SOLVE,
     fine_tuning,
     judge_training,
@@ -488,7 +489,8 @@ def judges(runs: SeedRuns) -> dict[str, list[Stage]]:
 
 
 def searches(runs: SeedRuns) -> list[Stage]:
-    """Returns the stages that run every method with the same problems and budget of tokens."""
+    """Returns the stages that run every method on the same problems, at the quickstart's
+    temperature of searches. Chunk-reset takes the likeliest chunk first, but for one stage."""
     shared = {
         "policy": {"path": runs.at("policy")},
         "problems": {
@@ -497,27 +499,30 @@ def searches(runs: SeedRuns) -> list[Stage]:
             "limit": PROBLEMS,
             "seed": runs.seed,
         },
-        "majority": [8],
+        "majority": list(range(1, 9)),
         "best_of": [8],
         "beam": {"beams": 4, "width": 2},
         "dvts": {"beams": 4, "width": 2},
-        "token_budget": 320,
-        "sampling": SOLVE,
+        "sampling": SEARCH_SAMPLING,
+        "first_attempt": "greedy",
         "max_chunk_tokens": 24,
         "engine": POLICY_ENGINE,
         "block_size": 64,
     }
-    steered = {"best_of": [], "beam": None, "dvts": None}
-    by_judge = shared if runs.task is MOD_10 else shared | steered
+    few = {"best_of": [], "beam": None, "dvts": None}
+    alone = shared | few | {"majority": []}
+    judge = JUDGE | {"path": runs.at("stepwiser")}
+    of_judge = shared | (few if runs.task is not MOD_10 else {}) | {"judge": judge}
+    sampled = alone | {"first_attempt": "sampled", "judge": judge}
 
     def by_classifier() -> Settings:
         threshold = runs.summary("classifier_dev")["threshold"]
         judge = CLASSIFIER | {"path": runs.at("classifier"), "threshold": threshold}
-        return shared | steered | {"majority": [], "judge": judge}
+        return alone | {"judge": judge}
 
-    judge = JUDGE | {"path": runs.at("stepwiser")}
     return [
-        runs.stage("search", "search", by_judge | {"judge": judge}),
+        runs.stage("search", "search", of_judge),
+        runs.stage("search_sampled", "search", sampled),
         runs.stage("search_classifier", "search", by_classifier),
     ]
 

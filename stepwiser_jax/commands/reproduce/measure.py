@@ -53,19 +53,24 @@ from stepwiser_jax.tasks.arithmetic import MOD_10
 
 TUNING_SEED = 1000
 
+AT_MOST = "majority_at_equal_flops/at_most"
+
 METHODS = {
     "plain": ("search", "plain"),
     "greedy": ("search", "greedy"),
     "majority": ("search", "majority/8"),
+    "majority_at_equal_flops": ("search", AT_MOST),
     "best_of": ("search", "best_of/mean/8"),
     "weighted_majority": ("search", "weighted_majority/product/8"),
     "beam": ("search", "beam"),
     "dvts": ("search", "dvts"),
     "chunk_reset": ("search", "chunk_reset"),
+    "chunk_reset_sampled": ("search_sampled", "chunk_reset"),
     "chunk_reset_classifier": ("search_classifier", "chunk_reset"),
 }
 """The searches that are compared: a run, and a method in its summary."""
-FOR_EVERY_TASK = ("plain", "greedy", "majority", "chunk_reset", "chunk_reset_classifier")
+FOR_JUDGED_SAMPLES = ("best_of", "weighted_majority", "beam", "dvts")
+"""Those that the second task does not have."""
 
 
 def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> None:
@@ -88,13 +93,14 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
     Returns:
         `numbers` by name, fractions between 0 and 1; their 95% `intervals` over items; the `items`
         of each (`items` says which). Details of judges (`judges`), label sets (`labels`) and
-        searches (`tokens`); for the two trainings that differ in their clip, the share
+        searches (`costs`); for the two trainings that differ in their clip, the share
         `clipped_from_above`; and the `seconds` of each stage.
     """
     stages = every_stage(runs)
     run_stages(runs, stages, console)
     read = {name: read_judge(runs, name) for name in judges(runs)}
-    methods = METHODS if runs.task is MOD_10 else {name: METHODS[name] for name in FOR_EVERY_TASK}
+    is_first = runs.task is MOD_10
+    methods = [name for name in METHODS if is_first or name not in FOR_JUDGED_SAMPLES]
     items = {
         f"{kind}/{name}": of_kind
         for name, judge in read.items()
@@ -110,7 +116,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         items |= {number: solved_by_problem(runs, number) for number in selections}
         clipped = {name: clipped_from_above(runs, name) for name in CLIP_PAIR}
     searches = {name: search_summary(runs, name) for name in methods}
-    costs = ("policy_tokens", "judge_tokens", "rejected_tokens")
+    costs = ("policy_tokens", "judge_tokens", "rejected_tokens", "flops")
     finished = [name for name, stage, _ in stages if stage != EXAMPLES]
     return {
         "numbers": {name: value_of(name, of_number) for name, of_number in items.items()},
@@ -118,7 +124,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         "items": items,
         "judges": {name: judge.details for name, judge in read.items()},
         "labels": {name: label_set(runs, name) for name, stage, _ in stages if stage == "label"},
-        "tokens": {name: {key: row[key] for key in costs} for name, row in searches.items()},
+        "costs": {name: {key: row[key] for key in costs} for name, row in searches.items()},
         "clipped_from_above": clipped,
         "seconds": {
             name: json.loads((runs.run_dir / name / "seconds.json").read_text())
@@ -231,6 +237,8 @@ def solved_by_problem(runs: SeedRuns, number: str) -> list[float]:
         policy = "policy" if name == "before" else f"selected_{name}"
         return right_by_problem(read_records(runs.run_dir / f"{policy}_solves", Trajectory))
     run, method = runs.run_dir / METHODS[name][0], METHODS[name][1]
+    if method == AT_MOST:
+        method = f"majority/{search_summary(runs, name)['samples']:.0f}"
     config = validate(Search, read_run_settings(run), str(run))
     solved = solved_by_method(config, read_records(run, SearchResult))[method]
     return [float(problem.right) for problem in solved]

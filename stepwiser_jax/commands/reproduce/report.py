@@ -109,8 +109,8 @@ def as_markdown(result: dict[str, Any]) -> str:
             "greedy F1 is by the verdicts themselves. AUC: first errors against right steps.",
             "Examples: labelled chunks, or kept judgments, of the last training. Labels: balanced",
             "accuracy. Rewards: mean of the last ten iterations. Intervals of a seed are over",
-            "solutions or problems. For a search, in brackets: tokens per problem of policy +",
-            "judge; those rejected.",
+            "solutions or problems. For a search, in brackets, per problem: tokens that policy +",
+            "judge write; those rejected; MFLOP of both.",
             "",
             f"Minutes: {minutes}.",
             "",
@@ -208,15 +208,15 @@ def _with_interval(name: str, seed: dict[str, Any]) -> str:
 
 
 def _costs(name: str, seeds: Sequence[dict[str, Any]]) -> str:
-    """Returns the tokens of a search, means over the seeds."""
+    """Returns the tokens and FLOPs of a search, means over the seeds."""
     kind, method = name.split("/")
     if kind != "search":
         return ""
-    policy, judge, rejected = (
-        float(np.mean([seed["tokens"][method][key] for seed in seeds]))
-        for key in ("policy_tokens", "judge_tokens", "rejected_tokens")
+    policy, judge, rejected, flops = (
+        float(np.mean([seed["costs"][method][key] for seed in seeds]))
+        for key in ("policy_tokens", "judge_tokens", "rejected_tokens", "flops")
     )
-    return f"({policy:.0f} + {judge:.0f}; {rejected:.0f})"
+    return f"({policy:.0f} + {judge:.0f}; {rejected:.0f}; {flops / 1e6:.0f})"
 
 
 def _clipped(seeds: dict[int, dict[str, Any]]) -> list[str]:
