@@ -154,7 +154,8 @@ def between_seeds(differences: Sequence[float]) -> float:
         return 1.0
     if np.ptp(differences) == 0:
         return float(differences[0] == 0)
-    return float(ttest_1samp(differences, 0).pvalue)
+    found: Any = ttest_1samp(differences, 0)  # scipy's types do not know what it has
+    return float(found.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
