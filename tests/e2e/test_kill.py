@@ -26,6 +26,7 @@ RUNS = {
     "judge": ("iterations=12", "training.checkpoint_every=2"),
     "classifier": ("steps=40", "epochs=null", "training.checkpoint_every=3"),
     "evaluate": ("block_size=2",),
+    "search": ("problems.limit=24", "block_size=2", "beam=null", "dvts=null"),
 }
 """Long enough to be killed in the middle."""
 
