@@ -22,6 +22,7 @@ from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.judges.stepwiser import ChunkJudge
 from stepwiser_jax.judges.validation import judgment_metrics
 from stepwiser_jax.judges.writer import Writer
+from stepwiser_jax.model.flops import NOTHING
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.records import Judgment, PrmBenchItem, ProcessBenchItem, Verdict
 from stepwiser_jax.search.methods import chunk_reset
@@ -197,6 +198,9 @@ class Scripted:
             zeros = np.zeros(len(ids), np.float32)
             completions.append(Completion(row_id, ids, zeros, StopReason.STOP_ID, log_odds))
         return completions
+
+    def spent_on(self, **tokens):
+        return NOTHING
 
 
 GOOD, BAD = "looks fine | \\boxed{ Positive }", "5 diff | \\boxed{ Negative }"

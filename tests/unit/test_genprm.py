@@ -746,7 +746,8 @@ VERIFIER = SimpleNamespace(
     verify=lambda completions, problems: [
         extract_answer(text) == problem.answer
         for text, problem in zip(completions, problems, strict=True)
-    ]
+    ],
+    compares_meanings=False,
 )
 
 
