@@ -12,8 +12,16 @@ from scipy.stats import ttest_rel
 
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands.quickstart import timed
-from stepwiser_jax.commands.reproduce import claims, controls, experiments, items, measure, report
-from stepwiser_jax.commands.reproduce.experiments import SeedRuns
+from stepwiser_jax.commands.reproduce import (
+    claims,
+    controls,
+    experiments,
+    items,
+    judges,
+    measure,
+    report,
+)
+from stepwiser_jax.commands.reproduce.seed_runs import EXAMPLES, SeedRuns, changed
 from stepwiser_jax.config import STAGE_CONFIGS
 from stepwiser_jax.config_files import validate
 from stepwiser_jax.data.datasets import load_judge_examples
@@ -24,7 +32,7 @@ from stepwiser_jax.search.report import Solved, solved_by_method
 from stepwiser_jax.tasks.arithmetic import MOD_10, TASKS
 
 REPOSITORY = Path(__file__).parents[2]
-ROWS = [*experiments.STARTS, *experiments.JUDGES, *experiments.CONTROLS]
+ROWS = [*judges.STARTS, *judges.JUDGES, *judges.CONTROLS]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +46,7 @@ def configs_of(runs):
     return [
         (name, stage, validate(STAGE_CONFIGS[stage], settings(), name))
         for name, stage, settings in experiments.every_stage(runs)
-        if stage != experiments.EXAMPLES
+        if stage != EXAMPLES
     ]
 
 
@@ -55,7 +63,7 @@ def test_every_stage_reads_what_a_stage_before_it_wrote(tmp_path, task):
     runs = SeedRuns(tmp_path / "seed-3", 3, task)
     seen = {}
     for name, stage, settings in experiments.every_stage(runs):
-        if stage == experiments.EXAMPLES:
+        if stage == EXAMPLES:
             seen.setdefault(name, (stage, None))
             continue
         config = validate(STAGE_CONFIGS[stage], settings(), name)
@@ -63,7 +71,7 @@ def test_every_stage_reads_what_a_stage_before_it_wrote(tmp_path, task):
         assert {path.name for path in read} <= set(seen) and name not in {p.name for p in read}
         assert seen.setdefault(name, (stage, config)) == (stage, config)
         assert getattr(config, "seed", 3) == 3
-    rows = ROWS if task is MOD_10 else experiments.CORE
+    rows = ROWS if task is MOD_10 else judges.CORE
     assert {f"{judge}_{on}" for judge in rows for on in ("dev", "score")} <= set(seen)
 
 
@@ -104,7 +112,7 @@ def test_thresholds_are_not_chosen_on_the_solutions_that_are_scored(tmp_path):
 
 
 def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
-    for name, (row, rate) in experiments.JUDGES.items():
+    for name, (row, rate) in judges.JUDGES.items():
         steps = [
             next(settings() for run, _, settings in row(runs, name, rate) if run == name)
             for runs in (SeedRuns(tmp_path, 0), SeedRuns(tmp_path, 0, share_of_steps=0.5))
@@ -114,27 +122,11 @@ def test_half_the_length_is_half_the_steps_of_every_judge(tmp_path):
         assert steps[0]["training"]["optimizer"]["learning_rate"] == rate
 
 
-def test_a_tenth_of_the_labels_is_a_tenth_of_the_solutions_learned_as_often(tmp_path, monkeypatch):
-    chosen = {"genprm_rationales_1": 400, "genprm_rationales_0.1": 100}
-    found = {"classifier_examples": 850, "threshold": 0.4}
-    monkeypatch.setattr(
-        SeedRuns, "summary", lambda runs, name: found | {"chosen": chosen.get(name, 50)}
-    )
-    configs = {name: config for name, _, config in configs_of(SeedRuns(tmp_path, 0))}
-    for form in ("genprm", "thinkprm"):
-        runs = [configs[f"{form}_rationales_{share}"] for share in ("1", "0.1")]
-        assert [run.examples.limit for run in runs] == [850, 85]
-    assert configs["genprm_form"].steps == 150
-    assert configs["genprm_form_10"].steps == 38  # 150 * 100 / 400: as many epochs
-    assert configs["thinkprm_form_10"].steps == 150
-
-
 def test_controls_differ_from_their_row_in_the_data_alone(tmp_path):
     configs = {name: c.model_dump() for name, _, c in configs_of(SeedRuns(tmp_path, 0))}
-    for name in ("shuffled_labels", "as_many_as_absolute"):
-        examples = configs[name].pop("examples")
-        assert configs[name] == {k: v for k, v in configs["stepwiser"].items() if k != "examples"}
-        assert examples != configs["stepwiser"]["examples"]
+    for name, (of, _) in judges.CONTROLS.items():
+        assert configs[name]["examples"] != configs[of]["examples"]
+        assert configs[name] | {"examples": None} == configs[of] | {"examples": None}
     printed = {name: configs[f"labels_{name}"] for name in ("printed", "printed_absolute")}
     for config in printed.values():
         assert (config["dead_prefix"], config["min_prefix_value"]) == ("negative", 0)
@@ -188,15 +180,15 @@ def test_a_stage_of_examples_writes_its_file_once(tmp_path):
 
     runs = SeedRuns(tmp_path, 0)
     for _ in range(2):
-        measure.run_stages(runs, [("few.jsonl", experiments.EXAMPLES, make)], Console(quiet=True))
+        measure.run_stages(runs, [("few.jsonl", EXAMPLES, make)], Console(quiet=True))
     assert load_judge_examples(runs.at("few.jsonl")) == examples and made == [1]
 
 
 @pytest.mark.xfail(strict=True, reason="comparison_tuning.json is of an earlier set of rows")
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
     tuning = json.loads((REPOSITORY / "docs" / "comparison_tuning.json").read_text())
-    assert tuning["chosen"] == experiments.CHOSEN
-    assert set(tuning["scores"]) == set(experiments.JUDGES)
+    assert tuning["chosen"] == judges.CHOSEN
+    assert set(tuning["scores"]) == set(judges.JUDGES)
     for name, scores in tuning["scores"].items():
         found = {float(factor): score for factor, score in scores.items()}
         assert measure.search_factors(found.__getitem__) == found
@@ -204,8 +196,8 @@ def test_every_judge_has_as_many_trainings_to_find_its_rate():
 
 
 def test_every_control_has_the_rate_of_a_row_that_is_tuned():
-    assert set(experiments.CHOSEN) == set(experiments.JUDGES)
-    assert {of for of, _ in experiments.CONTROLS.values()} <= set(experiments.JUDGES)
+    assert set(judges.CHOSEN) == set(judges.JUDGES)
+    assert {of for of, _ in judges.CONTROLS.values()} <= set(judges.JUDGES)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +220,7 @@ def test_the_grid_of_rates_grows_while_the_best_is_at_its_edge(peak, tried):
 
 def test_settings_are_changed_in_a_copy():
     tree = {"grpo": {"kl_coef": 0.2}, "seed": 0}
-    found = experiments.changed(tree, grpo__clip_eps_high=0.2, training__micro_batches=2, seed=1)
+    found = changed(tree, grpo__clip_eps_high=0.2, training__micro_batches=2, seed=1)
     assert found == {
         "grpo": {"kl_coef": 0.2, "clip_eps_high": 0.2},
         "training": {"micro_batches": 2},
@@ -393,24 +385,14 @@ def test_seeds_that_disagree_decide_nothing():
     assert found["verdict"] == "not told apart"
 
 
-@pytest.mark.parametrize(
-    ("claim", "kind"),
-    [
-        ("relative > absolute labels: against the truth", "labels"),
-        ("clip-higher > clip, 4 updates: last reward", "reward"),
-    ],
-)
-def test_labels_and_rewards_have_a_p_too(claim, kind):
+def test_labels_have_a_p_too():
     """Once a difference of theirs counted by its sign."""
-    of = next(c for c in claims.CLAIMS if c.says == claim)
-    assert of.better.startswith(kind)
     rng = np.random.default_rng(0)
-    rows = {
-        name: [random_items(kind, rng, count=10) for _ in range(4)]
-        for name in (of.better, of.worse)
-    }
-    seeds = seeds_with(*({name: rows[name][s] for name in rows} for s in range(4)))
-    found = decision(claim, seeds)
+    names = ("labels/rel_effective", "labels/abs_q")
+    seeds = seeds_with(
+        *({name: random_items("labels", rng, count=10) for name in names} for _ in range(4))
+    )
+    found = decision("relative > absolute labels: against the truth", seeds)
     assert found["difference"] != 0 and found["corrected_p"] > 0.05
     assert found["verdict"] == "not told apart"
 
@@ -460,18 +442,6 @@ def test_a_p_is_corrected_for_all_claims_of_both_tasks():
     assert found["p"] == alone["p"] and found["corrected_p"] > found["p"]
     tasks = [of["task"] for of in claims.decide(both) if of["claim"] == "chunk-reset > plain"]
     assert tasks == ["arithmetic", "other"]
-
-
-def test_what_is_not_comparable_has_no_verdict():
-    table = {
-        "judge/stepwiser": [(True, True), (False, True)] * 100,
-        "judge/lines": [(True, False), (False, True)] * 100,
-    }
-    found = decision(
-        "chunks > lines, as many rollouts, both judge chunks", seeds_with(table, table)
-    )
-    assert found["verdict"].startswith("not comparable: ") and "corrected_p" not in found
-    assert found["difference"] == 1
 
 
 def test_the_contrary_of_a_claim_is_said():
@@ -544,15 +514,12 @@ def finish(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(measure, "read_judge", lambda runs, name: read)
     monkeypatch.setattr(measure, "labels_and_truths", lambda run_dir: rules)
     monkeypatch.setattr(measure, "solved_by_problem", lambda runs, number: [0.0, 1.0, 0.5])
-    line = {"step": 1, "clip_fraction_high": 0.01, "reward": 0.6}
     found = {}
     for task in TASKS:
         runs = Finished(tmp_path / f"{seed}" / task.name, seed, task)
         for name, _, _ in experiments.every_stage(runs):
             (runs.run_dir / name).mkdir(exist_ok=True, parents=True)
             (runs.run_dir / name / "seconds.json").write_text("60")
-        for name in claims.CLIP_PAIR if task is MOD_10 else ():
-            (runs.run_dir / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         found[task.name] = measure.run_seed(runs, Console(quiet=True))
     return found
 
@@ -585,7 +552,6 @@ def test_seeds_are_joined_wherever_they_were_measured(tmp_path, monkeypatch, cap
     table = (tmp_path / "all" / "compare.md").read_text()
     assert "| F1, seed 0 | F1, seed 2 |" in table and "## arithmetic-mod-7" in table
     assert "| labels_printed | 3000: 70.0%; 900 | 3000: 70.0%; 900 |" in table
-    assert "not comparable: cold start" in table
     file = tmp_path / "all" / "seed-2" / "results.json"
     other = json.loads(file.read_text()) | {"chosen_factors": {"stepwiser": 8.0}}
     file.write_text(json.dumps(other))

@@ -8,7 +8,6 @@ same draws serve both sides of a claim:
                                                                                -> area under the ROC
     labels           a problem: wrong chunks, those of them with a negative label, right chunks,
                      those of them with a positive one                         -> balanced accuracy
-    reward           a training: the mean reward of its last iterations        -> mean
     search, selection    a problem: the share of right answers                 -> mean
 """
 
@@ -56,7 +55,6 @@ STATISTICS: dict[str, Callable[[Any], Statistic]] = {
     "greedy": f1,
     "auc": lambda items: step_auc(items, np.zeros(len(items))),
     "labels": lambda items: first(label_scores(items)),
-    "reward": mean,
     "search": mean,
     "selection": mean,
 }

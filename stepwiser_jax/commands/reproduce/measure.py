@@ -21,20 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from stepwiser_jax.commands.quickstart import labels_and_truths, timed
-from stepwiser_jax.commands.reproduce.claims import CLIP_PAIR
-from stepwiser_jax.commands.reproduce.experiments import (
-    EXAMPLES,
-    FACTORS,
-    JUDGES,
-    MOST_FACTORS,
-    SELECTIONS,
-    SeedRuns,
-    Stage,
-    base,
-    every_stage,
-    judges,
-)
+from stepwiser_jax.commands.reproduce.experiments import SELECTIONS, base, every_stage
 from stepwiser_jax.commands.reproduce.items import interval_of, value_of
+from stepwiser_jax.commands.reproduce.judges import FACTORS, JUDGES, MOST_FACTORS, judges
+from stepwiser_jax.commands.reproduce.seed_runs import EXAMPLES, SeedRuns, Stage
 from stepwiser_jax.config import STAGE_CONFIGS, Search
 from stepwiser_jax.config_files import read_run_settings, validate
 from stepwiser_jax.evaluation.auc import scores_by_truth
@@ -43,11 +33,9 @@ from stepwiser_jax.evaluation.processbench import best_threshold
 from stepwiser_jax.evaluation.statistics import count_labels, right_by_problem
 from stepwiser_jax.evaluation.verdicts import first_predicted_error, verdict_at
 from stepwiser_jax.files import atomic_write
-from stepwiser_jax.manifest import check_run_file
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem, SearchResult, Trajectory
-from stepwiser_jax.runs.metrics import read_metrics
 from stepwiser_jax.search.report import solved_by_method
 from stepwiser_jax.tasks.arithmetic import MOD_10
 
@@ -93,8 +81,7 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
     Returns:
         `numbers` by name, fractions between 0 and 1; their 95% `intervals` over items; the `items`
         of each (`items` says which). Details of judges (`judges`), label sets (`labels`) and
-        searches (`costs`); for the two trainings that differ in their clip, the share
-        `clipped_from_above`; and the `seconds` of each stage.
+        searches (`costs`), and the `seconds` of each stage.
     """
     stages = every_stage(runs)
     run_stages(runs, stages, console)
@@ -109,12 +96,9 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
     found = labels_and_truths(runs.run_dir)
     items |= {f"labels/{rule}": list(map(count_labels, some)) for rule, some in found.items()}
     items |= {f"search/{name}": solved_by_problem(runs, f"search/{name}") for name in methods}
-    clipped = {}
     if runs.task is MOD_10:
-        items |= {f"reward/{name}": last_reward(runs, name) for name in CLIP_PAIR}
         selections = [f"selection/{name}" for name in ("before", *SELECTIONS)]
         items |= {number: solved_by_problem(runs, number) for number in selections}
-        clipped = {name: clipped_from_above(runs, name) for name in CLIP_PAIR}
     searches = {name: search_summary(runs, name) for name in methods}
     costs = ("policy_tokens", "judge_tokens", "rejected_tokens", "flops")
     finished = [name for name, stage, _ in stages if stage != EXAMPLES]
@@ -125,7 +109,6 @@ def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
         "judges": {name: judge.details for name, judge in read.items()},
         "labels": {name: label_set(runs, name) for name, stage, _ in stages if stage == "label"},
         "costs": {name: {key: row[key] for key in costs} for name, row in searches.items()},
-        "clipped_from_above": clipped,
         "seconds": {
             name: json.loads((runs.run_dir / name / "seconds.json").read_text())
             for name in finished
@@ -191,7 +174,7 @@ def num_examples(runs: SeedRuns, name: str) -> int:
     return summary["labels"] if "labels" in summary else summary["examples"]
 
 
-# --- labels and trainings -----------------------------------------------------------------------
+# --- labels -----------------------------------------------------------------------
 
 
 def label_set(runs: SeedRuns, name: str) -> dict[str, Any]:
@@ -199,23 +182,6 @@ def label_set(runs: SeedRuns, name: str) -> dict[str, Any]:
     are left after the filters and the balancing."""
     summary = runs.summary(name)
     return {key: summary[key] for key in ("labels", "positive_share", "judge_examples")}
-
-
-def read_training(runs: SeedRuns, name: str) -> list[dict[str, Any]]:
-    """Returns the metrics of a training by GRPO, by iteration."""
-    check_run_file(runs.run_dir / name, "metrics.jsonl")
-    return read_metrics(runs.run_dir / name / "metrics.jsonl")
-
-
-def last_reward(runs: SeedRuns, name: str) -> list[float]:
-    """Returns the mean reward of the last ten iterations of a training: one item, since iterations
-    follow from one another, and two trainings do not have the same prompts in them."""
-    return [float(np.mean([metrics["reward"] for metrics in read_training(runs, name)[-10:]]))]
-
-
-def clipped_from_above(runs: SeedRuns, name: str) -> float:
-    """Returns the mean share of tokens whose ratio was clipped from above in a training."""
-    return float(np.mean([m["clip_fraction_high"] for m in read_training(runs, name)]))
 
 
 # --- searches and selections --------------------------------------------------------------------

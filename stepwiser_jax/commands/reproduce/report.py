@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from stepwiser_jax.commands.reproduce.claims import CLIP_PAIR, decide
-from stepwiser_jax.commands.reproduce.experiments import CHOSEN, SeedRuns
+from stepwiser_jax.commands.reproduce.claims import decide
+from stepwiser_jax.commands.reproduce.judges import CHOSEN
 from stepwiser_jax.commands.reproduce.measure import TUNING_SEED, run_seed
+from stepwiser_jax.commands.reproduce.seed_runs import SeedRuns
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.files import atomic_write
 from stepwiser_jax.tasks.arithmetic import MOD_7, MOD_10
@@ -89,8 +90,6 @@ def as_markdown(result: dict[str, Any]) -> str:
         claims = [claim for claim in result["claims"] if claim["task"] == task]
         lines += [f"## {task}", "", *_claims_table(claims), ""]
         lines += [*_judges_table(found), "", *_labels_table(found), "", *_numbers_table(found), ""]
-        lines += _clipped(found)
-    tested = sum("corrected_p" in claim for claim in result["claims"])
     minutes = ", ".join(
         f"{sum(sum(of['seconds'].values()) for of in tasks.values()) / 60:.0f}"
         for tasks in seeds.values()
@@ -101,16 +100,16 @@ def as_markdown(result: dict[str, Any]) -> str:
             "Percent, means over the seeds. A difference has its standard deviation over seeds,",
             "and its 95% interval by a bootstrap over seeds and, within each, over items; p of no",
             "difference: by the same bootstrap; by a t-test over seeds; and the larger of the two,",
-            f"corrected for {tested} claims (Holm). A claim holds if the difference is above 0 and",
-            "the last p below 0.05, and fails if the difference is below 0.",
+            f"corrected for {len(result['claims'])} claims (Holm). A claim holds if the difference",
+            "is above 0 and the last p below 0.05, and fails if the difference is below 0.",
             "",
             "F1 of a judge is at the threshold on P(Positive) that is best on the development",
             "split (in brackets the accuracy on solutions with an error, and on those without);",
             "greedy F1 is by the verdicts themselves. AUC: first errors against right steps.",
             "Examples: labelled chunks, or kept judgments, of the last training. Labels: balanced",
-            "accuracy. Rewards: mean of the last ten iterations. Intervals of a seed are over",
-            "solutions or problems. For a search, in brackets, per problem: tokens that policy +",
-            "judge write; those rejected; MFLOP of both.",
+            "accuracy. Intervals of a seed are over solutions or problems. For a search, in",
+            "brackets, per problem: tokens that policy + judge write; those rejected; MFLOP of",
+            "both.",
             "",
             f"Minutes: {minutes}.",
             "",
@@ -127,8 +126,7 @@ def _claims_table(claims: Sequence[dict[str, Any]]) -> list[str]:
         better, worse = (100 * float(np.mean(claim[key])) for key in ("better", "worse"))
         spread = "" if claim["spread"] is None else f" ± {100 * claim['spread']:.1f}"
         low, high = (100 * end for end in claim["interval"])
-        keys = [key for key in ("p", "p_between_seeds", "corrected_p") if key in claim]
-        p = "; ".join(f"{claim[key]:.2g}" for key in keys)
+        p = "; ".join(f"{claim[key]:.2g}" for key in ("p", "p_between_seeds", "corrected_p"))
         lines.append(
             f"| {claim['claim']} | {better:.1f}, {worse:.1f} | "
             f"{100 * claim['difference']:+.1f}{spread} | [{low:+.1f}, {high:+.1f}] | {p} | "
@@ -217,11 +215,3 @@ def _costs(name: str, seeds: Sequence[dict[str, Any]]) -> str:
         for key in ("policy_tokens", "judge_tokens", "rejected_tokens", "flops")
     )
     return f"({policy:.0f} + {judge:.0f}; {rejected:.0f}; {flops / 1e6:.0f})"
-
-
-def _clipped(seeds: dict[int, dict[str, Any]]) -> list[str]:
-    found = [seed["clipped_from_above"] for seed in seeds.values()]
-    if not all(found):
-        return []
-    with_it, without = (", ".join(f"{100 * of[name]:.3f}%" for of in found) for name in CLIP_PAIR)
-    return [f"Tokens clipped from above: {with_it} with clip-higher, {without} without.", ""]
