@@ -859,8 +859,8 @@ class Grpo(Config):
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """What the loss is a mean over: tokens, or judgments, each with the mean of its tokens."""
     drop_zero_variance: bool = False
-    """Leave out groups whose judgments all have the same reward. Their advantages are 0, so they
-    add nothing to the loss but the KL term; without them an update is cheaper."""
+    """Leave out groups without signal, whose judgments all have the same reward. Their advantages
+    are 0, so they add nothing to the loss but the KL term; without them an update is cheaper."""
     denominator: Literal["sampled", "kept"] = "sampled"
     """What divides the sum over groups if some are left out: the tokens (or judgments) of all of
     them, as in verl, where none is left out; or of those that are kept (DAPO), which makes updates

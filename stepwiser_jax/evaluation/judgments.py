@@ -18,7 +18,7 @@ from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verd
 from stepwiser_jax.evaluation.whole_solutions import solutions_by_subset
 from stepwiser_jax.judges.base import ChunkJudgment, SolutionJudgment, vote_suffixes
 from stepwiser_jax.records import BenchmarkItem, Judgment, PrmBenchItem, ProcessBenchItem, Verdict
-from stepwiser_jax.rl.rewards import judge_reward
+from stepwiser_jax.rl.rewards import verdict_score
 
 GREEDY = ("",)
 """The suffix of greedy judgments."""
@@ -62,7 +62,7 @@ def judgment_records(
             completion=judgment.completion,
             verdict=judgment.verdict,
             p_positive=judgment.p_positive,
-            reward=judge_reward(judgment.verdict, is_right),
+            reward=verdict_score(judgment.verdict, is_right),
         )
 
     records = [record(step, j, item.is_right(step)) for step, j in enumerate(found.chunks)]

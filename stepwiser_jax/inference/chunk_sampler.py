@@ -108,8 +108,8 @@ class ChunkSampler:
         limit_B = np.full((B,), S, np.int32)
         if limits_B is not None:
             limit_B[: len(limits_B)] = np.minimum(limits_B, S)
-        sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
-        new, kind, is_greedy_B = params.max_new_tokens, str(sampler), None
+        token_sampler = TokenSampler.create(key, params.temperature, params.top_k, params.top_p)
+        new, kind, is_greedy_B = params.max_new_tokens, str(token_sampler), None
         if greedy_B is not None:
             padded_B = np.array([*greedy_B, *[False] * (B - len(greedy_B))])
             kind, is_greedy_B = f"{kind} or greedy", self.engine.place_rows(padded_B)
@@ -118,7 +118,7 @@ class ChunkSampler:
                 self.engine.decoder,
                 state,
                 *self.engine.place_rows((hash_B, is_active_B, limit_B)),
-                sampler,
+                token_sampler,
                 is_greedy_B,
                 np.array(params.stop_ids, np.int32),
                 self.engine.stop_tables[params.stop_strings],

@@ -243,7 +243,7 @@ class Engine:
         spent: dict[str, Spent] = {}
         finished: list[Completion] = []
         while scheduler.has_work:
-            state = self._read(state, scheduler.admit_prefixes(), residents, spent)
+            state = self._fill_slots(state, scheduler.admit_prefixes(), residents, spent)
             starts = self._starting_rows(scheduler)
             if not scheduler.running:
                 continue  # no sample of the admitted prefixes is needed
@@ -294,7 +294,7 @@ class Engine:
                 state = recall_prefixes(state, kept, self.place_rows(source_Q))
         return state, residents
 
-    def _read(
+    def _fill_slots(
         self,
         state: EngineState,
         admitted: list[tuple[int, Prefix]],

@@ -25,7 +25,7 @@ from stepwiser_jax.model.attention import (
     segment_mask,
 )
 from stepwiser_jax.model.attention.decoding import cache_attention
-from stepwiser_jax.model.packing import group_of, is_prefix, sees
+from stepwiser_jax.model.packing import group_of, is_prompt, sees
 
 F32 = jnp.float32
 
@@ -114,7 +114,7 @@ def visible_blocks(segment_ids_BT: jax.Array) -> VisibleBlocks:
         return (low_q <= high_k) & (low_k <= high_q)
 
     visible_BYY = ranges_meet(ids_BYX, ids_BYX != 0)
-    visible_BYY |= ranges_meet(group_of(ids_BYX), is_prefix(ids_BYX))
+    visible_BYY |= ranges_meet(group_of(ids_BYX), is_prompt(ids_BYX))
     visible_BZ = (visible_BYY & jnp.tril(jnp.ones((1, Y, Y), bool))).reshape(B, -1)
     order_BZ = jnp.argsort(~visible_BZ, axis=1, stable=True).astype(jnp.int32)
     num_pairs_B = jnp.sum(visible_BZ, axis=1, dtype=jnp.int32)

@@ -23,12 +23,12 @@ def group_of(segment_ids: jax.Array) -> jax.Array:
     return segment_ids >> 16
 
 
-def is_prefix(segment_ids: jax.Array) -> jax.Array:
+def is_prompt(segment_ids: jax.Array) -> jax.Array:
     """Returns whether tokens belong to the prompt of a group."""
     return (segment_ids & 0xFFFF == 0) & (segment_ids != 0)
 
 
 def sees(query: jax.Array, key: jax.Array) -> jax.Array:
     """Returns whether tokens of segment `query` see those of segment `key`, if they are earlier."""
-    is_own_prefix = is_prefix(key) & (group_of(query) == group_of(key))
-    return (key != 0) & ((query == key) | is_own_prefix)
+    is_own_prompt = is_prompt(key) & (group_of(query) == group_of(key))
+    return (key != 0) & ((query == key) | is_own_prompt)

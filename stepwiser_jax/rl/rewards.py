@@ -30,19 +30,22 @@ Reward = Callable[..., float | dict[str, float]]
 
 def verdict_reward(
     example: JudgeExample, text: str, tokens: Any, *, format_penalty: float = 0.0
-) -> float | dict[str, float]:
-    """Returns 1 if the verdict of a judgment is the label, else 0; a judgment without a verdict
-    earns 0 (StepWiser 3.3). With `format_penalty` (the ablation of the chain of thought, A.1) a
-    judgment that is more than its verdict earns minus the penalty, right or wrong."""
-    is_right = judge_reward(parse_verdict(text), example.is_positive)
+) -> dict[str, float]:
+    """Returns what a judgment earns: `verdict` 1 if its verdict is the label, else 0; a judgment
+    without a verdict earns 0 (StepWiser 3.3).
+
+    With `format_penalty` (the ablation of the chain of thought, A.1) a judgment that is more than
+    its verdict earns minus the penalty, right or wrong.
+    """
+    earned = {"verdict": verdict_score(parse_verdict(text), example.is_positive)}
     if not format_penalty:
-        return is_right
+        return earned
     if is_bare_verdict(text):
-        return {"verdict": is_right, "format": 0.0}
+        return earned | {"format": 0.0}
     return {"verdict": 0.0, "format": -format_penalty}
 
 
-def judge_reward(verdict: Verdict, is_positive: bool) -> float:
+def verdict_score(verdict: Verdict, is_positive: bool) -> float:
     """Returns 1 if the verdict is the label, else 0."""
     return float(verdict is (Verdict.POSITIVE if is_positive else Verdict.NEGATIVE))
 

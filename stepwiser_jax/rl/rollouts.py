@@ -158,10 +158,10 @@ class RolloutSampler:
             request = SampleRequest(row_id, len(prompt), params.max_new_tokens)
             prefixes.append(Prefix(prompt, [request]))
         with jax.set_mesh(self.mesh):
-            found = {done.row_id: done for done in self._ended(prefixes, params)}
+            found = {done.row_id: done for done in self._sample(prefixes, params)}
         return [found[row_id] for row_id in ids]
 
-    def _ended(self, prefixes: Sequence[Prefix], params: SamplingParams) -> Iterator[Completion]:
+    def _sample(self, prefixes: Sequence[Prefix], params: SamplingParams) -> Iterator[Completion]:
         """Yields completions as they end. Raises Interrupted, between two bursts, if the processes
         are to stop."""
         assert self._engine_with_weights is not None, "sample inside `weights`"
@@ -187,7 +187,7 @@ class RolloutSampler:
             ]
             if requests:
                 prefixes.append(Prefix(prompt.tolist(), requests))
-        for done in self._ended(prefixes, self.params):
+        for done in self._sample(prefixes, self.params):
             rows[done.row_id] = SampledRow(done.tokens, done.logprobs)
 
     def _group(

@@ -40,13 +40,13 @@ from stepwiser_jax.text.tokenizer import completion_text
 
 @dataclass
 class Policy:
-    """A policy. Its `engine` writes whole solutions, its `sampler` chunk by chunk.
+    """A policy. Its `engine` writes whole solutions, its `chunk_sampler` chunk by chunk.
     `params.max_new_tokens` bounds a chunk, and `params.stop_strings` end it. The prompt asks for
     tags if these strings have the closing one."""
 
     loaded: Loaded
     engine: Engine
-    sampler: ChunkSampler
+    chunk_sampler: ChunkSampler
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
@@ -93,7 +93,7 @@ def search_chunks(
     Returns:
         The final state of every problem.
     """
-    at_once = max(1, policy.sampler.shapes.max_rows // num_beams)
+    at_once = max(1, policy.chunk_sampler.shapes.max_rows // num_beams)
     states: list[SearchState] = []
     for part in blocks(problems, at_once):
         together = [
@@ -120,16 +120,20 @@ def _search(
 ) -> None:
     """Steps until no problem has beams."""
     longest = max(len(state.prompt_ids) for state in states)
-    sampler_state = policy.sampler.prefill([s.prompt_ids for s in states], longest + max_new_tokens)
+    sampler_state = policy.chunk_sampler.prefill(
+        [s.prompt_ids for s in states], longest + max_new_tokens
+    )
     for state in states:
         state.policy += policy.engine.spent_on(read=len(state.prompt_ids))
     while rows := [(state, beam) for state in states for beam in state.beams]:
-        sampler_state = policy.sampler.branch(sampler_state, [beam.source for _, beam in rows])
+        sampler_state = policy.chunk_sampler.branch(
+            sampler_state, [beam.source for _, beam in rows]
+        )
         # A rejected chunk is no part of its hypothesis: its row is rewound to where it began.
         lengths_B = [len(state.prompt_ids) + len(beam.hypothesis.ids) for state, beam in rows]
-        sampler_state = policy.sampler.rewind(sampler_state, lengths_B)
+        sampler_state = policy.chunk_sampler.rewind(sampler_state, lengths_B)
         row_ids = [state.row_id(beam) for state, beam in rows]
-        completions, sampler_state = policy.sampler.decode(
+        completions, sampler_state = policy.chunk_sampler.decode(
             sampler_state,
             policy.params,
             key=policy.key,

@@ -81,7 +81,9 @@ class Beam:
 
     Attributes:
         hypothesis: What the row has written.
-        attempt: Tells apart the beams of a problem that write the same chunk.
+        attempt: Tells apart the beams of a problem that write the same chunk: in chunk-reset the
+            number of the retry, in beam search that of the copy; in DVTS, modulo the subtrees, that
+            of the subtree.
         source: The row of the previous step (in the first step, the prompt) that this row copies.
             In the beams that a method gets, it is the row itself.
     """
@@ -101,7 +103,7 @@ class Beam:
         """Returns the beam without its last chunk, which the next step writes anew.
 
         The retry counts one more `attempt`. That is part of the row's id (`SearchState.row_id`), of
-        which `TokenSampler` makes the row's noise, so the retry gets other tokens. The next step of
+        which `TokenSampler` makes the row's noise, so the retry gets other noise. The next step of
         `chunk_search` cuts the row in the cache to the tokens that are left here
         (`ChunkSampler.rewind`).
         """

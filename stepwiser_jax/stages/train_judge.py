@@ -108,10 +108,11 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
                     if sum(group.has_signal for group in sampled) >= num_prompts:
                         break
             batches = []
-            for part, share in updates_of(sampled, config):
+            for part, share in groups_of_updates(sampled, config):
                 advantages_PG = group_advantages(np.array([group.rewards_G for group in part]))
                 advantages_PG *= share
                 batch = shard_batch(pack(part, advantages_PG, config), mesh)
+                # With one update and no KL term this adds neither: `policy_loss` has them itself.
                 batch = add_old_and_reference_logprobs(
                     batch,
                     policy if config.updates_per_iteration > 1 else None,
@@ -121,11 +122,11 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
                 )
                 batches.append(batch)
             # The first update consumes the arrays of `policy`, so all batches are ready before it.
-            updates = [training.update(batch) for batch in batches]
+            of_updates = [training.update(batch) for batch in batches]
             metrics = rollout_metrics(sampled)
             texts = [text for group in sampled for text in group.texts_G]
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
-            training.finish_iteration(iteration + 1, mean_metrics(updates) | metrics)
+            training.finish_iteration(iteration + 1, mean_metrics(of_updates) | metrics)
             sampler.cache.forget_before(training.saved_iteration)
             bar.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
         training.save(wait=True)
@@ -298,7 +299,7 @@ def make_reference(config: TrainJudge, load_model: Callable[[], Loaded]) -> Call
     return lambda policy: reference
 
 
-def updates_of(
+def groups_of_updates(
     sampled: Sequence[RolloutGroup], config: TrainJudge
 ) -> list[tuple[Sequence[RolloutGroup], float]]:
     """Returns the groups of each update of an iteration, and what their advantages are multiplied

@@ -17,7 +17,7 @@ from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import JudgeExample, SftExample
-from stepwiser_jax.rl.rewards import judge_reward
+from stepwiser_jax.rl.rewards import verdict_score
 from stepwiser_jax.stages import sft, train_judge
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.prompts import bare_judge_prompt, encode_judge_prompt, parse_verdict
@@ -121,7 +121,7 @@ def held_out_reward(run_dir):
     params = SamplingParams(12, stop_ids=loaded.tokenizer.eos_ids)
     output = engine.generate(prompts, params, key=jax.random.key(0), row_ids=ids, group_size=4)
     verdicts = [parse_verdict(completion_text(loaded.tokenizer, c.tokens.tolist())) for c in output]
-    rewards = [judge_reward(v, held_out[b // 4].is_positive) for b, v in enumerate(verdicts)]
+    rewards = [verdict_score(v, held_out[b // 4].is_positive) for b, v in enumerate(verdicts)]
     return float(np.mean(rewards))
 
 

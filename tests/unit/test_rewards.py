@@ -10,9 +10,9 @@ from stepwiser_jax.records import JudgeExample, Verdict
 from stepwiser_jax.rl.rewards import (
     REWARDS,
     add_rewards,
-    judge_reward,
     rollout_metrics,
     verdict_metrics,
+    verdict_score,
 )
 from tiny import rollout_group
 
@@ -39,7 +39,7 @@ def group(texts=TEXTS, example=RIGHT):
     ],
 )
 def test_a_verdict_that_is_the_label_earns_1(verdict, is_positive, reward):
-    assert judge_reward(verdict, is_positive) == reward
+    assert verdict_score(verdict, is_positive) == reward
 
 
 def test_a_judgment_earns_1_if_its_verdict_is_the_label():
@@ -80,6 +80,7 @@ def test_metrics_of_rollouts():
     sampled = add_rewards([group(), group([POSITIVE] * 4)], REWARDS["verdict"])
     assert rollout_metrics(sampled) == {
         "reward": 0.75,
+        "reward_verdict": 0.75,
         "groups_sampled": 2,
         "groups_with_signal_share": 0.5,
         "response_tokens": 2.5,

@@ -390,7 +390,7 @@ def test_groups_with_signal_that_are_too_many_count_in_the_denominator(config):
             "updates_per_iteration": updates,
             "grpo": settings,
         }
-        found = train_judge.updates_of(sampled, config.model_copy(update=changes))
+        found = train_judge.groups_of_updates(sampled, config.model_copy(update=changes))
         assert sum(len(part) for part, _ in found) == min(32, sum(g.has_signal for g in sampled))
         return [share for _, share in found]
 

@@ -29,7 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.model.attention import SAVED, Attention
-from stepwiser_jax.model.packing import group_of, is_prefix
+from stepwiser_jax.model.packing import group_of, is_prompt
 
 LANES = 128
 MAX_BLOCK = 512
@@ -109,7 +109,7 @@ def blocks_visited(segment_ids_T: jax.Array) -> tuple[int, int]:
 
 def _row_mask(segment_ids_T: jax.Array, *, block: int, interpret: bool) -> SplashMask:
     T = segment_ids_T.shape[0]
-    group_T, is_prompt_T = group_of(segment_ids_T), is_prefix(segment_ids_T)
+    group_T, is_prompt_T = group_of(segment_ids_T), is_prompt(segment_ids_T)
     position_T = jnp.arange(T, dtype=jnp.int32)
     start_T = jnp.where(segment_ids_T == 0, position_T, _start_of_run(segment_ids_T))
     start_T = jnp.where(is_prompt_T, position_T + 1, start_T)
