@@ -189,6 +189,8 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
         counted = f"threshold {threshold:.3g}"
     elif threshold is not None and not isinstance(config.judge, GenPrmJudge):
         counted += f" at threshold {threshold:.3g}"
+    if config.threshold_subset is not None:  # as the benchmark's authors do; the reader must know
+        counted += f", chosen on {config.threshold_subset}, one of these subsets"
     predictions = [
         first_predicted_error(
             rule.verdicts(item, judgments, suffixes), unparsed_as=rule.unparsed_as

@@ -56,7 +56,7 @@ def rejecting_from(first, at):
     return [at if step == first else 0.9 for step in range(3)]
 
 
-def evaluated(directory, items, predictions, **judge):
+def evaluated(directory, items, predictions, threshold_subset=None, **judge):
     settings = {
         "judge": {
             "path": "arithmetic",
@@ -65,6 +65,7 @@ def evaluated(directory, items, predictions, **judge):
             **judge,
         },
         "benchmark": {"source": str(items)},
+        "threshold_subset": threshold_subset,
     }
     return finished_run(
         directory,
@@ -156,6 +157,14 @@ def test_a_judge_that_writes_counts_at_its_threshold(tmp_path, items, capsys):
     assert (found["counted_a"], found["counted_b"]) == ("greedy", "greedy at threshold 0.95")
     assert found["subsets"]["gsm8k"]["f1_b"] == f1([0] * len(LABELS), range(4))
     assert found["average"]["auc_a"] == found["average"]["auc_b"]
+
+
+def test_a_threshold_that_was_chosen_on_a_subset_says_so(tmp_path, items, capsys):
+    """It flatters the judge there, and in the average."""
+    a = evaluated(tmp_path / "a", items, OF_A)
+    b = evaluated(tmp_path / "b", items, OF_B, threshold_subset="math")
+    found = compared(capsys, a, b)["counted_b"]
+    assert re.fullmatch(r"greedy at threshold [\d.]+, chosen on math, one of these subsets", found)
 
 
 @pytest.mark.parametrize("genprm", [False, True])
