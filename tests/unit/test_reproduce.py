@@ -184,7 +184,6 @@ def test_a_stage_of_examples_writes_its_file_once(tmp_path):
     assert load_judge_examples(runs.at("few.jsonl")) == examples and made == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="comparison_tuning.json is of an earlier set of rows")
 def test_every_judge_has_as_many_trainings_to_find_its_rate():
     tuning = json.loads((REPOSITORY / "docs" / "comparison_tuning.json").read_text())
     assert tuning["chosen"] == judges.CHOSEN

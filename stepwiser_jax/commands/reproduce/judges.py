@@ -277,15 +277,15 @@ edge."""
 
 CHOSEN = {
     "stepwiser": 1.0,
-    "absolute_labels": 2.0,
-    "no_reasoning": 1.0,
-    "unbalanced": 0.5,
-    "offline": 1.0,
-    "classifier": 2.0,
-    "classifier_policy": 2.0,
-    "classifier_demonstrations": 1.0,
-    "genprm_form": 1.0,
-    "thinkprm_form": 1.0,
+    "absolute_labels": 1.0,
+    "no_reasoning": 2.0,
+    "unbalanced": 2.0,
+    "offline": 0.5,
+    "classifier": 1.0,
+    "classifier_policy": 0.5,
+    "classifier_demonstrations": 0.5,
+    "genprm_form": 0.25,
+    "thinkprm_form": 2.0,
 }
 """The factor that `tune` chose for each judge. Begin a new run directory after a change: runs that
 use a judge do not notice that its rate is another."""
