@@ -18,13 +18,16 @@ leaves the same bytes as an undisturbed one.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import json
 import os
 import typing
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NoReturn, TypeVar
 
 from stepwiser_jax.checksums import sealed, sha256_of
@@ -98,14 +101,16 @@ def stream_records(path: str | Path, record_type: type[R]) -> Iterator[R]:
         yield from _without_duplicates({path: list(read_lines(path, record_type))})
         return
     parts = _promised_parts(path, record_type)
-    makers: set[str] = set()
+    names, makers = _names_of_makers(record_type), set[str]()
     last = None
     streams = [read_lines(part, record_type) for part in parts]
     for record in heapq.merge(*streams, key=_order) if len(parts) > 1 else streams[0]:
-        if record.record_id == last:
+        record_id = record.record_id
+        if record_id == last:
             _refuse_duplicate({part: list(read_lines(part, record_type)) for part in parts})
-        last = record.record_id
-        makers |= _makers_of(record)
+        last = record_id
+        for name in names:
+            makers.add(getattr(record, name))
         yield record
     _check_makers(path, makers)
 
@@ -130,10 +135,10 @@ def _promised_parts(run_dir: str | Path, record_type: type[Record]) -> list[Path
     return [run_dir / name for name in parts]
 
 
-def _makers_of(record: Record) -> set[str]:
-    """Returns the ids of the models that made this record, as far as it names them."""
-    fields = vars(record)
-    return {fields[name] for name in ("policy_id", "judge_id") if name in fields}
+def _names_of_makers(record_type: type[Record]) -> list[str]:
+    """Returns the fields that hold the id of the model that made a record."""
+    fields = {field.name for field in dataclasses.fields(record_type)}
+    return [name for name in ("policy_id", "judge_id") if name in fields]
 
 
 def _check_makers(where: Path, makers: set[str]) -> None:
@@ -241,12 +246,18 @@ class RecordWriter(typing.Generic[R]):
         _drop_half_written_line(self.path)
         written = self.read()
         self.done = {record.record_id for record in written}
-        self._makers = set().union(*map(_makers_of, written))
+        self._last: Any = None if written else []
+        """The key of the last record; None if this part is not known to be in id order."""
+        self._makers = self._makers_of(written)
         self._tokens = _open_growing_tokens(self.path) if record_type is Trajectory else None
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
         self._size = self.path.stat().st_size
         self._crc = _crc32(self.path, self._size)
         self._count(b"")
+
+    def _makers_of(self, records: Sequence[R]) -> set[str]:
+        names = _names_of_makers(self.record_type)
+        return {getattr(record, name) for name in names for record in records}
 
     def read(self) -> list[R]:
         """Returns what all writers of this type have written so far, part by part."""
@@ -256,7 +267,7 @@ class RecordWriter(typing.Generic[R]):
         """Writes the records whose ids are new, and waits until they are on disk. Raises UserError
         if they are not by the model that made those before them."""
         new = [record for record in records if record.record_id not in self.done]
-        self._makers = self._makers.union(*map(_makers_of, new))
+        self._makers |= self._makers_of(new)
         _check_makers(self.run_dir, self._makers)
         name = _growing_tokens(self.path).name
         lines = b"".join(encode_line(record, self._tokens, name) for record in new)
@@ -267,7 +278,17 @@ class RecordWriter(typing.Generic[R]):
         self._file.flush()
         os.fsync(self._file.fileno())
         self._count(lines)
-        self.done.update(record.record_id for record in new)
+        ids = [record.record_id for record in new]
+        self.done.update(ids)
+        if self._last is not None:
+            keys = [self._last, *map(natural_key, ids)]
+            self._last = keys[-1] if all(a < b for a, b in pairwise(keys)) else None
+
+    @property
+    def num_in_order(self) -> int | None:
+        """Returns the number of this part's records if they are known to be in id order. Those of a
+        part that an earlier process began are not."""
+        return None if self._last is None else len(self.done)
 
     def _count(self, written: bytes) -> None:
         self._size, self._crc = self._size + len(written), zlib.crc32(written, self._crc)
@@ -305,15 +326,20 @@ def _open_growing_tokens(part: Path) -> IO[bytes]:
 
 
 def write_manifest(
-    run_dir: Path, stage: str, config_digest: str, record_types: Iterable[type[Record]]
+    run_dir: Path,
+    stage: str,
+    config_digest: str,
+    record_types: Iterable[type[Record]],
+    in_order: Mapping[Path, int | None] = MappingProxyType({}),
 ) -> None:
     """Puts every part in id order and writes the manifest, which finishes the run. Parts without
-    records are left out if others have some."""
+    records are left out if others have some. `in_order` holds the number of records of parts that
+    are known to be in order (`RecordWriter.num_in_order`), and need not be read for it."""
     records = {}
     for record_type in record_types:
         kind = KIND[record_type]
         growing = _growing_parts(run_dir, record_type)
-        parts = [_finish_part(path, record_type, run_dir) for path in growing]
+        parts = [_finish_part(path, record_type, run_dir, in_order.get(path)) for path in growing]
         parts = [part for part in parts if part["count"]] or parts[:1]
         records[kind] = {"count": sum(part["count"] for part in parts), "parts": parts}
     files = {
@@ -330,13 +356,15 @@ def write_manifest(
     atomic_write(run_dir / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")
 
 
-def _finish_part(path: Path, record_type: type[Record], run_dir: Path) -> dict[str, Any]:
+def _finish_part(
+    path: Path, record_type: type[Record], run_dir: Path, num_in_order: int | None
+) -> dict[str, Any]:
     """Puts a part in id order and returns its entry in the manifest."""
-    keys = (natural_key(record.record_id) for record in read_lines(path, record_type))
-    is_sorted, count = True, 0
-    previous: Any = ()
-    for key in keys:
-        is_sorted, count, previous = is_sorted and previous <= key, count + 1, key
+    is_sorted, count = True, num_in_order or 0
+    if num_in_order is None:
+        previous: Any = []
+        for key in map(_order, read_lines(path, record_type)):
+            is_sorted, count, previous = is_sorted and previous <= key, count + 1, key
     _sum_of_growing(path).unlink(missing_ok=True)  # the order changes now
     if record_type is Trajectory or not is_sorted:
         write_records(path, sorted(read_lines(path, record_type), key=_order))

@@ -25,7 +25,11 @@ R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 _to_json = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), default=lambda e: e.value, allow_nan=False
+    ensure_ascii=False,
+    check_circular=False,  # no record holds itself
+    allow_nan=False,
+    separators=(",", ":"),
+    default=lambda e: e.value,
 ).encode
 
 

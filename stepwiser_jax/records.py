@@ -540,9 +540,8 @@ Record = (
 _split_at_numbers = re.compile("0*([0-9]+)").split
 
 
-def natural_key(record_id: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(record_id: str) -> list[Any]:
     """Returns a sort key that puts `p#2` before `p#10`."""
-    parts = _split_at_numbers(record_id)  # texts, and between them numbers
-    return tuple(
-        [(0, len(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part]
-    )
+    parts: list[Any] = _split_at_numbers(record_id)  # texts, and between them numbers
+    parts[1::2] = [(len(number), number) for number in parts[1::2]]
+    return parts

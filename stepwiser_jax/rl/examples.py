@@ -20,7 +20,7 @@ from stepwiser_jax.records import (
 from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.prompts import JudgePromptStyle, encode_judge_prompt
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import Tokenizer
 
 
 def label_values(
@@ -77,17 +77,24 @@ def balanced(examples: Sequence[L], seed: int) -> list[L]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def classifier_example(
-    labels: Sequence[ChunkLabel], trajectory: Trajectory, question: str, tokenizer: Tokenizer
-) -> ClassifierExample:
-    """Returns a trajectory with its labels, in order. A chunk that was cut short is left out, since
+def ids_of_texts(trajectory: Trajectory, judged: Sequence[ChunkLabel]) -> list[np.ndarray]:
+    """Returns the token ids of the texts that examples are made of: the chunks of a trajectory,
+    then what comes before each of the `judged` ones. A chunk that was cut short is left out, since
     a classifier reads the whole solution and would see the cut."""
-    ends = trajectory.chunk_ends[: -1 if trajectory.is_cut else None]
+    ids, ends = trajectory.completion_ids, (0, *trajectory.chunk_ends)  # read once
+    chunks = [ids[start:end] for start, end in pairwise(ends[: -1 if trajectory.is_cut else None])]
+    return chunks + [ids[: ends[label.chunk_index]] for label in judged]
+
+
+def classifier_example(
+    labels: Sequence[ChunkLabel], trajectory: Trajectory, question: str, chunks: Sequence[str]
+) -> ClassifierExample:
+    """Returns a trajectory of these chunks with its labels, in order."""
     return ClassifierExample(
         solution_id=trajectory.trajectory_id,
         problem_id=trajectory.problem_id,
         question=question,
-        chunks=tuple(chunk_texts(tokenizer, trajectory.completion_ids, ends)),
+        chunks=tuple(chunks),
         labelled=tuple(label.chunk_index for label in labels),
         is_positive=tuple(label.is_positive for label in labels),
         q=tuple(label.q for label in labels),
@@ -96,7 +103,7 @@ def classifier_example(
 
 def judge_example(solution: ClassifierExample, index: int, history: str) -> JudgeExample:
     """Returns the example of a solution's labelled chunk number `index`, after the text
-    `history`."""
+    `history`, the exact text of the chunks before it."""
     chunk = solution.labelled[index]
     return JudgeExample(
         example_id=f"{solution.solution_id}/{chunk}",
@@ -106,12 +113,6 @@ def judge_example(solution: ClassifierExample, index: int, history: str) -> Judg
         chunk=solution.chunks[chunk],
         is_positive=solution.is_positive[index],
     )
-
-
-def history_text(tokenizer: Tokenizer, trajectory: Trajectory, chunk: int) -> str:
-    """Returns the exact text of the chunks before one."""
-    end = trajectory.chunk_ends[chunk - 1] if chunk else 0
-    return completion_text(tokenizer, trajectory.completion_ids[:end])
 
 
 class PromptLengths:

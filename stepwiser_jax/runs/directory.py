@@ -313,7 +313,9 @@ class RunDirectory:
                 summary |= {"warm_up": compilation.report()}
             summary |= {"peak_host_memory_bytes": peak_memory_bytes(), "version": __version__}
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-            write_manifest(self.path, self.stage, config_digest(self.config), self._writers)
+            in_order = {writer.path: writer.num_in_order for writer in self._writers.values()}
+            digest = config_digest(self.config)
+            write_manifest(self.path, self.stage, digest, self._writers, in_order)
         hosts.barrier(f"{self.stage}: the run is finished")
         took = timedelta(seconds=round(time.perf_counter() - self._start_time))
         say(f"{self.stage}: finished after {took}, numbers in {self.path / 'summary.json'}")

@@ -15,12 +15,12 @@ classifier examples, whole solutions for a classifier: neither filtered by lengt
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stepwiser_jax.config import AdaptiveRollouts, Label, LabelRule
 from stepwiser_jax.config_files import read_adaptive, read_run_settings
@@ -40,7 +40,7 @@ from stepwiser_jax.rl.examples import (
     PromptLengths,
     balanced,
     classifier_example,
-    history_text,
+    ids_of_texts,
     judge_example,
     label_values,
 )
@@ -48,10 +48,16 @@ from stepwiser_jax.rl.labels import load_rule
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory, blocks
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, end_patterns
-from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, completion_texts
 
 BLOCK = 4096
 """Records that are written at a time."""
+
+DECODED = 512
+"""Trajectories that are decoded at a time."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
@@ -178,20 +184,35 @@ def examples(
 ) -> Iterator[tuple[ClassifierExample, list[JudgeExample]]]:
     """Yields an example for a classifier of each trajectory that has a label, and examples for a
     judge of those of its labels that were chosen."""
-    ids = {label.record_id for label in chosen}
-    for trajectory_id, group in groupby(labels, lambda label: label.trajectory_id):
-        trajectory, of_one = trajectories[trajectory_id], list(group)
-        trajectory = replace(trajectory, tokens=trajectory.tokens.read())  # once, not per chunk
-        question = problems[trajectory.problem_id].question
-        solution = classifier_example(of_one, trajectory, question, tokenizer)
-        yield (
-            solution,
-            [
-                judge_example(solution, i, history_text(tokenizer, trajectory, label.chunk_index))
-                for i, label in enumerate(of_one)
-                if label.record_id in ids
-            ],
-        )
+
+    def by_trajectory(labels: Sequence[ChunkLabel]) -> dict[str, list[ChunkLabel]]:
+        return {name: list(some) for name, some in groupby(labels, lambda x: x.trajectory_id)}
+
+    labels_of, chosen_of = by_trajectory(labels), by_trajectory(chosen)
+
+    def decoded(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        ids = [ids_of_texts(trajectories[name], chosen_of.get(name, ())) for name in names]
+        texts = iter(completion_texts(tokenizer, chain(*ids)))
+        return [(name, list(islice(texts, len(own)))) for name, own in zip(names, ids, strict=True)]
+
+    for name, texts in chain.from_iterable(in_threads(decoded, blocks([*labels_of], DECODED))):
+        of_one, judged = labels_of[name], chosen_of.get(name, ())
+        question = problems[trajectories[name].problem_id].question
+        num_chunks = len(texts) - len(judged)
+        solution = classifier_example(of_one, trajectories[name], question, texts[:num_chunks])
+        histories = zip(judged, texts[num_chunks:], strict=True)
+        yield solution, [judge_example(solution, of_one.index(x), text) for x, text in histories]
+
+
+def in_threads(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yields what is made of each item. Two threads make the next ones meanwhile."""
+    with ThreadPoolExecutor(2) as threads:
+        coming = deque[Future[R]]()
+        for item in items:
+            coming.append(threads.submit(make, item))
+            if len(coming) > 2:
+                yield coming.popleft().result()
+        yield from (future.result() for future in coming)
 
 
 def write_examples(

@@ -151,6 +151,9 @@ class SentencePieceTokenizer:
         text = b"".join(spelled[i] for i in ids).decode(errors="replace")
         return text.removeprefix(" ") if self._begins_with_space else text
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        return [self.decode(ids) for ids in batch]
+
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:

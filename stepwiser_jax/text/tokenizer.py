@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     `encode` adds no special tokens, and control tokens (`text.chat`) that the text spells stay
     text. Only `render_chat` returns control tokens, those of the chat template. `decode` keeps
     special tokens and cleans nothing up; it raises UserError for an id that no token has.
+    `decode_batch` does the same for many texts; meanwhile other threads may run.
     `known_ids` are the ids of all tokens. There may be gaps between them; `vocab_size` is one more
     than the largest. `prompts` are what its model is asked with (`text.templates`)."""
 
@@ -47,6 +48,7 @@ class Tokenizer(Protocol):
     def control(self) -> chat.ControlTokens: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]: ...
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]: ...
@@ -112,10 +114,20 @@ TokenIds = Sequence[int] | np.ndarray
 
 def completion_text(tokenizer: Tokenizer, ids: TokenIds) -> str:
     """Returns the text of a completion without its end token."""
-    listed, ends = np.asarray(ids).tolist(), frozenset(tokenizer.eos_ids)
+    return tokenizer.decode(_without_ends(ids, frozenset(tokenizer.eos_ids)))
+
+
+def completion_texts(tokenizer: Tokenizer, batch: Iterable[TokenIds]) -> list[str]:
+    """Returns the texts of many completions without their end tokens."""
+    ends = frozenset(tokenizer.eos_ids)
+    return tokenizer.decode_batch([_without_ends(ids, ends) for ids in batch])
+
+
+def _without_ends(ids: TokenIds, ends: frozenset[int]) -> list[int]:
+    listed = np.asarray(ids).tolist()
     if not ends.isdisjoint(listed):  # it is quicker to ask first
         listed = [i for i in listed if i not in ends]
-    return tokenizer.decode(listed)
+    return listed
 
 
 class HuggingFaceTokenizer:
@@ -190,6 +202,12 @@ class HuggingFaceTokenizer:
         check_ids(ids, self.known_ids)  # the library drops unknown ids silently
         # What `self._hf.decode` calls, after it has looked at every id and before it cleans up.
         return self._hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        for ids in batch:
+            check_ids(ids, self.known_ids)
+        # The library uses all cores, and lets other threads run.
+        return self._hf.backend_tokenizer.decode_batch(batch, skip_special_tokens=False)
 
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True

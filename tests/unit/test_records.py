@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepwiser_jax.runs.directory as run_module
-from stepwiser_jax import __version__
+from stepwiser_jax import __version__, record_io
 from stepwiser_jax.config import Evaluate, Label, Sft
 from stepwiser_jax.config_files import load_config
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import RecordWriter, read_records, read_written, write_manifest
-from stepwiser_jax.record_lines import from_json, to_json, write_records
+from stepwiser_jax.record_lines import from_json, read_lines, to_json, write_records
 from stepwiser_jax.records import (
     MAX_ROLLOUTS,
     ChunkLabel,
@@ -240,6 +240,41 @@ def test_interrupted_and_undisturbed_runs_leave_the_same_bytes(tmp_path):
         "p#2",
         "p#10",
     ]
+
+
+def test_only_parts_that_may_be_out_of_order_are_read_again(tmp_path, monkeypatch):
+    """When a run is finished: its records may be many."""
+    read = []
+
+    def counted(path, *args, **settings):
+        read.append(path.parts[len(tmp_path.parts)])
+        return read_lines(path, *args, **settings)
+
+    in_order = [PROBLEMS[i] for i in (0, 3, 1, 2)]
+    parts = {
+        "in order": [in_order[:2], in_order[2:]],
+        "not in order": [PROBLEMS],
+        "twice": [in_order[:1] * 2, in_order[1:]],
+        "begun by another process": [in_order[2:]],
+    }
+    before = RecordWriter(tmp_path / "begun by another process", Problem)
+    before.append(in_order[:2])
+    before.close()
+    writers = {name: RecordWriter(tmp_path / name, Problem) for name in parts}
+    monkeypatch.setattr(record_io, "read_lines", counted)
+    for name, batches in parts.items():
+        for batch in batches:
+            writers[name].append(batch)
+        writers[name].close()
+        known = {writers[name].path: writers[name].num_in_order}
+        write_manifest(tmp_path / name, "rollout", "digest", [Problem], known)
+    assert set(read) == parts.keys() - {"in order"}
+    monkeypatch.undo()
+    written = {name: writer.path.read_bytes() for name, writer in writers.items()}
+    assert len({written[name] for name in parts.keys() - {"twice"}}) == 1
+    manifests = {name: (tmp_path / name / "manifest.json").read_bytes() for name in parts}
+    assert len({manifests[name] for name in parts.keys() - {"twice"}}) == 1
+    assert json.loads(manifests["twice"])["records"]["problems"]["count"] == 5
 
 
 def test_unfinished_missing_wrong_and_damaged_runs_are_refused(tmp_path):

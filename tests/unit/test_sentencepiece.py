@@ -145,6 +145,7 @@ def test_decoded_text_is_the_librarys(tokenizer, reference):
         if reference.unk_id() not in ids:
             assert tokenizer.decode(ids) == reference.decode(ids), text
             assert tokenizer.decode(ids[1:]) == reference.decode(ids[1:]), text
+            assert tokenizer.decode_batch([ids, ids[1:]]) == reference.decode([ids, ids[1:]])
 
 
 def test_special_ids_are_those_of_the_model(tokenizer, reference):

@@ -313,6 +313,64 @@ def test_a_floor_leaves_out_chunks_after_a_prefix_worth_0_too(tmp_path):
     assert labelled(dead_prefix="drop", min_prefix_value=0.2) == (3, good | error)
 
 
+def test_examples_do_not_depend_on_what_is_decoded_together(tmp_path, monkeypatch):
+    """Nor do their bytes, and a text is that of its ids alone."""
+    tokenizer, question = load_tokenizer_of("arithmetic"), "start 4 ; * 7 + 5 ?"
+    rng, words = np.random.default_rng(0), np.array(sorted(tokenizer.known_ids))
+    rollouts = RunDirectory(tmp_path / "rollouts", "rollout", Mesh())
+    rollouts.writer(Problem).append([Problem("p", question, "3", "s")])
+    solutions, values = [], []
+    for i in range(7):
+        ends = tuple(np.cumsum(rng.integers(1, 5, i + 1)).tolist())
+        ids = rng.choice(words, ends[-1])
+        tokens = Tokens(tokenizer.encode(question), ids, np.zeros(len(ids)))
+        reason = "length" if i % 3 == 2 else "stop_id"
+        solutions.append(Trajectory(f"p#{i}", "p", "policy", tokens, ends, reason, True))
+        rights = rng.integers(0, 5, len(ends) + 1).tolist()
+        values += [PrefixValue(f"p#{i}", j, 4, x, 4, "") for j, x in enumerate(rights)]
+    rollouts.writer(Trajectory).append(solutions)
+    rollouts.finish(dict)
+    write_records(tmp_path / "values.jsonl", values)
+    settings = {"rollouts": tmp_path / "rollouts", "values": tmp_path / "values.jsonl"}
+    config = Label(
+        **{name: str(path) for name, path in settings.items()},
+        tokenizer="arithmetic",
+        prompt_style="bare",
+    )
+
+    def labelled(name, decoded):
+        monkeypatch.setattr(label_stage, "DECODED", decoded)
+        label_stage.run(config, tmp_path / name)
+        return [file.read_bytes() for file in sorted(tmp_path.glob(f"{name}/records/*/*"))]
+
+    together = labelled("together", 512)
+    assert labelled("in_turn", 1) == together and all(together)
+    monkeypatch.setattr(label_stage, "in_threads", map)
+    assert labelled("without_threads", 3) == together
+    of = {solution.trajectory_id: solution for solution in solutions}
+    judged = read_records(tmp_path / "together", JudgeExample)
+    for example in judged:
+        solution = of[example.example_id.rpartition("/")[0]]
+        texts = chunk_texts(tokenizer, solution.completion_ids, solution.chunk_ends)
+        end = (0, *solution.chunk_ends)[example.position]
+        (history,) = chunk_texts(tokenizer, solution.completion_ids[:end], [end])
+        assert (example.chunk, example.history) == (texts[example.position], history)
+    assert any(example.history for example in judged)
+
+
+def test_what_is_made_in_threads_keeps_its_order_and_its_errors():
+    def half(number):
+        if number % 2:
+            raise UserError(f"{number} is odd")
+        return number // 2
+
+    assert list(label_stage.in_threads(half, range(0, 20, 2))) == list(range(10))
+    made = label_stage.in_threads(half, [0, 2, 4, 5, 7])
+    assert [next(made) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="5 is odd"):
+        next(made)
+
+
 @pytest.mark.parametrize(
     ("chunking", "untagged"), [("blank_lines", 0), ('[";"]', 0), ('["</chunk>", ";"]', 1)]
 )

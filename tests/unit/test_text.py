@@ -1,5 +1,6 @@
 """Tokenizers, prompts and verdicts."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from stepwiser_jax.text.prompts import (
     parse_verdict,
     render_judge_prompt,
 )
-from stepwiser_jax.text.tokenizer import completion_text, load_tokenizer
+from stepwiser_jax.text.tokenizer import completion_text, completion_texts, load_tokenizer
 
 TEXTS = ["a step of thought", "naïve → 3²\n\n</chunk>\n", "  two  spaces ", "<chunk>x</chunk>"]
 
@@ -25,6 +26,21 @@ def test_token_bytes_spell_the_text(bpe_tokenizer, text):
     assert bpe_tokenizer.decode(ids) == text
     spelled = bpe_tokenizer.token_bytes()
     assert b"".join(spelled[i] for i in ids).decode() == text
+
+
+def test_a_text_of_a_batch_is_that_of_its_ids_alone(bpe_tokenizer):
+    """Special tokens are kept, end tokens of completions are not; half a character is replaced."""
+    texts = [bpe_tokenizer.encode(text) for text in TEXTS]
+    end, *_ = bpe_tokenizer.eos_ids
+    batch = [*texts, [], [*texts[0], end], *([i] for i in texts[1])]
+    alone = [bpe_tokenizer.decode(ids) for ids in batch]
+    assert bpe_tokenizer.decode_batch(batch) == alone
+    assert alone[: len(TEXTS)] == TEXTS and alone[len(TEXTS) + 1] != TEXTS[0]
+    assert "\ufffd" in "".join(alone)
+    assert completion_texts(bpe_tokenizer, map(np.array, batch)) == [
+        completion_text(bpe_tokenizer, ids) for ids in batch
+    ]
+    assert completion_texts(bpe_tokenizer, [[*texts[0], end]]) == TEXTS[:1]
 
 
 def test_word_level_bytes_have_one_leading_space(word_tokenizer):

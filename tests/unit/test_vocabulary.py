@@ -239,3 +239,5 @@ def test_gaps_of_a_tokenizer(tmp_path):
     for unknown in (2, 9, -1):
         with pytest.raises(UserError, match=rf"the largest is 7\), found {unknown}"):
             tokenizer.decode([0, unknown, 7])
+        with pytest.raises(UserError, match=rf"the largest is 7\), found {unknown}"):
+            tokenizer.decode_batch([[0, 7], [0, unknown, 7]])
