@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,7 @@ ConfigFile = Annotated[Path, typer.Option(help="YAML file in the schema of the s
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
 ]
+WeightType = Literal["float32", "bfloat16", "float16"]
 ResumedDir = Annotated[Path, typer.Option(help="Resumes if it exists.")]
 
 
@@ -235,15 +236,20 @@ def convert(
         typer.Option(help="Run directory of a stage that trains, or one of its checkpoints/N."),
     ],
     output: Annotated[Path, typer.Option(help="Directory to create.")],
+    dtype: Annotated[
+        WeightType | None,
+        typer.Option(help="Type to store the weights in; by default the one that they have."),
+    ] = None,
 ) -> None:
     """Export a checkpoint as a Hugging Face directory that transformers loads.
 
-    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
+    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer,
+    and for a judge how it is asked, in `stepwiser_judge.yaml`.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
 
     with writing_to(output):
-        convert_checkpoint(checkpoint, output)
+        convert_checkpoint(checkpoint, output, dtype)
 
 
 @app.command()
