@@ -147,8 +147,8 @@ def read_adaptive(values: str) -> dict[str, Any] | None:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets `a.b` of settings by `a.b=value`, with the value in YAML. Raises UserError if it does not
-    have this form, or if `a` is no group."""
+    """Sets `a.b` of settings by `a.b=value`, with the value in YAML. Raises UserError if it has
+    another form, or if `a` is no group."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(

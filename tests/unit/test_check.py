@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import stepwiser_jax
 from stepwiser_jax.__main__ import main
+from stepwiser_jax.checksums import read_checksums
 from stepwiser_jax.commands.check import EXAMPLE, printable
 from stepwiser_jax.config import ChunkSolutions
 from stepwiser_jax.data.unlabelled import Unlabelled, solutions_of_file, solutions_of_text
@@ -20,6 +22,7 @@ from stepwiser_jax.judges import check as checking
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.check import PACKAGED, Checker
 from stepwiser_jax.judges.settings import KEPT, exported_settings, judge_settings
+from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.text.chunking import cut, cut_at_tags
@@ -332,6 +335,16 @@ def test_an_export_says_how_its_judge_is_asked(tmp_path):
         32,
     )
     assert exported_settings({"model": {}, "prompt_style": "bare", "steps": 3}) is None
+
+
+def test_an_export_may_be_smaller_and_hold_more(tiny_model, tmp_path):
+    save_hf(tiny_model, None, str(tmp_path / "hf"), "float16", texts={KEPT: "judge: {}"})
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {str(array.dtype) for array in stored.values()} == {"float16"}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float16"
+    assert (tmp_path / "hf" / KEPT).read_text() == "judge: {}"
+    assert KEPT in read_checksums(tmp_path / "hf")
 
 
 def test_a_run_that_used_a_judge_says_how(tmp_path, monkeypatch):
