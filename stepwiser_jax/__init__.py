@@ -15,6 +15,8 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOME = {
+    "Checker": "judges.check",
+    "CheckedSolution": "judges.check",
     "load_hf": "model.hf",
     "save_hf": "model.hf",
     "Transformer": "model.transformer",

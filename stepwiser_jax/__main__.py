@@ -1,5 +1,5 @@
-"""The command line: `stepwiser quickstart`, `<stage>`, `recipe`, `compare-judges`, `reproduce`,
-`plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `check`, `<stage>`, `recipe`, `compare-judges`,
+`reproduce`, `plan`, `convert`.
 
 A user's mistake gives one message and exit status 2; a traceback is a bug. On Ctrl-C or SIGTERM a
 stage that samples or trains saves its work and exits with 130, and the same command resumes it.
@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,7 @@ ConfigFile = Annotated[Path, typer.Option(help="YAML file in the schema of the s
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
 ]
+WeightType = Literal["float32", "bfloat16", "float16"]
 ResumedDir = Annotated[Path, typer.Option(help="Resumes if it exists.")]
 
 
@@ -174,6 +175,52 @@ def quickstart(
         run_quickstart(run_dir, seed)
 
 
+@app.command()
+def check(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A finished run that trained a judge or used one, or an exported judge; by "
+            "default the judge of the package.",
+        ),
+    ] = None,
+    problem: Annotated[str | None, typer.Option(help="The problem.")] = None,
+    step: Annotated[
+        list[str], typer.Option(help="A step of its solution. Repeatable, in order.")
+    ] = [],  # noqa: B006 - typer copies it
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text (the problem, a blank line, the solution), or JSON rows with `problem` "
+            "and `steps` or `solution`; - is stdin. With --problem, the solution alone."
+        ),
+    ] = None,
+    cut: Annotated[
+        str | None,
+        typer.Option(
+            help="What cuts a solution: tags, blank_lines, or a finished run of chunk-solutions. "
+            "By default its <chunk> tags, else blank lines."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", help="Override a setting of the judge: judge.a.b=value. Repeatable."),
+    ] = [],  # noqa: B006
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object a line for each solution.")
+    ] = False,
+) -> None:
+    """Judge a solution of your own, chunk by chunk, and mark its first error.
+
+    Without RUN the judge of the package shows an example. On a terminal, problems may then be
+    typed. Writes nothing.
+    """
+    from stepwiser_jax.commands.check import Given, check_solutions
+
+    given = Given(problem, step, file)
+    check_solutions(run, given, cut_by=cut, overrides=set_, as_json=json)
+
+
 @app.command("compare-judges")
 def compare_judges(
     run_a: Annotated[Path, typer.Argument(help="A finished run of evaluate.")],
@@ -235,15 +282,20 @@ def convert(
         typer.Option(help="Run directory of a stage that trains, or one of its checkpoints/N."),
     ],
     output: Annotated[Path, typer.Option(help="Directory to create.")],
+    dtype: Annotated[
+        WeightType | None,
+        typer.Option(help="Type to store the weights in; by default the one that they have."),
+    ] = None,
 ) -> None:
     """Export a checkpoint as a Hugging Face directory that transformers loads.
 
-    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer.
+    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer,
+    and for a judge how it is asked, which `check` reads.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
 
     with writing_to(output):
-        convert_checkpoint(checkpoint, output)
+        convert_checkpoint(checkpoint, output, dtype)
 
 
 @app.command()

@@ -115,7 +115,7 @@ def load_config(
     if run_dir is not None:
         tree = beside(run_dir, tree)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return validate(STAGE_CONFIGS[stage], tree, str(path))
 
 
@@ -146,7 +146,9 @@ def read_adaptive(values: str) -> dict[str, Any] | None:
     return read_run_settings(values).get("adaptive") if is_run else None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets `a.b` of settings by `a.b=value`, with the value in YAML. Raises UserError if it has
+    another form, or if `a` is no group."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(

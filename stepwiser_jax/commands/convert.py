@@ -13,6 +13,7 @@ from stepwiser_jax.distributed.loading import load_for_training
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges.settings import KEPT, exported_settings
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -20,12 +21,13 @@ from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.template import check_base
 
 
-def convert_checkpoint(checkpoint: Path, output: Path) -> None:
+def convert_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
     """Writes the model of a checkpoint to the directory `output`.
 
     Args:
         checkpoint: `<run_dir>` (then its newest checkpoint) or `<run_dir>/checkpoints/N`.
         output: a new directory.
+        dtype: what the weights are stored in, by default what the run has them in.
 
     Raises:
         UserError: if there is no checkpoint, if `output` exists, or if `model.path` now holds
@@ -60,6 +62,8 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> None:
         raise UserError(
             f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
         )
-    save_hf(model, load_tokenizer(str(run_dir / "template")), str(output))
+    asked = exported_settings(settings)
+    texts = {} if asked is None else {KEPT: asked}
+    save_hf(model, load_tokenizer(str(run_dir / "template")), str(output), dtype, texts=texts)
     which = "its newest checkpoint" if step is None else f"the checkpoint of step {step}"
     print(f"{output}: the model of {run_dir}, {which}")

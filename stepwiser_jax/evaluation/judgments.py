@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, GenPrmJudge, OwnJudge, ThinkPrmJudge
+from stepwiser_jax.config import (
+    ClassifierJudge,
+    Evaluate,
+    GenPrmJudge,
+    Judge,
+    OwnJudge,
+    ThinkPrmJudge,
+)
 from stepwiser_jax.evaluation.prmbench import score_prmbench
 from stepwiser_jax.evaluation.processbench import best_threshold, score_by_subset
 from stepwiser_jax.evaluation.verdicts import UnparsedAs, majority_verdict, verdict_at
@@ -24,9 +31,19 @@ GREEDY = ("",)
 """The suffix of greedy judgments."""
 
 
-def votes_of(config: Evaluate) -> int:
+def votes_of(judge: Judge) -> int:
     """Returns the number of judgments of a step that are sampled in addition to the greedy one."""
-    return 0 if isinstance(config.judge, ClassifierJudge | OwnJudge) else config.judge.votes
+    return 0 if isinstance(judge, ClassifierJudge | OwnJudge) else judge.votes
+
+
+def passes_of(judge: Judge) -> list[tuple[Sequence[str], dict[str, Any]]]:
+    """Returns the suffixes of the judgments of a solution, and how they are drawn: first the greedy
+    one, then the votes if there are any."""
+    passes: list[tuple[Sequence[str], dict[str, Any]]] = [(GREEDY, {"temperature": 0.0})]
+    if suffixes := vote_suffixes(votes_of(judge)):
+        assert not isinstance(judge, ClassifierJudge | OwnJudge)
+        passes.append((suffixes, judge.sampling.drawing))
+    return passes
 
 
 def voters(rule_name: str, votes: int) -> dict[str, Sequence[str]]:
@@ -117,7 +134,7 @@ class VotingRule:
         """How a step without a verdict counts. With a threshold its probability is 1/2."""
         return "negative" if self.threshold is None or self.threshold > 0.5 else "positive"
 
-    def verdict(self, votes: Sequence[Judgment]) -> Verdict:
+    def verdict(self, votes: Sequence[Judgment] | Sequence[ChunkJudgment]) -> Verdict:
         """Returns the verdict on one step."""
         verdict = majority_verdict([vote.verdict for vote in votes])
         if self.threshold is None or not verdict.is_given:
@@ -137,7 +154,7 @@ class VotingRule:
         ]
 
 
-def mean_probability(votes: Sequence[Judgment]) -> float:
+def mean_probability(votes: Sequence[Judgment] | Sequence[ChunkJudgment]) -> float:
     return sum(vote.p_positive for vote in votes) / len(votes)
 
 
@@ -158,11 +175,16 @@ def threshold_of(
     """Returns the probability below which a step is wrong: that of the settings, or the one with
     which the greedy judgments have the best F1 on `threshold_subset`. It is None if what the judge
     writes counts as it is."""
-    judge = config.judge
     if config.threshold_subset is not None:
         chosen_on = [item for item in items if item.subset == config.threshold_subset]
         p_positive = [probabilities_of(item, judgments) for item in chosen_on]
         return best_threshold(p_positive, [item.first_error for item in chosen_on])
+    return own_threshold(config.judge)
+
+
+def own_threshold(judge: Judge) -> float | None:
+    """Returns the probability below which a step is wrong by a judge's settings, None if what it
+    writes counts as it is."""
     if isinstance(judge, GenPrmJudge | ClassifierJudge):
         return 0.5 if judge.threshold is None else judge.threshold
     return None if isinstance(judge, ThinkPrmJudge | OwnJudge) else judge.threshold

@@ -161,7 +161,7 @@ def read_judgments(
             "summary.json"
         )
     judgments = {j.example_id: j for j in read_records(run, Judgment)}
-    needed = [*GREEDY, *vote_suffixes(votes_of(config) if votes else 0)]
+    needed = [*GREEDY, *vote_suffixes(votes_of(config.judge) if votes else 0)]
     for judgment_id in judgment_ids(items, needed):
         if judgment_id not in judgments:
             raise UserError(
@@ -184,7 +184,7 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     config, items, judgments = read_judgments(run, votes=votes)
     threshold = threshold_of(config, items, judgments)
     rule = VotingRule(threshold)
-    counted, suffixes = list(voters(rule.name, votes_of(config)).items())[-1 if votes else 0]
+    counted, suffixes = list(voters(rule.name, votes_of(config.judge)).items())[-1 if votes else 0]
     if isinstance(config.judge, ClassifierJudge):
         counted = f"threshold {threshold:.3g}"
     elif threshold is not None and not isinstance(config.judge, GenPrmJudge):
@@ -198,7 +198,7 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
         for item in items
     ]
     p_positive = [probabilities_of(item, judgments, suffixes) for item in items]
-    return JudgedRun(run, items, predictions, p_positive, counted, votes_of(config) > 0)
+    return JudgedRun(run, items, predictions, p_positive, counted, votes_of(config.judge) > 0)
 
 
 def check_same_items(a: JudgedRun, b: JudgedRun) -> None:

@@ -87,6 +87,11 @@ def harmonic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def processbench_f1(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
     """Returns the official scores of predicted first errors (-1: none), from 0 to 1.
 
+    Of the two solutions with an error this judge finds one, and it accepts the right one:
+
+    >>> processbench_f1(predictions=[1, -1, -1], labels=[1, 0, -1])
+    {'f1': 0.6666666666666666, 'acc_error': 0.5, 'acc_correct': 1.0}
+
     Raises:
         UserError: There is not one label for each prediction.
     """

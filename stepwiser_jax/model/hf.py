@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -264,11 +264,14 @@ def save_hf(
     model: Transformer,
     tokenizer: Saveable | None,
     path: str,
+    dtype: str | None = None,
     *,
     max_shard_bytes: int = 5 * 2**30,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes safetensors (with an index if there are several), config.json, the tokenizer, and the
-    checksums of all of them (`checksums`).
+    """Writes safetensors (with an index if there are several), config.json, the tokenizer, other
+    `texts` by the names of their files, and the checksums of all of them (`checksums`). Weights are
+    stored in `dtype`, by default in their own.
 
     The directory appears whole or not at all; one that exists is replaced. All processes that hold
     a part of the model must call this; the primary one writes. A host holds one shard at a time.
@@ -282,7 +285,7 @@ def save_hf(
     tensors = tensors_by_name(model)
     shards = _split_into_shards(tensors, max_shard_bytes)
     for file, names in shards.filename_to_tensors.items():
-        arrays = {name: _to_host(tensors[name]()) for name in names}
+        arrays = {name: _to_host(_cast(tensors[name](), dtype)) for name in names}
         if is_primary:
             save_file(arrays, temporary / file, metadata={"format": "pt"})
         del arrays  # before those of the next file are gathered
@@ -292,11 +295,13 @@ def save_hf(
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (temporary / "model.safetensors.index.json").write_text(text)
-    dtype = str(model.embed[...].dtype)
+    dtype = dtype or str(model.embed[...].dtype)
     config = model.config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(str(temporary))
+    for name, text in (texts or {}).items():
+        (temporary / name).write_text(text, encoding="utf-8")
     write_checksums(temporary)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -304,6 +309,10 @@ def save_hf(
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _cast(array: jax.Array, dtype: str | None) -> jax.Array:
+    return array if dtype is None else array.astype(dtype)
 
 
 def tensors_by_name(model: Transformer) -> dict[str, Callable[[], jax.Array]]:

@@ -87,6 +87,11 @@ def label_chunks(
 ) -> list[Label]:
     """Labels the chunks of a solution.
 
+    >>> label_chunks([0.5, 0.5, 0.06], "rel_effective", alpha=0.8)
+    [True, False]
+    >>> label_chunks([0.5, 0.75, 0.5], lambda q, v: q >= v)  # a rule of one's own
+    [True, False]
+
     Args:
         values: [Q_0 .. Q_J], from 0 to 1.
         rule: A name as for `load_rule`, or a function of (q, v).

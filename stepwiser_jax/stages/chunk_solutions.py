@@ -44,6 +44,9 @@ from stepwiser_jax.text.tokenizer import Tokenizer, completion_text, load_tokeni
 Solutions = Sequence[tuple[Trajectory, str]]
 """Trajectories, each with its text."""
 
+Texts = Sequence[tuple[str, str]]
+"""Ids of solutions, each with the solution's text."""
+
 Proposals = list[list[tuple[ProposalOutcome, tuple[str, ...]]]]
 """For each solution: what became of each proposal, and its chunks."""
 
@@ -88,10 +91,14 @@ def begin(
     def cut(block: Solutions) -> list[ChunkedSolution]:
         return [
             choose(problems[trajectory.problem_id], trajectory.trajectory_id, proposals)
-            for (trajectory, _), proposals in zip(block, propose(block), strict=True)
+            for (trajectory, _), proposals in zip(block, propose(texts_of(block)), strict=True)
         ]
 
     return cut
+
+
+def texts_of(solutions: Solutions) -> Texts:
+    return [(trajectory.trajectory_id, text) for trajectory, text in solutions]
 
 
 def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
@@ -103,7 +110,7 @@ def right_trajectories(trajectories: Sequence[Trajectory], most: int) -> list[Tr
     return [trajectory for found in of_problem.values() for trajectory in found[:most]]
 
 
-def make_proposer(config: ChunkSolutions, session: Session) -> Callable[[Solutions], Proposals]:
+def make_proposer(config: ChunkSolutions, session: Session) -> Callable[[Texts], Proposals]:
     """Returns the function that proposes cuts for the solutions of a block."""
     teacher = config.teacher
     if isinstance(teacher, TeacherRule):
@@ -136,7 +143,7 @@ class Proposer:
         self.params = SamplingParams(**teacher.sampling.model_dump(), stop_ids=tokenizer.eos_ids)
         self.key = jax.random.key(config.seed)
 
-    def __call__(self, block: Solutions) -> Proposals:
+    def __call__(self, block: Texts) -> Proposals:
         size = self.num_segmentations
         proposals: Proposals = [[(ProposalOutcome.NO_ROOM, ())] * size for _ in block]
         prompts = [self.prompt_ids(text) for _, text in block]
@@ -147,9 +154,7 @@ class Proposer:
             [prompts[i] for i in fitting],
             self.params,
             key=self.key,
-            row_ids=[
-                f"segment/{block[i][0].trajectory_id}/{k}" for i in fitting for k in range(size)
-            ],
+            row_ids=[f"segment/{block[i][0]}/{k}" for i in fitting for k in range(size)],
             group_size=size,
         )
         for row, i in enumerate(fitting):
@@ -173,14 +178,22 @@ class Proposer:
         return len(prompt) + self.params.max_new_tokens <= self.context
 
 
+def most_agreed(
+    proposals: Sequence[tuple[ProposalOutcome, tuple[str, ...]]],
+) -> tuple[tuple[str, ...], int]:
+    """Returns the most frequent of the kept cuts, and how many proposals agree on it; no chunks and
+    0 if none was kept."""
+    kept = [chunks for outcome, chunks in proposals if outcome is ProposalOutcome.KEPT]
+    return majority_chunking(kept) if kept else ((), 0)
+
+
 def choose(
     problem: Problem,
     trajectory_id: str,
     proposals: Sequence[tuple[ProposalOutcome, tuple[str, ...]]],
 ) -> ChunkedSolution:
     """Returns the cut that most of the kept proposals agree on."""
-    kept = [chunks for outcome, chunks in proposals if outcome is ProposalOutcome.KEPT]
-    chunks, votes = majority_chunking(kept) if kept else ((), 0)
+    chunks, votes = most_agreed(proposals)
     outcomes = tuple(outcome.value for outcome, _ in proposals)
     return ChunkedSolution(
         trajectory_id, problem.problem_id, problem.question, chunks, votes, outcomes

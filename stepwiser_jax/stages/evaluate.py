@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwiser_jax.config import ClassifierJudge, Evaluate, OwnJudge, ThinkPrmJudge
+from stepwiser_jax.config import ClassifierJudge, Evaluate, ThinkPrmJudge
 from stepwiser_jax.data.problems import read_items
 from stepwiser_jax.distributed.hosts import NO_SHARD, Shard
 from stepwiser_jax.errors import UserError
@@ -45,6 +45,7 @@ from stepwiser_jax.evaluation.judgments import (
     example_judgments,
     judgment_ids,
     judgment_records,
+    passes_of,
     rules_of,
     score_judgments,
     score_whole_solutions,
@@ -76,7 +77,7 @@ def run(config: Evaluate, run_dir: str | Path, shard: Shard = NO_SHARD) -> dict[
             record_type=Judgment,
             ids_of=lambda block: judgment_ids(
                 block,
-                [*GREEDY, *vote_suffixes(votes_of(config))],
+                [*GREEDY, *vote_suffixes(votes_of(config.judge))],
                 whole=isinstance(config.judge, ThinkPrmJudge),
             ),
             begin=lambda session: begin(config, session, items),
@@ -123,13 +124,9 @@ def begin(
 def judge_block(config: Evaluate, judge: Judge, block: Sequence[BenchmarkItem]) -> list[Judgment]:
     """Returns judgments of all steps of these items, greedy and sampled."""
     solutions = [Solution.of_item(item) for item in block]
-    passes: list[tuple[Sequence[str], dict[str, Any]]] = [(GREEDY, {"temperature": 0.0})]
-    if suffixes := vote_suffixes(votes_of(config)):
-        assert not isinstance(config.judge, ClassifierJudge | OwnJudge)
-        passes.append((suffixes, config.judge.sampling.drawing))
     return [
         record
-        for suffixes, drawing in passes
+        for suffixes, drawing in passes_of(config.judge)
         for item, found in zip(block, judge.sample(solutions, suffixes, **drawing), strict=True)
         for suffix, judgment in zip(suffixes, found, strict=True)
         for record in judgment_records(item, judgment, judge.judge_id, suffix)
@@ -142,7 +139,7 @@ def summarize(
     """Returns the scores of the greedy judgments and, with votes, of the sampled ones; fractions
     between 0 and 1."""
     threshold = threshold_of(config, items, judgments)
-    how = {"votes": votes_of(config), "seed": config.seed}
+    how = {"votes": votes_of(config.judge), "seed": config.seed}
     summary = score_judgments(items, judgments, rules_of(config, threshold), **how)
     if threshold is not None:
         summary |= {"threshold": threshold, "threshold_chosen_on": config.threshold_subset}

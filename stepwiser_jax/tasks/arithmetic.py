@@ -27,7 +27,7 @@ import numpy as np
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.records import Problem, ProcessBenchItem
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, tagged
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ def exact_lines(value: int, operation: Operation) -> tuple[Line, Line]:
 
 def chunk_text(lines: Sequence[Line], repair: bool = False) -> str:
     parts = ["fix"] * repair + [line.text for line in lines]
-    return f"{CHUNK_OPEN} {' ; '.join(parts)} {CHUNK_CLOSE}"
+    return tagged(" ; ".join(parts))
 
 
 def answer_text(value: int) -> str:
-    return f"{CHUNK_OPEN} \\boxed{{ {value} }} {CHUNK_CLOSE}"
+    return tagged(f"\\boxed{{ {value} }}")
 
 
 # --- problems -------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN
+from stepwiser_jax.errors import UserError
+from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, strip_tags
 
 Splitter = Literal["blank_lines", "steps", "sentences"]
 
@@ -61,6 +62,30 @@ def read_chunks(text: str, solution: str) -> tuple[ProposalOutcome, tuple[str, .
         if solution[end:].strip()
         else (ProposalOutcome.KEPT, tuple(chunks))
     )
+
+
+def cut(solution: str) -> tuple[str, ...]:
+    """Returns the chunks of a solution: those of its tags if it has any, else those between blank
+    lines. Raises UserError as `cut_at_tags` does."""
+    if CHUNK_OPEN in solution or CHUNK_CLOSE in solution:
+        return cut_at_tags(solution)
+    return split_solution(solution, "blank_lines")
+
+
+def cut_at_tags(solution: str) -> tuple[str, ...]:
+    """Returns the chunks that a solution tags, without the tags. Text after the last tag joins the
+    last chunk, as in `text.chunks.chunk_ends`. Raises UserError if the tags are not in pairs, if a
+    chunk is empty, or if other text stands outside of chunks."""
+    head, close, tail = solution.rpartition(CHUNK_CLOSE)
+    if close and tail.strip() and CHUNK_OPEN not in tail:
+        solution = f"{head.rstrip()}\n{tail.strip()}{close}"
+    outcome, chunks = read_chunks(solution, strip_tags(solution))
+    if outcome is not ProposalOutcome.KEPT:
+        raise UserError(
+            f"expected {CHUNK_OPEN} and {CHUNK_CLOSE} around every chunk, found "
+            f"{outcome.value.replace('_', ' ')}: correct the tags, or cut in another way"
+        )
+    return chunks
 
 
 def majority_chunking(proposals: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:

@@ -149,6 +149,11 @@ def strip_tags(text: str) -> str:
     return kept
 
 
+def tagged(chunk: str) -> str:
+    """Returns a chunk in its tags, as the embedded task writes it."""
+    return f"{CHUNK_OPEN} {chunk} {CHUNK_CLOSE}"
+
+
 def check_tags(tokenizer: Tokenizer) -> None:
     """Raises UserError if the tokenizer does not give the tags back."""
     text = f"one {CHUNK_OPEN} two {CHUNK_CLOSE} three"

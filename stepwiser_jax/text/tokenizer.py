@@ -109,6 +109,19 @@ def unknown_ids(tokenizer: Tokenizer, size: int) -> tuple[range, ...]:
     return tuple(range(a + 1, b) for a, b in itertools.pairwise(known) if a + 1 < b)
 
 
+def unknown_words(tokenizer: Tokenizer, text: str) -> tuple[str, ...]:
+    """Returns the words of a text, between white space and each once, that the tokenizer does not
+    give back. A model never saw them."""
+    words = dict.fromkeys(text.split())
+    return tuple(w for w in words if tokenizer.decode(tokenizer.encode(w)).strip() != w)
+
+
+def known_words(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Returns the texts of all tokens but control tokens, in the order of their ids."""
+    texts = (tokenizer.decode([i]).strip() for i in sorted(tokenizer.known_ids))
+    return tuple(text for text in texts if text and text not in tokenizer.control.tokens)
+
+
 TokenIds = Sequence[int] | np.ndarray
 
 
