@@ -256,7 +256,8 @@ def tables_of_directory(path: Path) -> list[Table]:
         note = "Rules for labels against the exact truth of the embedded task."
         rows = {str(rule): row for rule, row in labels.items() if isinstance(row, dict)}
         tables.append(table_of("Labels", rows, LABELLED, note))
-    claims = _read_mapping(path / "compare.json").get("claims")
+    claims = _read_mapping(path / "compare.json") or _read_mapping(path.parent / "compare.json")
+    claims = claims.get("claims")
     if isinstance(claims, list):
         names = ("task", "claim", "difference", "corrected_p", "verdict")
         formats = ("text", "text", "points", "p", "text")

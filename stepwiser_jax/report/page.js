@@ -33,11 +33,16 @@
 
   async function unpack(id) {
     const text = byId(id).textContent;
-    const bytes = Uint8Array.fromBase64
-      ? Uint8Array.fromBase64(text)
-      : Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : fromBase64(text);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
+  }
+
+  function fromBase64(text) {
+    const characters = atob(text);
+    const bytes = new Uint8Array(characters.length);
+    for (let i = 0; i < bytes.length; i += 1) bytes[i] = characters.charCodeAt(i);
+    return bytes;
   }
 
   // The rows of one kind, in blocks that are unpacked when a row of theirs is asked for.
@@ -226,14 +231,14 @@
     const unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= rough);
     const found = [];
-    for (let i = Math.floor(low / step); i <= Math.ceil(high / step); i += 1) found.push(Number((i * step).toPrecision(12)));
+    for (let i = Math.floor(low / step + 1e-6); i <= Math.ceil(high / step - 1e-6); i += 1) found.push(Number((i * step).toPrecision(12)));
     return found;
   }
   function tickText(value, format) {
     if (format === "percent") return `${Number((100 * value).toPrecision(4))}%`;
     const size = Math.abs(value);
     if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
-    return size !== 0 && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(4)));
+    return size !== 0 && size < 1e-3 ? Number(value.toPrecision(3)).toExponential() : String(Number(value.toPrecision(4)));
   }
   const scaled = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
 
@@ -562,17 +567,22 @@
 
   // --- solutions --------------------------------------------------------------------------------
 
-  const FLAGS = { wrong_answer: 1, cut: 2, label_not_truth: 4, values: 8, labels: 16 };
-  const JUDGE_FLAGS = { judged: 1, wrong_verdict: 2, missed: 4, not_label: 8, unparsed: 16 };
+  // The bits of the index: those of a solution, and above them those of the judges that are asked for.
+  const JUDGE_BITS = 8;
+  const FLAGS = {
+    wrong_answer: 1, cut: 2, label_not_truth: 4, values: 8, labels: 16,
+    judged: 1 << JUDGE_BITS, wrong_verdict: 2 << JUDGE_BITS, missed: 4 << JUDGE_BITS,
+    not_label: 8 << JUDGE_BITS, unparsed: 16 << JUDGE_BITS,
+  };
   const ONLY = [
-    ["wrong_verdict", "Wrong verdict", "judge"],
-    ["missed", "First error misjudged", "judge"],
-    ["not_label", "Verdict against its label", "judge"],
-    ["unparsed", "Without verdict", "judge"],
-    ["label_not_truth", "Label against the truth", "own"],
-    ["wrong_answer", "Wrong answer", "own"],
-    ["cut", "Cut by the length limit", "own"],
-    ["values", "With values", "own"],
+    ["wrong_verdict", "Wrong verdict"],
+    ["missed", "First error misjudged"],
+    ["not_label", "Verdict against its label"],
+    ["unparsed", "Without verdict"],
+    ["label_not_truth", "Label against the truth"],
+    ["wrong_answer", "Wrong answer"],
+    ["cut", "Cut by the length limit"],
+    ["values", "With values"],
   ];
   const CELLS = ["both right", "only A right", "only B right", "both wrong"];
 
@@ -585,13 +595,17 @@
     const index = data.index.solutions;
     const { overview } = data;
     const size = index.id.length;
-    const isWanted = (i, name, kind, judge) => {
-      if (kind === "own") return (index.flags[i] & FLAGS[name]) !== 0;
-      const judges = pair ? [pair.a, pair.b] : judge === "" ? index.judge_flags.keys() : [Number(judge)];
-      for (const j of judges) if (index.judge_flags[j][i] & JUDGE_FLAGS[name]) return true;
-      return false;
+    const bitsOf = new Map();
+    const bits = (judge) => {
+      if (!bitsOf.has(judge)) {
+        const asked = pair ? [pair.a, pair.b] : judge === "" ? [...index.judge_flags.keys()] : [Number(judge)];
+        bitsOf.set(judge, Int32Array.from(index.flags, (own, i) =>
+          asked.reduce((found, j) => found | (index.judge_flags[j][i] << JUDGE_BITS), own)));
+      }
+      return bitsOf.get(judge);
     };
-    const offered = ONLY.filter(([name, , kind]) => index.id.some((_, i) => (!pair || pair.cells[i] >= 0) && isWanted(i, name, kind, "")));
+    const has = (i, name, judge) => (bits(judge)[i] & FLAGS[name]) !== 0;
+    const offered = ONLY.filter(([name]) => index.id.some((_, i) => (!pair || pair.cells[i] >= 0) && has(i, name, "")));
     const only = new Set((parameters.get("only") ?? "").split(","));
     const judges = overview.judges.map((name, j) => [j, name]);
     const all = [["", "all"]];
@@ -605,7 +619,7 @@
         el("input", { type: "number", name: "min", min: 0, "aria-label": "Fewest chunks", placeholder: "from", value: parameters.get("min") ?? "" }),
         el("input", { type: "number", name: "max", min: 0, "aria-label": "Most chunks", placeholder: "to", value: parameters.get("max") ?? "" })),
       offered.length ? el("fieldset", { class: "only" }, el("legend", {}, "Only"), offered.map(([name, label]) =>
-        el("label", { class: "check" }, el("input", { type: "checkbox", name: "only", value: name, checked: only.has(name) }), el("span", {}, label), " ", el("span", { class: "tally", "data-of": name })))) : null);
+        el("label", { class: "check" }, el("input", { type: "checkbox", name: "only", value: name, checked: only.has(name) }), el("span", {}, label), " ", el("span", { class: "tally" })))) : null);
 
     let cell = pair && parameters.has("cell") ? Number(parameters.get("cell")) : null;
     let asked = 0;
@@ -615,28 +629,29 @@
       const get = (name) => values.get(name) ?? "";
       const hasText = await textTest(data.solutions, get("q"));
       if (mine !== asked) return null;
-      const wanted = ONLY.filter(([name]) => values.getAll("only").includes(name));
+      const wanted = values.getAll("only").reduce((found, name) => found | FLAGS[name], 0);
       const min = get("min") === "" ? 0 : Number(get("min"));
       const max = get("max") === "" ? Infinity : Number(get("max"));
       const [origin, subset, judge] = [get("origin"), get("subset"), get("judge")];
-      const tally = Object.fromEntries(offered.map(([name]) => [name, 0]));
+      const ofJudge = bits(judge);
+      const tally = offered.map(() => 0);
       const kept = [];
       for (let i = 0; i < size; i += 1) {
         if (pair && (pair.cells[i] < 0 || (cell !== null && pair.cells[i] !== cell))) continue;
         if (origin !== "" && index.origin[i] !== Number(origin)) continue;
         if (subset !== "" && index.subset[i] !== Number(subset)) continue;
-        if (judge !== "" && !(index.judge_flags[Number(judge)][i] & JUDGE_FLAGS.judged)) continue;
+        if (judge !== "" && !(ofJudge[i] & FLAGS.judged)) continue;
         if (index.chunks[i] < min || index.chunks[i] > max || !hasText(i)) continue;
-        for (const [name, , kind] of offered) if (isWanted(i, name, kind, judge)) tally[name] += 1;
-        if (wanted.every(([name, , kind]) => isWanted(i, name, kind, judge))) kept.push(i);
+        offered.forEach(([name], k) => { if (ofJudge[i] & FLAGS[name]) tally[k] += 1; });
+        if ((ofJudge[i] & wanted) === wanted) kept.push(i);
       }
-      for (const node of form.querySelectorAll(".tally")) node.textContent = number(tally[node.dataset.of]);
+      form.querySelectorAll(".tally").forEach((node, k) => { node.textContent = number(tally[k]); });
       sort(kept, get("order"), judge);
       remember(values);
       return kept;
     };
     const sort = (kept, order, judge) => {
-      const badness = (i) => ["unparsed", "wrong_verdict", "missed"].reduce((sum, name) => sum + isWanted(i, name, "judge", judge), 0);
+      const badness = (i) => ["unparsed", "wrong_verdict", "missed"].reduce((sum, name) => sum + has(i, name, judge), 0);
       if (order === "long") kept.sort((a, b) => index.chunks[b] - index.chunks[a]);
       else if (order === "short") kept.sort((a, b) => index.chunks[a] - index.chunks[b]);
       else if (order === "wrong") kept.sort((a, b) => badness(b) - badness(a));
@@ -662,10 +677,10 @@
     const rowContent = (i) => {
       const marks = [];
       if (pair) marks.push(mark(CELLS[pair.cells[i]], pair.cells[i] === 0 ? "good" : pair.cells[i] === 3 ? "bad" : "warn"));
-      else if (isWanted(i, "missed", "judge", judgeOf(form))) marks.push(mark("misjudged", "bad"));
-      else if (isWanted(i, "wrong_verdict", "judge", judgeOf(form))) marks.push(mark("wrong verdict", "warn"));
-      if (isWanted(i, "unparsed", "judge", judgeOf(form))) marks.push(mark("no verdict", "warn"));
-      if (index.flags[i] & FLAGS.wrong_answer) marks.push(mark("wrong answer", "plain"));
+      else if (has(i, "missed", judgeOf(form))) marks.push(mark("misjudged", "bad"));
+      else if (has(i, "wrong_verdict", judgeOf(form))) marks.push(mark("wrong verdict", "warn"));
+      if (has(i, "unparsed", judgeOf(form))) marks.push(mark("no verdict", "warn"));
+      if (has(i, "wrong_answer", "")) marks.push(mark("wrong answer", "plain"));
       return [
         el("span", { class: "row-top" }, el("span", { class: "row-id" }, index.id[i]), el("span", { class: "muted" }, `${index.chunks[i]} ${index.chunks[i] === 1 ? "chunk" : "chunks"}`)),
         el("span", { class: "row-bottom" }, marks, el("span", { class: "snippet" }, index.snippet[i])),
@@ -759,7 +774,7 @@
   const SHOWN_CHUNKS = 100;
   function chunkTable(row, judged, judgeNames, pair) {
     const hasLabel = Boolean(row.labels || row.truth);
-    const columns = ["", "Chunk", row.values && "Value", hasLabel && "Label", ...judged.flatMap((j) => [`Verdict`, judged.length > 1 ? nameOf(j, judgeNames, pair) : "Judge's reasoning"])].filter((c) => c !== null && c !== false && c !== undefined);
+    const columns = ["", "Chunk", row.values && "Value", hasLabel && "Label", ...(judged.length === 1 ? ["Verdict", "Judge's reasoning"] : judged.map((j) => nameOf(j, judgeNames, pair)))].filter((c) => c !== null && c !== false && c !== undefined);
     const head = columns.map((name, i) => (i === 0 ? el("th", { scope: "col", role: "columnheader" }, el("span", { class: "unseen" }, "number")) : el("th", { scope: "col", role: "columnheader" }, name)));
     const body = el("tbody", { role: "rowgroup" });
     const cell = (name, kind, ...content) => el("td", { role: "cell", class: kind, "data-name": name }, ...content);
@@ -772,8 +787,9 @@
         hasLabel ? cell("Label", "label", labelOf(row, j)) : null,
         judged.map((k) => {
           const written = row.judged[k].chunks[j] ?? [];
-          const name = judged.length > 1 ? nameOf(k, judgeNames, pair) : "Judge";
-          return [cell(`Verdict, ${name}`, "verdict", written.length ? verdict(written[0], isRight) : "–"), cell(name, "reasoning", written.length ? reasoning(written) : "–")];
+          const [said, why] = written.length ? [verdict(written[0], isRight), reasoning(written)] : ["–", ""];
+          if (judged.length > 1) return cell(nameOf(k, judgeNames, pair), "reasoning", el("div", { class: "both" }, said), why);
+          return [cell("Verdict", "verdict", said), cell("Judge's reasoning", "reasoning", why)];
         }));
     };
     const more = (from) => {

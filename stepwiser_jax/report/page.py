@@ -35,7 +35,7 @@ BLOCK_CHARACTERS = 1_000_000
 def write_page(report: Report, output: Path) -> None:
     """Writes the page, whole or not at all."""
     with replacing(output) as file:
-        file.write(page_of(report).encode())
+        file.write(page_of(report).encode(errors="replace"))  # the title is a path's
 
 
 def page_of(report: Report) -> str:
@@ -108,7 +108,7 @@ def blocks_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[int]]:
     """Returns rows in packed blocks, and the number of the first row of each."""
     starts = list(_starts(rows))
     ends = [*starts[1:], len(rows)]
-    return [pack(rows[s:e]) for s, e in zip(starts, ends, strict=True)], starts
+    return [pack(rows[s:e]) for s, e in zip(starts, ends, strict=False)], starts
 
 
 def _starts(rows: Sequence[Mapping[str, Any]]) -> Iterator[int]:

@@ -61,7 +61,7 @@ class Solution:
     question: str
     chunks: list[str]
     answer: str = ""
-    values: list[list[int] | list[float] | None] | None = None
+    values: Sequence[Sequence[float] | None] | None = None
     labels: list[bool | None] | None = None
     truth: list[bool | None] | None = None
     first_error: int | None = None
