@@ -20,7 +20,6 @@ import typer
 
 from stepwiser_jax import __version__
 from stepwiser_jax.errors import UserError
-from stepwiser_jax.manifest import MANIFEST
 from stepwiser_jax.runs.signals import Interrupted
 from stepwiser_jax.runs.storage import writing_to
 
@@ -131,7 +130,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
         ] = None,
         no_report: NoReport = False,
     ) -> None:
-        from stepwiser_jax.commands.report import end_with_report
+        from stepwiser_jax.commands.report import end_stage_with_report
         from stepwiser_jax.commands.results import print_summary
         from stepwiser_jax.config_files import dump_config, load_config
         from stepwiser_jax.distributed import hosts
@@ -155,8 +154,8 @@ def _add_stage(name: str, does: str, files: str) -> None:
         with hosts.report_lost_peers(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         print_summary(summary, run_dir)
-        if not no_report and hosts.is_primary() and (run_dir / MANIFEST).is_file():
-            end_with_report([run_dir])
+        if not no_report and hosts.is_primary():
+            end_stage_with_report(run_dir)
 
 
 for _name, (_does, _files) in STAGES.items():

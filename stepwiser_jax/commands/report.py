@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.files import nothing_at
+from stepwiser_jax.manifest import MANIFEST
 from stepwiser_jax.report.collect import collect
 from stepwiser_jax.report.page import write_page
 
@@ -48,6 +49,16 @@ def default_output(run_dirs: Sequence[Path]) -> Path:
     return (
         Path(os.path.commonpath([path.parent for path in resolved])) / f"report-{names[:100]}.html"
     )
+
+
+def end_stage_with_report(run_dir: Path) -> None:
+    """Writes the report of a run that has finished, unless it has one of what its manifest names:
+    a finished run is not touched again."""
+    manifest, report = run_dir / MANIFEST, run_dir / REPORT
+    if not manifest.is_file():  # a shard; the last command writes it
+        return
+    if not report.is_file() or report.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
+        end_with_report([run_dir])
 
 
 def end_with_report(run_dirs: Sequence[Path]) -> None:

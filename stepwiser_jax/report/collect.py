@@ -125,9 +125,11 @@ def collect(paths: Sequence[Path], limit: int) -> Report:
             collector.trying(run, lambda run=run, read=read: read(run))
     report.solutions = list(collector.solutions)
     collector.compare()
-    for path in paths:
-        report.tables += tables_of_directory(path)
-    report.tables += tables_of_runs(report.runs)
+    report.tables = [
+        *itertools.chain(*map(claims_of, paths)),
+        *tables_of_runs(report.runs),
+        *itertools.chain(*map(label_quality_of, paths)),
+    ]
     return report
 
 
@@ -248,27 +250,29 @@ def tables_of_runs(runs: Sequence[dict[str, Any]]) -> list[Table]:
     return found
 
 
-def tables_of_directory(path: Path) -> list[Table]:
-    """Returns what quickstart and reproduce have written about all of their runs."""
-    tables = []
+def label_quality_of(path: Path) -> list[Table]:
+    """Returns how good labels are, as quickstart has written it about its runs."""
     labels = _read_mapping(path / "summary.json").get("labels")
-    if isinstance(labels, dict) and not (path / "config.yaml").is_file():
-        note = "Rules for labels against the exact truth of the embedded task."
-        rows = {str(rule): row for rule, row in labels.items() if isinstance(row, dict)}
-        tables.append(table_of("Labels", rows, LABELLED, note))
+    if not isinstance(labels, dict) or (path / "config.yaml").is_file():
+        return []
+    note = "Rules for labels against the exact truth of the embedded task."
+    rows = {str(rule): row for rule, row in labels.items() if isinstance(row, dict)}
+    return [table_of("Labels", rows, LABELLED, note)]
+
+
+def claims_of(path: Path) -> list[Table]:
+    """Returns what reproduce has decided about the paper's claims, by the seeds beside this one."""
     claims = _read_mapping(path / "compare.json") or _read_mapping(path.parent / "compare.json")
     claims = claims.get("claims")
-    if isinstance(claims, list):
-        names = ("task", "claim", "difference", "corrected_p", "verdict")
-        formats = ("text", "text", "points", "p", "text")
-        columns = [[x.replace("_", " "), form] for x, form in zip(names, formats, strict=True)]
-        found = [
-            claim | {"difference": [claim["difference"], *claim["interval"]]} for claim in claims
-        ]
-        rows = [[claim[name] for name in names] for claim in found]
-        note = "Means over seeds; p is corrected for the number of claims."
-        tables.append({"title": "Claims", "columns": columns, "rows": rows, "note": note})
-    return tables
+    if not isinstance(claims, list):
+        return []
+    names = ("task", "claim", "difference", "corrected_p", "verdict")
+    formats = ("text", "text", "points", "p", "text")
+    columns = [[x.replace("_", " "), form] for x, form in zip(names, formats, strict=True)]
+    found = [claim | {"difference": [claim["difference"], *claim["interval"]]} for claim in claims]
+    rows = [[claim[name] for name in names] for claim in found]
+    note = "Means over seeds, in points; p is corrected for the number of claims."
+    return [{"title": "Claims", "columns": columns, "rows": rows, "note": note}]
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:

@@ -129,6 +129,7 @@ NAMES = {
     "policy_read_tokens": "policy read",
     "judge_read_tokens": "judge read",
     "forced_chunks": "forced chunks",
+    "flops": "FLOPs",
     "balanced_accuracy": "balanced accuracy",
     "negative_precision": "precision of negatives",
     "negative_recall": "recall of negatives",

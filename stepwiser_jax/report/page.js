@@ -88,7 +88,7 @@
     return trim(value);
   }
   const trim = (value) => {
-    const digits = Math.abs(value) >= 100 ? 1 : Math.abs(value) >= 10 ? 2 : 3;
+    const digits = Math.abs(value) >= 10 ? 1 : 3;
     return value.toFixed(digits);
   };
   const formats = {

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -380,6 +381,22 @@ def test_a_comparison_ends_with_a_report(runs, capsys):
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {file}"
     assert file.is_file()
+
+
+def test_a_stage_reports_once_for_what_it_has_finished(tmp_path, capsys):
+    run = evaluated(tmp_path / "run", OF_A, finished=False)
+    file, manifest = run / "report.html", run / "manifest.json"
+    command.end_stage_with_report(run)
+    assert not file.exists(), "a shard of a run is no run"
+    write_manifest(run, "evaluate", "0", [Judgment])
+    command.end_stage_with_report(run)
+    assert capsys.readouterr().out == f"report: {file}\n"
+    written = file.stat().st_mtime_ns
+    command.end_stage_with_report(run)
+    assert file.stat().st_mtime_ns == written
+    os.utime(manifest, ns=(written + 1, written + 1))  # the run has gone on
+    command.end_stage_with_report(run)
+    assert file.stat().st_mtime_ns > written
 
 
 @pytest.mark.parametrize("error", [OSError(28, "no space left"), RuntimeError("a bug")])
