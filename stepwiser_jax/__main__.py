@@ -1,5 +1,5 @@
 """The command line: `stepwiser quickstart`, `check`, `<stage>`, `recipe`, `compare-judges`,
-`reproduce`, `plan`, `convert`.
+`report`, `reproduce`, `plan`, `convert`.
 
 A user's mistake gives one message and exit status 2; a traceback is a bug. On Ctrl-C or SIGTERM a
 stage that samples or trains saves its work and exits with 130, and the same command resumes it.
@@ -41,6 +41,7 @@ Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
 ]
 WeightType = Literal["float32", "bfloat16", "float16"]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")]
 ResumedDir = Annotated[Path, typer.Option(help="Resumes if it exists.")]
 
 
@@ -128,7 +129,9 @@ def _add_stage(name: str, does: str, files: str) -> None:
                 "any time and place; the same command without --shard then finishes the run."
             ),
         ] = None,
+        no_report: NoReport = False,
     ) -> None:
+        from stepwiser_jax.commands.report import end_stage_with_report
         from stepwiser_jax.commands.results import print_summary
         from stepwiser_jax.config_files import dump_config, load_config
         from stepwiser_jax.distributed import hosts
@@ -152,6 +155,8 @@ def _add_stage(name: str, does: str, files: str) -> None:
         with hosts.report_lost_peers(), writing_to(run_dir):
             summary = module.run(settings, run_dir, **options)
         print_summary(summary, run_dir)
+        if not no_report and hosts.is_primary():
+            end_stage_with_report(run_dir)
 
 
 for _name, (_does, _files) in STAGES.items():
@@ -164,15 +169,47 @@ def quickstart(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of data, sampling and weights.")
     ] = 0,
+    no_report: NoReport = False,
 ) -> None:
     """Run the whole method on the embedded arithmetic task with a tiny model, on this machine.
 
-    Reads nothing. Writes one run directory per stage below --run-dir, and summary.json.
+    Reads nothing. Writes one run directory per stage below --run-dir, summary.json and report.html.
     """
     from stepwiser_jax.commands.quickstart import run_quickstart
+    from stepwiser_jax.commands.report import end_with_report
 
     with writing_to(run_dir):
         run_quickstart(run_dir, seed)
+    if not no_report:
+        end_with_report([run_dir])
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Runs, finished or not, or directories that hold some.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write. By default report.html in RUN_DIR, or beside several."
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="The most solutions of one run to show; numbers count all.")
+    ] = 5000,
+) -> None:
+    """Write one HTML file of what runs hold: numbers, curves, solutions with their judgments.
+
+    It opens from disk and needs no network. Runs of any stage are shown; two runs of evaluate on
+    the same items are compared, disagreements first. Changes nothing in the runs.
+    """
+    from stepwiser_jax.commands.report import write_report
+
+    typer.echo(write_report(run_dirs, output, limit))
 
 
 @app.command()
@@ -229,6 +266,7 @@ def compare_judges(
         bool, typer.Option("--votes", help="Compare majority votes, not greedy judgments.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with fractions.")] = False,
+    no_report: NoReport = False,
 ) -> None:
     """Compare the judges of two runs on the same items.
 
@@ -236,11 +274,15 @@ def compare_judges(
     paired bootstrap. Counts the items that only one judge gets exactly right, with the p of
     McNemar's exact test. Intervals and p cover the choice of items, not the seed of training.
     Greedy judgments are compared, or with --votes the majority of the votes (GenPRM: their mean). A
-    classifier uses the threshold of its run. Writes nothing.
+    classifier uses the threshold of its run. Writes a report beside the runs, where every item can
+    be looked at; none with --json.
     """
     from stepwiser_jax.commands.compare_judges import print_comparison
+    from stepwiser_jax.commands.report import end_with_report
 
     print_comparison(run_a, run_b, votes=votes, as_json=json)
+    if not json and not no_report:
+        end_with_report([run_a, run_b])
 
 
 @app.command("reproduce")
@@ -256,14 +298,17 @@ def reproduce(
     join: Annotated[
         bool, typer.Option("--join", help="Make the table of finished seeds, and run nothing.")
     ] = False,
+    no_report: NoReport = False,
 ) -> None:
     """Test the paper's claims on the embedded tasks, with several seeds.
 
     Runs every judge, search and selection. Reads nothing. Writes one run directory per stage and
     seed below --run-dir, seed-N/results.json, and compare.json and compare.md of every seed there;
-    with --tune it writes tuning.json. Seeds may run side by side, or on several machines, each as
-    one command: --join then makes the table of the results.json that are brought together.
+    in each seed's directory a report.html of its runs. With --tune it writes tuning.json. Seeds may
+    run side by side, or on several machines, each as one command: --join then makes the table of
+    the results.json that are brought together.
     """
+    from stepwiser_jax.commands.report import end_with_report
     from stepwiser_jax.commands.reproduce import measure, report
 
     with writing_to(run_dir):
@@ -273,6 +318,10 @@ def reproduce(
             report.join(run_dir)
         else:
             report.reproduce(run_dir, seed or range(5))
+    if not tune and not no_report:
+        for of_seed in sorted(run_dir.glob("seed-*")):
+            if any(of_seed.glob("*/config.yaml")):
+                end_with_report([of_seed])
 
 
 @app.command()

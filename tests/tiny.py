@@ -11,7 +11,7 @@ import numpy as np
 from stepwiser_jax.model.config import Llama3RopeScaling, ModelConfig
 from stepwiser_jax.model.transformer import Transformer
 from stepwiser_jax.rl.rollouts import RolloutGroup
-from stepwiser_jax.runs.metrics import TIMING_FIELDS
+from stepwiser_jax.runs.metric_lines import TIMING_FIELDS
 
 
 def tiny_config(family: str = "llama", **changes) -> ModelConfig:

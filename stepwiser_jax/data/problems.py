@@ -20,9 +20,8 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import BenchmarkItem, Problem, ProcessBenchItem, Trajectory
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
-from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.tasks.sources import PROBLEMS, TRUTH, is_function
-from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.tasks.verifier import Verifier, worker_count
 from stepwiser_jax.text.chunks import chunk_texts
 from stepwiser_jax.text.tokenizer import Tokenizer
 

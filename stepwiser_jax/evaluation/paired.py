@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +117,19 @@ def compare_runs(run_a: Path, run_b: Path, *, votes: bool) -> dict[str, Any]:
             f"--votes: expected an evaluate run with votes, found {run_a} ({a.counted}) and "
             f"{run_b} ({b.counted}); leave --votes out, or evaluate with `votes`"
         )
+    return {"counted_a": a.counted, "counted_b": b.counted} | compare_judged(a, b)
+
+
+def compare_judged(a: JudgedRun, b: JudgedRun) -> dict[str, Any]:
+    """Returns the `paired_comparison` of two runs on the same items, with the `paired_auc` of each
+    part."""
     found = paired_comparison(a.items, a.predictions, b.predictions, seed=0)
     subset = subset_indices(a.items)
     parts = [(np.flatnonzero(subset == s), x) for s, x in enumerate(found["subsets"].values())]
     for rows, part in [*parts, (range(len(a.items)), found["average"])]:
         p_a, p_b = ([run.p_positive[r] for r in rows] for run in (a, b))
         part |= paired_auc([a.items[r] for r in rows], p_a, p_b, seed=0)
-    return {"counted_a": a.counted, "counted_b": b.counted} | found
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,18 @@ def read_judged_run(run: Path, *, votes: bool) -> JudgedRun:
     Raises:
         UserError: See `read_judgments`.
     """
-    config, items, judgments = read_judgments(run, votes=votes)
+    return judged_run(run, *read_judgments(run, votes=votes), votes=votes)
+
+
+def judged_run(
+    run: Path,
+    config: Evaluate,
+    items: list[ProcessBenchItem],
+    judgments: Mapping[str, Judgment],
+    *,
+    votes: bool,
+) -> JudgedRun:
+    """Returns what `read_judged_run` does, of a run that `read_judgments` has read."""
     threshold = threshold_of(config, items, judgments)
     rule = VotingRule(threshold)
     counted, suffixes = list(voters(rule.name, votes_of(config.judge)).items())[-1 if votes else 0]

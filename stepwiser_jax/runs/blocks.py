@@ -22,8 +22,8 @@ from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.records import Record
-from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item, worker_count
-from stepwiser_jax.tasks.verifier import Verifier
+from stepwiser_jax.runs.directory import RunDirectory, blocks, per_item
+from stepwiser_jax.tasks.verifier import Verifier, worker_count
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)

@@ -348,8 +348,3 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def worker_count() -> int:
-    """Returns how many worker processes suit this machine."""
-    return max(1, min(8, (os.cpu_count() or 2) - 1))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -56,6 +57,11 @@ raised something else (str), or it was too slow (None)."""
 def load_verifier(name: str) -> Callable[[str, Problem], bool]:
     """Returns the verifier that a config names. Raises UserError if there is none."""
     return plugins.load(name, "a verifier", VERIFIERS)
+
+
+def worker_count() -> int:
+    """Returns how many worker processes suit this machine."""
+    return max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
 class Verifier:

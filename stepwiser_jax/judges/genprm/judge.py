@@ -46,8 +46,8 @@ from stepwiser_jax.judges.genprm.form import (
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.model.flops import NOTHING, Spent
 from stepwiser_jax.records import Verdict
-from stepwiser_jax.runs.directory import worker_count
 from stepwiser_jax.sandbox.runner import Limits, Sandbox
+from stepwiser_jax.tasks.verifier import worker_count
 from stepwiser_jax.text.dialogues import encode_dialogue
 from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
