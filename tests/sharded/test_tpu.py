@@ -126,10 +126,10 @@ def test_a_product_and_an_all_gather_by_hand():
 
 PLANNED = JUDGE | {
     "prompts_per_iteration": 4,
-    "max_prompt_tokens": 600,
-    "row_lengths": [2200],
-    "sampling": {"max_new_tokens": 400},
-    "engine": {"rows": [16], "buckets": [1024]},
+    "max_prompt_tokens": 184,
+    "row_lengths": [512],
+    "sampling": {"max_new_tokens": 40},
+    "engine": {"rows": [16], "buckets": [256]},
     "mesh": {"fsdp": 2, "tensor": 2},
 }
 
@@ -139,8 +139,8 @@ def planned(tmp_path, layers, capsys, **changes):
     model = tiny_config(
         "qwen2",
         vocab_size=512,  # so few that layers, and not logits, fill the memory
-        hidden_size=512,
-        intermediate_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
         num_layers=layers,
         head_dim=128,
         max_length=4096,
@@ -157,18 +157,20 @@ def planned(tmp_path, layers, capsys, **changes):
 
 
 @pytest.mark.slow
-def test_four_and_eight_layers_predict_twelve(tmp_path, capsys):
-    """What loops, and what grows with layers, is counted.
+def test_two_and_four_layers_predict_six(tmp_path, capsys):
+    """What loops, and what grows with layers, is counted. A train step takes as long to compile
+    with few layers as with many, and the longer the larger its arrays are: so they are small.
 
-    A train step's peak is linear to 6 % (141, 170, 212 and 248 MB at 4, 8, 12 and 16 layers). Its
-    temporaries are not (21, 78, 149 and 148 MB): how XLA packs them depends on the model.
+    Its peak is linear (20.4, 29.6 and 38.9 MB). Temporaries are not in larger models: how XLA packs
+    them depends on the model.
     """
     plans = {}
-    for layers in (4, 8, 12):
+    for layers in (2, 4, 6):
         status, plans[layers] = planned(tmp_path, layers, capsys)
         assert status == 0 and plans[layers]["fits"]
     for name in ("prefill", "decode burst", "train step"):
-        few, more, many = (plans[layers]["programs"][name] for layers in (4, 8, 12))
+        few, more, many = (plans[layers]["programs"][name] for layers in (2, 4, 6))
+        assert few["flops"] < more["flops"]
         assert few["flops"] + (more["flops"] - few["flops"]) * 2 == pytest.approx(many["flops"])
         # A decode burst of so small a model is partly held on the chip.
         bounds = {"prefill": {"total": 0.05}, "train step": {"arguments": 0.01, "peak": 0.1}}
