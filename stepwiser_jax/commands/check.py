@@ -42,7 +42,7 @@ MAX_LISTED = 100
 
 MARKS = {Verdict.POSITIVE: ("✓", "green"), Verdict.NEGATIVE: ("✗", "red")}
 
-Cut = Callable[[Sequence[tuple[str, str]]], list[tuple[str, ...]]]
+Cutter = Callable[[Sequence[tuple[str, str]]], list[tuple[str, ...]]]
 """Cuts solutions, each with its id, into chunks."""
 
 
@@ -102,7 +102,8 @@ def check_solutions(
     for start in range(0, len(asked), BLOCK):
         for found in checker.check(asked[start : start + BLOCK]):
             if as_json:
-                print(json.dumps({"judge": checker.judge.judge_id} | found.to_fields()))
+                line = {"judge": checker.judge.judge_id} | found.to_fields()
+                print(json.dumps(line), flush=True)
             else:
                 print_checked(console, found, checker)
     if is_asked:
@@ -133,13 +134,14 @@ def asked_for(console: Console) -> Iterator[Solution]:
 # --- cutting --------------------------------------------------------------------------------------
 
 
-def cut_solutions(solutions: Sequence[Unlabelled], cut: Cut) -> list[Solution]:
+def cut_solutions(solutions: Sequence[Unlabelled], cutter: Cutter) -> list[Solution]:
     """Returns the solutions in chunks. Those that have chunks keep them."""
     texts = [(x.solution_id, x.solution) for x in solutions if isinstance(x.solution, str)]
     for name, text in texts:
         if not text.strip():
             raise UserError(f"{name}: expected a solution, found an empty text")
-    chunks_of = dict(zip((name for name, _ in texts), cut(texts) if texts else [], strict=True))
+    cuts = cutter(texts) if texts else []
+    chunks_of = {name: chunks for (name, _), chunks in zip(texts, cuts, strict=True)}
     return [
         Solution(
             x.solution_id,
@@ -150,7 +152,7 @@ def cut_solutions(solutions: Sequence[Unlabelled], cut: Cut) -> list[Solution]:
     ]
 
 
-def cutter_of(how: str | None) -> Cut:
+def cutter_of(how: str | None) -> Cutter:
     """Returns the function that cuts solutions: by `tags`, by `blank_lines`, as a `chunk-solutions`
     run did it, or by default as `text.chunking.cut` does. Raises UserError if there is no such
     run."""
@@ -174,7 +176,7 @@ def cutter_of(how: str | None) -> Cut:
     return cut_all
 
 
-def model_cutter(run: Path) -> Cut:
+def model_cutter(run: Path) -> Cutter:
     """Returns the function that cuts solutions as a finished run of `chunk-solutions` did it."""
     expected = "--cut: expected tags, blank_lines, or a finished run of chunk-solutions"
     if not (run / "config.yaml").is_file():
