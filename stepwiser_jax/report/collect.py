@@ -420,7 +420,7 @@ class _Collector:
         if run.is_finished and len(whole) == len(items) > 0:
             judged = judged_run(run.path, config, whole, judgments, votes=False)
         origin = run.located(config.benchmark.source).name
-        suffixes = ["", *vote_suffixes(votes_of(config))]
+        suffixes = ["", *vote_suffixes(votes_of(config.judge))]
         shown = []
         for i, item in enumerate(self.shown(run, items, "items")):
             solution = self.solutions.add(_solution_of(item, origin))
