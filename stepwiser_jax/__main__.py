@@ -188,7 +188,7 @@ def report(
     run_dirs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_DIR...",
+            metavar="RUN_DIR",
             help="Runs, finished or not, or directories that hold some.",
             show_default=False,
         ),
