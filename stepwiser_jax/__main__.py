@@ -189,7 +189,9 @@ def report(
     run_dirs: Annotated[
         list[Path],
         typer.Argument(
-            help="Runs, finished or not, or directories that hold some.", show_default=False
+            metavar="RUN_DIR",
+            help="Runs, finished or not, or directories that hold some.",
+            show_default=False,
         ),
     ],
     output: Annotated[

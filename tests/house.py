@@ -52,7 +52,14 @@ LOOP = (
 )
 """Files to read for the loop."""
 
-NOT_CORE = ("commands/", "sandbox/", "judges/genprm", "judges/thinkprm", "stages/refine.py")
+NOT_CORE = (
+    "commands/",
+    "report/",
+    "sandbox/",
+    "judges/genprm",
+    "judges/thinkprm",
+    "stages/refine.py",
+)
 
 
 def modules() -> list[Path]:

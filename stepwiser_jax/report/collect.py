@@ -58,7 +58,7 @@ from stepwiser_jax.report.figures import (
     training_charts,
 )
 from stepwiser_jax.report.runs import Run, find_runs, read_run, seconds_of
-from stepwiser_jax.report.solutions import Judged, Solution, Solutions, Written
+from stepwiser_jax.report.solutions import Judged, ShownSolution, Solutions, Written
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.tasks.sources import TRUTH
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, chunk_texts
@@ -77,7 +77,7 @@ READS = ("model.path", "policy.path", "judge.path", "teacher.path", "examples.so
 
 
 @dataclass
-class Report:
+class Contents:
     """What a report shows.
 
     Attributes:
@@ -85,7 +85,7 @@ class Report:
         runs: What ran, with its charts and tables.
         tables: The numbers that matter, of all runs together.
         solutions: The solutions to browse.
-        judges: The names of the judges, which `Solution.judged` counts from 0.
+        judges: The names of the judges, which `ShownSolution.judged` counts from 0.
         comparisons: Two judges on the same items each: `a` and `b`, the statistics of
             `evaluation.paired`, and `cells`, which says of each solution whether both judges are
             right (0), only a (1), only b (2), neither (3), or that it is not of these items (-1).
@@ -96,14 +96,14 @@ class Report:
     title: str
     runs: list[dict[str, Any]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    solutions: list[Solution] = field(default_factory=list)
+    solutions: list[ShownSolution] = field(default_factory=list)
     judges: list[str] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
 
-def collect(paths: Sequence[Path], limit: int) -> Report:
+def collect(paths: Sequence[Path], limit: int) -> Contents:
     """Reads the runs at these paths.
 
     Args:
@@ -115,7 +115,7 @@ def collect(paths: Sequence[Path], limit: int) -> Report:
         UserError: There is no run at a path.
     """
     runs = find_runs(paths)
-    report = Report(", ".join(path.resolve().name for path in paths))
+    report = Contents(", ".join(path.resolve().name for path in paths))
     collector = _Collector(report, limit)
     for run in runs:
         collector.trying(run, lambda run=run: report.runs.append(describe(run)))
@@ -296,11 +296,11 @@ class _Rollouts:
 
 
 class _Collector:
-    def __init__(self, report: Report, limit: int):
+    def __init__(self, report: Contents, limit: int):
         self.report, self.limit = report, limit
         self.solutions = Solutions()
         self._problems: dict[str, Problem] = {}
-        self._judged: list[tuple[int, JudgedRun, list[Solution]]] = []
+        self._judged: list[tuple[int, JudgedRun, list[ShownSolution]]] = []
 
     def trying(self, run: Run, read: Callable[[], None]) -> None:
         """Reads a part of a run. What cannot be read becomes a notice."""
@@ -370,7 +370,7 @@ class _Collector:
             texts = chunk_texts(tokenizer, trajectory.completion_ids, trajectory.chunk_ends)
             values = source.values.get(trajectory.trajectory_id)
             labels = source.labels.get(trajectory.trajectory_id)
-            solution = Solution(
+            solution = ShownSolution(
                 trajectory.trajectory_id,
                 run.name,
                 problem.source if problem else "",
@@ -463,10 +463,10 @@ class _Collector:
 
     def add_texts(self, run: Run) -> None:
         """Adds solutions that were cut into chunks, labelled, selected, or judged to learn from."""
-        found: Iterable[Solution] = ()
+        found: Iterable[ShownSolution] = ()
         if run.stage == "chunk-solutions":
             found = (
-                Solution(s.trajectory_id, run.name, "", s.question, list(s.chunks))
+                ShownSolution(s.trajectory_id, run.name, "", s.question, list(s.chunks))
                 for s in run.records(ChunkedSolution)
                 if s.chunks
             )
@@ -523,8 +523,8 @@ def _result(result: SearchResult) -> dict[str, Any]:
     return {f.name: getattr(result, f.name) for f in fields(result) if f.name not in left_out}
 
 
-def _solution_of(item: BenchmarkItem, origin: str) -> Solution:
-    return Solution(
+def _solution_of(item: BenchmarkItem, origin: str) -> ShownSolution:
+    return ShownSolution(
         item.item_id,
         origin,
         item.subset,
@@ -581,7 +581,7 @@ def _judged_steps(
 
 def _labelled(
     run: Run, example: ClassifierExample, labels: dict[tuple[str, int], ChunkLabel]
-) -> Solution:
+) -> ShownSolution:
     """Returns a labelled solution whose trajectory is not there, such as one of somebody's data."""
     chunks = len(example.chunks)
     found = dict(zip(example.labelled, example.is_positive, strict=True))
@@ -589,7 +589,7 @@ def _labelled(
     for j in range(chunks):
         if label := labels.get((example.solution_id, j)):
             values[j], values[j + 1] = [label.v, 1.0], [label.q, 1.0]
-    return Solution(
+    return ShownSolution(
         example.solution_id,
         run.name,
         "",
@@ -600,9 +600,9 @@ def _labelled(
     )
 
 
-def _selected(run: Run, selection: Selection) -> Solution:
+def _selected(run: Run, selection: Selection) -> ShownSolution:
     texts = re.split(f"(?<={CHUNK_CLOSE})", selection.completion)
-    return Solution(
+    return ShownSolution(
         selection.trajectory_id,
         run.name,
         "",
@@ -612,11 +612,11 @@ def _selected(run: Run, selection: Selection) -> Solution:
     )
 
 
-def _rationale(run: Run, rationale: Rationale, judge: int) -> Solution:
+def _rationale(run: Run, rationale: Rationale, judge: int) -> ShownSolution:
     """Returns a judgment to learn from as a solution of one chunk, the prompt. In place of a
     verdict it has what became of it."""
     written = (rationale.outcome, float(rationale.is_positive), rationale.completion)
-    return Solution(
+    return ShownSolution(
         rationale.rationale_id,
         run.name,
         rationale.outcome,

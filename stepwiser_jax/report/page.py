@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwiser_jax.files import replacing
-from stepwiser_jax.report.collect import Report
+from stepwiser_jax.report.collect import Contents
 from stepwiser_jax.report.solutions import as_fields, index_of
 
 BLOCK = 200
@@ -32,13 +32,13 @@ BLOCK_CHARACTERS = 1_000_000
 """A block is full when its JSON has so many."""
 
 
-def write_page(report: Report, output: Path) -> None:
+def write_page(report: Contents, output: Path) -> None:
     """Writes the page, whole or not at all."""
     with replacing(output) as file:
         file.write(page_of(report).encode(errors="replace"))  # the title is a path's
 
 
-def page_of(report: Report) -> str:
+def page_of(report: Contents) -> str:
     """Returns the HTML of a report."""
     style, script, temml = map(_read, ("page.css", "page.js", "vendor/temml.min.js"))
     overview = {

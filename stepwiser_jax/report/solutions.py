@@ -33,7 +33,7 @@ class Judged:
 
 
 @dataclass
-class Solution:
+class ShownSolution:
     """A solution, with what is known of it. Lists have an entry for each chunk.
 
     Attributes:
@@ -75,7 +75,7 @@ class Solutions:
     """The solutions of a report, without repetitions and in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, tuple[str, ...]], Solution] = {}
+        self._found: dict[tuple[str, tuple[str, ...]], ShownSolution] = {}
 
     def __iter__(self):
         return iter(self._found.values())
@@ -83,7 +83,7 @@ class Solutions:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, solution: Solution) -> Solution:
+    def add(self, solution: ShownSolution) -> ShownSolution:
         """Adds a solution, or what it says of one that is there. Returns the one that is kept."""
         kept = self._found.setdefault((solution.id, tuple(solution.chunks)), solution)
         if kept is not solution:
@@ -108,7 +108,7 @@ SNIPPET = 160
 """Characters of the question that the index holds."""
 
 
-def flags_of(solution: Solution) -> int:
+def flags_of(solution: ShownSolution) -> int:
     """Returns what the index says of a solution."""
     labels, truth = solution.labels or [], solution.truth or []
     differs = any(
@@ -124,7 +124,7 @@ def flags_of(solution: Solution) -> int:
     )
 
 
-def judge_flags_of(solution: Solution, judge: int) -> int:
+def judge_flags_of(solution: ShownSolution, judge: int) -> int:
     """Returns what the index says of a judge and a solution, by the greedy judgments."""
     judged = solution.judged.get(judge)
     if judged is None:
@@ -147,7 +147,7 @@ def _contradicts(verdicts: Sequence[str | None], labels: Sequence[bool | None] |
     return any(label is not None and given == contrary[label] for given, label in pairs)
 
 
-def index_of(solutions: Sequence[Solution], judges: int) -> dict[str, Any]:
+def index_of(solutions: Sequence[ShownSolution], judges: int) -> dict[str, Any]:
     """Returns columns with an entry for each solution, which are all that filters need."""
     origins = list(dict.fromkeys(solution.origin for solution in solutions))
     subsets = list(dict.fromkeys(solution.subset for solution in solutions))
@@ -164,6 +164,6 @@ def index_of(solutions: Sequence[Solution], judges: int) -> dict[str, Any]:
     }
 
 
-def as_fields(solution: Solution) -> Mapping[str, Any]:
+def as_fields(solution: ShownSolution) -> Mapping[str, Any]:
     """Returns a solution as plain data, without what says nothing."""
     return {key: value for key, value in asdict(solution).items() if value not in (None, {}, "")}

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from browser import CHROMIUM, Browser
-from stepwiser_jax.report.collect import Report
+from stepwiser_jax.report.collect import Contents
 from stepwiser_jax.report.page import write_page
-from stepwiser_jax.report.solutions import Judged, Solution
+from stepwiser_jax.report.solutions import Judged, ShownSolution
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,7 +54,7 @@ def solution(i, rng):
         judged[judge] = Judged(written, predicted=rng.randint(-1, 1))
     if i < len(HOSTILE):
         judged[0].chunks[0] = [("Positive", 0.5, HOSTILE[i])]
-    return Solution(
+    return ShownSolution(
         f"set/{i:06d}#0",
         "heldout",
         rng.choice(("gsm8k", "math")),
@@ -86,7 +86,7 @@ def report(tmp_path_factory):
         for s in solutions
     ]
     comparison = {"a": 0, "b": 1, "cells": cells, "statistics": statistics | {"average": part}}
-    found = Report("synthetic", solutions=solutions, judges=["a", "b"], comparisons=[comparison])
+    found = Contents("synthetic", solutions=solutions, judges=["a", "b"], comparisons=[comparison])
     found.notices = list(HOSTILE)
     file = tmp_path_factory.mktemp("report") / "report.html"
     write_page(found, file)

@@ -19,7 +19,7 @@ from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import ChunkLabel, ClassifierExample, Judgment, SearchResult, Verdict
 from stepwiser_jax.report import page
-from stepwiser_jax.report.collect import Report, collect
+from stepwiser_jax.report.collect import Contents, collect
 from stepwiser_jax.report.figures import evaluate_tables, search_figures, training_charts
 from stepwiser_jax.report.solutions import (
     CUT,
@@ -31,7 +31,7 @@ from stepwiser_jax.report.solutions import (
     WRONG_ANSWER,
     WRONG_VERDICT,
     Judged,
-    Solution,
+    ShownSolution,
     Solutions,
     flags_of,
     judge_flags_of,
@@ -186,7 +186,7 @@ def test_a_limit_leaves_solutions_out_and_says_so(runs):
 
 
 def test_the_index_says_what_filters_ask_for():
-    solution = Solution(
+    solution = ShownSolution(
         "s", "o", "", "q", ["1", "2", "3"], labels=[True, None, True], truth=[True, False, None],
         first_error=1, is_correct=False, is_cut=True,
         judged={0: Judged([[("Negative", 0.1, "")], [("Positive", 0.9, "")], []], predicted=0)},
@@ -203,11 +203,11 @@ def test_the_index_says_what_filters_ask_for():
 
 def test_a_solution_keeps_what_each_run_knows_of_it():
     solutions = Solutions()
-    kept = solutions.add(Solution("s", "rollouts", "", "q", ["1"], values=[[1, 2], [2, 2]]))
-    solutions.add(Solution("s", "heldout", "math", "q", ["1"], truth=[True]))
+    kept = solutions.add(ShownSolution("s", "rollouts", "", "q", ["1"], values=[[1, 2], [2, 2]]))
+    solutions.add(ShownSolution("s", "heldout", "math", "q", ["1"], truth=[True]))
     assert (kept.origin, kept.subset, kept.truth) == ("rollouts", "math", [True])
     assert kept.values is not None
-    solutions.add(Solution("s", "heldout", "math", "q", ["another text"]))
+    solutions.add(ShownSolution("s", "heldout", "math", "q", ["another text"]))
     assert len(solutions) == 2
 
 
@@ -263,10 +263,10 @@ def hostile_report():
         return {0: Judged([[("x", 0.5, text)]])}
 
     solutions = [
-        Solution(text[:40], text[:40], text[:40], text, [text], judged=judged(text))
+        ShownSolution(text[:40], text[:40], text[:40], text, [text], judged=judged(text))
         for text in HOSTILE
     ]
-    return Report(HOSTILE[0], solutions=solutions, judges=[HOSTILE[1]], notices=list(HOSTILE))
+    return Contents(HOSTILE[0], solutions=solutions, judges=[HOSTILE[1]], notices=list(HOSTILE))
 
 
 def test_the_policy_allows_our_scripts_and_nothing_else():
@@ -424,7 +424,7 @@ def test_a_report_needs_no_jax(runs):
 
 
 def test_the_page_needs_no_network():
-    text = page.page_of(Report("x"))
+    text = page.page_of(Contents("x"))
     urls = set(re.findall(r"(?:src|href)=[\"']?(https?:[^\"'> ]+)", text))
     assert not urls
     assert "@import" not in text and "url(" not in re.sub(
