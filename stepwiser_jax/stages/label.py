@@ -15,6 +15,8 @@ classifier examples, whole solutions for a classifier: neither filtered by lengt
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,6 +62,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+@contextlib.contextmanager
+def without_cycle_search() -> Iterator[None]:
+    """Keeps Python from looking for reference cycles. The records, which may be millions, are in
+    none, and each search would visit all of them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@without_cycle_search()
 def run(config: Label, run_dir: str | Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir, "label", config)
     if directory.finished:
