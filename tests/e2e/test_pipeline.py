@@ -358,7 +358,7 @@ def assert_same_training(cut, whole):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("cold_start", ("steps=null", "epochs=1", "batch_size=16")),
+        ("cold_start", ("steps=null", "epochs=1", "examples.limit=128")),
         pytest.param("classifier", ("epochs=40",), marks=pytest.mark.slow),
     ],
 )

@@ -12,13 +12,23 @@ from stepwiser_jax.commands import quickstart
 
 TABLE = Path(__file__).parents[2] / "docs" / "make_quickstart_table.py"
 CUT = {
-    "policy": {"steps": 200},
+    "policy": {"steps": 20},
     "rollouts": {"group_size": 2},
     "values": {"num_rollouts": 2, "limit": 12, "drop_uniform_problems": False},
-    "labels": {"balance": False, "min_prefix_value": 0.0},
-    "cold_start": {"steps": 20},
-    "judge": {"iterations": 2},
+    "labels": {"balance": False, "min_prefix_value": 0.0, "dead_prefix": "negative"},
+    "cold_start": {"steps": 20},  # as many as the policy's, which gives the same program
+    "judge": {"iterations": 2, "prompts_per_iteration": 8, "row_lengths": [416]},
 }
+
+
+def in_few_rows(tree):
+    """The settings with one small grid for every model."""
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: value | {"rows": [32]} if key == "engine" else in_few_rows(value)
+        for key, value in tree.items()
+    }
 
 
 @pytest.mark.slow
@@ -32,7 +42,9 @@ def test_quickstart_writes_every_number_and_is_not_done_twice(tmp_path, monkeypa
                 tree["problems"] = tree["problems"] | {"limit": 12}
             if "limit" in tree.get("examples", {}):
                 tree["examples"] = tree["examples"] | {"limit": 200}
-        return [(name, stage, tree | CUT.get(name, {})) for name, stage, tree in stages]
+        return [
+            (name, stage, in_few_rows(tree) | CUT.get(name, {})) for name, stage, tree in stages
+        ]
 
     monkeypatch.setattr(quickstart, "recipe", cut)
     arguments = ["quickstart", "--run-dir", str(tmp_path / "q"), "--seed", "3"]
