@@ -498,6 +498,14 @@ def test_convert_gives_the_exported_model(runs, tmp_path, capsys):
     ours, theirs = load_hf(str(tmp_path / "hf")), load_hf(str(runs / "judge" / "model"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+    # It is asked as the run asks it.
+    said = []
+    for judge in (runs / "judge", tmp_path / "hf"):
+        ask = ["--problem", "start 4 ; * 7 + 5 ?", "--step", "4 * 7 = 8 ; 8 + 5 = 3"]
+        assert main(["check", str(judge), *ask, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out) | {"judge": ""})
+    assert said[0] == said[1]
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
 
