@@ -228,7 +228,8 @@ class CheckpointTensors:
 
         if sharding is None:
             return jnp.asarray(read_slice((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, sharding, read_slice)
+        # A host holds what one parameter was read into, never that of two.
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read_slice))
 
 
 def _are_names(values: Iterable[Any]) -> bool:
