@@ -1,5 +1,5 @@
 """The command line: `stepwiser quickstart`, `check`, `<stage>`, `recipe`, `compare-judges`,
-`report`, `reproduce`, `plan`, `convert`.
+`report`, `status`, `reproduce`, `plan`, `convert`.
 
 A user's mistake gives one message and exit status 2; a traceback is a bug. On Ctrl-C or SIGTERM a
 stage that samples or trains saves its work and exits with 130, and the same command resumes it.
@@ -285,6 +285,27 @@ def compare_judges(
     print_comparison(run_a, run_b, votes=votes, as_json=json)
     if not json and not no_report:
         end_with_report([run_a, run_b])
+
+
+@app.command()
+def status(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR", help="Runs, or directories that hold some."),
+    ],
+    watch: Annotated[
+        float | None, typer.Option(min=0.2, help="Print again after so many seconds.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Say of runs whether they are running, stopped or finished, how far they are, and how well.
+
+    Reads what the runs have written, and changes nothing. Of a stopped run it prints the command
+    that goes on with it.
+    """
+    from stepwiser_jax.commands.status import print_status
+
+    print_status(run_dirs, watch=watch, as_json=json)
 
 
 @app.command("reproduce")

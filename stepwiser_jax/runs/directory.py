@@ -6,6 +6,7 @@
 <run_dir>/records/        the records that the stage hands on
 <run_dir>/summary.json    the numbers that a person would quote
 <run_dir>/manifest.json   written last: the run is finished
+<run_dir>/progress/       how far its workers have come (see `runs.progress_file`)
 <run_dir>/lock            locked by each process that works here, until the process ends
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 import weakref
@@ -45,6 +47,7 @@ from stepwiser_jax.records import Dialogue, Record, SftExample
 from stepwiser_jax.runs import compilation
 from stepwiser_jax.runs.metrics import Metrics
 from stepwiser_jax.runs.progress import block_means, progress, say
+from stepwiser_jax.runs.progress_file import FOLDER, Progress, write_progress
 from stepwiser_jax.runs.signals import install_signal_handlers, stop
 from stepwiser_jax.runs.storage import check_writable
 
@@ -279,7 +282,7 @@ class RunDirectory:
         start, num_records, done = time.perf_counter(), 0, self._blocks_done
         if done:
             say(f"{self.stage}: resumes after {done} of {done + len(work)} blocks")
-        with progress(self.stage, "block", done + len(work), done) as report:
+        with progress(self.stage, "block", done + len(work), done, self.keep) as report:
             for block in work:
                 records = records_of(block)
                 writer.append(records)
@@ -287,6 +290,10 @@ class RunDirectory:
                 report.advance(**block_means(records))
                 stop.check()
         return time.perf_counter() - start, num_records
+
+    def keep(self, found: Progress) -> None:
+        """Keeps how far this worker has come, for `stepwiser status`."""
+        write_progress(self.path, self.worker, found)
 
     def metrics(self) -> Metrics:
         return Metrics(self.create())
@@ -315,6 +322,7 @@ class RunDirectory:
             atomic_write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             in_order = {writer.path: writer.num_in_order for writer in self._writers.values()}
             digest = config_digest(self.config)
+            shutil.rmtree(self.path / FOLDER, ignore_errors=True)
             write_manifest(self.path, self.stage, digest, self._writers, in_order)
         hosts.barrier(f"{self.stage}: the run is finished")
         took = timedelta(seconds=round(time.perf_counter() - self._start_time))

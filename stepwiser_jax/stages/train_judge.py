@@ -95,7 +95,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     reference_of = make_reference(config, load_model)
     max_resamples, num_prompts = config.grpo.max_resamples, config.prompts_per_iteration
     start, began = training.iteration, time.perf_counter()
-    reporting = progress("train-judge", "iteration", iterations, start)
+    reporting = progress("train-judge", "iteration", iterations, start, directory.keep)
     with jax.set_mesh(mesh), training, reporting as bar:
         training.validate()
         for iteration in range(start, iterations):

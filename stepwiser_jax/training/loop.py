@@ -136,8 +136,9 @@ class TrainingRun:
     def fit(self, steps: int) -> float | None:
         """Makes an update with each batch of the loader, up to step `steps`. Returns seconds per
         step, None if no step was left."""
-        start, began, stage = self.iteration, time.perf_counter(), self._directory.stage
-        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start) as bar:
+        start, began = self.iteration, time.perf_counter()
+        stage, keep = self._directory.stage, self._directory.keep
+        with jax.set_mesh(self.mesh), self, progress(stage, "step", steps, start, keep) as bar:
             self.validate()
             for step in range(start, steps):
                 metrics = self.update(shard_batch(next(self.loader), self.mesh))
