@@ -13,7 +13,7 @@ import typer
 
 import stepwiser_jax
 from stepwiser_jax.__main__ import app
-from stepwiser_jax.config_files import load_config
+from stepwiser_jax.config_files import RENAMED_COMMANDS, RENAMED_SETTINGS, load_config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -53,15 +53,19 @@ def test_every_function_of_the_method_page_is_there():
 
 
 def test_the_reference_has_every_public_name():
-    shown = re.findall(
-        r"^\.\. [\w:]+:: stepwiser_jax\.(\w+)$", (DOCS / "api.md").read_text(), re.M
-    )
+    shown = re.findall(r"^\.\. [\w:]+:: stepwiser_jax\.(\w+)$", (DOCS / "api.md").read_text(), re.M)
     assert sorted(shown) == stepwiser_jax.__all__
 
 
 def test_the_examples_of_the_tutorial():
     failed, tried = doctest.testfile(str(DOCS / "tutorial.md"), module_relative=False)
     assert tried and not failed
+
+
+def test_the_changelog_has_every_name_that_changed():
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    for name in [*RENAMED_COMMANDS, *RENAMED_SETTINGS]:
+        assert f"`{name}`" in changes or name.endswith("_per_block"), name
 
 
 # --- commands -----------------------------------------------------------------------------------
