@@ -7,6 +7,7 @@ The token arrays of trajectories are in a file beside that of the lines; each li
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import json
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ _to_json = json.JSONEncoder(
     check_circular=False,  # no record holds itself
     allow_nan=False,
     separators=(",", ":"),
-    default=lambda e: e.value,
+    default=lambda part: part.value if isinstance(part, enum.Enum) else vars(part),
 ).encode
 
 

@@ -1,7 +1,8 @@
 """The records that stages hand to one another.
 
-A record is a frozen dataclass. Its fields are str, int, float, bool and tuples, and None if a field
-allows it. `record_lines.py` writes each as a line, `record_io.py` keeps those of a run.
+A record is a frozen dataclass. Its fields are str, int, float, bool and tuples, also of smaller
+dataclasses, and None if a field allows it. `record_lines.py` writes each as a line, `record_io.py`
+keeps those of a run.
 """
 
 from __future__ import annotations
@@ -433,6 +434,21 @@ BenchmarkItem = ProcessBenchItem | PrmBenchItem
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkAttempt:
+    """A chunk that a search wrote, as attempt number `attempt` after `num_before` kept chunks.
+    There is no verdict if the chunk joins another one, or if the token budget was spent.
+    `judgment` is the judge's text. `is_kept` says whether the chunk is in the solution."""
+
+    num_before: int
+    attempt: int
+    text: str
+    verdict: Verdict | None
+    p_positive: float | None
+    judgment: str
+    is_kept: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class SearchResult:
     """One problem solved by one method.
 
@@ -440,7 +456,8 @@ class SearchResult:
     `rejected_tokens`, which are not; the judge wrote `judge_tokens` to steer it. `forced_chunks`
     counts chunks that were kept although they were judged Negative. `chunk_scores` are the scores
     of those chunks of `completion` that were judged. A judgment of `scoring_tokens` scores a
-    finished sample; they are a cost only for methods that use its scores.
+    finished sample; they are a cost only for methods that use its scores. `attempts` are all chunks
+    of a search with one beam, kept or not, as they were written.
 
     Policy and judge also read tokens: prompts, and what was no longer in a cache. FLOPs are those
     of both. `prompt_flops` is the part of a sample's `policy_flops` that reads its problem, which
@@ -466,6 +483,7 @@ class SearchResult:
     judge_flops: float = 0.0
     scoring_flops: float = 0.0
     prompt_flops: float = 0.0
+    attempts: tuple[ChunkAttempt, ...] = ()
 
     def __post_init__(self) -> None:
         written = (self.accepted_tokens, self.rejected_tokens, self.judge_tokens)

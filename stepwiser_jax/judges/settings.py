@@ -15,9 +15,11 @@ import yaml
 
 from stepwiser_jax.config import Config, Judge
 from stepwiser_jax.config_files import apply_override, read_run_settings, validate
+from stepwiser_jax.data.hub import local_directory
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.files import nothing_at
 from stepwiser_jax.manifest import read_manifest, read_run_json
+from stepwiser_jax.runs.checkpoint_paths import is_hub_id
 from stepwiser_jax.yaml_files import read_mapping
 
 KEPT = "stepwiser_judge.yaml"
@@ -45,13 +47,15 @@ def judge_settings(path: str | Path, overrides: Sequence[str] = ()) -> Judge:
     """Returns the settings of the judge at `path`, for `judges.load.load_judge`.
 
     Args:
-        path: A finished run, or an exported model.
+        path: A finished run, an exported model, or the hub id of one.
         overrides: Settings to change, as `--set` of `evaluate` takes them: `judge.a.b=value`.
 
     Raises:
         UserError: There is no judge at `path`, it is not said how to ask it, or a setting is wrong.
     """
-    path = Path(path)
+    named, path = str(path), Path(path)
+    if is_hub_id(named):
+        path = local_directory(named, ["config.json", KEPT])
     if path.name == "model" and (path.parent / "config.yaml").is_file():
         path = path.parent
     if (path / "config.yaml").is_file():
@@ -59,17 +63,18 @@ def judge_settings(path: str | Path, overrides: Sequence[str] = ()) -> Judge:
     elif (path / KEPT).is_file():
         tree = read_mapping(path / KEPT, "settings")
         if isinstance(tree.get("judge"), dict):
-            tree["judge"]["path"] = str(path)
+            tree["judge"]["path"] = named
     elif (path / "config.json").is_file():
         raise UserError(
-            f"{path} is a model that does not say how it is asked (it has no {KEPT}): name the run "
-            "that trained it, a run of evaluate that judged with it, or export it with `stepwiser "
-            "convert`"
+            f"{named} is a model that does not say how it is asked (it has no {KEPT}): name the "
+            "run that trained it, a run of evaluate that judged with it, or export it with "
+            "`stepwiser convert`"
         )
     else:
         found = f"neither a config.yaml nor a {KEPT} in {path}" if path.is_dir() else None
         raise UserError(
-            "expected a finished run that trained or used a judge, or an exported judge, found "
+            "expected a finished run that trained or used a judge, an exported judge, or its hub "
+            "id, found "
             f"{found or nothing_at(path)}"
         )
     for override in overrides:

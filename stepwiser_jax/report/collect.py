@@ -8,10 +8,11 @@ A run that cannot be read in part is shown as far as it can, and `notices` say w
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stepwiser_jax.evaluation.paired import (
 )
 from stepwiser_jax.judges.base import vote_suffixes
 from stepwiser_jax.manifest import read_manifest
+from stepwiser_jax.record_lines import to_json
 from stepwiser_jax.records import (
     BenchmarkItem,
     ChunkedSolution,
@@ -519,8 +521,8 @@ def _problems_of(run: Run) -> list[Problem]:
 
 
 def _result(result: SearchResult) -> dict[str, Any]:
-    left_out = ("search_id", "problem_id")
-    return {f.name: getattr(result, f.name) for f in fields(result) if f.name not in left_out}
+    found = json.loads(to_json(result))
+    return {name: value for name, value in found.items() if name not in ("search_id", "problem_id")}
 
 
 def _solution_of(item: BenchmarkItem, origin: str) -> ShownSolution:

@@ -792,19 +792,19 @@
           return [cell("Verdict", "verdict", said), cell("Judge's reasoning", "reasoning", why)];
         }));
     };
-    const more = (from) => {
-      for (let j = from; j < Math.min(row.chunks.length, from + SHOWN_CHUNKS); j += 1) body.append(chunkRow(j));
-      const left = row.chunks.length - from - SHOWN_CHUNKS;
-      if (left > 0) {
-        const next = button(`Show more of ${number(left)} chunks`, () => { line_.remove(); more(from + SHOWN_CHUNKS); });
-        const line_ = el("tr", { role: "row" }, el("td", { role: "cell", colspan: columns.length }, next));
-        body.append(line_);
-      }
-    };
-    more(0);
+    appendRows(body, row.chunks.length, chunkRow, columns.length);
     return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Chunks" },
       el("table", { class: `chunks judges-${Math.min(3, judged.length)}`, role: "table" }, el("caption", { class: "unseen" }, "Chunks, one a row"),
         el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head)), body));
+  }
+  // Adds the first rows of a table, and a button that adds more of them.
+  function appendRows(body, count, rowOf, width, from = 0) {
+    for (let j = from; j < Math.min(count, from + SHOWN_CHUNKS); j += 1) body.append(rowOf(j));
+    const left = count - from - SHOWN_CHUNKS;
+    if (left <= 0) return;
+    const next = button(`Show more of ${number(left)} chunks`, () => { line_.remove(); appendRows(body, count, rowOf, width, from + SHOWN_CHUNKS); });
+    const line_ = el("tr", { role: "row" }, el("td", { role: "cell", colspan: width }, next));
+    body.append(line_);
   }
   function labelOf(row, j) {
     const said = [];
@@ -897,7 +897,7 @@
   // --- searches ---------------------------------------------------------------------------------
 
   function sessionTexts(row) {
-    return [row.id, row.question, ...row.results.map((r) => r.completion)];
+    return [row.id, row.question, ...row.results.flatMap((r) => [r.completion, ...r.attempts.flatMap((a) => [a.text, a.judgment])])];
   }
   function sessionsView(data, parameters) {
     const index = data.index.sessions;
@@ -949,7 +949,26 @@
         view.remember(link(i));
       },
     });
-    return el("div", { class: "wide" }, el("h1", { class: "unseen" }, "Search"), el("p", { class: "note" }, "The records of a search hold the chunks that were accepted, with their scores, and count the tokens of rejected attempts. They do not hold the text of those."), made.node);
+    return el("div", { class: "wide" }, el("h1", { class: "unseen" }, "Search"), el("p", { class: "note" }, "Of a search with one beam, such as chunk-reset, all attempts are shown as they were written. Of others the records hold the solution, and count the tokens that are not in it."), made.node);
+  }
+  // Every chunk that a search wrote, in order, with those that were taken back.
+  function attemptsTable(attempts, method) {
+    const columns = ["", "Chunk", "Verdict", "Judge's reasoning"];
+    const head = columns.map((name, i) => el("th", { scope: "col", role: "columnheader" }, i ? name : el("span", { class: "unseen" }, "number")));
+    const body = el("tbody", { role: "rowgroup" });
+    const cell = (name, kind, ...content) => el("td", { role: "cell", class: kind, "data-name": name }, ...content);
+    const attemptRow = (i) => {
+      const a = attempts[i];
+      return el("tr", { role: "row", class: a.is_kept ? null : "taken-back" },
+        el("th", { scope: "row", role: "rowheader" }, String(a.num_before + 1)),
+        cell("Chunk", "chunk", a.is_kept ? null : el("strong", { class: "bad flag" }, "taken back"), textBlock(a.text)),
+        cell("Verdict", "verdict", a.verdict === null ? el("span", { class: "muted" }, "not judged") : verdict([a.verdict, a.p_positive], null)),
+        cell("Judge's reasoning", "reasoning", textBlock(a.judgment)));
+    };
+    appendRows(body, attempts.length, attemptRow, columns.length);
+    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Chunks of ${method}` },
+      el("table", { class: "chunks judges-1", role: "table" }, el("caption", { class: "unseen" }, "Chunks as they were written, one a row"),
+        el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head)), body));
   }
   function sessionDetail(row, link) {
     const isSample = (r) => /^sample\d+$/.test(r.method);
@@ -960,9 +979,10 @@
       rows: row.results.filter((r) => !isSample(r)).map((r) => [name(r), r.is_correct ? "✓ right" : "✗ wrong", r.answer.slice(0, 60), r.accepted_tokens, r.rejected_tokens, r.judge_tokens, r.forced_chunks, r.policy_flops + r.judge_flops]),
     };
     const one = (r) => {
+      if (r.attempts.length) return [attemptsTable(r.attempts, name(r))];
       const cut = r.completion.split(/(?<=<\/chunk>)/).filter((text) => text.trim());
       const isJudged = r.chunk_scores.length === cut.length;
-      const rejected = r.rejected_tokens ? `${number(r.rejected_tokens)} tokens were rejected: the records count them and do not hold them.` : null;
+      const rejected = r.rejected_tokens ? `${number(r.rejected_tokens)} tokens are in no solution. The records do not hold them.` : null;
       return [
         rejected && el("p", { class: "note" }, rejected),
         r.forced_chunks ? el("p", { class: "warn" }, `${number(r.forced_chunks)} of the chunks below were kept although the judge rejected them.`) : null,

@@ -38,12 +38,18 @@ def checkpoint_directory(path: str) -> str:
             f"expected a Hugging Face checkpoint or a run directory at {path}, found neither a "
             "config.json nor a config.yaml"
         )
-    if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
+    if not local.is_dir() and not is_hub_id(path):
         raise UserError(
             f"expected a Hugging Face directory, a run directory or a hub id (owner/name), found "
             f"{nothing_at(path)}"
         )
     return path
+
+
+def is_hub_id(path: str) -> bool:
+    """Returns whether a path that is no directory may be the hub id of a model (owner/name)."""
+    is_one = path.count("/") == 1 and not path.startswith((".", "/"))
+    return is_one and not Path(path).exists()
 
 
 def check_model_exists(path: str) -> None:

@@ -105,7 +105,7 @@ def search_chunks(
             )
             for p, problem in enumerate(part)
         ]
-        _search(policy, judge, together, method, max_new_tokens, first_attempt)
+        _search(policy, judge, together, method, num_beams, max_new_tokens, first_attempt)
         states += together
     return states
 
@@ -115,6 +115,7 @@ def _search(
     judge: Judge,
     states: Sequence[SearchState],
     method: Method,
+    num_beams: int,
     max_new_tokens: int,
     first_attempt: FirstAttempt,
 ) -> None:
@@ -145,7 +146,10 @@ def _search(
             rows[b] = (state, Beam(written, beam.attempt, source=b))
         judge_last_chunks(policy, judge, rows, row_ids)
         for state, of_state in groupby(rows, key=itemgetter(0)):
-            state.beams = next_beams(state, [beam for _, beam in of_state], method)
+            beams = [beam for _, beam in of_state]
+            if num_beams == 1:
+                state.attempts += beams
+            state.beams = next_beams(state, beams, method)
 
 
 def append_chunk(

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from stepwiser_jax.inference.params import SamplingParams
 from stepwiser_jax.judges.base import Judge, Solution, spent_on
 from stepwiser_jax.model.flops import NOTHING, Spent
-from stepwiser_jax.records import Problem, SearchResult, Verdict
+from stepwiser_jax.records import ChunkAttempt, Problem, SearchResult, Verdict
 from stepwiser_jax.search.chunk_search import Policy
-from stepwiser_jax.search.state import SearchState
+from stepwiser_jax.search.state import Beam, Hypothesis, SearchState
 from stepwiser_jax.search.voting import best, in_first_words, vote
 from stepwiser_jax.tasks.mathematics import extract_answer
 from stepwiser_jax.tasks.verifier import Verifier
 from stepwiser_jax.text.chunks import chunk_ends, chunk_texts
-from stepwiser_jax.text.tokenizer import completion_text
+from stepwiser_jax.text.tokenizer import Tokenizer, completion_text
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Found:
     chunk_scores: tuple[float, ...] = ()
     scoring: Spent = NOTHING
     prompt_flops: float = 0.0
+    attempts: tuple[ChunkAttempt, ...] = ()
 
     @property
     def rejected_tokens(self) -> int:
@@ -68,6 +69,7 @@ def check_answers(found: Sequence[Found], verifier: Verifier) -> list[SearchResu
             judge_flops=each.judge.flops,
             scoring_flops=each.scoring.flops,
             prompt_flops=each.prompt_flops,
+            attempts=each.attempts,
         )
         for each, is_correct, answer in zip(found, right, answers, strict=True)
     ]
@@ -88,12 +90,18 @@ def found_by_search(
         )
     )
     return [
-        _voted(method, state, of_state, list(itertools.islice(answers, len(of_state))))
+        _voted(tokenizer, method, state, of_state, list(itertools.islice(answers, len(of_state))))
         for state, of_state in zip(states, texts, strict=True)
     ]
 
 
-def _voted(method: str, state: SearchState, texts: Sequence[str], answers: Sequence[str]) -> Found:
+def _voted(
+    tokenizer: Tokenizer,
+    method: str,
+    state: SearchState,
+    texts: Sequence[str],
+    answers: Sequence[str],
+) -> Found:
     scores = [solution.score for solution in state.solutions]
     voted = vote(answers, scores)
     giving = [i for i, answer in enumerate(answers) if answer == voted]
@@ -109,6 +117,26 @@ def _voted(method: str, state: SearchState, texts: Sequence[str], answers: Seque
         judge=state.judge,
         forced_chunks=sum(judgment.verdict is Verdict.NEGATIVE for judgment in judgments),
         chunk_scores=tuple(judgment.p_positive for judgment in judgments),
+        attempts=tuple(
+            _attempt(tokenizer, beam, state.solutions[chosen])
+            for beam in state.attempts
+            if beam.hypothesis.chunks[-1].has_text
+        ),
+    )
+
+
+def _attempt(tokenizer: Tokenizer, beam: Beam, solution: Hypothesis) -> ChunkAttempt:
+    """Returns the record of the last chunk of a beam, which may be a chunk of the solution."""
+    *before, chunk = beam.hypothesis.chunks
+    judgment = chunk.judgment
+    return ChunkAttempt(
+        num_before=len(before),
+        attempt=beam.attempt,
+        text=completion_text(tokenizer, chunk.ids),
+        verdict=None if judgment is None else judgment.verdict,
+        p_positive=None if judgment is None else judgment.p_positive,
+        judgment="" if judgment is None else judgment.completion,
+        is_kept=chunk in solution.chunks,
     )
 
 

@@ -118,7 +118,8 @@ class Beam:
 @dataclass(eq=False)
 class SearchState:
     """The search for solutions of one problem, and what policy and judge spent on it. The chunks
-    before each judged one are in `judged_histories`."""
+    before each judged one are in `judged_histories`. With one beam, `attempts` are the beams after
+    each step: all chunks that were written, kept or not."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -128,6 +129,7 @@ class SearchState:
     policy: Spent = NOTHING
     judge: Spent = NOTHING
     judged_histories: set[tuple[Chunk, ...]] = field(default_factory=set)
+    attempts: list[Beam] = field(default_factory=list)
 
     @property
     def policy_tokens(self) -> int:

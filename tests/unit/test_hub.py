@@ -8,6 +8,8 @@ import pytest
 
 from stepwiser_jax.config import ChunkSolutions
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges.check import PACKAGED, Checker
+from stepwiser_jax.judges.settings import judge_settings
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.stages.chunk_solutions import make_proposer
 from stepwiser_jax.text.tokenizer import load_tokenizer
@@ -59,6 +61,17 @@ def test_a_hub_id_of_a_sentencepiece_model_is_known(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"0123abc/tokenizer\.model is a SentencePiece model"):
         load_tokenizer(ID)
+
+
+def test_a_hub_id_of_an_exported_judge_is_asked_as_it_was_trained(cache):
+    shutil.copytree(PACKAGED, cache)
+    check = Checker.load(ID)
+    assert check("start 2 ; * 6 - 1 ?", ["2 * 6 = 7 ; 7 - 1 = 6"]).first_error == 0
+    (cache / "stepwiser_judge.yaml").unlink()
+    with pytest.raises(UserError, match=f"^{ID} is a model that does not say how it is asked"):
+        judge_settings(ID)
+    with pytest.raises(UserError, match=r"found nothing at owner/modle .*, and on the hub"):
+        judge_settings("owner/modle")
 
 
 def test_a_hub_id_that_is_not_there_is_one_error(cache):

@@ -20,6 +20,7 @@ from stepwiser_jax.record_io import RecordWriter, read_records, read_written, wr
 from stepwiser_jax.record_lines import from_json, read_lines, to_json, write_records
 from stepwiser_jax.records import (
     MAX_ROLLOUTS,
+    ChunkAttempt,
     ChunkLabel,
     ClassifierExample,
     Judgment,
@@ -123,6 +124,7 @@ ANY = {
         chunk_scores=tuples(number()),
         **dict.fromkeys(COUNTS, count()),
         **dict.fromkeys(FLOPS, share()),
+        attempts=tuples(st.builds(ChunkAttempt, p_positive=st.none() | share())),
     ),
 }
 """Types whose fields are not free."""

@@ -17,7 +17,14 @@ from stepwiser_jax.__main__ import main
 from stepwiser_jax.commands import report as command
 from stepwiser_jax.record_io import write_manifest
 from stepwiser_jax.record_lines import write_records
-from stepwiser_jax.records import ChunkLabel, ClassifierExample, Judgment, SearchResult, Verdict
+from stepwiser_jax.records import (
+    ChunkAttempt,
+    ChunkLabel,
+    ClassifierExample,
+    Judgment,
+    SearchResult,
+    Verdict,
+)
 from stepwiser_jax.report import page
 from stepwiser_jax.report.collect import Contents, collect
 from stepwiser_jax.report.figures import evaluate_tables, search_figures, training_charts
@@ -155,9 +162,10 @@ def test_labels_and_values_of_data_without_rollouts(tmp_path):
 
 def test_a_search_shows_what_each_method_found(tmp_path):
     run = tmp_path / "search"
+    attempt = ChunkAttempt(0, 1, "text", Verdict.POSITIVE, 0.7, "why", True)
     results = [
-        SearchResult(f"p/{m}", "p", m, "2", m == "greedy", "text", 5, 3, 0, 0, (), 0)
-        for m in ("greedy", "chunk_reset")
+        SearchResult(f"p/{m}", "p", m, "2", m == "greedy", "text", 5, 3, 0, 0, (), 0, attempts=own)
+        for m, own in (("greedy", ()), ("chunk_reset", (attempt,)))
     ]
     write_records(run / "records" / "search_results" / PART, results)
     settings = {
@@ -171,6 +179,7 @@ def test_a_search_shows_what_each_method_found(tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (session,) = collect([run], 100).sessions
     assert [r["rejected_tokens"] for r in session["results"]] == [3, 3]
+    assert session["results"][1]["attempts"] == [vars(attempt) | {"verdict": "Positive"}]
     index = page.session_index([session])
     assert dict(zip(index["methods"], index["right"], strict=True)) == {
         "greedy": [1],

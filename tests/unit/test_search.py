@@ -683,6 +683,25 @@ def test_the_answer_of_beams_is_that_of_the_largest_sum_of_scores(word_tokenizer
     assert max(len(tree.solutions) for tree in trees) > 1
 
 
+def test_the_record_of_chunk_reset_holds_every_attempt(word_tokenizer, solver):
+    trees = solve(word_tokenizer, solver, noisy, chunk_reset(5))
+    results = found_by_search(policy_of(word_tokenizer, None), "chunk_reset", trees, Verifier())
+    assert any(not attempt.is_kept for found in results for attempt in found.attempts)
+    for tree, found in zip(trees, results, strict=True):
+        kept = [attempt for attempt in found.attempts if attempt.is_kept]
+        assert " ".join(attempt.text for attempt in kept) == found.completion
+        assert [attempt.num_before for attempt in kept] == list(range(len(kept)))
+        judged = [attempt for attempt in found.attempts if attempt.verdict is not None]
+        assert len(judged) * JUDGE_TOKENS == tree.judge_tokens
+        assert found.chunk_scores == tuple(x.p_positive for x in judged if x.is_kept)
+        for attempt in found.attempts:
+            if not attempt.is_kept:
+                assert attempt.verdict is Verdict.NEGATIVE and attempt.attempt < 4
+    beams = solve(word_tokenizer, solver, noisy, beam_search(4, 2), beams=4)
+    of_beams = found_by_search(policy_of(word_tokenizer, None), "beam", beams, Verifier())
+    assert all(found.attempts == () for found in of_beams)
+
+
 def test_summary_compares_methods_on_all_problems(request, monkeypatch):
     file = request.config.rootpath / "configs" / "smoke_search.yaml"
     config = load_config("search", file, ("majority=[2]", "best_of=[1, 2]", "dvts=null"))
