@@ -32,12 +32,17 @@ def default_of(field: FieldInfo) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
+def with_links(documentation: str | None) -> str:
+    """Returns a documentation on one line, in which names of pages are links to them."""
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", " ".join((documentation or "").split()))
+
+
 def section(title: str, group: type[Config]) -> list[str]:
     """Returns the lines of a group's section."""
-    lines = [f"## {title}", "", " ".join((group.__doc__ or "").split()), ""]
+    lines = [f"## {title}", "", with_links(group.__doc__), ""]
     lines += ["| setting | default | |", "|---|---|---|"]
     for name, field in group.model_fields.items():
-        text = " ".join((field.description or "").split())
+        text = with_links(field.description)
         if groups := groups_in(field.annotation):
             text += f" ({', '.join(f'[{g.__name__}](#{anchor(g.__name__)})' for g in groups)})"
         cells = (f"`{name}`", f"`{default_of(field)}`", text)

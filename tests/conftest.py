@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -81,6 +82,21 @@ def strict_dtypes():
 @pytest.fixture
 def tiny_model() -> Transformer:
     return Transformer(tiny_config(), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """The configs that the quickstart leaves in its run directories, by the paths of these."""
+    from stepwiser_jax.commands.quickstart import recipe
+    from stepwiser_jax.config import STAGE_CONFIGS
+    from stepwiser_jax.config_files import dump_config, validate
+
+    files = {}
+    for name, stage, tree in recipe(Path("quickstart"), 0):
+        files[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
+        config = validate(STAGE_CONFIGS[stage], tree, name)
+        files[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ The columns of a row tell its format:
     PRMBench        modified_process, error_steps     1-based indices of the wrong steps; those past
                                                       the last step are ignored, as by its scorer
     ProcessBench    problem, steps, label             index of the first wrong step, -1: none
+    TRL's stepwise  prompt, completions, labels       true, false or a value for every step
 
 Labels are between 0 and 1, and none is lost: -1, 0, 1 become 0, 0.5, 1. A step is wrong if its
 label is 0, as in Math-Shepherd's hard labels and StepWiser's Abs-Q; so neutral steps are right, as
@@ -60,8 +61,9 @@ def parse_solutions(row: Row, row_id: str) -> list[LabelledSolution]:
             return parse(row, row_id)
     raise UserError(
         "expected the columns of PRM800K (question.problem, label.steps), Math-Shepherd (input, "
-        "label), Math-APS (question, reasoning_steps), PRMBench (modified_process, error_steps) or "
-        f"ProcessBench (problem, steps, label), found {sorted(row)}"
+        "label), Math-APS (question, reasoning_steps), PRMBench (modified_process, error_steps), "
+        "ProcessBench (problem, steps, label) or TRL's stepwise supervision (prompt, completions, "
+        f"labels), found {sorted(row)}"
     )
 
 
@@ -398,12 +400,36 @@ def _processbench(row: Row, row_id: str) -> list[LabelledSolution]:
     ]
 
 
+def _stepwise(row: Row, row_id: str) -> list[LabelledSolution]:
+    """Reads stepwise supervision as TRL up to 1.13 had it: texts and their labels, of which nothing
+    says whether they reach a final answer."""
+    steps, labels = _texts(row, "completions"), _field(row, "labels", list)
+    if len(steps) != len(labels):
+        raise UserError(
+            f"expected a label for each of 'completions', found {len(labels)} labels of "
+            f"{len(steps)} texts"
+        )
+    return [
+        LabelledSolution(
+            solution_id=row_id,
+            problem_id=row_id,
+            source="stepwise",
+            question=_field(row, "prompt", str),
+            answer=None,
+            steps=tuple(steps),
+            labels=tuple(map(_value, labels)),
+            cumulative=True,
+        )
+    ]
+
+
 _FORMATS: tuple[tuple[Callable[[Row], bool], Callable[[Row, str], list[LabelledSolution]]], ...] = (
     (lambda row: isinstance(row.get("question"), dict), _prm800k),
     (lambda row: row.get("input") is not None, _math_shepherd),
     (lambda row: row.get("reasoning_steps") is not None, _math_aps),
     (is_prmbench, _prmbench),
     (lambda row: row.get("steps") is not None, _processbench),
+    (lambda row: row.get("completions") is not None, _stepwise),
 )
 
 

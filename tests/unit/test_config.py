@@ -11,7 +11,7 @@ from plans import model_of, planned
 
 from stepwiser_jax.commands.quickstart import recipe
 from stepwiser_jax.config import STAGE_CONFIGS
-from stepwiser_jax.config_files import dump_config, load_config, validate
+from stepwiser_jax.config_files import dump_config, load_config
 from stepwiser_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -83,17 +83,6 @@ def documented_commands(page):
         options = list(zip(words[::2], words[1::2], strict=True))
         overrides = tuple(value for name, value in options if name == "--set")
         yield stage, dict(options)["--config"], dict(options)["--run-dir"], overrides
-
-
-@pytest.fixture
-def quickstart(tmp_path):
-    """The configs that the quickstart leaves in its run directories."""
-    files = {}
-    for name, stage, tree in recipe(Path("quickstart"), 0):
-        files[f"quickstart/{name}/config.yaml"] = tmp_path / f"{name}.yaml"
-        config = validate(STAGE_CONFIGS[stage], tree, name)
-        files[f"quickstart/{name}/config.yaml"].write_text(dump_config(config))
-    return files
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,32 @@ def test_rows_of_several_formats_lie_in_one_file(tmp_path):
     assert [i.first_error for i in items] == [1, 1] and dropped == {"malformed": 1}
 
 
+STEPWISE = {"prompt": "Q?", "completions": ["a", "b", "c"], "labels": [True, False, True]}
+
+
+def test_stepwise_supervision_is_read_as_trl_had_it(tmp_path):
+    source = write(tmp_path / "own.jsonl", [STEPWISE, STEPWISE | {"labels": [0.75, 0.5, 0]}])
+    examples = load_judge_examples(source)
+    assert [(e.history, e.chunk, e.is_positive) for e in examples[-3:]] == [
+        ("", "a", True),
+        ("a", "b", True),
+        ("a\n\nb", "c", False),
+    ]
+    assert [e.is_positive for e in examples[:-3]] == [True, True, True], "c is right, so b is"
+    write(tmp_path / "own.jsonl", [STEPWISE | {"labels": [True]}])
+    with pytest.raises(UserError, match="expected a label for each of 'completions', found 1 labe"):
+        load_judge_examples(source)
+
+
 def test_parquet_gives_what_json_gives(tmp_path):
     from datasets import Dataset
 
-    for name, rows in (("prm800k", [PRM800K] * 2), ("shepherd", [SHEPHERD] * 2), ("pb", [ITEM])):
+    for name, rows in (
+        ("prm800k", [PRM800K] * 2),
+        ("shepherd", [SHEPHERD] * 2),
+        ("pb", [ITEM]),
+        ("trl", [STEPWISE]),
+    ):
         (tmp_path / name).mkdir()
         Dataset.from_list(rows).to_parquet(str(tmp_path / name / "rows.parquet"))
         source = write(tmp_path / name / "rows.jsonl", rows)
