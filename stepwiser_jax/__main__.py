@@ -1,9 +1,9 @@
-"""The command line: `stepwiser quickstart`, `check`, `<stage>`, `recipe`, `compare-judges`,
-`report`, `status`, `reproduce`, `plan`, `convert`.
+"""The command line: `stepwiser quickstart`, `check`, `serve`, `<stage>`, `recipe`,
+`compare-judges`, `report`, `status`, `reproduce`, `plan`, `convert`.
 
 A user's mistake gives one message and exit status 2; a traceback is a bug. On Ctrl-C or SIGTERM a
 stage that samples or trains saves its work and exits with 130, and the same command resumes it.
-Everything else ends at once.
+`serve` answers what it has accepted. Everything else ends at once.
 """
 
 from __future__ import annotations
@@ -258,6 +258,37 @@ def check(
 
     given = Given(problem, step, file)
     check_solutions(run, given, cut_by=cut, overrides=set_, as_json=json)
+
+
+@app.command()
+def serve(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="The judge, as `check` takes it; by default that of the package."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine is served.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="The most requests that wait; further ones get 429.")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="The most seconds of a request; then it gets 504.")
+    ] = 300.0,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", help="Override a setting of the judge: judge.a.b=value. Repeatable."),
+    ] = [],  # noqa: B006
+) -> None:
+    """Serve a judge over HTTP: a page to paste solutions into, /check, /v1/completions.
+
+    Requests that wait are judged together. STEPWISER_API_KEY, if it is set, is the key that clients
+    must send. On Ctrl-C or SIGTERM it answers what it has accepted, and ends with 0.
+    """
+    from stepwiser_jax.commands.serve import serve_judge
+
+    serve_judge(run, host=host, port=port, waiting=waiting, timeout=timeout, overrides=set_)
 
 
 @app.command("compare-judges")

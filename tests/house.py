@@ -55,6 +55,7 @@ LOOP = (
 NOT_CORE = (
     "commands/",
     "report/",
+    "server/",
     "sandbox/",
     "judges/genprm",
     "judges/thinkprm",

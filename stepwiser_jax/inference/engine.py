@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,19 @@ PREFILL_TOKENS = 4096
 """How many tokens go through the network at once in a prefill, on each device that rows are split
 over. With more, a prefill needs more memory; with fewer, the weights are read more often."""
 
+BURST_STEPS = 512
+"""The most decode steps of a burst. It takes seconds, and a run can be stopped between bursts."""
+
+WATCHED_STEPS = 8
+"""The same while somebody reads along, see `Engine.watch`."""
+
 TAILS = tuple(8 * 4**n for n in range(12))
 """The lengths that the rest of a prefix may have that is read after a part is copied."""
+
+
+Watch = Callable[[Mapping[str, np.ndarray], Sequence[Completion]], None]
+"""Gets the tokens so far of the rows that run, by row id, and the completions of those that have
+ended with this burst."""
 
 
 class Engine:
@@ -83,6 +94,8 @@ class Engine:
             prefix and completion together.
         weights: See `Decoder`.
         mesh: The devices that rows are split over; by default the first device.
+
+    `watch`, if it is set, is called after every burst, and bursts are short then.
 
     Raises:
         UserError: The largest bucket exceeds the model's context.
@@ -104,6 +117,7 @@ class Engine:
         self.decoder, self.mesh = decoding_layout(model, weights), mesh
         self.stop_tables = StopTables(tokenizer)
         self.usage = Usage()
+        self.watch: Watch | None = None
 
     def with_model(self, model: Transformer | Decoder) -> Engine:
         """Returns an engine with other weights of the same architecture. Both engines share what
@@ -257,6 +271,7 @@ class Engine:
                     self.place_rows(starts),
                     token_sampler,
                     np.int32(scheduler.exit_at()),
+                    np.int32(BURST_STEPS if self.watch is None else WATCHED_STEPS),
                     np.array(params.stop_ids, np.int32),
                     self.stop_tables[params.stop_strings],
                     compared,
@@ -380,7 +395,7 @@ class Engine:
             (state.running_B, state.suffix.length_B, state.reason_B)
         )
         ended = [b for b in scheduler.running if not running_B[b]]
-        if not ended:
+        if not ended and self.watch is None:
             return []
         arrays = fetch((state.tokens_BC, state.logprobs_BC, state.log_odds_BC))
         completions = []
@@ -396,6 +411,9 @@ class Engine:
             completions.append(
                 Completion(sample.row_id, tokens, logprobs, reason, *log_odds, spent=spent)
             )
+        if self.watch is not None:
+            running = {x.row_id: arrays[0][b, : length_B[b]] for b, x in scheduler.running.items()}
+            self.watch(running, completions)
         return completions
 
     def _shrink(self, state: EngineState, rows: Sequence[int], slots: int) -> EngineState:

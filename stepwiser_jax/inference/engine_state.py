@@ -24,9 +24,6 @@ from stepwiser_jax.model.config import ModelConfig
 from stepwiser_jax.model.decoder import Decoder
 from stepwiser_jax.model.kv_cache import KVCache, SharedPrefix, SuffixCache
 
-BURST_STEPS = 512
-"""The most decode steps of a burst. It takes seconds, and a run can be stopped between bursts."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -200,12 +197,13 @@ def decode_burst(
     starting: StartingRows,
     token_sampler: TokenSampler,
     exit_at: jax.Array,
+    max_steps: jax.Array,
     stop_ids: jax.Array,
     stop_table_AV: jax.Array | None,
     compared: tuple[int, int] | None = None,
 ) -> EngineState:
     """Starts the new rows, then takes decode steps until at most `exit_at` rows are running, or for
-    `BURST_STEPS` steps. Records the log-odds of the `compared` tokens at each step."""
+    `max_steps` steps. Records the log-odds of the `compared` tokens at each step."""
 
     def start(new: Any, old: jax.Array) -> jax.Array:
         return jnp.where(starting.starts_B, new, old)
@@ -256,7 +254,7 @@ def decode_burst(
 
     def goes_on(carry: tuple[jax.Array, EngineState]) -> jax.Array:
         steps, state = carry
-        return (jnp.sum(state.running_B) > exit_at) & (steps < BURST_STEPS)
+        return (jnp.sum(state.running_B) > exit_at) & (steps < max_steps)
 
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
 

@@ -8,21 +8,25 @@ The judge is asked, and its judgments are counted, as `evaluate` does it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from stepwiser_jax.config import Judge as JudgeSettings
 from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.evaluation.judgments import VotingRule, own_threshold, passes_of
 from stepwiser_jax.evaluation.verdicts import first_predicted_error
+from stepwiser_jax.inference.params import Completion
 from stepwiser_jax.judges.base import ChunkJudgment, Judge, Solution, SolutionJudgment
 from stepwiser_jax.judges.load import load_judge
 from stepwiser_jax.judges.settings import judge_settings
+from stepwiser_jax.judges.stepwiser import ChunkJudge
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.text.chunking import cut
 from stepwiser_jax.text.chunks import strip_tags, tagged
@@ -30,6 +34,11 @@ from stepwiser_jax.text.tokenizer import Tokenizer, unknown_words
 
 PACKAGED = Path(__file__).with_name("arithmetic")
 """The judge that comes with the package: that of the quickstart, for the embedded task."""
+
+
+Reader = Callable[[int, int, np.ndarray | ChunkJudgment], None]
+"""Is told of a judgment while the others go on: the number of its solution, that of its chunk, and
+the tokens so far, or at the end the judgment."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,15 @@ class CheckedSolution:
         return {
             "id": self.solution.solution_id,
             "question": self.solution.question,
-            "chunks": [{"text": text, **_fields(judgment)} for text, judgment in texts],
-            "whole": None if self.whole is None else _fields(self.whole),
+            "chunks": [{"text": text, **judgment_fields(judgment)} for text, judgment in texts],
+            "whole": None if self.whole is None else judgment_fields(self.whole),
             "first_error": self.first_error,
             "unknown_words": list(self.unknown_words),
         }
 
 
-def _fields(judgment: ChunkJudgment) -> dict[str, Any]:
+def judgment_fields(judgment: ChunkJudgment) -> dict[str, Any]:
+    """Returns a judgment as `stepwiser check --json` prints it."""
     return {
         "verdict": judgment.verdict.value,
         "p_positive": judgment.p_positive,
@@ -115,35 +125,82 @@ class Checker:
         (found,) = self.check([Solution("solution", question, chunks)])
         return found
 
-    def check(self, solutions: Sequence[Solution]) -> list[CheckedSolution]:
-        """Returns what the judge says of solutions, which it judges together. Raises UserError if
-        one is empty or too long."""
+    def check(
+        self, solutions: Sequence[Solution], reader: Reader | None = None
+    ) -> list[CheckedSolution]:
+        """Returns what the judge says of solutions, which it judges together. The reader hears of
+        chunks before that if the judge is StepWiser's. Raises UserError if one is empty or too
+        long."""
         solutions = [without_tags(solution) for solution in solutions]
-        asked = [self._as_trained(solution) for solution in solutions]
+        asked = [self.asked(solution) for solution in solutions]
+        suffixes, drawing = passes_of(self.settings)[-1]
+        with self._read_by(reader, asked, suffixes):
+            found = self.judge.sample(asked, suffixes, **drawing)
+        return [self._counted(x, votes) for x, votes in zip(solutions, found, strict=True)]
+
+    @contextmanager
+    def _read_by(
+        self, reader: Reader | None, asked: Sequence[Solution], suffixes: Sequence[str]
+    ) -> Iterator[None]:
+        """Tells the reader of the engine's rows while the context lasts. Of several votes it sees
+        the first one being written."""
+        if reader is None or not isinstance(self.judge, ChunkJudge):
+            yield
+            return
+        judge, engine = self.judge, self.judge.writer.engine
+        places = {
+            row_id: (i, j, k)
+            for i, solution in enumerate(asked)
+            for j in range(len(solution.chunks))
+            for k, row_id in enumerate(judge.row_ids(solution, j, suffixes))
+        }
+        votes: dict[tuple[int, int], dict[int, ChunkJudgment]] = {}
+
+        def watch(running: Mapping[str, np.ndarray], ended: Sequence[Completion]) -> None:
+            for row_id, tokens in running.items():
+                i, j, k = places[row_id]
+                if k == 0:
+                    reader(i, j, tokens)
+            for completion in ended:
+                i, j, k = places[completion.row_id]
+                of_chunk = votes.setdefault((i, j), {})
+                of_chunk[k] = judge.read(completion)
+                if len(of_chunk) == len(suffixes):
+                    reader(i, j, self._of_votes([of_chunk[k] for k in sorted(of_chunk)]))
+
+        engine.watch = watch
         try:
-            self.judge.check_lengths(asked)
+            yield
+        finally:
+            engine.watch = None
+
+    def asked(self, solution: Solution) -> Solution:
+        """Returns a solution without tags as the judge is asked about it: with tags if it was
+        trained on them. Raises UserError if it is too long."""
+        if getattr(self.settings, "prompt_style", None) == "bare":
+            solution = replace(solution, chunks=tuple(map(tagged, solution.chunks)))
+        try:
+            self.judge.check_lengths([solution])
         except UserError as error:
             raise UserError(
                 f"{error}. For the judge's settings: --set judge.engine.buckets=[N] and the like"
             ) from None
-        suffixes, drawing = passes_of(self.settings)[-1]
-        found = self.judge.sample(asked, suffixes, **drawing)
-        return [self._counted(x, votes) for x, votes in zip(solutions, found, strict=True)]
+        return solution
 
-    def _as_trained(self, solution: Solution) -> Solution:
-        """Returns the solution with tags if the judge was trained on them."""
-        if getattr(self.settings, "prompt_style", None) != "bare":
-            return solution
-        return replace(solution, chunks=tuple(map(tagged, solution.chunks)))
+    @property
+    def _rule(self) -> VotingRule:
+        return VotingRule(own_threshold(self.settings))
+
+    def _of_votes(self, votes: Sequence[ChunkJudgment]) -> ChunkJudgment:
+        """Returns the judgment that all votes on a chunk make."""
+        return replace(ChunkJudgment.of_votes(votes), verdict=self._rule.verdict(votes))
 
     def _counted(self, solution: Solution, votes: Sequence[SolutionJudgment]) -> CheckedSolution:
-        rule = VotingRule(own_threshold(self.settings))
-        of_chunks = list(zip(*(vote.chunks for vote in votes), strict=True))
-        chunks = tuple(
-            replace(ChunkJudgment.of_votes(x), verdict=rule.verdict(x)) for x in of_chunks
-        )
+        of_chunks = zip(*(vote.chunks for vote in votes), strict=True)
+        chunks = tuple(map(self._of_votes, of_chunks))
         wholes = [vote.whole for vote in votes if vote.whole is not None]
-        first = first_predicted_error([x.verdict for x in chunks], unparsed_as=rule.unparsed_as)
+        unparsed_as = self._rule.unparsed_as
+        first = first_predicted_error([x.verdict for x in chunks], unparsed_as=unparsed_as)
         text = " ".join([solution.question, *solution.chunks])
         return CheckedSolution(
             solution,

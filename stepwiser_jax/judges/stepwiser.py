@@ -20,12 +20,13 @@ from stepwiser_jax.inference.params import Completion, probabilities
 from stepwiser_jax.judges.base import ChunkJudgment, Solution, SolutionJudgment
 from stepwiser_jax.judges.writer import Writer, judge_by_votes
 from stepwiser_jax.text.prompts import encode_judge_prompt, parse_verdict
+from stepwiser_jax.text.tokenizer import completion_text
 from stepwiser_jax.text.verdict_tokens import VerdictTokens
 
 
 class ChunkJudge:
-    """A judge that sees every chunk by itself. Names of prompts are `<solution>/<chunk>`. With a
-    `threshold` a chunk is wrong if P(Positive) is below it, whatever verdict is written.
+    """A judge that sees every chunk by itself. With a `threshold` a chunk is wrong if P(Positive)
+    is below it, whatever verdict is written.
 
     Problem and history are not read again for the next chunk: the prompts of a call share what they
     can, and also with those of the call before, if solutions go on from there (`start` above 0).
@@ -43,6 +44,10 @@ class ChunkJudge:
         """Returns what a judgment costs, and the number of verdicts so far, in this process, whose
         probability is not known."""
         return self.writer.measured(made) | {"verdicts_in_other_tokens": self.in_other_tokens}
+
+    def name(self, solution: Solution, j: int) -> str:
+        """Returns the name of the prompt about chunk j."""
+        return f"{solution.solution_id}/{j}"
 
     def prompt_ids(self, solution: Solution, j: int) -> list[int]:
         """Returns the prompt about chunk j."""
@@ -95,7 +100,7 @@ class ChunkJudge:
         """Returns one judgment of every chunk for each suffix, with the verdict that is written,
         see `Judge`."""
         chunks = [(x, j) for x in solutions for j in range(x.start, len(x.chunks))]
-        names = [f"{x.solution_id}/{j}" for x, j in chunks]
+        names = [self.name(x, j) for x, j in chunks]
         prompts = [self.prompt_ids(x, j) for x, j in chunks]
         known = [self.known_ids(x, j) for x, j in chunks]
         cache = self.writer.cache_for(solutions)
@@ -111,6 +116,15 @@ class ChunkJudge:
                 ]
             )
         return found
+
+    def row_ids(self, solution: Solution, j: int, suffixes: Sequence[str]) -> list[str]:
+        """Returns the ids of the engine's rows that judge chunk j."""
+        return self.writer.row_ids([self.name(solution, j)], suffixes)
+
+    def read(self, completion: Completion) -> ChunkJudgment:
+        """Returns the judgment that one of these rows has written."""
+        text = completion_text(self.writer.tokenizer, completion.tokens)
+        return read_judgment(self.verdict_tokens, text, completion)[0]
 
     def _read(self, text: str, completion: Completion) -> ChunkJudgment:
         judgment, is_known = read_judgment(self.verdict_tokens, text, completion)

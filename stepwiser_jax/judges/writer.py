@@ -88,7 +88,7 @@ class Writer:
         """Continues every prompt once for each suffix.
 
         Args:
-            names: A name for each prompt; the rows' ids are `<writer>/<name><suffix>`.
+            names: A name for each prompt; see `row_ids`.
             prompts: The token ids.
             suffixes: They tell the rows of a prompt apart.
             params: How the texts are drawn.
@@ -102,7 +102,7 @@ class Writer:
             [prompt][suffix].
         """
         K = len(suffixes)
-        row_ids = [f"{self.name}/{name}{suffix}" for name in names for suffix in suffixes]
+        row_ids = self.row_ids(names, suffixes)
         completions = self.engine.generate(
             prompts, params, key=self.key, row_ids=row_ids, group_size=K, cache=cache
         )
@@ -115,6 +115,10 @@ class Writer:
                 completions[b] = replace(completion, spent=spent + new)
         written = [(completion_text(self.tokenizer, c.tokens), c) for c in completions]
         return [written[p * K : (p + 1) * K] for p in range(len(prompts))]
+
+    def row_ids(self, names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+        """Returns the ids of the rows of prompts, [prompt][suffix] in one list."""
+        return [f"{self.name}/{name}{suffix}" for name in names for suffix in suffixes]
 
     def cache_for(self, solutions: Sequence[Solution]) -> PrefixCache:
         """Returns what the prompts of the call before have read, for solutions that go on from

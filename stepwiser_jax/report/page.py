@@ -40,7 +40,8 @@ def write_page(report: Contents, output: Path) -> None:
 
 def page_of(report: Contents) -> str:
     """Returns the HTML of a report."""
-    style, script, temml = map(_read, ("page.css", "page.js", "vendor/temml.min.js"))
+    style, temml = read_part("page.css"), read_part("vendor/temml.min.js")
+    script = read_part("texts.js") + read_part("page.js")
     overview = {
         "title": report.title,
         "runs": report.runs,
@@ -70,10 +71,11 @@ def page_of(report: Contents) -> str:
         ),
     }
     # One pass, so that what is put in is not searched.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read_part("page.html"))
 
 
-def _read(name: str) -> str:
+def read_part(name: str) -> str:
+    """Returns the text of a file beside this one."""
     return (resources.files("stepwiser_jax.report") / name).read_text(encoding="utf-8")
 
 

@@ -239,13 +239,36 @@ def test_compared_tokens_have_the_models_log_odds_at_each_token(tiny_model, draw
 
 
 def test_a_burst_is_bounded(tiny_model, monkeypatch):
-    monkeypatch.setattr(engine_state, "BURST_STEPS", 5)
+    monkeypatch.setattr(engine_module, "BURST_STEPS", 5)
     engine = Engine(tiny_model, rows=(32,), buckets=(64,))
     parts = list(engine.stream(requests(19), SamplingParams(19), key=KEY, overlap=False))
     assert [len(part) for part in parts] == [0, 0, 0, len(IDS), 0]
     expected = reference(tiny_model, SamplingParams(19))
     by_id = dict(zip(IDS, tokens_of(expected), strict=True))
     assert {c.row_id: c.tokens.tolist() for c in parts[3]} == by_id
+
+
+def test_who_reads_along_sees_every_row_grow_and_changes_nothing(tiny_model):
+    engine, seen, ended = Engine(tiny_model, rows=(32,), buckets=(64,)), {}, []
+    params = SamplingParams(19, stop_ids=STOPS)
+    how = {"key": KEY, "row_ids": IDS, "group_size": GROUP}
+    plain = engine.generate(PROMPTS, params, **how)
+
+    def watch(running, completions):
+        for row_id, tokens in running.items():
+            seen.setdefault(row_id, []).append(tokens.tolist())
+        ended.extend(completions)
+
+    engine.watch = watch
+    watched = engine.generate(PROMPTS, params, **how)
+    assert tokens_of(watched) == tokens_of(plain)
+    for a, b in zip(plain, watched, strict=True):
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+    assert sorted(c.row_id for c in ended) == sorted(IDS)
+    assert [len(x) for x in max(seen.values(), key=len)] == [8, 16]
+    final = dict(zip(IDS, tokens_of(plain), strict=True))
+    for row_id, beginnings in seen.items():
+        assert all(final[row_id][: len(x)] == x for x in beginnings)
 
 
 def test_samples_that_are_not_needed_do_not_start(tiny_model):
@@ -396,6 +419,7 @@ def test_a_burst_does_not_cast_the_embedding():
         rows,
         TokenSampler.create(KEY, 1.0, 0, 1.0),
         np.int32(0),
+        np.int32(8),
         np.array((), np.int32),
         None,
     ).compile()

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import yaml
@@ -304,7 +303,7 @@ def test_hostile_texts_come_back_as_they_were_and_end_no_element():
 
 def test_only_our_own_words_become_markup():
     """Model text may go to text nodes only, so nothing in the script makes markup of text."""
-    script = (Path(page.__file__).parent / "page.js").read_text()
+    script = page.read_part("texts.js") + page.read_part("page.js")
     for word in (
         "innerHTML",
         "outerHTML",

@@ -486,6 +486,7 @@ def _of_sampling(
                 start,
                 draw,
                 scalar,
+                scalar,
                 stop_ids,
                 None,
                 compared,
