@@ -23,3 +23,18 @@ default_role = "code"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+
+# Equations are drawn by the library that draws them in reports, so the site needs no network.
+html_static_path = ["../stepwiser_jax/report/vendor"]
+mathjax_path = "temml.min.js"
+mathjax_options = {"defer": "defer"}
+DRAW = r"""
+document.addEventListener("DOMContentLoaded", () => {
+  for (const place of document.querySelectorAll(".math")) {
+    const tex = place.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "");
+    temml.render(tex, place, {displayMode: place.tagName === "DIV"});
+  }
+});
+"""
+html_js_files = [(None, {"body": DRAW})]

@@ -86,7 +86,7 @@ def documented_commands(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/models.md", "docs/quickstart.md", "docs/search.md", "docs/chunking.md"]
+    "page", ["docs/models.md", "docs/quickstart.md", "docs/searching.md", "docs/chunking.md"]
 )
 def test_documented_commands_load_and_write_each_its_own_run(page, quickstart):
     written = []
