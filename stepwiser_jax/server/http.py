@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import signal
@@ -201,108 +202,14 @@ def make_app(worker: Worker, access: Access, *, timeout: float, example: Any = N
         example: A question and its solution, to fill the page with; or None.
     """
     page = page_of(worker.judge_id, needs_key=access.key is not None, example=example)
-    began = int(time.time())
-
-    async def body_of(request: Request, kind: type[SomeBody]) -> SomeBody:
-        content = bytearray()
-        try:
-            async with asyncio.timeout(CLIENT_SECONDS):
-                async for part in request.stream():
-                    content += part
-                    if len(content) > MAX_BODY:
-                        raise Refused(413, f"expected a body of at most {MAX_BODY} bytes")
-        except TimeoutError:
-            raise Refused(408, f"no whole body in {CLIENT_SECONDS:g} seconds") from None
-        return read_body(kind, bytes(content))
-
-    async def answer(
-        request: Request,
-        asked: Any,
-        is_streamed: bool,
-        whole: Callable[[Any], Any],
-        lines: Callable[[AsyncIterator[Event], Event], AsyncIterator[str]],
-    ) -> Response:
-        asking = Asking(request, worker, timeout)
-        asking.submit(asked, is_read_along=is_streamed)
-        try:
-            # What goes wrong before the judge begins has a status of its own.
-            event = await asking.next_while_connected()
-        except BaseException:
-            asking.withdraw()
-            raise
-        if is_streamed:
-            return EventStream(asking, lines(asking.rest(), event))
-        return JSONResponse(whole(event.data))
-
-    async def check(request: Request) -> Response:
-        body = await body_of(request, CheckBody)
-
-        async def lines(rest: AsyncIterator[Event], begun: Event) -> AsyncIterator[str]:
-            yield event_lines(begun.data, "begun")
-            async for event in rest:
-                is_error = event.name == "error"
-                data = event.data.to_fields() if is_error else event.data
-                yield event_lines(data, event.name)
-
-        return await answer(request, body.to_solution(), body.stream, lambda x: x, lines)
-
-    async def completions(request: Request) -> Response:
-        body = await body_of(request, CompletionBody)
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": worker.judge_id,
-        }
-        nothing = {"finish_reason": None, "stop_reason": None, "logprobs": None}
-
-        async def lines(rest: AsyncIterator[Event], _: Event) -> AsyncIterator[str]:
-            async for event in rest:
-                if event.name == "written":
-                    yield event_lines(head | {"choices": [nothing | event.data]})
-                elif event.name == "completed":
-                    yield event_lines(head | {"choices": [event.data]})
-                elif event.name == "error":
-                    yield event_lines(event.data.to_fields())
-            yield "data: [DONE]\n\n"
-
-        return await answer(request, body, body.stream, lambda found: head | found, lines)
-
-    async def models(_: Request) -> Response:
-        model = {"id": worker.judge_id, "object": "model", "created": began}
-        model["owned_by"] = "stepwiser"
-        return JSONResponse({"object": "list", "data": [model]})
-
-    async def health(_: Request) -> Response:
-        if worker.is_closed:
-            raise Refused(503, "the server is stopping", {"Retry-After": "10"})
-        return JSONResponse({"status": "ok"})
-
-    async def index(_: Request) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
-
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
-        return JSONResponse(error.to_fields(), error.status, error.headers)
-
-    async def unknown(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        found = Refused(error.status_code, error.detail, dict(error.headers or {}))
-        return await refused(request, found)
-
-    async def gone(*_: Any) -> Response:
-        return Response(status_code=499)  # nobody gets it
-
-    async def failed(request: Request, _: Exception) -> Response:
-        return await refused(request, Refused(500, "the server failed: see its own messages"))
-
+    endpoints = Endpoints(worker, timeout, page)
     app = Starlette(
         routes=[
-            Route("/", index),
-            Route("/health", health),
-            Route("/v1/models", models),
-            Route("/check", check, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/", endpoints.index),
+            Route("/health", endpoints.health),
+            Route("/v1/models", endpoints.models),
+            Route("/check", endpoints.check, methods=["POST"]),
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
         ],
         exception_handlers={
             Refused: refused,
@@ -313,6 +220,121 @@ def make_app(worker: Worker, access: Access, *, timeout: float, example: Any = N
     )
     app.router.redirect_slashes = False
     return Guard(app, access)
+
+
+Lines = Callable[[AsyncIterator[Event], Event], AsyncIterator[str]]
+"""Makes the server-sent events of an answer, of its first event and those after it."""
+
+
+class Endpoints:
+    """What the server answers, by path."""
+
+    def __init__(self, worker: Worker, timeout: float, page: str):
+        self.worker, self.timeout, self.page = worker, timeout, page
+        self.began = int(time.time())
+
+    async def index(self, _: Request) -> Response:
+        return HTMLResponse(self.page, headers={"Content-Security-Policy": POLICY})
+
+    async def health(self, _: Request) -> Response:
+        if self.worker.is_closed:
+            raise Refused(503, "the server is stopping", {"Retry-After": "10"})
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, _: Request) -> Response:
+        model = {"id": self.worker.judge_id, "object": "model", "created": self.began}
+        model["owned_by"] = "stepwiser"
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def check(self, request: Request) -> Response:
+        body = await read_request(request, CheckBody)
+        return await self._answer(request, body.to_solution(), body.stream, {}, check_lines)
+
+    async def completions(self, request: Request) -> Response:
+        body = await read_request(request, CompletionBody)
+        head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.worker.judge_id,
+        }
+        lines = functools.partial(completion_lines, head)
+        return await self._answer(request, body, body.stream, head, lines)
+
+    async def _answer(
+        self, request: Request, asked: Any, is_streamed: bool, head: dict[str, Any], lines: Lines
+    ) -> Response:
+        """Returns what becomes of a job: the `lines` of its events, or its result after `head`."""
+        asking = Asking(request, self.worker, self.timeout)
+        asking.submit(asked, is_read_along=is_streamed)
+        try:
+            # What goes wrong before the judge begins has a status of its own.
+            event = await asking.next_while_connected()
+        except BaseException:
+            asking.withdraw()
+            raise
+        if is_streamed:
+            return EventStream(asking, lines(asking.rest(), event))
+        return JSONResponse(head | event.data)
+
+
+async def read_request(request: Request, kind: type[SomeBody]) -> SomeBody:
+    """Returns the body of a request. Raises Refused if it is too long, too slow, or none."""
+    content = bytearray()
+    try:
+        async with asyncio.timeout(CLIENT_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > MAX_BODY:
+                    raise Refused(413, f"expected a body of at most {MAX_BODY} bytes")
+    except TimeoutError:
+        raise Refused(408, f"no whole body in {CLIENT_SECONDS:g} seconds") from None
+    return read_body(kind, bytes(content))
+
+
+async def check_lines(rest: AsyncIterator[Event], begun: Event) -> AsyncIterator[str]:
+    """Yields the server-sent events of a solution that is judged."""
+    yield event_lines(begun.data, "begun")
+    async for event in rest:
+        is_error = event.name == "error"
+        yield event_lines(event.data.to_fields() if is_error else event.data, event.name)
+
+
+async def completion_lines(
+    head: dict[str, Any], rest: AsyncIterator[Event], _: Event
+) -> AsyncIterator[str]:
+    """Yields the server-sent events of completions, in OpenAI's words. Each begins with `head`."""
+    nothing = {"finish_reason": None, "stop_reason": None, "logprobs": None}
+    async for event in rest:
+        if event.name == "written":
+            yield event_lines(head | {"choices": [nothing | event.data]})
+        elif event.name == "completed":
+            yield event_lines(head | {"choices": [event.data]})
+        elif event.name == "error":
+            yield event_lines(event.data.to_fields())
+    yield "data: [DONE]\n\n"
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return JSONResponse(error.to_fields(), error.status, error.headers)
+
+
+async def unknown(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    found = Refused(error.status_code, error.detail, dict(error.headers or {}))
+    return await refused(request, found)
+
+
+async def gone(*_: Any) -> Response:
+    return Response(status_code=499)  # nobody gets it
+
+
+async def failed(request: Request, _: Exception) -> Response:
+    return await refused(request, Refused(500, "the server failed: see its own messages"))
 
 
 class Guard:
