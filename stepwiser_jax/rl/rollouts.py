@@ -61,7 +61,7 @@ class RolloutGroup:
 class RolloutSampler:
     """A sampler of rollout groups on the devices of all processes. Each process gets all groups.
 
-    Groups are kept in the rollout cache until a checkpoint holds what was learned from them.
+    A run keeps groups in its rollout cache until a checkpoint holds what was learned from them.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class RolloutSampler:
         encode: Callable[[Any], Sequence[int]],
         params: SamplingParams,
         engine: EngineShapes,
-        cache: RolloutCache,
         *,
         group_size: int,
         seed: int,
         mesh: jax.sharding.Mesh,
-        name: str,
+        name: str = "rollouts",
+        cache: RolloutCache | None = None,
     ):
         """Makes an engine without weights, see `weights`.
 
@@ -84,11 +84,11 @@ class RolloutSampler:
             encode: Returns the prompt ids of an example.
             params: How completions are sampled.
             engine: Shapes of the engine.
-            cache: The run's cache.
             group_size: Completions of a prompt.
             seed: Decides the noise, with `name`, iteration, draw, example and completion.
             mesh: The devices that sample.
             name: Begins the ids of groups.
+            cache: That of the run. Without one, an interrupted process samples all groups anew.
         """
         self.tokenizer, self.encode, self.params = loaded.tokenizer, encode, params
         self.cache, self.group_size, self.name, self.mesh = cache, group_size, name, mesh
@@ -112,7 +112,7 @@ class RolloutSampler:
             self._engine_with_weights = None
 
     def sample_groups(
-        self, examples: Sequence[Any], iteration: int, draw: int
+        self, examples: Sequence[Any], iteration: int, draw: int = 0
     ) -> list[RolloutGroup]:
         """Returns a group for each example, without rewards. `draw` counts the batches of examples
         of an iteration. Rows that this run sampled before it was interrupted are read from the
@@ -125,7 +125,7 @@ class RolloutSampler:
         ids = [f"{prefix}/{p}/{example.record_id}" for p, example in enumerate(examples)]
         prompts = [np.asarray(self.encode(example), np.int32) for example in examples]
         cache_key = (iteration, draw, self._param_hash)
-        rows = self.cache.read(*cache_key)
+        rows = self.cache.read(*cache_key) if self.cache else {}
         if hosts.any_process(not rows):  # one has no file: then all processes sample anew
             rows = {}
         if len(rows) < len(ids) * self.group_size:
@@ -133,9 +133,9 @@ class RolloutSampler:
                 with jax.set_mesh(self.mesh):
                     self._sample_missing(ids, prompts, rows)
             except Interrupted:
-                self.cache.write(*cache_key, rows)
+                self._keep(*cache_key, rows)
                 raise
-            self.cache.write(*cache_key, rows)
+            self._keep(*cache_key, rows)
         return [
             self._group(group_id, example, prompt, rows)
             for group_id, example, prompt in zip(ids, examples, prompts, strict=True)
@@ -170,6 +170,12 @@ class RolloutSampler:
             yield from completions
             if hosts.all_stop_here(stop.requested):
                 raise Interrupted
+
+    def _keep(
+        self, iteration: int, draw: int, param_hash: str, rows: dict[str, SampledRow]
+    ) -> None:
+        if self.cache:
+            self.cache.write(iteration, draw, param_hash, rows)
 
     def _row_ids(self, group_id: str) -> list[str]:
         return [f"{group_id}/{g}" for g in range(self.group_size)]

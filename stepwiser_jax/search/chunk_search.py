@@ -14,7 +14,7 @@ always is a solution. The budget is exceeded by at most one step and the rest of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -22,12 +22,13 @@ from operator import itemgetter
 
 import jax
 
-from stepwiser_jax.config import FirstAttempt
-from stepwiser_jax.distributed.loading import Loaded
+from stepwiser_jax.config import EngineShapes, FirstAttempt
+from stepwiser_jax.distributed.loading import Loaded, load_for_decoding
+from stepwiser_jax.distributed.mesh import make_mesh
 from stepwiser_jax.inference.chunk_sampler import ChunkSampler
 from stepwiser_jax.inference.engine import Engine
 from stepwiser_jax.inference.params import Completion, SamplingParams, StopReason
-from stepwiser_jax.judges.base import Judge, Solution
+from stepwiser_jax.judges.base import ChunkJudgment, Solution
 from stepwiser_jax.model.flops import NOTHING
 from stepwiser_jax.records import Problem
 from stepwiser_jax.runs.directory import blocks
@@ -36,6 +37,9 @@ from stepwiser_jax.search.state import Beam, Chunk, Hypothesis, SearchState
 from stepwiser_jax.text.chunks import CHUNK_CLOSE, CHUNK_OPEN, TokenMatcher, strip_tags
 from stepwiser_jax.text.prompts import PromptStyle, encode_solve_prompt
 from stepwiser_jax.text.tokenizer import completion_text
+
+JudgeChunks = Callable[[Sequence[Solution]], Sequence[Sequence[ChunkJudgment]]]
+"""Returns, per solution, one judgment of each chunk from `start` on: a `Judge`, or a function."""
 
 
 @dataclass
@@ -50,6 +54,35 @@ class Policy:
     prompt_style: PromptStyle
     params: SamplingParams
     key: jax.Array
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        params: SamplingParams,
+        engine: EngineShapes,
+        *,
+        prompt_style: PromptStyle = "instruct",
+        seed: int = 0,
+    ) -> Policy:
+        """Returns the policy of a run, a Hugging Face directory or a hub id, on the first device.
+
+        Args:
+            path: See `distributed.loading`.
+            params: How a chunk is sampled; its end tokens are those of the tokenizer.
+            engine: Shapes of the engine.
+            prompt_style: How the policy is asked.
+            seed: Decides what is sampled.
+
+        Raises:
+            UserError: There is no model at `path`.
+        """
+        mesh = make_mesh(devices=jax.devices()[:1])
+        loaded = load_for_decoding(path, weights=engine.weights, mesh=mesh, seed=seed)
+        writer = Engine(loaded.model, loaded.tokenizer, mesh=mesh, **engine.model_dump())
+        params = replace(params, stop_ids=loaded.tokenizer.eos_ids)
+        key = jax.random.key(seed)
+        return cls(loaded, writer, ChunkSampler(writer), prompt_style, params, key)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         return encode_solve_prompt(
@@ -67,7 +100,7 @@ class Policy:
 
 def search_chunks(
     policy: Policy,
-    judge: Judge,
+    judge: JudgeChunks,
     problems: Sequence[Problem],
     method: Method,
     *,
@@ -112,7 +145,7 @@ def search_chunks(
 
 def _search(
     policy: Policy,
-    judge: Judge,
+    judge: JudgeChunks,
     states: Sequence[SearchState],
     method: Method,
     num_beams: int,
@@ -179,7 +212,7 @@ def has_tail(policy: Policy, ids: Sequence[int]) -> bool:
 
 def judge_last_chunks(
     policy: Policy,
-    judge: Judge,
+    judge: JudgeChunks,
     rows: Sequence[tuple[SearchState, Beam]],
     row_ids: Sequence[str],
 ) -> None:

@@ -89,7 +89,8 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
     say_held_out("train-judge", len(held_out), dropped.get("validation", 0))
     iterations = config.iterations or iterations_of(config, len(examples))
     say_length("train-judge", config.epochs, len(examples), f"{iterations} iterations")
-    sampler = make_sampler(config, directory, loaded, sampling_mesh)
+    cache = RolloutCache(directory.path / "rollout_cache")
+    sampler = make_sampler(config, cache, loaded, sampling_mesh)
     validation = make_validation(config, sampler, held_out, validation_dropped, iterations)
     training = make_training(config, directory, loaded, mesh, examples, iterations, validation)
     reference_of = make_reference(config, load_model)
@@ -127,10 +128,10 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
             texts = [text for group in sampled for text in group.texts_G]
             metrics |= verdict_metrics(texts, bare=config.wants_bare_verdict)
             training.finish_iteration(iteration + 1, mean_metrics(of_updates) | metrics)
-            sampler.cache.forget_before(training.saved_iteration)
+            cache.forget_before(training.saved_iteration)
             bar.advance(reward=metrics["reward"], unparsed_rate=metrics["unparsed_rate"])
         training.save(wait=True)
-        sampler.cache.forget_before(iterations)
+        cache.forget_before(iterations)
     summary = {
         "examples": len(examples),
         "dropped": dropped,
@@ -272,7 +273,7 @@ def make_validation(
 
 
 def make_sampler(
-    config: TrainJudge, directory: RunDirectory, loaded: Loaded, mesh: jax.sharding.Mesh
+    config: TrainJudge, cache: RolloutCache, loaded: Loaded, mesh: jax.sharding.Mesh
 ) -> RolloutSampler:
     stop_ids = loaded.tokenizer.eos_ids
     return RolloutSampler(
@@ -280,11 +281,11 @@ def make_sampler(
         functools.partial(prompt_ids, config=config, loaded=loaded),
         SamplingParams(**config.sampling.model_dump(), stop_ids=stop_ids),
         config.engine,
-        RolloutCache(directory.path / "rollout_cache"),
         group_size=config.group_size,
         seed=config.seed,
         mesh=mesh,
         name="judge",
+        cache=cache,
     )
 
 

@@ -57,8 +57,9 @@ def test_the_reference_has_every_public_name():
     assert sorted(shown) == stepwiser_jax.__all__
 
 
-def test_the_examples_of_the_tutorial():
-    failed, tried = doctest.testfile(str(DOCS / "tutorial.md"), module_relative=False)
+@pytest.mark.parametrize("page", ["tutorial.md", "python.md"])
+def test_the_examples_of_a_page(page):
+    failed, tried = doctest.testfile(str(DOCS / page), module_relative=False)
     assert tried and not failed
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from signatures import signatures
 
 import stepwiser_jax
 
@@ -17,6 +18,12 @@ def test_every_public_name_resolves_and_is_documented(name):
     value = getattr(stepwiser_jax, name)
     assert name in dir(stepwiser_jax)
     assert value.__doc__
+
+
+def test_public_signatures_are_those_that_were_written_down():
+    """A change is meant, or it is a mistake: tests/signatures.py says how to write it down."""
+    written = (Path(__file__).parent / "signatures.txt").read_text().splitlines()
+    assert signatures() == written
 
 
 def test_unknown_names_are_attribute_errors():
