@@ -63,6 +63,7 @@ _HOME = {
     "is_equivalent": "tasks.mathematics",
     "extract_answer": "tasks.mathematics",
     "load_solutions": "data.datasets",
+    "run_stage": "stages",
     "load_config": "config_files",
     "dump_config": "config_files",
     "read_records": "record_io",

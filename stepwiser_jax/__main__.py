@@ -8,7 +8,6 @@ stage that samples or trains saves its work and exits with 130, and the same com
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import signal
 import sys
@@ -135,6 +134,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
         from stepwiser_jax.commands.results import print_summary
         from stepwiser_jax.config_files import dump_config, load_config
         from stepwiser_jax.distributed import hosts
+        from stepwiser_jax.stages import stage_module
 
         settings = load_config(name, config, tuple(set_), run_dir)
         if dry_run:
@@ -144,7 +144,7 @@ def _add_stage(name: str, does: str, files: str) -> None:
                 check_inputs(name, settings, run_dir)
             typer.echo(dump_config(settings), nl=False)
             return
-        module = importlib.import_module(f"stepwiser_jax.stages.{name.replace('-', '_')}")
+        module = stage_module(name)
         options: dict[str, Any] = {}
         if shard is not None:
             if "shard" not in inspect.signature(module.run).parameters:

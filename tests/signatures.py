@@ -21,7 +21,7 @@ def signatures() -> list[str]:
 
 def of(name: str) -> Iterator[str]:
     value = getattr(stepwiser_jax, name)
-    if not callable(value) or inspect.isclass(value) and issubclass(value, enum.Enum | Exception):
+    if not callable(value) or (inspect.isclass(value) and issubclass(value, enum.Enum | Exception)):
         yield name
         return
     yield f"{name}({arguments(value)})"

@@ -9,7 +9,6 @@ whole recipe. After a stop, the same command goes on.
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.records import Judgment, PrefixValue, Problem, Trajectory
 from stepwiser_jax.rl.labels import LABEL_RULES, label_chunks
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
+from stepwiser_jax.stages import stage_module
 from stepwiser_jax.tasks import arithmetic
 from stepwiser_jax.text.chunks import chunk_texts
 
@@ -203,19 +203,13 @@ def run_quickstart(
     for number, (name, stage, tree) in enumerate(stages, 1):
         config = validate(STAGE_CONFIGS[stage], tree, f"quickstart {name}")
         console.print(f"[bold]{name}[/bold] ({stage}), stage {number} of {len(stages)}")
-        module = stage_module(stage)
-        summaries[name] = timed(run_dir / name, module.run, config)
+        summaries[name] = timed(run_dir / name, stage_module(stage).run, config)
     summary = summarize(run_dir, summaries)
     atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(results_table(summary))
     print_judgments(console, run_dir)
     console.print(f"\nAll numbers: {run_dir / 'summary.json'}")
     return summary
-
-
-def stage_module(stage: str) -> Any:
-    """Returns the module of a stage."""
-    return importlib.import_module(f"stepwiser_jax.stages.{stage.replace('-', '_')}")
 
 
 def timed(directory: Path, run: Any, config: Any) -> dict[str, Any]:

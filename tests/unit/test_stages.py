@@ -39,7 +39,7 @@ from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
 from stepwiser_jax.runs.directory import RunDirectory
 from stepwiser_jax.runs.signals import Interrupted, stop
 from stepwiser_jax.stages import label as label_stage
-from stepwiser_jax.stages import train_judge
+from stepwiser_jax.stages import run_stage, train_judge
 from stepwiser_jax.stages.annotate import (
     check_ids,
     check_lengths,
@@ -67,6 +67,23 @@ class Numbers:
 @pytest.fixture
 def config(request):
     return load_config("train-judge", request.config.rootpath / "configs" / "smoke_judge.yaml")
+
+
+def test_a_stage_is_run_by_its_name(tmp_path, request):
+    settings = {
+        "policy": {"path": "arithmetic"},
+        "problems": {"source": "arithmetic", "limit": 2},
+        "prompt_style": "bare",
+        "sampling": {"max_new_tokens": 8},
+        "engine": {"rows": [2], "buckets": [64]},
+    }
+    with pytest.raises(UserError, match=r"expected a stage, one of .*rollout.*, found 'roll'"):
+        run_stage("roll", settings, tmp_path)
+    with pytest.raises(UserError, match=r"rollout: .*group_size"):
+        run_stage("rollout", settings | {"group_size": 0}, tmp_path)
+    summary = run_stage("rollout", settings | {"group_size": 1}, tmp_path / "run")
+    assert summary["trajectories"] == 2 == len(read_records(tmp_path / "run", Trajectory))
+    assert run_stage("rollout", settings | {"group_size": 1}, tmp_path / "run") == summary
 
 
 def test_iterations_of_epochs(config):

@@ -9,7 +9,6 @@ is at the edge of those tried, the next one is tried too. After a stop, the same
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import operator
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from stepwiser_jax.record_io import read_records
 from stepwiser_jax.record_lines import write_records
 from stepwiser_jax.records import Judgment, ProcessBenchItem, SearchResult, Trajectory
 from stepwiser_jax.search.report import solved_by_method
+from stepwiser_jax.stages import stage_module
 from stepwiser_jax.tasks.arithmetic import MOD_10
 
 TUNING_SEED = 1000
@@ -71,8 +71,7 @@ def run_stages(runs: SeedRuns, stages: Sequence[Stage], console: Console) -> Non
                 write_records(runs.run_dir / name, settings())
             continue
         config = validate(STAGE_CONFIGS[stage], settings(), f"reproduce {name}")
-        module = importlib.import_module(f"stepwiser_jax.stages.{stage.replace('-', '_')}")
-        timed(runs.run_dir / name, module.run, config)
+        timed(runs.run_dir / name, stage_module(stage).run, config)
 
 
 def run_seed(runs: SeedRuns, console: Console) -> dict[str, Any]:
