@@ -389,16 +389,20 @@ def convert(
         WeightType | None,
         typer.Option(help="Type to store the weights in; by default the one that they have."),
     ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(help="A run of evaluate on the model, for the model card. May be repeated."),
+    ] = None,
 ) -> None:
-    """Export a checkpoint as a Hugging Face directory that transformers loads.
+    """Export a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
-    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer,
-    and for a judge how it is asked, which `check` reads.
+    Reads checkpoints/ and template/ of a training run. Writes safetensors, config and tokenizer, a
+    model card (README.md), and for a judge how it is asked, which `check` reads.
     """
     from stepwiser_jax.commands.convert import convert_checkpoint
 
     with writing_to(output):
-        convert_checkpoint(checkpoint, output, dtype)
+        convert_checkpoint(checkpoint, output, dtype, scores or ())
 
 
 @app.command()

@@ -1,12 +1,19 @@
-"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged."""
+"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged.
+
+Who loads it elsewhere asks it as it was trained, through its chat template. README.md says how.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from stepwiser_jax.checksums import check_files, read_checksums
+from stepwiser_jax.commands.model_card import BARE_TEMPLATE, model_card
 from stepwiser_jax.config import TrainedModel
 from stepwiser_jax.config_files import read_run_settings
 from stepwiser_jax.distributed.loading import load_for_training
@@ -16,22 +23,26 @@ from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.settings import KEPT, exported_settings
 from stepwiser_jax.model.attention import PLAIN
 from stepwiser_jax.model.hf import non_finite, read_config, save_hf
-from stepwiser_jax.text.tokenizer import load_tokenizer
+from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.template import check_base
 
 
-def convert_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
+def convert_checkpoint(
+    checkpoint: Path, output: Path, dtype: str | None = None, scores: Sequence[Path] = ()
+) -> None:
     """Writes the model of a checkpoint to the directory `output`.
 
     Args:
         checkpoint: `<run_dir>` (then its newest checkpoint) or `<run_dir>/checkpoints/N`.
-        output: a new directory.
-        dtype: what the weights are stored in, by default what the run has them in.
+        output: A new directory.
+        dtype: What the weights are stored in, by default what the run has them in.
+        scores: Runs of `evaluate` on the model, whose numbers the model card has.
 
     Raises:
-        UserError: if there is no checkpoint, if `output` exists, or if `model.path` now holds
-            another model than the one that the run's adapters were trained on.
+        UserError: There is no checkpoint, `output` exists, `model.path` now holds another model
+            than the one that the run's adapters were trained on, or a run of `scores` is of another
+            model.
     """
     names_step = checkpoint.parent.name == "checkpoints"
     run_dir = checkpoint.parent.parent if names_step else checkpoint
@@ -62,8 +73,28 @@ def convert_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None)
         raise UserError(
             f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
         )
-    asked = exported_settings(settings)
-    texts = {} if asked is None else {KEPT: asked}
-    save_hf(model, load_tokenizer(str(run_dir / "template")), str(output), dtype, texts=texts)
+    tokenizer = load_tokenizer(str(run_dir / "template"))
+    texts = {"README.md": model_card(run_dir, settings, tokenizer.prompts, scores)}
+    texts |= _asked(settings, tokenizer)
+    save_hf(model, tokenizer, str(output), dtype, texts=texts)
     which = "its newest checkpoint" if step is None else f"the checkpoint of step {step}"
     print(f"{output}: the model of {run_dir}, {which}")
+
+
+def _asked(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the files that say how the model is asked: here, and elsewhere."""
+    texts = {}
+    if settings["prompt_style"] == "bare":
+        texts["chat_template.jinja"] = BARE_TEMPLATE
+    judge = exported_settings(settings)
+    if judge is not None:
+        texts[KEPT] = judge
+    if "sampling" in settings:
+        generation = {
+            "eos_token_id": list(tokenizer.eos_ids),
+            "pad_token_id": tokenizer.pad_id,
+            "do_sample": False,
+            "max_new_tokens": settings["sampling"]["max_new_tokens"],
+        }
+        texts["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+    return texts
