@@ -393,6 +393,9 @@ def convert(
         list[Path] | None,
         typer.Option(help="A run of evaluate on the model, for the model card. May be repeated."),
     ] = None,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Write the adapters of a LoRA run alone, as peft.")
+    ] = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
@@ -402,7 +405,7 @@ def convert(
     from stepwiser_jax.commands.convert import convert_checkpoint
 
     with writing_to(output):
-        convert_checkpoint(checkpoint, output, dtype, scores or ())
+        convert_checkpoint(checkpoint, output, dtype, scores or (), adapters=adapters)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged.
+"""Exports a checkpoint of a training run as a Hugging Face directory, adapters merged or alone.
 
 Who loads it elsewhere asks it as it was trained, through its chat template. README.md says how.
 """
@@ -22,14 +22,21 @@ from stepwiser_jax.distributed.shapes import abstract_model
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.judges.settings import KEPT, exported_settings
 from stepwiser_jax.model.attention import PLAIN
-from stepwiser_jax.model.hf import non_finite, read_config, save_hf
+from stepwiser_jax.model.hf import non_finite, read_config, save_adapters, save_hf
+from stepwiser_jax.runs.checkpoint_paths import checkpoint_directory
+from stepwiser_jax.tasks.sources import MODELS
 from stepwiser_jax.text.tokenizer import Tokenizer, load_tokenizer
 from stepwiser_jax.training.checkpoint import Checkpointer
 from stepwiser_jax.training.template import check_base
 
 
 def convert_checkpoint(
-    checkpoint: Path, output: Path, dtype: str | None = None, scores: Sequence[Path] = ()
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None = None,
+    scores: Sequence[Path] = (),
+    *,
+    adapters: bool = False,
 ) -> None:
     """Writes the model of a checkpoint to the directory `output`.
 
@@ -38,11 +45,13 @@ def convert_checkpoint(
         output: A new directory.
         dtype: What the weights are stored in, by default what the run has them in.
         scores: Runs of `evaluate` on the model, whose numbers the model card has.
+        adapters: Whether to write the adapters alone, as peft does.
 
     Raises:
         UserError: There is no checkpoint, `output` exists, `model.path` now holds another model
             than the one that the run's adapters were trained on, or a run of `scores` is of another
-            model.
+            model. Or only the adapters are wanted: of a run without any, or with a base that is
+            nowhere on disk.
     """
     names_step = checkpoint.parent.name == "checkpoints"
     run_dir = checkpoint.parent.parent if names_step else checkpoint
@@ -61,6 +70,8 @@ def convert_checkpoint(
     settings = read_run_settings(run_dir)
     here = make_mesh(devices=jax.devices()[:1])  # whatever mesh it was saved from
     model_settings = TrainedModel.model_validate(settings["model"])
+    if adapters:
+        check_adapters(model_settings, dtype)
     if model_settings.lora is not None:
         loaded = load_for_training(**model_settings.load_args, mesh=here, seed=settings["seed"])
         check_base(run_dir / "template", loaded.model_id)
@@ -74,11 +85,29 @@ def convert_checkpoint(
             f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
         )
     tokenizer = load_tokenizer(str(run_dir / "template"))
-    texts = {"README.md": model_card(run_dir, settings, tokenizer.prompts, scores)}
-    texts |= _asked(settings, tokenizer)
-    save_hf(model, tokenizer, str(output), dtype, texts=texts)
+    card = model_card(run_dir, settings, tokenizer.prompts, scores, adapters=adapters)
+    texts = {"README.md": card} | _asked(settings, tokenizer)
+    if adapters:
+        base = str(checkpoint_directory(model_settings.path))
+        save_adapters(model, tokenizer, str(output), base=base, texts=texts)
+    else:
+        save_hf(model, tokenizer, str(output), dtype, texts=texts)
+    what = "the adapters" if adapters else "the model"
     which = "its newest checkpoint" if step is None else f"the checkpoint of step {step}"
-    print(f"{output}: the model of {run_dir}, {which}")
+    print(f"{output}: {what} of {run_dir}, {which}")
+
+
+def check_adapters(model: TrainedModel, dtype: str | None) -> None:
+    """Raises UserError if a run has no adapters that others could load."""
+    if model.lora is None:
+        raise UserError("--adapters: expected a run with model.lora, found one that trained all")
+    if model.path in MODELS:
+        raise UserError(
+            f"--adapters: expected a base that others can load, found {model.path}, whose fresh "
+            "weights are nowhere on disk: leave --adapters out, and they are merged"
+        )
+    if dtype is not None:
+        raise UserError("--adapters are written in float32, as they are: leave --dtype out")
 
 
 def _asked(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

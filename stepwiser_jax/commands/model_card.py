@@ -40,6 +40,9 @@ WHAT = {
     "model": ("A fine-tuned language model", "It was fine-tuned on demonstrations."),
 }
 
+LIBRARY = {True: "transformers", False: "stepwiser_jax"}
+"""What loads the model, by whether it is a language model."""
+
 TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +70,12 @@ def kind_of(settings: Mapping[str, Any]) -> str:
 
 
 def model_card(
-    run_dir: Path, settings: Mapping[str, Any], prompts: Prompts, evaluations: Sequence[Path]
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    prompts: Prompts,
+    evaluations: Sequence[Path],
+    *,
+    adapters: bool = False,
 ) -> str:
     """Returns the text of README.md for the model of a training run.
 
@@ -76,6 +84,7 @@ def model_card(
         settings: Its settings.
         prompts: What the model is asked with.
         evaluations: Finished runs of `evaluate` whose judge is this model.
+        adapters: Whether only the adapters are exported.
 
     Raises:
         UserError: A run of `evaluations` is none, or is of another model.
@@ -84,7 +93,7 @@ def model_card(
     title, what = WHAT[kind]
     is_language_model = settings.get("head") != "scalar"
     head: dict[str, Any] = {
-        "library_name": "transformers" if is_language_model else "stepwiser_jax",
+        "library_name": "peft" if adapters else LIBRARY[is_language_model],
         "tags": ["stepwiser", *(["process-reward-model"] if kind != "model" else [])],
     }
     if is_language_model:
@@ -96,24 +105,30 @@ def model_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}\n\n{what} It was trained with stepwiser_jax, an implementation of "
         "[StepWiser](https://arxiv.org/abs/2508.19229).",
-        _training(run_dir, settings),
+        _training(run_dir, settings, adapters),
         _scores(run_dir, evaluations),
-        _asking(kind, settings, prompts),
+        _asking(kind, settings, prompts, adapters),
         _limits(kind, settings),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run_dir: Path, settings: Mapping[str, Any]) -> str:
+def _training(run_dir: Path, settings: Mapping[str, Any], adapters: bool) -> str:
     summary = _summary(run_dir)
+    lora = settings["model"]["lora"]
+    how = f", with adapters of rank {lora['rank']}" if lora else ""
     lines = [
-        f"- Base: `{settings['model']['path']}`"
-        + (", adapters merged" if settings["model"]["lora"] else ""),
+        f"- Base: `{settings['model']['path']}`{how}"
+        + (", which are merged" if lora and not adapters else ""),
         f"- Data: `{settings['examples']['source']}`"
         + (f", {summary['examples']} examples" if "examples" in summary else ""),
         f"- Prompt style: `{settings['prompt_style']}`; seed {settings['seed']}",
     ]
-    length = [f"{name.capitalize()}: {summary[name]}" for name in ("iterations", "steps") if name in summary]
+    length = [
+        f"{name.capitalize()}: {summary[name]}"
+        for name in ("iterations", "steps")
+        if name in summary
+    ]
     optimizer = settings["training"]["optimizer"]
     lines.append(
         f"- {length[0] if length else 'The run has not finished'}, AdamW with learning rate "
@@ -199,18 +214,21 @@ def _cell(value: float | None, interval: Sequence[float] | None) -> str:
 # --- how it is asked ----------------------------------------------------------------------------
 
 
-def _asking(kind: str, settings: Mapping[str, Any], prompts: Prompts) -> str:
+def _asking(kind: str, settings: Mapping[str, Any], prompts: Prompts, adapters: bool) -> str:
     own = "stepwiser check PATH --file mine.txt    # a problem, a blank line, and its solution"
     text = "## How it is asked\n\n"
-    if kind != "model":
+    if kind != "model" and not adapters:
         text += f"With stepwiser_jax, which reads `{KEPT}`:\n\n```bash\n{own}\n```\n\n"
     if kind == "classifier":
         return text + "Other libraries do not know where it answers."
-    text += "With transformers or vLLM, through its chat template and nothing else"
+    libraries = "transformers and peft" if adapters else "transformers or vLLM"
+    text += f"With {libraries}, through its chat template and nothing else"
     text += " (`tokenizer(text)` leaves out the start token):" if _is_bare(settings) else ":"
     new = str(settings["sampling"]["max_new_tokens"]) if kind == "judge" else "1024"
     message = _message(kind, settings, prompts)
-    blocks = (message, TRANSFORMERS.replace("NEW", new), VLLM.replace("NEW", new))
+    blocks = [message, TRANSFORMERS.replace("NEW", new)]
+    if not adapters:
+        blocks.append(VLLM.replace("NEW", new))
     return text + "\n\n" + "\n\n".join(f"```python\n{block}\n```" for block in blocks)
 
 

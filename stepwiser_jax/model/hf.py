@@ -13,7 +13,8 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -277,32 +278,76 @@ def save_hf(
     The directory appears whole or not at all; one that exists is replaced. All processes that hold
     a part of the model must call this; the primary one writes. A host holds one shard at a time.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    is_primary = jax.process_index() == 0
-    if is_primary:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    tensors = tensors_by_name(model)
-    shards = _split_into_shards(tensors, max_shard_bytes)
-    for file, names in shards.filename_to_tensors.items():
-        arrays = {name: _to_host(_cast(tensors[name](), dtype)) for name in names}
-        if is_primary:
-            save_file(arrays, temporary / file, metadata={"format": "pt"})
-        del arrays  # before those of the next file are gathered
-    if not is_primary:
+    with _written_whole(Path(path)) as directory:
+        tensors = tensors_by_name(model)
+        shards = _split_into_shards(tensors, max_shard_bytes)
+        for file, names in shards.filename_to_tensors.items():
+            arrays = {name: _to_host(_cast(tensors[name](), dtype)) for name in names}
+            if directory is not None:
+                save_file(arrays, directory / file, metadata={"format": "pt"})
+            del arrays  # before those of the next file are gathered
+        if directory is None:
+            return
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            text = json.dumps(index, indent=2) + "\n"
+            (directory / "model.safetensors.index.json").write_text(text)
+        dtype = dtype or str(model.embed[...].dtype)
+        config = model.config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(str(directory))
+        for name, text in (texts or {}).items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+
+def save_adapters(
+    model: Transformer, tokenizer: Saveable, path: str, *, base: str, texts: Mapping[str, str]
+) -> None:
+    """Writes the adapters of a model alone, in the names and the form of peft, which peft and vLLM
+    load onto the model at `base`. `texts` are as those of `save_hf`. One process may call this."""
+    arrays: dict[str, np.ndarray] = {}
+    for of_block, adapter in model.adapters.items():
+        a_L, b_L = _to_host(adapter.a[...]), _to_host(adapter.b[...])
+        names = hf_names(("blocks", of_block), model.config.num_layers)
+        for name, a, b in zip(names, a_L, b_L, strict=True):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            arrays[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
+            arrays[f"{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    adapter = next(iter(model.adapters.values()))  # all have the same rank and scale
+    rank = adapter.a[...].shape[1]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": adapter.scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.split(".")[-3] for name in arrays}),
+        "inference_mode": True,
+    }
+    with _written_whole(Path(path)) as directory:
+        assert directory is not None
+        save_file(arrays, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2) + "\n"
+        (directory / "adapter_config.json").write_text(text)
+        tokenizer.save(str(directory))
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path | None]:
+    """Yields a directory that takes the place of `target` at the end, with checksums, if nothing
+    was raised; None in all processes but the primary one."""
+    if jax.process_index() != 0:
+        yield None
         return
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        text = json.dumps(index, indent=2) + "\n"
-        (temporary / "model.safetensors.index.json").write_text(text)
-    dtype = dtype or str(model.embed[...].dtype)
-    config = model.config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(str(temporary))
-    for name, text in (texts or {}).items():
-        (temporary / name).write_text(text, encoding="utf-8")
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
     write_checksums(temporary)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -81,3 +81,34 @@ def test_a_judge_that_was_trained_on_texts_alone_refuses_a_conversation(export):
             tokenizer.apply_chat_template(messages, tokenize=False)
     else:
         assert tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_peft_loads_adapters_that_were_exported_alone(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra 'numerics'")
+    from transformers import AutoModelForCausalLM
+
+    settings = {
+        "model": {"path": str(PACKAGED), "lora": {"rank": 4, "alpha": 6}},
+        "prompt_style": "bare",
+        "examples": {"source": "arithmetic-judge", "limit": 40, "seed": 0},
+        "batch_size": 2,
+        "max_length": 160,
+        "steps": 3,
+        "training": {"optimizer": {"learning_rate": 1e-2}},
+    }
+    run_stage("sft", settings, tmp_path / "run")
+    convert = ["convert", "--checkpoint", str(tmp_path / "run"), "--output"]
+    assert main([*convert, str(tmp_path / "adapters"), "--adapters"]) == 0
+    base, whole = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (PACKAGED, tmp_path / "run" / "model")
+    )
+    ids = torch.arange(4, 30)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapters")(ids).logits
+        merged = whole(ids).logits
+    assert (adapted - plain).abs().max() > 0.1
+    torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=1e-4)
+    assert main([*convert, str(tmp_path / "again"), "--adapters", "--dtype", "float32"]) == 2
+    assert not (tmp_path / "again").exists()
