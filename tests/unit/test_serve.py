@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import json
 import re
 import signal
@@ -22,6 +24,7 @@ from stepwiser_jax.commands.serve import KEY, read_key
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import StopReason
 from stepwiser_jax.inference.remote import RemoteEngine
+from stepwiser_jax.judges import reward
 from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.check import Checker
 from stepwiser_jax.server import http, worker
@@ -76,6 +79,58 @@ def checker():
 def served(checker):
     with serving(checker) as served:
         yield served
+
+
+def as_verl_loads(path):
+    """verl loads the reward by the path of its file."""
+    spec = importlib.util.spec_from_file_location("custom_module", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compute_score
+
+
+def test_a_judge_rewards_solutions_that_verl_sends(served, checker, monkeypatch, capsys):
+    compute_score = as_verl_loads(reward.__file__)
+
+    def score(solution, **more):
+        extra = {"split": "train", "index": 0, "question": QUESTION}
+        return compute_score(
+            data_source="arithmetic",
+            solution_str=solution,
+            ground_truth="9",
+            extra_info=extra,
+            url=served.url,
+            **more,
+        )
+
+    solution = "\n\n".join(STEPS)
+    found = checker(QUESTION, solution).to_fields()
+    assert score(solution) == pytest.approx(min(c["p_positive"] for c in found["chunks"]))
+    assert score(solution, form="accepted") == found["first_error"] / 2 == 0
+    assert score(" \n") == 0
+    assert score("7 " * 500) == 0 and "a solution earns 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"extra_info\['question'\] .*\(math\), found None"):
+        compute_score("math", solution, "9", {"index": 0}, url=served.url)
+    with pytest.raises(ValueError, match="expected a form of min, accepted, right, found 'sum'"):
+        score(solution, form="sum")
+    with pytest.raises(RuntimeError, match=r"expected a judge at .*:9, found none"):
+        compute_score("math", solution, "9", {"question": QUESTION}, url="http://127.0.0.1:9")
+
+
+def test_a_reward_waits_for_a_full_server_and_then_gives_up(checker, monkeypatch):
+    held = Held(monkeypatch, checker)
+    ask = functools.partial(reward.compute_score, "", STEPS[0], "", {"question": QUESTION})
+    with serving(checker, places=1) as full, ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(ask, url=full.url)]
+        assert held.began.wait(60)
+        waiting.append(clients.submit(ask, url=full.url))
+        while not full.worker._waiting:
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match="answers 429"):
+            ask(url=full.url, timeout=0.5)
+        waiting.append(clients.submit(ask, url=full.url))
+        held.go.set()
+        assert len({future.result() for future in waiting}) == 1
 
 
 class Held:
