@@ -339,6 +339,29 @@ def status(
     print_status(run_dirs, watch=watch, as_json=json)
 
 
+@app.command()
+def doctor(
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Connect to the other processes of a cluster.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Say what this machine has: versions, devices, memory, mesh, disk, hub; and what is missing.
+
+    It compiles a small program, adds over all devices, and writes nothing that stays. Exits with 1
+    if something is broken. With --distributed every process prints its own findings.
+    """
+    from stepwiser_jax.commands.doctor import run_doctor
+
+    if distributed:
+        from stepwiser_jax.distributed import hosts
+
+        hosts.connect(None, None, None)
+    status = run_doctor(typer.echo, as_json=json)
+    if status:
+        raise typer.Exit(status)
+
+
 @app.command("reproduce")
 def reproduce(
     run_dir: ResumedDir = Path("reproduce"),
