@@ -23,6 +23,7 @@ from stepwiser_jax.judges.check import PACKAGED, CheckedSolution, Checker
 from stepwiser_jax.manifest import read_manifest
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.blocks import Session
+from stepwiser_jax.runs.progress import printable
 from stepwiser_jax.stages.chunk_solutions import make_proposer, most_agreed
 from stepwiser_jax.text.chunking import cut, cut_at_tags, split_solution
 from stepwiser_jax.text.tokenizer import known_words
@@ -257,8 +258,3 @@ def unknown_text(found: CheckedSolution, checker: Checker) -> str:
     if len(known) > MAX_LISTED:
         return warning
     return f"{warning} It knows these, with spaces between: {' '.join(known)}."
-
-
-def printable(text: str) -> str:
-    """Returns a text without what would steer a terminal, such as escape sequences."""
-    return "".join(x if x in "\n\t" or x.isprintable() else "\ufffd" for x in text)

@@ -71,6 +71,11 @@ def say(text: str) -> None:
         )
 
 
+def printable(text: str) -> str:
+    """Returns a text without what would steer a terminal, such as escape sequences."""
+    return "".join(x if x in "\n\t" or x.isprintable() else "\ufffd" for x in text)
+
+
 class Report:
     """How far a stage has come: `done` of `total` units of work, such as steps. `keep` is called
     with what `stepwiser status` shows of it."""

@@ -41,6 +41,7 @@ from stepwiser_jax.training.batches import (
     fitting_documents,
     num_batches,
 )
+from stepwiser_jax.training.first_example import show_first_document
 from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.sft_loss import cross_entropy_loss, num_target_tokens
 from stepwiser_jax.training.validation import Measurements, mean_loss, packed_batches
@@ -63,6 +64,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     )
     steps = config.steps or num_batches(documents, **batching)
     say_length("sft", config.epochs, len(documents), f"{steps} steps")
+    show_first_document(directory, documents[0], tokenizer)
     training = TrainingRun(
         directory,
         loaded,

@@ -58,6 +58,7 @@ from stepwiser_jax.training.batches import (
     fitting_documents,
     num_batches,
 )
+from stepwiser_jax.training.first_example import show_first_document
 from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.sft_loss import num_target_tokens
 from stepwiser_jax.training.validation import Measurements
@@ -84,6 +85,7 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     )
     steps = config.steps or num_batches(documents, **batching)
     say_length("train-classifier", config.epochs, len(documents), f"{steps} steps")
+    show_first_document(directory, documents[0], loaded.tokenizer)
     signs, remat = sign_ids(loaded.tokenizer), config.training.remat
     validation = make_validation(config, loaded, mesh, held_out, validation_dropped, steps)
     training = TrainingRun(

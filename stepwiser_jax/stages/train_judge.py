@@ -67,6 +67,7 @@ from stepwiser_jax.runs.progress import progress
 from stepwiser_jax.text.prompts import encode_judge_prompt
 from stepwiser_jax.text.verdict_tokens import VerdictTokens
 from stepwiser_jax.training.batches import example_loader
+from stepwiser_jax.training.first_example import show_first_group
 from stepwiser_jax.training.loop import TrainingRun, say_held_out, say_length
 from stepwiser_jax.training.step import mean_metrics
 from stepwiser_jax.training.validation import Measurements
@@ -108,6 +109,7 @@ def run(config: TrainJudge, run_dir: str | Path) -> dict[str, Any]:
                     sampled += add_rewards(fresh, reward)
                     if sum(group.has_signal for group in sampled) >= num_prompts:
                         break
+            show_first_group(directory, sampled[0], sampler.tokenizer)
             batches = []
             for part, share in groups_of_updates(sampled, config):
                 advantages_PG = group_advantages(np.array([group.rewards_G for group in part]))

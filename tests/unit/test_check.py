@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import stepwiser_jax
 from stepwiser_jax.__main__ import main
 from stepwiser_jax.checksums import read_checksums
-from stepwiser_jax.commands.check import EXAMPLE, printable
+from stepwiser_jax.commands.check import EXAMPLE
 from stepwiser_jax.config import ChunkSolutions
 from stepwiser_jax.data.unlabelled import Unlabelled, solutions_of_file, solutions_of_text
 from stepwiser_jax.errors import UserError
@@ -25,6 +25,7 @@ from stepwiser_jax.judges.settings import KEPT, exported_settings, judge_setting
 from stepwiser_jax.model.hf import save_hf
 from stepwiser_jax.records import Verdict
 from stepwiser_jax.runs.directory import RunDirectory
+from stepwiser_jax.runs.progress import printable
 from stepwiser_jax.text.chunking import cut, cut_at_tags
 from stepwiser_jax.text.tokenizer import known_words, unknown_words
 
