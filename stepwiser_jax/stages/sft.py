@@ -64,7 +64,6 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
     )
     steps = config.steps or num_batches(documents, **batching)
     say_length("sft", config.epochs, len(documents), f"{steps} steps")
-    show_first_document(directory, documents[0], tokenizer)
     training = TrainingRun(
         directory,
         loaded,
@@ -76,6 +75,7 @@ def run(config: Sft, run_dir: str | Path) -> dict[str, Any]:
         normalizer_fn=num_target_tokens,
         validation=make_validation(config, tokenizer, mesh, held_out, steps),
     )
+    show_first_document(directory, documents[0], tokenizer)
     seconds_per_step = training.fit(steps)
     summary = {
         "examples": len(documents),

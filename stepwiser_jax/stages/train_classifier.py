@@ -85,7 +85,6 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
     )
     steps = config.steps or num_batches(documents, **batching)
     say_length("train-classifier", config.epochs, len(documents), f"{steps} steps")
-    show_first_document(directory, documents[0], loaded.tokenizer)
     signs, remat = sign_ids(loaded.tokenizer), config.training.remat
     validation = make_validation(config, loaded, mesh, held_out, validation_dropped, steps)
     training = TrainingRun(
@@ -99,6 +98,7 @@ def run(config: TrainClassifier, run_dir: str | Path) -> dict[str, Any]:
         normalizer_fn=num_target_tokens,
         validation=validation,
     )
+    show_first_document(directory, documents[0], loaded.tokenizer)
     seconds_per_step = training.fit(steps)
     labels = np.concatenate([np.asarray(d.targets_T)[d.target_mask_T] for d in documents])
     summary = {

@@ -59,7 +59,7 @@ def show_first_group(directory: RunDirectory, group: RolloutGroup, tokenizer: To
 
 
 def _show(directory: RunDirectory, head: str, text: str) -> None:
-    file = directory.path / FILE
+    file = directory.create() / FILE
     if not hosts.is_primary() or file.exists():  # a run that resumes has shown it
         return
     text = printable(text)

@@ -28,9 +28,7 @@ def directory(tmp_path):
     settings = {"model": {"path": "arithmetic"}, "examples": {"source": "x"}, "steps": 1}
     settings |= {"training": {"optimizer": {"learning_rate": 1e-3}}}
     config = Sft.model_validate(settings | {"batch_size": 1, "max_length": 8})
-    directory = RunDirectory(tmp_path / "run", "sft", config)
-    directory.create()
-    return directory
+    return RunDirectory(tmp_path / "run", "sft", config)
 
 
 def test_what_is_learned_is_marked(directory, capsys):
