@@ -431,6 +431,22 @@ def convert(
         convert_checkpoint(checkpoint, output, dtype, scores or (), adapters=adapters)
 
 
+@app.command("export-dataset")
+def export_dataset(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Finished runs.")],
+    output: Annotated[Path, typer.Option(help="Directory to create.")],
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Keep token ids and log-probs of trajectories.")
+    ] = False,
+) -> None:
+    """Write the records of runs as parquet with a dataset card, for `datasets.load_dataset`."""
+    from stepwiser_jax.commands import export_dataset as command
+
+    with writing_to(output):
+        parts = command.export_dataset(run_dirs, output, tokens=tokens)
+    typer.echo(f"{output}: {', '.join(parts)}")
+
+
 @app.command()
 def recipe(
     prefix: Annotated[
