@@ -296,7 +296,7 @@ class RunDirectory:
         write_progress(self.path, self.worker, found)
 
     def metrics(self) -> Metrics:
-        return Metrics(self.create())
+        return Metrics(self.create(), self._settings)
 
     def finish(self, summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Waits for all processes; then the primary one writes summary.json and the manifest.

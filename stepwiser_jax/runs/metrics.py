@@ -1,23 +1,26 @@
-"""The metrics of a run: metrics.jsonl and TensorBoard events side by side."""
+"""The metrics of a run: metrics.jsonl, TensorBoard events and a tracker side by side."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from stepwiser_jax.distributed import hosts
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.files import atomic_write
 from stepwiser_jax.runs.metric_lines import TIMING_FIELDS, read_metrics
+from stepwiser_jax.runs.tracker import Tracker
 
 
 class Metrics:
     """The writer of a run's metrics. Only the primary process writes."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]):
         self._path = run_dir / "metrics.jsonl"
         self._tensorboard, self._last_line = None, time.perf_counter()
         if hosts.is_primary():
@@ -28,6 +31,7 @@ class Metrics:
             folder = run_dir / "tensorboard"
             folder.mkdir(exist_ok=True)
             self._tensorboard = EventsWriter(str(folder / "events"))
+            self._tracker = Tracker(run_dir, settings)
 
     def resume_at(self, step: int) -> dict[str, float]:
         """Removes what a killed run logged after the checkpoint of `step`.
@@ -64,6 +68,7 @@ class Metrics:
             event.summary.value.add(tag=name, simple_value=value)
         self._tensorboard.write_event(event)
         self._tensorboard.flush()
+        self._tracker.log(step, values)
 
     def sync(self) -> None:
         """Waits until all lines are on disk. Call it before a checkpoint that relies on them."""
@@ -74,3 +79,4 @@ class Metrics:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+            self._tracker.finish()

@@ -477,13 +477,13 @@ def test_a_run_that_is_stopped_keeps_its_blocks_and_goes_on_with_the_others(
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
-    metrics = Metrics(tmp_path)
+    metrics = Metrics(tmp_path, {})
     for step in (1, 2, 3):
         metrics.write(step, {"loss": step / 2})
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    metrics = Metrics(tmp_path)
+    metrics = Metrics(tmp_path, {})
     metrics.resume_at(2)
     metrics.write(3, {"loss": 9.0})
     metrics.close()
@@ -497,32 +497,32 @@ def test_metrics_of_steps_after_the_checkpoint_are_forgotten(tmp_path):
 
 def test_metrics_say_when_and_how_long(tmp_path):
     before = datetime.now(UTC).replace(microsecond=0)
-    metrics = Metrics(tmp_path)
+    metrics = Metrics(tmp_path, {})
     time.sleep(0.05)
     metrics.write(1, {"loss": 0.5})
     metrics.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert 0.05 <= line["seconds"] < 5
     assert before <= datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
-    assert Metrics(tmp_path).resume_at(1) == {"loss": 0.5}, "these are no metrics"
+    assert Metrics(tmp_path, {}).resume_at(1) == {"loss": 0.5}, "these are no metrics"
 
 
 def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path):
-    metrics = Metrics(tmp_path)
+    metrics = Metrics(tmp_path, {})
     for step in (1, 2):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
-    assert Metrics(tmp_path).resume_at(2) == {"loss": 0.5}
+    assert Metrics(tmp_path, {}).resume_at(2) == {"loss": 0.5}
     with pytest.raises(UserError, match=r"ends at step 2, .* of step 3: .* after step 2"):
-        Metrics(tmp_path).resume_at(3)
+        Metrics(tmp_path, {}).resume_at(3)
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="ends at step 0"):
-        Metrics(tmp_path).resume_at(1)
-    assert Metrics(tmp_path).resume_at(0) == {}
+        Metrics(tmp_path, {}).resume_at(1)
+    assert Metrics(tmp_path, {}).resume_at(0) == {}
 
 
 def test_metrics_with_a_damaged_line_are_refused_by_name(tmp_path):
-    metrics = Metrics(tmp_path)
+    metrics = Metrics(tmp_path, {})
     for step in (1, 2, 3):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
@@ -533,9 +533,9 @@ def test_metrics_with_a_damaged_line_are_refused_by_name(tmp_path):
         with pytest.raises(
             UserError, match=r"metrics\.jsonl, line 2 is damaged .* delete that line"
         ):
-            Metrics(tmp_path).resume_at(3)
+            Metrics(tmp_path, {}).resume_at(3)
     file.write_text(whole.replace('{"step": 2, "loss": 0.5}\n', ""))
-    assert Metrics(tmp_path).resume_at(3) == {"loss": 0.5}
+    assert Metrics(tmp_path, {}).resume_at(3) == {"loss": 0.5}
 
 
 def test_a_run_goes_on_on_another_mesh_and_says_so(tmp_path, request):
