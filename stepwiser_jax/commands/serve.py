@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepwiser_jax.commands.check import EXAMPLE
 from stepwiser_jax.errors import UserError
+from stepwiser_jax.judges.base import Solution
 from stepwiser_jax.judges.check import PACKAGED, Checker
 from stepwiser_jax.runs.progress import say
 from stepwiser_jax.server.http import Access, Server, is_loopback, listen, make_app
@@ -36,7 +37,9 @@ def serve_judge(
             f"{port}: {error.strerror or error}"
         ) from None
     with listener:
-        worker = Worker(Checker.load(PACKAGED if run is None else run, overrides), waiting)
+        checker = Checker.load(PACKAGED if run is None else run, overrides)
+        warm_up(checker)
+        worker = Worker(checker, waiting)
         hosts = None
         if is_loopback(listener):
             hosts = frozenset({"localhost", "127.0.0.1", "::1", host.lower()})
@@ -44,13 +47,17 @@ def serve_judge(
             say(f"Everybody who reaches {host} may ask this judge: set {KEY} to ask for a key")
         example = None
         if run is None:
-            assert not isinstance(EXAMPLE.solution, str)
-            solution = "\n\n".join(EXAMPLE.solution)
-            example = {"question": EXAMPLE.question, "solution": solution}
+            example = {"question": EXAMPLE.question, "solution": "\n\n".join(EXAMPLE.solution)}
         app = make_app(worker, Access(hosts, key), timeout=timeout, example=example)
         address = f"[{host}]" if ":" in host else host
         say(f"{worker.judge_id} at http://{address}:{listener.getsockname()[1]}/ (Ctrl-C ends it)")
         Server(app, worker).run(sockets=[listener])
+
+
+def warm_up(checker: Checker) -> None:
+    """Has the judge compile what a short request needs, so that the first client does not wait."""
+    solution = Solution("warm-up", EXAMPLE.question, tuple(EXAMPLE.solution))
+    checker.check([solution], reader=lambda *_: None)
 
 
 def read_key() -> str | None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepwiser_jax.commands.serve import KEY, read_key
+from stepwiser_jax.commands.serve import KEY, read_key, warm_up
 from stepwiser_jax.errors import UserError
 from stepwiser_jax.inference.params import StopReason
 from stepwiser_jax.inference.remote import RemoteEngine
@@ -605,6 +605,16 @@ def test_sigterm_drains_the_command():
             process.send_signal(signal.SIGTERM)
             assert {x.result().status_code for x in asked} == {200}
         assert process.wait(60) == 0
+
+
+def test_the_first_client_waits_for_no_compilation():
+    checker = Checker.load()
+    warm_up(checker)
+    compiled = set(checker.judge.compiled_shapes)
+    assert compiled
+    with serving(checker) as served:
+        assert served.post().status_code == 200
+    assert set(checker.judge.compiled_shapes) == compiled
 
 
 # --- the page -------------------------------------------------------------------------------------
