@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -38,8 +39,10 @@ def main() -> None:
         return
     export, items = map(Path, arguments.paths)
     ask = {"transformers": with_transformers, "vllm": with_vllm}[arguments.library]
-    for line in results(export, read_items(items), ask):
-        print(json.dumps(line, ensure_ascii=False))
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
+        os.dup2(2, 1)  # vLLM logs to stdout, in processes of its own
+        for line in results(export, read_items(items), ask):
+            print(json.dumps(line, ensure_ascii=False), file=output)
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:
@@ -97,6 +100,11 @@ def message_of(export: Path) -> Message:
     return bare if style == "bare" else with_instructions
 
 
+def dtype_of(export: Path) -> str:
+    """Returns the type of the weights. By itself vLLM rounds float32 to bfloat16."""
+    return json.loads((export / "config.json").read_text())["dtype"]
+
+
 def limit_of(export: Path) -> int:
     """Returns the number of tokens that a judgment may have."""
     return json.loads((export / "generation_config.json").read_text())["max_new_tokens"]
@@ -128,7 +136,7 @@ def with_transformers(export: Path, messages: list[str]) -> list[str]:
 def with_vllm(export: Path, messages: list[str]) -> list[str]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(str(export))
+    llm = LLM(str(export), dtype=dtype_of(export))
     outputs = llm.chat(
         [[{"role": "user", "content": message}] for message in messages],
         SamplingParams(temperature=0, max_tokens=limit_of(export)),

@@ -85,7 +85,8 @@ def convert_checkpoint(
             f"{checkpoint} holds NaN or infinity in {', '.join(names)}: name another step"
         )
     tokenizer = load_tokenizer(str(run_dir / "template"))
-    card = model_card(run_dir, settings, tokenizer.prompts, scores, adapters=adapters)
+    stored = dtype or str(model.embed[...].dtype)
+    card = model_card(run_dir, settings, tokenizer.prompts, scores, dtype=stored, adapters=adapters)
     texts = {"README.md": card} | _asked(settings, tokenizer)
     if adapters:
         base = str(checkpoint_directory(model_settings.path))

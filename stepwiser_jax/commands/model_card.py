@@ -58,7 +58,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 VLLM = """\
 from vllm import LLM, SamplingParams
 
-llm = LLM(PATH)
+llm = LLM(PATH, dtype="DTYPE")  # by itself vLLM rounds float32 to bfloat16
 messages = [{"role": "user", "content": MESSAGE}]
 (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=NEW))
 print(output.outputs[0].text)"""
@@ -75,6 +75,7 @@ def model_card(
     prompts: Prompts,
     evaluations: Sequence[Path],
     *,
+    dtype: str,
     adapters: bool = False,
 ) -> str:
     """Returns the text of README.md for the model of a training run.
@@ -84,6 +85,7 @@ def model_card(
         settings: Its settings.
         prompts: What the model is asked with.
         evaluations: Finished runs of `evaluate` whose judge is this model.
+        dtype: What the weights are stored in.
         adapters: Whether only the adapters are exported.
 
     Raises:
@@ -107,7 +109,7 @@ def model_card(
         "[StepWiser](https://arxiv.org/abs/2508.19229).",
         _training(run_dir, settings, adapters),
         _scores(run_dir, evaluations),
-        _asking(kind, settings, prompts, adapters),
+        _asking(kind, settings, prompts, None if adapters else dtype),
         _limits(kind, settings),
     ]
     return "\n\n".join(parts) + "\n"
@@ -214,21 +216,22 @@ def _cell(value: float | None, interval: Sequence[float] | None) -> str:
 # --- how it is asked ----------------------------------------------------------------------------
 
 
-def _asking(kind: str, settings: Mapping[str, Any], prompts: Prompts, adapters: bool) -> str:
+def _asking(kind: str, settings: Mapping[str, Any], prompts: Prompts, dtype: str | None) -> str:
+    """Returns how the model is asked, with weights of this type; None: it is adapters alone."""
     own = "stepwiser check PATH --file mine.txt    # a problem, a blank line, and its solution"
     text = "## How it is asked\n\n"
-    if kind != "model" and not adapters:
+    if kind != "model" and dtype is not None:
         text += f"With stepwiser_jax, which reads `{KEPT}`:\n\n```bash\n{own}\n```\n\n"
     if kind == "classifier":
         return text + "Other libraries do not know where it answers."
-    libraries = "transformers and peft" if adapters else "transformers or vLLM"
+    libraries = "transformers and peft" if dtype is None else "transformers or vLLM"
     text += f"With {libraries}, through its chat template and nothing else"
     text += " (`tokenizer(text)` leaves out the start token):" if _is_bare(settings) else ":"
     new = str(settings["sampling"]["max_new_tokens"]) if kind == "judge" else "1024"
     message = _message(kind, settings, prompts)
     blocks = [message, TRANSFORMERS.replace("NEW", new)]
-    if not adapters:
-        blocks.append(VLLM.replace("NEW", new))
+    if dtype is not None:
+        blocks.append(VLLM.replace("NEW", new).replace("DTYPE", dtype))
     return text + "\n\n" + "\n\n".join(f"```python\n{block}\n```" for block in blocks)
 
 

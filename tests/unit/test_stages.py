@@ -33,6 +33,7 @@ from stepwiser_jax.rl.adaptive import LabelTable
 from stepwiser_jax.rl.examples import label_values
 from stepwiser_jax.rl.grpo import add_old_and_reference_logprobs, completion_logprobs
 from stepwiser_jax.rl.labels import load_rule
+from stepwiser_jax.rl.rollout_cache import RolloutCache
 from stepwiser_jax.rl.rollouts import split_groups
 from stepwiser_jax.rl.values import estimate_prefix_values
 from stepwiser_jax.runs.checkpoint_paths import load_tokenizer_of
@@ -72,7 +73,7 @@ def config(request):
 def test_a_stage_is_run_by_its_name(tmp_path, request):
     settings = {
         "policy": {"path": "arithmetic"},
-        "problems": {"source": "arithmetic", "limit": 2},
+        "problems": {"source": "arithmetic", "split": "test", "limit": 2},
         "prompt_style": "bare",
         "sampling": {"max_new_tokens": 8},
         "engine": {"rows": [2], "buckets": [64]},
@@ -535,7 +536,8 @@ def test_sampling_that_is_stopped_goes_on_with_the_rows_that_are_missing(
     def sampler(name):
         directory = RunDirectory(tmp_path / name, "train-judge", config)
         directory.create()
-        return train_judge.make_sampler(config, directory, loaded, make_mesh())
+        cache = RolloutCache(directory.path / "rollout_cache")
+        return train_judge.make_sampler(config, cache, loaded, make_mesh())
 
     def sample(sampler):
         with sampler.weights(loaded.model):
